@@ -1,0 +1,55 @@
+"""A publish/subscribe broadcaster for the processes of one machine, over OS pipes."""
+
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("mpbroadcast needs the pipes, sockets and signals of a POSIX system, such as Linux or macOS: not Windows")
+
+from mpbroadcast.broadcaster import (
+    Broadcaster,
+    BrokerStats,
+    SubscriberStats,
+    connect,
+    publish,
+    start_broadcaster,
+    subscribe,
+    unsubscribe,
+)
+from mpbroadcast.channel import Channel
+from mpbroadcast.errors import (
+    AddressError,
+    AuthenticationFailed,
+    BroadcastError,
+    BrokerLost,
+    ChannelInUse,
+    ClosedError,
+    Lagged,
+    Overflowed,
+    StartError,
+    TimedOut,
+)
+from mpbroadcast.selector import Selector, channel_to_selector
+
+__all__ = [
+    "AddressError",
+    "AuthenticationFailed",
+    "BroadcastError",
+    "Broadcaster",
+    "BrokerLost",
+    "BrokerStats",
+    "Channel",
+    "ChannelInUse",
+    "ClosedError",
+    "Lagged",
+    "Overflowed",
+    "Selector",
+    "StartError",
+    "SubscriberStats",
+    "TimedOut",
+    "channel_to_selector",
+    "connect",
+    "publish",
+    "start_broadcaster",
+    "subscribe",
+    "unsubscribe",
+]

@@ -1,0 +1,105 @@
+"""Checks of what users pass in: one clear error for bad input, before anything has happened."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from mpbroadcast.errors import AddressError
+
+__all__ = [
+    "MAX_ADDRESS",
+    "MAX_TOPIC",
+    "Deadline",
+    "check_address",
+    "check_authkey",
+    "check_count",
+    "check_timeout",
+    "encode_topic",
+]
+
+MAX_TOPIC = 1024  # bytes of UTF-8
+MAX_ADDRESS = 107  # bytes: what sun_path holds on Linux, less its NUL; macOS has four fewer and says so itself
+
+
+class Deadline:
+    """A moment on the monotonic clock, ``timeout`` seconds from now; ``None`` is never."""
+
+    __slots__ = ("_at",)
+
+    def __init__(self, timeout: float | None) -> None:
+        self._at = None if timeout is None else time.monotonic() + timeout
+
+    def left(self) -> float | None:
+        """Seconds left, never negative; ``None`` for no limit."""
+        return None if self._at is None else max(0.0, self._at - time.monotonic())
+
+    def milliseconds(self) -> int | None:
+        """What is left, as ``poll`` wants it, rounded up so that it does not spin in the last millisecond."""
+        left = self.left()
+        return None if left is None else min(int(left * 1000) + (left > 0), 2**31 - 1)
+
+
+def check_timeout(timeout: Any, name: str = "timeout") -> float | None:
+    """``timeout`` in seconds; ``None`` and infinity wait for ever."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds or None, not {type(timeout).__name__}")
+    if not timeout >= 0:  # NaN too
+        raise ValueError(f"{name} must be 0 or more seconds (None waits for ever), not {timeout!r}")
+    return None if timeout == float("inf") else float(timeout)
+
+
+def check_count(value: Any, name: str, least: int) -> int:
+    """A whole number that is at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    return value
+
+
+def encode_topic(topic: Any) -> bytes:
+    """A topic as it travels: UTF-8, at most ``MAX_TOPIC`` bytes, without NUL."""
+    if not isinstance(topic, str):
+        raise TypeError(f"a topic must be a str, not {type(topic).__name__}")
+    try:
+        encoded = topic.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"a topic must be valid Unicode text (a lone surrogate is not): {topic!r}") from None
+    if len(encoded) > MAX_TOPIC:
+        raise ValueError(f"a topic may have at most {MAX_TOPIC} bytes of UTF-8; this one has {len(encoded)}")
+    if b"\0" in encoded:
+        raise ValueError(f"a topic may not hold a NUL character: {topic!r}")
+    return encoded
+
+
+def check_address(address: Any) -> str:
+    """The absolute path of a socket file."""
+    if not isinstance(address, (str, os.PathLike)):
+        raise TypeError(f"address must be the path of a socket file, not {type(address).__name__}")
+    path = os.fspath(address)
+    if not isinstance(path, str):
+        raise TypeError(f"address must be a str path, not {type(path).__name__}")
+    if not path or "\0" in path:
+        raise AddressError(f"address must be the path of a socket file, not {path!r}")
+    path = os.path.abspath(path)
+    length = len(os.fsencode(path))
+    if length > MAX_ADDRESS:
+        raise AddressError(
+            f"the socket path {path!r} has {length} bytes, and the system takes at most {MAX_ADDRESS}: use a shorter one"
+        )
+    return path
+
+
+def check_authkey(authkey: Any) -> bytes | None:
+    """A key that is neither text nor empty; ``None`` stands for this process's own."""
+    if authkey is None:
+        return None
+    if not isinstance(authkey, (bytes, bytearray)):
+        raise TypeError(f"authkey must be bytes, not {type(authkey).__name__}")
+    if not authkey:
+        raise ValueError("authkey must not be empty: an empty key lets everybody in. Leave it out, or use os.urandom(32)")
+    return bytes(authkey)

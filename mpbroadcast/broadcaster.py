@@ -1,0 +1,544 @@
+"""What publishers and starters hold.
+
+Publishing takes no lock while it waits. A frame is at most ``PIPE_BUF`` bytes, which the pipe takes whole or not at all; a
+longer message is pieces with its number. So threads, and signal handlers in the middle of a publish, write as they come, and
+the broker puts together what belongs together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import select
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from types import TracebackType
+from typing import Any, Final, Generic, Self, TypeVar
+from weakref import WeakSet
+
+from mpbroadcast.arguments import (
+    Deadline,
+    check_address,
+    check_authkey,
+    check_count,
+    check_timeout,
+    encode_topic,
+)
+from mpbroadcast.broker.process import end, launch
+from mpbroadcast.channel import Channel
+from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, ClosedError, StartError, TimedOut
+from mpbroadcast.wire.frames import HEAD, MAX_FRAME, PIPE_BUF, abort, frame_head, pieces
+from mpbroadcast.wire.link import Link, PipeEnd, on_fork, remember_key
+from mpbroadcast.wire.payload import PROTOCOL, dumps
+
+__all__ = [
+    "Broadcaster",
+    "BrokerStats",
+    "SubscriberStats",
+    "connect",
+    "publish",
+    "start_broadcaster",
+    "subscribe",
+    "unsubscribe",
+]
+
+M = TypeVar("M")
+
+DEFAULT_CAPACITY: Final = 64 << 20
+DEFAULT_STALL_TIMEOUT: Final = 30.0
+OVERFLOWS: Final = ("block",)
+_CLOSE_TIMEOUT: Final = 5.0
+
+_pack_head = HEAD.pack
+_write = os.write
+_numbers = itertools.count(1)  # of messages in pieces
+
+
+@dataclass(frozen=True)
+class SubscriberStats:
+    """One live subscription: always delivered + missed + waiting = published.
+
+    ``published``, ``delivered``, ``missed`` and ``waiting`` are messages: routed to it, moved into its pipe, dropped, and in
+    its backlog. ``capacity`` and ``waiting_bytes`` are bytes, with the fixed overhead of each message. ``pid`` is the process
+    that has it open, else the one that has subscribed.
+    """
+
+    id: int
+    pid: int
+    topics: tuple[str, ...]
+    overflow: str
+    capacity: int
+    published: int
+    delivered: int
+    missed: int
+    waiting: int
+    waiting_bytes: int
+
+
+@dataclass(frozen=True)
+class BrokerStats:
+    """The broker at one moment: its process, its seconds of life, messages routed, publishers that have published or can,
+    live subscriptions, and the bytes that are held in backlogs."""
+
+    pid: int
+    uptime: float
+    published: int
+    publishers: int
+    subscribers: tuple[SubscriberStats, ...]
+    memory: int
+
+
+class _Outlet:
+    """The pipe that this handle publishes through."""
+
+    __slots__ = ("number", "pipe", "unsaid")
+
+    def __init__(self, pipe: PipeEnd, number: int) -> None:
+        self.pipe = pipe
+        self.number = number
+        self.unsaid: list[int] = []  # long messages that were given up, which the broker has not been told yet
+
+
+class Broadcaster(Generic[M]):
+    """A handle on a broker. :func:`start_broadcaster` and :func:`connect` make it.
+
+    It can be pickled into any child process, and used in any number of threads and signal handlers, and after a fork; each
+    process and each handle has its own order of messages (FIFO), and all channels see all messages in one order.
+
+    Used with ``with``, it is closed at the end.
+    """
+
+    def __init__(self, address: str, broker: str, link: Link | None = None, owned: _Owned | None = None) -> None:
+        self._address = address
+        self._broker = broker
+        self._link = link  # without one, it attaches when it is first used: unpickling must not fail, or wait
+        self._owned = owned
+        self._outlet: _Outlet | None = None
+        self._closed = False
+        self._channels: WeakSet[Channel[M]] = WeakSet()
+        on_fork(self)
+
+    @property
+    def address(self) -> str:
+        """The path of the broker's socket: what :func:`connect` takes."""
+        return self._address
+
+    @property
+    def closed(self) -> bool:
+        """Whether this handle was closed in this process."""
+        return self._closed
+
+    # --- publishing
+
+    def publish(
+        self, message: M, *, topic: str = "", exclude: Channel[M] | None = None, timeout: float | None = None
+    ) -> None:
+        """Send ``message`` to every channel that is subscribed to ``topic``, except ``exclude``.
+
+        When this returns, the message has left this process: it is delivered even if this process is killed the next
+        moment, as long as the broker lives and is not being closed. It does not mean that anybody has received it, or
+        that the broker has routed it: :meth:`flush` waits for that. Without subscribers it is discarded.
+
+        It waits while a subscriber that would get a message of this handle has a full backlog: at most ``timeout`` seconds;
+        ``None`` waits for ever, 0 does not wait. An exception from a signal handler leaves the message published whole or
+        not at all.
+
+        :raises TimedOut: (a ``TimeoutError``) it is not published, and never will be.
+        :raises BrokerLost: the broker has ended.
+        :raises ClosedError: this handle was closed.
+        :raises Exception: whatever pickling the message raises; nothing was sent.
+        """
+        way = None if topic == "" and exclude is None else self._way(topic, exclude)
+        if timeout is not None:
+            timeout = check_timeout(timeout)
+        payload = dumps(message, PROTOCOL)
+        size = len(payload)
+        frame = (frame_head(size, *way) if way else _pack_head(size + 8, 0)) + payload
+        outlet = self._outlet
+        if outlet is not None and len(frame) <= PIPE_BUF:
+            pipe = outlet.pipe
+            try:
+                with pipe.lock:
+                    _write(pipe.fd, frame)
+                return
+            except OSError:  # full, closed or broken: _send finds out
+                pass
+        self._send(frame, Deadline(timeout))
+
+    def publish_many(
+        self,
+        messages: Iterable[M],
+        *,
+        topic: str = "",
+        exclude: Channel[M] | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Send each of ``messages``, in order, several in one write: how many were sent.
+
+        As :meth:`publish`, with one ``timeout`` for all. When it raises, whatever it is, the exception's ``sent`` is how many
+        of the first messages were published. Messages are gathered while they fit into one write: a generator that is slow
+        is better served by :meth:`publish`.
+        """
+        way = self._way(topic, exclude)
+        deadline = Deadline(check_timeout(timeout))
+        counts: list[int] = []  # of the messages in each write that was begun
+        done: list[int] = []  # one for each write that was done
+        try:
+            waiting: list[bytes] = []
+            size = 0
+            iterator = iter(messages)
+            failure: Exception | None = None
+            while failure is None:
+                frame = b""
+                try:
+                    payload = dumps(next(iterator), PROTOCOL)
+                    frame = frame_head(len(payload), *way) + payload
+                except StopIteration:
+                    break
+                except Exception as error:
+                    failure = error  # those before it are sent first
+                if waiting and (failure or size + len(frame) > PIPE_BUF):
+                    counts.append(len(waiting))
+                    done.extend(map(self._send, (b"".join(waiting),), (deadline,)))
+                    waiting, size = [], 0
+                if len(frame) > PIPE_BUF:
+                    counts.append(1)
+                    done.extend(map(self._send, (frame,), (deadline,)))
+                elif frame:
+                    waiting.append(frame)
+                    size += len(frame)
+            if failure is not None:
+                raise failure
+            if waiting:
+                counts.append(len(waiting))
+                done.extend(map(self._send, (b"".join(waiting),), (deadline,)))
+        except BaseException as error:
+            with contextlib.suppress(AttributeError):
+                error.sent = sum(counts[: len(done)])  # type: ignore[attr-defined]
+            raise
+        return sum(counts)
+
+    def _way(self, topic: str, exclude: Channel[M] | None) -> tuple[bytes, int]:
+        encoded = encode_topic(topic)
+        if exclude is None:
+            return encoded, 0
+        return encoded, self._own_channel(exclude, "exclude").number
+
+    def _own_channel(self, channel: Channel[M], name: str) -> Channel[M]:
+        if not isinstance(channel, Channel):
+            raise TypeError(f"{name} must be a Channel, not {type(channel).__name__}")
+        if channel.broker != self._broker:
+            raise ValueError(f"{name} is a channel of another broker, not of the one at {self._address!r}")
+        return channel
+
+    def _send(self, frame: bytes, deadline: Deadline) -> int:
+        """Send one frame of any length, or several that fit into one write together."""
+        outlet = self._outlet or self._make_outlet()
+        while outlet.unsaid:
+            self._write(outlet.pipe, abort(outlet.unsaid[-1]), deadline)
+            outlet.unsaid.pop()
+        if len(frame) <= PIPE_BUF:
+            return self._write(outlet.pipe, frame, deadline)
+        if len(frame) > MAX_FRAME:
+            raise ValueError(f"a message of {len(frame)} bytes is too long: the limit is {MAX_FRAME} with all that goes with it")
+        number = next(_numbers)
+        last = b""
+        try:
+            for last in pieces(frame, number):
+                self._write(outlet.pipe, last, deadline)
+        except BaseException:
+            # If it was the last piece that has gone, the broker does not know the number any more, and nothing happens.
+            outlet.unsaid.append(number)
+            raise
+        return len(frame)
+
+    def _write(self, pipe: PipeEnd, data: bytes, deadline: Deadline) -> int:
+        while True:
+            try:
+                with pipe.lock:
+                    return _write(pipe.fd, data)
+            except BlockingIOError:
+                if not pipe.wait(select.POLLOUT, deadline):
+                    raise TimedOut(
+                        "it was not published in time: a subscriber that would get a message of this process has a full "
+                        "backlog. stats() shows whose; wait longer, or let it receive faster"
+                    ) from None
+            except OSError as error:
+                if self._closed:
+                    raise self._closed_error() from None
+                raise self._lost() from error
+
+    def _make_outlet(self) -> _Outlet:
+        reply, pipe = self._attached().request("publisher")
+        if pipe is None:
+            raise self._lost()
+        outlet = _Outlet(pipe, reply["publisher"])
+        if self._outlet is None:
+            self._outlet = outlet
+        return self._outlet  # of several threads that come here first, one makes it
+
+    def _attached(self) -> Link:
+        if self._closed:
+            raise self._closed_error()
+        link = self._link
+        if link is None or link.inherited:
+            link = Link.shared(self._address)
+            if link.broker != self._broker:
+                raise self._lost()
+            self._link = link
+        return link
+
+    def _closed_error(self) -> ClosedError:
+        return ClosedError("this broadcaster was closed in this process: start or connect() another")
+
+    def _lost(self) -> BrokerLost:
+        return BrokerLost(f"the broker at {self._address!r} has ended: start another one, and subscribe to it again")
+
+    # --- subscribing
+
+    def subscribe(
+        self, *topics: str, overflow: str = "block", capacity: int | None = None, replay: int = 0, with_topic: bool = False
+    ) -> Channel[M]:
+        """A new channel that hears ``topics``; everything, when none is named.
+
+        A topic with ``*``, ``?`` or ``[`` is a pattern (``fnmatch.fnmatchcase``; ``[*]`` is a literal star). From when this
+        returns, every publish, by anyone, reaches the channel; nothing that this handle has published before does. Each
+        channel gets its own copy, once, however many of its topics match.
+
+        ``capacity`` bounds the backlog, in bytes (64 MiB if not given). A message counts with its pickled length, its
+        topic's, and 256 bytes, until it has been read from the pipe. One that is larger than all of it passes when nothing
+        else waits. With ``overflow="block"`` a full backlog makes those wait whose messages it would get, and nothing is lost.
+
+        With ``with_topic`` the channel gives ``(topic, message)``.
+
+        :raises BrokerLost: the broker has ended. ClosedError: this handle was closed.
+        """
+        for topic in topics:
+            encode_topic(topic)
+        if not isinstance(overflow, str):
+            raise TypeError(f"overflow must be a str, not {type(overflow).__name__}")
+        if overflow not in OVERFLOWS:
+            raise ValueError(f"overflow must be one of {', '.join(map(repr, OVERFLOWS))}, not {overflow!r}")
+        if not isinstance(with_topic, bool):
+            raise TypeError(f"with_topic must be True or False, not {type(with_topic).__name__}")
+        room = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
+        if check_count(replay, "replay", 0):
+            raise ValueError("replay needs a broker that keeps a history, and this one has history=0")
+        link = self._attached()
+        outlet = self._outlet
+        reply, _ = link.request(
+            "subscribe",
+            topics=topics or ("*",),
+            capacity=room,
+            publisher=outlet.number if outlet is not None else None,
+        )
+        channel: Channel[M] = Channel(
+            self._address, self._broker, reply["subscription"], with_topic=with_topic, link=link
+        )
+        self._channels.add(channel)
+        return channel
+
+    def unsubscribe(self, channel: Channel[M]) -> None:
+        """Let nothing more come to ``channel``, whoever holds it. What had been routed can still be received, then ``EOFError``.
+
+        Nothing happens if it was unsubscribed or closed before.
+
+        :raises ValueError: it is another broker's. BrokerLost: the broker has ended. ClosedError: this handle was closed.
+        """
+        number = self._own_channel(channel, "channel").number
+        self._attached().request("unsubscribe", subscription=number)
+
+    # --- asking
+
+    def flush(self, timeout: float | None = None, *, delivered: bool = False) -> None:
+        """Wait until the broker has routed all that this handle has published in this process.
+
+        Then it is in every backlog that it belongs to, and comes before whatever is published from now on. It does not mean
+        that anybody has received it.
+
+        :raises TimedOut: (a ``TimeoutError``) not within ``timeout`` seconds. BrokerLost, ClosedError: as :meth:`publish`.
+        """
+        deadline = Deadline(check_timeout(timeout))
+        if not isinstance(delivered, bool):
+            raise TypeError(f"delivered must be True or False, not {type(delivered).__name__}")
+        if delivered:
+            raise ValueError("delivered=True is not available yet: flush() waits until all has been routed")
+        link = self._attached()
+        if self._outlet is not None:
+            link.request("flush", publisher=self._outlet.number, deadline=deadline)
+
+    def wait_for_subscribers(self, count: int, *, topic: str | None = None, timeout: float | None = None) -> None:
+        """Wait until there are ``count`` subscriptions; with ``topic``, that would get what is published to it.
+
+        :raises TimedOut: (a ``TimeoutError``) not within ``timeout`` seconds. BrokerLost, ClosedError: as :meth:`publish`.
+        """
+        check_count(count, "count", 0)
+        if topic is not None:
+            encode_topic(topic)
+        deadline = Deadline(check_timeout(timeout))
+        self._attached().request("wait", count=count, topic=topic, deadline=deadline)
+
+    def stats(self) -> BrokerStats:
+        """A snapshot of the broker and its subscriptions. Rates are the difference of two.
+
+        :raises BrokerLost: the broker has ended. ClosedError: this handle was closed.
+        """
+        reply, _ = self._attached().request("stats")
+        rows = tuple(SubscriberStats(**{**row, "topics": tuple(row["topics"])}) for row in reply.pop("subscribers"))
+        return BrokerStats(subscribers=rows, **reply)
+
+    # --- the end
+
+    def close(self, timeout: float | None = _CLOSE_TIMEOUT) -> None:
+        """In the process that has started the broker: end it. Elsewhere: let go of this handle; its channels live on.
+
+        The broker takes in what has been published, and moves all backlogs into the channels' pipes, for at most ``timeout``
+        seconds (``None``: as long as that takes). It waits for channels that were handed on and are not open yet, but not for
+        those that this process has open. Who has got all has a clean end (``EOFError``); who has not gets ``BrokerLost``, and
+        the broker's log names it. A ``publish`` that comes later raises ``BrokerLost``.
+
+        It can be called again.
+        """
+        limit = check_timeout(timeout)
+        if self._closed:
+            return
+        owned = self._owned if self._owned is not None and self._owned.pid == os.getpid() else None
+        link = self._link
+        if owned is not None:
+            for channel in list(self._channels):
+                with contextlib.suppress(BroadcastError, OSError):
+                    channel.open_if_own()
+        self._closed = True
+        self._link = None
+        outlet, self._outlet = self._outlet, None
+        if outlet is not None:
+            outlet.pipe.close()
+            if owned is None and link is not None:
+                # A publish that waits in another thread is woken when the broker closes its end.
+                with contextlib.suppress(BroadcastError, OSError):
+                    link.request("retire", publisher=outlet.number, deadline=Deadline(_CLOSE_TIMEOUT))
+        if owned is not None:
+            owned.close(link, limit)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._closed:
+            raise self._closed_error()
+        return Broadcaster, (self._address, self._broker)
+
+    def __repr__(self) -> str:
+        return f"<mpbroadcast.Broadcaster at {self._address!r}{', closed' if self._closed else ''}>"
+
+    def after_fork_in_parent(self) -> None:
+        pass
+
+    def after_fork_in_child(self) -> None:
+        self._link = None
+        self._outlet = None
+        self._owned = None
+
+
+class _Owned:
+    """A broker that this process has started, until it has ended it."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self.pid = os.getpid()
+        self._process = process
+        self._at_exit: Finalize | None = None
+
+    def close_at_exit(self, close: Callable[[], None]) -> None:
+        # Before multiprocessing terminates daemons and joins the others, which may wait for what is still to be delivered.
+        self._at_exit = Finalize(None, close, exitpriority=10)
+
+    def close(self, link: Link | None, timeout: float | None) -> None:
+        if link is not None:
+            with contextlib.suppress(BroadcastError, OSError):
+                link.request("stop", timeout=timeout, deadline=Deadline(_CLOSE_TIMEOUT))
+        end(self._process, timeout)
+        if self._at_exit is not None:
+            self._at_exit.cancel()
+
+
+def start_broadcaster(
+    *,
+    context: BaseContext | None = None,
+    address: str | os.PathLike[str] | None = None,
+    authkey: bytes | None = None,
+    start_timeout: float | None = 10.0,
+    history: int = 0,
+    stall_timeout: float | None = DEFAULT_STALL_TIMEOUT,
+) -> Broadcaster[Any]:
+    """Start a broker process, and return a handle on it. Wait for it at most ``start_timeout`` seconds.
+
+    ``context`` is what ``multiprocessing.get_context()`` returns; the default start method if not given. ``address`` is the
+    path of the socket to listen at; if not given, one in a new folder that only this user can enter. ``authkey`` is a key
+    that processes may show beside this process's own, which its children have.
+
+    The broker ends with :meth:`Broadcaster.close`, at the end of this program, on SIGTERM, and when this process dies; each
+    time it drains first.
+
+    :raises StartError: it could not be started, and nothing is left behind; ``__cause__`` has the reason.
+    """
+    if context is None:
+        context = multiprocessing.get_context()
+    elif not isinstance(context, BaseContext):
+        raise TypeError(
+            f"context must be what multiprocessing.get_context() returns, not {type(context).__name__}: for a start method's "
+            'name, multiprocessing.get_context("spawn")'
+        )
+    authkey = check_authkey(authkey)
+    timeout = check_timeout(start_timeout, "start_timeout")
+    if check_count(history, "history", 0):
+        raise ValueError("a history is not available yet: history must be 0")
+    if check_timeout(stall_timeout, "stall_timeout") != DEFAULT_STALL_TIMEOUT:
+        raise ValueError(f"stall_timeout is not available yet: it must be {DEFAULT_STALL_TIMEOUT}")
+    try:
+        path = None if address is None else check_address(address)
+    except AddressError as error:
+        raise StartError(str(error)) from error
+    process, path = launch(context, path, authkey, timeout)
+    owned = _Owned(process)
+    try:
+        link = Link(path)
+    except BaseException as error:
+        owned.close(None, 0)
+        if isinstance(error, BroadcastError):
+            raise StartError(f"the broker started, but did not answer: {error}") from error
+        raise
+    bus: Broadcaster[Any] = Broadcaster(path, link.broker, link, owned)
+    owned.close_at_exit(bus.close)
+    return bus
+
+
+def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) -> Broadcaster[Any]:
+    """A handle on the broker at ``address``, from any process of the same user. It has its own pipe, and its own order.
+
+    ``authkey`` is the broker's key; if not given, this process's own, which is right in the starter's children.
+
+    :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) it is not the broker's key.
+    :raises BrokerLost: no broker answers there.
+    :raises AddressError: this cannot be an address.
+    """
+    path = check_address(address)
+    key = check_authkey(authkey)
+    link = Link(path, key)
+    if key is not None:
+        remember_key(path, key)
+    return Broadcaster(path, link.broker, link)
+
+
+publish = Broadcaster.publish
+subscribe = Broadcaster.subscribe
+unsubscribe = Broadcaster.unsubscribe

@@ -1,0 +1,180 @@
+"""A control connection at the broker's side: handshake, requests one by one, replies with descriptors.
+
+A client that is silent or rude costs a descriptor until its deadline, and nothing else: no thread waits for it, what it
+sends is bounded before it is read, and nothing more is read of it while it has not taken its last reply.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from array import array
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from mpbroadcast.broker.loop import ERROR, IN, OUT, Loop
+from mpbroadcast.broker.members import Peer, Session
+from mpbroadcast.wire.control import (
+    MAX_HANDSHAKE,
+    MAX_REQUEST,
+    ControlError,
+    Handshake,
+    Inbox,
+    decode,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from mpbroadcast.broker.members import Subscription
+
+__all__ = ["Client", "peer_of"]
+
+_READ: Final = 1 << 16
+_SOL_LOCAL: Final = 0  # macOS: level and names of what SO_PEERCRED is on Linux, from its sys/un.h
+_LOCAL_PEERCRED: Final = 1
+_LOCAL_PEERPID: Final = 2
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """The process ID and the effective user ID of who connected; frozen at that moment."""
+    if hasattr(socket, "SO_PEERCRED"):
+        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return pid, uid
+    (pid,) = struct.unpack("i", connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID, 4))
+    _, uid = struct.unpack_from("2I", connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, 76))
+    return pid, uid
+
+
+class Client:
+    """One connection. ``on_request`` gets each request, and answers with :meth:`reply`; ``on_gone`` is called once."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        connection: socket.socket,
+        peer: Peer,
+        handshake: Handshake,
+        on_request: Callable[[Client, dict[str, Any]], None],
+        on_gone: Callable[[Client, str], None],
+    ) -> None:
+        self.peer = peer
+        self.session: Session | None = None  # whose lifeline this is
+        self.opening: Subscription | None = None
+        self.waiting = False  # a request is not answered yet
+        self.authenticated = False
+        self._loop = loop
+        self._handshake = handshake
+        self._on_request = on_request
+        self._on_gone = on_gone
+        self._inbox = Inbox(MAX_HANDSHAKE)
+        self._out = b""
+        self._descriptor = -1
+        self._socket = connection
+        self._fd = connection.fileno()
+        self._events = IN
+        loop.watch(self._fd, IN, self._ready)
+        self._send(next(handshake))
+
+    def reply(self, message: dict[str, Any], descriptor: int = -1) -> None:
+        """Answer the request; a ``descriptor`` goes with it, and is closed here."""
+        self._descriptor = descriptor
+        self.no_reply()
+        self._send(encode(message))
+
+    def no_reply(self) -> None:
+        """Be done with a request that has no answer."""
+        self.waiting = False
+        if self._inbox:
+            self._loop.later(0, self._go_on)
+
+    def fail(self, kind: str, text: str, **more: Any) -> None:
+        """Answer that it cannot be done."""
+        self.reply({"error": kind, "text": text, **more})
+
+    def close(self, why: str) -> None:
+        """Let go of it."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self._socket.detach()
+            self._loop.close(fd)
+            self._drop_descriptor()
+            self._on_gone(self, why)
+
+    def _ready(self, events: int) -> None:
+        if events & OUT:
+            self._send(b"")
+            self._go_on()
+        if events & IN and not self.waiting and not self._out:
+            self._read()
+        elif events & ERROR:
+            self.close("it has closed its connection")
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, _READ)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.close(f"its connection broke ({error.strerror})")
+            return
+        if not data:
+            self.close("it has closed its connection")
+            return
+        self._inbox.feed(data)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Handle what has come, as far as the answers go out."""
+        try:
+            while self._fd >= 0 and not self.waiting and not self._out:
+                body = self._inbox.next()
+                if body is None:
+                    break
+                if self.authenticated:
+                    self.waiting = True
+                    self._on_request(self, decode(body))
+                else:
+                    self._shake_hands(body)
+        except ControlError as error:
+            if len(error.args) > 1 and self._fd >= 0:
+                self._send(error.args[1])
+            self.close(f"it sent {error.args[0]}" if self.authenticated else f"no handshake: {error.args[0]}")
+        self._set_events()
+
+    def _shake_hands(self, body: bytes) -> None:
+        try:
+            self._send(self._handshake.send(body))
+        except StopIteration as done:
+            self.authenticated = True
+            self._inbox.limit = MAX_REQUEST
+            self._send(done.value)
+
+    def _send(self, data: bytes) -> None:
+        self._out += data
+        try:
+            while self._out and self._fd >= 0:
+                if self._descriptor >= 0:
+                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [self._descriptor]))]
+                    sent = self._socket.sendmsg([self._out], rights)
+                    self._drop_descriptor()
+                else:
+                    sent = self._socket.send(self._out)
+                self._out = self._out[sent:]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.close(f"its connection broke ({error.strerror})")
+            return
+        self._set_events()
+
+    def _drop_descriptor(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            self._loop.close(descriptor)
+
+    def _set_events(self) -> None:
+        events = OUT if self._out else 0 if self.waiting else IN
+        if self._fd >= 0 and events != self._events:
+            self._events = events
+            self._loop.change(self._fd, events)

@@ -1,0 +1,61 @@
+"""Which processes are dead.
+
+Where the kernel has pidfds, a death is an event in the loop's own poll. A process ID alone is not an identity: a pidfd is taken
+while its process is known to live. Elsewhere the loop asks :meth:`Process.dead` once a second, which compares the process ID
+*and* the start time, and counts a zombie as dead.
+"""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+
+__all__ = ["PeerProcess"]
+
+
+class PeerProcess:
+    """A process that the broker has to do with. ``pid`` 0 is one in another PID namespace: only its descriptors tell.
+
+    :raises ProcessLookupError: it is dead already.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.fd = -1  # readable from the moment of its death; -1 where that is not to be had
+        self._process: psutil.Process | None = None
+        if pid <= 0:
+            return
+        if hasattr(os, "pidfd_open"):
+            try:
+                self.fd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                raise
+            except OSError:  # forbidden, not there, or no descriptor left: ask instead
+                pass
+            else:
+                return
+        try:
+            self._process = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            raise ProcessLookupError(f"process {pid} has ended") from None
+
+    @property
+    def must_be_asked(self) -> bool:
+        return self._process is not None
+
+    def dead(self) -> bool:
+        """Whether it is dead, for one that must be asked."""
+        if self._process is None:
+            return False
+        try:
+            return not self._process.is_running() or self._process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,92 @@
+"""The event loop: everything that the broker waits for, in one call.
+
+A descriptor that is let go of in a round is closed at the round's end. So no number is used again while events for its
+former owner are still to be handled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import os
+import select
+import time
+from collections.abc import Callable
+from typing import Final
+
+__all__ = ["ERROR", "IN", "OUT", "Loop"]
+
+IN: Final = select.POLLIN
+OUT: Final = select.POLLOUT
+ERROR: Final = select.POLLERR | select.POLLHUP  # always reported, also to who asked for nothing
+
+_LONGEST: Final = 1e6  # seconds: what the system calls take
+Handler = Callable[[int], None]
+
+
+class Loop:
+    """Calls handlers with the events of their descriptors, and timers at their time. Descriptors are level-triggered."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Handler] = {}
+        self._closing: list[int] = []
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        if hasattr(select, "epoll"):
+            self._epoll = select.epoll()
+            self._poll: select.epoll | select.poll = self._epoll
+            self._wait = self._wait_epoll
+        else:
+            self._poll = self._plain = select.poll()
+            self._wait = self._wait_poll
+
+    def watch(self, fd: int, events: int, handler: Handler) -> None:
+        """Call ``handler`` with what is ready of ``events``, and with errors."""
+        self._poll.register(fd, events)
+        self._handlers[fd] = handler
+
+    def change(self, fd: int, events: int) -> None:
+        """From now on, wait for these events."""
+        self._poll.modify(fd, events)
+
+    def forget(self, fd: int) -> None:
+        """Do not wait for it any more; nothing if nobody did."""
+        if self._handlers.pop(fd, None) is not None:
+            # What is still registered under a number that was closed is gone already.
+            with contextlib.suppress(OSError, KeyError):
+                self._poll.unregister(fd)
+
+    def close(self, fd: int) -> None:
+        """Forget it, and close it at the end of this round."""
+        if fd >= 0:
+            self.forget(fd)
+            self._closing.append(fd)
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, that much later."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), callback))
+
+    def round(self) -> None:
+        """Wait until something happens, and handle all that has."""
+        for fd, events in self._wait():
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                handler(events)
+        now = time.monotonic() if self._timers else 0.0
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2]()
+
+    def close_forgotten(self) -> None:
+        """End the round."""
+        while self._closing:
+            os.close(self._closing.pop())
+
+    def _wait_epoll(self) -> list[tuple[int, int]]:
+        return self._epoll.poll(self._until_timer() if self._timers else None)
+
+    def _wait_poll(self) -> list[tuple[int, int]]:
+        return self._plain.poll(int(self._until_timer() * 1000) + 1 if self._timers else None)
+
+    def _until_timer(self) -> float:
+        return min(max(0.0, self._timers[0][0] - time.monotonic()), _LONGEST)

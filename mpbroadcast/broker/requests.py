@@ -1,0 +1,269 @@
+"""What a process asks of the broker over a control connection. Every value comes from another process: none is trusted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from mpbroadcast.arguments import encode_topic
+from mpbroadcast.broker.broker import Broker
+from mpbroadcast.broker.clients import Client
+from mpbroadcast.broker.members import Publisher, Session, Subscription
+
+__all__ = ["answer"]
+
+
+class _Refused(Exception):
+    def __init__(self, kind: str, text: str, **more: Any) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.more = more
+
+
+def answer(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    """Do what is asked, and reply to it, now or later."""
+    do = message.get("do")
+    handler = _HANDLERS.get(do) if isinstance(do, str) else None
+    try:
+        if handler is None:
+            raise _Refused("value", f"the broker does not know how to {do!r}: is it of another version?")
+        handler(broker, client, message)
+    except _Refused as refused:
+        client.fail(refused.kind, str(refused), **refused.more)
+    except OSError as error:
+        no_descriptors = error.errno in (errno.EMFILE, errno.ENFILE)
+        text = "the broker has no descriptor left for another pipe" if no_descriptors else str(error)
+        client.fail("system", text, errno=error.errno)
+
+
+def _attach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    if client.session is not None:
+        raise _Refused("value", "this connection is a session's already")
+    session = broker.new_session(client)
+    client.reply({"session": session.number, "broker": broker.identity, "pid": os.getpid()})
+
+
+def _detach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    session, client.session = client.session, None
+    if session is not None:
+        broker.end_session(session, clean=True)
+    client.no_reply()
+
+
+def _publisher(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    _refuse_when_stopping(broker)
+    publisher, descriptor = broker.add_publisher(_session(broker, client, message))
+    client.reply({"publisher": publisher.number}, descriptor)
+
+
+def _retire(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    publisher = _find_publisher(broker, message)
+    if publisher is not None:
+        broker.finish(publisher)
+    client.reply({})
+
+
+def _flush(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    publisher = _find_publisher(broker, message)
+    if publisher is None:
+        client.reply({})
+    else:
+        publisher.after_written(lambda: client.reply({}))  # a client that has gone takes it quietly
+
+
+def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    _refuse_when_stopping(broker)
+    topics = _topics(message)
+    capacity = message.get("capacity")
+    if type(capacity) is not int or capacity < 1:
+        raise _Refused("value", f"capacity must be at least 1 byte, not {capacity!r}")
+    subscription = broker.add_subscription(_session(broker, client, message), topics, capacity)
+    publisher = _find_publisher(broker, message)
+    if publisher is not None:
+        broker.begin_behind(subscription, publisher)
+    client.reply({"subscription": subscription.number})
+
+
+def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    subscription = _find_subscription(broker, message)
+    if not subscription.live:
+        raise _Refused("closed", "this channel was unsubscribed: subscribe again for a new one")
+    topics = _topics(message)
+    if message["do"] == "add topics":
+        broker.router.add(subscription, topics)
+    else:
+        broker.router.drop(subscription, topics)
+    broker.tell_waiting()
+    client.reply({})
+
+
+def _open(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    subscription = _find_subscription(broker, message)
+    if subscription.opened or subscription.opening is not None:
+        owner = subscription.pid if subscription.opened or subscription.opening is None else subscription.opening.peer.pid
+        raise _in_use(owner)
+    _session(broker, client, message)
+    descriptor = broker.open(subscription, client)
+    subscription.token = broker.number()
+    client.reply({"token": subscription.token}, descriptor)
+
+
+def _opened(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    subscription = _find_subscription(broker, message)
+    if message.get("token") != subscription.token or subscription.fd < 0:
+        client.reply({"opened": False})  # what was begun has been taken back: begin again
+        return
+    if not subscription.opened:
+        broker.confirm_open(subscription, _session(broker, client, message))
+    client.reply({"opened": True})
+
+
+def _unsubscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    subscription = broker.subscriptions.get(_integer(message, "subscription"))
+    if subscription is not None:
+        broker.unsubscribe(subscription)
+    client.reply({})
+
+
+def _close(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    subscription = broker.subscriptions.get(_integer(message, "subscription"))
+    if subscription is not None:
+        broker.remove(subscription)
+    client.reply({})
+
+
+def _drop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    """The note of a finaliser: a channel that nobody has opened is not wanted any more."""
+    subscription = broker.subscriptions.get(_integer(message, "subscription"))
+    if subscription is not None and not subscription.opened:
+        broker.remove(subscription)
+    client.no_reply()
+
+
+def _wait(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    count = _integer(message, "count")
+    topic = message.get("topic")
+    encoded = None if topic is None else _encoded(topic)
+    broker.wait_for(
+        client,
+        lambda: count
+        <= (broker.live_subscriptions if encoded is None else len(broker.router.targets(encoded))),
+    )
+
+
+def _stats(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    subscriptions = broker.subscriptions.values()
+    client.reply(
+        {
+            "pid": os.getpid(),
+            "uptime": time.monotonic() - broker.started,
+            "published": broker.routed,
+            "publishers": len(broker.publishers),
+            "memory": sum(subscription.outbox.waiting_charge for subscription in subscriptions)
+            + sum(publisher.held for publisher in broker.publishers.values()),
+            "subscribers": [_row(broker, subscription) for subscription in subscriptions if subscription.live],
+        }
+    )
+
+
+def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
+    outbox = subscription.outbox
+    return {
+        "id": subscription.number,
+        "pid": subscription.pid,
+        "topics": broker.router.topics(subscription),
+        "overflow": "block",
+        "capacity": outbox.capacity,
+        "published": outbox.published,
+        "delivered": outbox.delivered,
+        "missed": outbox.missed,
+        "waiting": outbox.waiting,
+        "waiting_bytes": outbox.waiting_charge,
+    }
+
+
+def _stop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    timeout = message.get("timeout")
+    if timeout is not None and (type(timeout) not in (int, float) or not timeout >= 0):
+        raise _Refused("value", f"timeout must be 0 or more seconds, not {timeout!r}")
+    client.reply({})
+    broker.stop(_FOREVER if timeout is None else float(timeout), client.peer)
+
+
+_FOREVER: Final = 1e9
+
+_HANDLERS: Final[dict[str, Callable[[Broker, Client, dict[str, Any]], None]]] = {
+    "attach": _attach,
+    "detach": _detach,
+    "publisher": _publisher,
+    "retire": _retire,
+    "flush": _flush,
+    "subscribe": _subscribe,
+    "add topics": _topics_changed,
+    "drop topics": _topics_changed,
+    "open": _open,
+    "opened": _opened,
+    "unsubscribe": _unsubscribe,
+    "close": _close,
+    "drop": _drop,
+    "wait": _wait,
+    "stats": _stats,
+    "stop": _stop,
+}
+
+
+def _refuse_when_stopping(broker: Broker) -> None:
+    if broker.stopping:
+        raise _Refused("lost", "the broker is being closed: nothing more can be published or subscribed to")
+
+
+def _integer(message: dict[str, Any], name: str) -> int:
+    value = message.get(name)
+    if type(value) is not int:
+        raise _Refused("value", f"{name} must be a whole number, not {value!r}")
+    return value
+
+
+def _session(broker: Broker, client: Client, message: dict[str, Any]) -> Session:
+    session = broker.sessions.get(_integer(message, "session"))
+    if session is None or session.peer.pid != client.peer.pid:
+        raise _Refused("lost", "the broker does not know this process any more")
+    return session
+
+
+def _find_publisher(broker: Broker, message: dict[str, Any]) -> Publisher | None:
+    return broker.publishers.get(_integer(message, "publisher")) if message.get("publisher") is not None else None
+
+
+def _find_subscription(broker: Broker, message: dict[str, Any]) -> Subscription:
+    number = _integer(message, "subscription")
+    subscription = broker.subscriptions.get(number)
+    if subscription is None:
+        if number in broker.former_owners:
+            raise _in_use(broker.former_owners[number])
+        raise _Refused("closed", "this channel was closed, or the process that subscribed has ended: subscribe again")
+    return subscription
+
+
+def _in_use(pid: int) -> _Refused:
+    text = f"process {pid} has opened this channel, and only that one can receive from it: subscribe here for another"
+    return _Refused("in use", text, pid=pid)
+
+
+def _topics(message: dict[str, Any]) -> list[str]:
+    topics = message.get("topics")
+    if not isinstance(topics, list) or not topics:
+        raise _Refused("value", "topics must be a list of at least one")
+    for topic in topics:
+        _encoded(topic)
+    return topics
+
+
+def _encoded(topic: object) -> bytes:
+    try:
+        return encode_topic(topic)
+    except (TypeError, ValueError) as error:
+        raise _Refused("value", str(error)) from None

@@ -1,0 +1,95 @@
+"""Who gets what is published to a topic. Pure: no descriptor, no clock."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fnmatch import translate
+from typing import Final, Generic, TypeVar
+
+__all__ = ["EVERYTHING", "Router"]
+
+S = TypeVar("S")
+
+EVERYTHING: Final = "*"
+_CACHED_TOPICS: Final = 16384  # at most 1 KiB each; all are forgotten when there are more
+
+
+class Router(Generic[S]):
+    """Topics and patterns, and the subscriptions that they lead to, each once, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._topics: dict[S, dict[str, None]] = {}
+        self._exact: dict[str, dict[S, None]] = {}
+        self._patterns: dict[str, tuple[re.Pattern[str], dict[S, None]]] = {}
+        self._found: dict[bytes, tuple[S, ...]] = {}
+        self._rank: dict[S, int] = {}
+        self._next_rank = 0
+
+    def add(self, subscription: S, topics: Iterable[str]) -> None:
+        """Lead these topics to it, too."""
+        self._found.clear()
+        if subscription not in self._topics:
+            self._topics[subscription] = {}
+            self._rank[subscription] = self._next_rank
+            self._next_rank += 1
+        own = self._topics[subscription]
+        for topic in topics:
+            own[topic] = None
+            if is_pattern(topic):
+                if topic not in self._patterns:
+                    self._patterns[topic] = (re.compile(translate(topic)), {})
+                self._patterns[topic][1][subscription] = None
+            else:
+                self._exact.setdefault(topic, {})[subscription] = None
+
+    def drop(self, subscription: S, topics: Iterable[str]) -> None:
+        """Lead these topics to it no more; what it does not have is passed over."""
+        self._found.clear()
+        own = self._topics.get(subscription, {})
+        for topic in topics:
+            if topic not in own:
+                continue
+            del own[topic]
+            if is_pattern(topic):
+                members = self._patterns[topic][1]
+                del members[subscription]
+                if not members:
+                    del self._patterns[topic]
+            else:
+                members = self._exact[topic]
+                del members[subscription]
+                if not members:
+                    del self._exact[topic]
+
+    def remove(self, subscription: S) -> None:
+        """Forget it."""
+        self.drop(subscription, self.topics(subscription))
+        self._topics.pop(subscription, None)
+        self._rank.pop(subscription, None)
+
+    def topics(self, subscription: S) -> tuple[str, ...]:
+        """What leads to it, in the order in which it was added."""
+        return tuple(self._topics.get(subscription, ()))
+
+    def targets(self, topic: bytes) -> tuple[S, ...]:
+        """Who gets what is published to ``topic``.
+
+        :raises UnicodeDecodeError: the topic is not UTF-8.
+        """
+        found = self._found.get(topic)
+        if found is None:
+            text = topic.decode()
+            members = dict(self._exact.get(text, {}))
+            for pattern, subscriptions in self._patterns.values():
+                if pattern.match(text):
+                    members.update(subscriptions)
+            found = tuple(sorted(members, key=self._rank.__getitem__))
+            if len(self._found) >= _CACHED_TOPICS:
+                self._found.clear()
+            self._found[topic] = found
+        return found
+
+
+def is_pattern(topic: str) -> bool:
+    return any(character in topic for character in "*?[")

@@ -1,0 +1,541 @@
+"""What a subscriber holds: the read end of its pipe, and what has been read from it.
+
+All that has been read is one :class:`_Stream`, replaced as a whole in one assignment. So an exception from a signal handler
+finds it as it was or as it will be, and what a handler has received meanwhile is noticed. Bytes come into it by
+``list.extend(map(os.read, ...))``, which has no moment between reading and keeping.
+
+The descriptor is readable for as long as there is something to receive: the last byte that is in the pipe stays there until
+the last message that has been decoded is handed out (see ``wire/frames.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import select
+import termios
+import threading
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from types import TracebackType
+from typing import Any, Final, Generic, NoReturn, Self, TypeVar, cast
+
+from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
+from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut
+from mpbroadcast.wire.frames import END, RUN, read_run, topic_of
+from mpbroadcast.wire.link import Link, PipeEnd, on_fork
+from mpbroadcast.wire.payload import Undecodable, load_run
+
+__all__ = ["Channel"]
+
+M = TypeVar("M")
+
+_NOTHING: Final = object()
+_CLOSE_TIMEOUT: Final = 5.0  # seconds that close() gives the broker to answer
+_TURN: Final = 64  # messages that `async for` hands out before it lets other tasks run
+
+
+class _Flaw:
+    """Stands behind the last message, and stays there."""
+
+
+_END: Final = _Flaw()  # a clean end
+_LOST: Final = _Flaw()  # the pipe has ended without one
+_FLAWS: Final = (_Flaw, Undecodable)
+
+
+class _Stream:
+    """Decoded messages, and the chunks of bytes behind them, of which ``skip`` bytes are done with.
+
+    ``need`` is how many bytes there must be before it is worth looking at them. ``plain`` says that all of ``ready`` are
+    messages, none a flaw.
+    """
+
+    __slots__ = ("chunks", "need", "plain", "ready", "skip")
+
+    def __init__(self, ready: deque[Any], chunks: list[bytes], skip: int, need: int, plain: bool) -> None:
+        self.ready = ready
+        self.chunks = chunks
+        self.skip = skip
+        self.need = need
+        self.plain = plain
+
+    def sound(self, limit: int | None) -> int:
+        """How many messages come before the first flaw, at most ``limit``."""
+        count = len(self.ready) if limit is None else min(limit, len(self.ready))
+        if self.plain:
+            return count
+        return next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in _FLAWS), count)
+
+    def without(self, count: int) -> _Stream:
+        """The same, less its first messages."""
+        return _Stream(deque(islice(self.ready, count, None)), self.chunks, self.skip, self.need, self.plain)
+
+
+def _decode(stream: _Stream, held: bool, with_topic: bool) -> _Stream | None:
+    """What comes after ``stream``, which has no decoded messages, or ``None`` when no message is whole yet.
+
+    ``held`` says that one more byte is in the pipe at least, which will do for the last tail byte.
+    """
+    if sum(map(len, stream.chunks)) - stream.skip + held < stream.need:
+        return None
+    data = stream.chunks[0] if len(stream.chunks) == 1 else b"".join(stream.chunks)
+    ready: deque[Any] = deque()
+    plain = True
+    position, end = stream.skip, len(data) + held
+    while (run := read_run(data, position)) is not None and position + run.size <= end:
+        if run.kind == END:
+            ready.append(_END)
+            plain = False
+        else:
+            messages, whole = load_run(data, run)
+            plain = plain and whole
+            if with_topic:
+                topic = topic_of(data[run.first : run.first + run.skip])
+                messages = [message if type(message) is Undecodable else (topic, message) for message in messages]
+            ready.extend(messages)
+        position += run.size
+    need = RUN.size if run is None else run.size
+    if not ready:
+        stream.need = need
+        return None
+    done = min(position, len(data))
+    return _Stream(ready, [data[done:]] if done < len(data) else [], position - done, need, plain)
+
+
+class Channel(Generic[M]):
+    """A subscription, as its subscriber holds it. :meth:`Broadcaster.subscribe` makes it.
+
+    It can be handed to another process, as an argument of ``Process`` or through any queue, until somebody receives from it:
+    the first process that does owns it from then on. Any thread of that process may receive; each message comes once.
+
+    A channel can be waited for, in ``multiprocessing.connection.wait``, ``selectors``, ``asyncio`` and a
+    :class:`~mpbroadcast.Selector`: its descriptor is readable whenever :meth:`recv` has something to return or to raise. It
+    may also be readable when only a part of a message has come; then ``poll(0)`` takes that in and says no. Wait for it
+    level-triggered, not edge-triggered.
+
+    Used with ``with``, it is closed at the end. An iteration ends where the messages end.
+    """
+
+    def __init__(
+        self, address: str, broker: str, number: int, *, with_topic: bool = False, link: Link | None = None
+    ) -> None:
+        self._address = address
+        self._broker = broker
+        self._number = number
+        self._with_topic = with_topic
+        self._link = link
+        self._subscriber = link is not None  # whether this process has subscribed
+        self._handed_on = False
+        self._pipe: PipeEnd | None = None
+        self._token = 0
+        self._opened = False
+        self._closed = False
+        self._owner = 0  # another process that has opened it, as far as is known here
+        self._lock = threading.RLock()
+        self._opening = threading.RLock()
+        self._stream = _Stream(deque(), [], 0, RUN.size, True)
+        self._held = False  # whether a byte was left in the pipe
+        self._missed = 0
+        self._readers: set[asyncio.Future[None]] = set()
+        self._turn = 0
+        on_fork(self)
+
+    # --- receiving
+
+    def recv(self, timeout: float | None = None) -> M:
+        """The next message. Waits for it for at most ``timeout`` seconds; ``None`` waits for ever, 0 does not wait.
+
+        :raises EOFError: it was unsubscribed, or the broadcaster was closed, and all has been received.
+        :raises TimedOut: (a ``TimeoutError``) nothing came in time.
+        :raises BrokerLost: the broker died; all that had arrived has been received.
+        :raises ClosedError: this channel was closed, before or meanwhile.
+        :raises ChannelInUse: another process receives from it.
+        :raises Exception: whatever unpickling this message raises; the next call goes on with the next message.
+        """
+        if timeout is not None:
+            timeout = check_timeout(timeout)
+        deadline: Deadline | None = None
+        message: Any = _NOTHING
+        try:
+            while True:
+                with self._lock:
+                    ready = self._stream.ready
+                    if len(ready) > 1 or (ready and self._let_tail_go()):
+                        message = ready.popleft()
+                        break
+                if deadline is None:
+                    deadline = Deadline(timeout)
+                self._wait(deadline, timeout)
+            flawed = type(message) in _FLAWS
+        except BaseException:
+            # An interrupt came after the message was taken and before it could be handed out: it is the next one again.
+            if message is not _NOTHING:
+                self._stream.ready.appendleft(message)
+            raise
+        if flawed:
+            self._raise(message)
+        return cast(M, message)
+
+    def recv_many(self, limit: int | None = None, timeout: float | None = None) -> list[M]:
+        """The messages that have arrived, at least one, at most ``limit``. Waits as :meth:`recv` does, for the first only.
+
+        An error that is in the way ends the list; it is raised by the next call, as :meth:`recv` raises it.
+        """
+        if timeout is not None:
+            timeout = check_timeout(timeout)
+        if limit is not None:
+            check_count(limit, "limit", 1)
+        deadline: Deadline | None = None
+        taken: list[Any] = []
+        try:
+            while True:
+                with self._lock:
+                    # Once for what was decoded before, and once for what has come since.
+                    for _ in range(2):
+                        if not self._stream.ready:
+                            self._fill()
+                        stream = self._stream
+                        ready = stream.ready
+                        count = stream.sound(limit if limit is None else limit - len(taken))
+                        if not count:
+                            break
+                        if count == len(ready):
+                            self._let_tail_go()
+                        more = [*taken, *islice(ready, count)]
+                        rest = stream.without(count)
+                        taken, self._stream = more, rest  # in one, as far as an interrupt can see
+                    if taken:
+                        return taken
+                    if self._stream.ready:
+                        self._let_tail_go()
+                        flaw = self._stream.ready.popleft()
+                        break
+                if deadline is None:
+                    deadline = Deadline(timeout)
+                self._wait(deadline, timeout)
+        except BaseException:
+            self._stream.ready.extendleft(reversed(taken))
+            raise
+        self._raise(flaw)
+
+    def poll(self, timeout: float | None = 0.0) -> bool:
+        """Whether :meth:`recv` would not have to wait, within ``timeout`` seconds: it would return a message, or raise.
+
+        :raises ClosedError, ChannelInUse: as :meth:`recv`. BrokerLost: it was never opened, and cannot be any more.
+        """
+        return self._arrive(Deadline(check_timeout(timeout)))
+
+    def fileno(self) -> int:
+        """The descriptor that is readable while there is something to receive. Wait for it; do not read from it.
+
+        :raises ClosedError, ChannelInUse, BrokerLost: as :meth:`poll`.
+        """
+        fd = self._open().fd
+        if fd < 0:
+            raise self._closed_error()
+        return fd
+
+    def __iter__(self) -> Iterator[M]:
+        return self
+
+    def __next__(self) -> M:
+        try:
+            return self.recv()
+        except EOFError:
+            raise StopIteration from None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> M:
+        self._turn = (self._turn + 1) % _TURN
+        if not self._turn:
+            await asyncio.sleep(0)
+        while True:
+            try:
+                return self.recv(0.0)
+            except TimedOut:
+                await self._readable()
+            except EOFError:
+                raise StopAsyncIteration from None
+
+    async def _readable(self) -> None:
+        """Wait in an asyncio loop; several tasks may."""
+        loop = asyncio.get_running_loop()
+        fd = self.fileno()
+        waiter: asyncio.Future[None] = loop.create_future()
+        if not self._readers:
+            loop.add_reader(fd, self._wake_readers)
+        self._readers.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._readers.discard(waiter)
+            if not self._readers:
+                loop.remove_reader(fd)
+
+    def _wake_readers(self) -> None:
+        for waiter in self._readers:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _raise(self, flaw: _Flaw | Undecodable) -> NoReturn:
+        """What stands in the place of a message."""
+        if isinstance(flaw, Undecodable):
+            raise flaw.error
+        self._stream.ready.appendleft(flaw)  # an end stays
+        error: Exception
+        if flaw is _END:
+            error = EOFError("nothing more comes: this channel was unsubscribed, or its broadcaster was closed")
+        else:
+            error = BrokerLost("the broker has ended without delivering all to this channel")
+        raise self._about_this(error)
+
+    def _about_this(self, error: Exception) -> Exception:
+        error.channel = self  # type: ignore[attr-defined]
+        return error
+
+    def _wait(self, deadline: Deadline, timeout: float | None) -> None:
+        if not self._arrive(deadline):
+            raise self._about_this(TimedOut(f"no message came within {timeout} s"))
+
+    def _arrive(self, deadline: Deadline) -> bool:
+        """Wait until there is something to hand out: whether it came."""
+        while True:
+            pipe = self._open()
+            with self._lock:
+                if not self._stream.ready:
+                    self._fill()
+                if self._stream.ready:
+                    return True
+            if not pipe.wait(select.POLLIN, deadline):
+                return False
+
+    def _fill(self) -> None:
+        """Take in and decode what is in the pipe, when nothing decoded is left. Under the lock."""
+        pipe, before = self._pipe, self._stream
+        if pipe is None or not self._opened:
+            return
+        with pipe.lock:
+            if pipe.fd < 0:
+                return
+            count = array("i", (0,))
+            fcntl.ioctl(pipe.fd, termios.FIONREAD, count)
+            there = count[0]
+            held = there > 0
+            if there != 1:
+                _read(before, pipe.fd, max(1, there - 1))
+            after = _decode(before, held, self._with_topic)
+            if after is None and held:
+                held = False
+                _read(before, pipe.fd, 1)
+        if after is None and before.chunks and not before.chunks[-1]:
+            # The pipe has ended. A last message may lack its tail byte.
+            after = _decode(before, True, self._with_topic) or _Stream(deque(), [], 0, RUN.size, False)
+            after.ready.append(_LOST)
+            after.plain = False
+        if after is not None and self._stream is before:  # else a signal handler has received meanwhile
+            self._stream, self._held = after, held
+
+    def _let_tail_go(self) -> bool:
+        """Nothing decoded will be left: let the descriptor tell what is behind it. Under the lock; always true."""
+        if self._held:
+            self._held = False
+            if self._pipe is not None:
+                with self._pipe.lock:
+                    if self._pipe.fd >= 0:
+                        _read(self._stream, self._pipe.fd, 1)
+        return True
+
+    # --- opening and closing
+
+    def _open(self) -> PipeEnd:
+        """The pipe; the first call asks the broker for it."""
+        if self._opened and not self._closed:
+            return cast(PipeEnd, self._pipe)
+        with self._opening:
+            while not self._opened or self._closed:
+                if self._closed:
+                    raise self._closed_error()
+                if self._owner:
+                    raise self._in_use(self._owner)
+                try:
+                    self._open_once(self._attached())
+                except ChannelInUse as error:
+                    self._pipe = None
+                    self._owner = error.pid
+                    error.channel = self
+                    raise
+                except BroadcastError as error:
+                    error.channel = self
+                    raise
+            return cast(PipeEnd, self._pipe)
+
+    def _open_once(self, link: Link) -> None:
+        # In two steps, so that an interrupted opening leaves it unopened: what was sent and not confirmed is taken back.
+        if self._pipe is None:
+            reply, end = link.request("open", subscription=self._number)
+            self._pipe, self._token = end, reply["token"]
+        reply, _ = link.request("opened", subscription=self._number, token=self._token)
+        if reply["opened"]:
+            self._opened = True
+        elif not self._opened:
+            self._pipe = None
+
+    def _attached(self) -> Link:
+        if self._link is None or self._link.inherited:
+            link = Link.shared(self._address)
+            if link.broker != self._broker:
+                raise BrokerLost(f"the broker of this channel has ended; another one listens at {self._address!r} now")
+            self._link = link
+        return self._link
+
+    def subscribe(self, *topics: str) -> None:
+        """Hear these topics or patterns, too. What is published from when this returns on reaches the channel.
+
+        :raises ClosedError: it was closed or unsubscribed. BrokerLost: the broker has ended.
+        """
+        self._change_topics("add topics", topics)
+
+    def unsubscribe(self, *topics: str) -> None:
+        """Do not hear these topics or patterns any more, named as they were subscribed to (``"*"`` for everything).
+
+        What had been routed can still be received. The channel lives on, even with no topic left.
+
+        :raises ClosedError: it was closed or unsubscribed. BrokerLost: the broker has ended.
+        """
+        self._change_topics("drop topics", topics)
+
+    def _change_topics(self, do: str, topics: tuple[str, ...]) -> None:
+        if not topics:
+            raise ValueError("name at least one topic")
+        for topic in topics:
+            encode_topic(topic)
+        if self._closed:
+            raise self._closed_error()
+        self._attached().request(do, subscription=self._number, topics=topics)
+
+    @property
+    def missed(self) -> int:
+        """How many messages it has not been given, under any policy, so far."""
+        return self._missed
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed in this process."""
+        return self._closed
+
+    def close(self) -> None:
+        """Unsubscribe, and let go of the pipe: what waits is dropped. It can be called again.
+
+        In the process that has subscribed, a channel that was handed on (pickled, or not open at a fork) stays what it is for
+        whoever opens it: only this handle is dropped. ``Broadcaster.unsubscribe`` ends it from anywhere.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._stream = _Stream(deque(), [], 0, RUN.size, True)
+            self._held = False
+        pipe = self._pipe
+        if pipe is not None:
+            pipe.close()
+        for waiter in list(self._readers):
+            waiter.get_loop().call_soon_threadsafe(self._wake_readers)
+        if self._owner or (self._subscriber and self._handed_on and not self._opened):
+            return
+        # A recv that waits in another thread is woken when the broker closes its end.
+        with contextlib.suppress(BroadcastError, OSError):
+            self._attached().request("close", subscription=self._number, deadline=Deadline(_CLOSE_TIMEOUT))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # An open pipe closes itself, which tells the broker; nobody can open what nobody has.
+        if getattr(self, "_subscriber", False) and not (self._closed or self._handed_on or self._opened):
+            link = self._link
+            if link is not None and not link.inherited:
+                link.note("drop", subscription=self._number)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open" if self._opened else "not open here"
+        return f"<mpbroadcast.Channel {self._number} at {self._address!r}, {state}>"
+
+    # --- handing on
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._closed:
+            raise self._closed_error()
+        if self._owner:
+            raise self._in_use(self._owner)
+        if self._pipe is not None:
+            raise self._in_use(os.getpid())
+        self._handed_on = True
+        return _handed_on, (self._address, self._broker, self._number, self._with_topic)
+
+    def after_fork_in_parent(self) -> None:
+        if self._pipe is None:
+            self._handed_on = True
+
+    def after_fork_in_child(self) -> None:
+        self._lock = threading.RLock()
+        self._opening = threading.RLock()
+        self._stream = _Stream(deque(), [], 0, RUN.size, True)
+        self._held = False
+        self._readers = set()
+        self._subscriber = False
+        if self._pipe is not None:
+            self._owner = os.getppid()
+            self._pipe = None
+            self._opened = False
+
+    def _closed_error(self) -> ClosedError:
+        error = ClosedError("this channel was closed in this process: subscribe again for another")
+        error.channel = self
+        return error
+
+    def _in_use(self, pid: int) -> ChannelInUse:
+        error = ChannelInUse(
+            f"process {pid} has opened this channel, and only that one can receive from it: hand a channel on before its "
+            "first receive, or subscribe in each process",
+            pid,
+        )
+        error.channel = self
+        return error
+
+    # --- for the broadcaster
+
+    @property
+    def number(self) -> int:
+        """What the broker calls it."""
+        return self._number
+
+    @property
+    def broker(self) -> str:
+        """Which broker it belongs to."""
+        return self._broker
+
+    def open_if_own(self) -> None:
+        """Open it, if it was made here and nobody else was given it."""
+        if self._subscriber and not (self._handed_on or self._opened or self._closed):
+            self._open()
+
+
+def _handed_on(address: str, broker: str, number: int, with_topic: bool) -> Channel[Any]:
+    return Channel(address, broker, number, with_topic=with_topic)
+
+
+def _read(stream: _Stream, fd: int, size: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        stream.chunks.extend(map(os.read, (fd,), (size,)))

@@ -1,0 +1,90 @@
+"""Every exception of this package that a user can meet.
+
+They are split by who acted: you closed it (:class:`ClosedError`), the broker went (:class:`BrokerLost`), you were too slow
+(:class:`Lagged`, :class:`Overflowed`), it would have blocked for too long (:class:`TimedOut`). A clean end is the built-in
+``EOFError``. Wrong arguments raise the built-in ``TypeError`` and ``ValueError``, a message that cannot be pickled raises
+whatever its pickling raises.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpbroadcast.channel import Channel
+
+__all__ = [
+    "AddressError",
+    "AuthenticationFailed",
+    "BroadcastError",
+    "BrokerLost",
+    "ChannelInUse",
+    "ClosedError",
+    "Lagged",
+    "Overflowed",
+    "StartError",
+    "TimedOut",
+]
+
+
+class BroadcastError(Exception):
+    """The base of all exceptions of this package.
+
+    ``channel`` is the channel that the error concerns, or ``None``.
+    """
+
+    channel: Channel[Any] | None = None
+
+
+class StartError(BroadcastError, RuntimeError):
+    """The broker could not be started; nothing is left behind. ``__cause__`` has the reason where there is one."""
+
+
+class AddressError(BroadcastError, OSError, ValueError):
+    """An address that no socket can have: too long, empty, with a NUL byte, or in a folder that does not exist."""
+
+
+class AuthenticationFailed(BroadcastError, multiprocessing.AuthenticationError):
+    """The broker and this process do not have the same key, or not the same user."""
+
+
+class BrokerLost(BroadcastError, ConnectionError):
+    """The broker has ended without a clean end for this handle: it was killed, closed, or never there."""
+
+
+class ClosedError(BroadcastError, OSError):
+    """This handle was closed in this process, by ``close()``, by ``with``, or because its broadcaster was closed."""
+
+
+class ChannelInUse(BroadcastError, RuntimeError):
+    """Another process has opened this channel, and only that one can receive from it. ``pid`` is its process ID."""
+
+    def __init__(self, message: str, pid: int = 0) -> None:
+        super().__init__(message, pid)
+        self.pid = pid
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Lagged(BroadcastError):
+    """This subscriber was too slow, and exactly ``missed`` messages were dropped in this place; receiving goes on."""
+
+    def __init__(self, missed: int) -> None:
+        super().__init__(missed)
+        self.missed = missed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.missed} message(s) were dropped here because this channel's backlog was full; the next receive goes on "
+            "behind the gap. Receive faster, or subscribe with a larger capacity or another overflow policy"
+        )
+
+
+class Overflowed(BroadcastError):
+    """This channel's backlog was full under ``overflow="disconnect"``, and so it was unsubscribed."""
+
+
+class TimedOut(BroadcastError, TimeoutError):
+    """The call's ``timeout`` has run out before it could be done."""

@@ -1,0 +1,152 @@
+"""Requests, replies and the handshake on a control connection. Sans-IO: bytes in, bytes out.
+
+A message is a length (4 bytes, big-endian) and a body, as ``multiprocessing.connection`` has it. First comes its
+challenge: each side proves that it has the key, the client first. It stands here again as a state machine, because the
+standard functions block: a client that says nothing would hold up a thread each. HMAC-SHA256 is what this side asks for;
+the answer of Python 3.11's own client (HMAC-MD5) is understood as well, as Python 3.12 and later do.
+
+Behind the handshake a body is JSON, an object: never a pickle.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+from collections.abc import Generator, Sequence
+from struct import Struct
+from typing import Any, Final
+
+__all__ = [
+    "MAX_HANDSHAKE",
+    "MAX_REPLY",
+    "MAX_REQUEST",
+    "ControlError",
+    "Handshake",
+    "Inbox",
+    "client_handshake",
+    "decode",
+    "encode",
+    "serve_handshake",
+]
+
+MAX_REQUEST: Final = 4 << 20  # bytes of one request: some thousand topics of full length
+MAX_REPLY: Final = 1 << 30  # bytes of one reply, from the broker, who is trusted: stats of very many subscriptions
+MAX_HANDSHAKE: Final = 256  # bytes of one of its messages
+_LENGTH: Final = Struct("!i")
+_CHALLENGE: Final = b"#CHALLENGE#"
+_WELCOME: Final = b"#WELCOME#"
+_FAILURE: Final = b"#FAILURE#"
+_SHA256: Final = b"{sha256}"
+_MD5_LENGTH: Final = 16
+
+
+class ControlError(Exception):
+    """Bytes that no peer of this package sends, or a challenge that was not met."""
+
+
+class Inbox:
+    """Finds the messages in a stream; ``limit`` is the longest that is taken in."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        self._data += data
+
+    def __bool__(self) -> bool:
+        """Whether something has come that was not taken out."""
+        return bool(self._data)
+
+    def next(self) -> bytes | None:
+        """The first body, taken out, or ``None`` while it is not whole.
+
+        :raises ControlError: a length below 0 or above the limit.
+        """
+        if len(self._data) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._data)
+        if not 0 <= length <= self.limit:
+            raise ControlError(f"a message of {length} bytes")
+        end = _LENGTH.size + length
+        if len(self._data) < end:
+            return None
+        body = bytes(self._data[_LENGTH.size : end])
+        del self._data[:end]
+        return body
+
+
+def frame(body: bytes) -> bytes:
+    return _LENGTH.pack(len(body)) + body
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """A request or a reply as it travels."""
+    return frame(json.dumps(message, separators=(",", ":")).encode())
+
+
+def decode(body: bytes) -> dict[str, Any]:
+    """The request or reply in a body.
+
+    :raises ControlError: it is no JSON object.
+    """
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ControlError("a body that is not JSON") from error
+    if not isinstance(message, dict):
+        raise ControlError("a body that is not an object")
+    return message
+
+
+# What to send comes out of it, what was received goes in; it returns what is still to be sent when all has been proved, and
+# raises ControlError, whose second argument, if it has one, is still to be sent.
+Handshake = Generator[bytes, bytes, bytes]
+
+
+def serve_handshake(keys: Sequence[bytes]) -> Handshake:
+    """The broker's side, which asks first: it takes any of ``keys``, and answers with the one that the client has."""
+    question = _SHA256 + os.urandom(32)
+    response = yield frame(_CHALLENGE + question)
+    key = next((key for key in keys if _is_answer(response, key, question)), None)
+    if key is None:
+        raise ControlError("the key is not ours", frame(_FAILURE))
+    challenge = yield frame(_WELCOME)
+    verdict = yield frame(_answer(key, challenge))
+    if verdict != _WELCOME:
+        raise ControlError("the client does not take our answer")
+    return b""
+
+
+def client_handshake(key: bytes) -> Handshake:
+    """The side of who connects."""
+    challenge = yield b""
+    verdict = yield frame(_answer(key, challenge))
+    if verdict != _WELCOME:
+        raise ControlError("the key is not the broker's")
+    question = _SHA256 + os.urandom(32)
+    response = yield frame(_CHALLENGE + question)
+    if not _is_answer(response, key, question):
+        raise ControlError("the broker does not have the key", frame(_FAILURE))
+    return frame(_WELCOME)
+
+
+def _answer(key: bytes, challenge: bytes) -> bytes:
+    if not challenge.startswith(_CHALLENGE) or not len(_CHALLENGE) + 16 <= len(challenge) <= MAX_HANDSHAKE:
+        raise ControlError("no challenge where one was due")
+    question = challenge[len(_CHALLENGE) :]
+    return _digest(key, question, 0 if question.startswith(_SHA256) else _MD5_LENGTH)
+
+
+def _is_answer(response: bytes, key: bytes, question: bytes) -> bool:
+    return hmac.compare_digest(response, _digest(key, question, len(response)))
+
+
+def _digest(key: bytes, question: bytes, length: int) -> bytes:
+    if length != _MD5_LENGTH:
+        return _SHA256 + hmac.digest(key, question, "sha256")
+    try:
+        return hmac.digest(key, question, "md5")
+    except ValueError:  # a system without MD5: no such answer is right
+        return os.urandom(_MD5_LENGTH)

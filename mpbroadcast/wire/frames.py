@@ -1,0 +1,287 @@
+"""Frames (publisher to broker) and runs (broker to channel). Sans-IO: bytes in, bytes out.
+
+A **frame** is one published message::
+
+    size u32 | tag u32 | [excluded subscription u64] | topic | payload
+
+``size`` counts the whole frame. ``tag`` has the topic's length in its low 16 bits, then ``EXCLUDE``, and the kind in its high
+byte. All that decides where a frame goes stands in front of the payload, so neighbours that go the same way are told by
+comparing bytes.
+
+Every write to the broker is whole frames of at most ``PIPE_BUF`` bytes, which a pipe takes all or not at all. A frame that is
+longer travels as **pieces**, each a frame of its own with the message's number, so that no kill, timeout, interrupt or other
+thread ever tears one: pieces of several messages may be mixed, and a message whose last piece never comes does not exist.
+
+A **run** is what a channel reads: neighbouring frames, untouched, behind a table of their lengths::
+
+    size u64 | count u32 | kind u8 | 0 u8 | skip u16 | count lengths u32 (none for a single frame) | frames | tail byte
+
+``skip`` is the length of what stands before each payload. The channel reads ``length`` bytes from behind the first frame's
+head on: each read is one payload and the next frame's head, which unpickling ignores. The tail byte stays in the pipe until
+the last message of the run has been handed out, so that the descriptor stays readable while there is something to receive.
+"""
+
+from __future__ import annotations
+
+import select
+from array import array
+from collections.abc import Iterator
+from struct import Struct
+from typing import Final, NamedTuple
+
+__all__ = [
+    "END",
+    "FRAME_OVERHEAD",
+    "HEAD",
+    "MAX_FRAME",
+    "MESSAGES",
+    "PIPE_BUF",
+    "RUN",
+    "Batch",
+    "FrameError",
+    "Run",
+    "Splitter",
+    "abort",
+    "end_run",
+    "frame_head",
+    "pieces",
+    "RunView",
+    "read_run",
+    "run_of",
+    "topic_of",
+]
+
+PIPE_BUF: Final = select.PIPE_BUF
+MAX_FRAME: Final = 0xFFFF_FFFF
+EXCLUDE: Final = 1 << 16
+TOPIC_LENGTH: Final = 0xFFFF
+PIECE: Final = 1 << 24
+ABORT: Final = 2 << 24
+
+HEAD: Final = Struct("<II")
+_EXCLUDED: Final = Struct("<Q")
+_PIECE: Final = Struct("<IIQB")  # size, PIECE, message number, last?
+_ABORT: Final = Struct("<IIQ")
+_ROOM: Final = PIPE_BUF - _PIECE.size
+
+RUN: Final = Struct("<QIBBH")
+TAIL: Final = b"\n"
+MESSAGES: Final = 0
+END: Final = 1
+
+# A message counts in a backlog as its pickled bytes, its topic's, and this: the frame's head, the run's object with its
+# header, and its place in a queue, rounded up.
+FRAME_OVERHEAD: Final = 256
+_OVERHEAD: Final = FRAME_OVERHEAD - HEAD.size  # what comes to a whole frame
+
+
+class FrameError(Exception):
+    """Bytes that no publisher of this package writes."""
+
+
+def frame_head(size: int, topic: bytes, exclude: int = 0) -> bytes:
+    """The head of a frame with ``size`` bytes of payload; ``exclude`` is a subscription's number, 0 for none."""
+    if not exclude:
+        return HEAD.pack(size + 8 + len(topic), len(topic)) + topic
+    head = HEAD.pack(size + 16 + len(topic), len(topic) | EXCLUDE)
+    return head + _EXCLUDED.pack(exclude) + topic
+
+
+def pieces(frame: bytes, number: int) -> Iterator[bytes]:
+    """A frame that is too long for one write, as frames that are not. ``number`` differs from any other message's."""
+    view = memoryview(frame)
+    for start in range(0, len(frame), _ROOM):
+        part = view[start : start + _ROOM]
+        yield _PIECE.pack(_PIECE.size + len(part), PIECE, number, start + _ROOM >= len(frame)) + part
+
+
+def abort(number: int) -> bytes:
+    """Says that the rest of message ``number`` will not come."""
+    return _ABORT.pack(_ABORT.size, ABORT, number)
+
+
+class Batch(NamedTuple):
+    """Neighbouring frames that go the same way."""
+
+    frames: bytes
+    sizes: list[int]
+    topic: bytes
+    exclude: int
+    skip: int
+
+    @property
+    def charge(self) -> int:
+        """What it counts in a backlog."""
+        return len(self.frames) + len(self.sizes) * _OVERHEAD
+
+    def fitting(self, room: int) -> int:
+        """How many of its first messages fit into ``room`` of charge."""
+        for index, size in enumerate(self.sizes):
+            room -= size + _OVERHEAD
+            if room < 0:
+                return index
+        return len(self.sizes)
+
+    def cut(self, count: int) -> tuple[Batch, Batch]:
+        """Its first ``count`` messages, and the others."""
+        middle = sum(self.sizes[:count])
+        return (
+            self._replace(frames=self.frames[:middle], sizes=self.sizes[:count]),
+            self._replace(frames=self.frames[middle:], sizes=self.sizes[count:]),
+        )
+
+
+class Splitter:
+    """Finds the frames in what one publisher wrote, and puts its long messages together."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._parts: dict[int, list[bytes]] = {}
+        self.held = 0  # bytes of messages that are not complete
+
+    def split(self, chunk: bytes) -> list[Batch]:
+        """The frames that ``chunk`` completes, in order, neighbours of one way together.
+
+        :raises FrameError: it is no such stream; the splitter is then of no more use.
+        """
+        if self._rest:
+            chunk = self._rest + chunk
+        unpack = HEAD.unpack_from
+        batches: list[Batch] = []
+        position, end = 0, len(chunk)
+        while position + 8 <= end:
+            start = position
+            size, tag = unpack(chunk, position)
+            if tag >= PIECE:
+                if size > PIPE_BUF or size < 8:
+                    raise FrameError(f"a piece of {size} bytes")
+                position += size
+                if position > end:
+                    position = start
+                    break
+                frame = self._piece(chunk[start:position], tag)
+                if frame is not None:
+                    batches.append(_single(frame))
+                continue
+            skip = 8 + (tag & TOPIC_LENGTH) + (8 if tag & EXCLUDE else 0)
+            if size < skip or size > PIPE_BUF or tag > (EXCLUDE | TOPIC_LENGTH):
+                raise FrameError(f"a frame of {size} bytes with the tag {tag:#x}")
+            if position + size > end:
+                break
+            sizes = [size]
+            add = sizes.append
+            position += size
+            if skip == 8:
+                while position + 8 <= end:
+                    size, tag = unpack(chunk, position)
+                    if tag or size < 8 or size > PIPE_BUF or position + size > end:
+                        break
+                    add(size)
+                    position += size
+            else:
+                way = chunk[start + 4 : start + skip]
+                same = chunk.startswith
+                while position + 8 <= end and same(way, position + 4):
+                    size = unpack(chunk, position)[0]
+                    if size < skip or size > PIPE_BUF or position + size > end:
+                        break
+                    add(size)
+                    position += size
+            batches.append(_batch(chunk[start:position], sizes))
+        self._rest = chunk[position:]
+        return batches
+
+    def _piece(self, piece: bytes, tag: int) -> bytes | None:
+        if tag == ABORT and len(piece) == _ABORT.size:
+            self._drop(_ABORT.unpack(piece)[2])
+            return None
+        if tag != PIECE or len(piece) <= _PIECE.size:
+            raise FrameError(f"a piece with the tag {tag:#x}")
+        _, _, number, last = _PIECE.unpack_from(piece)
+        part = piece[_PIECE.size :]
+        self._parts.setdefault(number, []).append(part)
+        self.held += len(part)
+        if self.held > MAX_FRAME:
+            raise FrameError("more of unfinished messages than one message may have")
+        return self._drop(number) if last else None
+
+    def _drop(self, number: int) -> bytes:
+        frame = b"".join(self._parts.pop(number, ()))
+        self.held -= len(frame)
+        return frame
+
+
+def _single(frame: bytes) -> Batch:
+    if len(frame) < 8:
+        raise FrameError("a message without a head")
+    size, tag = HEAD.unpack_from(frame)
+    if size != len(frame) or tag > (EXCLUDE | TOPIC_LENGTH):
+        raise FrameError(f"a message of {len(frame)} bytes that says {size}")
+    return _batch(frame, [size])
+
+
+def _batch(frames: bytes, sizes: list[int]) -> Batch:
+    tag = HEAD.unpack_from(frames)[1]
+    if not tag:
+        return Batch(frames, sizes, b"", 0, 8)
+    start = 8
+    exclude = 0
+    skip = 8 + (tag & TOPIC_LENGTH) + (8 if tag & EXCLUDE else 0)
+    if skip > sizes[0]:
+        raise FrameError("a topic that is longer than its frame")
+    if tag & EXCLUDE:
+        exclude = _EXCLUDED.unpack_from(frames, 8)[0]
+        start = 16
+    return Batch(frames, sizes, frames[start:skip], exclude, skip)
+
+
+class Run:
+    """Messages on their way to a channel: ``data`` is what its pipe gets, shared by all who get it."""
+
+    __slots__ = ("charge", "count", "data")
+
+    def __init__(self, data: bytes, count: int, charge: int) -> None:
+        self.data = data
+        self.count = count
+        self.charge = charge  # what it counts in a backlog
+
+
+def topic_of(head: bytes) -> str:
+    """The topic in what stands before a payload."""
+    return head[16 if HEAD.unpack_from(head)[1] & EXCLUDE else 8 :].decode()
+
+
+def run_of(batch: Batch) -> Run:
+    """The run that carries a batch."""
+    count = len(batch.sizes)
+    table = array("I", batch.sizes).tobytes() if count > 1 else b""
+    size = RUN.size + len(table) + len(batch.frames) + len(TAIL)
+    head = RUN.pack(size, count, MESSAGES, 0, batch.skip)
+    return Run(b"".join((head, table, batch.frames, TAIL)), count, batch.charge)
+
+
+def end_run() -> Run:
+    """Says that no more will come: a clean end."""
+    return Run(RUN.pack(RUN.size + len(TAIL), 0, END, 0, 0) + TAIL, 0, 0)
+
+
+class RunView(NamedTuple):
+    """What the head of a run says about the bytes behind it."""
+
+    size: int
+    kind: int
+    messages: int
+    skip: int
+    sizes: array[int] | None  # of the frames; None for a single one
+    first: int  # where the first frame starts
+
+
+def read_run(data: bytes, start: int) -> RunView | None:
+    """The run at ``start``, or ``None`` while its head is not whole. The frames may not be there yet."""
+    if len(data) - start < RUN.size:
+        return None
+    size, count, kind, _, skip = RUN.unpack_from(data, start)
+    first = start + RUN.size
+    if count <= 1 or len(data) - first < 4 * count:
+        return RunView(size, kind, count, skip, None, first)
+    return RunView(size, kind, count, skip, array("I", data[first : first + 4 * count]), first + 4 * count)

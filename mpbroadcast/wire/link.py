@@ -1,0 +1,385 @@
+"""The control connection and the pipe, as a user's process holds them.
+
+A process is known to the broker by a :class:`Link`: a *lifeline*, a control connection that is only held open, and a pool of
+control connections for requests. Each request has one of these to itself, so a request that waits for long holds up no
+other, and one that is interrupted by an exception is thrown away with its connection: no lock, no reply that meets the wrong
+question, in threads and in signal handlers.
+
+Descriptors and forks: everything here that owns a descriptor is in one ``WeakSet``, and comes into it under the lock that
+``os.fork`` takes. So a child closes all its inherited copies, whatever another thread was doing, and what each object does in
+the child is its own ``after_fork_in_child``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import select
+import socket
+import threading
+import time
+from array import array
+from typing import Any, Final, Protocol
+from weakref import WeakSet, WeakValueDictionary
+
+from mpbroadcast.arguments import Deadline
+from mpbroadcast.errors import (
+    AuthenticationFailed,
+    BroadcastError,
+    BrokerLost,
+    ChannelInUse,
+    ClosedError,
+    TimedOut,
+)
+from mpbroadcast.wire.control import (
+    MAX_HANDSHAKE,
+    MAX_REPLY,
+    MAX_REQUEST,
+    ControlError,
+    Handshake,
+    Inbox,
+    client_handshake,
+    decode,
+    encode,
+)
+
+__all__ = ["CONNECT_TIMEOUT", "ForkAware", "Link", "PipeEnd", "on_fork", "remember_key"]
+
+CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
+_READ: Final = 1 << 16
+
+
+class ForkAware(Protocol):
+    """What wants to know of forks. Both are called in the thread that forked, and must not block."""
+
+    def after_fork_in_parent(self) -> None: ...
+    def after_fork_in_child(self) -> None: ...
+
+
+_fork_lock = threading.RLock()  # reentrant: a signal handler or finaliser may come in while its own thread holds it
+_aware: WeakSet[ForkAware] = WeakSet()
+
+
+def on_fork(something: ForkAware) -> None:
+    """From now on, tell ``something`` of forks."""
+    with _fork_lock:
+        _aware.add(something)
+
+
+def _before_fork() -> None:
+    _fork_lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    try:
+        for something in list(_aware):
+            with contextlib.suppress(Exception):  # one handle's error stops no other
+                something.after_fork_in_parent()
+    finally:
+        _fork_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _fork_lock
+    _fork_lock = threading.RLock()
+    _links.clear()
+    for something in list(_aware):
+        with contextlib.suppress(Exception):
+            something.after_fork_in_child()
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+)
+
+
+class PipeEnd:
+    """One end of a pipe, closed safely while other threads use it.
+
+    ``fd`` is used under ``lock``, and only for calls that do not block; it is -1 once this end is closed. To wait, call
+    :meth:`wait`, without the lock. A thread that waits is woken by the broker's closing of the other end, which whoever calls
+    :meth:`close` has to ask it for.
+    """
+
+    __slots__ = ("__weakref__", "_closing", "_waiting", "fd", "lock")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.lock = threading.RLock()
+        self._waiting = 0
+        self._closing = False
+        on_fork(self)
+
+    def wait(self, events: int, deadline: Deadline) -> bool:
+        """Whether one of ``events`` (or an error, or the other end's closing) came before the deadline."""
+        with self.lock:
+            if self._closing or self.fd < 0:
+                return True
+            poll = select.poll()
+            poll.register(self.fd, events)
+            self._waiting += 1
+        try:
+            return bool(poll.poll(deadline.milliseconds()))
+        finally:
+            with self.lock:
+                self._waiting -= 1
+                if self._closing and not self._waiting:
+                    self._close()
+
+    @property
+    def closed(self) -> bool:
+        return self._closing or self.fd < 0
+
+    def close(self) -> None:
+        """Close it now, or as soon as nobody waits for it."""
+        with self.lock:
+            self._closing = True
+            if not self._waiting:
+                self._close()
+
+    def _close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def after_fork_in_parent(self) -> None:
+        pass
+
+    def after_fork_in_child(self) -> None:
+        self.lock = threading.RLock()  # another thread may have held it
+        self._waiting = 0
+        self._close()
+
+    def __del__(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class _Control:
+    """A control connection of this process, behind its handshake."""
+
+    def __init__(self, address: str, authkey: bytes, deadline: Deadline) -> None:
+        self._address = address
+        self._inbox = Inbox(MAX_HANDSHAKE)
+        self._ends: list[PipeEnd] = []
+        with _fork_lock:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._socket.setblocking(False)
+            on_fork(self)
+        try:
+            self._connect(deadline)
+            self._shake_hands(client_handshake(authkey), deadline)
+        except BaseException:
+            self.close()
+            raise
+        self._inbox.limit = MAX_REPLY
+
+    def _connect(self, deadline: Deadline) -> None:
+        while True:
+            try:
+                self._socket.connect(self._address)
+                return
+            except BlockingIOError:  # its queue is full
+                if deadline.left() == 0:
+                    raise TimedOut(f"the broker at {self._address!r} took no connection in time") from None
+                time.sleep(0.005)
+            except OSError as error:
+                raise BrokerLost(
+                    f"no broker answers at {self._address!r} ({error.strerror}): it has ended, or this is not what its "
+                    "`address` says"
+                ) from error
+
+    def _shake_hands(self, handshake: Handshake, deadline: Deadline) -> None:
+        to_send = next(handshake)
+        try:
+            while True:
+                self._send(to_send, deadline)
+                to_send = handshake.send(self._receive(deadline))
+        except StopIteration as done:
+            self._send(done.value, deadline)
+        except ControlError as error:
+            raise AuthenticationFailed(
+                f"the broker at {self._address!r} and this process have different keys ({error.args[0]}): pass the key of "
+                "its start_broadcaster() as connect(address, authkey=...)"
+            ) from error
+
+    def request(self, message: dict[str, Any], deadline: Deadline) -> tuple[dict[str, Any], PipeEnd | None]:
+        data = encode(message)
+        if len(data) > MAX_REQUEST:
+            raise ValueError(f"a request of {len(data)} bytes is too long: name fewer topics in one call")
+        self._send(data, deadline)
+        reply = decode(self._receive(deadline))
+        return reply, self._ends.pop() if self._ends else None
+
+    def _send(self, data: bytes, deadline: Deadline) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._socket.send(view) :]
+            except BlockingIOError:
+                self._wait(select.POLLOUT, deadline)
+            except OSError as error:
+                raise self._lost() from error
+
+    def _receive(self, deadline: Deadline) -> bytes:
+        while True:
+            body = self._inbox.next()
+            if body is not None:
+                return body
+            try:
+                data = self._read()
+            except BlockingIOError:
+                self._wait(select.POLLIN, deadline)
+                continue
+            except ConnectionError as error:
+                raise self._lost() from error
+            if not data:
+                raise self._lost()
+            self._inbox.feed(data)
+
+    def _read(self) -> bytes:
+        """What is there, at once; descriptors that came with it are in ``_ends``."""
+        space = socket.CMSG_SPACE(array("i").itemsize)
+        flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+        with _fork_lock:
+            data, ancillary, got, _ = self._socket.recvmsg(_READ, space, flags)
+            for level, kind, body in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    descriptors = array("i")
+                    descriptors.frombytes(body[: len(body) - len(body) % descriptors.itemsize])
+                    self._ends.extend(map(PipeEnd, descriptors))
+        if not flags:
+            for end in self._ends:
+                os.set_inheritable(end.fd, False)
+        if got & socket.MSG_CTRUNC:
+            raise OSError(
+                errno.EMFILE, "no descriptor is left in this process for a pipe: close some, or raise `ulimit -n`"
+            )
+        return data
+
+    def _wait(self, events: int, deadline: Deadline) -> None:
+        poll = select.poll()
+        poll.register(self._socket, events)
+        if not poll.poll(deadline.milliseconds()):
+            raise TimedOut("the broker did not answer in time")
+
+    def _lost(self) -> BrokerLost:
+        return BrokerLost(f"the broker at {self._address!r} has ended")
+
+    def write_now(self, data: bytes) -> None:
+        """A short note without an answer, if there is room for it. From a finaliser, too."""
+        with contextlib.suppress(OSError):
+            self._socket.send(data)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._ends.clear()
+
+    def after_fork_in_parent(self) -> None:
+        pass
+
+    def after_fork_in_child(self) -> None:
+        self._socket.close()
+
+
+class Link:
+    """This process, as the broker at ``address`` knows it. It lasts until nothing refers to it any more.
+
+    :raises BrokerLost: there is no broker.
+    :raises AuthenticationFailed: it has another key.
+    :raises TimedOut: it did not answer within ``CONNECT_TIMEOUT`` seconds.
+    """
+
+    def __init__(self, address: str, authkey: bytes | None = None) -> None:
+        self.address = address
+        self._authkey = authkey or _keys.get(address) or bytes(multiprocessing.current_process().authkey)
+        self._idle: list[_Control] = []
+        self.inherited = False  # made before a fork, and of no use in this process
+        deadline = Deadline(CONNECT_TIMEOUT)
+        self._lifeline = _Control(address, self._authkey, deadline)
+        reply, _ = self._lifeline.request({"do": "attach"}, deadline)
+        self.session = int(reply["session"])
+        self.broker = str(reply["broker"])
+        self.broker_pid = int(reply["pid"])
+        on_fork(self)
+        _links[address] = self
+
+    @classmethod
+    def shared(cls, address: str) -> Link:
+        """The one that this process has already, or a new one."""
+        return _links.get(address) or cls(address)
+
+    def request(
+        self, do: str, *, deadline: Deadline | None = None, **fields: Any
+    ) -> tuple[dict[str, Any], PipeEnd | None]:
+        """Ask the broker; the answer, and the pipe's end that came with it. Waits until ``deadline``, or for ever.
+
+        :raises BrokerLost: it has ended.
+        :raises TimedOut: it did not answer in time.
+        :raises ChannelInUse, ClosedError, ValueError, OSError: what it says.
+        """
+        deadline = deadline or Deadline(None)
+        try:
+            control = self._idle.pop()
+        except IndexError:
+            control = _Control(self.address, self._authkey, _sooner(deadline))
+        try:
+            reply, end = control.request({"do": do, "session": self.session, **fields}, deadline)
+        except BaseException:
+            control.close()
+            raise
+        self._idle.append(control)
+        if "error" in reply:
+            raise _error(reply)
+        return reply, end
+
+    def note(self, do: str, **fields: Any) -> None:
+        """Tell the broker, without an answer, without blocking: what a finaliser may do."""
+        self._lifeline.write_now(encode({"do": do, **fields}))
+
+    def after_fork_in_parent(self) -> None:
+        pass
+
+    def after_fork_in_child(self) -> None:
+        self.inherited = True
+        self._idle.clear()
+
+    def __del__(self) -> None:
+        if not self.inherited and hasattr(self, "_lifeline"):
+            self.note("detach")
+            self._lifeline.close()
+            for control in self._idle:
+                control.close()
+
+
+_links: WeakValueDictionary[str, Link] = WeakValueDictionary()
+_keys: dict[str, bytes] = {}
+
+
+def remember_key(address: str, authkey: bytes) -> None:
+    """For handles of this process, and of those that it forks, that come without a key."""
+    _keys[address] = authkey
+
+
+def _sooner(deadline: Deadline) -> Deadline:
+    left = deadline.left()
+    return Deadline(CONNECT_TIMEOUT if left is None else min(left, CONNECT_TIMEOUT))
+
+
+def _error(reply: dict[str, Any]) -> Exception:
+    kind, text = str(reply["error"]), str(reply.get("text", ""))
+    match kind:
+        case "in use":
+            return ChannelInUse(text, int(reply.get("pid", 0)))
+        case "closed":
+            return ClosedError(text)
+        case "value":
+            return ValueError(text)
+        case "system":
+            return OSError(int(reply.get("errno", 0)), text)
+        case "lost":
+            return BrokerLost(text)
+    return BroadcastError(text)
