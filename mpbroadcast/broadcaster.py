@@ -53,6 +53,7 @@ DEFAULT_CAPACITY: Final = 64 << 20
 DEFAULT_STALL_TIMEOUT: Final = 30.0
 OVERFLOWS: Final = ("block",)
 _CLOSE_TIMEOUT: Final = 5.0
+_ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
 _pack_head = HEAD.pack
 _write = os.write
@@ -363,14 +364,14 @@ class Broadcaster(Generic[M]):
 
         :raises TimedOut: (a ``TimeoutError``) not within ``timeout`` seconds. BrokerLost, ClosedError: as :meth:`publish`.
         """
-        deadline = Deadline(check_timeout(timeout))
+        limit = check_timeout(timeout)
         if not isinstance(delivered, bool):
             raise TypeError(f"delivered must be True or False, not {type(delivered).__name__}")
         if delivered:
             raise ValueError("delivered=True is not available yet: flush() waits until all has been routed")
         link = self._attached()
         if self._outlet is not None:
-            link.request("flush", publisher=self._outlet.number, deadline=deadline)
+            self._ask_and_wait(link, limit, "flush", publisher=self._outlet.number)
 
     def wait_for_subscribers(self, count: int, *, topic: str | None = None, timeout: float | None = None) -> None:
         """Wait until there are ``count`` subscriptions; with ``topic``, that would get what is published to it.
@@ -380,8 +381,14 @@ class Broadcaster(Generic[M]):
         check_count(count, "count", 0)
         if topic is not None:
             encode_topic(topic)
-        deadline = Deadline(check_timeout(timeout))
-        self._attached().request("wait", count=count, topic=topic, deadline=deadline)
+        self._ask_and_wait(self._attached(), check_timeout(timeout), "wait", count=count, topic=topic)
+
+    def _ask_and_wait(self, link: Link, timeout: float | None, do: str, **fields: Any) -> None:
+        # Who does not wait for what is asked for does wait for the answer.
+        deadline = Deadline(_ANSWER_TIMEOUT if timeout == 0 else timeout)
+        reply, _ = link.request(do, now=timeout == 0, deadline=deadline, **fields)
+        if not reply["done"]:
+            raise TimedOut("it is not so yet, and timeout=0 does not wait")
 
     def stats(self) -> BrokerStats:
         """A snapshot of the broker and its subscriptions. Rates are the difference of two.

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -208,13 +209,16 @@ def _interrupts_held() -> Iterator[None]:
 class _Demo:
     """One run: the workers, what they have reported, and what was published to them."""
 
-    def __init__(self, bus: Broadcaster[Text], workers: int) -> None:
+    def __init__(self, bus: Broadcaster[Text], workers: int, root: Path, paths: Sequence[Path]) -> None:
         self.bus = bus
         self.published = Tally()
         self.reports: dict[int, Report] = {}
         self.victim: int | None = None
         self.channels: list[Channel[Text]] = [bus.subscribe(capacity=_CAPACITY) for _ in range(workers)]
         self.processes: list[BaseProcess] = []
+        self._root = root
+        self._paths = paths
+        self._files_done = 0
         self._results: Selector[Report] = Selector()
         self._progress = _Progress()
 
@@ -228,28 +232,39 @@ class _Demo:
             send_end.close()  # the worker has the only one: its death ends the pipe
             self._results.select(results)
 
-    def run(self, root: Path, paths: Sequence[Path], *, kill: bool) -> None:
-        half = max(len(paths) // 2, 1)
-        for done, path in enumerate(paths, 1):
-            name = os.fsencode(path.relative_to(root)).decode(errors="replace")
+    def run(self, *, kill: bool) -> None:
+        half = max(len(self._paths) // 2, 1)
+        for done, path in enumerate(self._paths, 1):
+            name = os.fsencode(path.relative_to(self._root)).decode(errors="replace")
             try:
                 text = path.read_text(encoding="utf-8", errors="replace")
             except OSError as error:
                 print(f"skipped {path}: {error.strerror}", file=sys.stderr)
             else:
-                self.bus.publish((name, text))
+                self._until_done(partial(self.bus.publish, (name, text)))
                 self.published.add(name, text)
-            self._collect(timeout=0)
-            self._show(len(paths), done)
+            self._files_done = done
+            self._show()
             if kill and done == half:
                 self._kill(len(self.processes) - 1)
+        self._until_done(self.bus.flush)
         for channel in self.channels:
-            self.bus.unsubscribe(channel)  # what is on its way arrives before the end does
+            self.bus.unsubscribe(channel)  # what has been routed arrives before the end does
         while self._collect(timeout=0.1):
-            self._show(len(paths), len(paths))
-        self._show(len(paths), len(paths), last=True)
+            self._show()
+        self._show(last=True)
         for process in self.processes:
             process.join()
+
+    def _until_done(self, call: Callable[..., None]) -> None:
+        """Make this call, which waits for the slowest worker, and listen to the workers meanwhile."""
+        waiting = True
+        while waiting:
+            with suppress(TimeoutError):
+                call(timeout=0.1)
+                waiting = False
+            self._collect(timeout=0)
+            self._show()
 
     def _collect(self, timeout: float) -> bool:
         """Take in the reports that are there; False when every worker has ended."""
@@ -263,9 +278,10 @@ class _Demo:
         except EOFError:
             return False
 
-    def _show(self, total: int, done: int, *, last: bool = False) -> None:
+    def _show(self, *, last: bool = False) -> None:
         size = self.published.size / 1e6
         seen = [self.reports[n].messages if n in self.reports else 0 for n in self._survivors()]
+        done, total = self._files_done, len(self._paths)
         text = f"published {done:,} of {total:,} files, {size:.1f} MB, slowest of {len(seen)} workers at {min(seen):,}"
         self._progress.show(text, last=last)
 
@@ -339,11 +355,11 @@ def demo(root: Path, *, workers: int, kill: bool) -> int:
     if not paths:
         return _usage_error(f"there is no Python source file below {root}")
     bus: Broadcaster[Text] = start_broadcaster()
-    run = _Demo(bus, workers)
+    run = _Demo(bus, workers, root, paths)
     start = time.monotonic()
     try:
         run.start()
-        run.run(root, paths, kill=kill)
+        run.run(kill=kill)
     except BaseException:
         with _interrupts_held():
             for process in run.processes:
@@ -377,12 +393,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mpbroadcast", description="Broadcast to processes.")
     parser.add_argument("--version", action="version", version=f"mpbroadcast {_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "demo", help="publish a tree of source files to CPU-bound workers", description=__doc__
-    )
-    command.add_argument(
-        "--workers", type=int, default=len(JOBS), metavar="N", help="worker processes (default: %(default)s)"
-    )
+    command = commands.add_parser("demo", help="publish a tree of source files to CPU-bound workers", description=__doc__)
+    command.add_argument("--workers", type=int, default=len(JOBS), metavar="N", help="worker processes (default: %(default)s)")
     command.add_argument("--path", metavar="DIR", help="the tree to read (default: Python's standard library)")
     command.add_argument("--kill", action="store_true", help="SIGKILL one worker half-way, and see the rest go on")
     options = parser.parse_args(argv)

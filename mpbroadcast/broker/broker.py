@@ -240,6 +240,17 @@ class Broker:
             log.warning("process %d sent %s, which is no frame: it cannot publish any more", publisher.pid, error)
             self._close_publisher(publisher)
 
+    def take_in(self, session: Session) -> None:
+        """Route what the session's publishers have written until now, as far as backlogs take it.
+
+        So that what it asks for next comes behind it.
+        """
+        for publisher in list(session.publishers):
+            end = publisher.end_of_written()
+            while publisher.fd >= 0 and not publisher.blocked and publisher.position < end:
+                self._take(publisher, publisher.read(end - publisher.position))
+                self._route(publisher)
+
     def finish(self, publisher: Publisher) -> None:
         """Take in what it has written until now, whether it can be routed or not, and nothing more.
 
@@ -249,8 +260,7 @@ class Broker:
             return
         end = publisher.end_of_written()
         while publisher.fd >= 0 and publisher.position < end:
-            chunk = publisher.read(end - publisher.position)
-            self._take(publisher, chunk)
+            self._take(publisher, publisher.read(end - publisher.position))
             if not publisher.blocked:
                 self._route(publisher)
         self._close_publisher(publisher)
@@ -486,7 +496,7 @@ class Broker:
         for client, enough in list(self._waiting.items()):
             if enough():
                 del self._waiting[client]
-                client.reply({})
+                client.reply({"done": True})
 
     # --- the end
 

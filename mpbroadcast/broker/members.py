@@ -125,6 +125,11 @@ class Publisher:
         """The position behind all that has been written until now."""
         return self.position + (unread(self.fd) if self.fd >= 0 else 0)
 
+    @property
+    def all_routed(self) -> bool:
+        """Whether nothing that it has written until now is still to be routed."""
+        return not self.parked and self.end_of_written() == self.position
+
     def after_written(self, callback: Callable[[], None]) -> None:
         """Call back when all that it has written until now has been routed; at once, if it has."""
         end = self.end_of_written()

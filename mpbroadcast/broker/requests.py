@@ -68,10 +68,12 @@ def _retire(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 
 def _flush(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     publisher = _find_publisher(broker, message)
-    if publisher is None:
-        client.reply({})
+    if publisher is None or publisher.all_routed:
+        client.reply({"done": True})
+    elif message.get("now"):
+        client.reply({"done": False})
     else:
-        publisher.after_written(lambda: client.reply({}))  # a client that has gone takes it quietly
+        publisher.after_written(lambda: client.reply({"done": True}))  # one that has gone meanwhile takes it quietly
 
 
 def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
@@ -92,6 +94,7 @@ def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> 
     if not subscription.live:
         raise _Refused("closed", "this channel was unsubscribed: subscribe again for a new one")
     topics = _topics(message)
+    broker.take_in(_session(broker, client, message))
     if message["do"] == "add topics":
         broker.router.add(subscription, topics)
     else:
@@ -124,6 +127,7 @@ def _opened(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 def _unsubscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     subscription = broker.subscriptions.get(_integer(message, "subscription"))
     if subscription is not None:
+        broker.take_in(_session(broker, client, message))
         broker.unsubscribe(subscription)
     client.reply({})
 
@@ -147,11 +151,15 @@ def _wait(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     count = _integer(message, "count")
     topic = message.get("topic")
     encoded = None if topic is None else _encoded(topic)
-    broker.wait_for(
-        client,
-        lambda: count
-        <= (broker.live_subscriptions if encoded is None else len(broker.router.targets(encoded))),
-    )
+
+    def enough() -> bool:
+        there = broker.live_subscriptions if encoded is None else len(broker.router.targets(encoded))
+        return there >= count
+
+    if message.get("now"):
+        client.reply({"done": enough()})
+    else:
+        broker.wait_for(client, enough)
 
 
 def _stats(broker: Broker, client: Client, message: dict[str, Any]) -> None:
