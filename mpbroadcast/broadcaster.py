@@ -120,6 +120,7 @@ class Broadcaster(Generic[M]):
         self._link = link  # without one, it attaches when it is first used: unpickling must not fail, or wait
         self._owned = owned
         self._outlet: _Outlet | None = None
+        self._made: dict[str, _Outlet] = {}
         self._closed = False
         self._channels: WeakSet[Channel[M]] = WeakSet()
         on_fork(self)
@@ -136,9 +137,7 @@ class Broadcaster(Generic[M]):
 
     # --- publishing
 
-    def publish(
-        self, message: M, *, topic: str = "", exclude: Channel[M] | None = None, timeout: float | None = None
-    ) -> None:
+    def publish(self, message: M, *, topic: str = "", exclude: Channel[M] | None = None, timeout: float | None = None) -> None:
         """Send ``message`` to every channel that is subscribed to ``topic``, except ``exclude``.
 
         When this returns, the message has left this process: it is delivered even if this process is killed the next
@@ -246,7 +245,9 @@ class Broadcaster(Generic[M]):
         if len(frame) <= PIPE_BUF:
             return self._write(outlet.pipe, frame, deadline)
         if len(frame) > MAX_FRAME:
-            raise ValueError(f"a message of {len(frame)} bytes is too long: the limit is {MAX_FRAME} with all that goes with it")
+            raise ValueError(
+                f"a message of {len(frame)} bytes is too long: the limit is {MAX_FRAME} with all that goes with it"
+            )
         number = next(_numbers)
         last = b""
         try:
@@ -278,10 +279,9 @@ class Broadcaster(Generic[M]):
         reply, pipe = self._attached().request("publisher")
         if pipe is None:
             raise self._lost()
-        outlet = _Outlet(pipe, reply["publisher"])
-        if self._outlet is None:
-            self._outlet = outlet
-        return self._outlet  # of several threads that come here first, one makes it
+        # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
+        self._outlet = self._made.setdefault("outlet", _Outlet(pipe, reply["publisher"]))
+        return self._outlet
 
     def _attached(self) -> Link:
         if self._closed:
@@ -338,14 +338,12 @@ class Broadcaster(Generic[M]):
             capacity=room,
             publisher=outlet.number if outlet is not None else None,
         )
-        channel: Channel[M] = Channel(
-            self._address, self._broker, reply["subscription"], with_topic=with_topic, link=link
-        )
+        channel: Channel[M] = Channel(self._address, self._broker, reply["subscription"], with_topic=with_topic, link=link)
         self._channels.add(channel)
         return channel
 
     def unsubscribe(self, channel: Channel[M]) -> None:
-        """Let nothing more come to ``channel``, whoever holds it. What had been routed can still be received, then ``EOFError``.
+        """Let nothing more come to ``channel``, whoever holds it. What was routed can still be received, then ``EOFError``.
 
         Nothing happens if it was unsubscribed or closed before.
 
@@ -411,7 +409,10 @@ class Broadcaster(Generic[M]):
 
         It can be called again.
         """
-        limit = check_timeout(timeout)
+        self._close(check_timeout(timeout), quiet=False)
+
+    def _close(self, timeout: float | None, *, quiet: bool) -> None:
+        # Quietly: at the end of the program nobody is left in it to miss what it did not receive.
         if self._closed:
             return
         owned = self._owned if self._owned is not None and self._owned.pid == os.getpid() else None
@@ -423,6 +424,7 @@ class Broadcaster(Generic[M]):
         self._closed = True
         self._link = None
         outlet, self._outlet = self._outlet, None
+        self._made.clear()
         if outlet is not None:
             outlet.pipe.close()
             if owned is None and link is not None:
@@ -430,14 +432,12 @@ class Broadcaster(Generic[M]):
                 with contextlib.suppress(BroadcastError, OSError):
                     link.request("retire", publisher=outlet.number, deadline=Deadline(_CLOSE_TIMEOUT))
         if owned is not None:
-            owned.close(link, limit)
+            owned.close(link, timeout, quiet=quiet)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -454,6 +454,7 @@ class Broadcaster(Generic[M]):
     def after_fork_in_child(self) -> None:
         self._link = None
         self._outlet = None
+        self._made = {}
         self._owned = None
 
 
@@ -465,14 +466,14 @@ class _Owned:
         self._process = process
         self._at_exit: Finalize | None = None
 
-    def close_at_exit(self, close: Callable[[], None]) -> None:
+    def close_at_exit(self, close: Callable[..., None]) -> None:
         # Before multiprocessing terminates daemons and joins the others, which may wait for what is still to be delivered.
-        self._at_exit = Finalize(None, close, exitpriority=10)
+        self._at_exit = Finalize(None, close, (_CLOSE_TIMEOUT,), {"quiet": True}, exitpriority=10)
 
-    def close(self, link: Link | None, timeout: float | None) -> None:
+    def close(self, link: Link | None, timeout: float | None, *, quiet: bool = False) -> None:
         if link is not None:
             with contextlib.suppress(BroadcastError, OSError):
-                link.request("stop", timeout=timeout, deadline=Deadline(_CLOSE_TIMEOUT))
+                link.request("stop", timeout=timeout, quiet=quiet, deadline=Deadline(_CLOSE_TIMEOUT))
         end(self._process, timeout)
         if self._at_exit is not None:
             self._at_exit.cancel()
@@ -525,7 +526,7 @@ def start_broadcaster(
             raise StartError(f"the broker started, but did not answer: {error}") from error
         raise
     bus: Broadcaster[Any] = Broadcaster(path, link.broker, link, owned)
-    owned.close_at_exit(bus.close)
+    owned.close_at_exit(bus._close)
     return bus
 
 

@@ -121,9 +121,7 @@ class Channel(Generic[M]):
     Used with ``with``, it is closed at the end. An iteration ends where the messages end.
     """
 
-    def __init__(
-        self, address: str, broker: str, number: int, *, with_topic: bool = False, link: Link | None = None
-    ) -> None:
+    def __init__(self, address: str, broker: str, number: int, *, with_topic: bool = False, link: Link | None = None) -> None:
         self._address = address
         self._broker = broker
         self._number = number
@@ -456,9 +454,7 @@ class Channel(Generic[M]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -209,13 +209,15 @@ def _interrupts_held() -> Iterator[None]:
 class _Demo:
     """One run: the workers, what they have reported, and what was published to them."""
 
-    def __init__(self, bus: Broadcaster[Text], workers: int, root: Path, paths: Sequence[Path]) -> None:
+    def __init__(
+        self, bus: Broadcaster[Text], workers: int, root: Path, paths: Sequence[Path], processes: list[BaseProcess]
+    ) -> None:
         self.bus = bus
         self.published = Tally()
         self.reports: dict[int, Report] = {}
         self.victim: int | None = None
         self.channels: list[Channel[Text]] = [bus.subscribe(capacity=_CAPACITY) for _ in range(workers)]
-        self.processes: list[BaseProcess] = []
+        self.processes = processes
         self._root = root
         self._paths = paths
         self._files_done = 0
@@ -354,15 +356,16 @@ def demo(root: Path, *, workers: int, kill: bool) -> int:
     paths = source_files(root)
     if not paths:
         return _usage_error(f"there is no Python source file below {root}")
-    bus: Broadcaster[Text] = start_broadcaster()
-    run = _Demo(bus, workers, root, paths)
     start = time.monotonic()
+    bus: Broadcaster[Text] = start_broadcaster()
+    processes: list[BaseProcess] = []
     try:
+        run = _Demo(bus, workers, root, paths, processes)
         run.start()
         run.run(kill=kill)
     except BaseException:
         with _interrupts_held():
-            for process in run.processes:
+            for process in processes:
                 process.kill()
                 process.join()
             bus.close(timeout=0)
@@ -388,8 +391,7 @@ def _version() -> str:
         return "(not installed)"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line with ``argv`` (``sys.argv`` by default) and return the exit code."""
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mpbroadcast", description="Broadcast to processes.")
     parser.add_argument("--version", action="version", version=f"mpbroadcast {_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -406,8 +408,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _usage_error(f"--workers must be at least 1, not {options.workers}")
     if options.kill and options.workers < 2:
         return _usage_error("--kill needs at least 2 workers: one to kill, and one to see that it goes on")
+    return demo(root, workers=options.workers, kill=options.kill)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line with ``argv`` (``sys.argv`` by default) and return the exit code."""
     try:
-        return demo(root, workers=options.workers, kill=options.kill)
+        return _run(argv)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 from mpbroadcast.arguments import Deadline, check_timeout
@@ -113,6 +114,17 @@ class Selector(Generic[M]):
             except _Nothing:
                 continue
             return cast(M, value if handler is None else handler(value))
+
+    def close(self) -> None:
+        """Deselect all. The sources stay as they are: whoever made them closes them."""
+        self._handlers.clear()
+        self._ready.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
 
     def _look(self, deadline: Deadline) -> None:
         """Wait for sources that have something, and put them behind those that are known to."""

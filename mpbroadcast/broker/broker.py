@@ -72,6 +72,7 @@ class Broker:
         self._numbers = iter(range(1, 1 << 63))
         self._sweeping = False
         self._stopped_by: Peer | None = None
+        self._quiet = False
         self._moved = 0
         self.loop.watch(listener.fileno(), IN, self._accept)
 
@@ -86,6 +87,13 @@ class Broker:
             if self._moved > _NAP_AFTER:
                 time.sleep(_NAP)
             self._moved = 0
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        for peer in list(self._peers.values()):
+            for client in list(peer.clients):
+                client.close("the broker has ended")
+        self.loop.close_forgotten()
 
     @property
     def finished(self) -> bool:
@@ -500,12 +508,16 @@ class Broker:
 
     # --- the end
 
-    def stop(self, timeout: float, by: Peer | None = None) -> None:
-        """Drain for at most ``timeout`` seconds, then end. What ``by`` has open is not waited for."""
+    def stop(self, timeout: float, by: Peer | None = None, *, quiet: bool = False) -> None:
+        """Drain for at most ``timeout`` seconds, then end. What ``by`` has open is not waited for.
+
+        ``quiet``: ``by`` is at its own end, and nobody is left there to miss what it did not receive.
+        """
         if self.stopping:
             return
         self.stopping = True
         self._stopped_by = by
+        self._quiet = quiet
         self.loop.later(timeout, self._time_is_over)
         for publisher in list(self.publishers.values()):
             self.finish(publisher)
@@ -530,7 +542,9 @@ class Broker:
         self.publishers.clear()
 
     def _give_up(self, subscription: Subscription) -> None:
-        log.warning(
+        own = self._stopped_by is subscription.session.peer
+        log.log(
+            logging.DEBUG if own and self._quiet else logging.WARNING,
             "channel %d of process %d (%s) was closed with %d message(s) waiting: it %s",
             subscription.number,
             subscription.pid,

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import gc
+import io
 import json
 import logging
 import multiprocessing
@@ -83,7 +84,7 @@ def launch(context: BaseContext, address: str | None, authkey: bytes | None, tim
     keys = [own_key] if authkey is None or authkey == own_key else [authkey, own_key]
     temporary = os.path.abspath(tempfile.gettempdir())
     # Taken before the start, so that the pipes by which multiprocessing watches its processes are not among them.
-    inherited = _open_descriptors() if context.get_start_method() == "fork" else frozenset({0, 1})
+    inherited = _open_descriptors() if context.get_start_method() == "fork" else frozenset[int]()
     settings = _Settings(address, keys, os.getpid(), temporary, inherited)
     reader, writer = context.Pipe(duplex=False)
     with reader:
@@ -100,9 +101,19 @@ def launch(context: BaseContext, address: str | None, authkey: bytes | None, tim
 
 def _open_descriptors() -> frozenset[int]:
     try:
-        return frozenset(int(name) for name in os.listdir("/dev/fd"))
+        numbers = {int(name) for name in os.listdir("/dev/fd")}
     except OSError:
-        return frozenset(range(256))
+        numbers = set(range(256))
+    # Less the one of the listing itself, and a standard error that is one: the broker logs there.
+    return frozenset(number for number in numbers if _is_open(number) and not (number == 2 and sys.__stderr__))
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def _start(context: BaseContext, process: BaseProcess) -> None:
@@ -168,8 +179,8 @@ def _kill(process: BaseProcess) -> None:
 
 
 def _main(settings: _Settings, ready: connection.Connection) -> None:
+    _let_go_of_descriptors(settings.inherited)
     signals = _take_over_signals()
-    _let_go_of_descriptors(settings.inherited, {2, ready.fileno(), *signals})
     _log_to_standard_error()
     gc.freeze()  # what the starter had allocated is not ours to look through
     listening: _Listening | None = None
@@ -187,6 +198,7 @@ def _main(settings: _Settings, ready: connection.Connection) -> None:
         ready.send_bytes(json.dumps({"address": listening.address}).encode())
         ready.close()
         broker.run()
+        broker.close()
     except BaseException as error:
         if not isinstance(error, BrokenPipeError):  # the starter has died before it could be told
             log.critical("the broker has crashed", exc_info=True)
@@ -213,21 +225,26 @@ def _take_over_signals() -> tuple[int, int]:
     return reader, writer
 
 
-def _let_go_of_descriptors(inherited: frozenset[int], kept: set[int]) -> None:
+def _let_go_of_descriptors(inherited: frozenset[int]) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for fd in inherited - kept:
-        with contextlib.suppress(OSError):  # closed in between
-            os.fstat(fd)
+    standard = {file.fileno() for file in (sys.__stdin__, sys.__stdout__) if file is not None and not file.closed}
+    for fd in inherited | standard:
+        if _is_open(fd):  # not closed in between
             os.dup2(nowhere, fd, inheritable=False)
     os.close(nowhere)
 
 
 def _log_to_standard_error() -> None:
-    handler = logging.StreamHandler(open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False))
-    handler.setFormatter(logging.Formatter("mpbroadcast broker %(process)d: %(levelname)s: %(message)s"))
-    log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.WARNING)
+    if sys.__stderr__ is None:  # descriptor 2 may be anything
+        log.handlers = [logging.NullHandler()]
+        return
+    # Not sys.stderr, which under fork may be an object of the starter's that writes elsewhere.
+    descriptor = io.FileIO(2, "w", closefd=False)
+    handler = logging.StreamHandler(io.TextIOWrapper(descriptor, "utf-8", "backslashreplace", line_buffering=True))
+    handler.setFormatter(logging.Formatter("mpbroadcast broker %(process)d: %(levelname)s: %(message)s"))
+    log.handlers = [handler]
 
 
 def _watch(broker: Broker, starter: PeerProcess, signals: tuple[int, int]) -> None:

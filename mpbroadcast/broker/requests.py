@@ -198,7 +198,7 @@ def _stop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     if timeout is not None and (type(timeout) not in (int, float) or not timeout >= 0):
         raise _Refused("value", f"timeout must be 0 or more seconds, not {timeout!r}")
     client.reply({})
-    broker.stop(_FOREVER if timeout is None else float(timeout), client.peer)
+    broker.stop(_FOREVER if timeout is None else float(timeout), client.peer, quiet=bool(message.get("quiet")))
 
 
 _FOREVER: Final = 1e9

@@ -58,41 +58,45 @@ class ForkAware(Protocol):
     def after_fork_in_child(self) -> None: ...
 
 
-_fork_lock = threading.RLock()  # reentrant: a signal handler or finaliser may come in while its own thread holds it
-_aware: WeakSet[ForkAware] = WeakSet()
+class _Forks:
+    """Who wants to know of forks, and the lock that keeps forks out."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # reentrant: a signal handler or finaliser may come in while its own thread has it
+        self.aware: WeakSet[ForkAware] = WeakSet()
+
+
+_forks = _Forks()
 
 
 def on_fork(something: ForkAware) -> None:
     """From now on, tell ``something`` of forks."""
-    with _fork_lock:
-        _aware.add(something)
+    with _forks.lock:
+        _forks.aware.add(something)
 
 
 def _before_fork() -> None:
-    _fork_lock.acquire()
+    _forks.lock.acquire()
 
 
 def _after_fork_in_parent() -> None:
     try:
-        for something in list(_aware):
+        for something in list(_forks.aware):
             with contextlib.suppress(Exception):  # one handle's error stops no other
                 something.after_fork_in_parent()
     finally:
-        _fork_lock.release()
+        _forks.lock.release()
 
 
 def _after_fork_in_child() -> None:
-    global _fork_lock
-    _fork_lock = threading.RLock()
+    _forks.lock = threading.RLock()
     _links.clear()
-    for something in list(_aware):
+    for something in list(_forks.aware):
         with contextlib.suppress(Exception):
             something.after_fork_in_child()
 
 
-os.register_at_fork(
-    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 class PipeEnd:
@@ -165,7 +169,7 @@ class _Control:
         self._address = address
         self._inbox = Inbox(MAX_HANDSHAKE)
         self._ends: list[PipeEnd] = []
-        with _fork_lock:
+        with _forks.lock:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._socket.setblocking(False)
             on_fork(self)
@@ -244,7 +248,7 @@ class _Control:
         """What is there, at once; descriptors that came with it are in ``_ends``."""
         space = socket.CMSG_SPACE(array("i").itemsize)
         flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-        with _fork_lock:
+        with _forks.lock:
             data, ancillary, got, _ = self._socket.recvmsg(_READ, space, flags)
             for level, kind, body in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -255,9 +259,7 @@ class _Control:
             for end in self._ends:
                 os.set_inheritable(end.fd, False)
         if got & socket.MSG_CTRUNC:
-            raise OSError(
-                errno.EMFILE, "no descriptor is left in this process for a pipe: close some, or raise `ulimit -n`"
-            )
+            raise OSError(errno.EMFILE, "no descriptor is left in this process for a pipe: close some, or raise `ulimit -n`")
         return data
 
     def _wait(self, events: int, deadline: Deadline) -> None:
@@ -312,9 +314,7 @@ class Link:
         """The one that this process has already, or a new one."""
         return _links.get(address) or cls(address)
 
-    def request(
-        self, do: str, *, deadline: Deadline | None = None, **fields: Any
-    ) -> tuple[dict[str, Any], PipeEnd | None]:
+    def request(self, do: str, *, deadline: Deadline | None = None, **fields: Any) -> tuple[dict[str, Any], PipeEnd | None]:
         """Ask the broker; the answer, and the pipe's end that came with it. Waits until ``deadline``, or for ever.
 
         :raises BrokerLost: it has ended.
