@@ -7,8 +7,6 @@ if sys.platform == "win32":
 
 from mpbroadcast.broadcaster import (
     Broadcaster,
-    BrokerStats,
-    SubscriberStats,
     connect,
     publish,
     start_broadcaster,
@@ -29,6 +27,7 @@ from mpbroadcast.errors import (
     TimedOut,
 )
 from mpbroadcast.selector import Selector, channel_to_selector
+from mpbroadcast.stats import BrokerStats, SubscriberStats
 
 __all__ = [
     "AddressError",

@@ -8,12 +8,9 @@ the broker puts together what belongs together.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import os
-import select
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -32,14 +29,14 @@ from mpbroadcast.arguments import (
 from mpbroadcast.broker.process import end, launch
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, ClosedError, StartError, TimedOut
-from mpbroadcast.wire.frames import HEAD, MAX_FRAME, PIPE_BUF, abort, frame_head, pieces
-from mpbroadcast.wire.link import Link, PipeEnd, on_fork, remember_key
+from mpbroadcast.stats import BrokerStats, SubscriberStats
+from mpbroadcast.wire.frames import HEAD, PIPE_BUF, frame_head
+from mpbroadcast.wire.link import Link, on_fork, remember_key
+from mpbroadcast.wire.outlet import Outlet
 from mpbroadcast.wire.payload import PROTOCOL, dumps
 
 __all__ = [
     "Broadcaster",
-    "BrokerStats",
-    "SubscriberStats",
     "connect",
     "publish",
     "start_broadcaster",
@@ -57,52 +54,6 @@ _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
 _pack_head = HEAD.pack
 _write = os.write
-_numbers = itertools.count(1)  # of messages in pieces
-
-
-@dataclass(frozen=True)
-class SubscriberStats:
-    """One live subscription: always delivered + missed + waiting = published.
-
-    ``published``, ``delivered``, ``missed`` and ``waiting`` are messages: routed to it, moved into its pipe, dropped, and in
-    its backlog. ``capacity`` and ``waiting_bytes`` are bytes, with the fixed overhead of each message. ``pid`` is the process
-    that has it open, else the one that has subscribed.
-    """
-
-    id: int
-    pid: int
-    topics: tuple[str, ...]
-    overflow: str
-    capacity: int
-    published: int
-    delivered: int
-    missed: int
-    waiting: int
-    waiting_bytes: int
-
-
-@dataclass(frozen=True)
-class BrokerStats:
-    """The broker at one moment: its process, its seconds of life, messages routed, publishers that have published or can,
-    live subscriptions, and the bytes that are held in backlogs."""
-
-    pid: int
-    uptime: float
-    published: int
-    publishers: int
-    subscribers: tuple[SubscriberStats, ...]
-    memory: int
-
-
-class _Outlet:
-    """The pipe that this handle publishes through."""
-
-    __slots__ = ("number", "pipe", "unsaid")
-
-    def __init__(self, pipe: PipeEnd, number: int) -> None:
-        self.pipe = pipe
-        self.number = number
-        self.unsaid: list[int] = []  # long messages that were given up, which the broker has not been told yet
 
 
 class Broadcaster(Generic[M]):
@@ -119,11 +70,11 @@ class Broadcaster(Generic[M]):
         self._broker = broker
         self._link = link  # without one, it attaches when it is first used: unpickling must not fail, or wait
         self._owned = owned
-        self._outlet: _Outlet | None = None
-        self._made: dict[str, _Outlet] = {}
+        self._outlet: Outlet | None = None
+        self._made: dict[str, Outlet] = {}
         self._closed = False
         self._channels: WeakSet[Channel[M]] = WeakSet()
-        on_fork(self)
+        on_fork(self, Broadcaster._in_child)
 
     @property
     def address(self) -> str:
@@ -239,48 +190,21 @@ class Broadcaster(Generic[M]):
     def _send(self, frame: bytes, deadline: Deadline) -> int:
         """Send one frame of any length, or several that fit into one write together."""
         outlet = self._outlet or self._make_outlet()
-        while outlet.unsaid:
-            self._write(outlet.pipe, abort(outlet.unsaid[-1]), deadline)
-            outlet.unsaid.pop()
-        if len(frame) <= PIPE_BUF:
-            return self._write(outlet.pipe, frame, deadline)
-        if len(frame) > MAX_FRAME:
-            raise ValueError(
-                f"a message of {len(frame)} bytes is too long: the limit is {MAX_FRAME} with all that goes with it"
-            )
-        number = next(_numbers)
-        last = b""
         try:
-            for last in pieces(frame, number):
-                self._write(outlet.pipe, last, deadline)
-        except BaseException:
-            # If it was the last piece that has gone, the broker does not know the number any more, and nothing happens.
-            outlet.unsaid.append(number)
+            return outlet.send(frame, deadline)
+        except TimedOut:
             raise
-        return len(frame)
+        except OSError as error:
+            if self._closed:
+                raise self._closed_error() from None
+            raise self._lost() from error
 
-    def _write(self, pipe: PipeEnd, data: bytes, deadline: Deadline) -> int:
-        while True:
-            try:
-                with pipe.lock:
-                    return _write(pipe.fd, data)
-            except BlockingIOError:
-                if not pipe.wait(select.POLLOUT, deadline):
-                    raise TimedOut(
-                        "it was not published in time: a subscriber that would get a message of this process has a full "
-                        "backlog. stats() shows whose; wait longer, or let it receive faster"
-                    ) from None
-            except OSError as error:
-                if self._closed:
-                    raise self._closed_error() from None
-                raise self._lost() from error
-
-    def _make_outlet(self) -> _Outlet:
+    def _make_outlet(self) -> Outlet:
         reply, pipe = self._attached().request("publisher")
         if pipe is None:
             raise self._lost()
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
-        self._outlet = self._made.setdefault("outlet", _Outlet(pipe, reply["publisher"]))
+        self._outlet = self._made.setdefault("outlet", Outlet(pipe, reply["publisher"]))
         return self._outlet
 
     def _attached(self) -> Link:
@@ -369,7 +293,7 @@ class Broadcaster(Generic[M]):
             raise ValueError("delivered=True is not available yet: flush() waits until all has been routed")
         link = self._attached()
         if self._outlet is not None:
-            self._ask_and_wait(link, limit, "flush", publisher=self._outlet.number)
+            self._ask_and_wait(link, limit, "the broker to route all", "flush", publisher=self._outlet.number)
 
     def wait_for_subscribers(self, count: int, *, topic: str | None = None, timeout: float | None = None) -> None:
         """Wait until there are ``count`` subscriptions; with ``topic``, that would get what is published to it.
@@ -379,14 +303,19 @@ class Broadcaster(Generic[M]):
         check_count(count, "count", 0)
         if topic is not None:
             encode_topic(topic)
-        self._ask_and_wait(self._attached(), check_timeout(timeout), "wait", count=count, topic=topic)
+        what = f"{count} subscription(s)" + ("" if topic is None else f" to {topic!r}")
+        self._ask_and_wait(self._attached(), check_timeout(timeout), what, "wait", count=count, topic=topic)
 
-    def _ask_and_wait(self, link: Link, timeout: float | None, do: str, **fields: Any) -> None:
+    def _ask_and_wait(self, link: Link, timeout: float | None, what: str, do: str, **fields: Any) -> None:
         # Who does not wait for what is asked for does wait for the answer.
         deadline = Deadline(_ANSWER_TIMEOUT if timeout == 0 else timeout)
-        reply, _ = link.request(do, now=timeout == 0, deadline=deadline, **fields)
-        if not reply["done"]:
-            raise TimedOut("it is not so yet, and timeout=0 does not wait")
+        try:
+            reply, _ = link.request(do, now=timeout == 0, deadline=deadline, **fields)
+            done = bool(reply["done"])
+        except TimedOut:
+            done = False
+        if not done:
+            raise TimedOut(f"{timeout} s were not enough for {what}: stats() shows how things are; wait longer")
 
     def stats(self) -> BrokerStats:
         """A snapshot of the broker and its subscriptions. Rates are the difference of two.
@@ -448,10 +377,7 @@ class Broadcaster(Generic[M]):
     def __repr__(self) -> str:
         return f"<mpbroadcast.Broadcaster at {self._address!r}{', closed' if self._closed else ''}>"
 
-    def after_fork_in_parent(self) -> None:
-        pass
-
-    def after_fork_in_child(self) -> None:
+    def _in_child(self) -> None:
         self._link = None
         self._outlet = None
         self._made = {}
@@ -461,8 +387,9 @@ class Broadcaster(Generic[M]):
 class _Owned:
     """A broker that this process has started, until it has ended it."""
 
-    def __init__(self, process: BaseProcess) -> None:
+    def __init__(self, process: BaseProcess, address: str) -> None:
         self.pid = os.getpid()
+        self._address = address
         self._process = process
         self._at_exit: Finalize | None = None
 
@@ -471,10 +398,14 @@ class _Owned:
         self._at_exit = Finalize(None, close, (_CLOSE_TIMEOUT,), {"quiet": True}, exitpriority=10)
 
     def close(self, link: Link | None, timeout: float | None, *, quiet: bool = False) -> None:
+        told = False
         if link is not None:
             with contextlib.suppress(BroadcastError, OSError):
                 link.request("stop", timeout=timeout, quiet=quiet, deadline=Deadline(_CLOSE_TIMEOUT))
-        end(self._process, timeout)
+                told = True
+        end(self._process, self._address, timeout, told=told)
+        if link is not None:
+            link.close()
         if self._at_exit is not None:
             self._at_exit.cancel()
 
@@ -517,7 +448,7 @@ def start_broadcaster(
     except AddressError as error:
         raise StartError(str(error)) from error
     process, path = launch(context, path, authkey, timeout)
-    owned = _Owned(process)
+    owned = _Owned(process, path)
     try:
         link = Link(path)
     except BaseException as error:
@@ -540,6 +471,8 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
     :raises AddressError: this cannot be an address.
     """
     path = check_address(address)
+    if not os.path.isdir(os.path.dirname(path)):
+        raise AddressError(f"there is no folder {os.path.dirname(path)!r}: pass what the broadcaster's `address` says")
     key = check_authkey(authkey)
     link = Link(path, key)
     if key is not None:
@@ -547,6 +480,22 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
     return Broadcaster(path, link.broker, link)
 
 
-publish = Broadcaster.publish
-subscribe = Broadcaster.subscribe
-unsubscribe = Broadcaster.unsubscribe
+def publish(bus: Broadcaster[M], message: M, **options: Any) -> None:
+    """:meth:`Broadcaster.publish`, as a function."""
+    _checked(bus).publish(message, **options)
+
+
+def subscribe(bus: Broadcaster[M], *topics: str, **options: Any) -> Channel[M]:
+    """:meth:`Broadcaster.subscribe`, as a function."""
+    return _checked(bus).subscribe(*topics, **options)
+
+
+def unsubscribe(bus: Broadcaster[M], channel: Channel[M]) -> None:
+    """:meth:`Broadcaster.unsubscribe`, as a function."""
+    _checked(bus).unsubscribe(channel)
+
+
+def _checked(bus: Broadcaster[M]) -> Broadcaster[M]:
+    if not isinstance(bus, Broadcaster):
+        raise TypeError(f"bus must be a Broadcaster, not {type(bus).__name__}")
+    return bus

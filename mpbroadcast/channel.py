@@ -1,6 +1,6 @@
 """What a subscriber holds: the read end of its pipe, and what has been read from it.
 
-All that has been read is one :class:`_Stream`, replaced as a whole in one assignment. So an exception from a signal handler
+All that has been read is one :class:`Stream`, replaced as a whole in one assignment. So an exception from a signal handler
 finds it as it was or as it will be, and what a handler has received meanwhile is noticed. Bytes come into it by
 ``list.extend(map(os.read, ...))``, which has no moment between reading and keeping.
 
@@ -18,7 +18,6 @@ import select
 import termios
 import threading
 from array import array
-from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from types import TracebackType
@@ -26,9 +25,9 @@ from typing import Any, Final, Generic, NoReturn, Self, TypeVar, cast
 
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut
-from mpbroadcast.wire.frames import END, RUN, read_run, topic_of
 from mpbroadcast.wire.link import Link, PipeEnd, on_fork
-from mpbroadcast.wire.payload import Undecodable, load_run
+from mpbroadcast.wire.payload import Undecodable
+from mpbroadcast.wire.stream import END_OF_MESSAGES, FLAWS, LOST, Flaw, Stream, decode, take_in
 
 __all__ = ["Channel"]
 
@@ -37,74 +36,6 @@ M = TypeVar("M")
 _NOTHING: Final = object()
 _CLOSE_TIMEOUT: Final = 5.0  # seconds that close() gives the broker to answer
 _TURN: Final = 64  # messages that `async for` hands out before it lets other tasks run
-
-
-class _Flaw:
-    """Stands behind the last message, and stays there."""
-
-
-_END: Final = _Flaw()  # a clean end
-_LOST: Final = _Flaw()  # the pipe has ended without one
-_FLAWS: Final = (_Flaw, Undecodable)
-
-
-class _Stream:
-    """Decoded messages, and the chunks of bytes behind them, of which ``skip`` bytes are done with.
-
-    ``need`` is how many bytes there must be before it is worth looking at them. ``plain`` says that all of ``ready`` are
-    messages, none a flaw.
-    """
-
-    __slots__ = ("chunks", "need", "plain", "ready", "skip")
-
-    def __init__(self, ready: deque[Any], chunks: list[bytes], skip: int, need: int, plain: bool) -> None:
-        self.ready = ready
-        self.chunks = chunks
-        self.skip = skip
-        self.need = need
-        self.plain = plain
-
-    def sound(self, limit: int | None) -> int:
-        """How many messages come before the first flaw, at most ``limit``."""
-        count = len(self.ready) if limit is None else min(limit, len(self.ready))
-        if self.plain:
-            return count
-        return next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in _FLAWS), count)
-
-    def without(self, count: int) -> _Stream:
-        """The same, less its first messages."""
-        return _Stream(deque(islice(self.ready, count, None)), self.chunks, self.skip, self.need, self.plain)
-
-
-def _decode(stream: _Stream, held: bool, with_topic: bool) -> _Stream | None:
-    """What comes after ``stream``, which has no decoded messages, or ``None`` when no message is whole yet.
-
-    ``held`` says that one more byte is in the pipe at least, which will do for the last tail byte.
-    """
-    if sum(map(len, stream.chunks)) - stream.skip + held < stream.need:
-        return None
-    data = stream.chunks[0] if len(stream.chunks) == 1 else b"".join(stream.chunks)
-    ready: deque[Any] = deque()
-    plain = True
-    position, end = stream.skip, len(data) + held
-    while (run := read_run(data, position)) is not None and position + run.size <= end:
-        if run.kind == END:
-            ready.append(_END)
-            plain = False
-        else:
-            messages, whole = load_run(data, run)
-            plain = plain and whole
-            if with_topic:
-                topic = topic_of(data[run.first : run.first + run.skip])
-                messages = [message if type(message) is Undecodable else (topic, message) for message in messages]
-            ready.extend(messages)
-        position += run.size
-    need = RUN.size if run is None else run.size
-    if not ready:
-        stream.need = need
-        return None
-    done = min(position, len(data))
-    return _Stream(ready, [data[done:]] if done < len(data) else [], position - done, need, plain)
 
 
 class Channel(Generic[M]):
@@ -136,12 +67,12 @@ class Channel(Generic[M]):
         self._owner = 0  # another process that has opened it, as far as is known here
         self._lock = threading.RLock()
         self._opening = threading.RLock()
-        self._stream = _Stream(deque(), [], 0, RUN.size, True)
+        self._stream = Stream()
         self._held = False  # whether a byte was left in the pipe
         self._missed = 0
         self._readers: set[asyncio.Future[None]] = set()
         self._turn = 0
-        on_fork(self)
+        on_fork(self, Channel._in_child, Channel._in_parent)
 
     # --- receiving
 
@@ -164,12 +95,13 @@ class Channel(Generic[M]):
                 with self._lock:
                     ready = self._stream.ready
                     if len(ready) > 1 or (ready and self._let_tail_go()):
-                        message = ready.popleft()
+                        message = ready[0]  # not popleft(): an interrupt may come between its return and the assignment
+                        del ready[0]
                         break
                 if deadline is None:
                     deadline = Deadline(timeout)
                 self._wait(deadline, timeout)
-            flawed = type(message) in _FLAWS
+            flawed = type(message) in FLAWS
         except BaseException:
             # An interrupt came after the message was taken and before it could be handed out: it is the next one again.
             if message is not _NOTHING:
@@ -282,20 +214,21 @@ class Channel(Generic[M]):
             if not waiter.done():
                 waiter.set_result(None)
 
-    def _raise(self, flaw: _Flaw | Undecodable) -> NoReturn:
+    def _raise(self, flaw: Flaw | Undecodable) -> NoReturn:
         """What stands in the place of a message."""
         if isinstance(flaw, Undecodable):
-            raise flaw.error
+            raise self._about_this(flaw.error)
         self._stream.ready.appendleft(flaw)  # an end stays
         error: Exception
-        if flaw is _END:
+        if flaw is END_OF_MESSAGES:
             error = EOFError("nothing more comes: this channel was unsubscribed, or its broadcaster was closed")
         else:
             error = BrokerLost("the broker has ended without delivering all to this channel")
         raise self._about_this(error)
 
     def _about_this(self, error: Exception) -> Exception:
-        error.channel = self  # type: ignore[attr-defined]
+        with contextlib.suppress(AttributeError):  # a user's exception may have no room for it
+            error.channel = self  # type: ignore[attr-defined]
         return error
 
     def _wait(self, deadline: Deadline, timeout: float | None) -> None:
@@ -327,15 +260,15 @@ class Channel(Generic[M]):
             there = count[0]
             held = there > 0
             if there != 1:
-                _read(before, pipe.fd, max(1, there - 1))
-            after = _decode(before, held, self._with_topic)
+                take_in(before, pipe.fd, max(1, there - 1))
+            after = decode(before, held, self._with_topic)
             if after is None and held:
                 held = False
-                _read(before, pipe.fd, 1)
+                take_in(before, pipe.fd, 1)
         if after is None and before.chunks and not before.chunks[-1]:
             # The pipe has ended. A last message may lack its tail byte.
-            after = _decode(before, True, self._with_topic) or _Stream(deque(), [], 0, RUN.size, False)
-            after.ready.append(_LOST)
+            after = decode(before, True, self._with_topic) or Stream()
+            after.ready.append(LOST)
             after.plain = False
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile
             self._stream, self._held = after, held
@@ -347,7 +280,7 @@ class Channel(Generic[M]):
             if self._pipe is not None:
                 with self._pipe.lock:
                     if self._pipe.fd >= 0:
-                        _read(self._stream, self._pipe.fd, 1)
+                        take_in(self._stream, self._pipe.fd, 1)
         return True
 
     # --- opening and closing
@@ -438,18 +371,18 @@ class Channel(Generic[M]):
             if self._closed:
                 return
             self._closed = True
-            self._stream = _Stream(deque(), [], 0, RUN.size, True)
+            self._stream = Stream()
             self._held = False
         pipe = self._pipe
         if pipe is not None:
             pipe.close()
         for waiter in list(self._readers):
             waiter.get_loop().call_soon_threadsafe(self._wake_readers)
-        if self._owner or (self._subscriber and self._handed_on and not self._opened):
-            return
-        # A recv that waits in another thread is woken when the broker closes its end.
-        with contextlib.suppress(BroadcastError, OSError):
-            self._attached().request("close", subscription=self._number, deadline=Deadline(_CLOSE_TIMEOUT))
+        if not (self._owner or (self._subscriber and self._handed_on and not self._opened)):
+            # A recv that waits in another thread is woken when the broker closes its end.
+            with contextlib.suppress(BroadcastError, OSError):
+                self._attached().request("close", subscription=self._number, deadline=Deadline(_CLOSE_TIMEOUT))
+        self._link = None
 
     def __enter__(self) -> Self:
         return self
@@ -480,14 +413,14 @@ class Channel(Generic[M]):
         self._handed_on = True
         return _handed_on, (self._address, self._broker, self._number, self._with_topic)
 
-    def after_fork_in_parent(self) -> None:
+    def _in_parent(self) -> None:
         if self._pipe is None:
             self._handed_on = True
 
-    def after_fork_in_child(self) -> None:
+    def _in_child(self) -> None:
         self._lock = threading.RLock()
         self._opening = threading.RLock()
-        self._stream = _Stream(deque(), [], 0, RUN.size, True)
+        self._stream = Stream()
         self._held = False
         self._readers = set()
         self._subscriber = False
@@ -530,8 +463,3 @@ class Channel(Generic[M]):
 
 def _handed_on(address: str, broker: str, number: int, with_topic: bool) -> Channel[Any]:
     return Channel(address, broker, number, with_topic=with_topic)
-
-
-def _read(stream: _Stream, fd: int, size: int) -> None:
-    with contextlib.suppress(BlockingIOError):
-        stream.chunks.extend(map(os.read, (fd,), (size,)))

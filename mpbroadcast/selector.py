@@ -7,11 +7,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeGuard, TypeVar, cast
 
 from mpbroadcast.arguments import Deadline, check_timeout
-from mpbroadcast.channel import Channel
 from mpbroadcast.errors import BrokerLost, ClosedError, TimedOut
+
+if TYPE_CHECKING:
+    from mpbroadcast.channel import Channel
 
 __all__ = ["Selector", "channel_to_selector"]
 
@@ -25,7 +27,7 @@ class _HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-Source = Channel[Any] | Connection | BaseProcess | _HasFileno
+Source = Connection | BaseProcess | _HasFileno
 Handler = Callable[[Any], Any]
 
 
@@ -147,7 +149,7 @@ class Selector(Generic[M]):
 
         :raises _Nothing: it has nothing after all, or has ended.
         """
-        if isinstance(source, Channel):
+        if _is_channel(source):
             try:
                 value = source.recv(0)
             except TimedOut:
@@ -158,8 +160,7 @@ class Selector(Generic[M]):
             except BrokerLost:
                 self._handlers.pop(source, None)
                 raise
-            except Exception as error:
-                error.channel = source  # type: ignore[attr-defined]
+            except Exception:
                 self._ready.append(source)
                 raise
             self._ready.append(source)  # it may have more; to ask it costs less than to wait
@@ -174,6 +175,11 @@ class Selector(Generic[M]):
             source.join()
             self._handlers.pop(source, None)
         return source
+
+
+def _is_channel(source: Source) -> TypeGuard[Channel[Any]]:
+    # By what it can do: a selector is below the channels, and knows nothing else of them.
+    return hasattr(source, "recv_many")
 
 
 class _Nothing(Exception):

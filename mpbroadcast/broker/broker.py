@@ -11,35 +11,28 @@ has taken all of it has had a clean end. What is left at the deadline is closed 
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import secrets
 import socket
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from mpbroadcast.broker.clients import Client, peer_of
-from mpbroadcast.broker.liveness import PeerProcess
+from mpbroadcast.broker.clients import Client
 from mpbroadcast.broker.loop import IN, OUT, Loop
 from mpbroadcast.broker.members import PIPE_SIZE, Peer, Publisher, Session, Subscription, new_pipe
+from mpbroadcast.broker.reception import Reception
 from mpbroadcast.broker.router import Router
-from mpbroadcast.wire.control import serve_handshake
 from mpbroadcast.wire.frames import Batch, FrameError, end_run, run_of
 
 __all__ = ["Broker"]
 
 log = logging.getLogger("mpbroadcast.broker")
 
-_HANDSHAKE_TIMEOUT: Final = 10.0
-_MOST_STRANGERS: Final = 128  # connections that have not shown a key; the oldest goes for one more
-_SWEEP: Final = 1.0  # seconds, where deaths are no events
 _NAP: Final = 100e-6  # seconds, after a large batch: a publisher that finds the broker asleep pays for waking it
 _NAP_AFTER: Final = 16  # messages
 _RETRY: Final = 0.003  # seconds, for a full backlog that no event tells of
 _LAST: Final = 0.1  # seconds, after the time for draining is over
-_NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 
 
 class Broker:
@@ -62,19 +55,15 @@ class Broker:
         self.routed = 0
         self.stopping = False
         self._waiting: dict[Client, Callable[[], bool]] = {}
-        self._listener = listener
-        self._keys = keys
-        self._on_request = on_request
-        self._peers: dict[int, Peer] = {}
-        self._strangers: dict[Client, float] = {}
+        self._reception = Reception(
+            self.loop, listener, keys, lambda client, message: on_request(self, client, message), self._client_gone, self._died
+        )
         self._dirty: dict[Subscription, None] = {}
         self._resuming: list[Publisher] = []
         self._numbers = iter(range(1, 1 << 63))
-        self._sweeping = False
         self._stopped_by: Peer | None = None
         self._quiet = False
         self._moved = 0
-        self.loop.watch(listener.fileno(), IN, self._accept)
 
     def run(self) -> None:
         """Serve until stopped, and all has been drained or the time for it is over."""
@@ -87,119 +76,30 @@ class Broker:
             if self._moved > _NAP_AFTER:
                 time.sleep(_NAP)
             self._moved = 0
-
-    def close(self) -> None:
-        """Let go of all connections."""
-        for peer in list(self._peers.values()):
-            for client in list(peer.clients):
-                client.close("the broker has ended")
-        self.loop.close_forgotten()
+        self._reception.close()
+        loop.close_forgotten()
 
     @property
     def finished(self) -> bool:
         return self.stopping and not self.subscriptions and not self.publishers
 
-    # --- processes and their connections
+    # --- sessions
 
     def number(self) -> int:
         return next(self._numbers)
 
-    def _accept(self, events: int) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno not in _NO_DESCRIPTORS:
-                return  # it has gone already
-            log.warning("no descriptor is left in the broker: new processes wait until some are free")
-            self.loop.forget(self._listener.fileno())
-            self.loop.later(0.2, lambda: self.loop.watch(self._listener.fileno(), IN, self._accept))
-            return
-        connection.setblocking(False)
-        try:
-            pid, uid = peer_of(connection)
-            if uid != os.geteuid():
-                log.warning("refused process %d of user %d: only user %d may connect", pid, uid, os.geteuid())
-                connection.close()
-                return
-            peer = self.peer(pid)
-        except OSError:  # it has gone already
-            connection.close()
-            return
-        handshake = serve_handshake(self._keys)
-        client = Client(self.loop, connection, peer, handshake, self._request, self._client_gone)
-        peer.clients.add(client)
-        self._strangers[client] = time.monotonic() + _HANDSHAKE_TIMEOUT
-        if len(self._strangers) == 1:
-            self.loop.later(_HANDSHAKE_TIMEOUT, self._expire)
-        elif len(self._strangers) > _MOST_STRANGERS:
-            next(iter(self._strangers)).close("too many have connected without a key")
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        for client, deadline in list(self._strangers.items()):
-            if client.authenticated:
-                del self._strangers[client]
-            elif deadline <= now:
-                client.close("it did not show its key in time")
-        if self._strangers:
-            self.loop.later(max(0.0, min(self._strangers.values()) - now), self._expire)
-
-    def _request(self, client: Client, message: dict[str, Any]) -> None:
-        self._strangers.pop(client, None)
-        self._on_request(self, client, message)
-
     def _client_gone(self, client: Client, why: str) -> None:
-        self._strangers.pop(client, None)
-        client.peer.clients.discard(client)
         if client.opening is not None:
             self.unopen(client.opening)
         if client.session is not None:
             log.debug("process %d: %s", client.peer.pid, why)
             self.end_session(client.session, clean=False)
         self._waiting.pop(client, None)
-        self._drop_unused(client.peer)
-
-    def peer(self, pid: int) -> Peer:
-        """The process with this ID, which is known to live.
-
-        :raises ProcessLookupError: it does not any more.
-        """
-        peer = self._peers.get(pid)
-        if peer is None:
-            process = PeerProcess(pid)
-            peer = Peer(process)
-            if pid > 0:
-                self._peers[pid] = peer
-            if process.fd >= 0:
-                self.loop.watch(process.fd, IN, lambda _: self._died(peer))
-            elif process.must_be_asked and not self._sweeping:
-                self._sweeping = True
-                self.loop.later(_SWEEP, self._sweep)
-        return peer
-
-    def _sweep(self) -> None:
-        for peer in list(self._peers.values()):
-            if peer.process.dead():
-                self._died(peer)
-        self._sweeping = any(peer.process.must_be_asked for peer in self._peers.values())
-        if self._sweeping:
-            self.loop.later(_SWEEP, self._sweep)
 
     def _died(self, peer: Peer) -> None:
         """All that was its own goes; what it had published is still delivered."""
-        for client in list(peer.clients):
-            client.close("its process has ended")
         for subscription in list(peer.subscriptions):
             self.remove(subscription)
-        self._drop_unused(peer)
-
-    def _drop_unused(self, peer: Peer) -> None:
-        if peer.unused and self._peers.get(peer.pid, peer) is peer:
-            self._peers.pop(peer.pid, None)
-            fd, peer.process.fd = peer.process.fd, -1
-            self.loop.close(fd)
 
     def new_session(self, client: Client) -> Session:
         session = Session(self.number(), client.peer)
@@ -397,7 +297,7 @@ class Broker:
             subscription.opening = None
         subscription.session.subscriptions.discard(subscription)
         subscription.session.peer.subscriptions.discard(subscription)
-        self._drop_unused(subscription.session.peer)
+        self._reception.drop_unused(subscription.session.peer)
         subscription.session = session
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
@@ -432,7 +332,7 @@ class Broker:
         self.loop.close(fd)
         subscription.session.subscriptions.discard(subscription)
         subscription.session.peer.subscriptions.discard(subscription)
-        self._drop_unused(subscription.session.peer)
+        self._reception.drop_unused(subscription.session.peer)
         self._dirty.pop(subscription, None)
         self._unblock(subscription)
         self.tell_waiting()

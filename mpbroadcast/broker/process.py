@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Final
@@ -93,7 +93,8 @@ def launch(context: BaseContext, address: str | None, authkey: bytes | None, tim
             with writer:
                 _start(context, process)
             deadline = Deadline(timeout)
-            return process, _wait_until_ready(process, reader, deadline)
+            guard = "" if context.get_start_method() == "fork" else _GUARD
+            return process, _wait_until_ready(process, reader, deadline, guard)
         except BaseException:
             _kill(process)
             raise
@@ -121,6 +122,8 @@ def _start(context: BaseContext, process: BaseProcess) -> None:
     # would hand a blocked SIGINT on to all that it starts later, and its children do not have our mask: not there.
     masked = context.get_start_method() != "forkserver"
     if masked:
+        if context.get_start_method() == "spawn":
+            resource_tracker.ensure_running()  # which unblocks SIGINT, up to 3.11
         old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     else:
         forkserver.ensure_running()
@@ -135,7 +138,7 @@ def _start(context: BaseContext, process: BaseProcess) -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadline: Deadline) -> str:
+def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadline: Deadline, guard: str) -> str:
     ready = connection.wait([reader, process.sentinel], deadline.left())
     if not ready:
         raise StartError(
@@ -150,17 +153,24 @@ def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadl
         process.join(1)
         raise StartError(
             f"the broker process ended before it was ready (exit code {process.exitcode}); what it wrote to standard error "
-            f"says why. {_GUARD}"
+            f"says why. {guard}".rstrip()
         ) from None
     if "error" in answer:
         raise StartError(answer["error"]) from OSError(answer["errno"], answer["error"])
     return str(answer["address"])
 
 
-def end(process: BaseProcess, timeout: float | None) -> None:
-    """Wait for a broker that was told to stop within ``timeout``, and end it if it does not."""
-    process.join(None if timeout is None else timeout + _GRACE)
+def end(process: BaseProcess, address: str, timeout: float | None, *, told: bool) -> None:
+    """Wait for a broker that was ``told`` to stop within ``timeout``, and end it if it does not."""
+    if told:
+        process.join(None if timeout is None else timeout + _GRACE)
     _kill(process)
+    with contextlib.suppress(OSError):  # what a broker that was killed has left
+        if not _answers(address):
+            os.unlink(address)
+        folder, name = os.path.split(address)
+        if name == _SOCKET and os.path.basename(folder).startswith(_FOLDER):
+            os.rmdir(folder)
 
 
 def _kill(process: BaseProcess) -> None:
@@ -198,7 +208,6 @@ def _main(settings: _Settings, ready: connection.Connection) -> None:
         ready.send_bytes(json.dumps({"address": listening.address}).encode())
         ready.close()
         broker.run()
-        broker.close()
     except BaseException as error:
         if not isinstance(error, BrokenPipeError):  # the starter has died before it could be told
             log.critical("the broker has crashed", exc_info=True)
@@ -229,7 +238,7 @@ def _let_go_of_descriptors(inherited: frozenset[int]) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     standard = {file.fileno() for file in (sys.__stdin__, sys.__stdout__) if file is not None and not file.closed}
     for fd in inherited | standard:
-        if _is_open(fd):  # not closed in between
+        if fd != nowhere and _is_open(fd):  # not closed in between
             os.dup2(nowhere, fd, inheritable=False)
     os.close(nowhere)
 
@@ -368,7 +377,7 @@ def _answers(path: str) -> bool:
         probe.setblocking(False)
         try:
             probe.connect(path)
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return False
         except OSError:
             return True  # its queue is full, or it is not ours to look at

@@ -5,9 +5,8 @@ control connections for requests. Each request has one of these to itself, so a 
 other, and one that is interrupted by an exception is thrown away with its connection: no lock, no reply that meets the wrong
 question, in threads and in signal handlers.
 
-Descriptors and forks: everything here that owns a descriptor is in one ``WeakSet``, and comes into it under the lock that
-``os.fork`` takes. So a child closes all its inherited copies, whatever another thread was doing, and what each object does in
-the child is its own ``after_fork_in_child``.
+Descriptors and forks: everything here that owns a descriptor has a hook for forks, and gets it under the lock that ``os.fork``
+takes. So a child closes all its inherited copies, whatever another thread was doing.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ import socket
 import threading
 import time
 from array import array
-from typing import Any, Final, Protocol
-from weakref import WeakSet, WeakValueDictionary
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.errors import (
@@ -45,34 +45,38 @@ from mpbroadcast.wire.control import (
     encode,
 )
 
-__all__ = ["CONNECT_TIMEOUT", "ForkAware", "Link", "PipeEnd", "on_fork", "remember_key"]
+__all__ = ["CONNECT_TIMEOUT", "Link", "PipeEnd", "on_fork", "remember_key"]
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
 _READ: Final = 1 << 16
 
 
-class ForkAware(Protocol):
-    """What wants to know of forks. Both are called in the thread that forked, and must not block."""
-
-    def after_fork_in_parent(self) -> None: ...
-    def after_fork_in_child(self) -> None: ...
+T = TypeVar("T")
+Hook = Callable[[Any], None]
 
 
 class _Forks:
-    """Who wants to know of forks, and the lock that keeps forks out."""
+    """Who wants to know of forks, with what to call; and the lock that keeps forks out."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # reentrant: a signal handler or finaliser may come in while its own thread has it
-        self.aware: WeakSet[ForkAware] = WeakSet()
+        self.hooks: WeakKeyDictionary[Any, tuple[Hook, Hook | None]] = WeakKeyDictionary()
+
+    def call(self, which: int) -> None:
+        for something, hooks in list(self.hooks.items()):
+            hook = hooks[which]
+            if hook is not None:
+                with contextlib.suppress(Exception):  # one handle's error stops no other
+                    hook(something)
 
 
 _forks = _Forks()
 
 
-def on_fork(something: ForkAware) -> None:
-    """From now on, tell ``something`` of forks."""
+def on_fork(something: T, in_child: Callable[[T], None], in_parent: Callable[[T], None] | None = None) -> None:
+    """From each fork on, while ``something`` lives: call these with it, in the thread that forked. They must not block."""
     with _forks.lock:
-        _forks.aware.add(something)
+        _forks.hooks[something] = (in_child, in_parent)
 
 
 def _before_fork() -> None:
@@ -81,9 +85,7 @@ def _before_fork() -> None:
 
 def _after_fork_in_parent() -> None:
     try:
-        for something in list(_forks.aware):
-            with contextlib.suppress(Exception):  # one handle's error stops no other
-                something.after_fork_in_parent()
+        _forks.call(1)
     finally:
         _forks.lock.release()
 
@@ -91,9 +93,7 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     _forks.lock = threading.RLock()
     _links.clear()
-    for something in list(_forks.aware):
-        with contextlib.suppress(Exception):
-            something.after_fork_in_child()
+    _forks.call(0)
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
@@ -114,7 +114,7 @@ class PipeEnd:
         self.lock = threading.RLock()
         self._waiting = 0
         self._closing = False
-        on_fork(self)
+        on_fork(self, PipeEnd._in_child)
 
     def wait(self, events: int, deadline: Deadline) -> bool:
         """Whether one of ``events`` (or an error, or the other end's closing) came before the deadline."""
@@ -148,10 +148,7 @@ class PipeEnd:
         if fd >= 0:
             os.close(fd)
 
-    def after_fork_in_parent(self) -> None:
-        pass
-
-    def after_fork_in_child(self) -> None:
+    def _in_child(self) -> None:
         self.lock = threading.RLock()  # another thread may have held it
         self._waiting = 0
         self._close()
@@ -172,7 +169,7 @@ class _Control:
         with _forks.lock:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._socket.setblocking(False)
-            on_fork(self)
+            on_fork(self, _Control._in_child)
         try:
             self._connect(deadline)
             self._shake_hands(client_handshake(authkey), deadline)
@@ -184,17 +181,17 @@ class _Control:
     def _connect(self, deadline: Deadline) -> None:
         while True:
             try:
-                self._socket.connect(self._address)
-                return
-            except BlockingIOError:  # its queue is full
-                if deadline.left() == 0:
-                    raise TimedOut(f"the broker at {self._address!r} took no connection in time") from None
-                time.sleep(0.005)
+                with contextlib.suppress(BlockingIOError):
+                    self._socket.connect(self._address)
+                    return
             except OSError as error:
                 raise BrokerLost(
                     f"no broker answers at {self._address!r} ({error.strerror}): it has ended, or this is not what its "
                     "`address` says"
                 ) from error
+            if deadline.left() == 0:
+                raise TimedOut(f"the broker at {self._address!r} took no connection in time")
+            time.sleep(0.005)  # its queue is full
 
     def _shake_hands(self, handshake: Handshake, deadline: Deadline) -> None:
         to_send = next(handshake)
@@ -222,27 +219,30 @@ class _Control:
         view = memoryview(data)
         while view:
             try:
-                view = view[self._socket.send(view) :]
-            except BlockingIOError:
-                self._wait(select.POLLOUT, deadline)
+                with contextlib.suppress(BlockingIOError):
+                    view = view[self._socket.send(view) :]
+                    continue
             except OSError as error:
                 raise self._lost() from error
+            self._wait(select.POLLOUT, deadline)
 
     def _receive(self, deadline: Deadline) -> bytes:
         while True:
             body = self._inbox.next()
             if body is not None:
                 return body
+            data = None
             try:
-                data = self._read()
-            except BlockingIOError:
-                self._wait(select.POLLIN, deadline)
-                continue
+                with contextlib.suppress(BlockingIOError):
+                    data = self._read()
             except ConnectionError as error:
                 raise self._lost() from error
-            if not data:
+            if data is None:
+                self._wait(select.POLLIN, deadline)
+            elif data:
+                self._inbox.feed(data)
+            else:
                 raise self._lost()
-            self._inbox.feed(data)
 
     def _read(self) -> bytes:
         """What is there, at once; descriptors that came with it are in ``_ends``."""
@@ -280,10 +280,7 @@ class _Control:
         self._socket.close()
         self._ends.clear()
 
-    def after_fork_in_parent(self) -> None:
-        pass
-
-    def after_fork_in_child(self) -> None:
+    def _in_child(self) -> None:
         self._socket.close()
 
 
@@ -306,7 +303,7 @@ class Link:
         self.session = int(reply["session"])
         self.broker = str(reply["broker"])
         self.broker_pid = int(reply["pid"])
-        on_fork(self)
+        on_fork(self, Link._in_child)
         _links[address] = self
 
     @classmethod
@@ -340,19 +337,20 @@ class Link:
         """Tell the broker, without an answer, without blocking: what a finaliser may do."""
         self._lifeline.write_now(encode({"do": do, **fields}))
 
-    def after_fork_in_parent(self) -> None:
-        pass
-
-    def after_fork_in_child(self) -> None:
+    def _in_child(self) -> None:
         self.inherited = True
         self._idle.clear()
+
+    def close(self) -> None:
+        """Let go of all connections: the broker has ended, or nothing here needs it any more."""
+        self._lifeline.close()
+        while self._idle:
+            self._idle.pop().close()
 
     def __del__(self) -> None:
         if not self.inherited and hasattr(self, "_lifeline"):
             self.note("detach")
-            self._lifeline.close()
-            for control in self._idle:
-                control.close()
+            self.close()
 
 
 _links: WeakValueDictionary[str, Link] = WeakValueDictionary()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pickle
 from io import BytesIO
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from mpbroadcast.wire.frames import RunView
+if TYPE_CHECKING:
+    from mpbroadcast.wire.frames import RunView
 
 __all__ = ["PROTOCOL", "Undecodable", "dumps", "load_run"]
 

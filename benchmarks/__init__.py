@@ -1,0 +1,1 @@
+"""Measurements: ``python -m benchmarks``, from the root of the checkout."""

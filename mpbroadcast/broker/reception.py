@@ -1,0 +1,147 @@
+"""Who comes in: the listening socket, strangers until they have shown a key, and the processes that are watched."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from mpbroadcast.broker.clients import Client, peer_of
+from mpbroadcast.broker.liveness import PeerProcess
+from mpbroadcast.broker.loop import IN, Loop
+from mpbroadcast.broker.members import Peer
+from mpbroadcast.wire.control import serve_handshake
+
+__all__ = ["Reception"]
+
+log = logging.getLogger("mpbroadcast.broker")
+
+_HANDSHAKE_TIMEOUT: Final = 10.0
+_MOST_STRANGERS: Final = 128  # connections that have not shown a key; the oldest goes for one more
+_SWEEP: Final = 1.0  # seconds, where deaths are no events
+_NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
+
+
+class Reception:
+    """Makes a :class:`Client` of each connection of this user, and a :class:`Peer` of each process that has one."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        listener: socket.socket,
+        keys: list[bytes],
+        on_request: Callable[[Client, dict[str, Any]], None],
+        on_gone: Callable[[Client, str], None],
+        on_death: Callable[[Peer], None],
+    ) -> None:
+        self._loop = loop
+        self._listener = listener
+        self._keys = keys
+        self._on_request = on_request
+        self._on_gone = on_gone
+        self._on_death = on_death
+        self._peers: dict[int, Peer] = {}
+        self._strangers: dict[Client, float] = {}
+        self._sweeping = False
+        loop.watch(listener.fileno(), IN, self._accept)
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        for peer in list(self._peers.values()):
+            for client in list(peer.clients):
+                client.close("the broker has ended")
+
+    def _accept(self, events: int) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno not in _NO_DESCRIPTORS:
+                return  # it has gone already
+            log.warning("no descriptor is left in the broker: new processes wait until some are free")
+            self._loop.forget(self._listener.fileno())
+            self._loop.later(0.2, lambda: self._loop.watch(self._listener.fileno(), IN, self._accept))
+            return
+        connection.setblocking(False)
+        try:
+            pid, uid = peer_of(connection)
+            if uid != os.geteuid():
+                log.warning("refused process %d of user %d: only user %d may connect", pid, uid, os.geteuid())
+                connection.close()
+                return
+            peer = self._peer(pid)
+        except OSError:  # it has gone already
+            connection.close()
+            return
+        handshake = serve_handshake(self._keys)
+        client = Client(self._loop, connection, peer, handshake, self._request, self._client_gone)
+        peer.clients.add(client)
+        self._strangers[client] = time.monotonic() + _HANDSHAKE_TIMEOUT
+        if len(self._strangers) == 1:
+            self._loop.later(_HANDSHAKE_TIMEOUT, self._expire)
+        elif len(self._strangers) > _MOST_STRANGERS:
+            next(iter(self._strangers)).close("too many have connected without a key")
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for client, deadline in list(self._strangers.items()):
+            if client.authenticated:
+                del self._strangers[client]
+            elif deadline <= now:
+                client.close("it did not show its key in time")
+        if self._strangers:
+            self._loop.later(max(0.0, min(self._strangers.values()) - now), self._expire)
+
+    def _request(self, client: Client, message: dict[str, Any]) -> None:
+        self._strangers.pop(client, None)
+        self._on_request(client, message)
+
+    def _client_gone(self, client: Client, why: str) -> None:
+        self._strangers.pop(client, None)
+        client.peer.clients.discard(client)
+        self._on_gone(client, why)
+        self.drop_unused(client.peer)
+
+    def _peer(self, pid: int) -> Peer:
+        """The process with this ID, which is known to live.
+
+        :raises ProcessLookupError: it does not any more.
+        """
+        peer = self._peers.get(pid)
+        if peer is None:
+            process = PeerProcess(pid)
+            peer = Peer(process)
+            if pid > 0:
+                self._peers[pid] = peer
+            if process.fd >= 0:
+                self._loop.watch(process.fd, IN, lambda _: self._died(peer))
+            elif process.must_be_asked and not self._sweeping:
+                self._sweeping = True
+                self._loop.later(_SWEEP, self._sweep)
+        return peer
+
+    def _sweep(self) -> None:
+        for peer in list(self._peers.values()):
+            if peer.process.dead():
+                self._died(peer)
+        self._sweeping = any(peer.process.must_be_asked for peer in self._peers.values())
+        if self._sweeping:
+            self._loop.later(_SWEEP, self._sweep)
+
+    def _died(self, peer: Peer) -> None:
+        for client in list(peer.clients):
+            client.close("its process has ended")
+        self._on_death(peer)
+        self.drop_unused(peer)
+
+    def drop_unused(self, peer: Peer) -> None:
+        """Watch it no more, if nothing is its own."""
+        if peer.unused and self._peers.get(peer.pid, peer) is peer:
+            self._peers.pop(peer.pid, None)
+            fd, peer.process.fd = peer.process.fd, -1
+            self._loop.close(fd)

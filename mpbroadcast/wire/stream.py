@@ -1,0 +1,92 @@
+"""What a channel has read from its pipe, as bytes and as messages. A stream is replaced as a whole, in one assignment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any, Final
+
+from mpbroadcast.wire.frames import END, RUN, read_run, topic_of
+from mpbroadcast.wire.payload import Undecodable, load_run
+
+__all__ = ["END_OF_MESSAGES", "FLAWS", "LOST", "Flaw", "Stream", "decode", "take_in"]
+
+
+class Flaw:
+    """Stands behind the last message, and stays there."""
+
+
+END_OF_MESSAGES: Final = Flaw()  # a clean end
+LOST: Final = Flaw()  # the pipe has ended without one
+FLAWS: Final = (Flaw, Undecodable)
+
+
+class Stream:
+    """Decoded messages, and the chunks of bytes behind them, of which ``skip`` bytes are done with.
+
+    ``need`` is how many bytes there must be before it is worth looking at them. ``plain`` says that all of ``ready`` are
+    messages, none a flaw.
+    """
+
+    __slots__ = ("chunks", "need", "plain", "ready", "skip")
+
+    def __init__(
+        self, ready: Iterable[Any] = (), rest: bytes = b"", skip: int = 0, need: int = RUN.size, plain: bool = True
+    ) -> None:
+        self.ready = deque(ready)
+        self.chunks = [rest] if rest else []
+        self.skip = skip
+        self.need = need
+        self.plain = plain
+
+    def sound(self, limit: int | None) -> int:
+        """How many messages come before the first flaw, at most ``limit``."""
+        count = len(self.ready) if limit is None else min(limit, len(self.ready))
+        if self.plain:
+            return count
+        return next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in FLAWS), count)
+
+    def without(self, count: int) -> Stream:
+        """The same, less its first messages."""
+        rest = Stream(islice(self.ready, count, None), b"", self.skip, self.need, self.plain)
+        rest.chunks = self.chunks
+        return rest
+
+
+def decode(stream: Stream, held: bool, with_topic: bool) -> Stream | None:
+    """What comes after ``stream``, which has no decoded messages, or ``None`` when no message is whole yet.
+
+    ``held`` says that one more byte is in the pipe at least, which will do for the last tail byte.
+    """
+    if sum(map(len, stream.chunks)) - stream.skip + held < stream.need:
+        return None
+    data = stream.chunks[0] if len(stream.chunks) == 1 else b"".join(stream.chunks)
+    ready: list[Any] = []
+    plain = True
+    position, end = stream.skip, len(data) + held
+    while (run := read_run(data, position)) is not None and position + run.size <= end:
+        if run.kind == END:
+            ready.append(END_OF_MESSAGES)
+            plain = False
+        else:
+            messages, whole = load_run(data, run)
+            plain = plain and whole
+            if with_topic:
+                topic = topic_of(data[run.first : run.first + run.skip])
+                messages = [message if type(message) is Undecodable else (topic, message) for message in messages]
+            ready.extend(messages)
+        position += run.size
+    need = RUN.size if run is None else run.size
+    if not ready:
+        stream.need = need
+        return None
+    done = min(position, len(data))
+    return Stream(ready, data[done:], position - done, need, plain)
+
+
+def take_in(stream: Stream, fd: int, size: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        stream.chunks.extend(map(os.read, (fd,), (size,)))
