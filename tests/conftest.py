@@ -1,0 +1,135 @@
+"""Fixtures of all tests: a broadcaster, start methods, child processes; and the check that each test leaves nothing."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import multiprocessing.util
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mpbroadcast import Broadcaster, start_broadcaster
+from tests.helpers import Children, wait_until
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder() -> Iterator[Path]:
+    """A short temporary folder of this run, for this process and all that it starts."""
+    multiprocessing.util.get_temp_dir()  # multiprocessing keeps its first one for the whole run: not inside ours
+    folder = tempfile.mkdtemp(prefix="mt-", dir="/tmp")
+    before = os.environ.get("TMPDIR"), tempfile.tempdir
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    # these two live as long as this process: started here, they belong to no test
+    multiprocessing.resource_tracker.ensure_running()
+    multiprocessing.forkserver.set_forkserver_preload(["tests.workers"])
+    multiprocessing.forkserver.ensure_running()
+    yield Path(folder)
+    if before[0] is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before[0]
+    tempfile.tempdir = before[1]
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def helper_pids() -> set[int | None]:
+    """The processes that multiprocessing starts for itself, once in a run."""
+    return {
+        multiprocessing.forkserver._forkserver._forkserver_pid,  # type: ignore[attr-defined]
+        multiprocessing.resource_tracker._resource_tracker._pid,  # type: ignore[attr-defined]
+    }
+
+
+def child_processes() -> list[psutil.Process]:
+    """All processes below this one, but for multiprocessing's own helpers."""
+    helpers = helper_pids()
+    return [child for child in psutil.Process().children(recursive=True) if child.pid not in helpers]
+
+
+def descriptors() -> set[tuple[int, str]]:
+    """The open descriptors of this process, and what each one is."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.add((int(name), os.readlink(f"/proc/self/fd/{name}")))
+        except OSError:
+            continue  # the one that listed the folder
+    return found
+
+
+def left_over(before: set[tuple[int, str]], folder: Path) -> list[str]:
+    """What is there now and was not before: processes, descriptors, folders; empty when all is well."""
+    gc.collect()
+    found = [f"process {child}" for child in child_processes()]
+    found += [f"descriptor {number} {target}" for number, target in sorted(descriptors() - before)]
+    found += [f"file {path}" for path in folder.glob("mpbroadcast-*")]
+    return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Note which tests fail: their traceback keeps objects alive, and so nothing is asked of what they leave."""
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(request: pytest.FixtureRequest, temporary_folder: Path) -> Iterator[None]:
+    """After each test: no process, no descriptor, and no file is left, within a deadline."""
+    gc.collect()
+    before = descriptors()
+    yield
+    try:
+        if not request.node.stash.get(FAILED, False):
+            wait_until(lambda: not left_over(before, temporary_folder))
+    except AssertionError:
+        pytest.fail("left behind: " + "; ".join(left_over(before, temporary_folder)), pytrace=False)
+    finally:
+        lost = child_processes()
+        for child in lost:
+            child.kill()
+        psutil.wait_procs(lost, timeout=5)
+        for path in temporary_folder.glob("mpbroadcast-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def bus(leaves_nothing: None) -> Iterator[Broadcaster[Any]]:
+    """A broadcaster, closed at the end."""
+    broadcaster: Broadcaster[Any] = start_broadcaster()
+    yield broadcaster
+    broadcaster.close(timeout=2.0)
+
+
+@pytest.fixture(params=["fork", "spawn", "forkserver"])
+def context(request: pytest.FixtureRequest) -> BaseContext:
+    """Each start method in turn."""
+    return multiprocessing.get_context(request.param)
+
+
+@pytest.fixture
+def fork() -> BaseContext:
+    """The quickest start method, for tests in which it makes no difference."""
+    return multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def children(leaves_nothing: None) -> Iterator[Children]:
+    """Starts processes, and joins or kills them at the end."""
+    started = Children()
+    yield started
+    started.end()

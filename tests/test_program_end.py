@@ -1,0 +1,483 @@
+"""How programs end: forgotten ``close()``, Ctrl-C, unguarded main modules, and what ``close()`` itself promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpbroadcast import Broadcaster, BrokerLost, ClosedError, StartError, start_broadcaster
+from tests import victims
+from tests.helpers import DEADLINE, Children, answer, take, wait_until
+from tests.victims import Program, receive_all
+
+METHODS = ["fork", "spawn", "forkserver"]
+PROMPTLY = 10.0  # seconds for a whole program with its processes, on a busy machine
+
+Write = Callable[[str], str]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Write:
+    """Writes a program into a file; gives its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "program.py"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def pipes() -> Iterator[list[tuple[Connection, Connection]]]:
+    """Three pipes, for reports and orders."""
+    made = [Pipe() for _ in range(3)]
+    yield made
+    for ends in made:
+        for end in ends:
+            end.close()
+
+
+def ends_well(program: Program, out: str, *, log: bool = False) -> None:
+    """The program ends by itself with success, prints that, and says nothing on standard error; no process is left.
+
+    With ``log`` the broker may name a channel that was not read to its end.
+    """
+    code, printed, errors = program.end()
+    if log:
+        errors = re.sub(r"^mpbroadcast broker \d+: WARNING: channel \d+ .*\n", "", errors, flags=re.MULTILINE)
+    assert (code, printed, errors) == (0, out, "")
+    wait_until(lambda: not program.processes())
+
+
+# ------------------------------------------------------------------------------------------------------ without close()
+
+FORGETFUL = """
+import multiprocessing, sys
+from mpbroadcast import start_broadcaster
+
+def work(channel):
+    total = 0
+    for message in channel:
+        total += message
+    print(total, flush=True)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    bus = start_broadcaster()
+    for _ in range(2):
+        multiprocessing.Process(target=work, args=(bus.subscribe(),)).start()
+    for number in range(1000):
+        bus.publish(number)
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_forgotten_close_still_delivers(method: str, script: Write) -> None:
+    """A program that never calls ``close()`` delivers all to its workers, warns of nothing, and exits by itself."""
+    with Program("-W", "error", script(FORGETFUL), method) as program:
+        ends_well(program, "499500\n499500\n")
+
+
+def test_a_forgotten_close_without_strict_warnings(script: Write) -> None:
+    """The same under Python's own filter of warnings."""
+    with Program(script(FORGETFUL), "fork") as program:
+        ends_well(program, "499500\n499500\n")
+
+
+@pytest.mark.parametrize("opening", ["", "channel.poll(0)", "channel.recv()"], ids=["unopened", "opened", "half read"])
+def test_unread_channels_do_not_hold_up_the_end(opening: str, script: Write) -> None:
+    """Messages that the ending program itself has not read hold up nothing, and are no error."""
+    text = f"""
+        from mpbroadcast import start_broadcaster
+        bus = start_broadcaster()
+        channel = bus.subscribe()
+        for number in range(3000):
+            bus.publish(bytes(1000))
+        {opening}
+        """
+    lines = [line.strip().replace("bus.publish", "    bus.publish") for line in text.strip().splitlines()]
+    start = time.monotonic()
+    with Program("-W", "error", script("\n".join(lines))) as program:
+        ends_well(program, "", log=True)
+    assert time.monotonic() - start < PROMPTLY / 2
+
+
+def test_a_worker_that_never_reads_does_not_hang_the_end(script: Write) -> None:
+    """A worker that has stopped reading costs the end of the program a bounded time, and leaves no process."""
+    text = """
+import multiprocessing, signal
+from mpbroadcast import start_broadcaster
+
+def work(channel, opened):
+    channel.poll(0)
+    opened.send(True)
+    signal.pause()
+
+if __name__ == "__main__":
+    bus = start_broadcaster()
+    mine, theirs = multiprocessing.Pipe()
+    multiprocessing.Process(target=work, args=(bus.subscribe(), theirs), daemon=True).start()
+    mine.recv()
+    for number in range(3000):
+        bus.publish(bytes(1000))
+"""
+    start = time.monotonic()
+    with Program(script(text)) as program:
+        code, _, errors = program.end()
+        assert code == 0
+        assert "Traceback" not in errors
+        wait_until(lambda: not program.processes())
+    assert time.monotonic() - start < 5 + PROMPTLY
+
+
+def test_an_error_in_the_main_program_still_ends_it(script: Write) -> None:
+    """A program that fails shows its own traceback only; what it had published is delivered, and it ends."""
+    text = FORGETFUL + "    raise SystemError('the program has failed')\n"
+    with Program("-W", "error", script(text), "fork") as program:
+        code, printed, errors = program.end()
+        assert code == 1
+        assert printed == "499500\n499500\n"
+        assert errors.count("Traceback") == 1
+        assert errors.endswith("SystemError: the program has failed\n")
+        wait_until(lambda: not program.processes())
+
+
+# --------------------------------------------------------------------------------------------------------------- Ctrl-C
+
+INTERRUPTED = """
+import multiprocessing, sys
+from mpbroadcast import start_broadcaster
+
+def work(channel, opened):
+    try:
+        channel.poll(0)
+        opened.send(True)
+        for message in channel:
+            pass
+    except KeyboardInterrupt:
+        pass
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    bus = start_broadcaster()
+    mine, theirs = multiprocessing.Pipe()
+    for _ in range(2):
+        multiprocessing.Process(target=work, args=(bus.subscribe(), theirs)).start()
+        mine.recv()
+    channel = bus.subscribe("never")
+    try:
+        print("ready", flush=True)
+        {wait}
+    except KeyboardInterrupt:
+        {caught}
+"""
+WAITS = {
+    "recv": "channel.recv()",
+    "publish": "full = bus.subscribe(capacity=50_000)\n        while True: bus.publish(bytes(1000))",
+    "traffic": "while True: bus.publish(bytes(1000), topic='busy')",
+    "wait_for_subscribers": "bus.wait_for_subscribers(1000)",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ctrl_c_ends_all_without_a_word(method: str, script: Write) -> None:
+    """Ctrl-C reaches the whole group: where the user's code catches it, nothing is printed, and no process is left."""
+    with Program("-W", "error", script(INTERRUPTED.format(wait=WAITS["recv"], caught="print('caught')")), method) as program:
+        assert program.line() == "ready"
+        program.interrupt()
+        ends_well(program, "caught\n")
+
+
+@pytest.mark.parametrize("wait", ["publish", "traffic"])
+def test_ctrl_c_while_publishing(wait: str, script: Write) -> None:
+    """Ctrl-C in the middle of ``publish``, waiting or not, gives the user's ``KeyboardInterrupt`` and nothing else."""
+    with Program("-W", "error", script(INTERRUPTED.format(wait=WAITS[wait], caught="print('caught')")), "fork") as program:
+        assert program.line() == "ready"
+        if wait == "publish":
+            wait_until(lambda: victims.stalled(program.pid))
+        program.interrupt()
+        ends_well(program, "caught\n", log=True)
+
+
+@pytest.mark.parametrize("wait", ["recv", "publish", "wait_for_subscribers"])
+def test_ctrl_c_that_nobody_catches_shows_one_traceback(wait: str, script: Write) -> None:
+    """The only traceback after a Ctrl-C is the user's own ``KeyboardInterrupt``, without one of the library's before it."""
+    with Program(script(INTERRUPTED.format(wait=WAITS[wait], caught="raise")), "fork") as program:
+        assert program.line() == "ready"
+        wait_until(lambda: victims.stalled(program.pid))
+        program.interrupt()
+        code, _, errors = program.end()
+        assert code in (-signal.SIGINT, 128 + signal.SIGINT)
+        assert errors.count("Traceback") == 1
+        assert errors.rstrip().endswith("KeyboardInterrupt")
+        wait_until(lambda: not program.processes())
+
+
+# -------------------------------------------------------------------------------------------------------- main modules
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_an_unguarded_main_module_is_told_what_to_write(method: str, script: Write) -> None:
+    """Under spawn a main module without a guard gets an error that says what to write, and nothing hangs."""
+    text = f"""
+import multiprocessing
+from mpbroadcast import start_broadcaster
+bus = start_broadcaster(context=multiprocessing.get_context("{method}"))
+print("started")
+"""
+    with Program(script(text)) as program:
+        code, printed, errors = program.end()
+        assert code != 0
+        assert printed == ""
+        assert "StartError" in errors
+        assert 'if __name__ == "__main__":' in errors
+        wait_until(lambda: not program.processes())
+
+
+SHORT = """
+import multiprocessing
+from mpbroadcast import start_broadcaster
+with start_broadcaster({context}) as bus, bus.subscribe() as channel:
+    bus.publish("hello")
+    print(channel.recv())
+"""
+SPAWN = 'context=multiprocessing.get_context("spawn")'
+
+
+@pytest.mark.parametrize("context", ["", SPAWN], ids=["default", "spawn"])
+def test_a_program_given_by_c(context: str) -> None:
+    """``python -c`` has no main module that could be imported again, and needs none."""
+    with Program("-W", "error", "-c", SHORT.format(context=context)) as program:
+        ends_well(program, "hello\n")
+
+
+def test_a_program_from_standard_input() -> None:
+    """A script that is piped into Python works as one in a file does."""
+    with Program("-W", "error", "-", stdin=SHORT.format(context="")) as program:
+        ends_well(program, "hello\n")
+
+
+def test_a_program_from_standard_input_under_spawn() -> None:
+    """Where the main module cannot be imported again, the broker starts all the same, or the error says why not."""
+    with Program("-W", "error", "-", stdin=SHORT.format(context=SPAWN)) as program:
+        code, printed, errors = program.end()
+        if code == 0:
+            assert (printed, errors) == ("hello\n", "")
+        else:
+            assert "StartError" in errors
+            assert "main" in errors.splitlines()[-1]
+        wait_until(lambda: not program.processes())
+
+
+def test_a_program_whose_standard_streams_are_closed(tmp_path: Path, script: Write) -> None:
+    """A program with descriptors 0, 1 and 2 closed works: its sockets take these numbers, and stay its own."""
+    result = tmp_path / "result"
+    text = f"""
+from mpbroadcast import start_broadcaster
+with start_broadcaster() as bus, bus.subscribe() as channel:
+    bus.publish("hello")
+    text = channel.recv(10)
+with open({str(result)!r}, "w") as file:
+    file.write(text)
+"""
+    bare = "import os, sys; os.closerange(0, 3); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    with Program("-c", bare, script(text)) as program:
+        assert program.process.wait(DEADLINE) == 0
+        assert result.read_text() == "hello"
+        wait_until(lambda: not program.processes())
+
+
+def test_a_daemonic_process_cannot_start_but_can_connect(
+    bus: Broadcaster[Any], fork: BaseContext, pipes: list[tuple[Connection, Connection]]
+) -> None:
+    """A daemonic process gets a ``StartError`` that says why, and can still attach to a broker that runs."""
+    with bus.subscribe() as channel:
+        process = fork.Process(target=victims.start_in_daemon, args=(pipes[0][1], bus.address), daemon=True)  # type: ignore[attr-defined]
+        process.start()
+        name, text = answer(pipes[0][0])
+        assert name == StartError.__name__
+        assert "daemon" in text
+        assert "connect" in text
+        assert answer(pipes[0][0]) == "connected"
+        assert channel.recv(DEADLINE) == "from the daemon"
+        process.join(DEADLINE)
+        assert process.exitcode == 0
+        process.close()
+
+
+def test_the_broker_keeps_no_descriptor_of_its_starter(tmp_path: Path, fork: BaseContext) -> None:
+    """A forked broker lets go of what it inherited: a pipe of the user's ends when the user closes it."""
+    reader, writer = os.pipe()
+    try:
+        with start_broadcaster(context=fork) as bus:
+            os.close(writer)
+            writer = -1
+            wait_until(lambda: os.get_blocking(reader) and _at_end(reader))
+            bus.publish("works")
+    finally:
+        os.close(reader)
+        if writer >= 0:
+            os.close(writer)
+
+
+def _at_end(reader: int) -> bool:
+    os.set_blocking(reader, False)
+    try:
+        return os.read(reader, 1) == b""
+    except BlockingIOError:
+        return False
+    finally:
+        os.set_blocking(reader, True)
+
+
+def test_the_programs_output_ends_with_the_program(script: Write) -> None:
+    """A broker does not keep the standard output of a killed starter open: who reads it gets its end."""
+    text = """
+import signal
+from mpbroadcast import start_broadcaster
+bus = start_broadcaster()
+print("ready", flush=True)
+signal.pause()
+"""
+    with Program(script(text)) as program:
+        assert program.line() == "ready"
+        os.kill(program.pid, signal.SIGKILL)
+        assert program.end() == (-signal.SIGKILL, "", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------- close
+
+
+def test_close_drains_to_a_slow_reader(
+    context: BaseContext, children: Children, pipes: list[tuple[Connection, Connection]]
+) -> None:
+    """``close()`` waits until a slow reader has all of its backlog in its pipe; then it gets a clean end."""
+    bus: Broadcaster[Any] = start_broadcaster()
+    reader = children(context, victims.slow_reader, bus.subscribe(), pipes[0][1])
+    assert answer(pipes[0][0]) == "open"
+    for number in range(1500):
+        bus.publish((number, bytes(2000)))
+    bus.close(timeout=DEADLINE)
+    received, end = answer(pipes[0][0])
+    assert (received, end) == (list(range(1500)), "EOFError")
+    reader.join(DEADLINE)
+
+
+def test_close_waits_for_a_channel_that_was_handed_on(
+    context: BaseContext, children: Children, pipes: list[tuple[Connection, Connection]]
+) -> None:
+    """A worker that starts slowly still gets what was published and closed behind its back."""
+    bus: Broadcaster[Any] = start_broadcaster()
+    reader = children(context, victims.slow_reader, bus.subscribe(), pipes[0][1])
+    for number in range(10):
+        bus.publish((number, b""))
+    bus.close(timeout=DEADLINE)
+    assert answer(pipes[0][0]) == "open"
+    assert answer(pipes[0][0]) == (list(range(10)), "EOFError")
+    reader.join(DEADLINE)
+
+
+def test_close_gives_up_on_a_reader_that_never_reads(
+    fork: BaseContext, children: Children, pipes: list[tuple[Connection, Connection]]
+) -> None:
+    """``close()`` returns within its timeout; a channel that was not drained gets ``BrokerLost``, no clean end."""
+    bus: Broadcaster[Any] = start_broadcaster()
+    other = children(fork, victims.slow_reader, bus.subscribe("all", "other"), pipes[2][1])
+    reader = children(fork, victims.idle_reader, bus.subscribe("all"), pipes[0][1], pipes[1][1])
+    assert answer(pipes[0][0]) == "open"
+    assert answer(pipes[2][0]) == "open"
+    for number in range(1000):
+        bus.publish((number, bytes(3500)), topic="all" if number % 10 else "other")
+    start = time.monotonic()
+    bus.close(timeout=3.0)
+    took = time.monotonic() - start
+    assert 2.0 < took < 3.0 + 4.0
+    assert answer(pipes[2][0]) == (list(range(1000)), "EOFError"), "the others are drained, and end cleanly"
+    pipes[1][0].send("go on")
+    count, end = answer(pipes[0][0])
+    assert end == BrokerLost.__name__
+    assert 0 < count < 900
+    for process in (reader, other):
+        process.join(DEADLINE)
+
+
+def test_the_log_names_who_could_not_be_drained(script: Write) -> None:
+    """A reader that lost messages at ``close()`` is named in the log, with its PID."""
+    text = """
+import multiprocessing, signal
+from mpbroadcast import start_broadcaster
+
+def work(channel, opened):
+    channel.poll(0)
+    opened.send(True)
+    signal.pause()
+
+if __name__ == "__main__":
+    bus = start_broadcaster()
+    mine, theirs = multiprocessing.Pipe()
+    worker = multiprocessing.Process(target=work, args=(bus.subscribe(), theirs), daemon=True)
+    worker.start()
+    mine.recv()
+    for number in range(3000):
+        bus.publish(bytes(1000))
+    bus.close(timeout=0.2)
+    print(worker.pid)
+"""
+    with Program(script(text)) as program:
+        code, printed, errors = program.end()
+        assert code == 0
+        assert printed.strip() in errors
+
+
+def test_close_with_timeout_zero(bus: Broadcaster[Any]) -> None:
+    """``close(timeout=0)`` does not wait for readers."""
+    channel = bus.subscribe()
+    channel.poll(0)
+    for _ in range(3000):
+        bus.publish(bytes(1000))
+    start = time.monotonic()
+    bus.close(timeout=0)
+    assert time.monotonic() - start < 4.0
+    received, end = receive_all(channel)
+    assert len(received) < 3000
+    assert isinstance(end, BrokerLost)
+    channel.close()
+
+
+def test_closing_an_attached_handle_leaves_the_rest_alone(bus: Broadcaster[Any]) -> None:
+    """``close()`` of a handle that did not start the broker detaches it; its channels live on."""
+    from mpbroadcast import connect
+
+    with connect(bus.address) as other:
+        channel = other.subscribe()
+    with pytest.raises(ClosedError):
+        other.publish("never")
+    bus.publish("on")
+    assert take(channel, 1) == ["on"]
+    channel.close()
+
+
+def test_a_worker_that_publishes_after_the_end_hears_of_it(
+    fork: BaseContext, children: Children, pipes: list[tuple[Connection, Connection]]
+) -> None:
+    """Publishing to a closed broker raises ``BrokerLost`` in other processes, ``ClosedError`` in the closing one."""
+    bus: Broadcaster[Any] = start_broadcaster()
+    worker = children(fork, victims.report_error_of, "publish", bus, pipes[0][1])
+    assert answer(pipes[0][0]) == "waiting"
+    wait_until(lambda: bus.stats().published > 10)
+    bus.close(timeout=DEADLINE)
+    assert answer(pipes[0][0])[0] == BrokerLost.__name__
+    worker.join(DEADLINE)
+    with pytest.raises(ClosedError):
+        bus.publish("late")
