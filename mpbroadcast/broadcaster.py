@@ -31,7 +31,7 @@ from mpbroadcast.channel import Channel
 from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, ClosedError, StartError, TimedOut
 from mpbroadcast.stats import BrokerStats, SubscriberStats
 from mpbroadcast.wire.frames import HEAD, PIPE_BUF, frame_head
-from mpbroadcast.wire.link import Link, on_fork, remember_key
+from mpbroadcast.wire.link import Link, PipeEnd, on_fork, remember_key
 from mpbroadcast.wire.outlet import Outlet
 from mpbroadcast.wire.payload import PROTOCOL, dumps
 
@@ -52,8 +52,10 @@ OVERFLOWS: Final = ("block",)
 _CLOSE_TIMEOUT: Final = 5.0
 _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
-_pack_head = HEAD.pack
 _write = os.write
+# The heads of short messages without a topic: to look one up costs a third of packing it.
+_SHORT: Final = PIPE_BUF - HEAD.size + 1
+_HEADS: Final = [frame_head(size, b"") for size in range(_SHORT)]
 
 
 class Broadcaster(Generic[M]):
@@ -71,6 +73,7 @@ class Broadcaster(Generic[M]):
         self._link = link  # without one, it attaches when it is first used: unpickling must not fail, or wait
         self._owned = owned
         self._outlet: Outlet | None = None
+        self._pipe = PipeEnd([-1])  # the outlet's, for short
         self._made: dict[str, Outlet] = {}
         self._closed = False
         self._channels: WeakSet[Channel[M]] = WeakSet()
@@ -104,22 +107,25 @@ class Broadcaster(Generic[M]):
         :raises ClosedError: this handle was closed.
         :raises Exception: whatever pickling the message raises; nothing was sent.
         """
-        way = None if topic == "" and exclude is None else self._way(topic, exclude)
-        if timeout is not None:
-            timeout = check_timeout(timeout)
+        if topic != "" or exclude is not None or timeout is not None:
+            way = self._way(topic, exclude)
+            deadline = Deadline(check_timeout(timeout))
+            payload = dumps(message, PROTOCOL)
+            self._send(frame_head(len(payload), *way) + payload, deadline)
+            return
         payload = dumps(message, PROTOCOL)
         size = len(payload)
-        frame = (frame_head(size, *way) if way else _pack_head(size + 8, 0)) + payload
-        outlet = self._outlet
-        if outlet is not None and len(frame) <= PIPE_BUF:
-            pipe = outlet.pipe
+        if size < _SHORT:
+            frame = _HEADS[size] + payload
+            pipe = self._pipe
             try:
-                with pipe.lock:
-                    _write(pipe.fd, frame)
+                _write(pipe.fd, frame)
                 return
-            except OSError:  # full, closed or broken: _send finds out
+            except OSError:  # full, closed, broken or not there yet: _send finds out
                 pass
-        self._send(frame, Deadline(timeout))
+        else:
+            frame = frame_head(size, b"") + payload
+        self._send(frame, Deadline(None))
 
     def publish_many(
         self,
@@ -204,8 +210,9 @@ class Broadcaster(Generic[M]):
         if pipe is None:
             raise self._lost()
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
-        self._outlet = self._made.setdefault("outlet", Outlet(pipe, reply["publisher"]))
-        return self._outlet
+        self._outlet = outlet = self._made.setdefault("outlet", Outlet(pipe, reply["publisher"]))
+        self._pipe = outlet.pipe
+        return outlet
 
     def _attached(self) -> Link:
         if self._closed:
@@ -354,6 +361,7 @@ class Broadcaster(Generic[M]):
         self._link = None
         outlet, self._outlet = self._outlet, None
         self._made.clear()
+        self._pipe = PipeEnd([-1])
         if outlet is not None:
             outlet.pipe.close()
             if owned is None and link is not None:
@@ -380,6 +388,7 @@ class Broadcaster(Generic[M]):
     def _in_child(self) -> None:
         self._link = None
         self._outlet = None
+        self._pipe = PipeEnd([-1])
         self._made = {}
         self._owned = None
 

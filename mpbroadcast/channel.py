@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Iterator
 from itertools import islice
 from types import TracebackType
-from typing import Any, Final, Generic, NoReturn, Self, TypeVar, cast
+from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut
@@ -101,15 +101,15 @@ class Channel(Generic[M]):
                 if deadline is None:
                     deadline = Deadline(timeout)
                 self._wait(deadline, timeout)
-            flawed = type(message) in FLAWS
+            if type(message) not in FLAWS:
+                taken: M = message
+                return taken  # nothing is called from here on, so no interrupt comes in between
         except BaseException:
             # An interrupt came after the message was taken and before it could be handed out: it is the next one again.
             if message is not _NOTHING:
                 self._stream.ready.appendleft(message)
             raise
-        if flawed:
-            self._raise(message)
-        return cast(M, message)
+        self._raise(message)
 
     def recv_many(self, limit: int | None = None, timeout: float | None = None) -> list[M]:
         """The messages that have arrived, at least one, at most ``limit``. Waits as :meth:`recv` does, for the first only.
@@ -250,21 +250,18 @@ class Channel(Generic[M]):
     def _fill(self) -> None:
         """Take in and decode what is in the pipe, when nothing decoded is left. Under the lock."""
         pipe, before = self._pipe, self._stream
-        if pipe is None or not self._opened:
+        if pipe is None or not self._opened or pipe.fd < 0:
             return
-        with pipe.lock:
-            if pipe.fd < 0:
-                return
-            count = array("i", (0,))
-            fcntl.ioctl(pipe.fd, termios.FIONREAD, count)
-            there = count[0]
-            held = there > 0
-            if there != 1:
-                take_in(before, pipe.fd, max(1, there - 1))
-            after = decode(before, held, self._with_topic)
-            if after is None and held:
-                held = False
-                take_in(before, pipe.fd, 1)
+        count = array("i", (0,))
+        fcntl.ioctl(pipe.fd, termios.FIONREAD, count)
+        there = count[0]
+        held = there > 0
+        if there != 1:
+            take_in(before, pipe.fd, max(1, there - 1))
+        after = decode(before, held, self._with_topic)
+        if after is None and held:
+            held = False
+            take_in(before, pipe.fd, 1)
         if after is None and before.chunks and not before.chunks[-1]:
             # The pipe has ended. A last message may lack its tail byte.
             after = decode(before, True, self._with_topic) or Stream()
@@ -278,21 +275,23 @@ class Channel(Generic[M]):
         if self._held:
             self._held = False
             if self._pipe is not None:
-                with self._pipe.lock:
-                    if self._pipe.fd >= 0:
-                        take_in(self._stream, self._pipe.fd, 1)
+                take_in(self._stream, self._pipe.fd, 1)
         return True
 
     # --- opening and closing
 
     def _open(self) -> PipeEnd:
         """The pipe; the first call asks the broker for it."""
-        if self._opened and not self._closed:
-            return cast(PipeEnd, self._pipe)
+        pipe = self._pipe
+        if self._opened and pipe is not None:
+            return pipe
         with self._opening:
-            while not self._opened or self._closed:
+            while True:
+                pipe = self._pipe
                 if self._closed:
                     raise self._closed_error()
+                if self._opened and pipe is not None:
+                    return pipe
                 if self._owner:
                     raise self._in_use(self._owner)
                 try:
@@ -305,7 +304,6 @@ class Channel(Generic[M]):
                 except BroadcastError as error:
                     error.channel = self
                     raise
-            return cast(PipeEnd, self._pipe)
 
     def _open_once(self, link: Link) -> None:
         # In two steps, so that an interrupted opening leaves it unopened: what was sent and not confirmed is taken back.
@@ -373,9 +371,9 @@ class Channel(Generic[M]):
             self._closed = True
             self._stream = Stream()
             self._held = False
-        pipe = self._pipe
-        if pipe is not None:
-            pipe.close()
+            if self._pipe is not None:
+                self._pipe.close()
+                self._pipe = None
         for waiter in list(self._readers):
             waiter.get_loop().call_soon_threadsafe(self._wake_readers)
         if not (self._owner or (self._subscriber and self._handed_on and not self._opened)):
@@ -414,7 +412,7 @@ class Channel(Generic[M]):
         return _handed_on, (self._address, self._broker, self._number, self._with_topic)
 
     def _in_parent(self) -> None:
-        if self._pipe is None:
+        if not self._opened:
             self._handed_on = True
 
     def _in_child(self) -> None:

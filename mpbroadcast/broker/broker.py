@@ -22,7 +22,7 @@ from mpbroadcast.broker.clients import Client
 from mpbroadcast.broker.loop import IN, OUT, Loop
 from mpbroadcast.broker.members import PIPE_SIZE, Peer, Publisher, Session, Subscription, new_pipe
 from mpbroadcast.broker.reception import Reception
-from mpbroadcast.broker.router import Router
+from mpbroadcast.broker.router import Router, matches
 from mpbroadcast.wire.frames import Batch, FrameError, end_run, run_of
 
 __all__ = ["Broker"]
@@ -216,7 +216,8 @@ class Broker:
         """Put as much of a batch as all its targets take into their backlogs: who is full, if one is, and what is left."""
         targets = self.router.targets(batch.topic)
         if batch.exclude or publisher.not_yet:
-            targets = tuple(s for s in targets if s.number != batch.exclude and s not in publisher.not_yet)
+            late = {subscription for subscription, before in publisher.not_yet if not matches(before, batch.topic)}
+            targets = tuple(target for target in targets if target.number != batch.exclude and target not in late)
         fits = len(batch.sizes)
         full = None
         charge = batch.charge
@@ -267,10 +268,20 @@ class Broker:
         self.tell_waiting()
         return subscription
 
-    def begin_behind(self, subscription: Subscription, publisher: Publisher) -> None:
-        """Let it have nothing that this publisher has written until now."""
-        publisher.not_yet.append(subscription)
-        publisher.after_written(lambda: publisher.not_yet.remove(subscription))
+    def begin_behind(self, publisher: Publisher, subscription: Subscription, before: tuple[str, ...] = ()) -> None:
+        """Let it have nothing that this publisher has written until now, but for its topics from ``before``."""
+        if not publisher.all_routed:
+            entry = (subscription, before)
+            publisher.not_yet.append(entry)
+            publisher.after_written(lambda: publisher.not_yet.remove(entry))
+
+    def add_topics(self, subscription: Subscription, session: Session, topics: list[str]) -> None:
+        """Lead these topics to it, too, from behind what the session has published."""
+        before = self.router.topics(subscription)
+        for publisher in session.publishers:
+            self.begin_behind(publisher, subscription, before)
+        self.router.add(subscription, topics)
+        self.tell_waiting()
 
     def open(self, subscription: Subscription, client: Client) -> int:
         """Begin to open it: the descriptor for who opens. It is open when :meth:`confirm_open` follows.
@@ -423,7 +434,9 @@ class Broker:
             self.finish(publisher)
         if not self.publishers:
             self._end_all()
-        for subscription in self.subscriptions.values():
+        for subscription in list(self.subscriptions.values()):
+            if not (subscription.live or subscription.opened or subscription.outbox.waiting):
+                self.remove(subscription)  # it was unsubscribed, and nobody who opens it would miss anything
             self._dirty[subscription] = None
 
     def _end_all(self) -> None:

@@ -91,7 +91,8 @@ class Publisher:
         self.fd = fd
         self.parked: deque[Batch | Callable[[], None]] = deque()
         self.blocked = False
-        self.not_yet: list[Subscription] = []  # begin behind something that is still to be routed
+        # Subscriptions that begin behind something that is still to be routed; with topics, what they had before that.
+        self.not_yet: list[tuple[Subscription, tuple[str, ...]]] = []
         self._splitter = Splitter()
         self.position = 0  # bytes read so far
         self._barriers: deque[tuple[int, Callable[[], None]]] = deque()

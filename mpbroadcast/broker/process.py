@@ -63,7 +63,7 @@ class _Settings:
     keys: list[bytes]
     starter: int
     temporary: str
-    inherited: frozenset[int]  # descriptors of the starter's that the broker has copies of
+    inherited: frozenset[tuple[int, int, int]]  # the starter's descriptors, each with the device and inode of its file
 
 
 # --- in the starter
@@ -84,7 +84,7 @@ def launch(context: BaseContext, address: str | None, authkey: bytes | None, tim
     keys = [own_key] if authkey is None or authkey == own_key else [authkey, own_key]
     temporary = os.path.abspath(tempfile.gettempdir())
     # Taken before the start, so that the pipes by which multiprocessing watches its processes are not among them.
-    inherited = _open_descriptors() if context.get_start_method() == "fork" else frozenset[int]()
+    inherited = _open_descriptors() if context.get_start_method() == "fork" else frozenset[tuple[int, int, int]]()
     settings = _Settings(address, keys, os.getpid(), temporary, inherited)
     reader, writer = context.Pipe(duplex=False)
     with reader:
@@ -100,21 +100,18 @@ def launch(context: BaseContext, address: str | None, authkey: bytes | None, tim
             raise
 
 
-def _open_descriptors() -> frozenset[int]:
+def _open_descriptors() -> frozenset[tuple[int, int, int]]:
     try:
         numbers = {int(name) for name in os.listdir("/dev/fd")}
     except OSError:
         numbers = set(range(256))
-    # Less the one of the listing itself, and a standard error that is one: the broker logs there.
-    return frozenset(number for number in numbers if _is_open(number) and not (number == 2 and sys.__stderr__))
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
+    if sys.__stderr__:
+        numbers.discard(2)  # the broker logs there
+    found = set()
+    for number in numbers:
+        with contextlib.suppress(OSError):  # the one of the listing itself, among others
+            found.add((number, *_identity(number)))
+    return frozenset(found)
 
 
 def _start(context: BaseContext, process: BaseProcess) -> None:
@@ -234,12 +231,16 @@ def _take_over_signals() -> tuple[int, int]:
     return reader, writer
 
 
-def _let_go_of_descriptors(inherited: frozenset[int]) -> None:
+def _let_go_of_descriptors(inherited: frozenset[tuple[int, int, int]]) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
-    standard = {file.fileno() for file in (sys.__stdin__, sys.__stdout__) if file is not None and not file.closed}
-    for fd in inherited | standard:
-        if fd != nowhere and _is_open(fd):  # not closed in between
-            os.dup2(nowhere, fd, inheritable=False)
+    for fd, *identity in inherited:
+        with contextlib.suppress(OSError):  # closed in between
+            # A number that has been given to another file since is one of the pipes by which processes are watched.
+            if fd != nowhere and _identity(fd) == tuple(identity):
+                os.dup2(nowhere, fd, inheritable=False)
+    for standard in (sys.__stdin__, sys.__stdout__):
+        if standard is not None and not standard.closed:
+            os.dup2(nowhere, standard.fileno(), inheritable=False)
     os.close(nowhere)
 
 
@@ -345,8 +346,8 @@ class _Listening:
                 os.rmdir(os.path.dirname(self.address))
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.lstat(path)
+def _identity(file: str | int) -> tuple[int, int]:
+    status = os.fstat(file) if isinstance(file, int) else os.lstat(file)
     return status.st_dev, status.st_ino
 
 

@@ -85,7 +85,7 @@ def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     subscription = broker.add_subscription(_session(broker, client, message), topics, capacity)
     publisher = _find_publisher(broker, message)
     if publisher is not None:
-        broker.begin_behind(subscription, publisher)
+        broker.begin_behind(publisher, subscription)
     client.reply({"subscription": subscription.number})
 
 
@@ -94,12 +94,12 @@ def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> 
     if not subscription.live:
         raise _Refused("closed", "this channel was unsubscribed: subscribe again for a new one")
     topics = _topics(message)
-    broker.take_in(_session(broker, client, message))
+    session = _session(broker, client, message)
     if message["do"] == "add topics":
-        broker.router.add(subscription, topics)
+        broker.add_topics(subscription, session, topics)
     else:
+        broker.take_in(session)
         broker.router.drop(subscription, topics)
-    broker.tell_waiting()
     client.reply({})
 
 

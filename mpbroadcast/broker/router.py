@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from fnmatch import translate
+from fnmatch import fnmatchcase, translate
 from typing import Final, Generic, TypeVar
 
-__all__ = ["EVERYTHING", "Router"]
+__all__ = ["Router", "matches"]
 
 S = TypeVar("S")
 
-EVERYTHING: Final = "*"
 _CACHED_TOPICS: Final = 16384  # at most 1 KiB each; all are forgotten when there are more
 
 
@@ -93,3 +92,9 @@ class Router(Generic[S]):
 
 def is_pattern(topic: str) -> bool:
     return any(character in topic for character in "*?[")
+
+
+def matches(topics: Iterable[str], topic: bytes) -> bool:
+    """Whether one of these topics and patterns hears what is published to ``topic``."""
+    text = topic.decode()
+    return any(fnmatchcase(text, own) if is_pattern(own) else text == own for own in topics)

@@ -60,6 +60,7 @@ ABORT: Final = 2 << 24
 
 HEAD: Final = Struct("<II")
 _EXCLUDED: Final = Struct("<Q")
+_STREAK: Final = 8  # frames of one length in a row, before it is worth looking for many more
 _PIECE: Final = Struct("<IIQB")  # size, PIECE, message number, last?
 _ABORT: Final = Struct("<IIQ")
 _ROOM: Final = PIPE_BUF - _PIECE.size
@@ -104,7 +105,7 @@ class Batch(NamedTuple):
     """Neighbouring frames that go the same way."""
 
     frames: bytes
-    sizes: list[int]
+    sizes: array[int]
     topic: bytes
     exclude: int
     skip: int
@@ -168,25 +169,27 @@ class Splitter:
                 raise FrameError(f"a frame of {size} bytes with the tag {tag:#x}")
             if position + size > end:
                 break
-            sizes = [size]
+            sizes = array("I", (size,))
             add = sizes.append
+            same = chunk.startswith
+            way = chunk[start + 8 : start + skip]
             position += size
-            if skip == 8:
-                while position + 8 <= end:
-                    size, tag = unpack(chunk, position)
-                    if tag or size < 8 or size > PIPE_BUF or position + size > end:
-                        break
-                    add(size)
-                    position += size
-            else:
-                way = chunk[start + 4 : start + skip]
-                same = chunk.startswith
-                while position + 8 <= end and same(way, position + 4):
-                    size = unpack(chunk, position)[0]
-                    if size < skip or size > PIPE_BUF or position + size > end:
-                        break
-                    add(size)
-                    position += size
+            last, streak = size, 0
+            while position + 8 <= end:
+                size, other = unpack(chunk, position)
+                if other != tag or not skip <= size <= PIPE_BUF or position + size > end:
+                    break
+                if way and not same(way, position + 8):
+                    break
+                add(size)
+                position += size
+                if size != last:
+                    last, streak = size, 0
+                elif (streak := streak + 1) == _STREAK:
+                    streak = 0
+                    more = _repeats(chunk, position, size, chunk[start + 4 : start + skip], (end - position) // size)
+                    sizes.extend(array("I", (size,)) * more)
+                    position += more * size
             batches.append(_batch(chunk[start:position], sizes))
         self._rest = chunk[position:]
         return batches
@@ -211,16 +214,38 @@ class Splitter:
         return frame
 
 
+def _repeats(chunk: bytes, position: int, size: int, way: bytes, most: int) -> int:
+    """How many frames of ``size`` that go the same ``way`` follow each other from ``position`` on, ``most`` at the most.
+
+    Compares a byte of all their heads at once, in slices: a tenth of what a loop over frames costs.
+    """
+    head = HEAD.pack(size, 0)[:4] + way
+    count, block = 0, 64
+    while count < most:
+        wanted = alike = min(block, most - count)
+        first = position + count * size
+        for index, byte in enumerate(head):
+            column = chunk[first + index : first + alike * size : size]
+            alike -= len(column.lstrip(bytes((byte,))))
+            if not alike:
+                break
+        count += alike
+        if alike < wanted:
+            break
+        block *= 4
+    return count
+
+
 def _single(frame: bytes) -> Batch:
     if len(frame) < 8:
         raise FrameError("a message without a head")
     size, tag = HEAD.unpack_from(frame)
     if size != len(frame) or tag > (EXCLUDE | TOPIC_LENGTH):
         raise FrameError(f"a message of {len(frame)} bytes that says {size}")
-    return _batch(frame, [size])
+    return _batch(frame, array("I", (size,)))
 
 
-def _batch(frames: bytes, sizes: list[int]) -> Batch:
+def _batch(frames: bytes, sizes: array[int]) -> Batch:
     tag = HEAD.unpack_from(frames)[1]
     if not tag:
         return Batch(frames, sizes, b"", 0, 8)
@@ -254,7 +279,7 @@ def topic_of(head: bytes) -> str:
 def run_of(batch: Batch) -> Run:
     """The run that carries a batch."""
     count = len(batch.sizes)
-    table = array("I", batch.sizes).tobytes() if count > 1 else b""
+    table = batch.sizes.tobytes() if count > 1 else b""
     size = RUN.size + len(table) + len(batch.frames) + len(TAIL)
     head = RUN.pack(size, count, MESSAGES, 0, batch.skip)
     return Run(b"".join((head, table, batch.frames, TAIL)), count, batch.charge)

@@ -49,6 +49,7 @@ __all__ = ["CONNECT_TIMEOUT", "Link", "PipeEnd", "on_fork", "remember_key"]
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
 _READ: Final = 1 << 16
+_SPACE: Final = socket.CMSG_SPACE(array("i").itemsize)
 
 
 T = TypeVar("T")
@@ -100,63 +101,57 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, 
 
 
 class PipeEnd:
-    """One end of a pipe, closed safely while other threads use it.
+    """One end of a pipe, closed safely while other threads use it, without a lock.
 
-    ``fd`` is used under ``lock``, and only for calls that do not block; it is -1 once this end is closed. To wait, call
-    :meth:`wait`, without the lock. A thread that waits is woken by the broker's closing of the other end, which whoever calls
-    :meth:`close` has to ask it for.
+    A call that was given ``fd`` may still be on its way into the kernel when another thread closes this end. So the number is
+    not given back at once, for somebody else's file to get it: :meth:`close` lets go of the pipe by putting another, dead
+    pipe in its place, and the number goes when nothing refers to this object any more, such as a thread that is using it.
     """
 
-    __slots__ = ("__weakref__", "_closing", "_waiting", "fd", "lock")
+    __slots__ = ("__weakref__", "_number", "fd")
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.lock = threading.RLock()
-        self._waiting = 0
-        self._closing = False
+    def __init__(self, numbers: list[int]) -> None:
+        """Take the first of ``numbers`` over; at no moment is it in both places, or in none."""
+        self.fd = self._number = -1
+        self._number = numbers[0]
+        del numbers[0]
+        self.fd = self._number  # what to use; -1 once it is closed
         on_fork(self, PipeEnd._in_child)
 
     def wait(self, events: int, deadline: Deadline) -> bool:
-        """Whether one of ``events`` (or an error, or the other end's closing) came before the deadline."""
-        with self.lock:
-            if self._closing or self.fd < 0:
-                return True
-            poll = select.poll()
-            poll.register(self.fd, events)
-            self._waiting += 1
-        try:
-            return bool(poll.poll(deadline.milliseconds()))
-        finally:
-            with self.lock:
-                self._waiting -= 1
-                if self._closing and not self._waiting:
-                    self._close()
+        """Whether one of ``events``, or an error, or the closing of either end, came before the deadline.
 
-    @property
-    def closed(self) -> bool:
-        return self._closing or self.fd < 0
+        A thread that waits is woken by the broker's closing of the other end: who calls :meth:`close` has to ask it for that.
+        """
+        poll = select.poll()
+        fd = self.fd
+        if fd < 0:
+            return True
+        poll.register(fd, events)
+        return bool(poll.poll(deadline.milliseconds()))
 
     def close(self) -> None:
-        """Close it now, or as soon as nobody waits for it."""
-        with self.lock:
-            self._closing = True
-            if not self._waiting:
-                self._close()
-
-    def _close(self) -> None:
+        """Let go of the pipe."""
         fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if fd < 0:
+            return
+        with contextlib.suppress(OSError):  # no descriptor is left: then it stays open until nothing refers to it
+            reader, writer = os.pipe()
+            os.close(writer)
+            os.dup2(reader, fd, inheritable=False)
+            os.close(reader)
 
     def _in_child(self) -> None:
-        self.lock = threading.RLock()  # another thread may have held it
-        self._waiting = 0
-        self._close()
+        self.fd = -1
+        self._give_back()
+
+    def _give_back(self) -> None:
+        number, self._number = self._number, -1
+        if number >= 0:
+            os.close(number)
 
     def __del__(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._give_back()
 
 
 class _Control:
@@ -165,7 +160,8 @@ class _Control:
     def __init__(self, address: str, authkey: bytes, deadline: Deadline) -> None:
         self._address = address
         self._inbox = Inbox(MAX_HANDSHAKE)
-        self._ends: list[PipeEnd] = []
+        self._received: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
+        self._numbers: list[int] = []  # of descriptors that have come, and that nothing else has taken over yet
         with _forks.lock:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._socket.setblocking(False)
@@ -213,7 +209,7 @@ class _Control:
             raise ValueError(f"a request of {len(data)} bytes is too long: name fewer topics in one call")
         self._send(data, deadline)
         reply = decode(self._receive(deadline))
-        return reply, self._ends.pop() if self._ends else None
+        return reply, PipeEnd(self._numbers) if self._numbers else None
 
     def _send(self, data: bytes, deadline: Deadline) -> None:
         view = memoryview(data)
@@ -245,19 +241,17 @@ class _Control:
                 raise self._lost()
 
     def _read(self) -> bytes:
-        """What is there, at once; descriptors that came with it are in ``_ends``."""
-        space = socket.CMSG_SPACE(array("i").itemsize)
+        """What is there, at once; the descriptors that came with it are in ``_numbers``."""
         flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
         with _forks.lock:
-            data, ancillary, got, _ = self._socket.recvmsg(_READ, space, flags)
-            for level, kind, body in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    descriptors = array("i")
-                    descriptors.frombytes(body[: len(body) - len(body) % descriptors.itemsize])
-                    self._ends.extend(map(PipeEnd, descriptors))
+            # By map, so that an interrupt has no moment in which descriptors have come and are nowhere.
+            self._received.extend(map(self._socket.recvmsg, (_READ,), (_SPACE,), (flags,)))
+            data, _, got, _ = self._received[0]
+            self._numbers.extend(_descriptors(self._received))
+            del self._received[:]
         if not flags:
-            for end in self._ends:
-                os.set_inheritable(end.fd, False)
+            for number in self._numbers:
+                os.set_inheritable(number, False)
         if got & socket.MSG_CTRUNC:
             raise OSError(errno.EMFILE, "no descriptor is left in this process for a pipe: close some, or raise `ulimit -n`")
         return data
@@ -278,10 +272,27 @@ class _Control:
 
     def close(self) -> None:
         self._socket.close()
-        self._ends.clear()
+        numbers = {*self._numbers, *_descriptors(self._received)}
+        self._numbers.clear()
+        self._received.clear()
+        for number in numbers:
+            os.close(number)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_socket"):
+            self.close()
 
     def _in_child(self) -> None:
-        self._socket.close()
+        self.close()
+
+
+def _descriptors(received: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]]) -> list[int]:
+    numbers = array("i")
+    for _, ancillary, _, _ in received:
+        for level, kind, body in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                numbers.frombytes(body[: len(body) - len(body) % numbers.itemsize])
+    return numbers.tolist()
 
 
 class Link:

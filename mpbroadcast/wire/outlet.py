@@ -69,7 +69,7 @@ class Outlet:
         pipe = self.pipe
         while True:
             # It waits outside of the handler, so that an interrupt does not show an error that is none.
-            with contextlib.suppress(BlockingIOError), pipe.lock:
+            with contextlib.suppress(BlockingIOError):
                 return os.write(pipe.fd, data)
             if not pipe.wait(select.POLLOUT, deadline):
                 raise TimedOut(

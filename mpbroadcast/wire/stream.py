@@ -88,5 +88,7 @@ def decode(stream: Stream, held: bool, with_topic: bool) -> Stream | None:
 
 
 def take_in(stream: Stream, fd: int, size: int) -> None:
+    """Keep up to ``size`` bytes that are there; none, if a signal handler has taken them or closed the pipe meanwhile."""
     with contextlib.suppress(BlockingIOError):
-        stream.chunks.extend(map(os.read, (fd,), (size,)))
+        if fd >= 0:
+            stream.chunks.extend(map(os.read, (fd,), (size,)))
