@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
-from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 from weakref import WeakSet
@@ -26,7 +24,7 @@ from mpbroadcast.arguments import (
     check_timeout,
     encode_topic,
 )
-from mpbroadcast.broker.process import end, launch
+from mpbroadcast.broker.process import BrokerProcess
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, ClosedError, StartError, TimedOut
 from mpbroadcast.stats import BrokerStats, SubscriberStats
@@ -67,11 +65,11 @@ class Broadcaster(Generic[M]):
     Used with ``with``, it is closed at the end.
     """
 
-    def __init__(self, address: str, broker: str, link: Link | None = None, owned: _Owned | None = None) -> None:
+    def __init__(self, address: str, broker: str, link: Link | None = None, process: BrokerProcess | None = None) -> None:
         self._address = address
         self._broker = broker
         self._link = link  # without one, it attaches when it is first used: unpickling must not fail, or wait
-        self._owned = owned
+        self._process = process  # in its starter
         self._outlet: Outlet | None = None
         self._pipe = PipeEnd([-1])  # the outlet's, for short
         self._made: dict[str, Outlet] = {}
@@ -345,15 +343,15 @@ class Broadcaster(Generic[M]):
 
         It can be called again.
         """
-        self._close(check_timeout(timeout), quiet=False)
+        self._close(check_timeout(timeout), False)
 
-    def _close(self, timeout: float | None, *, quiet: bool) -> None:
+    def _close(self, timeout: float | None, quiet: bool) -> None:
         # Quietly: at the end of the program nobody is left in it to miss what it did not receive.
         if self._closed:
             return
-        owned = self._owned if self._owned is not None and self._owned.pid == os.getpid() else None
+        process = self._process
         link = self._link
-        if owned is not None:
+        if process is not None:
             for channel in list(self._channels):
                 with contextlib.suppress(BroadcastError, OSError):
                     channel.open_if_own()
@@ -364,12 +362,19 @@ class Broadcaster(Generic[M]):
         self._pipe = PipeEnd([-1])
         if outlet is not None:
             outlet.pipe.close()
-            if owned is None and link is not None:
+            if process is None and link is not None:
                 # A publish that waits in another thread is woken when the broker closes its end.
                 with contextlib.suppress(BroadcastError, OSError):
                     link.request("retire", publisher=outlet.number, deadline=Deadline(_CLOSE_TIMEOUT))
-        if owned is not None:
-            owned.close(link, timeout, quiet=quiet)
+        if process is not None:
+            told = False
+            if link is not None:
+                with contextlib.suppress(BroadcastError, OSError):
+                    link.request("stop", timeout=timeout, quiet=quiet, deadline=Deadline(_CLOSE_TIMEOUT))
+                    told = True
+            process.end(timeout, told=told)
+            if link is not None:
+                link.close()
 
     def __enter__(self) -> Self:
         return self
@@ -390,33 +395,7 @@ class Broadcaster(Generic[M]):
         self._outlet = None
         self._pipe = PipeEnd([-1])
         self._made = {}
-        self._owned = None
-
-
-class _Owned:
-    """A broker that this process has started, until it has ended it."""
-
-    def __init__(self, process: BaseProcess, address: str) -> None:
-        self.pid = os.getpid()
-        self._address = address
-        self._process = process
-        self._at_exit: Finalize | None = None
-
-    def close_at_exit(self, close: Callable[..., None]) -> None:
-        # Before multiprocessing terminates daemons and joins the others, which may wait for what is still to be delivered.
-        self._at_exit = Finalize(None, close, (_CLOSE_TIMEOUT,), {"quiet": True}, exitpriority=10)
-
-    def close(self, link: Link | None, timeout: float | None, *, quiet: bool = False) -> None:
-        told = False
-        if link is not None:
-            with contextlib.suppress(BroadcastError, OSError):
-                link.request("stop", timeout=timeout, quiet=quiet, deadline=Deadline(_CLOSE_TIMEOUT))
-                told = True
-        end(self._process, self._address, timeout, told=told)
-        if link is not None:
-            link.close()
-        if self._at_exit is not None:
-            self._at_exit.cancel()
+        self._process = None
 
 
 def start_broadcaster(
@@ -456,17 +435,16 @@ def start_broadcaster(
         path = None if address is None else check_address(address)
     except AddressError as error:
         raise StartError(str(error)) from error
-    process, path = launch(context, path, authkey, timeout)
-    owned = _Owned(process, path)
+    process = BrokerProcess(context, path, authkey, timeout)
     try:
-        link = Link(path)
+        link = Link(process.address)
     except BaseException as error:
-        owned.close(None, 0)
+        process.end(0, told=False)
         if isinstance(error, BroadcastError):
             raise StartError(f"the broker started, but did not answer: {error}") from error
         raise
-    bus: Broadcaster[Any] = Broadcaster(path, link.broker, link, owned)
-    owned.close_at_exit(bus._close)
+    bus: Broadcaster[Any] = Broadcaster(process.address, link.broker, link, process)
+    process.end_at_exit(bus._close, _CLOSE_TIMEOUT, True)
     return bus
 
 
