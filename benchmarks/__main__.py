@@ -42,9 +42,9 @@ def _positive(text: str) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=_Formatter)
     parser.add_argument(
-        "--messages", type=_positive, default=300_000, metavar="M", help="published to one subscriber, M/N to N"
+        "--messages", type=_positive, default=300_000, metavar="M", help="published to one subscriber, 2M/(N+1) to N"
     )
-    parser.add_argument("--rounds", type=_positive, default=5, metavar="R", help="rounds; the median counts")
+    parser.add_argument("--rounds", type=_positive, default=3, metavar="R", help="rounds; the median counts")
     parser.add_argument("--subscribers", type=_numbers, default="1,4,16", metavar="N,...", help="numbers of subscribers")
     parser.add_argument("--patience", type=float, default=60.0, metavar="S", help="seconds to wait for what may be lost")
     parser.add_argument("--smoke", action="store_true", help="small counts, one round: shows that it runs, measures nothing")
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"start method {context.get_start_method()}, {options.rounds} round(s)"
     )
     for subscribers in options.subscribers:
-        count = max(options.messages // subscribers, 1)
+        count = max(2 * options.messages // (subscribers + 1), 1)
         results: Results = {peer: [] for peer in peers}
         for turn in range(options.rounds):
             for place in range(len(peers)):

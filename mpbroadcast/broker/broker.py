@@ -20,7 +20,16 @@ from typing import Any, Final
 
 from mpbroadcast.broker.clients import Client
 from mpbroadcast.broker.loop import IN, OUT, Loop
-from mpbroadcast.broker.members import PIPE_SIZE, Peer, Publisher, Session, Subscription, new_pipe
+from mpbroadcast.broker.members import (
+    LONGEST_RETRY,
+    PIPE_SIZE,
+    SHORTEST_RETRY,
+    Peer,
+    Publisher,
+    Session,
+    Subscription,
+    new_pipe,
+)
 from mpbroadcast.broker.reception import Reception
 from mpbroadcast.broker.router import Router, matches
 from mpbroadcast.wire.frames import Batch, FrameError, end_run, run_of
@@ -29,9 +38,9 @@ __all__ = ["Broker"]
 
 log = logging.getLogger("mpbroadcast.broker")
 
-_NAP: Final = 100e-6  # seconds, after a large batch: a publisher that finds the broker asleep pays for waking it
-_NAP_AFTER: Final = 16  # messages
-_RETRY: Final = 0.003  # seconds, for a full backlog that no event tells of
+_BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
+_SHORTEST_NAP: Final = 100e-6  # seconds; it doubles while a publisher stays busy
+_LONGEST_NAP: Final = 400e-6
 _LAST: Final = 0.1  # seconds, after the time for draining is over
 
 
@@ -63,19 +72,24 @@ class Broker:
         self._numbers = iter(range(1, 1 << 63))
         self._stopped_by: Peer | None = None
         self._quiet = False
-        self._moved = 0
+        self._busy: dict[Publisher, None] = {}
 
     def run(self) -> None:
         """Serve until stopped, and all has been drained or the time for it is over."""
         loop = self.loop
+        nap = _SHORTEST_NAP
         while not self.finished:
-            loop.round()
+            if self._busy:
+                loop.round(nap)
+                nap = min(2 * nap, _LONGEST_NAP)
+                for publisher in list(self._busy):
+                    self._read(publisher)
+            else:
+                nap = _SHORTEST_NAP
+                loop.round()
             while self._resuming or self._dirty:
                 self._flush()
             loop.close_forgotten()
-            if self._moved > _NAP_AFTER:
-                time.sleep(_NAP)
-            self._moved = 0
         self._reception.close()
         loop.close_forgotten()
 
@@ -131,15 +145,33 @@ class Broker:
         return publisher, write
 
     def _read(self, publisher: Publisher) -> None:
+        before = self.routed
         try:
             chunk = publisher.read()
         except BlockingIOError:
+            self._set_busy(publisher, False)
             return
         if not chunk:
             self._close_publisher(publisher)
             return
         self._take(publisher, chunk)
         self._route(publisher)
+        self._set_busy(publisher, self.routed - before > _BUSY)
+
+    def _set_busy(self, publisher: Publisher, busy: bool) -> None:
+        """Whether its pipe is read after naps.
+
+        A publisher that finds the broker waiting for its pipe pays for waking it, with each message; one whose pipe nobody
+        waits for pays nothing. What else happens ends a nap at once.
+        """
+        if busy == (publisher in self._busy) or publisher.fd < 0 or publisher.blocked:
+            return
+        if busy:
+            self._busy[publisher] = None
+            self.loop.forget(publisher.fd)
+        else:
+            del self._busy[publisher]
+            self.loop.watch(publisher.fd, IN, lambda _: self._read(publisher))
 
     def _take(self, publisher: Publisher, chunk: bytes) -> None:
         try:
@@ -176,6 +208,7 @@ class Broker:
     def _close_publisher(self, publisher: Publisher) -> None:
         fd, publisher.fd = publisher.fd, -1
         self.loop.close(fd)
+        self._busy.pop(publisher, None)
         publisher.close()
         publisher.session.publishers.discard(publisher)
         if not publisher.blocked:
@@ -241,7 +274,6 @@ class Broker:
                 subscription.outbox.put(run)
                 dirty[subscription] = None
         self.routed += fits
-        self._moved += fits
         return full, rest
 
     def _block(self, publisher: Publisher, full: Subscription) -> None:
@@ -249,6 +281,7 @@ class Broker:
             publisher.blocked = True
             # Not even for errors: that its writers are gone would be reported again and again.
             self.loop.forget(publisher.fd)
+            self._busy.pop(publisher, None)
         full.waiters.append(publisher)
         full.blocked_at = full.outbox.charge
         self._dirty[full] = None
@@ -378,6 +411,7 @@ class Broker:
         if subscription.waiters:
             subscription.refresh()
             if outbox.charge < subscription.blocked_at:
+                subscription.retry = SHORTEST_RETRY
                 self._unblock(subscription)
         if self._stopped_by is subscription.session.peer and full:
             self._give_up(subscription)
@@ -391,7 +425,8 @@ class Broker:
                 full = True  # such a pipe has room when all has been read
             elif not subscription.retrying:
                 subscription.retrying = True
-                self.loop.later(_RETRY, lambda: self._retry(subscription))
+                self.loop.later(subscription.retry, lambda: self._retry(subscription))
+                subscription.retry = min(2 * subscription.retry, LONGEST_RETRY)
         if full != subscription.armed:
             subscription.armed = full
             self.loop.change(subscription.fd, OUT if full else 0)

@@ -21,6 +21,7 @@ IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
 ERROR: Final = select.POLLERR | select.POLLHUP  # always reported, also to who asked for nothing
 
+_FD_SETSIZE: Final = 1024
 _LONGEST: Final = 1e6  # seconds: what the system calls take
 Handler = Callable[[int], None]
 
@@ -36,9 +37,11 @@ class Loop:
         if hasattr(select, "epoll"):
             self._epoll = select.epoll()
             self._poll: select.epoll | select.poll = self._epoll
+            self._napper = self._epoll.fileno() if self._epoll.fileno() < _FD_SETSIZE else -1
             self._wait = self._wait_epoll
         else:
             self._poll = self._plain = select.poll()
+            self._napper = -1
             self._wait = self._wait_poll
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
@@ -67,9 +70,11 @@ class Loop:
         """Call ``callback`` once, that much later."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), callback))
 
-    def round(self) -> None:
-        """Wait until something happens, and handle all that has."""
-        for fd, events in self._wait():
+    def round(self, nap: float | None = None) -> None:
+        """Wait until something happens, for at most ``nap`` seconds, and handle all that has."""
+        if nap is not None:
+            self._nap(nap)
+        for fd, events in self._wait(nap is not None):
             handler = self._handlers.get(fd)
             if handler is not None:
                 handler(events)
@@ -82,11 +87,18 @@ class Loop:
         while self._closing:
             os.close(self._closing.pop())
 
-    def _wait_epoll(self) -> list[tuple[int, int]]:
-        return self._epoll.poll(self._until_timer() if self._timers else None)
+    def _wait_epoll(self, at_once: bool) -> list[tuple[int, int]]:
+        return self._epoll.poll(0 if at_once else self._until_timer() if self._timers else None)
 
-    def _wait_poll(self) -> list[tuple[int, int]]:
-        return self._plain.poll(int(self._until_timer() * 1000) + 1 if self._timers else None)
+    def _wait_poll(self, at_once: bool) -> list[tuple[int, int]]:
+        return self._plain.poll(0 if at_once else int(self._until_timer() * 1000) + 1 if self._timers else None)
+
+    def _nap(self, seconds: float) -> None:
+        # poll and epoll round up to a whole millisecond; select does not, but takes no number above 1,023.
+        if self._napper < 0:
+            time.sleep(seconds)
+        else:
+            select.select((self._napper,), (), (), seconds)
 
     def _until_timer(self) -> float:
         return min(max(0.0, self._timers[0][0] - time.monotonic()), _LONGEST)

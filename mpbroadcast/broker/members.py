@@ -21,9 +21,11 @@ from mpbroadcast.wire.frames import Batch, Splitter
 if TYPE_CHECKING:
     from mpbroadcast.broker.clients import Client
 
-__all__ = ["PIPE_SIZE", "Peer", "Publisher", "Session", "Subscription", "new_pipe", "unread"]
+__all__ = ["LONGEST_RETRY", "PIPE_SIZE", "SHORTEST_RETRY", "Peer", "Publisher", "Session", "Subscription", "new_pipe", "unread"]
 
 PIPE_SIZE: Final = 1 << 18  # bytes, when the system gives so much
+SHORTEST_RETRY: Final = 0.003  # seconds, for a full backlog that no event tells of; it doubles while nothing is read
+LONGEST_RETRY: Final = 0.1
 _READ: Final = 1 << 18
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
 
@@ -161,6 +163,7 @@ class Subscription:
         self.token = 0  # of the opening that was begun last
         self.armed = False  # whether the loop waits until the pipe takes more
         self.retrying = False
+        self.retry = SHORTEST_RETRY  # seconds until the next
         self.one_page = False  # its pipe has room for more only once all has been read
         self.waiters: deque[Publisher] = deque()
         self.blocked_at = 0  # what it held when the last of them began to wait

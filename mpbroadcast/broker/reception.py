@@ -46,6 +46,7 @@ class Reception:
         self._on_death = on_death
         self._peers: dict[int, Peer] = {}
         self._strangers: dict[Client, float] = {}
+        self._expiring = False
         self._sweeping = False
         loop.watch(listener.fileno(), IN, self._accept)
 
@@ -82,12 +83,14 @@ class Reception:
         client = Client(self._loop, connection, peer, handshake, self._request, self._client_gone)
         peer.clients.add(client)
         self._strangers[client] = time.monotonic() + _HANDSHAKE_TIMEOUT
-        if len(self._strangers) == 1:
+        if not self._expiring:
+            self._expiring = True
             self._loop.later(_HANDSHAKE_TIMEOUT, self._expire)
-        elif len(self._strangers) > _MOST_STRANGERS:
+        if len(self._strangers) > _MOST_STRANGERS:
             next(iter(self._strangers)).close("too many have connected without a key")
 
     def _expire(self) -> None:
+        self._expiring = False
         now = time.monotonic()
         for client, deadline in list(self._strangers.items()):
             if client.authenticated:
@@ -95,6 +98,7 @@ class Reception:
             elif deadline <= now:
                 client.close("it did not show its key in time")
         if self._strangers:
+            self._expiring = True
             self._loop.later(max(0.0, min(self._strangers.values()) - now), self._expire)
 
     def _request(self, client: Client, message: dict[str, Any]) -> None:
