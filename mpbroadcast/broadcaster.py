@@ -46,7 +46,7 @@ M = TypeVar("M")
 
 DEFAULT_CAPACITY: Final = 64 << 20
 DEFAULT_STALL_TIMEOUT: Final = 30.0
-OVERFLOWS: Final = ("block",)
+OVERFLOWS: Final = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
 _CLOSE_TIMEOUT: Final = 5.0
 _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
@@ -257,14 +257,15 @@ class Broadcaster(Generic[M]):
         if not isinstance(with_topic, bool):
             raise TypeError(f"with_topic must be True or False, not {type(with_topic).__name__}")
         room = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
-        if check_count(replay, "replay", 0):
-            raise ValueError("replay needs a broker that keeps a history, and this one has history=0")
+        check_count(replay, "replay", 0)
         link = self._attached()
         outlet = self._outlet
         reply, _ = link.request(
             "subscribe",
             topics=topics or ("*",),
+            overflow=overflow,
             capacity=room,
+            replay=replay,
             publisher=outlet.number if outlet is not None else None,
         )
         channel: Channel[M] = Channel(self._address, self._broker, reply["subscription"], with_topic=with_topic, link=link)
@@ -294,11 +295,10 @@ class Broadcaster(Generic[M]):
         limit = check_timeout(timeout)
         if not isinstance(delivered, bool):
             raise TypeError(f"delivered must be True or False, not {type(delivered).__name__}")
-        if delivered:
-            raise ValueError("delivered=True is not available yet: flush() waits until all has been routed")
         link = self._attached()
         if self._outlet is not None:
-            self._ask_and_wait(link, limit, "the broker to route all", "flush", publisher=self._outlet.number)
+            what = "all to leave its backlog" if delivered else "the broker to route all"
+            self._ask_and_wait(link, limit, what, "flush", publisher=self._outlet.number, delivered=delivered)
 
     def wait_for_subscribers(self, count: int, *, topic: str | None = None, timeout: float | None = None) -> None:
         """Wait until there are ``count`` subscriptions; with ``topic``, that would get what is published to it.
@@ -328,7 +328,10 @@ class Broadcaster(Generic[M]):
         :raises BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """
         reply, _ = self._attached().request("stats")
-        rows = tuple(SubscriberStats(**{**row, "topics": tuple(row["topics"])}) for row in reply.pop("subscribers"))
+        rows = tuple(
+            SubscriberStats(**{**row, "topics": tuple(row["topics"]), "stalls": tuple(row["stalls"])})
+            for row in reply.pop("subscribers")
+        )
         return BrokerStats(subscribers=rows, **reply)
 
     # --- the end
@@ -427,15 +430,13 @@ def start_broadcaster(
         )
     authkey = check_authkey(authkey)
     timeout = check_timeout(start_timeout, "start_timeout")
-    if check_count(history, "history", 0):
-        raise ValueError("a history is not available yet: history must be 0")
-    if check_timeout(stall_timeout, "stall_timeout") != DEFAULT_STALL_TIMEOUT:
-        raise ValueError(f"stall_timeout is not available yet: it must be {DEFAULT_STALL_TIMEOUT}")
+    check_count(history, "history", 0)
+    stall = check_timeout(stall_timeout, "stall_timeout")
     try:
         path = None if address is None else check_address(address)
     except AddressError as error:
         raise StartError(str(error)) from error
-    process = BrokerProcess(context, path, authkey, timeout)
+    process = BrokerProcess(context, path, authkey, timeout, history=history, stall_timeout=stall)
     try:
         link = Link(process.address)
     except BaseException as error:

@@ -24,9 +24,9 @@ from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
-from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut
+from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut
 from mpbroadcast.wire.link import Link, PipeEnd, on_fork
-from mpbroadcast.wire.payload import Undecodable
+from mpbroadcast.wire.payload import Failure
 from mpbroadcast.wire.stream import END_OF_MESSAGES, FLAWS, LOST, Flaw, Stream, decode, take_in
 
 __all__ = ["Channel"]
@@ -82,6 +82,8 @@ class Channel(Generic[M]):
         :raises EOFError: it was unsubscribed, or the broadcaster was closed, and all has been received.
         :raises TimedOut: (a ``TimeoutError``) nothing came in time.
         :raises BrokerLost: the broker died; all that had arrived has been received.
+        :raises Lagged: messages were dropped in this place (``drop_oldest``, ``drop_newest``); receiving goes on.
+        :raises Overflowed: the backlog was full (``disconnect``); ``EOFError`` comes next.
         :raises ClosedError: this channel was closed, before or meanwhile.
         :raises ChannelInUse: another process receives from it.
         :raises Exception: whatever unpickling this message raises; the next call goes on with the next message.
@@ -214,9 +216,11 @@ class Channel(Generic[M]):
             if not waiter.done():
                 waiter.set_result(None)
 
-    def _raise(self, flaw: Flaw | Undecodable) -> NoReturn:
+    def _raise(self, flaw: Flaw | Failure) -> NoReturn:
         """What stands in the place of a message."""
-        if isinstance(flaw, Undecodable):
+        if isinstance(flaw, Failure):
+            if isinstance(flaw.error, Lagged):
+                self._missed += flaw.error.missed
             raise self._about_this(flaw.error)
         self._stream.ready.appendleft(flaw)  # an end stays
         error: Exception
@@ -269,6 +273,7 @@ class Channel(Generic[M]):
             after.plain = False
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile
             self._stream, self._held = after, held
+            self._missed += after.skipped
 
     def _let_tail_go(self) -> bool:
         """Nothing decoded will be left: let the descriptor tell what is behind it. Under the lock; always true."""
@@ -351,7 +356,10 @@ class Channel(Generic[M]):
 
     @property
     def missed(self) -> int:
-        """How many messages it has not been given, under any policy, so far."""
+        """How many messages it has not been given, under any policy, before the last one that it was given.
+
+        What :class:`Lagged` was raised for, and what ``overflow="latest"`` has skipped.
+        """
         return self._missed
 
     @property

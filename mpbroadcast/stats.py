@@ -13,7 +13,7 @@ class SubscriberStats:
 
     ``published``, ``delivered``, ``missed`` and ``waiting`` are messages: routed to it, moved into its pipe, dropped, and in
     its backlog. ``capacity`` and ``waiting_bytes`` are bytes, with the fixed overhead of each message. ``pid`` is the process
-    that has it open, else the one that has subscribed.
+    that has it open, else the one that has subscribed. ``stalls`` are the process IDs of those who wait for it to publish.
     """
 
     id: int
@@ -26,12 +26,17 @@ class SubscriberStats:
     missed: int
     waiting: int
     waiting_bytes: int
+    stalls: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class BrokerStats:
-    """The broker at one moment: its process, its seconds of life, messages routed, publishers that have published or can,
-    live subscriptions, and the bytes that are held in backlogs."""
+    """The broker at one moment.
+
+    Its process, its seconds of life, messages routed, publishers that have published or can, live subscriptions, and the bytes
+    that are held in backlogs, those that several hold counted once. Of the history: how many topics have one now, and how
+    many were forgotten so far, because there were too many or they held too much.
+    """
 
     pid: int
     uptime: float
@@ -39,3 +44,5 @@ class BrokerStats:
     publishers: int
     subscribers: tuple[SubscriberStats, ...]
     memory: int
+    history_topics: int
+    history_forgotten: int

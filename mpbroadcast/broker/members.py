@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.outbox import Outbox
-from mpbroadcast.wire.frames import Batch, Splitter
+from mpbroadcast.wire.frames import Batch, Opening, Splitter
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.clients import Client
@@ -91,8 +91,11 @@ class Publisher:
         self.session = session
         self.pid = session.peer.pid
         self.fd = fd
-        self.parked: deque[Batch | Callable[[], None]] = deque()
-        self.blocked = False
+        self.parked: deque[Batch | Opening | Callable[[], None]] = deque()
+        self.blocked: Subscription | None = None  # the full one that it waits for
+        self.blocked_since = 0.0  # when something of it went on last
+        self.warned = False
+        self.last_in: dict[Subscription, int] = {}  # how many had come to each backlog with the last of its messages
         # Subscriptions that begin behind something that is still to be routed; with topics, what they had before that.
         self.not_yet: list[tuple[Subscription, tuple[str, ...]]] = []
         self._splitter = Splitter()
@@ -152,11 +155,13 @@ class Publisher:
 class Subscription:
     """The write end of a channel's pipe, and the backlog before it."""
 
-    def __init__(self, number: int, session: Session, capacity: int) -> None:
+    def __init__(self, number: int, session: Session, outbox: Outbox) -> None:
         self.number = number
         self.session = session  # of the subscriber; of the opener once it is open
-        self.outbox = Outbox(capacity)
+        self.outbox = outbox
+        self.said_topics: tuple[str, ...] = ()  # when it was unsubscribed
         self.live = True
+        self.not_waited_for = False  # when its pipe is full, it goes
         self.fd = -1
         self.opened = False
         self.opening: Client | None = None
@@ -178,15 +183,17 @@ class Subscription:
         :raises OSError: no descriptor is left.
         """
         # An eighth of the capacity, so that a small one is not all in the pipe, where no event tells of a part being read.
+        # A state goes into an empty pipe only: of one page, it says that it has room when it is empty.
         size = min(PIPE_SIZE, max(_PAGE, 1 << max(0, (self.outbox.capacity // 8).bit_length() - 1)))
-        read, self.fd = new_pipe(size)
-        self.one_page = hasattr(fcntl, "F_GETPIPE_SZ") and fcntl.fcntl(read, fcntl.F_GETPIPE_SZ) <= _PAGE
+        read, self.fd = new_pipe(_PAGE if self.outbox.policy == "latest" else size)
+        self.outbox.pipe_size = fcntl.fcntl(read, fcntl.F_GETPIPE_SZ) if hasattr(fcntl, "F_GETPIPE_SZ") else _PAGE
+        self.one_page = hasattr(fcntl, "F_GETPIPE_SZ") and self.outbox.pipe_size <= _PAGE
         return read
 
     def refresh(self) -> None:
         """Take into account what its reader has read."""
         if self.opened:
-            self.outbox.unread(unread(self.fd))
+            self.outbox.pipe = unread(self.fd)
 
     def write(self) -> bool:
         """Move from the backlog into the pipe; whether the pipe is full and there is more.
@@ -195,6 +202,10 @@ class Subscription:
         """
         outbox = self.outbox
         while not outbox.empty:
+            if outbox.drops:
+                outbox.pipe = unread(self.fd)
+                if outbox.must_wait:
+                    return True
             data = outbox.to_write()
             try:
                 size = os.write(self.fd, data)
@@ -203,6 +214,4 @@ class Subscription:
             outbox.wrote(size)
             if size < len(data):
                 return True
-        if outbox.wants_unread:
-            self.refresh()
         return False

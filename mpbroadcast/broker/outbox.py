@@ -1,11 +1,14 @@
 """One subscription's backlog. Pure: it has no descriptor and no clock; the loop asks it what to write, and tells it what was.
 
-A message is **waiting** until the whole run that it came in has gone into the pipe, then it is **delivered**. What was
-published to the subscription is always delivered + missed + waiting.
+A message is **waiting** until the run that it is in has gone into the pipe, then it is **delivered**; one that was dropped is
+**missed**. What was published to the subscription is always delivered + missed + waiting.
 
-What counts against ``capacity`` is each message's charge (``frames.FRAME_OVERHEAD``) from when it was routed until it has been
-read from the pipe. How much of the pipe is unread only the kernel knows: the loop asks it, when it matters, and tells
-:meth:`Outbox.unread`.
+Against ``capacity`` counts each waiting message's charge (``frames.FRAME_OVERHEAD``), and what is unread in the pipe, byte by
+byte. How much that is only the kernel knows: before a backlog drops something or lets somebody wait, the loop asks, and
+tells :attr:`Outbox.pipe`.
+
+What is in the pipe cannot be dropped, nor what follows a part that is. So a policy that drops writes a run of many messages
+only when all of it has room for certain, and else in writes that the pipe takes whole or not at all.
 """
 
 from __future__ import annotations
@@ -13,102 +16,289 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-from mpbroadcast.wire.frames import Batch, Run
+from mpbroadcast.wire.frames import END, FRAME_OVERHEAD, GAP, OVERFLOWED, PIPE_BUF, RUN, SKIPPED, Batch, Run, note_run
 
-__all__ = ["Outbox"]
+__all__ = ["POLICIES", "Ledger", "Outbox"]
+
+POLICIES: Final = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
 
 _WRITE: Final = 1 << 18  # bytes to join for one write at the most: what the pipe can take
-_PIPE_ENTRIES: Final = 512  # runs in the pipe to remember before asking how many have been read
+_SMALL: Final = 32  # messages of a run that are gone through one by one
+_DROPPING: Final = ("drop_oldest", "drop_newest", "latest")
+
+
+class Ledger:
+    """The bytes that are in backlogs, each run once, however many it is in."""
+
+    __slots__ = ("held",)
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    def take(self, run: Run) -> None:
+        run.holders += 1
+        if run.holders == 1:
+            self.held += run.charge
+
+    def leave(self, run: Run) -> None:
+        run.holders -= 1
+        if not run.holders:
+            self.held -= run.charge
 
 
 class Outbox:
-    """A backlog of at most ``capacity``; a single message that is larger passes when nothing else is there."""
+    """A backlog of at most ``capacity``; a single message that is larger passes when nothing else is there.
 
-    def __init__(self, capacity: int) -> None:
+    ``policy`` says what happens when it is full: see :data:`POLICIES`. Under ``block`` the router asks :meth:`fitting`, and
+    puts no more; the others take everything, and drop by themselves.
+    """
+
+    def __init__(self, capacity: int, policy: str = "block", ledger: Ledger | None = None) -> None:
         self.capacity = capacity
+        self.policy = policy
         self.published = 0
         self.delivered = 0
         self.missed = 0
         self.waiting = 0
         self.waiting_charge = 0
+        self.left = 0  # messages that were put here and are here no more: the position of the first that waits
+        self.pipe = 0  # bytes in the pipe that are unread, as far as is known
+        self.pipe_size = 0  # bytes that an empty pipe takes
         self.ended = False
+        self.overflowed = False  # whether it has ended itself
+        self._ledger = ledger or Ledger()
         self._runs: deque[Run] = deque()
         self._offset = 0  # of what is written of the first run
-        self._written = 0
-        self._in_pipe: deque[tuple[int, int]] = deque()  # (where in the stream it ends, charge) of each run
-        self._pipe_charge = 0
+        self._gap = 0  # dropped in front of what waits, and not said yet
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to write."""
-        return not self._runs
+        return not self._runs and not (self._gap and self.policy == "drop_oldest")
 
     @property
     def charge(self) -> int:
         """What counts against the capacity, as far as is known."""
-        return self.waiting_charge + self._pipe_charge
+        return self.waiting_charge + self.pipe
 
     @property
-    def wants_unread(self) -> bool:
-        """Whether it is time to tell :meth:`unread`, so that what is remembered of the pipe stays small."""
-        return len(self._in_pipe) > _PIPE_ENTRIES
+    def entered(self) -> int:
+        """How many messages have come here to wait; ``left`` of them do not any more."""
+        return self.left + self.waiting
+
+    # --- taking
+
+    def takes(self, charge: int) -> bool:
+        """Whether it takes that much without dropping anything, as far as is known."""
+        return self.waiting_charge + self.pipe + charge <= self.capacity
 
     def fitting(self, batch: Batch, charge: int) -> int:
-        """How many of the first messages of ``batch`` the backlog takes now, as far as is known."""
-        room = self.capacity - self.waiting_charge - self._pipe_charge
-        if charge <= room:
+        """How many of the first messages of ``batch`` it takes without dropping any, as far as is known."""
+        if self.takes(charge):
             return len(batch.sizes)
-        return batch.fitting(room) or (1 if room == self.capacity else 0)
+        return batch.fitting(self.capacity - self.charge) or int(self.clear)
+
+    @property
+    def clear(self) -> bool:
+        """Whether nothing else is there, so that a message passes that is larger than all of the capacity."""
+        return not self.waiting and self.pipe <= 1  # the tail byte of what is being handed out is as good as read
 
     def put(self, run: Run) -> None:
-        """Take what :meth:`fitting` has said it would."""
-        self._runs.append(run)
+        """Take a run, by the policy."""
         self.published += run.count
+        if self.policy == "latest":
+            self._drop_waiting()
+            self._miss(run.count - 1)
+            self._append(run.part(run.count - 1, run.count))
+        elif self.policy == "block" or self.takes(run.charge):
+            self._append(run)
+        elif self.policy == "drop_oldest":
+            self._put_over_oldest(run)
+        elif self.policy == "drop_newest":
+            fits = self._put_fitting(run)
+            self.missed += run.count - fits
+            self._note_behind(run.count - fits)
+        else:
+            fits = self._put_fitting(run)
+            self.published -= run.count - fits - 1  # the one that does not fit ends it; what is behind that comes to nobody
+            self.missed += 1
+            self.overflowed = True
+            self._runs.append(note_run(OVERFLOWED, 1))
+            self.end()
+
+    def end(self) -> None:
+        """Nothing is put behind this: a clean end."""
+        if not self.ended:
+            self.ended = True
+            self._runs.append(note_run(END))
+
+    def discard(self) -> None:
+        """It is gone, with all that waits."""
+        for run in self._runs:
+            self._ledger.leave(run)
+        self._runs.clear()
+
+    def _append(self, run: Run) -> None:
+        self._runs.append(run)
+        self._ledger.take(run)
         self.waiting += run.count
         self.waiting_charge += run.charge
 
-    def end(self, run: Run) -> None:
-        """Let ``run`` be the last: nothing is put behind it."""
-        self.ended = True
-        self._runs.append(run)
+    def _put_fitting(self, run: Run) -> int:
+        """Take the first messages, as many as fit: how many."""
+        room = self.capacity - self.charge
+        fits = 0
+        for charge in run.charges():
+            room -= charge
+            if room < 0:
+                break
+            fits += 1
+        fits = fits or int(self.clear)
+        if fits:
+            self._append(run.part(0, fits))
+        return fits
+
+    def _note_behind(self, missed: int) -> None:
+        """That many are dropped behind what waits."""
+        last = self._runs[-1] if len(self._runs) > (1 if self._offset else 0) else None
+        if last is not None and last.missed:
+            missed += last.missed
+            self._runs.pop()
+        self._runs.append(note_run(GAP, missed))
+
+    # --- dropping the oldest
+
+    def _put_over_oldest(self, run: Run) -> None:
+        self._drop(self.charge + run.charge - self.capacity)
+        excess = self.charge + run.charge - self.capacity
+        first = _covering(run.charges(), excess)
+        if first == run.count and self.clear:
+            first -= 1
+        self._miss(first)
+        if first < run.count:
+            self._append(run.part(first, run.count))
+
+    def _drop(self, excess: int) -> None:
+        """Drop the oldest messages that are not partly in the pipe, until ``excess`` of charge is gone."""
+        runs, place = self._runs, 1 if self._offset else 0
+        self._unsay(place)
+        while excess > 0 and len(runs) > place:
+            run = runs[place]
+            if run.charge <= excess or run.count == 1:
+                excess -= run.charge
+                self._replace(place, ())
+                self._drop_counted(run.count)
+            elif run.count > _SMALL:  # in halves, so that who drops one by one does not go through all of it each time
+                self._replace(place, (run.part(0, run.count // 2), run.part(run.count // 2, run.count)))
+            else:
+                count = _covering(run.charges(), excess)
+                excess = 0
+                self._replace(place, (run.part(count, run.count),) if count < run.count else ())
+                self._drop_counted(count)
+
+    def _drop_waiting(self) -> None:
+        self._drop(self.waiting_charge)
+
+    def _drop_counted(self, count: int) -> None:
+        self.left += count
+        self._miss(count)
+
+    def _miss(self, count: int) -> None:
+        self.missed += count
+        self._gap += count
+
+    def _unsay(self, place: int) -> None:
+        """Take a note of what was dropped back from where it was put to be written."""
+        if len(self._runs) > place and self._runs[place].missed:
+            self._gap += self._runs[place].missed
+            del self._runs[place]
+
+    def _replace(self, place: int, parts: tuple[Run, ...]) -> None:
+        run = self._runs[place]
+        del self._runs[place]
+        for part in reversed(parts):
+            self._runs.insert(place, part)
+            self._ledger.take(part)
+        self._ledger.leave(run)
+        self.waiting += sum(part.count for part in parts) - run.count
+        self.waiting_charge += sum(part.charge for part in parts) - run.charge
+
+    # --- writing
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether nothing may be written before the pipe is empty, although there is something."""
+        return self.policy == "latest" and self.pipe > 0 and not self._offset
+
+    @property
+    def drops(self) -> bool:
+        """Whether it drops what waits: then :attr:`pipe` must be known before :meth:`to_write`."""
+        return self.policy in _DROPPING
 
     def to_write(self) -> bytes | memoryview:
         """What comes next in the pipe; not empty unless :attr:`empty`."""
         runs = self._runs
-        first = runs[0].data
         if self._offset:
-            return memoryview(first)[self._offset :]
-        if len(runs) == 1 or len(first) >= _WRITE:
-            return first
-        total, parts = 0, []
+            return memoryview(runs[0].data)[self._offset :]
+        limit = _WRITE
+        if self.policy in _DROPPING:
+            if self._gap:
+                runs.appendleft(note_run(SKIPPED if self.policy == "latest" else GAP, self._gap))
+                self._gap = 0
+            # A page of the pipe may be half empty, so what is unread counts twice.
+            limit = max(PIPE_BUF, self.pipe_size - 2 * self.pipe - 2 * PIPE_BUF)
+            self._split_to(limit)
+        if len(runs) == 1 or len(runs[0].data) >= limit:
+            return runs[0].data
+        total = 0
+        parts: list[bytes] = []
         for run in runs:
-            parts.append(run.data)
             total += len(run.data)
-            if total >= _WRITE:
+            if total > limit and parts:
                 break
-        return b"".join(parts)
+            parts.append(run.data)
+        return b"".join(parts) if len(parts) > 1 else parts[0]
+
+    def _split_to(self, limit: int) -> None:
+        """Let the first run of messages not be longer than ``limit`` bytes, with the note before it, if it can be cut."""
+        place = 1 if self._runs[0].missed else 0
+        if len(self._runs) <= place:
+            return
+        run = self._runs[place]
+        room = limit - len(self._runs[0].data) * place
+        if len(run.data) <= room or run.count <= 1:
+            return
+        room -= RUN.size + 1
+        fits = 0
+        for charge in run.charges():
+            room -= charge - FRAME_OVERHEAD + 12  # its head, and its entry in the table
+            if room < 0:
+                break
+            fits += 1
+        fits = max(1, fits)
+        if fits < run.count:
+            self._replace(place, (run.part(0, fits), run.part(fits, run.count)))
 
     def wrote(self, size: int) -> None:
         """The pipe has taken ``size`` bytes of :meth:`to_write`."""
-        self._written += size
+        self.pipe += size
         size += self._offset
         runs = self._runs
-        start = self._written - size  # where the first run starts in the stream
         while runs and size >= len(runs[0].data):
             run = runs.popleft()
             size -= len(run.data)
-            start += len(run.data)
+            self._ledger.leave(run)
             self.delivered += run.count
+            self.left += run.count
             self.waiting -= run.count
             self.waiting_charge -= run.charge
-            # Less the tail byte: that stays until all of the run has been handed out, long after it was read.
-            self._in_pipe.append((start - 1, run.charge))
-            self._pipe_charge += run.charge
         self._offset = size
 
-    def unread(self, size: int) -> None:
-        """The pipe holds ``size`` bytes that its reader has not taken yet."""
-        read = self._written - size
-        pipe = self._in_pipe
-        while pipe and pipe[0][0] <= read:
-            self._pipe_charge -= pipe.popleft()[1]
+
+def _covering(charges: list[int], excess: int) -> int:
+    """How many of the first of ``charges`` it takes to cover ``excess``; all, if they do not."""
+    for index, charge in enumerate(charges):
+        if excess <= 0:
+            return index
+        excess -= charge
+    return len(charges)

@@ -57,6 +57,8 @@ class _Settings:
     keys: list[bytes]
     starter: int
     temporary: str
+    history: int
+    stall_timeout: float | None
     inherited: frozenset[tuple[int, int, int]]  # the starter's descriptors, each with the device and inode of its file
 
 
@@ -69,7 +71,16 @@ class BrokerProcess:
     :raises StartError: it could not be started within ``timeout`` seconds; nothing is left of it.
     """
 
-    def __init__(self, context: BaseContext, address: str | None, authkey: bytes | None, timeout: float | None) -> None:
+    def __init__(
+        self,
+        context: BaseContext,
+        address: str | None,
+        authkey: bytes | None,
+        timeout: float | None,
+        *,
+        history: int,
+        stall_timeout: float | None,
+    ) -> None:
         current = multiprocessing.current_process()
         if current.daemon:
             raise StartError(
@@ -82,7 +93,7 @@ class BrokerProcess:
         method = context.get_start_method()
         # Taken before the start, so that the pipes by which multiprocessing watches its processes are not among them.
         inherited = _open_descriptors() if method == "fork" else frozenset[tuple[int, int, int]]()
-        settings = _Settings(address, keys, os.getpid(), temporary, inherited)
+        settings = _Settings(address, keys, os.getpid(), temporary, history, stall_timeout, inherited)
         self.starter = os.getpid()
         self._at_exit: Finalize | None = None
         try:
@@ -205,7 +216,7 @@ def _main(settings: _Settings, ready: connection.Connection) -> None:
             text = why_not(error, settings.address, settings.temporary)
             ready.send_bytes(json.dumps({"error": text, "errno": error.errno or 0}).encode())
             return
-        broker = Broker(listening.socket, settings.keys, answer)
+        broker = Broker(listening.socket, settings.keys, answer, history=settings.history, stall_timeout=settings.stall_timeout)
         _watch(broker, starter, signals)
         ready.send_bytes(json.dumps({"address": listening.address}).encode())
         ready.close()

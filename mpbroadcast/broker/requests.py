@@ -12,6 +12,7 @@ from mpbroadcast.arguments import encode_topic
 from mpbroadcast.broker.broker import Broker
 from mpbroadcast.broker.clients import Client
 from mpbroadcast.broker.members import Publisher, Session, Subscription
+from mpbroadcast.broker.outbox import POLICIES
 
 __all__ = ["answer"]
 
@@ -55,23 +56,26 @@ def _detach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 
 def _publisher(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     _refuse_when_stopping(broker)
-    publisher, descriptor = broker.add_publisher(_session(broker, client, message))
+    publisher, descriptor = broker.traffic.add(broker.number(), _session(broker, client, message))
     client.reply({"publisher": publisher.number}, descriptor)
 
 
 def _retire(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     publisher = _find_publisher(broker, message)
     if publisher is not None:
-        broker.finish(publisher)
+        broker.traffic.finish(publisher)
     client.reply({})
 
 
 def _flush(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     publisher = _find_publisher(broker, message)
-    if publisher is None or publisher.all_routed:
+    delivered, now = bool(message.get("delivered")), bool(message.get("now"))
+    if publisher is None:
         client.reply({"done": True})
-    elif message.get("now"):
+    elif now and not publisher.all_routed:
         client.reply({"done": False})
+    elif delivered:
+        publisher.after_written(lambda: broker.when_delivered(client, publisher, now=now))
     else:
         publisher.after_written(lambda: client.reply({"done": True}))  # one that has gone meanwhile takes it quietly
 
@@ -82,9 +86,20 @@ def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     capacity = message.get("capacity")
     if type(capacity) is not int or capacity < 1:
         raise _Refused("value", f"capacity must be at least 1 byte, not {capacity!r}")
-    subscription = broker.add_subscription(_session(broker, client, message), topics, capacity)
+    policy = message.get("overflow")
+    if policy not in POLICIES:
+        raise _Refused("value", f"overflow must be one of {', '.join(map(repr, POLICIES))}, not {policy!r}")
+    replay = _integer(message, "replay")
+    if replay and broker.traffic.history is None:
+        raise _Refused("value", "replay needs a broker that keeps a history: start_broadcaster(history=...)")
+    session = _session(broker, client, message)
+    if replay:
+        broker.traffic.take_in(session)  # so that it is in the history
+    subscription = broker.add_subscription(session, topics, capacity, policy)
     publisher = _find_publisher(broker, message)
-    if publisher is not None:
+    if replay:
+        broker.traffic.replay(subscription, topics, replay)
+    elif publisher is not None:
         broker.begin_behind(publisher, subscription)
     client.reply({"subscription": subscription.number})
 
@@ -98,7 +113,7 @@ def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> 
     if message["do"] == "add topics":
         broker.add_topics(subscription, session, topics)
     else:
-        broker.take_in(session)
+        broker.traffic.take_in(session)
         broker.router.drop(subscription, topics)
     client.reply({})
 
@@ -127,7 +142,7 @@ def _opened(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 def _unsubscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     subscription = broker.subscriptions.get(_integer(message, "subscription"))
     if subscription is not None:
-        broker.take_in(_session(broker, client, message))
+        broker.traffic.take_in(_session(broker, client, message))
         broker.unsubscribe(subscription)
     client.reply({})
 
@@ -164,14 +179,16 @@ def _wait(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 
 def _stats(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     subscriptions = broker.subscriptions.values()
+    history = broker.traffic.history
     client.reply(
         {
             "pid": os.getpid(),
             "uptime": time.monotonic() - broker.started,
-            "published": broker.routed,
-            "publishers": len(broker.publishers),
-            "memory": sum(subscription.outbox.waiting_charge for subscription in subscriptions)
-            + sum(publisher.held for publisher in broker.publishers.values()),
+            "published": broker.traffic.routed,
+            "publishers": len(broker.traffic.publishers),
+            "memory": broker.ledger.held + sum(publisher.held for publisher in broker.traffic.publishers.values()),
+            "history_topics": history.topics if history is not None else 0,
+            "history_forgotten": history.forgotten if history is not None else 0,
             "subscribers": [_row(broker, subscription) for subscription in subscriptions if subscription.live],
         }
     )
@@ -183,13 +200,14 @@ def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
         "id": subscription.number,
         "pid": subscription.pid,
         "topics": broker.router.topics(subscription),
-        "overflow": "block",
+        "overflow": outbox.policy,
         "capacity": outbox.capacity,
         "published": outbox.published,
         "delivered": outbox.delivered,
         "missed": outbox.missed,
         "waiting": outbox.waiting,
         "waiting_bytes": outbox.waiting_charge,
+        "stalls": [publisher.pid for publisher in subscription.waiters],
     }
 
 
@@ -243,7 +261,7 @@ def _session(broker: Broker, client: Client, message: dict[str, Any]) -> Session
 
 
 def _find_publisher(broker: Broker, message: dict[str, Any]) -> Publisher | None:
-    return broker.publishers.get(_integer(message, "publisher")) if message.get("publisher") is not None else None
+    return broker.traffic.publishers.get(_integer(message, "publisher")) if message.get("publisher") is not None else None
 
 
 def _find_subscription(broker: Broker, message: dict[str, Any]) -> Subscription:

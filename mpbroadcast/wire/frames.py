@@ -16,6 +16,10 @@ A **run** is what a channel reads: neighbouring frames, untouched, behind a tabl
 
     size u64 | count u32 | kind u8 | 0 u8 | skip u16 | count lengths u32 (none for a single frame) | frames | tail byte
 
+or a **note**, which stands in the place of messages::
+
+    size u64 | 0 u32 | kind u8 | 0 u8 | 0 u16 | missed u64 | tail byte
+
 ``skip`` is the length of what stands before each payload. The channel reads ``length`` bytes from behind the first frame's
 head on: each read is one payload and the next frame's head, which unpickling ignores. The tail byte stays in the pipe until
 the last message of the run has been handed out, so that the descriptor stays readable while there is something to receive.
@@ -32,19 +36,23 @@ from typing import Final, NamedTuple
 __all__ = [
     "END",
     "FRAME_OVERHEAD",
+    "GAP",
     "HEAD",
     "MAX_FRAME",
     "MESSAGES",
+    "OVERFLOWED",
     "PIPE_BUF",
     "RUN",
+    "SKIPPED",
     "Batch",
     "FrameError",
+    "Opening",
     "Run",
     "RunView",
     "Splitter",
     "abort",
-    "end_run",
     "frame_head",
+    "note_run",
     "pieces",
     "read_run",
     "run_of",
@@ -66,9 +74,13 @@ _ABORT: Final = Struct("<IIQ")
 _ROOM: Final = PIPE_BUF - _PIECE.size
 
 RUN: Final = Struct("<QIBBH")
+_NOTE: Final = Struct("<QIBBHQ")
 TAIL: Final = b"\n"
 MESSAGES: Final = 0
 END: Final = 1
+GAP: Final = 2
+SKIPPED: Final = 3
+OVERFLOWED: Final = 4
 
 # A message counts in a backlog as its pickled bytes, its topic's, and this: the frame's head, the run's object with its
 # header, and its place in a queue, rounded up.
@@ -115,6 +127,10 @@ class Batch(NamedTuple):
         """What it counts in a backlog."""
         return len(self.frames) + len(self.sizes) * _OVERHEAD
 
+    def charge_of(self, size: int) -> int:
+        """What a frame of ``size`` counts."""
+        return size + _OVERHEAD
+
     def fitting(self, room: int) -> int:
         """How many of its first messages fit into ``room`` of charge."""
         for index, size in enumerate(self.sizes):
@@ -132,6 +148,14 @@ class Batch(NamedTuple):
         )
 
 
+class Opening(NamedTuple):
+    """The beginning of a message in pieces: where it goes, and what it will count."""
+
+    topic: bytes
+    exclude: int
+    charge: int
+
+
 class Splitter:
     """Finds the frames in what one publisher wrote, and puts its long messages together."""
 
@@ -140,15 +164,15 @@ class Splitter:
         self._parts: dict[int, list[bytes]] = {}
         self.held = 0  # bytes of messages that are not complete
 
-    def split(self, chunk: bytes) -> list[Batch]:
-        """The frames that ``chunk`` completes, in order, neighbours of one way together.
+    def split(self, chunk: bytes) -> list[Batch | Opening]:
+        """The frames that ``chunk`` completes, in order, neighbours of one way together; and what begins in it.
 
         :raises FrameError: it is no such stream; the splitter is then of no more use.
         """
         if self._rest:
             chunk = self._rest + chunk
         unpack = HEAD.unpack_from
-        batches: list[Batch] = []
+        batches: list[Batch | Opening] = []
         position, end = 0, len(chunk)
         while position + 8 <= end:
             start = position
@@ -160,9 +184,7 @@ class Splitter:
                 if position > end:
                     position = start
                     break
-                frame = self._piece(chunk[start:position], tag)
-                if frame is not None:
-                    batches.append(_single(frame))
+                self._piece(chunk[start:position], tag, batches)
                 continue
             skip = 8 + (tag & TOPIC_LENGTH) + (8 if tag & EXCLUDE else 0)
             if size < skip or size > PIPE_BUF or tag > (EXCLUDE | TOPIC_LENGTH):
@@ -194,19 +216,27 @@ class Splitter:
         self._rest = chunk[position:]
         return batches
 
-    def _piece(self, piece: bytes, tag: int) -> bytes | None:
+    def _piece(self, piece: bytes, tag: int, batches: list[Batch | Opening]) -> None:
         if tag == ABORT and len(piece) == _ABORT.size:
             self._drop(_ABORT.unpack(piece)[2])
-            return None
+            return
         if tag != PIECE or len(piece) <= _PIECE.size:
             raise FrameError(f"a piece with the tag {tag:#x}")
         _, _, number, last = _PIECE.unpack_from(piece)
         part = piece[_PIECE.size :]
-        self._parts.setdefault(number, []).append(part)
+        parts = self._parts.get(number)
+        if parts is None:
+            self._parts[number] = parts = []
+            batches.append(_opening(part))
+        parts.append(part)
         self.held += len(part)
         if self.held > MAX_FRAME:
             raise FrameError("more of unfinished messages than one message may have")
-        return self._drop(number) if last else None
+        if last:
+            frame = self._drop(number)
+            if HEAD.unpack_from(frame)[0] != len(frame):
+                raise FrameError(f"a message of {len(frame)} bytes that says something else")
+            batches.append(_batch(frame, array("I", (len(frame),))))
 
     def _drop(self, number: int) -> bytes:
         frame = b"".join(self._parts.pop(number, ()))
@@ -236,39 +266,58 @@ def _repeats(chunk: bytes, position: int, size: int, way: bytes, most: int) -> i
     return count
 
 
-def _single(frame: bytes) -> Batch:
-    if len(frame) < 8:
+def _opening(part: bytes) -> Opening:
+    if len(part) < HEAD.size:
         raise FrameError("a message without a head")
-    size, tag = HEAD.unpack_from(frame)
-    if size != len(frame) or tag > (EXCLUDE | TOPIC_LENGTH):
-        raise FrameError(f"a message of {len(frame)} bytes that says {size}")
-    return _batch(frame, array("I", (size,)))
+    size = HEAD.unpack_from(part)[0]
+    _, topic, exclude = _way(part, size)
+    return Opening(topic, exclude, size + _OVERHEAD)
 
 
 def _batch(frames: bytes, sizes: array[int]) -> Batch:
-    tag = HEAD.unpack_from(frames)[1]
+    skip, topic, exclude = _way(frames, sizes[0])
+    return Batch(frames, sizes, topic, exclude, skip)
+
+
+def _way(frame: bytes, size: int) -> tuple[int, bytes, int]:
+    """How long the head of a frame is, its topic, and who is excluded."""
+    tag = HEAD.unpack_from(frame)[1]
     if not tag:
-        return Batch(frames, sizes, b"", 0, 8)
-    start = 8
-    exclude = 0
-    skip = 8 + (tag & TOPIC_LENGTH) + (8 if tag & EXCLUDE else 0)
-    if skip > sizes[0]:
-        raise FrameError("a topic that is longer than its frame")
-    if tag & EXCLUDE:
-        exclude = _EXCLUDED.unpack_from(frames, 8)[0]
-        start = 16
-    return Batch(frames, sizes, frames[start:skip], exclude, skip)
+        return HEAD.size, b"", 0
+    start = HEAD.size + (_EXCLUDED.size if tag & EXCLUDE else 0)
+    skip = start + (tag & TOPIC_LENGTH)
+    if tag > (EXCLUDE | TOPIC_LENGTH) or skip > min(size, len(frame)):
+        raise FrameError(f"a frame of {size} bytes with the tag {tag:#x}")
+    return skip, frame[start:skip], _EXCLUDED.unpack_from(frame, HEAD.size)[0] if tag & EXCLUDE else 0
 
 
 class Run:
-    """Messages on their way to a channel: ``data`` is what its pipe gets, shared by all who get it."""
+    """Messages on their way to channels: ``data`` is what a pipe gets, shared by all who get it."""
 
-    __slots__ = ("charge", "count", "data")
+    __slots__ = ("charge", "count", "data", "holders", "missed")
 
-    def __init__(self, data: bytes, count: int, charge: int) -> None:
+    def __init__(self, data: bytes, count: int, charge: int, missed: int = 0) -> None:
         self.data = data
         self.count = count
         self.charge = charge  # what it counts in a backlog
+        self.missed = missed  # what a note says of that
+        self.holders = 0  # backlogs that it is in
+
+    def charges(self) -> list[int]:
+        """What each of its messages counts in a backlog."""
+        if self.count == 1:
+            return [self.charge]
+        return [size + _OVERHEAD for size in array("I", self.data[RUN.size : RUN.size + 4 * self.count])]
+
+    def part(self, start: int, stop: int) -> Run:
+        """Its messages from ``start`` to before ``stop``, as a run of their own."""
+        if start == 0 and stop == self.count:
+            return self
+        skip = RUN.unpack_from(self.data)[4]
+        sizes = array("I", self.data[RUN.size : RUN.size + 4 * self.count])
+        first = RUN.size + 4 * self.count + sum(sizes[:start])
+        sizes = sizes[start:stop]
+        return _pack(self.data[first : first + sum(sizes)], sizes, skip)
 
 
 def topic_of(head: bytes) -> str:
@@ -278,20 +327,24 @@ def topic_of(head: bytes) -> str:
 
 def run_of(batch: Batch) -> Run:
     """The run that carries a batch."""
-    count = len(batch.sizes)
-    table = batch.sizes.tobytes() if count > 1 else b""
-    size = RUN.size + len(table) + len(batch.frames) + len(TAIL)
-    head = RUN.pack(size, count, MESSAGES, 0, batch.skip)
-    return Run(b"".join((head, table, batch.frames, TAIL)), count, batch.charge)
+    return _pack(batch.frames, batch.sizes, batch.skip)
 
 
-def end_run() -> Run:
-    """Says that no more will come: a clean end."""
-    return Run(RUN.pack(RUN.size + len(TAIL), 0, END, 0, 0) + TAIL, 0, 0)
+def _pack(frames: bytes, sizes: array[int], skip: int) -> Run:
+    count = len(sizes)
+    table = sizes.tobytes() if count > 1 else b""
+    head = RUN.pack(RUN.size + len(table) + len(frames) + len(TAIL), count, MESSAGES, 0, skip)
+    return Run(b"".join((head, table, frames, TAIL)), count, len(frames) + count * _OVERHEAD)
+
+
+def note_run(kind: int, missed: int = 0) -> Run:
+    """Says something in the place of messages: ``END`` (a clean end), ``GAP`` (so many were dropped here), ``SKIPPED`` (so many
+    states were, which nobody wants to hear of), ``OVERFLOWED`` (what came next did not fit)."""
+    return Run(_NOTE.pack(_NOTE.size + len(TAIL), 0, kind, 0, 0, missed) + TAIL, 0, 0, missed)
 
 
 class RunView(NamedTuple):
-    """What the head of a run says about the bytes behind it."""
+    """What the head of a run says about the bytes behind it. Of a note, ``messages`` is what it says of missed ones."""
 
     size: int
     kind: int
@@ -307,6 +360,9 @@ def read_run(data: bytes, start: int) -> RunView | None:
         return None
     size, count, kind, _, skip = RUN.unpack_from(data, start)
     first = start + RUN.size
+    if kind != MESSAGES:
+        missed = _NOTE.unpack_from(data, start)[5] if len(data) - start >= _NOTE.size else 0
+        return RunView(size, kind, missed, skip, None, first)
     if count <= 1 or len(data) - first < 4 * count:
         return RunView(size, kind, count, skip, None, first)
     return RunView(size, kind, count, skip, array("I", data[first : first + 4 * count]), first + 4 * count)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from mpbroadcast.wire.frames import RunView
 
-__all__ = ["PROTOCOL", "Undecodable", "dumps", "load_run"]
+__all__ = ["PROTOCOL", "Failure", "dumps", "load_run"]
 
 PROTOCOL: Final = 5
 
@@ -17,8 +17,8 @@ dumps = pickle.dumps
 _loads = pickle.loads
 
 
-class Undecodable:
-    """Stands for a message whose unpickling raised ``error``, until its turn comes."""
+class Failure:
+    """Stands in the place of a message: ``error`` is raised when its turn comes."""
 
     __slots__ = ("error",)
 
@@ -29,7 +29,7 @@ class Undecodable:
 def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
     """The messages of a run whose frames are all in ``data``, and whether all could be unpickled.
 
-    One that could not is an :class:`Undecodable` in its place. What is no ``Exception`` (an interrupt) goes through, and the
+    One that could not is an :class:`Failure` in its place. What is no ``Exception`` (an interrupt) goes through, and the
     run can be loaded again.
     """
     start = run.first + run.skip
@@ -37,7 +37,7 @@ def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
         try:
             return [_loads(memoryview(data)[start:])], True
         except Exception as error:
-            return [Undecodable(error)], False
+            return [Failure(error)], False
     stream = BytesIO(data)
     stream.seek(start)
     messages: list[Any] = []
@@ -47,10 +47,10 @@ def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
         try:
             messages.extend(map(_loads, map(stream.read, sizes)))
         except Exception as error:  # extend has kept those before it, and the stream stands behind it
-            messages.append(Undecodable(error))
+            messages.append(Failure(error))
             whole = False
         else:
             if len(messages) < run.messages:  # a StopIteration from a message's own code has ended the map
-                messages.append(Undecodable(RuntimeError("unpickling a message raised StopIteration")))
+                messages.append(Failure(RuntimeError("unpickling a message raised StopIteration")))
                 whole = False
     return messages, whole

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any, Final
 
-from mpbroadcast.wire.frames import END, RUN, read_run, topic_of
-from mpbroadcast.wire.payload import Undecodable, load_run
+from mpbroadcast.errors import Lagged, Overflowed
+from mpbroadcast.wire.frames import GAP, MESSAGES, OVERFLOWED, RUN, SKIPPED, RunView, read_run, topic_of
+from mpbroadcast.wire.payload import Failure, load_run
 
 __all__ = ["END_OF_MESSAGES", "FLAWS", "LOST", "Flaw", "Stream", "decode", "take_in"]
 
@@ -21,26 +22,33 @@ class Flaw:
 
 END_OF_MESSAGES: Final = Flaw()  # a clean end
 LOST: Final = Flaw()  # the pipe has ended without one
-FLAWS: Final = (Flaw, Undecodable)
+FLAWS: Final = (Flaw, Failure)
 
 
 class Stream:
     """Decoded messages, and the chunks of bytes behind them, of which ``skip`` bytes are done with.
 
     ``need`` is how many bytes there must be before it is worth looking at them. ``plain`` says that all of ``ready`` are
-    messages, none a flaw.
+    messages, none a flaw. ``skipped`` messages were left out between these.
     """
 
-    __slots__ = ("chunks", "need", "plain", "ready", "skip")
+    __slots__ = ("chunks", "need", "plain", "ready", "skip", "skipped")
 
     def __init__(
-        self, ready: Iterable[Any] = (), rest: bytes = b"", skip: int = 0, need: int = RUN.size, plain: bool = True
+        self,
+        ready: Iterable[Any] = (),
+        rest: bytes = b"",
+        skip: int = 0,
+        need: int = RUN.size,
+        plain: bool = True,
+        skipped: int = 0,
     ) -> None:
         self.ready = deque(ready)
         self.chunks = [rest] if rest else []
         self.skip = skip
         self.need = need
         self.plain = plain
+        self.skipped = skipped
 
     def sound(self, limit: int | None) -> int:
         """How many messages come before the first flaw, at most ``limit``."""
@@ -66,17 +74,20 @@ def decode(stream: Stream, held: bool, with_topic: bool) -> Stream | None:
     data = stream.chunks[0] if len(stream.chunks) == 1 else b"".join(stream.chunks)
     ready: list[Any] = []
     plain = True
+    skipped = 0
     position, end = stream.skip, len(data) + held
     while (run := read_run(data, position)) is not None and position + run.size <= end:
-        if run.kind == END:
-            ready.append(END_OF_MESSAGES)
+        if run.kind == SKIPPED:
+            skipped += run.messages
+        elif run.kind != MESSAGES:
+            ready.append(_said(run))
             plain = False
         else:
             messages, whole = load_run(data, run)
             plain = plain and whole
             if with_topic:
                 topic = topic_of(data[run.first : run.first + run.skip])
-                messages = [message if type(message) is Undecodable else (topic, message) for message in messages]
+                messages = [message if type(message) is Failure else (topic, message) for message in messages]
             ready.extend(messages)
         position += run.size
     need = RUN.size if run is None else run.size
@@ -84,7 +95,20 @@ def decode(stream: Stream, held: bool, with_topic: bool) -> Stream | None:
         stream.need = need
         return None
     done = min(position, len(data))
-    return Stream(ready, data[done:], position - done, need, plain)
+    return Stream(ready, data[done:], position - done, need, plain, skipped)
+
+
+def _said(run: RunView) -> Flaw | Failure:
+    if run.kind == GAP:
+        return Failure(Lagged(run.messages))
+    if run.kind == OVERFLOWED:
+        return Failure(
+            Overflowed(
+                'the backlog was full under overflow="disconnect", and so this channel was unsubscribed; subscribe again, '
+                "receive faster, or choose a larger capacity or another policy"
+            )
+        )
+    return END_OF_MESSAGES
 
 
 def take_in(stream: Stream, fd: int, size: int) -> None:

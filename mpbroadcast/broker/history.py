@@ -1,0 +1,98 @@
+"""The last messages of each topic, for who subscribes with a replay. Pure: no descriptor, no clock."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from typing import Final
+
+from mpbroadcast.broker.router import matches
+from mpbroadcast.wire.frames import Batch
+
+__all__ = ["History"]
+
+MOST_TOPICS: Final = 4096
+MOST_BYTES: Final = 64 << 20  # of charge, in all
+
+
+class _Topic:
+    __slots__ = ("batches", "charge", "count")
+
+    def __init__(self) -> None:
+        self.batches: deque[tuple[int, Batch]] = deque()  # with the place of the first message in the order of all
+        self.count = 0
+        self.charge = 0
+
+
+class History:
+    """Keeps ``length`` messages of each topic. Of too many, it forgets the topics that were published to the longest ago."""
+
+    def __init__(self, length: int, most_topics: int = MOST_TOPICS, most_bytes: int = MOST_BYTES) -> None:
+        self.length = length
+        self.charge = 0
+        self.forgotten = 0  # topics, so far
+        self._most_topics = most_topics
+        self._most_bytes = most_bytes
+        self._topics: OrderedDict[bytes, _Topic] = OrderedDict()
+
+    @property
+    def topics(self) -> int:
+        """How many have a history now."""
+        return len(self._topics)
+
+    def add(self, position: int, batch: Batch) -> None:
+        """These were routed; ``position`` is the place of the first in the order of all."""
+        surplus = len(batch.sizes) - self.length
+        if surplus > 0:
+            batch = batch.cut(surplus)[1]
+            position += surplus
+        topic = self._topics.get(batch.topic)
+        if topic is None:
+            topic = self._topics[batch.topic] = _Topic()
+        self._topics.move_to_end(batch.topic)
+        topic.batches.append((position, batch))
+        topic.count += len(batch.sizes)
+        topic.charge += batch.charge
+        self.charge += batch.charge
+        while topic.count > self.length:
+            self._drop_first(topic, topic.count - self.length)
+        while len(self._topics) > self._most_topics or (self.charge > self._most_bytes and len(self._topics) > 1):
+            _, oldest = self._topics.popitem(last=False)
+            self.charge -= oldest.charge
+            self.forgotten += 1
+        while self.charge > self._most_bytes and topic.count:
+            self._drop_first(topic, 1)
+
+    def _drop_first(self, topic: _Topic, most: int) -> None:
+        position, first = topic.batches.popleft()
+        dropped = min(most, len(first.sizes))
+        charge = first.charge
+        if dropped < len(first.sizes):
+            first = first.cut(dropped)[1]
+            topic.batches.appendleft((position + dropped, first))
+            charge -= first.charge
+        topic.count -= dropped
+        topic.charge -= charge
+        self.charge -= charge
+
+    def last(self, topics: Iterable[str], count: int, capacity: int) -> list[Batch]:
+        """The last ``count`` messages that these topics and patterns match, in the order of all, cut at ``capacity``."""
+        wanted = tuple(topics)
+        found = [entry for name, topic in self._topics.items() if matches(wanted, name) for entry in topic.batches]
+        found.sort(key=lambda entry: entry[0], reverse=True)
+        batches: list[Batch] = []
+        for _, batch in found:
+            fits, room = 0, capacity
+            for size in reversed(batch.sizes):
+                room -= batch.charge_of(size)
+                if fits == count or (room < 0 and (fits or batches)):
+                    break
+                fits += 1
+            if fits:
+                batches.append(batch.cut(len(batch.sizes) - fits)[1])
+                capacity -= batches[-1].charge
+                count -= fits
+            if fits < len(batch.sizes) or not count:
+                break
+        batches.reverse()
+        return batches

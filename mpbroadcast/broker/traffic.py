@@ -1,0 +1,378 @@
+"""What goes from publishers' pipes into backlogs, and from these into channels' pipes.
+
+A **round** reads what is in the publishers' pipes, routes it into backlogs, and then moves each backlog that has something
+into its pipe. A batch that does not fit into every ``block`` backlog that would get it is **parked**, and its publisher is not
+read until it does: so all see one order, and the publisher's pipe fills up until its ``publish`` waits. Who frees room, or
+goes, lets those that wait for it go on, the longest first.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from mpbroadcast.broker.history import History
+from mpbroadcast.broker.loop import IN, OUT, Loop
+from mpbroadcast.broker.members import LONGEST_RETRY, PIPE_SIZE, SHORTEST_RETRY, Publisher, Session, Subscription, new_pipe
+from mpbroadcast.broker.router import Router, matches
+from mpbroadcast.wire.frames import Batch, FrameError, Opening, run_of
+
+__all__ = ["Traffic"]
+
+log = logging.getLogger("mpbroadcast.broker")
+
+_BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
+_SHORTEST_NAP: Final = 100e-6  # seconds; it doubles while a publisher stays busy
+_LONGEST_NAP: Final = 400e-6
+
+
+class Traffic:
+    """Publishers, and the way from them to subscriptions.
+
+    ``on_last`` is called when the last publisher is gone; ``on_gone`` with a subscription that is done, or whose reader is
+    gone, or that is not waited for; ``on_overflow`` with one that has ended itself.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        router: Router[Subscription],
+        history: History | None,
+        stall_timeout: float | None,
+        on_last: Callable[[], None],
+        on_gone: Callable[[Subscription], None],
+        on_overflow: Callable[[Subscription], None],
+    ) -> None:
+        self.publishers: dict[int, Publisher] = {}
+        self.routed = 0
+        self.history = history
+        self._loop = loop
+        self._router = router
+        self._stall_timeout = stall_timeout
+        self._on_last = on_last
+        self._on_gone = on_gone
+        self._on_overflow = on_overflow
+        self._busy: dict[Publisher, None] = {}
+        self._nap = _SHORTEST_NAP
+        self._dirty: dict[Subscription, None] = {}
+        self._resuming: list[Publisher] = []
+        self._looking_for_stalls = False
+
+    def round(self) -> None:
+        """Wait for what happens, and handle it."""
+        if self._busy:
+            self._loop.round(self._nap)
+            self._nap = min(2 * self._nap, _LONGEST_NAP)
+            for publisher in list(self._busy):
+                self._read(publisher)
+        else:
+            self._nap = _SHORTEST_NAP
+            self._loop.round()
+        while self._resuming or self._dirty:
+            self._flush()
+
+    # --- publishers
+
+    def add(self, number: int, session: Session) -> tuple[Publisher, int]:
+        """A new publisher, and the descriptor that is its end.
+
+        :raises OSError: no descriptor is left.
+        """
+        read, write = new_pipe(PIPE_SIZE)
+        publisher = Publisher(number, session, read)
+        self.publishers[number] = publisher
+        session.publishers.add(publisher)
+        self._watch(publisher)
+        return publisher, write
+
+    def _watch(self, publisher: Publisher) -> None:
+        self._loop.watch(publisher.fd, IN, lambda _: self._read(publisher))
+
+    def _read(self, publisher: Publisher) -> None:
+        before = self.routed
+        try:
+            chunk = publisher.read()
+        except BlockingIOError:
+            self._set_busy(publisher, False)
+            return
+        if not chunk:
+            self._close(publisher)
+            return
+        self._take(publisher, chunk)
+        self._route(publisher)
+        self._set_busy(publisher, self.routed - before > _BUSY)
+
+    def _set_busy(self, publisher: Publisher, busy: bool) -> None:
+        """Whether its pipe is read after naps.
+
+        A publisher that finds the broker waiting for its pipe pays for waking it, with each message; one whose pipe nobody
+        waits for pays nothing. What else happens ends a nap at once.
+        """
+        if busy == (publisher in self._busy) or publisher.fd < 0 or publisher.blocked:
+            return
+        if busy:
+            self._busy[publisher] = None
+            self._loop.forget(publisher.fd)
+        else:
+            del self._busy[publisher]
+            self._watch(publisher)
+
+    def _take(self, publisher: Publisher, chunk: bytes) -> None:
+        try:
+            publisher.take(chunk)
+        except FrameError as error:
+            log.warning("process %d sent %s, which is no frame: it cannot publish any more", publisher.pid, error)
+            self._close(publisher)
+
+    def take_in(self, session: Session) -> None:
+        """Route what the session's publishers have written until now, as far as backlogs take it.
+
+        So that what it asks for next comes behind it.
+        """
+        for publisher in list(session.publishers):
+            end = publisher.end_of_written()
+            while publisher.fd >= 0 and not publisher.blocked and publisher.position < end:
+                self._take(publisher, publisher.read(end - publisher.position))
+                self._route(publisher)
+
+    def finish(self, publisher: Publisher) -> None:
+        """Take in what it has written until now, whether it can be routed or not, and nothing more.
+
+        That its end of the pipe breaks wakes a ``publish`` that waits in its process.
+        """
+        if publisher.fd < 0:
+            return
+        end = publisher.end_of_written()
+        while publisher.fd >= 0 and publisher.position < end:
+            self._take(publisher, publisher.read(end - publisher.position))
+            if not publisher.blocked:
+                self._route(publisher)
+        self._close(publisher)
+
+    def _close(self, publisher: Publisher) -> None:
+        if publisher.fd < 0:
+            return
+        fd, publisher.fd = publisher.fd, -1
+        self._loop.close(fd)
+        self._busy.pop(publisher, None)
+        publisher.close()
+        publisher.session.publishers.discard(publisher)
+        if not publisher.blocked:
+            self._route(publisher)
+
+    def _forget(self, publisher: Publisher) -> None:
+        if self.publishers.pop(publisher.number, None) is not None and not self.publishers:
+            self._on_last()
+
+    # --- routing
+
+    def _route(self, publisher: Publisher) -> None:
+        """Route what is parked, as far as the backlogs take it."""
+        parked = publisher.parked
+        rest: Batch | Opening
+        while parked:
+            item = parked.popleft()
+            try:
+                if isinstance(item, Batch):
+                    full, rest = self._deliver(item, publisher)
+                elif isinstance(item, Opening):
+                    full, rest = self._full_for(item, publisher), item
+                else:
+                    item()
+                    continue
+            except UnicodeDecodeError:
+                log.warning("process %d published to a topic that is not UTF-8: dropped", publisher.pid)
+                continue
+            if full is not None:
+                parked.appendleft(rest)
+                self._block(publisher, full, went_on=rest is not item)
+                return
+        if publisher.blocked:
+            publisher.blocked = None
+            publisher.warned = False
+            if publisher.fd >= 0:
+                self._watch(publisher)
+        if publisher.fd < 0:
+            self._forget(publisher)
+
+    def _targets(self, item: Batch | Opening, publisher: Publisher) -> tuple[Subscription, ...]:
+        targets = self._router.targets(item.topic)
+        if item.exclude or publisher.not_yet:
+            late = {subscription for subscription, before in publisher.not_yet if not matches(before, item.topic)}
+            targets = tuple(target for target in targets if target.number != item.exclude and target not in late)
+        return targets
+
+    def _full_for(self, opening: Opening, publisher: Publisher) -> Subscription | None:
+        """Who has no room for a message that has begun: it is not put together while it would have to wait."""
+        for subscription in self._targets(opening, publisher):
+            outbox = subscription.outbox
+            if outbox.policy == "block" and not outbox.takes(opening.charge):
+                subscription.refresh()
+                if not outbox.takes(opening.charge) and not outbox.clear:
+                    return subscription
+        return None
+
+    def _deliver(self, batch: Batch, publisher: Publisher) -> tuple[Subscription | None, Batch]:
+        """Put as much of a batch as all its targets take into their backlogs: who is full, if one is, and what is left."""
+        targets = self._targets(batch, publisher)
+        count = len(batch.sizes)
+        fits, full = count, None
+        charge = batch.charge
+        for subscription in targets:
+            outbox = subscription.outbox
+            if not outbox.takes(charge):
+                subscription.refresh()
+                if outbox.policy == "block":
+                    least = outbox.fitting(batch, charge)
+                    if least < fits:
+                        fits, full = least, subscription
+        rest = batch
+        if full is not None:
+            if not fits:
+                return full, batch
+            batch, rest = batch.cut(fits)
+        if targets:
+            run = run_of(batch)
+            dirty, last_in = self._dirty, publisher.last_in
+            for subscription in targets:
+                outbox = subscription.outbox
+                outbox.put(run)
+                last_in[subscription] = outbox.left + outbox.waiting
+                dirty[subscription] = None
+                if outbox.overflowed:
+                    self._on_overflow(subscription)
+        if self.history is not None:
+            self.history.add(self.routed, batch)
+        self.routed += fits
+        return full, rest
+
+    def replay(self, subscription: Subscription, topics: list[str], count: int) -> None:
+        """Put the last ``count`` messages that are for it into its backlog."""
+        outbox = subscription.outbox
+        if self.history is not None and count:
+            most = 1 if outbox.policy == "latest" else count
+            for batch in self.history.last(topics, most, outbox.capacity):
+                outbox.put(run_of(batch))
+            self._dirty[subscription] = None
+
+    def _block(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:
+        if not publisher.blocked:
+            # Not even for errors: that its writers are gone would be reported again and again.
+            self._loop.forget(publisher.fd)
+            self._busy.pop(publisher, None)
+        if went_on or not publisher.blocked:
+            publisher.blocked_since = time.monotonic()
+            publisher.warned = False
+        publisher.blocked = full
+        full.waiters.append(publisher)
+        full.blocked_at = full.outbox.charge
+        self._dirty[full] = None
+        if self._stall_timeout is not None and not self._looking_for_stalls:
+            self._looking_for_stalls = True
+            self._loop.later(self._stall_timeout, self._look_for_stalls)
+
+    def unblock(self, subscription: Subscription) -> None:
+        """Let those go on who wait for it."""
+        self._resuming.extend(subscription.waiters)
+        subscription.waiters.clear()
+
+    def _look_for_stalls(self) -> None:
+        if self._stall_timeout is None:
+            return
+        now = time.monotonic()
+        waiting = [publisher for publisher in self.publishers.values() if publisher.blocked]
+        for publisher in waiting:
+            seconds = now - publisher.blocked_since
+            if publisher.blocked is not None and not publisher.warned and seconds >= self._stall_timeout:
+                publisher.warned = True
+                self._warn(publisher, publisher.blocked, seconds)
+        soon = [publisher.blocked_since for publisher in waiting if not publisher.warned]
+        self._looking_for_stalls = bool(waiting)
+        if waiting:
+            wait = self._stall_timeout - (now - min(soon)) if soon else self._stall_timeout
+            self._loop.later(max(wait, 0.01), self._look_for_stalls)
+
+    def _warn(self, publisher: Publisher, full: Subscription, seconds: float) -> None:
+        same = publisher.pid == full.pid
+        log.warning(
+            "process %d has waited %.1f s to publish: the backlog of channel %d of %s (%s) is full, with %d bytes waiting%s",
+            publisher.pid,
+            seconds,
+            full.number,
+            f"the same process, {full.pid}, which must receive before it publishes" if same else f"process {full.pid}",
+            ", ".join(self._router.topics(full)),
+            full.outbox.waiting_charge,
+            "" if full.opened else "; it was never opened: let somebody receive from it, or unsubscribe it",
+        )
+
+    # --- writing
+
+    def mark(self, subscription: Subscription) -> None:
+        """Write what is in its backlog, in this round."""
+        self._dirty[subscription] = None
+
+    def drop(self, subscription: Subscription) -> None:
+        """It is gone."""
+        self._dirty.pop(subscription, None)
+        for publisher in self.publishers.values():
+            publisher.last_in.pop(subscription, None)
+        self.unblock(subscription)
+
+    def watch(self, subscription: Subscription) -> None:
+        """It is open: write into its pipe."""
+        self._loop.watch(subscription.fd, 0, lambda events: self._writable(subscription, events))
+        self._dirty[subscription] = None
+
+    def _writable(self, subscription: Subscription, events: int) -> None:
+        if events & OUT:
+            self._dirty[subscription] = None
+        else:
+            self._on_gone(subscription)  # its reader is
+
+    def _flush(self) -> None:
+        """Move what is in backlogs into pipes, and let those go on who waited for that."""
+        dirty, self._dirty = self._dirty, {}
+        for subscription in dirty:
+            if subscription.opened and subscription.fd >= 0:
+                self._write(subscription)
+        resuming, self._resuming = self._resuming, []
+        for publisher in resuming:
+            if publisher.parked:
+                self._route(publisher)
+
+    def _write(self, subscription: Subscription) -> None:
+        try:
+            full = subscription.write()
+        except OSError:
+            self._on_gone(subscription)
+            return
+        outbox = subscription.outbox
+        if (outbox.ended and outbox.empty) or (subscription.not_waited_for and full):
+            self._on_gone(subscription)
+            return
+        if subscription.waiters:
+            subscription.refresh()
+            if outbox.charge < subscription.blocked_at:
+                subscription.retry = SHORTEST_RETRY
+                self.unblock(subscription)
+        self._arm(subscription, full)
+
+    def _arm(self, subscription: Subscription, full: bool) -> None:
+        """Wait for room: in the pipe, or, while somebody waits for that, in what has not been read of it."""
+        must_wait = subscription.outbox.must_wait
+        if (subscription.waiters and not full) or must_wait:
+            full = subscription.one_page  # such a pipe has room when all has been read
+            if not full and not subscription.retrying:
+                subscription.retrying = True
+                self._loop.later(subscription.retry, lambda: self._retry(subscription))
+                subscription.retry = min(2 * subscription.retry, LONGEST_RETRY)
+        if full != subscription.armed:
+            subscription.armed = full
+            self._loop.change(subscription.fd, OUT if full else 0)
+
+    def _retry(self, subscription: Subscription) -> None:
+        subscription.retrying = False
+        if subscription.fd >= 0:
+            self._dirty[subscription] = None
