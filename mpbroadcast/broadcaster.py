@@ -241,11 +241,21 @@ class Broadcaster(Generic[M]):
         channel gets its own copy, once, however many of its topics match.
 
         ``capacity`` bounds the backlog, in bytes (64 MiB if not given). A message counts with its pickled length, its
-        topic's, and 256 bytes, until it has been read from the pipe. One that is larger than all of it passes when nothing
-        else waits. With ``overflow="block"`` a full backlog makes those wait whose messages it would get, and nothing is lost.
+        topic's, and 256 bytes while it waits in the broker, and with its unread bytes in the channel's pipe. One that is
+        larger than all of it passes when nothing else is there. When the backlog is full, ``overflow`` says who pays:
+
+        - ``"block"``: those whose messages it would get wait in ``publish``; nothing is lost.
+        - ``"drop_oldest"``: what waits the longest is dropped, and ``recv`` raises ``Lagged`` in its place.
+        - ``"drop_newest"``: what comes is dropped, and ``recv`` raises ``Lagged`` in its place.
+        - ``"latest"``: full or not, the channel gets the newest message only, as soon as it has taken the one before.
+        - ``"disconnect"``: it is unsubscribed; ``recv`` gives what was kept, then raises ``Overflowed``, then ``EOFError``.
+
+        With ``replay=k`` it starts with the last ``k`` messages that match, in the order of all, as far as the broker has kept
+        them (``start_broadcaster(history=...)``) and they fit into the capacity; what comes next follows without a gap.
 
         With ``with_topic`` the channel gives ``(topic, message)``.
 
+        :raises ValueError: an argument that is out of range; ``replay`` without a history.
         :raises BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """
         for topic in topics:
@@ -287,8 +297,9 @@ class Broadcaster(Generic[M]):
     def flush(self, timeout: float | None = None, *, delivered: bool = False) -> None:
         """Wait until the broker has routed all that this handle has published in this process.
 
-        Then it is in every backlog that it belongs to, and comes before whatever is published from now on. It does not mean
-        that anybody has received it.
+        Then it is in every backlog that it belongs to, and comes before whatever is published from now on. With
+        ``delivered``, wait until all of it has left every backlog, too: it is in the pipe, was dropped by the policy, or its
+        subscription is gone; a channel that nobody has opened yet is waited for. Neither means that anybody has received it.
 
         :raises TimedOut: (a ``TimeoutError``) not within ``timeout`` seconds. BrokerLost, ClosedError: as :meth:`publish`.
         """
@@ -415,6 +426,11 @@ def start_broadcaster(
     ``context`` is what ``multiprocessing.get_context()`` returns; the default start method if not given. ``address`` is the
     path of the socket to listen at; if not given, one in a new folder that only this user can enter. ``authkey`` is a key
     that processes may show beside this process's own, which its children have.
+
+    ``history`` is how many messages of each topic are kept for :meth:`Broadcaster.subscribe` with ``replay``: of at most 4,096
+    topics, and at most 64 MiB in all; the topics that were published to the longest ago are forgotten first. When a ``publish``
+    has waited ``stall_timeout`` seconds, the broker logs a warning to standard error, once, that names whom it waits for;
+    ``None`` for never.
 
     The broker ends with :meth:`Broadcaster.close`, at the end of this program, on SIGTERM, and when this process dies; each
     time it drains first.
