@@ -227,8 +227,8 @@ class Outbox:
 
     @property
     def must_wait(self) -> bool:
-        """Whether nothing may be written before the pipe is empty, although there is something."""
-        return self.policy == "latest" and self.pipe > 0 and not self._offset
+        """Whether a state waits that may not be written before the pipe is empty."""
+        return self.policy == "latest" and self.pipe > 0 and self.waiting > 0 and not self._offset
 
     @property
     def drops(self) -> bool:

@@ -171,6 +171,7 @@ class Traffic:
     def _route(self, publisher: Publisher) -> None:
         """Route what is parked, as far as the backlogs take it."""
         parked = publisher.parked
+        before = self.routed
         rest: Batch | Opening
         while parked:
             item = parked.popleft()
@@ -187,7 +188,7 @@ class Traffic:
                 continue
             if full is not None:
                 parked.appendleft(rest)
-                self._block(publisher, full, went_on=rest is not item)
+                self._block(publisher, full, went_on=self.routed > before)
                 return
         if publisher.blocked:
             publisher.blocked = None
