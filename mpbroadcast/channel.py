@@ -231,7 +231,7 @@ class Channel(Generic[M]):
         raise self._about_this(error)
 
     def _about_this(self, error: Exception) -> Exception:
-        with contextlib.suppress(AttributeError):  # a user's exception may have no room for it
+        with contextlib.suppress(Exception):  # a user's exception may have no room for it
             error.channel = self  # type: ignore[attr-defined]
         return error
 

@@ -120,6 +120,8 @@ def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> 
 
 def _open(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     subscription = _find_subscription(broker, message)
+    if subscription.opening is not None and subscription.opening.peer is client.peer:
+        broker.unopen(subscription)  # it was interrupted, and begins again
     if subscription.opened or subscription.opening is not None:
         owner = subscription.pid if subscription.opened or subscription.opening is None else subscription.opening.peer.pid
         raise _in_use(owner)
