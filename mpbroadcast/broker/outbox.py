@@ -70,6 +70,7 @@ class Outbox:
         self._runs: deque[Run] = deque()
         self._offset = 0  # of what is written of the first run
         self._gap = 0  # dropped in front of what waits, and not said yet
+        self._later = 0  # dropped behind a run that is partly in the pipe: they leave when that does
 
     @property
     def empty(self) -> bool:
@@ -84,7 +85,7 @@ class Outbox:
     @property
     def entered(self) -> int:
         """How many messages have come here to wait; ``left`` of them do not any more."""
-        return self.left + self.waiting
+        return self.left + self._later + self.waiting
 
     # --- taking
 
@@ -187,20 +188,23 @@ class Outbox:
             if run.charge <= excess or run.count == 1:
                 excess -= run.charge
                 self._replace(place, ())
-                self._drop_counted(run.count)
+                self._drop_counted(run.count, place)
             elif run.count > _SMALL:  # in halves, so that who drops one by one does not go through all of it each time
                 self._replace(place, (run.part(0, run.count // 2), run.part(run.count // 2, run.count)))
             else:
                 count = _covering(run.charges(), excess)
                 excess = 0
                 self._replace(place, (run.part(count, run.count),) if count < run.count else ())
-                self._drop_counted(count)
+                self._drop_counted(count, place)
 
     def _drop_waiting(self) -> None:
         self._drop(self.waiting_charge)
 
-    def _drop_counted(self, count: int) -> None:
-        self.left += count
+    def _drop_counted(self, count: int, place: int) -> None:
+        if place:
+            self._later += count
+        else:
+            self.left += count
         self._miss(count)
 
     def _miss(self, count: int) -> None:
@@ -289,7 +293,8 @@ class Outbox:
             size -= len(run.data)
             self._ledger.leave(run)
             self.delivered += run.count
-            self.left += run.count
+            self.left += run.count + self._later
+            self._later = 0
             self.waiting -= run.count
             self.waiting_charge -= run.charge
         self._offset = size

@@ -240,7 +240,7 @@ class Traffic:
             for subscription in targets:
                 outbox = subscription.outbox
                 outbox.put(run)
-                last_in[subscription] = outbox.left + outbox.waiting
+                last_in[subscription] = outbox.entered
                 dirty[subscription] = None
                 if outbox.overflowed:
                     self._on_overflow(subscription)
