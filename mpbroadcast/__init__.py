@@ -5,14 +5,7 @@ import sys
 if sys.platform == "win32":
     raise ImportError("mpbroadcast needs the pipes, sockets and signals of a POSIX system, such as Linux or macOS: not Windows")
 
-from mpbroadcast.broadcaster import (
-    Broadcaster,
-    connect,
-    publish,
-    start_broadcaster,
-    subscribe,
-    unsubscribe,
-)
+from mpbroadcast.broadcaster import Broadcaster
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import (
     AddressError,
@@ -26,6 +19,7 @@ from mpbroadcast.errors import (
     StartError,
     TimedOut,
 )
+from mpbroadcast.functions import connect, publish, start_broadcaster, subscribe, unsubscribe
 from mpbroadcast.selector import Selector, channel_to_selector
 from mpbroadcast.stats import BrokerStats, SubscriberStats
 

@@ -8,45 +8,33 @@ the broker puts together what belongs together.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 from collections.abc import Iterable
-from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 from weakref import WeakSet
 
 from mpbroadcast.arguments import (
     Deadline,
-    check_address,
-    check_authkey,
     check_count,
     check_timeout,
     encode_topic,
 )
+from mpbroadcast.broker.outbox import POLICIES
 from mpbroadcast.broker.process import BrokerProcess
 from mpbroadcast.channel import Channel
-from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, ClosedError, StartError, TimedOut
+from mpbroadcast.errors import BroadcastError, BrokerLost, ClosedError, TimedOut
 from mpbroadcast.stats import BrokerStats, SubscriberStats
 from mpbroadcast.wire.frames import HEAD, PIPE_BUF, frame_head
-from mpbroadcast.wire.link import Link, PipeEnd, on_fork, remember_key
+from mpbroadcast.wire.link import Link, PipeEnd, on_fork
 from mpbroadcast.wire.outlet import Outlet
 from mpbroadcast.wire.payload import PROTOCOL, dumps
 
-__all__ = [
-    "Broadcaster",
-    "connect",
-    "publish",
-    "start_broadcaster",
-    "subscribe",
-    "unsubscribe",
-]
+__all__ = ["Broadcaster"]
 
 M = TypeVar("M")
 
 DEFAULT_CAPACITY: Final = 64 << 20
-DEFAULT_STALL_TIMEOUT: Final = 30.0
-OVERFLOWS: Final = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
 _CLOSE_TIMEOUT: Final = 5.0
 _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
@@ -262,8 +250,8 @@ class Broadcaster(Generic[M]):
             encode_topic(topic)
         if not isinstance(overflow, str):
             raise TypeError(f"overflow must be a str, not {type(overflow).__name__}")
-        if overflow not in OVERFLOWS:
-            raise ValueError(f"overflow must be one of {', '.join(map(repr, OVERFLOWS))}, not {overflow!r}")
+        if overflow not in POLICIES:
+            raise ValueError(f"overflow must be one of {', '.join(map(repr, POLICIES))}, not {overflow!r}")
         if not isinstance(with_topic, bool):
             raise TypeError(f"with_topic must be True or False, not {type(with_topic).__name__}")
         room = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
@@ -359,8 +347,11 @@ class Broadcaster(Generic[M]):
         """
         self._close(check_timeout(timeout), False)
 
+    def close_at_exit(self) -> None:
+        """What :meth:`close` does, at the end of the program: nobody is left in it to miss what it did not receive."""
+        self._close(_CLOSE_TIMEOUT, True)
+
     def _close(self, timeout: float | None, quiet: bool) -> None:
-        # Quietly: at the end of the program nobody is left in it to miss what it did not receive.
         if self._closed:
             return
         process = self._process
@@ -410,96 +401,3 @@ class Broadcaster(Generic[M]):
         self._pipe = PipeEnd([-1])
         self._made = {}
         self._process = None
-
-
-def start_broadcaster(
-    *,
-    context: BaseContext | None = None,
-    address: str | os.PathLike[str] | None = None,
-    authkey: bytes | None = None,
-    start_timeout: float | None = 10.0,
-    history: int = 0,
-    stall_timeout: float | None = DEFAULT_STALL_TIMEOUT,
-) -> Broadcaster[Any]:
-    """Start a broker process, and return a handle on it. Wait for it at most ``start_timeout`` seconds.
-
-    ``context`` is what ``multiprocessing.get_context()`` returns; the default start method if not given. ``address`` is the
-    path of the socket to listen at; if not given, one in a new folder that only this user can enter. ``authkey`` is a key
-    that processes may show beside this process's own, which its children have.
-
-    ``history`` is how many messages of each topic are kept for :meth:`Broadcaster.subscribe` with ``replay``: of at most 4,096
-    topics, and at most 64 MiB in all; the topics that were published to the longest ago are forgotten first. When a ``publish``
-    has waited ``stall_timeout`` seconds, the broker logs a warning to standard error, once, that names whom it waits for;
-    ``None`` for never.
-
-    The broker ends with :meth:`Broadcaster.close`, at the end of this program, on SIGTERM, and when this process dies; each
-    time it drains first.
-
-    :raises StartError: it could not be started, and nothing is left behind; ``__cause__`` has the reason.
-    """
-    if context is None:
-        context = multiprocessing.get_context()
-    elif not isinstance(context, BaseContext):
-        raise TypeError(
-            f"context must be what multiprocessing.get_context() returns, not {type(context).__name__}: for a start method's "
-            'name, multiprocessing.get_context("spawn")'
-        )
-    authkey = check_authkey(authkey)
-    timeout = check_timeout(start_timeout, "start_timeout")
-    check_count(history, "history", 0)
-    stall = check_timeout(stall_timeout, "stall_timeout")
-    try:
-        path = None if address is None else check_address(address)
-    except AddressError as error:
-        raise StartError(str(error)) from error
-    process = BrokerProcess(context, path, authkey, timeout, history=history, stall_timeout=stall)
-    try:
-        link = Link(process.address)
-    except BaseException as error:
-        process.end(0, told=False)
-        if isinstance(error, BroadcastError):
-            raise StartError(f"the broker started, but did not answer: {error}") from error
-        raise
-    bus: Broadcaster[Any] = Broadcaster(process.address, link.broker, link, process)
-    process.end_at_exit(bus._close, _CLOSE_TIMEOUT, True)
-    return bus
-
-
-def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) -> Broadcaster[Any]:
-    """A handle on the broker at ``address``, from any process of the same user. It has its own pipe, and its own order.
-
-    ``authkey`` is the broker's key; if not given, this process's own, which is right in the starter's children.
-
-    :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) it is not the broker's key.
-    :raises BrokerLost: no broker answers there.
-    :raises AddressError: this cannot be an address.
-    """
-    path = check_address(address)
-    if not os.path.isdir(os.path.dirname(path)):
-        raise AddressError(f"there is no folder {os.path.dirname(path)!r}: pass what the broadcaster's `address` says")
-    key = check_authkey(authkey)
-    link = Link(path, key)
-    if key is not None:
-        remember_key(path, key)
-    return Broadcaster(path, link.broker, link)
-
-
-def publish(bus: Broadcaster[M], message: M, **options: Any) -> None:
-    """:meth:`Broadcaster.publish`, as a function."""
-    _checked(bus).publish(message, **options)
-
-
-def subscribe(bus: Broadcaster[M], *topics: str, **options: Any) -> Channel[M]:
-    """:meth:`Broadcaster.subscribe`, as a function."""
-    return _checked(bus).subscribe(*topics, **options)
-
-
-def unsubscribe(bus: Broadcaster[M], channel: Channel[M]) -> None:
-    """:meth:`Broadcaster.unsubscribe`, as a function."""
-    _checked(bus).unsubscribe(channel)
-
-
-def _checked(bus: Broadcaster[M]) -> Broadcaster[M]:
-    if not isinstance(bus, Broadcaster):
-        raise TypeError(f"bus must be a Broadcaster, not {type(bus).__name__}")
-    return bus

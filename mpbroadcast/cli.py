@@ -31,9 +31,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from mpbroadcast.broadcaster import Broadcaster, start_broadcaster
+from mpbroadcast.broadcaster import Broadcaster
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import BroadcastError
+from mpbroadcast.functions import start_broadcaster
 from mpbroadcast.selector import Selector
 
 __all__ = ["main"]

@@ -24,6 +24,7 @@ LAYERS = [
     "__init__",
     "__main__",
     "cli",
+    "functions",
     "broadcaster",
     "channel",
     "selector",

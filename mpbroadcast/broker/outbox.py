@@ -78,9 +78,14 @@ class Outbox:
         return not self._runs and not (self._gap and self.policy == "drop_oldest")
 
     @property
+    def waiting_bytes(self) -> int:
+        """What of that is not in the pipe."""
+        return self.waiting_charge - (self._offset if self.waiting else 0)
+
+    @property
     def charge(self) -> int:
         """What counts against the capacity, as far as is known."""
-        return self.waiting_charge + self.pipe
+        return self.waiting_bytes + self.pipe
 
     @property
     def entered(self) -> int:
@@ -91,7 +96,7 @@ class Outbox:
 
     def takes(self, charge: int) -> bool:
         """Whether it takes that much without dropping anything, as far as is known."""
-        return self.waiting_charge + self.pipe + charge <= self.capacity
+        return self.waiting_charge + self.pipe + charge <= self.capacity or self.charge + charge <= self.capacity
 
     def fitting(self, batch: Batch, charge: int) -> int:
         """How many of the first messages of ``batch`` it takes without dropping any, as far as is known."""
@@ -116,16 +121,18 @@ class Outbox:
         elif self.policy == "drop_oldest":
             self._put_over_oldest(run)
         elif self.policy == "drop_newest":
-            fits = self._put_fitting(run)
-            self.missed += run.count - fits
-            self._note_behind(run.count - fits)
+            missed = run.count - self._put_fitting(run)
+            if missed:
+                self.missed += missed
+                self._note_behind(missed)
         else:
-            fits = self._put_fitting(run)
-            self.published -= run.count - fits - 1  # the one that does not fit ends it; what is behind that comes to nobody
-            self.missed += 1
-            self.overflowed = True
-            self._runs.append(note_run(OVERFLOWED, 1))
-            self.end()
+            missed = run.count - self._put_fitting(run)
+            if missed:
+                self.published -= missed - 1  # the one that does not fit ends it; what is behind that comes to nobody
+                self.missed += 1
+                self.overflowed = True
+                self._runs.append(note_run(OVERFLOWED, 1))
+                self.end()
 
     def end(self) -> None:
         """Nothing is put behind this: a clean end."""

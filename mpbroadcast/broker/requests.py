@@ -208,7 +208,7 @@ def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
         "delivered": outbox.delivered,
         "missed": outbox.missed,
         "waiting": outbox.waiting,
-        "waiting_bytes": outbox.waiting_charge,
+        "waiting_bytes": outbox.waiting_bytes,
         "stalls": [publisher.pid for publisher in subscription.waiters],
     }
 

@@ -1,0 +1,114 @@
+"""The functions of the interface: how a broadcaster is come by, and the names of the original."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing.context import BaseContext
+from typing import Any, Final, TypeVar
+
+from mpbroadcast.arguments import check_address, check_authkey, check_count, check_timeout
+from mpbroadcast.broadcaster import Broadcaster
+from mpbroadcast.broker.process import BrokerProcess
+from mpbroadcast.channel import Channel
+from mpbroadcast.errors import AddressError, BroadcastError, StartError
+from mpbroadcast.wire.link import Link, remember_key
+
+__all__ = ["connect", "publish", "start_broadcaster", "subscribe", "unsubscribe"]
+
+M = TypeVar("M")
+
+_STALL_TIMEOUT: Final = 30.0
+
+
+def start_broadcaster(
+    *,
+    context: BaseContext | None = None,
+    address: str | os.PathLike[str] | None = None,
+    authkey: bytes | None = None,
+    start_timeout: float | None = 10.0,
+    history: int = 0,
+    stall_timeout: float | None = _STALL_TIMEOUT,
+) -> Broadcaster[Any]:
+    """Start a broker process, and return a handle on it. Wait for it at most ``start_timeout`` seconds.
+
+    ``context`` is what ``multiprocessing.get_context()`` returns; the default start method if not given. ``address`` is the
+    path of the socket to listen at; if not given, one in a new folder that only this user can enter. ``authkey`` is a key
+    that processes may show beside this process's own, which its children have.
+
+    ``history`` is how many messages of each topic are kept for :meth:`Broadcaster.subscribe` with ``replay``: of at most 4,096
+    topics, and at most 64 MiB in all; the topics that were published to the longest ago are forgotten first. When a ``publish``
+    has waited ``stall_timeout`` seconds, the broker logs a warning to standard error, once, that names whom it waits for;
+    ``None`` for never.
+
+    The broker ends with :meth:`Broadcaster.close`, at the end of this program, on SIGTERM, and when this process dies; each
+    time it drains first.
+
+    :raises StartError: it could not be started, and nothing is left behind; ``__cause__`` has the reason.
+    """
+    if context is None:
+        context = multiprocessing.get_context()
+    elif not isinstance(context, BaseContext):
+        raise TypeError(
+            f"context must be what multiprocessing.get_context() returns, not {type(context).__name__}: for a start method's "
+            'name, multiprocessing.get_context("spawn")'
+        )
+    authkey = check_authkey(authkey)
+    timeout = check_timeout(start_timeout, "start_timeout")
+    check_count(history, "history", 0)
+    stall = check_timeout(stall_timeout, "stall_timeout")
+    try:
+        path = None if address is None else check_address(address)
+    except AddressError as error:
+        raise StartError(str(error)) from error
+    process = BrokerProcess(context, path, authkey, timeout, history=history, stall_timeout=stall)
+    try:
+        link = Link(process.address)
+    except BaseException as error:
+        process.end(0, told=False)
+        if isinstance(error, BroadcastError):
+            raise StartError(f"the broker started, but did not answer: {error}") from error
+        raise
+    bus: Broadcaster[Any] = Broadcaster(process.address, link.broker, link, process)
+    process.end_at_exit(bus.close_at_exit)
+    return bus
+
+
+def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) -> Broadcaster[Any]:
+    """A handle on the broker at ``address``, from any process of the same user. It has its own pipe, and its own order.
+
+    ``authkey`` is the broker's key; if not given, this process's own, which is right in the starter's children.
+
+    :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) it is not the broker's key.
+    :raises BrokerLost: no broker answers there.
+    :raises AddressError: this cannot be an address.
+    """
+    path = check_address(address)
+    if not os.path.isdir(os.path.dirname(path)):
+        raise AddressError(f"there is no folder {os.path.dirname(path)!r}: pass what the broadcaster's `address` says")
+    key = check_authkey(authkey)
+    link = Link(path, key)
+    if key is not None:
+        remember_key(path, key)
+    return Broadcaster(path, link.broker, link)
+
+
+def publish(bus: Broadcaster[M], message: M, **options: Any) -> None:
+    """:meth:`Broadcaster.publish`, as a function."""
+    _checked(bus).publish(message, **options)
+
+
+def subscribe(bus: Broadcaster[M], *topics: str, **options: Any) -> Channel[M]:
+    """:meth:`Broadcaster.subscribe`, as a function."""
+    return _checked(bus).subscribe(*topics, **options)
+
+
+def unsubscribe(bus: Broadcaster[M], channel: Channel[M]) -> None:
+    """:meth:`Broadcaster.unsubscribe`, as a function."""
+    _checked(bus).unsubscribe(channel)
+
+
+def _checked(bus: Broadcaster[M]) -> Broadcaster[M]:
+    if not isinstance(bus, Broadcaster):
+        raise TypeError(f"bus must be a Broadcaster, not {type(bus).__name__}")
+    return bus
