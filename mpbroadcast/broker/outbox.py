@@ -78,14 +78,9 @@ class Outbox:
         return not self._runs and not (self._gap and self.policy == "drop_oldest")
 
     @property
-    def waiting_bytes(self) -> int:
-        """What of that is not in the pipe."""
-        return self.waiting_charge - (self._offset if self.waiting else 0)
-
-    @property
     def charge(self) -> int:
         """What counts against the capacity, as far as is known."""
-        return self.waiting_bytes + self.pipe
+        return self.waiting_charge + self.pipe
 
     @property
     def entered(self) -> int:
@@ -96,7 +91,7 @@ class Outbox:
 
     def takes(self, charge: int) -> bool:
         """Whether it takes that much without dropping anything, as far as is known."""
-        return self.waiting_charge + self.pipe + charge <= self.capacity or self.charge + charge <= self.capacity
+        return self.waiting_charge + self.pipe + charge <= self.capacity
 
     def fitting(self, batch: Batch, charge: int) -> int:
         """How many of the first messages of ``batch`` it takes without dropping any, as far as is known."""

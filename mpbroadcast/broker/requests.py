@@ -115,6 +115,7 @@ def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> 
     else:
         broker.traffic.take_in(session)
         broker.router.drop(subscription, topics)
+        broker.traffic.unblock(subscription)  # what waits for it may not be for it any more
     client.reply({})
 
 
@@ -208,7 +209,7 @@ def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
         "delivered": outbox.delivered,
         "missed": outbox.missed,
         "waiting": outbox.waiting,
-        "waiting_bytes": outbox.waiting_bytes,
+        "waiting_bytes": outbox.waiting_charge,
         "stalls": [publisher.pid for publisher in subscription.waiters],
     }
 

@@ -304,7 +304,7 @@ class Traffic:
             full.number,
             f"the same process, {full.pid}, which must receive before it publishes" if same else f"process {full.pid}",
             ", ".join(self._router.topics(full)),
-            full.outbox.waiting_bytes,
+            full.outbox.waiting_charge,
             "" if full.opened else "; it was never opened: let somebody receive from it, or unsubscribe it",
         )
 
