@@ -23,6 +23,9 @@ MAX_TOPIC = 1024  # bytes of UTF-8
 MAX_ADDRESS = 107  # bytes: what sun_path holds on Linux, less its NUL; macOS has four fewer and says so itself
 
 
+_FOREVER = 1e6  # seconds: more than that, system calls do not take
+
+
 class Deadline:
     """A moment on the monotonic clock, ``timeout`` seconds from now; ``None`` is never."""
 
@@ -49,7 +52,7 @@ def check_timeout(timeout: Any, name: str = "timeout") -> float | None:
         raise TypeError(f"{name} must be a number of seconds or None, not {type(timeout).__name__}")
     if not timeout >= 0:  # NaN too
         raise ValueError(f"{name} must be 0 or more seconds (None waits for ever), not {timeout!r}")
-    return None if timeout == float("inf") else float(timeout)
+    return None if timeout > _FOREVER else float(timeout)
 
 
 def check_count(value: Any, name: str, least: int) -> int:

@@ -26,7 +26,7 @@ from mpbroadcast.channel import Channel
 from mpbroadcast.errors import BroadcastError, BrokerLost, ClosedError, TimedOut
 from mpbroadcast.stats import BrokerStats, SubscriberStats
 from mpbroadcast.wire.frames import HEAD, PIPE_BUF, frame_head
-from mpbroadcast.wire.link import Link, PipeEnd, on_fork
+from mpbroadcast.wire.link import Link, PipeEnd, for_answer, on_fork
 from mpbroadcast.wire.outlet import Outlet
 from mpbroadcast.wire.payload import PROTOCOL, dumps
 
@@ -97,7 +97,7 @@ class Broadcaster(Generic[M]):
             way = self._way(topic, exclude)
             deadline = Deadline(check_timeout(timeout))
             payload = dumps(message, PROTOCOL)
-            self._send(frame_head(len(payload), *way) + payload, deadline)
+            self._send(frame_head(len(payload), *way) + payload, deadline, [])
             return
         payload = dumps(message, PROTOCOL)
         size = len(payload)
@@ -111,7 +111,7 @@ class Broadcaster(Generic[M]):
                 pass
         else:
             frame = frame_head(size, b"") + payload
-        self._send(frame, Deadline(None))
+        self._send(frame, Deadline(None), [])
 
     def publish_many(
         self,
@@ -127,44 +127,48 @@ class Broadcaster(Generic[M]):
         of the first messages were published. Messages are gathered while they fit into one write: a generator that is slow
         is better served by :meth:`publish`.
         """
-        way = self._way(topic, exclude)
-        deadline = Deadline(check_timeout(timeout))
         counts: list[int] = []  # of the messages in each write that was begun
         done: list[int] = []  # one for each write that was done
         try:
-            waiting: list[bytes] = []
-            size = 0
-            iterator = iter(messages)
-            failure: Exception | None = None
-            while failure is None:
-                frame = b""
-                try:
-                    payload = dumps(next(iterator), PROTOCOL)
-                    frame = frame_head(len(payload), *way) + payload
-                except StopIteration:
-                    break
-                except Exception as error:
-                    failure = error  # those before it are sent first
-                if waiting and (failure or size + len(frame) > PIPE_BUF):
-                    counts.append(len(waiting))
-                    done.extend(map(self._send, (b"".join(waiting),), (deadline,)))
-                    waiting, size = [], 0
-                if len(frame) > PIPE_BUF:
-                    counts.append(1)
-                    done.extend(map(self._send, (frame,), (deadline,)))
-                elif frame:
-                    waiting.append(frame)
-                    size += len(frame)
-            if failure is not None:
-                raise failure
-            if waiting:
-                counts.append(len(waiting))
-                done.extend(map(self._send, (b"".join(waiting),), (deadline,)))
+            way = self._way(topic, exclude)
+            self._publish_all(messages, way, Deadline(check_timeout(timeout)), counts, done)
         except BaseException as error:
             with contextlib.suppress(AttributeError):
                 error.sent = sum(counts[: len(done)])  # type: ignore[attr-defined]
             raise
         return sum(counts)
+
+    def _publish_all(
+        self, messages: Iterable[M], way: tuple[bytes, int], deadline: Deadline, counts: list[int], done: list[int]
+    ) -> None:
+        waiting: list[bytes] = []
+        size = 0
+        failure: Exception | None = None
+        iterator = iter(messages)
+        while failure is None:
+            frame = b""
+            try:
+                payload = dumps(next(iterator), PROTOCOL)
+                frame = frame_head(len(payload), *way) + payload
+            except StopIteration:
+                break
+            except Exception as error:
+                failure = error  # those before it are sent first
+            if waiting and (failure or size + len(frame) > PIPE_BUF):
+                counts.append(len(waiting))
+                self._send(b"".join(waiting), deadline, done)
+                waiting, size = [], 0
+            if len(frame) > PIPE_BUF:
+                counts.append(1)
+                self._send(frame, deadline, done)
+            elif frame:
+                waiting.append(frame)
+                size += len(frame)
+        if failure is not None:
+            raise failure
+        if waiting:
+            counts.append(len(waiting))
+            self._send(b"".join(waiting), deadline, done)
 
     def _way(self, topic: str, exclude: Channel[M] | None) -> tuple[bytes, int]:
         encoded = encode_topic(topic)
@@ -179,25 +183,32 @@ class Broadcaster(Generic[M]):
             raise ValueError(f"{name} is a channel of another broker, not of the one at {self._address!r}")
         return channel
 
-    def _send(self, frame: bytes, deadline: Deadline) -> int:
+    def _send(self, frame: bytes, deadline: Deadline, done: list[int]) -> None:
         """Send one frame of any length, or several that fit into one write together."""
-        outlet = self._outlet or self._make_outlet()
+        outlet = self._outlet or self._make_outlet(deadline)
         try:
-            return outlet.send(frame, deadline)
+            outlet.send(frame, deadline, done)
         except TimedOut:
             raise
         except OSError as error:
             if self._closed:
                 raise self._closed_error() from None
             raise self._lost() from error
+        finally:
+            # While something is owed, the short way is closed: it would not say it.
+            if not self._closed:
+                self._pipe = PipeEnd([-1]) if outlet.owes else outlet.pipe
 
-    def _make_outlet(self) -> Outlet:
-        reply, pipe = self._attached().request("publisher")
+    def _make_outlet(self, deadline: Deadline) -> Outlet:
+        reply, pipe = self._attached().request("publisher", deadline=for_answer(deadline))
         if pipe is None:
             raise self._lost()
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
         self._outlet = outlet = self._made.setdefault("outlet", Outlet(pipe, reply["publisher"]))
-        self._pipe = outlet.pipe
+        if self._closed:  # meanwhile, by another thread
+            self._outlet = None
+            outlet.pipe.close()
+            raise self._closed_error()
         return outlet
 
     def _attached(self) -> Link:
@@ -205,7 +216,7 @@ class Broadcaster(Generic[M]):
             raise self._closed_error()
         link = self._link
         if link is None or link.inherited:
-            link = Link.shared(self._address)
+            link = Link.shared(self._address, self._broker)
             if link.broker != self._broker:
                 raise self._lost()
             self._link = link
@@ -257,13 +268,20 @@ class Broadcaster(Generic[M]):
         room = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
         check_count(replay, "replay", 0)
         link = self._attached()
+        cookie = int.from_bytes(os.urandom(6))
+        try:
+            return self._subscribe(
+                link, with_topic, topics=topics or ("*",), overflow=overflow, capacity=room, replay=replay, cookie=cookie
+            )
+        except BaseException:
+            link.note("forget", cookie=cookie)  # an interrupt leaves no subscription that nobody holds
+            raise
+
+    def _subscribe(self, link: Link, with_topic: bool, **fields: Any) -> Channel[M]:
         outlet = self._outlet
         reply, _ = link.request(
             "subscribe",
-            topics=topics or ("*",),
-            overflow=overflow,
-            capacity=room,
-            replay=replay,
+            **fields,
             publisher=outlet.number if outlet is not None else None,
         )
         channel: Channel[M] = Channel(self._address, self._broker, reply["subscription"], with_topic=with_topic, link=link)

@@ -25,9 +25,9 @@ from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut
-from mpbroadcast.wire.link import Link, PipeEnd, on_fork
+from mpbroadcast.wire.link import Link, PipeEnd, for_answer, on_fork
 from mpbroadcast.wire.payload import Failure
-from mpbroadcast.wire.stream import END_OF_MESSAGES, FLAWS, LOST, Flaw, Stream, decode, take_in
+from mpbroadcast.wire.stream import END_OF_MESSAGES, LOST, End, Stream, decode, take_in
 
 __all__ = ["Channel"]
 
@@ -64,13 +64,14 @@ class Channel(Generic[M]):
         self._token = 0
         self._opened = False
         self._closed = False
+        self._told = False  # whether the broker has been: an interrupted close() can be called again
         self._owner = 0  # another process that has opened it, as far as is known here
         self._lock = threading.RLock()
         self._opening = threading.RLock()
         self._stream = Stream()
         self._held = False  # whether a byte was left in the pipe
         self._missed = 0
-        self._readers: set[asyncio.Future[None]] = set()
+        self._readers: dict[asyncio.AbstractEventLoop, set[asyncio.Future[None]]] = {}
         self._turn = 0
         on_fork(self, Channel._in_child, Channel._in_parent)
 
@@ -96,14 +97,18 @@ class Channel(Generic[M]):
             while True:
                 with self._lock:
                     ready = self._stream.ready
-                    if len(ready) > 1 or (ready and self._let_tail_go()):
+                    if ready:
+                        if type(ready[0]) is End:
+                            raise self._end(ready[0])
                         message = ready[0]  # not popleft(): an interrupt may come between its return and the assignment
                         del ready[0]
+                        if not ready:
+                            self._let_tail_go()
                         break
                 if deadline is None:
                     deadline = Deadline(timeout)
                 self._wait(deadline, timeout)
-            if type(message) not in FLAWS:
+            if type(message) is not Failure:
                 taken: M = message
                 return taken  # nothing is called from here on, so no interrupt comes in between
         except BaseException:
@@ -111,7 +116,7 @@ class Channel(Generic[M]):
             if message is not _NOTHING:
                 self._stream.ready.appendleft(message)
             raise
-        self._raise(message)
+        self._fail(message)
 
     def recv_many(self, limit: int | None = None, timeout: float | None = None) -> list[M]:
         """The messages that have arrived, at least one, at most ``limit``. Waits as :meth:`recv` does, for the first only.
@@ -136,16 +141,20 @@ class Channel(Generic[M]):
                         count = stream.sound(limit if limit is None else limit - len(taken))
                         if not count:
                             break
-                        if count == len(ready):
-                            self._let_tail_go()
                         more = [*taken, *islice(ready, count)]
                         rest = stream.without(count)
                         taken, self._stream = more, rest  # in one, as far as an interrupt can see
+                        if not rest.ready:
+                            self._let_tail_go()
                     if taken:
                         return taken
-                    if self._stream.ready:
-                        self._let_tail_go()
-                        flaw = self._stream.ready.popleft()
+                    ready = self._stream.ready
+                    if ready:
+                        if type(ready[0]) is End:
+                            raise self._end(ready[0])
+                        failure = ready.popleft()
+                        if not ready:
+                            self._let_tail_go()
                         break
                 if deadline is None:
                     deadline = Deadline(timeout)
@@ -153,7 +162,7 @@ class Channel(Generic[M]):
         except BaseException:
             self._stream.ready.extendleft(reversed(taken))
             raise
-        self._raise(flaw)
+        self._fail(failure)
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Whether :meth:`recv` would not have to wait, within ``timeout`` seconds: it would return a message, or raise.
@@ -167,7 +176,7 @@ class Channel(Generic[M]):
 
         :raises ClosedError, ChannelInUse, BrokerLost: as :meth:`poll`.
         """
-        fd = self._open().fd
+        fd = self._open(Deadline(None)).fd
         if fd < 0:
             raise self._closed_error()
         return fd
@@ -201,34 +210,29 @@ class Channel(Generic[M]):
         loop = asyncio.get_running_loop()
         fd = self.fileno()
         waiter: asyncio.Future[None] = loop.create_future()
-        if not self._readers:
-            loop.add_reader(fd, self._wake_readers)
-        self._readers.add(waiter)
+        waiters = self._readers.setdefault(loop, set())
+        if not waiters:
+            loop.add_reader(fd, _wake, waiters)
+        waiters.add(waiter)
         try:
             await waiter
         finally:
-            self._readers.discard(waiter)
-            if not self._readers:
+            waiters.discard(waiter)
+            if not waiters:
                 loop.remove_reader(fd)
+                self._readers.pop(loop, None)
 
-    def _wake_readers(self) -> None:
-        for waiter in self._readers:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def _raise(self, flaw: Flaw | Failure) -> NoReturn:
+    def _fail(self, failure: Failure) -> NoReturn:
         """What stands in the place of a message."""
-        if isinstance(flaw, Failure):
-            if isinstance(flaw.error, Lagged):
-                self._missed += flaw.error.missed
-            raise self._about_this(flaw.error)
-        self._stream.ready.appendleft(flaw)  # an end stays
-        error: Exception
-        if flaw is END_OF_MESSAGES:
-            error = EOFError("nothing more comes: this channel was unsubscribed, or its broadcaster was closed")
-        else:
-            error = BrokerLost("the broker has ended without delivering all to this channel")
-        raise self._about_this(error)
+        if isinstance(failure.error, Lagged):
+            self._missed += failure.error.missed
+        raise self._about_this(failure.error)
+
+    def _end(self, end: object) -> Exception:
+        """What stands behind all messages, and stays there."""
+        if end is END_OF_MESSAGES:
+            return self._about_this(EOFError("nothing more comes: this channel was unsubscribed, or its broadcaster closed"))
+        return self._about_this(BrokerLost("the broker has ended without delivering all to this channel"))
 
     def _about_this(self, error: Exception) -> Exception:
         with contextlib.suppress(Exception):  # a user's exception may have no room for it
@@ -242,7 +246,7 @@ class Channel(Generic[M]):
     def _arrive(self, deadline: Deadline) -> bool:
         """Wait until there is something to hand out: whether it came."""
         while True:
-            pipe = self._open()
+            pipe = self._open(deadline)
             with self._lock:
                 if not self._stream.ready:
                     self._fill()
@@ -257,7 +261,10 @@ class Channel(Generic[M]):
         if pipe is None or not self._opened or pipe.fd < 0:
             return
         count = array("i", (0,))
-        fcntl.ioctl(pipe.fd, termios.FIONREAD, count)
+        try:
+            fcntl.ioctl(pipe.fd, termios.FIONREAD, count)
+        except ValueError:  # a signal handler has closed it just now
+            return
         there = count[0]
         held = there > 0
         if there != 1:
@@ -275,17 +282,16 @@ class Channel(Generic[M]):
             self._stream, self._held = after, held
             self._missed += after.skipped
 
-    def _let_tail_go(self) -> bool:
-        """Nothing decoded will be left: let the descriptor tell what is behind it. Under the lock; always true."""
+    def _let_tail_go(self) -> None:
+        """Nothing decoded is left: let the descriptor tell what is behind it. Under the lock."""
         if self._held:
             self._held = False
             if self._pipe is not None:
                 take_in(self._stream, self._pipe.fd, 1)
-        return True
 
     # --- opening and closing
 
-    def _open(self) -> PipeEnd:
+    def _open(self, deadline: Deadline) -> PipeEnd:
         """The pipe; the first call asks the broker for it."""
         pipe = self._pipe
         if self._opened and pipe is not None:
@@ -300,7 +306,7 @@ class Channel(Generic[M]):
                 if self._owner:
                     raise self._in_use(self._owner)
                 try:
-                    self._open_once(self._attached())
+                    self._open_once(self._attached(), for_answer(deadline))
                 except ChannelInUse as error:
                     self._pipe = None
                     self._owner = error.pid
@@ -310,12 +316,12 @@ class Channel(Generic[M]):
                     error.channel = self
                     raise
 
-    def _open_once(self, link: Link) -> None:
+    def _open_once(self, link: Link, deadline: Deadline) -> None:
         # In two steps, so that an interrupted opening leaves it unopened: what was sent and not confirmed is taken back.
         if self._pipe is None:
-            reply, end = link.request("open", subscription=self._number)
+            reply, end = link.request("open", subscription=self._number, deadline=deadline)
             self._pipe, self._token = end, reply["token"]
-        reply, _ = link.request("opened", subscription=self._number, token=self._token)
+        reply, _ = link.request("opened", subscription=self._number, token=self._token, deadline=deadline)
         if reply["opened"]:
             self._opened = True
         elif not self._opened:
@@ -323,7 +329,7 @@ class Channel(Generic[M]):
 
     def _attached(self) -> Link:
         if self._link is None or self._link.inherited:
-            link = Link.shared(self._address)
+            link = Link.shared(self._address, self._broker)
             if link.broker != self._broker:
                 raise BrokerLost(f"the broker of this channel has ended; another one listens at {self._address!r} now")
             self._link = link
@@ -374,7 +380,7 @@ class Channel(Generic[M]):
         whoever opens it: only this handle is dropped. ``Broadcaster.unsubscribe`` ends it from anywhere.
         """
         with self._lock:
-            if self._closed:
+            if self._closed and self._told:
                 return
             self._closed = True
             self._stream = Stream()
@@ -382,12 +388,14 @@ class Channel(Generic[M]):
             if self._pipe is not None:
                 self._pipe.close()
                 self._pipe = None
-        for waiter in list(self._readers):
-            waiter.get_loop().call_soon_threadsafe(self._wake_readers)
+        for loop, waiters in list(self._readers.items()):
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(_wake, waiters)
         if not (self._owner or (self._subscriber and self._handed_on and not self._opened)):
             # A recv that waits in another thread is woken when the broker closes its end.
             with contextlib.suppress(BroadcastError, OSError):
                 self._attached().request("close", subscription=self._number, deadline=Deadline(_CLOSE_TIMEOUT))
+        self._told = True
         self._link = None
 
     def __enter__(self) -> Self:
@@ -398,7 +406,7 @@ class Channel(Generic[M]):
 
     def __del__(self) -> None:
         # An open pipe closes itself, which tells the broker; nobody can open what nobody has.
-        if getattr(self, "_subscriber", False) and not (self._closed or self._handed_on or self._opened):
+        if getattr(self, "_subscriber", False) and not (self._told or self._handed_on or self._opened):
             link = self._link
             if link is not None and not link.inherited:
                 link.note("drop", subscription=self._number)
@@ -428,7 +436,7 @@ class Channel(Generic[M]):
         self._opening = threading.RLock()
         self._stream = Stream()
         self._held = False
-        self._readers = set()
+        self._readers = {}
         self._subscriber = False
         if self._pipe is not None:
             self._owner = os.getppid()
@@ -464,8 +472,14 @@ class Channel(Generic[M]):
     def open_if_own(self) -> None:
         """Open it, if it was made here and nobody else was given it."""
         if self._subscriber and not (self._handed_on or self._opened or self._closed):
-            self._open()
+            self._open(Deadline(_CLOSE_TIMEOUT))
 
 
 def _handed_on(address: str, broker: str, number: int, with_topic: bool) -> Channel[Any]:
     return Channel(address, broker, number, with_topic=with_topic)
+
+
+def _wake(waiters: set[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)

@@ -285,6 +285,7 @@ class Broker:
             self.unsubscribe(subscription)
 
     def _time_is_over(self) -> None:
+        self.traffic.settle()
         for subscription in list(self.subscriptions.values()):
             if not subscription.outbox.empty:
                 self._give_up(subscription)

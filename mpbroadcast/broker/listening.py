@@ -158,7 +158,7 @@ def _remove_if_forgotten(folder: str) -> None:
 def remove_leftovers(address: str) -> None:
     """Of a broker that has ended, if it was killed."""
     with contextlib.suppress(OSError):
-        if not _answers(address):
+        if stat.S_ISSOCK(os.lstat(address).st_mode) and not _answers(address):
             os.unlink(address)
             folder, name = os.path.split(address)
             if name == _SOCKET and os.path.basename(folder).startswith(_FOLDER):

@@ -77,6 +77,7 @@ class Session:
         self.peer = peer
         self.publishers: set[Publisher] = set()
         self.subscriptions: set[Subscription] = set()
+        self.forgotten: deque[int] = deque(maxlen=64)  # cookies of subscribers that were interrupted
 
 
 class Publisher:
@@ -159,6 +160,7 @@ class Subscription:
         self.number = number
         self.session = session  # of the subscriber; of the opener once it is open
         self.outbox = outbox
+        self.cookie = 0  # by which its subscriber can name it before it knows its number
         self.said_topics: tuple[str, ...] = ()  # when it was unsubscribed
         self.live = True
         self.not_waited_for = False  # when its pipe is full, it goes

@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.loop import IN
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.errors import StartError
+from mpbroadcast.wire.link import on_fork
 
 __all__ = ["BrokerProcess"]
 
@@ -96,6 +98,7 @@ class BrokerProcess:
         settings = _Settings(address, keys, os.getpid(), temporary, history, stall_timeout, inherited)
         self.starter = os.getpid()
         self._at_exit: Finalize | None = None
+        on_fork(self, BrokerProcess._in_child)
         try:
             reader, writer = context.Pipe(duplex=False)
         except OSError as error:
@@ -127,6 +130,10 @@ class BrokerProcess:
         remove_leftovers(self.address)
         if self._at_exit is not None:
             self._at_exit.cancel()
+
+    def _in_child(self) -> None:
+        # A child of a plain os.fork() takes its parent's processes for its own, and ends the daemons among them at its end.
+        vars(multiprocessing.process).get("_children", set()).discard(self._process)
 
     def _kill(self) -> None:
         process = self._process

@@ -93,9 +93,13 @@ def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     if replay and broker.traffic.history is None:
         raise _Refused("value", "replay needs a broker that keeps a history: start_broadcaster(history=...)")
     session = _session(broker, client, message)
+    cookie = _integer(message, "cookie")
+    if cookie in session.forgotten:
+        raise _Refused("closed", "it was interrupted")
     if replay:
         broker.traffic.take_in(session)  # so that it is in the history
     subscription = broker.add_subscription(session, topics, capacity, policy)
+    subscription.cookie = cookie
     publisher = _find_publisher(broker, message)
     if replay:
         broker.traffic.replay(subscription, topics, replay)
@@ -152,7 +156,7 @@ def _unsubscribe(broker: Broker, client: Client, message: dict[str, Any]) -> Non
 
 def _close(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     subscription = broker.subscriptions.get(_integer(message, "subscription"))
-    if subscription is not None:
+    if subscription is not None and (not subscription.opened or subscription.pid == client.peer.pid):
         broker.remove(subscription)
     client.reply({})
 
@@ -162,6 +166,18 @@ def _drop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     subscription = broker.subscriptions.get(_integer(message, "subscription"))
     if subscription is not None and not subscription.opened:
         broker.remove(subscription)
+    client.no_reply()
+
+
+def _forget(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    """The note of a subscriber that was interrupted: its request may have been done, or come later, or never."""
+    cookie = _integer(message, "cookie")
+    session = client.session
+    if session is not None:
+        session.forgotten.append(cookie)
+        for subscription in list(session.subscriptions):
+            if subscription.cookie == cookie and not subscription.opened:
+                broker.remove(subscription)
     client.no_reply()
 
 
@@ -216,7 +232,7 @@ def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
 
 def _stop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     timeout = message.get("timeout")
-    if timeout is not None and (type(timeout) not in (int, float) or not timeout >= 0):
+    if timeout is not None and (type(timeout) not in (int, float) or not 0 <= timeout <= _FOREVER):
         raise _Refused("value", f"timeout must be 0 or more seconds, not {timeout!r}")
     client.reply({})
     broker.stop(_FOREVER if timeout is None else float(timeout), client.peer, quiet=bool(message.get("quiet")))
@@ -238,6 +254,7 @@ _HANDLERS: Final[dict[str, Callable[[Broker, Client, dict[str, Any]], None]]] = 
     "unsubscribe": _unsubscribe,
     "close": _close,
     "drop": _drop,
+    "forget": _forget,
     "wait": _wait,
     "stats": _stats,
     "stop": _stop,

@@ -70,6 +70,10 @@ class Traffic:
         else:
             self._nap = _SHORTEST_NAP
             self._loop.round()
+        self.settle()
+
+    def settle(self) -> None:
+        """Move all that can be moved."""
         while self._resuming or self._dirty:
             self._flush()
 
@@ -223,6 +227,8 @@ class Traffic:
         charge = batch.charge
         for subscription in targets:
             outbox = subscription.outbox
+            if subscription.waiters:  # who waits already is first, or many small messages would hold up a large one for ever
+                return subscription, batch
             if not outbox.takes(charge):
                 subscription.refresh()
                 if outbox.policy == "block":
@@ -239,8 +245,10 @@ class Traffic:
             dirty, last_in = self._dirty, publisher.last_in
             for subscription in targets:
                 outbox = subscription.outbox
+                before = outbox.entered
                 outbox.put(run)
-                last_in[subscription] = outbox.entered
+                if outbox.entered > before:  # not all of it was dropped at once
+                    last_in[subscription] = outbox.entered
                 dirty[subscription] = None
                 if outbox.overflowed:
                     self._on_overflow(subscription)
@@ -365,7 +373,7 @@ class Traffic:
         must_wait = subscription.outbox.must_wait
         if (subscription.waiters and not full) or must_wait:
             full = subscription.one_page  # such a pipe has room when all has been read
-            if not full and not subscription.retrying:
+            if not (full and must_wait) and not subscription.retrying:
                 subscription.retrying = True
                 self._loop.later(subscription.retry, lambda: self._retry(subscription))
                 subscription.retry = min(2 * subscription.retry, LONGEST_RETRY)

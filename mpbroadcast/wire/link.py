@@ -45,7 +45,7 @@ from mpbroadcast.wire.control import (
     encode,
 )
 
-__all__ = ["CONNECT_TIMEOUT", "Link", "PipeEnd", "on_fork", "remember_key"]
+__all__ = ["CONNECT_TIMEOUT", "Link", "PipeEnd", "for_answer", "on_fork", "remember_key"]
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
 _READ: Final = 1 << 16
@@ -113,10 +113,11 @@ class PipeEnd:
     def __init__(self, numbers: list[int]) -> None:
         """Take the first of ``numbers`` over; at no moment is it in both places, or in none."""
         self.fd = self._number = -1
-        self._number = numbers[0]
-        del numbers[0]
-        self.fd = self._number  # what to use; -1 once it is closed
         on_fork(self, PipeEnd._in_child)
+        with _forks.lock:
+            self._number = numbers[0]
+            del numbers[0]
+            self.fd = self._number  # what to use; -1 once it is closed
 
     def wait(self, events: int, deadline: Deadline) -> bool:
         """Whether one of ``events``, or an error, or the closing of either end, came before the deadline.
@@ -146,12 +147,14 @@ class PipeEnd:
         self._give_back()
 
     def _give_back(self) -> None:
-        number, self._number = self._number, -1
-        if number >= 0:
-            os.close(number)
+        with _forks.lock:  # so that a child has a copy of it only while this knows of it; nothing waits under this lock
+            number, self._number = self._number, -1
+            if number >= 0:
+                os.close(number)
 
     def __del__(self) -> None:
-        self._give_back()
+        if hasattr(self, "_number"):  # else an interrupt came before there was one
+            self._give_back()
 
 
 class _Control:
@@ -318,9 +321,10 @@ class Link:
         _links[address] = self
 
     @classmethod
-    def shared(cls, address: str) -> Link:
-        """The one that this process has already, or a new one."""
-        return _links.get(address) or cls(address)
+    def shared(cls, address: str, broker: str) -> Link:
+        """The one to ``broker`` that this process has already, or a new one to whatever listens there now."""
+        link = _links.get(address)
+        return link if link is not None and link.broker == broker else cls(address)
 
     def request(self, do: str, *, deadline: Deadline | None = None, **fields: Any) -> tuple[dict[str, Any], PipeEnd | None]:
         """Ask the broker; the answer, and the pipe's end that came with it. Waits until ``deadline``, or for ever.
@@ -330,9 +334,10 @@ class Link:
         :raises ChannelInUse, ClosedError, ValueError, OSError: what it says.
         """
         deadline = deadline or Deadline(None)
-        try:
+        control = None
+        with contextlib.suppress(IndexError):
             control = self._idle.pop()
-        except IndexError:
+        if control is None:
             control = _Control(self.address, self._authkey, _sooner(deadline))
         try:
             reply, end = control.request({"do": do, "session": self.session, **fields}, deadline)
@@ -371,6 +376,12 @@ _keys: dict[str, bytes] = {}
 def remember_key(address: str, authkey: bytes) -> None:
     """For handles of this process, and of those that it forks, that come without a key."""
     _keys[address] = authkey
+
+
+def for_answer(deadline: Deadline) -> Deadline:
+    """For asking something that is answered at once, on the way to what ``deadline`` is for: 0 does not forbid to ask."""
+    left = deadline.left()
+    return Deadline(None if left is None else max(left, CONNECT_TIMEOUT))
 
 
 def _sooner(deadline: Deadline) -> Deadline:

@@ -29,15 +29,16 @@ class Failure:
 def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
     """The messages of a run whose frames are all in ``data``, and whether all could be unpickled.
 
-    One that could not is an :class:`Failure` in its place. What is no ``Exception`` (an interrupt) goes through, and the
-    run can be loaded again.
+    One that could not is a :class:`Failure` in its place. An interrupt, which is what raises once and not again, goes
+    through, and the run can be loaded again.
     """
     start = run.first + run.skip
     if run.sizes is None:
+        payload = memoryview(data)[start:]
         try:
-            return [_loads(memoryview(data)[start:])], True
+            return [_loads(payload)], True
         except Exception as error:
-            return [Failure(error)], False
+            return [_failure(payload, error)], False
     stream = BytesIO(data)
     stream.seek(start)
     messages: list[Any] = []
@@ -46,11 +47,23 @@ def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
     while len(messages) < run.messages:
         try:
             messages.extend(map(_loads, map(stream.read, sizes)))
-        except Exception as error:  # extend has kept those before it, and the stream stands behind it
-            messages.append(Failure(error))
-            whole = False
-        else:
-            if len(messages) < run.messages:  # a StopIteration from a message's own code has ended the map
-                messages.append(Failure(RuntimeError("unpickling a message raised StopIteration")))
-                whole = False
+            if len(messages) == run.messages:
+                break
+            failed: Exception = RuntimeError("unpickling a message raised StopIteration")  # which has ended the map
+        except Exception as raised:  # extend has kept those before it, and the stream stands behind it
+            if len(messages) == run.messages:
+                raise
+            failed = raised
+        end = stream.tell()
+        messages.append(_failure(memoryview(data)[end - run.sizes[len(messages)] : end], failed))
+        whole = False
     return messages, whole
+
+
+def _failure(payload: memoryview, error: Exception) -> Failure:
+    """What stands in the place of a message whose unpickling raised ``error``; if it does not again, that was an interrupt."""
+    try:
+        _loads(payload)
+    except Exception:
+        return Failure(error)
+    raise error

@@ -13,16 +13,16 @@ from mpbroadcast.errors import Lagged, Overflowed
 from mpbroadcast.wire.frames import GAP, MESSAGES, OVERFLOWED, RUN, SKIPPED, RunView, read_run, topic_of
 from mpbroadcast.wire.payload import Failure, load_run
 
-__all__ = ["END_OF_MESSAGES", "FLAWS", "LOST", "Flaw", "Stream", "decode", "take_in"]
+__all__ = ["END_OF_MESSAGES", "LOST", "End", "Stream", "decode", "take_in"]
 
 
-class Flaw:
+class End:
     """Stands behind the last message, and stays there."""
 
 
-END_OF_MESSAGES: Final = Flaw()  # a clean end
-LOST: Final = Flaw()  # the pipe has ended without one
-FLAWS: Final = (Flaw, Failure)
+END_OF_MESSAGES: Final = End()  # a clean end
+LOST: Final = End()  # the pipe has ended without one
+_FLAWS: Final = (End, Failure)
 
 
 class Stream:
@@ -55,7 +55,7 @@ class Stream:
         count = len(self.ready) if limit is None else min(limit, len(self.ready))
         if self.plain:
             return count
-        return next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in FLAWS), count)
+        return next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in _FLAWS), count)
 
     def without(self, count: int) -> Stream:
         """The same, less its first messages."""
@@ -98,7 +98,7 @@ def decode(stream: Stream, held: bool, with_topic: bool) -> Stream | None:
     return Stream(ready, data[done:], position - done, need, plain, skipped)
 
 
-def _said(run: RunView) -> Flaw | Failure:
+def _said(run: RunView) -> End | Failure:
     if run.kind == GAP:
         return Failure(Lagged(run.messages))
     if run.kind == OVERFLOWED:
