@@ -5,6 +5,9 @@ message. The clock runs from before the first publish until the last subscriber 
 peers take turns, round after round, so that what else the machine does meets all of them; a figure is the median of the
 rounds, with the lowest and the highest, and a ratio is the median of the rounds' ratios.
 
+With ``--policies`` it is this library alone, once with each overflow policy, its subscribers keeping up, against
+``block``. Under ``latest`` a subscriber gets what is newest when it looks, so only the publishing is compared.
+
 All start their processes in the same way. mpbroadcast and ZeroMQ pickle with protocol 5, Queue and Pipe with Python's
 default protocol, which they leave no choice of; for a small dict the two differ in the version byte only.
 """
@@ -17,10 +20,12 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
+from multiprocessing.context import BaseContext
 
 from benchmarks.harness import Result, measure
 from benchmarks.peers import PEERS, Peer
 from benchmarks.peers.broadcast import Broadcast, BroadcastSingly
+from benchmarks.peers.policies import POLICIES, Block, Latest
 
 _OWN = (Broadcast, BroadcastSingly)
 Results = dict[type[Peer], list[Result]]
@@ -45,8 +50,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--messages", type=_positive, default=300_000, metavar="M", help="published to one subscriber, 2M/(N+1) to N"
     )
     parser.add_argument("--rounds", type=_positive, default=3, metavar="R", help="rounds; the median counts")
-    parser.add_argument("--subscribers", type=_numbers, default="1,4,16", metavar="N,...", help="numbers of subscribers")
+    parser.add_argument("--subscribers", type=_numbers, metavar="N,...", help="how many (1,4,16; with --policies 1,4)")
     parser.add_argument("--patience", type=float, default=60.0, metavar="S", help="seconds to wait for what may be lost")
+    parser.add_argument("--policies", action="store_true", help="the overflow policies against each other, and no peers")
     parser.add_argument("--smoke", action="store_true", help="small counts, one round: shows that it runs, measures nothing")
     options = parser.parse_args(argv)
     if options.smoke:
@@ -59,12 +65,37 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 
 def _table(results: Results) -> str:
-    rows = [("", "messages/s", "lowest", "highest", "lost", *(f"{own.name} is" for own in _OWN))]
+    rows: list[tuple[str, ...]] = [("", "messages/s", "lowest", "highest", "lost", *(f"{own.name} is" for own in _OWN))]
     for peer, measured in results.items():
-        rates = [result.rate for result in measured]
-        figures = [f"{figure:,.0f}" for figure in (statistics.median(rates), min(rates), max(rates))]
+        figures = _figures([result.rate for result in measured])
         ratios = [_ratio(results[own], measured) for own in _OWN] if peer not in _OWN else [""] * len(_OWN)
         rows.append((peer.name, *figures, f"{sum(result.lost for result in measured):,}", *ratios))
+    return _columns(rows)
+
+
+def _policy_table(results: Results) -> str:
+    block = results[Block]
+    rows: list[tuple[str, ...]] = [
+        ("", "messages/s", "lowest", "highest", "of block's", "publish/s", "lowest", "highest", "of block's", "not received")
+    ]
+    for peer, measured in results.items():
+        rates = [result.rate for result in measured]
+        delivering = ["", "", "", ""] if peer is Latest else [*_figures(rates), _share(rates, [one.rate for one in block])]
+        rates = [result.publish_rate for result in measured]
+        publishing = [*_figures(rates), _share(rates, [one.publish_rate for one in block])]
+        rows.append((peer.name, *delivering, *publishing, f"{sum(result.lost for result in measured):,}"))
+    return _columns(rows)
+
+
+def _figures(rates: list[float]) -> list[str]:
+    return [f"{figure:,.0f}" for figure in (statistics.median(rates), min(rates), max(rates))]
+
+
+def _share(rates: list[float], others: list[float]) -> str:
+    return f"{statistics.median(rate / other for rate, other in zip(rates, others, strict=True)):.2f}"
+
+
+def _columns(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
@@ -81,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and print a table for each number of subscribers."""
     options = _arguments(argv)
     context = multiprocessing.get_context()
-    peers = []
-    for peer in PEERS:
+    peers: list[type[Peer]] = []
+    for peer in () if options.policies else PEERS:
         if why := peer.missing():
             print(f"skipped: {peer.name}: {why}")
         else:
@@ -91,14 +122,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {os.cpu_count()} CPUs, "
         f"start method {context.get_start_method()}, {options.rounds} round(s)"
     )
-    for subscribers in options.subscribers:
-        count = max(2 * options.messages // (subscribers + 1), 1)
-        results: Results = {peer: [] for peer in peers}
-        for turn in range(options.rounds):
-            for place in range(len(peers)):
-                peer = peers[(place + turn) % len(peers)]
-                results[peer].append(measure(peer, context, subscribers, count, options.patience))
-        print(f"\n{subscribers} subscriber(s), {count:,} messages to each\n{_table(results)}", flush=True)
+    if not options.policies:
+        for subscribers in options.subscribers or [1, 4, 16]:
+            results, count = _rounds(peers, context, subscribers, options)
+            print(f"\n{subscribers} subscriber(s), {count:,} messages to each\n{_table(results)}", flush=True)
+    if options.policies or options.smoke:
+        for subscribers in options.subscribers or [1, 4]:
+            results, count = _rounds(POLICIES, context, subscribers, options)
+            print(f"\noverflow policies, {subscribers} subscriber(s), {count:,} messages to each")
+            print(_policy_table(results), flush=True)
+
+
+def _rounds(
+    peers: Sequence[type[Peer]], context: BaseContext, subscribers: int, options: argparse.Namespace
+) -> tuple[Results, int]:
+    """Measure each, round after round, each time from another one on; the results, and how many messages it were."""
+    count = max(2 * options.messages // (subscribers + 1), 1)
+    results: Results = {peer: [] for peer in peers}
+    for turn in range(options.rounds):
+        for place in range(len(peers)):
+            peer = peers[(place + turn) % len(peers)]
+            results[peer].append(measure(peer, context, subscribers, count, options.patience))
+    return results, count
 
 
 if __name__ == "__main__":

@@ -17,10 +17,14 @@ from benchmarks.peers.base import Endpoint, Peer
 
 @dataclass(frozen=True)
 class Result:
-    """``rate`` is in messages published, each of them to all subscribers, a second; ``lost`` in deliveries."""
+    """``rate`` is in messages published, each of them to all subscribers, a second; ``lost`` in deliveries.
+
+    ``publish_rate`` is that of the publishing alone, whose clock stops when the last publish has returned.
+    """
 
     rate: float
     lost: int
+    publish_rate: float
 
 
 class _GivenUp(Exception):
@@ -69,6 +73,7 @@ def measure(peer_class: type[Peer], context: BaseContext, subscribers: int, coun
         start = time.monotonic()
         for sequence in range(count):
             publish({"sequence": sequence, "sensor": "north", "value": 21.5})
+        published = time.monotonic()
         _await_all(reports, patience)
         for process, report in zip(processes, reports, strict=True):
             if not report.poll(0):
@@ -81,7 +86,7 @@ def measure(peer_class: type[Peer], context: BaseContext, subscribers: int, coun
             process.kill()
         peer.close()
     lost = sum(count - seen for seen, _ in answers)
-    return Result(count / (max(end for _, end in answers) - start), lost)
+    return Result(count / (max(end for _, end in answers) - start), lost, count / (published - start))
 
 
 def _await_all(reports: list[Connection], patience: float) -> None:

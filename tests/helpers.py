@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from mpbroadcast import Broadcaster, Channel, SubscriberStats
+from mpbroadcast import Broadcaster, Channel, Lagged, Overflowed, SubscriberStats
 
 DEADLINE = 20.0
 """How long a test waits for what must happen, in seconds. No test needs it when all is well."""
@@ -44,6 +44,41 @@ def rest(channel: Channel[Any]) -> list[Any]:
             messages.append(channel.recv(timeout=DEADLINE))
         except EOFError:
             return messages
+
+
+def record(channel: Channel[Any]) -> list[tuple[str, int]]:
+    """All that a channel of ``(number, pattern)`` messages gives up to its clean end, by kind.
+
+    ``("message", number)``, ``("lagged", how many)`` and ``("overflowed", 0)``.
+    """
+    events = []
+    while True:
+        try:
+            number, data = channel.recv(timeout=DEADLINE)
+        except Lagged as error:
+            events.append(("lagged", error.missed))
+        except Overflowed:
+            events.append(("overflowed", 0))
+        except EOFError:
+            return events
+        else:
+            assert data == pattern(number, len(data))
+            events.append(("message", number))
+
+
+def in_place(events: list[tuple[str, int]]) -> tuple[list[int], int]:
+    """The numbers that were received, each where those before it and the gaps say; and the one that would come next."""
+    numbers = []
+    place = 0
+    for kind, value in events:
+        if kind == "lagged":
+            assert value > 0
+            place += value
+        elif kind == "message":
+            assert value == place, f"{value} came in the place of {place}"
+            numbers.append(value)
+            place += 1
+    return numbers, place
 
 
 def everything(bus: Broadcaster[Any], channel: Channel[Any]) -> list[Any]:
@@ -78,7 +113,7 @@ def fill(bus: Broadcaster[Any], *, topic: str = "", size: int = 1000, timeout: f
 
 def pattern(number: int, size: int) -> bytes:
     """``size`` bytes that no other number has (from 5 bytes on) and that show a piece in the wrong place."""
-    step = b"".join((number * 1009 + index).to_bytes(5, "big") for index in range(251))
+    step = b"".join((number * 1009 + index).to_bytes(5, "big") for index in range(min(251, size // 5 + 1)))
     return (step * (size // len(step) + 1))[:size]
 
 

@@ -535,16 +535,3 @@ def test_timeouts_carry_their_channel(channel: Channel[Any]) -> None:
     with pytest.raises(TimeoutError) as caught:
         channel.recv(0)
     assert caught.value.channel is channel  # type: ignore[attr-defined]
-
-
-def test_what_comes_later_is_refused(bus: Broadcaster[Any]) -> None:
-    """Options that this version does not have yet are refused, with the reason, instead of being ignored."""
-    for overflow in ("drop_oldest", "drop_newest", "latest", "disconnect"):
-        with pytest.raises(ValueError, match="overflow"):
-            bus.subscribe(overflow=overflow)
-    with pytest.raises(ValueError, match="delivered"):
-        bus.flush(delivered=True)
-    with pytest.raises(ValueError, match="history"):
-        start_broadcaster(history=10)
-    with pytest.raises(ValueError, match="stall_timeout"):
-        start_broadcaster(stall_timeout=5.0)

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from mpbroadcast import Broadcaster, Channel
-from tests.helpers import DEADLINE, answer, pattern, rest, take
+from tests.helpers import DEADLINE, answer, pattern, record, rest, take
 
 
 class Boom(Exception):
@@ -82,6 +82,27 @@ def open_and_hold(channel: Channel[Any], orders: Connection) -> None:
     channel.fileno()
     orders.send(os.getpid())
     answer(orders, 3 * DEADLINE)
+
+
+def record_channel(channel: Channel[Any], results: Connection) -> None:
+    """Open the channel, say so, and send home all that it gives up to the clean end, and its ``missed``."""
+    channel.fileno()
+    results.send("open")
+    try:
+        results.send((record(channel), channel.missed))
+    except BaseException as error:
+        results.send(describe(error))
+
+
+def publish_patterns(bus: Broadcaster[Any], orders: Connection, topic: str, size: int) -> None:
+    """Publish ``(number, pattern)`` without end, until told to stop; then send home how many."""
+    orders.send("started")
+    number = 0
+    while not orders.poll(0):
+        bus.publish((number, pattern(number, size)), topic=topic)
+        number += 1
+    bus.flush(timeout=DEADLINE)
+    orders.send(number)
 
 
 def try_to_receive(channel: Channel[Any], results: Connection) -> None:

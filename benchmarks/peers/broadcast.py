@@ -28,11 +28,13 @@ class Broadcast(Peer):
     """The subscribers call ``recv_many()``."""
 
     name = "mpbroadcast, recv_many()"
+    overflow: ClassVar[str] = "block"
+    capacity: ClassVar[int | None] = None
     _many: ClassVar[bool] = True
 
     def __init__(self, context: BaseContext, subscribers: int) -> None:
         self._bus: Broadcaster[Message] = start_broadcaster(context=context)
-        self._channels = [self._bus.subscribe() for _ in range(subscribers)]
+        self._channels = [self._bus.subscribe(overflow=self.overflow, capacity=self.capacity) for _ in range(subscribers)]
         self.publish = self._bus.publish
 
     def endpoints(self) -> list[Endpoint]:

@@ -227,7 +227,9 @@ class Splitter:
         parts = self._parts.get(number)
         if parts is None:
             self._parts[number] = parts = []
-            batches.append(_opening(part))
+            opening = _opening(part)
+            if opening is not None:
+                batches.append(opening)
         parts.append(part)
         self.held += len(part)
         if self.held > MAX_FRAME:
@@ -266,10 +268,14 @@ def _repeats(chunk: bytes, position: int, size: int, way: bytes, most: int) -> i
     return count
 
 
-def _opening(part: bytes) -> Opening:
+def _opening(part: bytes) -> Opening | None:
+    """What the first piece of a message says; nothing where PIPE_BUF is so small that it does not hold all of the head."""
     if len(part) < HEAD.size:
         raise FrameError("a message without a head")
-    size = HEAD.unpack_from(part)[0]
+    size, tag = HEAD.unpack_from(part)
+    head = HEAD.size + (_EXCLUDED.size if tag & EXCLUDE else 0) + (tag & TOPIC_LENGTH)
+    if len(part) == _ROOM and _ROOM < head <= size:
+        return None
     _, topic, exclude = _way(part, size)
     return Opening(topic, exclude, size + _OVERHEAD)
 
