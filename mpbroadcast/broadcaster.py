@@ -47,8 +47,8 @@ _HEADS: Final = [frame_head(size, b"") for size in range(_SHORT)]
 class Broadcaster(Generic[M]):
     """A handle on a broker. :func:`start_broadcaster` and :func:`connect` make it.
 
-    It can be pickled into any child process of the starter, and used in any number of threads and signal handlers, and after a fork; each
-    process and each handle has its own order of messages (FIFO), and all channels see all messages in one order.
+    It can be pickled into any child process of the starter, and used in any number of threads and signal handlers, and after a
+    fork; each process and each handle has its own order of messages (FIFO), and all channels see all messages in one order.
 
     Used with ``with``, it is closed at the end.
     """
