@@ -35,6 +35,9 @@ def temporary_folder() -> Iterator[Path]:
     multiprocessing.resource_tracker.ensure_running()
     multiprocessing.forkserver.set_forkserver_preload(["tests.workers"])
     multiprocessing.forkserver.ensure_running()
+    # What the run itself has allocated stays: each test's collection need not go through it.
+    gc.collect()
+    gc.freeze()
     yield Path(folder)
     if before[0] is None:
         del os.environ["TMPDIR"]
@@ -99,10 +102,11 @@ def leaves_nothing(request: pytest.FixtureRequest, temporary_folder: Path) -> It
     except AssertionError:
         pytest.fail("left behind: " + "; ".join(left_over(before, temporary_folder)), pytrace=False)
     finally:
-        lost = child_processes()
-        for child in lost:
-            child.kill()
-        psutil.wait_procs(lost, timeout=5)
+        if multiprocessing.active_children() or request.node.stash.get(FAILED, False):
+            lost = child_processes()
+            for child in lost:
+                child.kill()
+            psutil.wait_procs(lost, timeout=5)
         for path in temporary_folder.glob("mpbroadcast-*"):
             shutil.rmtree(path, ignore_errors=True)
 
