@@ -20,7 +20,7 @@ __all__ = ["Reception"]
 
 log = logging.getLogger("mpbroadcast.broker")
 
-_HANDSHAKE_TIMEOUT: Final = 10.0
+_HANDSHAKE_TIMEOUT: Final = 5.0  # seconds
 _MOST_STRANGERS: Final = 128  # connections that have not shown a key; the oldest goes for one more
 _SWEEP: Final = 1.0  # seconds, where deaths are no events
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
