@@ -1,0 +1,203 @@
+"""Moments that are seldom met: plain forks, interrupts, a restart at the same address, who waits behind whom."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, start_broadcaster
+from tests.helpers import DEADLINE, Background, Children, take, wait_until
+
+Bus = Broadcaster[Any]
+
+
+def test_a_plain_forks_child_that_ends_leaves_its_parents_broker_alone(bus: Bus) -> None:
+    """A child of ``os.fork()`` that runs its exit handlers does not end the broker that its parent has started."""
+    pid = os.fork()
+    if not pid:
+        try:
+            from multiprocessing import util
+
+            util._exit_function()  # type: ignore[attr-defined]  # what the end of the child's program does
+        finally:
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    with bus.subscribe() as channel:
+        bus.publish("still there")
+        assert channel.recv(timeout=DEADLINE) == "still there"
+
+
+def receive_all(channel: Channel[Any], answers: Connection) -> None:
+    answers.send(list(channel))
+
+
+def test_an_empty_channel_that_was_handed_on_has_a_clean_end(fork: BaseContext, children: Children) -> None:
+    """``close()`` waits for a channel that is not open yet also when nothing waits in it: its holder gets a clean end."""
+    spawn = __import__("multiprocessing").get_context("spawn")
+    mine, theirs = fork.Pipe()
+    with start_broadcaster() as bus:
+        children(spawn, receive_all, bus.subscribe(), theirs)
+    assert mine.poll(DEADLINE)
+    assert mine.recv() == []
+    mine.close()
+    theirs.close()
+
+
+def close_it(channel: Channel[Any]) -> None:
+    channel.close()
+
+
+def test_who_does_not_own_a_channel_cannot_close_it(bus: Bus, fork: BaseContext, children: Children) -> None:
+    """``close()`` in a process that has not opened the channel lets go of that handle only."""
+    channel = bus.subscribe()
+    process = fork.Process(target=close_it, args=(channel,))  # type: ignore[attr-defined]
+    channel.poll(0)
+    process.start()
+    process.join(DEADLINE)
+    bus.publish(1)
+    assert channel.recv(timeout=DEADLINE) == 1
+    process.close()
+    channel.close()
+
+
+class Interrupt(BaseException):
+    """Comes from a signal handler."""
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupt
+
+
+# An interrupt may come between the making of a socket and its keeping; Python closes that, and says so.
+@pytest.mark.filterwarnings("ignore:.*unclosed <socket:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupted_subscribe_leaves_no_subscription(bus: Bus) -> None:
+    """Wherever an interrupt comes in ``subscribe``, there is a channel in the end, or no subscription."""
+    before = signal.signal(signal.SIGALRM, interrupt)
+    channels = []
+    try:
+        for attempt in range(300):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (attempt + 1))
+                channel = bus.subscribe("t")
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                channels.append(channel)
+            except Interrupt:
+                pass
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    # A channel that was made, and whose assignment was interrupted, is collected: all that is left is what is held here.
+    channel = None  # type: ignore[assignment]
+    wait_until(lambda: len(bus.stats().subscribers) <= len(channels))
+    for channel in channels:
+        channel.close()
+
+
+def test_who_waits_is_not_overtaken(bus: Bus) -> None:
+    """A large message that waits for room gets it, however many small ones others publish."""
+    channel = bus.subscribe(capacity=60_000)
+    channel.poll(0)
+    from mpbroadcast import connect
+
+    ended = threading.Event()
+    other, small = connect(bus.address), connect(bus.address)
+
+    def publish_small() -> None:
+        while not ended.is_set():
+            small.publish(b"s" * 50)
+
+    flood = Background(publish_small)
+    large = Background(other.publish, b"L" * 59_000)
+    while channel.recv(timeout=DEADLINE)[:1] != b"L":
+        pass
+    large.result()
+    ended.set()
+    bus.unsubscribe(channel)
+    flood.result()
+    for _ in channel:
+        pass
+    other.close()
+    small.close()
+
+
+def test_every_thread_that_receives_gets_the_clean_end(bus: Bus) -> None:
+    """However many threads receive from a channel, each has the same clean end."""
+
+    def drain(channel: Channel[Any]) -> str:
+        try:
+            while True:
+                channel.recv(timeout=DEADLINE)
+        except Exception as error:
+            return type(error).__name__
+
+    for _ in range(20):
+        channel = bus.subscribe()
+        channel.poll(0)
+        threads = [Background(drain, channel) for _ in range(6)]
+        bus.publish_many(range(20))
+        bus.flush()
+        bus.unsubscribe(channel)
+        assert {thread.result() for thread in threads} == {"EOFError"}
+        channel.close()
+
+
+def test_a_small_backlog_goes_on_when_one_message_has_been_read(bus: Bus) -> None:
+    """Who waits for a backlog of a few messages goes on when the reader has taken one, and not only when it has all."""
+    channel = bus.subscribe(capacity=1000)
+    channel.poll(0)
+    for _ in range(4):
+        bus.publish(b"x" * 33)
+    assert channel.recv(timeout=DEADLINE) == b"x" * 33
+    bus.flush(timeout=DEADLINE)
+    assert len(take(channel, 3)) == 3
+    channel.close()
+
+
+def test_closing_without_waiting_still_ends_cleanly_what_is_done() -> None:
+    """``close(timeout=0)`` gives a clean end to who has received all, or can from its pipe."""
+    bus = start_broadcaster()
+    with bus.subscribe() as channel:
+        channel.poll(0)
+        bus.publish("last")
+        bus.flush()
+        bus.close(timeout=0)
+        assert channel.recv(timeout=DEADLINE) == "last"
+        with pytest.raises(EOFError):
+            channel.recv(timeout=DEADLINE)
+
+
+def use_each(pipe: Connection) -> None:
+    kept = []
+    while (bus := pipe.recv()) is not None:
+        kept.append(bus)
+        try:
+            bus.publish(1)
+            pipe.send("published")
+        except (BrokerLost, ClosedError) as error:
+            pipe.send(repr(error))
+
+
+def test_a_process_can_use_the_next_broker_at_the_same_address(
+    temporary_folder: Path, fork: BaseContext, children: Children
+) -> None:
+    """A process that still holds a handle on a broker that has ended can use the one that took its address over."""
+    mine, theirs = fork.Pipe()
+    children(fork, use_each, theirs)
+    address = temporary_folder / "again"
+    for _ in range(2):
+        with start_broadcaster(address=address) as bus:
+            mine.send(bus)
+            assert mine.poll(DEADLINE)
+            assert mine.recv() == "published"
+    mine.send(None)
+    mine.close()
+    theirs.close()
