@@ -127,41 +127,45 @@ class Channel(Generic[M]):
             timeout = check_timeout(timeout)
         if limit is not None:
             check_count(limit, "limit", 1)
-        deadline: Deadline | None = None
-        taken: list[Any] = []
+        box: list[list[M]] = [[]]
         try:
-            while True:
-                with self._lock:
-                    # Once for what was decoded before, and once for what has come since.
-                    for _ in range(2):
-                        if not self._stream.ready:
-                            self._fill()
-                        stream = self._stream
-                        ready = stream.ready
-                        count = stream.sound(limit if limit is None else limit - len(taken))
-                        if not count:
-                            break
-                        more = [*taken, *islice(ready, count)]
-                        rest = stream.without(count)
-                        taken, self._stream = more, rest  # in one, as far as an interrupt can see
-                        if not rest.ready:
-                            self._let_tail_go()
-                    if taken:
-                        return taken
-                    ready = self._stream.ready
-                    if ready:
-                        if type(ready[0]) is End:
-                            raise self._end(ready[0])
-                        failure = ready.popleft()
-                        if not ready:
-                            self._let_tail_go()
-                        break
-                if deadline is None:
-                    deadline = Deadline(timeout)
-                self._wait(deadline, timeout)
+            return self._recv_many(limit, timeout, box)
         except BaseException:
-            self._stream.ready.extendleft(reversed(taken))
+            # An interrupt: what was taken comes next again. One call and no more, so that no second interrupt comes between.
+            self._stream.ready.extendleft(box[0][::-1])
             raise
+
+    def _recv_many(self, limit: int | None, timeout: float | None, box: list[list[M]]) -> list[M]:
+        # Apart from recv_many, because an interrupt at the end of a loop's turn is not always seen by a `try` around the loop.
+        deadline: Deadline | None = None
+        while True:
+            with self._lock:
+                # Once for what was decoded before, and once for what has come since.
+                for _ in range(2):
+                    if not self._stream.ready:
+                        self._fill()
+                    stream = self._stream
+                    count = stream.sound(limit if limit is None else limit - len(box[0]))
+                    if not count:
+                        break
+                    more = [*box[0], *islice(stream.ready, count)]
+                    rest = stream.without(count)
+                    box[0], self._stream = more, rest  # in one, as far as an interrupt can see
+                    if not rest.ready:
+                        self._let_tail_go()
+                if box[0]:
+                    return box[0]
+                ready = self._stream.ready
+                if ready:
+                    if type(ready[0]) is End:
+                        raise self._end(ready[0])
+                    failure = ready.popleft()
+                    if not ready:
+                        self._let_tail_go()
+                    break
+            if deadline is None:
+                deadline = Deadline(timeout)
+            self._wait(deadline, timeout)
         self._fail(failure)
 
     def poll(self, timeout: float | None = 0.0) -> bool:
