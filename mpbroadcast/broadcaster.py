@@ -39,7 +39,7 @@ _CLOSE_TIMEOUT: Final = 5.0
 _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
 _write = os.write
-# The heads of short messages without a topic: to look one up costs a third of packing it.
+# The heads of short messages without a topic: to look one up costs less than to pack it.
 _SHORT: Final = PIPE_BUF - HEAD.size + 1
 _HEADS: Final = [frame_head(size, b"") for size in range(_SHORT)]
 

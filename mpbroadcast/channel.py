@@ -1,8 +1,8 @@
 """What a subscriber holds: the read end of its pipe, and what has been read from it.
 
 All that has been read is one :class:`Stream`, replaced as a whole in one assignment. So an exception from a signal handler
-finds it as it was or as it will be, and what a handler has received meanwhile is noticed. Bytes come into it by
-``list.extend(map(os.read, ...))``, which has no moment between reading and keeping.
+finds it as it was or as it will be. Bytes come into it by ``list.extend(map(os.read, ...))``, which has no moment between
+reading and keeping. A handler that itself receives from this channel is not provided for.
 
 The descriptor is readable for as long as there is something to receive: the last byte that is in the pipe stays there until
 the last message that has been decoded is handed out (see ``wire/frames.py``).

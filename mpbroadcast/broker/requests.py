@@ -44,7 +44,7 @@ def _attach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     if client.session is not None:
         raise _Refused("value", "this connection is a session's already")
     session = broker.new_session(client)
-    client.reply({"session": session.number, "broker": broker.identity, "pid": os.getpid()})
+    client.reply({"session": session.number, "broker": broker.identity})
 
 
 def _detach(broker: Broker, client: Client, message: dict[str, Any]) -> None:

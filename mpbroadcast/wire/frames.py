@@ -249,7 +249,7 @@ class Splitter:
 def _repeats(chunk: bytes, position: int, size: int, way: bytes, most: int) -> int:
     """How many frames of ``size`` that go the same ``way`` follow each other from ``position`` on, ``most`` at the most.
 
-    Compares a byte of all their heads at once, in slices: a tenth of what a loop over frames costs.
+    Compares a byte of all their heads at once, in slices: a fraction of what a loop over frames costs.
     """
     head = HEAD.pack(size, 0)[:4] + way
     count, block = 0, 64

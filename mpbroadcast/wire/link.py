@@ -316,7 +316,6 @@ class Link:
         reply, _ = self._lifeline.request({"do": "attach"}, deadline)
         self.session = int(reply["session"])
         self.broker = str(reply["broker"])
-        self.broker_pid = int(reply["pid"])
         on_fork(self, Link._in_child)
         _links[address] = self
 
