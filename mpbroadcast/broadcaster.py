@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 from weakref import WeakSet
@@ -25,14 +25,17 @@ from mpbroadcast.broker.process import BrokerProcess
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import BroadcastError, BrokerLost, ClosedError, TimedOut
 from mpbroadcast.stats import BrokerStats, SubscriberStats
-from mpbroadcast.wire.frames import HEAD, PIPE_BUF, frame_head
-from mpbroadcast.wire.link import Link, PipeEnd, for_answer, on_fork
+from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd, on_fork
+from mpbroadcast.wire.frames import IMAGE, MAX_FRAME, PIPE_BUF, frame_head
+from mpbroadcast.wire.link import Link, for_answer
 from mpbroadcast.wire.outlet import Outlet
-from mpbroadcast.wire.payload import PROTOCOL, dumps
+from mpbroadcast.wire.payload import PROTOCOL, LargeBuffer, Payload, dumps, gather, keep_in_band
+from mpbroadcast.wire.shared_outlet import SHARED_FROM, SharedOutlet
 
 __all__ = ["Broadcaster"]
 
 M = TypeVar("M")
+T = TypeVar("T")
 
 DEFAULT_CAPACITY: Final = 64 << 20
 _CLOSE_TIMEOUT: Final = 5.0
@@ -40,8 +43,9 @@ _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
 _write = os.write
 # The heads of short messages without a topic: to look one up costs less than to pack it.
-_SHORT: Final = PIPE_BUF - HEAD.size + 1
+_SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)
 _HEADS: Final = [frame_head(size, b"") for size in range(_SHORT)]
+_GATHER_FROM: Final = 1 << 18  # bytes of a message from which on its parts are better not put together
 
 
 class Broadcaster(Generic[M]):
@@ -60,7 +64,9 @@ class Broadcaster(Generic[M]):
         self._process = process  # in its starter
         self._outlet: Outlet | None = None
         self._pipe = PipeEnd([-1])  # the outlet's, for short
-        self._made: dict[str, Outlet] = {}
+        self._shared: SharedOutlet | None = None
+        self._made: dict[str, tuple[Outlet, SharedOutlet]] = {}
+        self._large = False  # whether the last message was, and so perhaps the next
         self._closed = False
         self._channels: WeakSet[Channel[M]] = WeakSet()
         on_fork(self, Broadcaster._in_child)
@@ -93,13 +99,16 @@ class Broadcaster(Generic[M]):
         :raises ClosedError: this handle was closed.
         :raises Exception: whatever pickling the message raises; nothing was sent.
         """
-        if topic != "" or exclude is not None or timeout is not None:
+        if topic != "" or exclude is not None or timeout is not None or self._large:
             way = self._way(topic, exclude)
             deadline = Deadline(check_timeout(timeout))
-            payload = dumps(message, PROTOCOL)
-            self._send(frame_head(len(payload), *way) + payload, deadline, [])
+            self._publish(self._pickled(message), way, deadline, [])
             return
-        payload = dumps(message, PROTOCOL)
+        try:
+            payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
+        except LargeBuffer:
+            self._publish(self._gathered(message), (b"", 0), Deadline(None), [])
+            return
         size = len(payload)
         if size < _SHORT:
             frame = _HEADS[size] + payload
@@ -109,9 +118,10 @@ class Broadcaster(Generic[M]):
                 return
             except OSError:  # full, closed, broken or not there yet: _send finds out
                 pass
+            self._send(frame, Deadline(None), [])
         else:
-            frame = frame_head(size, b"") + payload
-        self._send(frame, Deadline(None), [])
+            self._large = size >= _GATHER_FROM
+            self._publish(Payload((payload,), size, False), (b"", 0), Deadline(None), [])
 
     def publish_many(
         self,
@@ -148,19 +158,19 @@ class Broadcaster(Generic[M]):
         while failure is None:
             frame = b""
             try:
-                payload = dumps(next(iterator), PROTOCOL)
-                frame = frame_head(len(payload), *way) + payload
+                payload = self._pickled(next(iterator))
+                frame = self._frame(payload, way) if payload.size < SHARED_FROM else b""
             except StopIteration:
                 break
             except Exception as error:
                 failure = error  # those before it are sent first
-            if waiting and (failure or size + len(frame) > PIPE_BUF):
+            if waiting and (failure or not frame or size + len(frame) > PIPE_BUF):
                 counts.append(len(waiting))
                 self._send(b"".join(waiting), deadline, done)
                 waiting, size = [], 0
-            if len(frame) > PIPE_BUF:
+            if failure is None and (not frame or len(frame) > PIPE_BUF):
                 counts.append(1)
-                self._send(frame, deadline, done)
+                self._publish(payload, way, deadline, done)
             elif frame:
                 waiting.append(frame)
                 size += len(frame)
@@ -183,11 +193,47 @@ class Broadcaster(Generic[M]):
             raise ValueError(f"{name} is a channel of another broker, not of the one at {self._address!r}")
         return channel
 
+    def _pickled(self, message: M) -> Payload:
+        if self._large:
+            return self._gathered(message)
+        try:
+            payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
+        except LargeBuffer:
+            return self._gathered(message)
+        self._large = len(payload) >= _GATHER_FROM
+        return Payload((payload,), len(payload), False)
+
+    def _gathered(self, message: M) -> Payload:
+        payload = gather(message)
+        self._large = payload.image or payload.size >= _GATHER_FROM
+        return payload
+
+    @staticmethod
+    def _frame(payload: Payload, way: tuple[bytes, int]) -> bytes:
+        return b"".join((frame_head(payload.size, *way, IMAGE if payload.image else 0), *payload.parts))
+
+    def _publish(self, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]) -> None:
+        """Send one message of any length."""
+        if payload.size + 16 + len(way[0]) > MAX_FRAME:
+            raise ValueError(f"a message of {payload.size} bytes is too long: with its topic, the limit is {MAX_FRAME - 16}")
+        shared = self._shared
+        if payload.size >= SHARED_FROM:
+            if shared is None:
+                self._make_outlet(deadline)
+                shared = self._shared
+            if shared is not None and self._try(lambda: shared.send(payload, *way, deadline, done)):
+                return
+        self._send(self._frame(payload, way), deadline, done)
+
     def _send(self, frame: bytes, deadline: Deadline, done: list[int]) -> None:
         """Send one frame of any length, or several that fit into one write together."""
         outlet = self._outlet or self._make_outlet(deadline)
+        self._try(lambda: outlet.send(frame, deadline, done))
+
+    def _try(self, send: Callable[[], T]) -> T:
+        outlet = self._outlet
         try:
-            outlet.send(frame, deadline, done)
+            return send()
         except TimedOut:
             raise
         except OSError as error:
@@ -196,17 +242,25 @@ class Broadcaster(Generic[M]):
             raise self._lost() from error
         finally:
             # While something is owed, the short way is closed: it would not say it.
-            if not self._closed:
+            if not self._closed and outlet is not None:
                 self._pipe = PipeEnd([-1]) if outlet.owes else outlet.pipe
 
     def _make_outlet(self, deadline: Deadline) -> Outlet:
-        reply, pipe = self._attached().request("publisher", deadline=for_answer(deadline))
-        if pipe is None:
+        link = self._attached()
+        answer = link.request("publisher", deadline=for_answer(deadline))
+        if answer.end is None:
             raise self._lost()
+        number = answer.said["publisher"]
+
+        def ask(deadline: Deadline) -> DescriptorSocket | None:
+            return link.request("beside", publisher=number, deadline=for_answer(deadline)).beside
+
+        outlet = Outlet(answer.end, number)
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
-        self._outlet = outlet = self._made.setdefault("outlet", Outlet(pipe, reply["publisher"]))
+        outlet, shared = self._made.setdefault("outlet", (outlet, SharedOutlet(outlet, ask)))
+        self._outlet, self._shared = outlet, shared
         if self._closed:  # meanwhile, by another thread
-            self._outlet = None
+            self._outlet = self._shared = None
             outlet.pipe.close()
             raise self._closed_error()
         return outlet
@@ -279,11 +333,8 @@ class Broadcaster(Generic[M]):
 
     def _subscribe(self, link: Link, with_topic: bool, **fields: Any) -> Channel[M]:
         outlet = self._outlet
-        reply, _ = link.request(
-            "subscribe",
-            **fields,
-            publisher=outlet.number if outlet is not None else None,
-        )
+        number = outlet.number if outlet is not None else None
+        reply = link.request("subscribe", **fields, publisher=number).said
         channel: Channel[M] = Channel(self._address, self._broker, reply["subscription"], with_topic=with_topic, link=link)
         self._channels.add(channel)
         return channel
@@ -332,8 +383,7 @@ class Broadcaster(Generic[M]):
         # Who does not wait for what is asked for does wait for the answer.
         deadline = Deadline(_ANSWER_TIMEOUT if timeout == 0 else timeout)
         try:
-            reply, _ = link.request(do, now=timeout == 0, deadline=deadline, **fields)
-            done = bool(reply["done"])
+            done = bool(link.request(do, now=timeout == 0, deadline=deadline, **fields).said["done"])
         except TimedOut:
             done = False
         if not done:
@@ -344,7 +394,7 @@ class Broadcaster(Generic[M]):
 
         :raises BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """
-        reply, _ = self._attached().request("stats")
+        reply = self._attached().request("stats").said
         rows = tuple(
             SubscriberStats(**{**row, "topics": tuple(row["topics"]), "stalls": tuple(row["stalls"])})
             for row in reply.pop("subscribers")
@@ -380,7 +430,7 @@ class Broadcaster(Generic[M]):
                     channel.open_if_own()
         self._closed = True
         self._link = None
-        outlet, self._outlet = self._outlet, None
+        outlet, self._outlet, self._shared = self._outlet, None, None
         self._made.clear()
         self._pipe = PipeEnd([-1])
         if outlet is not None:
@@ -415,7 +465,7 @@ class Broadcaster(Generic[M]):
 
     def _in_child(self) -> None:
         self._link = None
-        self._outlet = None
+        self._outlet = self._shared = None
         self._pipe = PipeEnd([-1])
         self._made = {}
         self._process = None

@@ -25,8 +25,11 @@ from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut
-from mpbroadcast.wire.link import Link, PipeEnd, for_answer, on_fork
+from mpbroadcast.wire.descriptors import PipeEnd, on_fork
+from mpbroadcast.wire.link import Link, for_answer
+from mpbroadcast.wire.memory import available
 from mpbroadcast.wire.payload import Failure
+from mpbroadcast.wire.shared_inlet import SharedInlet
 from mpbroadcast.wire.stream import END_OF_MESSAGES, LOST, End, Stream, decode, take_in
 
 __all__ = ["Channel"]
@@ -61,6 +64,7 @@ class Channel(Generic[M]):
         self._subscriber = link is not None  # whether this process has subscribed
         self._handed_on = False
         self._pipe: PipeEnd | None = None
+        self._shared: SharedInlet | None = None
         self._token = 0
         self._opened = False
         self._closed = False
@@ -273,22 +277,25 @@ class Channel(Generic[M]):
         held = there > 0
         if there != 1:
             take_in(before, pipe.fd, max(1, there - 1))
-        after = decode(before, held, self._with_topic)
+        shared = self._shared
+        after = decode(before, held, self._with_topic, shared)
         if after is None and held:
             held = False
             take_in(before, pipe.fd, 1)
         if after is None and before.chunks and not before.chunks[-1]:
             # The pipe has ended. A last message may lack its tail byte.
-            after = decode(before, True, self._with_topic) or Stream()
+            after = decode(before, True, self._with_topic, shared) or Stream()
             after.ready.append(LOST)
             after.plain = False
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile
             self._stream, self._held = after, held
             self._missed += after.skipped
+        if shared is not None:
+            shared.settle(self._stream.read)
 
     def _let_tail_go(self) -> None:
         """Nothing decoded is left: let the descriptor tell what is behind it. Under the lock."""
-        if self._held:
+        if self._held and not self._stream.more:
             self._held = False
             if self._pipe is not None:
                 take_in(self._stream, self._pipe.fd, 1)
@@ -323,10 +330,11 @@ class Channel(Generic[M]):
     def _open_once(self, link: Link, deadline: Deadline) -> None:
         # In two steps, so that an interrupted opening leaves it unopened: what was sent and not confirmed is taken back.
         if self._pipe is None:
-            reply, end = link.request("open", subscription=self._number, deadline=deadline)
-            self._pipe, self._token = end, reply["token"]
-        reply, _ = link.request("opened", subscription=self._number, token=self._token, deadline=deadline)
-        if reply["opened"]:
+            answer = link.request("open", subscription=self._number, shared=available(), deadline=deadline)
+            shared = None if answer.beside is None else SharedInlet(answer.beside)
+            self._pipe, self._shared, self._token = answer.end, shared, answer.said["token"]
+        said = link.request("opened", subscription=self._number, token=self._token, deadline=deadline).said
+        if said["opened"]:
             self._opened = True
         elif not self._opened:
             self._pipe = None
@@ -392,6 +400,9 @@ class Channel(Generic[M]):
             if self._pipe is not None:
                 self._pipe.close()
                 self._pipe = None
+            if self._shared is not None:
+                self._shared.close()
+                self._shared = None
         for loop, waiters in list(self._readers.items()):
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(_wake, waiters)
@@ -440,6 +451,7 @@ class Channel(Generic[M]):
         self._opening = threading.RLock()
         self._stream = Stream()
         self._held = False
+        self._shared = None
         self._readers = {}
         self._subscriber = False
         if self._pipe is not None:

@@ -16,28 +16,30 @@ from hypothesis import strategies as st
 
 from mpbroadcast.errors import Lagged, Overflowed
 from mpbroadcast.wire.frames import (
-    END,
     FRAME_OVERHEAD,
-    GAP,
-    MESSAGES,
-    OVERFLOWED,
     PIPE_BUF,
-    RUN,
-    SKIPPED,
     Batch,
     FrameError,
     Opening,
-    Run,
     Splitter,
     abort,
     frame_head,
-    note_run,
     pieces,
-    read_run,
-    run_of,
     topic_of,
 )
 from mpbroadcast.wire.payload import Failure, load_run
+from mpbroadcast.wire.runs import (
+    END,
+    GAP,
+    MESSAGES,
+    OVERFLOWED,
+    RUN,
+    SKIPPED,
+    Run,
+    note_run,
+    read_run,
+    run_of,
+)
 from mpbroadcast.wire.stream import END_OF_MESSAGES, Stream, decode
 
 STEADY = settings(

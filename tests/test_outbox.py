@@ -22,22 +22,24 @@ from hypothesis.stateful import (
 
 from mpbroadcast.broker.outbox import POLICIES, Ledger, Outbox
 from mpbroadcast.wire.frames import (
-    END,
     FRAME_OVERHEAD,
+    PIPE_BUF,
+    Batch,
+    frame_head,
+)
+from mpbroadcast.wire.payload import load_run
+from mpbroadcast.wire.runs import (
+    END,
     GAP,
     MESSAGES,
     OVERFLOWED,
-    PIPE_BUF,
     SKIPPED,
-    Batch,
     Run,
     RunView,
-    frame_head,
     note_run,
     read_run,
     run_of,
 )
-from mpbroadcast.wire.payload import load_run
 
 NOTES = {END: "end", GAP: "gap", SKIPPED: "skipped", OVERFLOWED: "overflowed"}
 NOTE_SIZE = len(note_run(GAP, 1).data)

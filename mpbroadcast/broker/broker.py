@@ -6,6 +6,7 @@ has taken all of it has had a clean end. What is left at the deadline is closed 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import socket
@@ -16,7 +17,7 @@ from typing import Any, Final
 from mpbroadcast.broker.clients import Client
 from mpbroadcast.broker.history import History
 from mpbroadcast.broker.loop import Loop
-from mpbroadcast.broker.members import Peer, Publisher, Session, Subscription
+from mpbroadcast.broker.members import Peer, Publisher, Session, Subscription, new_socket
 from mpbroadcast.broker.outbox import Ledger, Outbox
 from mpbroadcast.broker.reception import Reception
 from mpbroadcast.broker.router import Router
@@ -82,6 +83,11 @@ class Broker:
     def finished(self) -> bool:
         return self.stopping and not self.subscriptions and not self.traffic.publishers
 
+    @property
+    def held(self) -> int:
+        """Bytes of messages that are here, and of the rings that publishers have written to."""
+        return self.ledger.held + self.traffic.store.ring_bytes + sum(one.held for one in self.traffic.publishers.values())
+
     # --- sessions
 
     def number(self) -> int:
@@ -142,23 +148,35 @@ class Broker:
         self.router.add(subscription, topics)
         self.tell_waiting()
 
-    def open(self, subscription: Subscription, client: Client) -> int:
-        """Begin to open it: the descriptor for who opens. It is open when :meth:`confirm_open` follows.
+    def open(self, subscription: Subscription, client: Client, *, shared: bool) -> list[int]:
+        """Begin to open it: the descriptors for who opens, the second, if any, of the socket beside its pipe.
+
+        It is open when :meth:`confirm_open` follows.
 
         :raises OSError: no descriptor is left.
         """
-        read = subscription.make_pipe()
+        ends = [subscription.make_pipe()]
+        if shared:
+            with contextlib.suppress(OSError):  # then all comes through the pipe
+                subscription.beside, other = new_socket()
+                ends.append(other)
         subscription.opening = client
         client.opening = subscription
-        return read
+        return ends
 
     def unopen(self, subscription: Subscription) -> None:
         """Who wanted to open it does not: it is as it was."""
         if subscription.opening is not None:
             subscription.opening.opening = None
             subscription.opening = None
-            self.loop.close(subscription.fd)
-            subscription.fd = -1
+            self._close_ends(subscription)
+
+    def _close_ends(self, subscription: Subscription) -> None:
+        fd, subscription.fd = subscription.fd, -1
+        self.loop.close(fd)
+        beside, subscription.beside = subscription.beside, None
+        if beside is not None:
+            self.loop.close(beside.detach())
 
     def confirm_open(self, subscription: Subscription, session: Session) -> None:
         """From now on it is ``session``'s, and what waits goes into its pipe."""
@@ -201,8 +219,7 @@ class Broker:
         self.unopen(subscription)
         self.router.remove(subscription)
         subscription.live = False
-        fd, subscription.fd = subscription.fd, -1
-        self.loop.close(fd)
+        self._close_ends(subscription)
         subscription.session.subscriptions.discard(subscription)
         subscription.session.peer.subscriptions.discard(subscription)
         self._reception.drop_unused(subscription.session.peer)
@@ -283,6 +300,7 @@ class Broker:
     def _end_all(self) -> None:
         for subscription in list(self.subscriptions.values()):
             self.unsubscribe(subscription)
+            self.traffic.mark(subscription)  # who was unsubscribed before does not keep anything from being written any more
 
     def _time_is_over(self) -> None:
         self.traffic.settle()

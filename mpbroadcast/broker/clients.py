@@ -69,16 +69,16 @@ class Client:
         self._on_gone = on_gone
         self._inbox = Inbox(MAX_HANDSHAKE)
         self._out = b""
-        self._descriptor = -1
+        self._descriptors: tuple[int, ...] = ()
         self._socket = connection
         self._fd = connection.fileno()
         self._events = IN
         loop.watch(self._fd, IN, self._ready)
         self._send(next(handshake))
 
-    def reply(self, message: dict[str, Any], descriptor: int = -1) -> None:
-        """Answer the request; a ``descriptor`` goes with it, and is closed here."""
-        self._descriptor = descriptor
+    def reply(self, message: dict[str, Any], *descriptors: int) -> None:
+        """Answer the request; ``descriptors`` go with it, and are closed here."""
+        self._descriptors = descriptors
         self.no_reply()
         self._send(encode(message))
 
@@ -98,7 +98,7 @@ class Client:
             fd, self._fd = self._fd, -1
             self._socket.detach()
             self._loop.close(fd)
-            self._drop_descriptor()
+            self._drop_descriptors()
             self._on_gone(self, why)
 
     def _ready(self, events: int) -> None:
@@ -154,10 +154,10 @@ class Client:
         self._out += data
         try:
             while self._out and self._fd >= 0:
-                if self._descriptor >= 0:
-                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [self._descriptor]))]
+                if self._descriptors:
+                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", self._descriptors))]
                     sent = self._socket.sendmsg([self._out], rights)
-                    self._drop_descriptor()
+                    self._drop_descriptors()
                 else:
                     sent = self._socket.send(self._out)
                 self._out = self._out[sent:]
@@ -168,9 +168,9 @@ class Client:
             return
         self._set_events()
 
-    def _drop_descriptor(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
+    def _drop_descriptors(self) -> None:
+        descriptors, self._descriptors = self._descriptors, ()
+        for descriptor in descriptors:
             self._loop.close(descriptor)
 
     def _set_events(self) -> None:

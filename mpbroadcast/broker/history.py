@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from mpbroadcast.broker.router import matches
-from mpbroadcast.wire.frames import Batch
+from mpbroadcast.wire.frames import Batch, Parcel
 
 __all__ = ["History"]
 
@@ -19,7 +19,7 @@ class _Topic:
     __slots__ = ("batches", "charge", "count")
 
     def __init__(self) -> None:
-        self.batches: deque[tuple[int, Batch]] = deque()  # with the place of the first message in the order of all
+        self.batches: deque[tuple[int, Batch | Parcel]] = deque()  # with the place of the first message in the order of all
         self.count = 0
         self.charge = 0
 
@@ -40,7 +40,7 @@ class History:
         """How many have a history now."""
         return len(self._topics)
 
-    def add(self, position: int, batch: Batch) -> None:
+    def add(self, position: int, batch: Batch | Parcel) -> None:
         """These were routed; ``position`` is the place of the first in the order of all."""
         surplus = len(batch.sizes) - self.length
         if surplus > 0:
@@ -75,12 +75,12 @@ class History:
         topic.charge -= charge
         self.charge -= charge
 
-    def last(self, topics: Iterable[str], count: int, capacity: int) -> list[Batch]:
+    def last(self, topics: Iterable[str], count: int, capacity: int) -> list[Batch | Parcel]:
         """The last ``count`` messages that these topics and patterns match, in the order of all, cut at ``capacity``."""
         wanted = tuple(topics)
         found = [entry for name, topic in self._topics.items() if matches(wanted, name) for entry in topic.batches]
         found.sort(key=lambda entry: entry[0], reverse=True)
-        batches: list[Batch] = []
+        batches: list[Batch | Parcel] = []
         for _, batch in found:
             fits, room = 0, capacity
             for size in reversed(batch.sizes):

@@ -7,27 +7,54 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
+import socket
 import termios
 from array import array
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.outbox import Outbox
-from mpbroadcast.wire.frames import Batch, Opening, Splitter
+from mpbroadcast.broker.rings import Unread
+from mpbroadcast.broker.shared import Lender, Ring
+from mpbroadcast.wire.descriptors import DescriptorSocket
+from mpbroadcast.wire.frames import Batch, FrameError, Item, Opening, Parcel, References, Splitter
+from mpbroadcast.wire.packets import MEMORY, RING, pack
+from mpbroadcast.wire.runs import GONE, OFFER, note, references_run, run_of
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.clients import Client
 
-__all__ = ["LONGEST_RETRY", "PIPE_SIZE", "SHORTEST_RETRY", "Peer", "Publisher", "Session", "Subscription", "new_pipe", "unread"]
+__all__ = [
+    "LONGEST_PATIENCE",
+    "LONGEST_RETRY",
+    "PIPE_SIZE",
+    "SHORTEST_RETRY",
+    "Held",
+    "Peer",
+    "Publisher",
+    "Session",
+    "Subscription",
+    "new_pipe",
+    "new_socket",
+    "unread",
+]
+
+log = logging.getLogger("mpbroadcast.broker")
 
 PIPE_SIZE: Final = 1 << 18  # bytes, when the system gives so much
 SHORTEST_RETRY: Final = 0.003  # seconds, for a full backlog that no event tells of; it doubles while nothing is read
 LONGEST_RETRY: Final = 0.1
+LONGEST_PATIENCE: Final = 0.02  # seconds
 _READ: Final = 1 << 18
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
+_MOST_UNREAD: Final = 64  # references to messages in memory of their own, each with a descriptor on its way
+_QUICK: Final = 3e8  # bytes a second: who reads as many is worth being waited for, as copying is slower
+_QUICK_SPAN: Final = 2  # the part of a ring, 1/2, in which the references lie that a quick reader has not read yet
+_SLOW_SPAN: Final = 8  # and one that is not waited for: 1/8, as all of the others must do with the rest
 
 
 def new_pipe(size: int) -> tuple[int, int]:
@@ -43,6 +70,12 @@ def new_pipe(size: int) -> tuple[int, int]:
         with contextlib.suppress(OSError):
             fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, size)
     return ends
+
+
+def new_socket() -> tuple[DescriptorSocket, int]:
+    """A socket for descriptors, and the descriptor of its other end."""
+    own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return DescriptorSocket([own.detach()]), other.detach()
 
 
 def unread(fd: int) -> int:
@@ -80,6 +113,36 @@ class Session:
         self.forgotten: deque[int] = deque(maxlen=64)  # cookies of subscribers that were interrupted
 
 
+class Held(NamedTuple):
+    """References that have come, and the chunks of their ring that they hold until they are routed."""
+
+    references: References
+    ring: Ring
+    chunks: Sequence[int]
+    place: int  # of the ring behind them
+
+    @property
+    def topic(self) -> bytes:
+        return self.references.topic
+
+    @property
+    def exclude(self) -> int:
+        return self.references.exclude
+
+    def cut(self, count: int) -> tuple[Held, Held]:
+        """Its first ``count`` messages, and the others."""
+        first, rest = self.references.cut(count)
+        self.ring.hold(self.chunks)  # both have all: a little longer than they need
+        return self._replace(references=first), self._replace(references=rest)
+
+    def copied(self) -> Batch:
+        """The messages themselves."""
+        return self.ring.copied(self.references)
+
+
+Parked = Batch | Held | Parcel | Opening | Callable[[], None]
+
+
 class Publisher:
     """The read end of a publisher's pipe.
 
@@ -92,13 +155,14 @@ class Publisher:
         self.session = session
         self.pid = session.peer.pid
         self.fd = fd
-        self.parked: deque[Batch | Opening | Callable[[], None]] = deque()
+        self.parked: deque[Parked] = deque()
         self.blocked: Subscription | None = None  # the full one that it waits for
         self.blocked_since = 0.0  # when something of it went on last
         self.warned = False
         self.last_in: dict[Subscription, int] = {}  # how many had come to each backlog with the last of its messages
         # Subscriptions that begin behind something that is still to be routed; with topics, what they had before that.
         self.not_yet: list[tuple[Subscription, tuple[str, ...]]] = []
+        self.lender: Lender | None = None  # what it shares
         self._splitter = Splitter()
         self.position = 0  # bytes read so far
         self._barriers: deque[tuple[int, Callable[[], None]]] = deque()
@@ -118,9 +182,35 @@ class Publisher:
         :raises FrameError: it is no such stream.
         """
         self.position += len(chunk)
-        self.parked.extend(self._splitter.split(chunk))
+        items = self._splitter.split(chunk)
+        if self._splitter.shares:
+            self._splitter.shares = False
+            self.parked.extend(filter(None, map(self._found, items)))
+            while self._splitter.given_up:
+                number = self._splitter.given_up.pop()
+                if self.lender is not None:
+                    self.lender.give_up(number)
+        else:
+            self.parked.extend(items)  # type: ignore[arg-type]
         while self._barriers and self._barriers[0][0] <= self.position:
             self.parked.append(self._barriers.popleft()[1])
+
+    def _found(self, item: Item) -> Batch | Held | Parcel | Opening | None:
+        """With the memory that it is in; ``None`` when that has not come.
+
+        :raises FrameError: it is not where it says.
+        """
+        if isinstance(item, References):
+            ring = None if self.lender is None else self.lender.rings.get(item.ring)
+            if ring is None:
+                raise FrameError(f"a reference to a ring {item.ring} that it does not have")
+            return Held(item, ring, ring.arrived(item), ring.place)
+        if isinstance(item, Parcel):
+            parcel = None if self.lender is None else self.lender.fetch(item)
+            if parcel is None:
+                log.warning("process %d did not send the memory of a message: dropped", self.pid)
+            return parcel
+        return item
 
     def close(self) -> None:
         """Nothing more will be read."""
@@ -150,7 +240,12 @@ class Publisher:
     @property
     def held(self) -> int:
         """Bytes of it in the broker's memory that are in no backlog."""
-        return self._splitter.held + sum(len(batch.frames) for batch in self.parked if isinstance(batch, Batch))
+        parked = sum(
+            len(item.frames) if isinstance(item, Batch) else item.length
+            for item in self.parked
+            if isinstance(item, (Batch, Parcel))
+        )
+        return self._splitter.held + parked
 
 
 class Subscription:
@@ -174,6 +269,15 @@ class Subscription:
         self.one_page = False  # its pipe has room for more only once all has been read
         self.waiters: deque[Publisher] = deque()
         self.blocked_at = 0  # what it held when the last of them began to wait
+        self.beside: DescriptorSocket | None = None
+        self.rings: dict[Ring, bool] = {}  # those that it was sent; whether it has mapped them
+        self.unread: Unread[Ring | None] = Unread()
+        self.patience = LONGEST_PATIENCE  # seconds that publishers may still wait for it to take references
+        self.paused_at = 0.0  # since when one does
+        self.behind = False  # whether they wait for its backlog
+        self.slow_for: list[Publisher] = []  # those that do
+        self.notes: list[tuple[int, Ring]] = []  # to be written when nothing waits
+        self._sent = 0  # the last message whose memory was
 
     @property
     def pid(self) -> int:
@@ -196,6 +300,17 @@ class Subscription:
         """Take into account what its reader has read."""
         if self.opened:
             self.outbox.pipe = unread(self.fd)
+            if not self.outbox.pipe and self.unread:  # not even a tail byte is left, so all has been decoded
+                self.has_read(self.unread.count)
+
+    def has_read(self, count: int) -> None:
+        """So many references, of all that were ever written."""
+        before = self.unread.bytes
+        for ring, chunks in self.unread.read(count):
+            if ring is not None:
+                ring.release(chunks)
+        self.outbox.referred = self.unread.bytes
+        self.patience = min(LONGEST_PATIENCE, self.patience + (before - self.unread.bytes) / _QUICK)
 
     def write(self) -> bool:
         """Move from the backlog into the pipe; whether the pipe is full and there is more.
@@ -209,11 +324,117 @@ class Subscription:
                 if outbox.must_wait:
                     return True
             data = outbox.to_write()
+            parcel = outbox.parcel
+            if parcel is not None and not self._send_memory(parcel):
+                if len(self.unread) >= _MOST_UNREAD:
+                    return False  # until it has read one
+                outbox.put_in_its_place(run_of(parcel.copied(parcel.memory.read())))
+                continue
             try:
                 size = os.write(self.fd, data)
             except BlockingIOError:
                 return True
             outbox.wrote(size)
+            self.patience = min(LONGEST_PATIENCE, self.patience + size / _QUICK)
             if size < len(data):
                 return True
+            if parcel is not None:
+                self.unread.wrote(1, parcel.length, None)
+                outbox.referred = self.unread.bytes
+        return not self._write_notes()
+
+    def _send_memory(self, parcel: Parcel) -> bool:
+        """Send what must be there when the pipe has the run that it belongs to."""
+        memory = parcel.memory
+        if self._sent == memory.number:
+            return True
+        if len(self.unread) >= _MOST_UNREAD:
+            self.refresh()
+        if self.beside is None or memory.descriptor is None or len(self.unread) >= _MOST_UNREAD:
+            return False
+        with contextlib.suppress(OSError):  # it is gone, or too many are on their way already
+            if self.beside.tell(pack(MEMORY, 0, memory.number), memory.descriptor.fd):
+                self._sent = memory.number
+                return True
         return False
+
+    def refer(self, held: Held, charge: int) -> bool:
+        """Write references into the pipe, past the backlog, which is empty; whether that was possible.
+
+        :raises OSError: its reader is gone.
+        """
+        ring, references, outbox = held.ring, held.references, self.outbox
+        data = references_run(references, ring.number)
+        try:
+            os.write(self.fd, data)
+        except BlockingIOError:
+            return False
+        count = len(references.sizes)
+        ring.hold(held.chunks)
+        self.unread.wrote(count, charge, ring, held.chunks, held.place)
+        outbox.passed(count, len(data))
+        outbox.referred = self.unread.bytes
+        return True
+
+    def ready_for(self, held: Held) -> bool:
+        """Whether references can be written now, if the pipe has room, past a backlog that is empty."""
+        if not self.rings.get(held.ring):
+            if held.ring not in self.rings:
+                self._offer(held.ring)
+            return False
+        if self._lags(held):
+            self.refresh()
+            return not self._lags(held)
+        return True
+
+    def _lags(self, held: Held) -> bool:
+        """Whether too much is between these and what it has not read, so that it would keep too much of a ring from being used
+        again."""
+        first = self.unread.first
+        if first is not None and first.retired:  # its publisher needs another ring already
+            return True
+        oldest = self.unread.oldest(held.ring)
+        part = _QUICK_SPAN if self.patience > 0 else _SLOW_SPAN
+        return oldest is not None and held.place - oldest > held.ring.size // part
+
+    @property
+    def must_be_read(self) -> bool:
+        """Whether it has references into memory that would be written again if it were forgotten."""
+        return any(ring is not None and not ring.retired for ring in self.unread.rings())
+
+    def _offer(self, ring: Ring) -> None:
+        """Send it a ring: references follow when it has mapped that."""
+        self.rings[ring] = False
+        if self.beside is not None:
+            with contextlib.suppress(OSError):
+                if self.beside.tell(pack(RING, ring.number), ring.descriptor.fd):
+                    self.notes.append((OFFER, ring))
+
+    def retire(self, ring: Ring) -> None:
+        """Nothing more will refer to it."""
+        if self.rings.pop(ring, None) is not None:
+            self.notes.append((GONE, ring))
+
+    def _write_notes(self) -> bool:
+        while self.notes:
+            kind, ring = self.notes[0]
+            data = note(kind, ring.number)
+            try:
+                os.write(self.fd, data)
+            except BlockingIOError:
+                return False
+            self.outbox.pipe += len(data)
+            del self.notes[0]
+        return True
+
+    def let_go(self) -> None:
+        """Nobody will read any more."""
+        self.has_read(self.unread.count)
+        self.rings.clear()
+        self.notes.clear()
+
+    def mapped(self, number: int) -> None:
+        """It has mapped the ring of this number."""
+        for ring in self.rings:
+            if ring.number == number:
+                self.rings[ring] = True

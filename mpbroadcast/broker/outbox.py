@@ -3,9 +3,12 @@
 A message is **waiting** until the run that it is in has gone into the pipe, then it is **delivered**; one that was dropped is
 **missed**. What was published to the subscription is always delivered + missed + waiting.
 
-Against ``capacity`` counts each waiting message's charge (``frames.FRAME_OVERHEAD``), and what is unread in the pipe, byte by
-byte. How much that is only the kernel knows: before a backlog drops something or lets somebody wait, the loop asks, and
-tells :attr:`Outbox.pipe`.
+Against ``capacity`` counts each waiting message's charge (``frames.FRAME_OVERHEAD``), what is unread in the pipe, byte by
+byte, and what that refers to in shared memory. How much is in the pipe only the kernel knows: before a backlog drops something
+or lets somebody wait, the loop asks, and tells :attr:`Outbox.pipe`.
+
+A message in memory of its own waits as others do, with all its bytes. A reference into a ring never waits: it goes into the
+pipe past an empty backlog (:meth:`Outbox.passed`), or not at all.
 
 What is in the pipe cannot be dropped, nor what follows a part that is. So a policy that drops writes a run of many messages
 only when all of it has room for certain, and else in writes that the pipe takes whole or not at all.
@@ -16,7 +19,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-from mpbroadcast.wire.frames import END, FRAME_OVERHEAD, GAP, OVERFLOWED, PIPE_BUF, RUN, SKIPPED, Batch, Run, note_run
+from mpbroadcast.wire.frames import FRAME_OVERHEAD, PIPE_BUF, Batch, Parcel, References
+from mpbroadcast.wire.runs import END, GAP, OVERFLOWED, RUN, SKIPPED, Run, note_run
 
 __all__ = ["POLICIES", "Ledger", "Outbox"]
 
@@ -64,6 +68,7 @@ class Outbox:
         self.left = 0  # messages that were put here and are here no more: the position of the first that waits
         self.pipe = 0  # bytes in the pipe that are unread, as far as is known
         self.pipe_size = 0  # bytes that an empty pipe takes
+        self.referred = 0  # bytes in shared memory that the pipe refers to, and that are unread
         self.ended = False
         self.overflowed = False  # whether it has ended itself
         self._ledger = ledger or Ledger()
@@ -80,7 +85,7 @@ class Outbox:
     @property
     def charge(self) -> int:
         """What counts against the capacity, as far as is known."""
-        return self.waiting_charge + self.pipe
+        return self.waiting_charge + self.pipe + self.referred
 
     @property
     def entered(self) -> int:
@@ -91,9 +96,9 @@ class Outbox:
 
     def takes(self, charge: int) -> bool:
         """Whether it takes that much without dropping anything, as far as is known."""
-        return self.waiting_charge + self.pipe + charge <= self.capacity
+        return self.waiting_charge + self.pipe + self.referred + charge <= self.capacity
 
-    def fitting(self, batch: Batch, charge: int) -> int:
+    def fitting(self, batch: Batch | References | Parcel, charge: int) -> int:
         """How many of the first messages of ``batch`` it takes without dropping any, as far as is known."""
         if self.takes(charge):
             return len(batch.sizes)
@@ -103,6 +108,13 @@ class Outbox:
     def clear(self) -> bool:
         """Whether nothing else is there, so that a message passes that is larger than all of the capacity."""
         return not self.waiting and self.pipe <= 1  # the tail byte of what is being handed out is as good as read
+
+    def passed(self, count: int, size: int) -> None:
+        """So many messages went into the pipe past it, in ``size`` bytes."""
+        self.published += count
+        self.delivered += count
+        self.left += count
+        self.pipe += size
 
     def put(self, run: Run) -> None:
         """Take a run, by the policy."""
@@ -254,16 +266,25 @@ class Outbox:
             # A page of the pipe may be half empty, so what is unread counts twice.
             limit = max(PIPE_BUF, self.pipe_size - 2 * self.pipe - 2 * PIPE_BUF)
             self._split_to(limit)
-        if len(runs) == 1 or len(runs[0].data) >= limit:
+        if len(runs) == 1 or len(runs[0].data) >= limit or runs[0].parcel is not None:
             return runs[0].data
         total = 0
         parts: list[bytes] = []
         for run in runs:
             total += len(run.data)
-            if total > limit and parts:
+            if (total > limit and parts) or run.parcel is not None:
                 break
             parts.append(run.data)
         return b"".join(parts) if len(parts) > 1 else parts[0]
+
+    @property
+    def parcel(self) -> Parcel | None:
+        """The message in memory of its own that :meth:`to_write` has just begun with, and that must be sent before."""
+        return self._runs[0].parcel if self._runs and not self._offset else None
+
+    def put_in_its_place(self, run: Run) -> None:
+        """Write ``run``, which carries the same message, instead of what comes next."""
+        self._replace(0, (run,))
 
     def _split_to(self, limit: int) -> None:
         """Let the first run of messages not be longer than ``limit`` bytes, with the note before it, if it can be cut."""

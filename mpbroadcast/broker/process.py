@@ -37,7 +37,7 @@ from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.loop import IN
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.errors import StartError
-from mpbroadcast.wire.link import on_fork
+from mpbroadcast.wire.descriptors import on_fork
 
 __all__ = ["BrokerProcess"]
 

@@ -60,6 +60,13 @@ def _publisher(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     client.reply({"publisher": publisher.number}, descriptor)
 
 
+def _beside(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    publisher = _find_publisher(broker, message)
+    if publisher is None or publisher.pid != client.peer.pid:
+        raise _Refused("lost", "the broker does not know this publisher any more")
+    client.reply({"beside": True}, broker.traffic.add_lender(publisher))
+
+
 def _retire(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     publisher = _find_publisher(broker, message)
     if publisher is not None:
@@ -131,9 +138,9 @@ def _open(broker: Broker, client: Client, message: dict[str, Any]) -> None:
         owner = subscription.pid if subscription.opened or subscription.opening is None else subscription.opening.peer.pid
         raise _in_use(owner)
     _session(broker, client, message)
-    descriptor = broker.open(subscription, client)
+    ends = broker.open(subscription, client, shared=bool(message.get("shared")))
     subscription.token = broker.number()
-    client.reply({"token": subscription.token}, descriptor)
+    client.reply({"token": subscription.token, "beside": len(ends) > 1}, *ends)
 
 
 def _opened(broker: Broker, client: Client, message: dict[str, Any]) -> None:
@@ -205,7 +212,7 @@ def _stats(broker: Broker, client: Client, message: dict[str, Any]) -> None:
             "uptime": time.monotonic() - broker.started,
             "published": broker.traffic.routed,
             "publishers": len(broker.traffic.publishers),
-            "memory": broker.ledger.held + sum(publisher.held for publisher in broker.traffic.publishers.values()),
+            "memory": broker.held,
             "history_topics": history.topics if history is not None else 0,
             "history_forgotten": history.forgotten if history is not None else 0,
             "subscribers": [_row(broker, subscription) for subscription in subscriptions if subscription.live],
@@ -244,6 +251,7 @@ _HANDLERS: Final[dict[str, Callable[[Broker, Client, dict[str, Any]], None]]] = 
     "attach": _attach,
     "detach": _detach,
     "publisher": _publisher,
+    "beside": _beside,
     "retire": _retire,
     "flush": _flush,
     "subscribe": _subscribe,

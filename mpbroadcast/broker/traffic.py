@@ -15,9 +15,22 @@ from typing import Final
 
 from mpbroadcast.broker.history import History
 from mpbroadcast.broker.loop import IN, OUT, Loop
-from mpbroadcast.broker.members import LONGEST_RETRY, PIPE_SIZE, SHORTEST_RETRY, Publisher, Session, Subscription, new_pipe
+from mpbroadcast.broker.members import (
+    LONGEST_RETRY,
+    PIPE_SIZE,
+    SHORTEST_RETRY,
+    Held,
+    Publisher,
+    Session,
+    Subscription,
+    new_pipe,
+    new_socket,
+)
 from mpbroadcast.broker.router import Router, matches
-from mpbroadcast.wire.frames import Batch, FrameError, Opening, run_of
+from mpbroadcast.broker.shared import Lender, Ring, Store
+from mpbroadcast.wire.frames import Batch, FrameError, Opening, Parcel
+from mpbroadcast.wire.packets import MAPPED, READ, PacketError, unpack
+from mpbroadcast.wire.runs import Run, parcel_run, run_of
 
 __all__ = ["Traffic"]
 
@@ -26,6 +39,7 @@ log = logging.getLogger("mpbroadcast.broker")
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
 _SHORTEST_NAP: Final = 100e-6  # seconds; it doubles while a publisher stays busy
 _LONGEST_NAP: Final = 400e-6
+_SMALLEST_FOR_RINGS: Final = 4 << 20  # capacity: of less, what was read and not told of yet would be too large a part
 
 
 class Traffic:
@@ -48,6 +62,7 @@ class Traffic:
         self.publishers: dict[int, Publisher] = {}
         self.routed = 0
         self.history = history
+        self.store = Store()
         self._loop = loop
         self._router = router
         self._stall_timeout = stall_timeout
@@ -90,6 +105,29 @@ class Traffic:
         session.publishers.add(publisher)
         self._watch(publisher)
         return publisher, write
+
+    def add_lender(self, publisher: Publisher) -> int:
+        """Let it share memory: the descriptor of its socket.
+
+        :raises OSError: no descriptor is left.
+        """
+        own, other = new_socket()
+        if publisher.lender is not None:
+            self._loop.close(publisher.lender.beside.detach())
+        publisher.lender = Lender(self.store, own, publisher.pid)
+        self._loop.watch(own.fileno(), IN, lambda _: self._hear(publisher))
+        return other
+
+    def _hear(self, publisher: Publisher) -> None:
+        lender = publisher.lender
+        if lender is None:
+            return
+        if not lender.hear():
+            self._loop.forget(lender.beside.fileno())
+        if lender.wanted is not None:
+            for subscription in lender.wanted.readers:
+                subscription.refresh()
+            lender.wanted = None
 
     def _watch(self, publisher: Publisher) -> None:
         self._loop.watch(publisher.fd, IN, lambda _: self._read(publisher))
@@ -161,14 +199,29 @@ class Traffic:
         fd, publisher.fd = publisher.fd, -1
         self._loop.close(fd)
         self._busy.pop(publisher, None)
+        if publisher.lender is not None:
+            publisher.lender.hear()  # what belongs to what it has written
+            publisher.lender.close()
+            self._loop.close(publisher.lender.beside.detach())
         publisher.close()
         publisher.session.publishers.discard(publisher)
         if not publisher.blocked:
             self._route(publisher)
 
     def _forget(self, publisher: Publisher) -> None:
-        if self.publishers.pop(publisher.number, None) is not None and not self.publishers:
+        if self.publishers.pop(publisher.number, None) is None:
+            return
+        if publisher.lender is not None:
+            for ring in list(publisher.lender.rings.values()):
+                self._retire(ring, publisher.lender)
+        if not self.publishers:
             self._on_last()
+
+    def _retire(self, ring: Ring, lender: Lender) -> None:
+        for subscription in ring.readers:
+            subscription.retire(ring)
+            self._dirty[subscription] = None
+        lender.retire(ring)
 
     # --- routing
 
@@ -176,14 +229,18 @@ class Traffic:
         """Route what is parked, as far as the backlogs take it."""
         parked = publisher.parked
         before = self.routed
-        rest: Batch | Opening
+        rest: Batch | Held | Parcel | Opening
         while parked:
             item = parked.popleft()
             try:
-                if isinstance(item, Batch):
-                    full, rest = self._deliver(item, publisher)
-                elif isinstance(item, Opening):
+                if isinstance(item, Held) and (slow := self._slow_one(item, publisher)) is not None:
+                    parked.appendleft(item)
+                    self._pause(publisher, slow)
+                    return
+                if isinstance(item, Opening):
                     full, rest = self._full_for(item, publisher), item
+                elif isinstance(item, (Batch, Held, Parcel)):
+                    full, rest = self._deliver(item, publisher)
                 else:
                     item()
                     continue
@@ -202,7 +259,7 @@ class Traffic:
         if publisher.fd < 0:
             self._forget(publisher)
 
-    def _targets(self, item: Batch | Opening, publisher: Publisher) -> tuple[Subscription, ...]:
+    def _targets(self, item: Batch | Held | Parcel | Opening, publisher: Publisher) -> tuple[Subscription, ...]:
         targets = self._router.targets(item.topic)
         if item.exclude or publisher.not_yet:
             late = {subscription for subscription, before in publisher.not_yet if not matches(before, item.topic)}
@@ -219,43 +276,118 @@ class Traffic:
                     return subscription
         return None
 
-    def _deliver(self, batch: Batch, publisher: Publisher) -> tuple[Subscription | None, Batch]:
-        """Put as much of a batch as all its targets take into their backlogs: who is full, if one is, and what is left."""
-        targets = self._targets(batch, publisher)
+    def _deliver(self, item: Batch | Held | Parcel, publisher: Publisher) -> tuple[Subscription | None, Batch | Held | Parcel]:
+        """Put as much as all its targets take into their backlogs: who is full, if one is, and what is left."""
+        targets = self._targets(item, publisher)
+        batch = item.references if isinstance(item, Held) else item
         count = len(batch.sizes)
         fits, full = count, None
         charge = batch.charge
         for subscription in targets:
             outbox = subscription.outbox
             if subscription.waiters:  # who waits already is first, or many small messages would hold up a large one for ever
-                return subscription, batch
+                return subscription, item
             if not outbox.takes(charge):
                 subscription.refresh()
                 if outbox.policy == "block":
                     least = outbox.fitting(batch, charge)
                     if least < fits:
                         fits, full = least, subscription
-        rest = batch
+        rest = item
         if full is not None:
             if not fits:
-                return full, batch
-            batch, rest = batch.cut(fits)
-        if targets:
-            run = run_of(batch)
-            dirty, last_in = self._dirty, publisher.last_in
-            for subscription in targets:
-                outbox = subscription.outbox
-                before = outbox.entered
-                outbox.put(run)
-                if outbox.entered > before:  # not all of it was dropped at once
-                    last_in[subscription] = outbox.entered
-                dirty[subscription] = None
-                if outbox.overflowed:
-                    self._on_overflow(subscription)
-        if self.history is not None:
-            self.history.add(self.routed, batch)
+                return full, item
+            if not isinstance(item, Parcel):
+                item, rest = item.cut(fits)
+        self._give(item, targets, publisher)
         self.routed += fits
         return full, rest
+
+    def _give(self, item: Batch | Held | Parcel, targets: tuple[Subscription, ...], publisher: Publisher) -> None:
+        """What all of these take."""
+        held = item if isinstance(item, Held) else None
+        batch = None if isinstance(item, Held) else item  # as it is put into backlogs, where references are not
+        run: Run | None = None
+        charge = 0
+        if held is not None:
+            charge = held.references.charge
+        last_in = publisher.last_in
+        for subscription in targets:
+            outbox = subscription.outbox
+            before = outbox.entered
+            if held is None or not self._refer(subscription, held, charge):
+                if run is None:
+                    batch = batch or self._copied(held)
+                    run = self._run_of(batch)
+                outbox.put(run)
+                self._dirty[subscription] = None
+            if outbox.entered > before:  # not all of it was dropped at once
+                last_in[subscription] = outbox.entered
+            if outbox.overflowed:
+                self._on_overflow(subscription)
+        if self.history is not None:
+            self.history.add(self.routed, batch or self._copied(held))
+        if held is not None:
+            held.ring.release(held.chunks)
+        elif isinstance(item, Parcel) and publisher.lender is not None:
+            publisher.lender.routed(item)
+
+    @staticmethod
+    def _run_of(batch: Batch | Parcel) -> Run:
+        return run_of(batch) if isinstance(batch, Batch) else parcel_run(batch, batch.memory.number)
+
+    @staticmethod
+    def _copied(held: Held | None) -> Batch:
+        assert held is not None
+        return held.copied()
+
+    def _use(self, ring: Ring, publisher: Publisher) -> None:
+        lender = publisher.lender
+        if lender is not None and ring is not lender.current:
+            if lender.current is not None:
+                self._retire(lender.current, lender)
+            lender.current = ring
+
+    def _slow_one(self, held: Held, publisher: Publisher) -> Subscription | None:
+        """Who cannot have these references now, and may in a moment."""
+        self._use(held.ring, publisher)
+        for subscription in self._targets(held, publisher):
+            if self._takes_references(subscription) and not self._ready(subscription, held) and subscription.patience > 0:
+                return subscription
+        return None
+
+    @staticmethod
+    def _takes_references(subscription: Subscription) -> bool:
+        """Whether it ever does."""
+        outbox = subscription.outbox
+        return (
+            subscription.opened
+            and subscription.beside is not None
+            and outbox.policy != "latest"
+            and outbox.capacity >= _SMALLEST_FOR_RINGS
+        )
+
+    def _ready(self, subscription: Subscription, held: Held) -> bool:
+        """Whether it can have these references now."""
+        if not subscription.outbox.empty:
+            self._write(subscription)
+            if not subscription.outbox.empty or subscription.fd < 0:
+                return False
+        held.ring.readers.add(subscription)
+        ready = subscription.ready_for(held)
+        if not ready and subscription.notes:
+            self._dirty[subscription] = None
+        return ready
+
+    def _refer(self, subscription: Subscription, held: Held, charge: int) -> bool:
+        """Let it have references, and not the messages; whether that is possible now."""
+        if not (self._takes_references(subscription) and subscription.outbox.takes(charge) and self._ready(subscription, held)):
+            return False
+        try:
+            return subscription.refer(held, charge)
+        except OSError:
+            self._on_gone(subscription)
+            return True
 
     def replay(self, subscription: Subscription, topics: list[str], count: int) -> None:
         """Put the last ``count`` messages that are for it into its backlog."""
@@ -263,7 +395,7 @@ class Traffic:
         if self.history is not None and count:
             most = 1 if outbox.policy == "latest" else count
             for batch in self.history.last(topics, most, outbox.capacity):
-                outbox.put(run_of(batch))
+                outbox.put(self._run_of(batch))
             self._dirty[subscription] = None
 
     def _block(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:
@@ -282,10 +414,36 @@ class Traffic:
             self._looking_for_stalls = True
             self._loop.later(self._stall_timeout, self._look_for_stalls)
 
+    def _pause(self, publisher: Publisher, slow: Subscription) -> None:
+        """Give it a moment to take references: to copy the messages, and so to let it fall behind, would be slower.
+
+        How long is for it to earn: by what it reads.
+        """
+        now = time.monotonic()
+        if not publisher.blocked:
+            self._loop.forget(publisher.fd)
+            self._busy.pop(publisher, None)
+        publisher.blocked_since = now
+        publisher.blocked = slow
+        slow.slow_for.append(publisher)
+        slow.behind = not slow.outbox.empty
+        if not slow.paused_at:
+            slow.paused_at = now
+            self._loop.later(slow.patience, lambda: self._go_on(slow))
+
+    def _go_on(self, subscription: Subscription) -> None:
+        """Who has waited for it to take references has waited long enough, or it can."""
+        if subscription.paused_at:
+            subscription.patience -= time.monotonic() - subscription.paused_at
+            subscription.paused_at = 0.0
+            self._resuming.extend(subscription.slow_for)
+            subscription.slow_for.clear()
+
     def unblock(self, subscription: Subscription) -> None:
         """Let those go on who wait for it."""
         self._resuming.extend(subscription.waiters)
         subscription.waiters.clear()
+        self._go_on(subscription)
 
     def _look_for_stalls(self) -> None:
         if self._stall_timeout is None:
@@ -327,12 +485,34 @@ class Traffic:
         self._dirty.pop(subscription, None)
         for publisher in self.publishers.values():
             publisher.last_in.pop(subscription, None)
+        for ring in subscription.rings:
+            ring.readers.discard(subscription)
+        subscription.let_go()
         self.unblock(subscription)
 
     def watch(self, subscription: Subscription) -> None:
         """It is open: write into its pipe."""
         self._loop.watch(subscription.fd, 0, lambda events: self._writable(subscription, events))
+        if subscription.beside is not None:
+            self._loop.watch(subscription.beside.fileno(), IN, lambda _: self._hear_reader(subscription))
         self._dirty[subscription] = None
+
+    def _hear_reader(self, subscription: Subscription) -> None:
+        beside = subscription.beside
+        try:
+            while beside is not None and (heard := beside.hear()) is not None:
+                if not heard[0]:
+                    raise ConnectionError("it has closed its socket")
+                kind, number, value = unpack(heard[0])
+                if kind == READ:
+                    subscription.has_read(value)
+                    self._dirty[subscription] = None
+                elif kind == MAPPED:
+                    subscription.mapped(number)
+            self._go_on(subscription)
+        except (OSError, PacketError):
+            if beside is not None:
+                self._loop.forget(beside.fileno())  # its pipe tells whether it is gone
 
     def _writable(self, subscription: Subscription, events: int) -> None:
         if events & OUT:
@@ -358,9 +538,13 @@ class Traffic:
             self._on_gone(subscription)
             return
         outbox = subscription.outbox
-        if (outbox.ended and outbox.empty) or (subscription.not_waited_for and full):
+        if outbox.ended and outbox.empty and subscription.unread:
+            subscription.refresh()
+        if (outbox.ended and outbox.empty and not subscription.must_be_read) or (subscription.not_waited_for and full):
             self._on_gone(subscription)
             return
+        if outbox.empty and subscription.behind:
+            self._go_on(subscription)
         if subscription.waiters:
             subscription.refresh()
             if outbox.charge < subscription.blocked_at:

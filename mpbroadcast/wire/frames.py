@@ -1,6 +1,6 @@
-"""Frames (publisher to broker) and runs (broker to channel). Sans-IO: bytes in, bytes out.
+"""Frames: what a publisher writes to the broker. Sans-IO: bytes in, bytes out.
 
-A **frame** is one published message::
+A frame is one published message::
 
     size u32 | tag u32 | [excluded subscription u64] | topic | payload
 
@@ -12,17 +12,9 @@ Every write to the broker is whole frames of at most ``PIPE_BUF`` bytes, which a
 longer travels as **pieces**, each a frame of its own with the message's number, so that no kill, timeout, interrupt or other
 thread ever tears one: pieces of several messages may be mixed, and a message whose last piece never comes does not exist.
 
-A **run** is what a channel reads: neighbouring frames, untouched, behind a table of their lengths::
-
-    size u64 | count u32 | kind u8 | 0 u8 | skip u16 | count lengths u32 (none for a single frame) | frames | tail byte
-
-or a **note**, which stands in the place of messages::
-
-    size u64 | 0 u32 | kind u8 | 0 u8 | 0 u16 | missed u64 | tail byte
-
-``skip`` is the length of what stands before each payload. The channel reads ``length`` bytes from behind the first frame's
-head on: each read is one payload and the next frame's head, which unpickling ignores. The tail byte stays in the pipe until
-the last message of the run has been handed out, so that the descriptor stays readable while there is something to receive.
+A message in shared memory is a frame of the kind ``REFERENCE`` (into the publisher's ring: ring u32, offset u32, length u32)
+or ``MEMORY`` (in memory of its own: number u64, length u64), instead of its payload. ``IMAGE`` says of a payload, wherever it
+is, that it is no plain pickle; the broker does not look at it.
 """
 
 from __future__ import annotations
@@ -30,41 +22,43 @@ from __future__ import annotations
 import select
 from array import array
 from collections.abc import Iterator
-from struct import Struct
-from typing import Final, NamedTuple
+from struct import Struct, iter_unpack
+from typing import Any, Final, NamedTuple
 
 __all__ = [
-    "END",
     "FRAME_OVERHEAD",
-    "GAP",
     "HEAD",
+    "IMAGE",
     "MAX_FRAME",
-    "MESSAGES",
-    "OVERFLOWED",
+    "OVERHEAD",
     "PIPE_BUF",
-    "RUN",
-    "SKIPPED",
+    "REFERENCE_SIZE",
     "Batch",
     "FrameError",
+    "Item",
     "Opening",
-    "Run",
-    "RunView",
+    "Parcel",
+    "References",
     "Splitter",
     "abort",
     "frame_head",
-    "note_run",
+    "memory_frame",
     "pieces",
-    "read_run",
-    "run_of",
+    "reference_frame",
+    "references_in",
     "topic_of",
 ]
 
 PIPE_BUF: Final = select.PIPE_BUF
 MAX_FRAME: Final = 0xFFFF_FFFF
 EXCLUDE: Final = 1 << 16
+IMAGE: Final = 1 << 17
 TOPIC_LENGTH: Final = 0xFFFF
 PIECE: Final = 1 << 24
 ABORT: Final = 2 << 24
+REFERENCE: Final = 3 << 24
+MEMORY: Final = 4 << 24
+_WAY: Final = IMAGE | EXCLUDE | TOPIC_LENGTH  # the bits of a tag that are not its kind
 
 HEAD: Final = Struct("<II")
 _EXCLUDED: Final = Struct("<Q")
@@ -72,32 +66,40 @@ _STREAK: Final = 8  # frames of one length in a row, before it is worth looking 
 _PIECE: Final = Struct("<IIQB")  # size, PIECE, message number, last?
 _ABORT: Final = Struct("<IIQ")
 _ROOM: Final = PIPE_BUF - _PIECE.size
-
-RUN: Final = Struct("<QIBBH")
-_NOTE: Final = Struct("<QIBBHQ")
-TAIL: Final = b"\n"
-MESSAGES: Final = 0
-END: Final = 1
-GAP: Final = 2
-SKIPPED: Final = 3
-OVERFLOWED: Final = 4
+_REFERENCE: Final = Struct("<III")  # ring, offset, length
+_RING: Final = Struct("<I")
+REFERENCE_SIZE: Final = _REFERENCE.size  # bytes behind the head
+_MOST_REFERRED: Final = 1 << 20  # bytes that they refer to, so that a reader is given no more at once than it soon reads
+_MOST_REFERENCES: Final = PIPE_BUF - 64  # bytes of them that go together, so that their run is one whole write, too
+_MEMORY: Final = Struct("<QQ")  # number, length
 
 # A message counts in a backlog as its pickled bytes, its topic's, and this: the frame's head, the run's object with its
 # header, and its place in a queue, rounded up.
 FRAME_OVERHEAD: Final = 256
-_OVERHEAD: Final = FRAME_OVERHEAD - HEAD.size  # what comes to a whole frame
+OVERHEAD: Final = FRAME_OVERHEAD - HEAD.size  # what comes to a whole frame
 
 
 class FrameError(Exception):
     """Bytes that no publisher of this package writes."""
 
 
-def frame_head(size: int, topic: bytes, exclude: int = 0) -> bytes:
+def frame_head(size: int, topic: bytes, exclude: int = 0, kind: int = 0) -> bytes:
     """The head of a frame with ``size`` bytes of payload; ``exclude`` is a subscription's number, 0 for none."""
     if not exclude:
-        return HEAD.pack(size + 8 + len(topic), len(topic)) + topic
-    head = HEAD.pack(size + 16 + len(topic), len(topic) | EXCLUDE)
+        return HEAD.pack(size + 8 + len(topic), len(topic) | kind) + topic
+    head = HEAD.pack(size + 16 + len(topic), len(topic) | EXCLUDE | kind)
     return head + _EXCLUDED.pack(exclude) + topic
+
+
+def reference_frame(ring: int, offset: int, length: int, topic: bytes, exclude: int = 0, image: bool = False) -> bytes:
+    """The frame of a message in the publisher's ring of this number."""
+    head = frame_head(_REFERENCE.size, topic, exclude, REFERENCE | IMAGE if image else REFERENCE)
+    return head + _REFERENCE.pack(ring, offset, length)
+
+
+def memory_frame(number: int, length: int, topic: bytes, exclude: int = 0, image: bool = False) -> bytes:
+    """The frame of a message in memory of its own, which the broker has been sent under this number."""
+    return frame_head(_MEMORY.size, topic, exclude, MEMORY | IMAGE if image else MEMORY) + _MEMORY.pack(number, length)
 
 
 def pieces(frame: bytes, number: int) -> Iterator[bytes]:
@@ -121,23 +123,20 @@ class Batch(NamedTuple):
     topic: bytes
     exclude: int
     skip: int
+    image: bool = False
 
     @property
     def charge(self) -> int:
         """What it counts in a backlog."""
-        return len(self.frames) + len(self.sizes) * _OVERHEAD
+        return len(self.frames) + len(self.sizes) * OVERHEAD
 
     def charge_of(self, size: int) -> int:
         """What a frame of ``size`` counts."""
-        return size + _OVERHEAD
+        return size + OVERHEAD
 
     def fitting(self, room: int) -> int:
         """How many of its first messages fit into ``room`` of charge."""
-        for index, size in enumerate(self.sizes):
-            room -= size + _OVERHEAD
-            if room < 0:
-                return index
-        return len(self.sizes)
+        return _fitting(self.sizes, room)
 
     def cut(self, count: int) -> tuple[Batch, Batch]:
         """Its first ``count`` messages, and the others."""
@@ -148,12 +147,101 @@ class Batch(NamedTuple):
         )
 
 
+class References(NamedTuple):
+    """Neighbouring references into one ring that go the same way. ``sizes`` are of the frames that they stand for."""
+
+    frames: bytes
+    sizes: array[int]
+    topic: bytes
+    exclude: int
+    skip: int
+    image: bool
+    ring: int
+
+    @property
+    def charge(self) -> int:
+        """What its messages count in a backlog."""
+        return sum(self.sizes) + len(self.sizes) * OVERHEAD
+
+    def fitting(self, room: int) -> int:
+        """How many of its first messages fit into ``room`` of charge."""
+        return _fitting(self.sizes, room)
+
+    def cut(self, count: int) -> tuple[References, References]:
+        """Its first ``count`` messages, and the others."""
+        middle = count * (self.skip + _REFERENCE.size)
+        return (
+            self._replace(frames=self.frames[:middle], sizes=self.sizes[:count]),
+            self._replace(frames=self.frames[middle:], sizes=self.sizes[count:]),
+        )
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Offset and length of each message in the ring."""
+        return ((offset, length) for _, offset, length in references_in(self.frames, self.skip))
+
+    def copied(self, ring: memoryview) -> Batch:
+        """The messages themselves, out of the ring."""
+        frames: list[Any] = []
+        for offset, length in self.places():
+            frames += (frame_head(length, self.topic, self.exclude, IMAGE if self.image else 0), ring[offset : offset + length])
+        return Batch(b"".join(frames), self.sizes, self.topic, self.exclude, self.skip, self.image)
+
+
+class Parcel(NamedTuple):
+    """A message in memory of its own, which comes beside the pipe under ``number``, or has come."""
+
+    number: int
+    length: int
+    topic: bytes
+    exclude: int
+    head: bytes
+    image: bool
+    memory: Any = None
+
+    @property
+    def sizes(self) -> array[int]:
+        """That of the frame that it stands for."""
+        return array("I", (len(self.head) + self.length,))
+
+    @property
+    def charge(self) -> int:
+        """What it counts in a backlog."""
+        return len(self.head) + self.length + OVERHEAD
+
+    def charge_of(self, size: int) -> int:
+        """What a frame of ``size`` counts."""
+        return size + OVERHEAD
+
+    def fitting(self, room: int) -> int:
+        """Whether it fits into ``room`` of charge."""
+        return int(self.charge <= room)
+
+    def cut(self, count: int) -> tuple[Parcel, Parcel]:
+        """It cannot be: it is all that follows its first 0 messages."""
+        return self, self
+
+    def copied(self, payload: bytes) -> Batch:
+        """The message itself."""
+        return Batch(self.head + payload, self.sizes, self.topic, self.exclude, len(self.head), self.image)
+
+
+def _fitting(sizes: array[int], room: int) -> int:
+    for index, size in enumerate(sizes):
+        room -= size + OVERHEAD
+        if room < 0:
+            return index
+    return len(sizes)
+
+
 class Opening(NamedTuple):
     """The beginning of a message in pieces: where it goes, and what it will count."""
 
     topic: bytes
     exclude: int
     charge: int
+
+
+Item = Batch | References | Parcel | Opening
 
 
 class Splitter:
@@ -163,8 +251,10 @@ class Splitter:
         self._rest = b""
         self._parts: dict[int, list[bytes]] = {}
         self.held = 0  # bytes of messages that are not complete
+        self.given_up: list[int] = []  # numbers of messages whose rest, or memory, will not be asked for
+        self.shares = False  # whether references, messages in memory, or those numbers have come
 
-    def split(self, chunk: bytes) -> list[Batch | Opening]:
+    def split(self, chunk: bytes) -> list[Item]:
         """The frames that ``chunk`` completes, in order, neighbours of one way together; and what begins in it.
 
         :raises FrameError: it is no such stream; the splitter is then of no more use.
@@ -172,7 +262,7 @@ class Splitter:
         if self._rest:
             chunk = self._rest + chunk
         unpack = HEAD.unpack_from
-        batches: list[Batch | Opening] = []
+        batches: list[Item] = []
         position, end = 0, len(chunk)
         while position + 8 <= end:
             start = position
@@ -180,14 +270,23 @@ class Splitter:
             if tag >= PIECE:
                 if size > PIPE_BUF or size < 8:
                     raise FrameError(f"a piece of {size} bytes")
-                position += size
-                if position > end:
-                    position = start
+                if position + size > end:
                     break
-                self._piece(chunk[start:position], tag, batches)
+                if tag < REFERENCE:
+                    position += size
+                    self._piece(chunk[start:position], tag, batches)
+                elif tag < MEMORY:
+                    self.shares = True
+                    references = _references(chunk, position, end)
+                    batches.append(references)
+                    position += len(references.frames)
+                else:
+                    self.shares = True
+                    position += size
+                    batches.append(_parcel(chunk[start:position]))
                 continue
             skip = 8 + (tag & TOPIC_LENGTH) + (8 if tag & EXCLUDE else 0)
-            if size < skip or size > PIPE_BUF or tag > (EXCLUDE | TOPIC_LENGTH):
+            if size < skip or size > PIPE_BUF or tag > _WAY:
                 raise FrameError(f"a frame of {size} bytes with the tag {tag:#x}")
             if position + size > end:
                 break
@@ -216,9 +315,12 @@ class Splitter:
         self._rest = chunk[position:]
         return batches
 
-    def _piece(self, piece: bytes, tag: int, batches: list[Batch | Opening]) -> None:
+    def _piece(self, piece: bytes, tag: int, batches: list[Item]) -> None:
         if tag == ABORT and len(piece) == _ABORT.size:
-            self._drop(_ABORT.unpack(piece)[2])
+            number = _ABORT.unpack(piece)[2]
+            self._drop(number)
+            self.given_up.append(number)
+            self.shares = True
             return
         if tag != PIECE or len(piece) <= _PIECE.size:
             raise FrameError(f"a piece with the tag {tag:#x}")
@@ -277,98 +379,66 @@ def _opening(part: bytes) -> Opening | None:
     if len(part) == _ROOM and _ROOM < head <= size:
         return None
     _, topic, exclude = _way(part, size)
-    return Opening(topic, exclude, size + _OVERHEAD)
+    return Opening(topic, exclude, size + OVERHEAD)
+
+
+def _references(chunk: bytes, start: int, end: int) -> References:
+    """The references from ``start`` on that go the same way, into the same ring."""
+    size, tag = HEAD.unpack_from(chunk, start)
+    skip, topic, exclude = _way(chunk[start : start + size], size, REFERENCE)
+    if size != skip + _REFERENCE.size:
+        raise FrameError(f"a reference of {size} bytes")
+    same = chunk[start : start + skip + 4]  # with the ring's number
+    position = start
+    last = min(end, start + _MOST_REFERENCES) - size
+    sizes = array("I")
+    room = _MOST_REFERRED
+    while room > 0 and position <= last and chunk.startswith(same, position):
+        length = _REFERENCE.unpack_from(chunk, position + skip)[2]
+        sizes.append(skip + length)
+        room -= length
+        position += size
+    if not sizes or max(sizes) > MAX_FRAME:
+        raise FrameError("a reference that is too long")
+    frames = chunk[start:position]
+    (ring,) = _RING.unpack_from(chunk, start + skip)
+    return References(frames, sizes, topic, exclude, skip, bool(tag & IMAGE), ring)
+
+
+def references_in(frames: bytes | memoryview, skip: int) -> Iterator[tuple[int, int, int]]:
+    """Ring, offset and length of each of these references, whose heads are ``skip`` bytes long."""
+    return iter_unpack(f"<{skip}xIII", frames)
+
+
+def _parcel(frame: bytes) -> Parcel:
+    size, tag = HEAD.unpack_from(frame)
+    skip, topic, exclude = _way(frame, size, MEMORY)
+    if size != skip + _MEMORY.size:
+        raise FrameError(f"the frame of {size} bytes of a message in memory")
+    number, length = _MEMORY.unpack_from(frame, skip)
+    if skip + length > MAX_FRAME:
+        raise FrameError(f"a message of {length} bytes in memory")
+    image = bool(tag & IMAGE)
+    return Parcel(number, length, topic, exclude, frame_head(length, topic, exclude, IMAGE if image else 0), image)
 
 
 def _batch(frames: bytes, sizes: array[int]) -> Batch:
     skip, topic, exclude = _way(frames, sizes[0])
-    return Batch(frames, sizes, topic, exclude, skip)
+    return Batch(frames, sizes, topic, exclude, skip, bool(frames[6] & (IMAGE >> 16)))
 
 
-def _way(frame: bytes, size: int) -> tuple[int, bytes, int]:
-    """How long the head of a frame is, its topic, and who is excluded."""
+def _way(frame: bytes, size: int, kind: int = 0) -> tuple[int, bytes, int]:
+    """How long the head of a frame of this kind is, its topic, and who is excluded."""
     tag = HEAD.unpack_from(frame)[1]
     if not tag:
         return HEAD.size, b"", 0
     start = HEAD.size + (_EXCLUDED.size if tag & EXCLUDE else 0)
     skip = start + (tag & TOPIC_LENGTH)
-    if tag > (EXCLUDE | TOPIC_LENGTH) or skip > min(size, len(frame)):
+    if tag & ~_WAY != kind or skip > min(size, len(frame)):
         raise FrameError(f"a frame of {size} bytes with the tag {tag:#x}")
     return skip, frame[start:skip], _EXCLUDED.unpack_from(frame, HEAD.size)[0] if tag & EXCLUDE else 0
-
-
-class Run:
-    """Messages on their way to channels: ``data`` is what a pipe gets, shared by all who get it."""
-
-    __slots__ = ("charge", "count", "data", "holders", "missed")
-
-    def __init__(self, data: bytes, count: int, charge: int, missed: int = 0) -> None:
-        self.data = data
-        self.count = count
-        self.charge = charge  # what it counts in a backlog
-        self.missed = missed  # what a note says of that
-        self.holders = 0  # backlogs that it is in
-
-    def charges(self) -> list[int]:
-        """What each of its messages counts in a backlog."""
-        if self.count == 1:
-            return [self.charge]
-        return [size + _OVERHEAD for size in array("I", self.data[RUN.size : RUN.size + 4 * self.count])]
-
-    def part(self, start: int, stop: int) -> Run:
-        """Its messages from ``start`` to before ``stop``, as a run of their own."""
-        if start == 0 and stop == self.count:
-            return self
-        skip = RUN.unpack_from(self.data)[4]
-        sizes = array("I", self.data[RUN.size : RUN.size + 4 * self.count])
-        first = RUN.size + 4 * self.count + sum(sizes[:start])
-        sizes = sizes[start:stop]
-        return _pack(self.data[first : first + sum(sizes)], sizes, skip)
 
 
 def topic_of(head: bytes) -> str:
     """The topic in what stands before a payload."""
     return head[16 if HEAD.unpack_from(head)[1] & EXCLUDE else 8 :].decode()
-
-
-def run_of(batch: Batch) -> Run:
-    """The run that carries a batch."""
-    return _pack(batch.frames, batch.sizes, batch.skip)
-
-
-def _pack(frames: bytes, sizes: array[int], skip: int) -> Run:
-    count = len(sizes)
-    table = sizes.tobytes() if count > 1 else b""
-    head = RUN.pack(RUN.size + len(table) + len(frames) + len(TAIL), count, MESSAGES, 0, skip)
-    return Run(b"".join((head, table, frames, TAIL)), count, len(frames) + count * _OVERHEAD)
-
-
-def note_run(kind: int, missed: int = 0) -> Run:
-    """Says something in the place of messages: ``END`` (a clean end), ``GAP`` (so many were dropped here), ``SKIPPED`` (so many
-    states were, which nobody wants to hear of), ``OVERFLOWED`` (what came next did not fit)."""
-    return Run(_NOTE.pack(_NOTE.size + len(TAIL), 0, kind, 0, 0, missed) + TAIL, 0, 0, missed)
-
-
-class RunView(NamedTuple):
-    """What the head of a run says about the bytes behind it. Of a note, ``messages`` is what it says of missed ones."""
-
-    size: int
-    kind: int
-    messages: int
-    skip: int
-    sizes: array[int] | None  # of the frames; None for a single one
-    first: int  # where the first frame starts
-
-
-def read_run(data: bytes, start: int) -> RunView | None:
-    """The run at ``start``, or ``None`` while its head is not whole. The frames may not be there yet."""
-    if len(data) - start < RUN.size:
-        return None
-    size, count, kind, _, skip = RUN.unpack_from(data, start)
-    first = start + RUN.size
-    if kind != MESSAGES:
-        missed = _NOTE.unpack_from(data, start)[5] if len(data) - start >= _NOTE.size else 0
-        return RunView(size, kind, missed, skip, None, first)
-    if count <= 1 or len(data) - first < 4 * count:
-        return RunView(size, kind, count, skip, None, first)
-    return RunView(size, kind, count, skip, array("I", data[first : first + 4 * count]), first + 4 * count)

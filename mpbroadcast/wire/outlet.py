@@ -15,8 +15,8 @@ from typing import Final
 
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.errors import TimedOut
+from mpbroadcast.wire.descriptors import PipeEnd
 from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, abort, pieces
-from mpbroadcast.wire.link import PipeEnd
 
 __all__ = ["Outlet"]
 
@@ -47,46 +47,70 @@ class Outlet:
         if self._unsaid:
             self._say(deadline)
         if len(frame) <= PIPE_BUF:
-            self._write(frame, deadline, done)
+            self.write(frame, deadline, done)
             return
         if len(frame) > MAX_FRAME:
             raise ValueError(f"a message of {len(frame)} bytes is too long: the limit is {MAX_FRAME}, with its topic and head")
-        number = next(_numbers)
+        number = self.new_number()
         gone: list[int] = []
         try:
             last = b""
             for piece in pieces(frame, number):
                 if last:
-                    self._write(last, deadline, gone)
+                    self.write(last, deadline, gone)
                 last = piece
-            self._write(last, deadline, done)
+            self.write(last, deadline, done)
         except BaseException:
             # If the last piece has gone after all, the broker does not know the number any more, and nothing happens.
-            self._unsaid.append(number)
-            with contextlib.suppress(OSError):
-                self._say(Deadline(0))
+            self.give_up(number)
             raise
+
+    def new_number(self) -> int:
+        """For a message that does not go in one write: no other has it."""
+        return next(_numbers)
+
+    def give_up(self, number: int) -> None:
+        """What belongs to this message will not come: tell the broker, as soon as there is room for that."""
+        self._unsaid.append(number)
+        with contextlib.suppress(OSError):
+            self._say(Deadline(0))
 
     def _say(self, deadline: Deadline) -> None:
         """Tell the broker what will not come."""
         while self._unsaid:
             number = self._unsaid.pop()
             try:
-                self._write(abort(number), deadline, [])
+                self.write(abort(number), deadline, [])
             except BaseException:
                 self._unsaid.append(number)
                 raise
 
-    def _write(self, data: bytes, deadline: Deadline, done: list[int]) -> None:
-        pipe = self.pipe
+    def write(self, data: bytes, deadline: Deadline, done: list[int]) -> None:
+        """Write what is one write, when there is room for it; put a number into ``done`` when it went.
+
+        :raises TimedOut: it did not.
+        :raises OSError: this end or the other is closed.
+        """
         while True:
             # It waits outside of the handler, so that an interrupt does not show an error that is none. What has gone is in
             # ``done`` in the same step: an interrupt comes before or after.
             with contextlib.suppress(BlockingIOError):
-                done.extend(map(os.write, (pipe.fd,), (data,)))
+                done.extend(map(os.write, (self.pipe.fd,), (data,)))
                 return
-            if not pipe.wait(select.POLLOUT, deadline):
-                raise TimedOut(
-                    "it was not published in time: a subscriber that would get a message of this process has a full "
-                    "backlog. stats() shows whose; wait longer, or let it receive faster"
-                )
+            self.wait(deadline)
+
+    def wait(self, deadline: Deadline) -> None:
+        """Wait until the pipe may have room.
+
+        :raises TimedOut: it did not in time.
+        """
+        if not self.pipe.wait(select.POLLOUT, deadline):
+            raise self.not_in_time()
+
+    @staticmethod
+    def not_in_time() -> TimedOut:
+        """The error of a message that was not sent."""
+        return TimedOut(
+            "it was not published in time: a subscriber that would get a message of this process has a full backlog. "
+            "stats() shows whose; wait longer, or let it receive faster"
+        )

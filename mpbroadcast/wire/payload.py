@@ -1,20 +1,130 @@
-"""A message and the bytes that carry it."""
+"""A message and the bytes that carry it.
+
+Most messages are one pickle. Large buffers that pickle protocol 5 leaves out of it (those of numpy, pandas, PyArrow, and what
+is wrapped in a ``PickleBuffer``) come behind it, uncopied, in an **image**::
+
+    parts u32 | 0 u32 | for each part: offset u64, length u64 | the pickle | the buffers, each at a multiple of 64 bytes
+
+So that small messages do not pay for it, a message is expected to be like the one before it: :func:`dumps` with
+:func:`keep_in_band` for small ones, which raises :class:`LargeBuffer` when it meets one that is not, and :func:`gather` for
+messages with large parts.
+"""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Final
+from itertools import accumulate, islice, pairwise
+from struct import Struct, error
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from mpbroadcast.wire.frames import RunView
+    from mpbroadcast.wire.runs import RunView
 
-__all__ = ["PROTOCOL", "Failure", "dumps", "load_run"]
+__all__ = [
+    "PROTOCOL",
+    "Failure",
+    "LargeBuffer",
+    "Payload",
+    "dumps",
+    "gather",
+    "keep_in_band",
+    "load",
+    "load_copied_image",
+    "load_each",
+    "load_image",
+    "load_run",
+    "loads",
+]
 
 PROTOCOL: Final = 5
+OUT_OF_BAND: Final = 1 << 16  # bytes of a buffer from which on it is left out of the pickle
 
 dumps = pickle.dumps
-_loads = pickle.loads
+loads: Final = pickle.loads
+
+_COUNT: Final = Struct("<II")
+_PART: Final = Struct("<QQ")
+_ALIGNMENT: Final = 64
+_STOPPED: Final = "unpickling a message raised StopIteration"
+
+
+class Payload(NamedTuple):
+    """The bytes of a message, in parts; whether they are an image, not a pickle."""
+
+    parts: Sequence[Any]
+    size: int
+    image: bool
+
+
+class LargeBuffer(Exception):
+    """A message has a buffer that should not be copied into a pickle."""
+
+
+def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
+    """For :func:`dumps`: small buffers go into the pickle.
+
+    :raises LargeBuffer: this one is not small.
+    """
+    with memoryview(buffer) as view:
+        if view.nbytes >= OUT_OF_BAND and view.contiguous:
+            raise LargeBuffer
+    return True
+
+
+class _Parts(list[Any]):
+    write = list.append
+
+
+def gather(message: object) -> Payload:
+    """Pickle a message, and leave its large buffers where they are, and its large ``bytes`` and ``bytearray``, too."""
+    parts = _Parts()
+    buffers: list[memoryview] = []
+
+    def keep(buffer: pickle.PickleBuffer) -> bool:
+        with memoryview(buffer) as view:
+            if view.nbytes < OUT_OF_BAND or not view.contiguous:
+                return True
+        buffers.append(buffer.raw())
+        return False
+
+    pickle.dump(message, parts, PROTOCOL, buffer_callback=keep)
+    size = sum(map(len, parts))
+    if not buffers:
+        return Payload(parts, size, False)
+    lengths = [size, *(raw.nbytes for raw in buffers)]
+    start = _COUNT.size + len(lengths) * _PART.size
+    # Where each part ends is where the next begins, but for what fills it up.
+    offsets = list(accumulate(lengths[:-1], lambda at, length: _aligned(at + length), initial=_aligned(start)))
+    head = _COUNT.pack(len(lengths), 0) + b"".join(map(_PART.pack, offsets, lengths))
+    whole: list[Any] = [head, bytes(offsets[0] - start), *parts]
+    end = offsets[0] + size
+    for offset, raw in zip(offsets[1:], buffers, strict=True):
+        whole += (bytes(offset - end), raw)
+        end = offset + raw.nbytes
+    return Payload(whole, end, True)
+
+
+def _aligned(position: int) -> int:
+    return -(-position // _ALIGNMENT) * _ALIGNMENT
+
+
+def load_image(buffer: Any) -> Any:
+    """The message of an image; its buffers stay where they are, so ``buffer`` must be the message's own.
+
+    :raises pickle.UnpicklingError: it is no image.
+    """
+    view = memoryview(buffer).cast("B")
+    try:
+        count, _ = _COUNT.unpack_from(view)
+        places = list(_PART.iter_unpack(view[_COUNT.size : _COUNT.size + count * _PART.size]))
+    except error:
+        places = []
+    parts = [view[offset : offset + length] for offset, length in places]
+    if not parts or len(parts) != count or any(len(part) != length for part, (_, length) in zip(parts, places, strict=True)):
+        raise pickle.UnpicklingError("a message whose buffers are not where it says")
+    return loads(parts[0], buffers=parts[1:])
 
 
 class Failure:
@@ -34,11 +144,12 @@ def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
     """
     start = run.first + run.skip
     if run.sizes is None:
-        payload = memoryview(data)[start:]
-        try:
-            return [_loads(payload)], True
-        except Exception as error:
-            return [_failure(payload, error)], False
+        message = load(memoryview(data)[start:], load_copied_image if run.image else loads)
+        return [message], type(message) is not Failure
+    if run.image:
+        ends = list(accumulate(run.sizes, initial=start))
+        view = memoryview(data)
+        return load_each([view[a : b - run.skip] for a, b in pairwise(ends)], load_copied_image)
     stream = BytesIO(data)
     stream.seek(start)
     messages: list[Any] = []
@@ -46,10 +157,10 @@ def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
     whole = True
     while len(messages) < run.messages:
         try:
-            messages.extend(map(_loads, map(stream.read, sizes)))
+            messages.extend(map(loads, map(stream.read, sizes)))
             if len(messages) == run.messages:
                 break
-            failed: Exception = RuntimeError("unpickling a message raised StopIteration")  # which has ended the map
+            failed: Exception = RuntimeError(_STOPPED)  # which has ended the map
         except Exception as raised:  # extend has kept those before it, and the stream stands behind it
             if len(messages) == run.messages:
                 raise
@@ -60,10 +171,42 @@ def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
     return messages, whole
 
 
-def _failure(payload: memoryview, error: Exception) -> Failure:
+def load_each(payloads: list[memoryview], loader: Callable[[Any], Any]) -> tuple[list[Any], bool]:
+    """The messages in these, and whether all could be unpickled; otherwise as :func:`load_run`."""
+    messages: list[Any] = []
+    whole = True
+    while len(messages) < len(payloads):
+        try:
+            messages.extend(map(loader, islice(payloads, len(messages), None)))
+            if len(messages) == len(payloads):
+                break
+            failed: Exception = RuntimeError(_STOPPED)
+        except Exception as raised:
+            if len(messages) == len(payloads):
+                raise
+            failed = raised
+        messages.append(_failure(payloads[len(messages)], failed, loader))
+        whole = False
+    return messages, whole
+
+
+def load(payload: memoryview, loader: Callable[[Any], Any] = loads) -> Any:
+    """The message in ``payload``, or the :class:`Failure` that stands in its place. An interrupt goes through."""
+    try:
+        return loader(payload)
+    except Exception as error:
+        return _failure(payload, error, loader)
+
+
+def load_copied_image(payload: memoryview) -> Any:
+    """The message of an image in memory that will not stay as it is."""
+    return load_image(bytearray(payload))
+
+
+def _failure(payload: memoryview, error: Exception, loader: Callable[[Any], Any] = loads) -> Failure:
     """What stands in the place of a message whose unpickling raised ``error``; if it does not again, that was an interrupt."""
     try:
-        _loads(payload)
+        loader(payload)
     except Exception:
         return Failure(error)
     raise error

@@ -10,8 +10,22 @@ from itertools import islice
 from typing import Any, Final
 
 from mpbroadcast.errors import Lagged, Overflowed
-from mpbroadcast.wire.frames import GAP, MESSAGES, OVERFLOWED, RUN, SKIPPED, RunView, read_run, topic_of
+from mpbroadcast.wire.frames import topic_of
 from mpbroadcast.wire.payload import Failure, load_run
+from mpbroadcast.wire.runs import (
+    GAP,
+    GONE,
+    IN_MEMORY,
+    MESSAGES,
+    OFFER,
+    OVERFLOWED,
+    REFERENCES,
+    RUN,
+    SKIPPED,
+    RunView,
+    read_run,
+)
+from mpbroadcast.wire.shared_inlet import SharedInlet
 
 __all__ = ["END_OF_MESSAGES", "LOST", "End", "Stream", "decode", "take_in"]
 
@@ -23,16 +37,20 @@ class End:
 END_OF_MESSAGES: Final = End()  # a clean end
 LOST: Final = End()  # the pipe has ended without one
 _FLAWS: Final = (End, Failure)
+# Of what is in shared memory: all of a large pipe's would be more than a processor's cache, or than malloc keeps.
+_AT_ONCE: Final = 1 << 19  # bytes
+_SHARED: Final = (REFERENCES, IN_MEMORY)
 
 
 class Stream:
     """Decoded messages, and the chunks of bytes behind them, of which ``skip`` bytes are done with.
 
     ``need`` is how many bytes there must be before it is worth looking at them. ``plain`` says that all of ``ready`` are
-    messages, none a flaw. ``skipped`` messages were left out between these.
+    messages, none a flaw. ``skipped`` messages were left out between these. ``read`` counts all that have come in shared
+    memory so far. ``more`` says that there may be more to decode in ``chunks``.
     """
 
-    __slots__ = ("chunks", "need", "plain", "ready", "skip", "skipped")
+    __slots__ = ("chunks", "more", "need", "plain", "read", "ready", "skip", "skipped")
 
     def __init__(
         self,
@@ -42,6 +60,8 @@ class Stream:
         need: int = RUN.size,
         plain: bool = True,
         skipped: int = 0,
+        read: int = 0,
+        more: bool = False,
     ) -> None:
         self.ready = deque(ready)
         self.chunks = [rest] if rest else []
@@ -49,6 +69,8 @@ class Stream:
         self.need = need
         self.plain = plain
         self.skipped = skipped
+        self.read = read
+        self.more = more
 
     def sound(self, limit: int | None) -> int:
         """How many messages come before the first flaw, at most ``limit``."""
@@ -59,12 +81,12 @@ class Stream:
 
     def without(self, count: int) -> Stream:
         """The same, less its first messages."""
-        rest = Stream(islice(self.ready, count, None), b"", self.skip, self.need, self.plain)
+        rest = Stream(islice(self.ready, count, None), b"", self.skip, self.need, self.plain, read=self.read, more=self.more)
         rest.chunks = self.chunks
         return rest
 
 
-def decode(stream: Stream, held: bool, with_topic: bool) -> Stream | None:
+def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | None = None) -> Stream | None:
     """What comes after ``stream``, which has no decoded messages, or ``None`` when no message is whole yet.
 
     ``held`` says that one more byte is in the pipe at least, which will do for the last tail byte.
@@ -75,27 +97,40 @@ def decode(stream: Stream, held: bool, with_topic: bool) -> Stream | None:
     ready: list[Any] = []
     plain = True
     skipped = 0
+    read = stream.read
     position, end = stream.skip, len(data) + held
-    while (run := read_run(data, position)) is not None and position + run.size <= end:
-        if run.kind == SKIPPED:
-            skipped += run.messages
-        elif run.kind != MESSAGES:
-            ready.append(_said(run))
-            plain = False
-        else:
-            messages, whole = load_run(data, run)
+    enough = _AT_ONCE
+    while (run := read_run(data, position)) is not None and position + run.size <= end and enough > 0:
+        kind = run.kind
+        if kind == MESSAGES or kind in _SHARED:
+            if kind == MESSAGES:
+                messages, whole = load_run(data, run)
+            elif shared is None:
+                raise RuntimeError("a message in shared memory, without a way to it")
+            else:
+                messages, whole, size = shared.load_run(data, run)
+                read += len(messages)
+                enough -= size
             plain = plain and whole
             if with_topic:
                 topic = topic_of(data[run.first : run.first + run.skip])
                 messages = [message if type(message) is Failure else (topic, message) for message in messages]
             ready.extend(messages)
+        elif kind == SKIPPED:
+            skipped += run.messages
+        elif kind in (OFFER, GONE):
+            if shared is not None:
+                shared.note(kind, run.messages)
+        else:
+            ready.append(_said(run))
+            plain = False
         position += run.size
     need = RUN.size if run is None else run.size
     if not ready:
         stream.need = need
         return None
     done = min(position, len(data))
-    return Stream(ready, data[done:], position - done, need, plain, skipped)
+    return Stream(ready, data[done:], position - done, need, plain, skipped, read, enough <= 0)
 
 
 def _said(run: RunView) -> End | Failure:

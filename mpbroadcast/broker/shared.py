@@ -1,0 +1,296 @@
+"""The memory that publishers share: rings, and single messages in memory of their own, as the broker has them.
+
+What comes from a publisher is checked before it is used, so that nothing it says makes this process, or a subscriber, read
+where nothing is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+from mpbroadcast.broker.rings import Holds
+from mpbroadcast.wire.descriptors import DescriptorSocket, OwnedDescriptor
+from mpbroadcast.wire.frames import MAX_FRAME, Batch, FrameError, Parcel, References
+from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, map_for_reading
+from mpbroadcast.wire.packets import (
+    ACCEPTED,
+    FREE,
+    MEMORY,
+    REFUSED,
+    RING,
+    ROUTED,
+    WANTED,
+    PacketError,
+    pack,
+    unpack,
+)
+from mpbroadcast.wire.ring import span
+
+if TYPE_CHECKING:
+    from mpbroadcast.broker.members import Subscription
+
+__all__ = ["Lender", "Memory", "Ring", "Store"]
+
+log = logging.getLogger("mpbroadcast.broker")
+
+_MOST_RINGS: Final = 4  # of one publisher, with those that are only read any more
+_MOST_RING_BYTES: Final = 1 << 29  # of all
+_MOST_CHUNKS: Final = 64
+_SMALLEST_CHUNK: Final = 1 << 12
+
+
+class Store:
+    """What there is of it in all, and how much there may be."""
+
+    def __init__(self) -> None:
+        self.rings: set[Ring] = set()
+        self.memories = 0  # messages in memory of their own, each with a descriptor
+        self._numbers = itertools.count(1)
+        self._reserve = -1
+        self._most_memories = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._keep_reserve()
+
+    def number(self) -> int:
+        """Of a ring or a message, which nothing else has."""
+        return next(self._numbers)
+
+    @property
+    def ring_bytes(self) -> int:
+        """What was ever written to of all rings."""
+        return sum(ring.touched for ring in self.rings)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more descriptors should be kept for messages."""
+        return self.memories >= self._most_memories
+
+    def may_have(self, size: int) -> bool:
+        """Whether there may be another ring of this size."""
+        return sum(ring.size for ring in self.rings) + size <= _MOST_RING_BYTES
+
+    def _keep_reserve(self) -> None:
+        with contextlib.suppress(OSError):
+            self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    @contextlib.contextmanager
+    def a_descriptor(self) -> Iterator[bool]:
+        """In here, there is room for one more descriptor; whether it can be kept."""
+        try:
+            os.close(os.dup(self._reserve))
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.EBADF):
+                raise
+        else:
+            yield True
+            return
+        with contextlib.suppress(OSError):
+            os.close(self._reserve)
+        self._reserve = -1
+        try:
+            yield False
+        finally:
+            self._keep_reserve()
+
+
+class Ring:
+    """A publisher's ring; ``name`` is the publisher's number for it, ``number`` what channels know it by."""
+
+    def __init__(self, store: Store, lender: Lender, name: int, descriptor: OwnedDescriptor, chunk: int) -> None:
+        size = check_ring(descriptor.fd)
+        chunks = size // chunk if chunk >= _SMALLEST_CHUNK else 0
+        if not 1 <= chunks <= _MOST_CHUNKS or size % chunk:
+            raise MemoryRefused(f"a ring of {size} bytes in chunks of {chunk}")
+        self.number = store.number()
+        self.name = name
+        self.size = size
+        self.descriptor = descriptor
+        self.touched = 0
+        self._users = 0
+        self.place = 0  # bytes that have come in it so far
+        self.readers: set[Subscription] = set()  # to which it was offered
+        self.retired = False  # nothing of it will be written again
+        self._lender = lender
+        self._chunk = chunk
+        self._holds = Holds(chunks)
+        self._view = memoryview(map_for_reading(descriptor.fd, size))
+
+    def arrived(self, references: References) -> Sequence[int]:
+        """Messages have come: the chunks that they are in, each with a hold on it.
+
+        :raises FrameError: they are not in the ring.
+        """
+        chunks: dict[int, None] = {}
+        last = 0
+        for offset, length in references.places():
+            if not 0 < length <= self.size - offset:
+                raise FrameError(f"a reference to {length} bytes at {offset} of a ring of {self.size}")
+            for chunk in span(offset, length, self._chunk):
+                last = chunk
+                chunks[chunk] = None
+            self.touched = max(self.touched, offset + length)
+            self.place += length
+        del chunks[last]
+        found = (*chunks, last)
+        self._users += 1
+        self._tell(self._holds.arrived(found))
+        return found
+
+    def hold(self, chunks: Sequence[int]) -> None:
+        """One more reference into these."""
+        self._users += 1
+        self._holds.hold(chunks)
+
+    def release(self, chunks: Sequence[int]) -> None:
+        """One less."""
+        self._users -= 1
+        self._tell(self._holds.release(chunks))
+
+    def retire(self) -> None:
+        """Nothing will refer to it any more; who still reads from it has a map of its own."""
+        self.retired = True
+        self._view.release()
+        self.descriptor.close()
+        self._tell(0)
+
+    def _tell(self, freed: int) -> None:
+        if not self.retired:
+            if freed:
+                self._lender.tell(pack(FREE, self.name, freed))
+        elif not self._users:
+            self._lender.forget(self)
+
+    def copied(self, references: References) -> Batch:
+        """The messages themselves."""
+        return references.copied(self._view)
+
+
+class Memory:
+    """The memory of one message; or, when no descriptor could be kept for it, its bytes."""
+
+    def __init__(self, store: Store, descriptor: OwnedDescriptor, kept: bool) -> None:
+        size = os.fstat(descriptor.fd).st_size
+        check_message(descriptor.fd, size)
+        if size > MAX_FRAME:
+            raise MemoryRefused(f"a message of {size} bytes")
+        self.number = store.number()
+        self.size = size
+        self._store = store
+        self._bytes = None if kept else _bytes_of(descriptor.fd, size)
+        self.descriptor = descriptor if kept else None
+        store.memories += kept
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        if self._bytes is not None:
+            return self._bytes
+        assert self.descriptor is not None
+        return _bytes_of(self.descriptor.fd, self.size)
+
+    def __del__(self) -> None:
+        if getattr(self, "descriptor", None) is not None:
+            self._store.memories -= 1
+
+
+def _bytes_of(fd: int, size: int) -> bytes:
+    data = b""
+    while size > len(data) and (more := os.pread(fd, size - len(data), len(data))):
+        data = data + more if data else more
+    return data
+
+
+class Lender:
+    """What one publisher shares, and says beside its pipe. ``wanted`` is a ring in which it has found no free chunk."""
+
+    def __init__(self, store: Store, beside: DescriptorSocket, pid: int) -> None:
+        self.beside = beside
+        self.current: Ring | None = None  # from which something was routed last
+        self.rings: dict[int, Ring] = {}  # that it may refer to
+        self._rings = 0  # and those that are still read
+        self.wanted: Ring | None = None
+        self._memories: dict[int, Memory] = {}
+        self._store = store
+        self._pid = pid
+        self._closed = False
+
+    def hear(self) -> bool:
+        """Take in what it has said; ``False`` when there will be nothing more."""
+        try:
+            while True:
+                with self._store.a_descriptor() as kept:
+                    heard = self.beside.hear()
+                    if heard is None:
+                        return True
+                    packet, descriptor = heard
+                    if not packet:
+                        return False
+                    kind, number, value = unpack(packet)
+                    if kind == RING:
+                        self._take_ring(number, descriptor if kept else None, value)
+                    elif kind == WANTED:
+                        self.wanted = self.rings.get(number)
+                    elif kind == MEMORY and descriptor is not None:
+                        self._take_memory(value, descriptor, kept)
+        except (OSError, PacketError) as error:
+            log.debug("process %d: %s", self._pid, error)
+            return False
+
+    def _take_ring(self, name: int, descriptor: OwnedDescriptor | None, chunk: int) -> None:
+        answer = REFUSED
+        try:
+            if descriptor is not None and self._rings < _MOST_RINGS and name not in self.rings:
+                ring = Ring(self._store, self, name, descriptor, chunk)
+                if self._store.may_have(ring.size):
+                    self.rings[name] = ring
+                    self._rings += 1
+                    self._store.rings.add(ring)
+                    answer = ACCEPTED
+        except (MemoryRefused, OSError) as error:
+            log.warning("the ring of process %d is not used: %s", self._pid, error)
+        self.tell(pack(answer, name))
+
+    def _take_memory(self, number: int, descriptor: OwnedDescriptor, kept: bool) -> None:
+        with contextlib.suppress(MemoryRefused):  # then it has not come
+            self._memories[number] = Memory(self._store, descriptor, kept and not self._store.full)
+
+    def give_up(self, number: int) -> None:
+        """A message is not published after all."""
+        self.hear()
+        self._memories.pop(number, None)
+
+    def fetch(self, parcel: Parcel) -> Parcel | None:
+        """The message with its memory; ``None`` when that has not come, or is not what was announced."""
+        if parcel.number not in self._memories:
+            self.hear()
+        memory = self._memories.pop(parcel.number, None)
+        return None if memory is None or memory.size != parcel.length else parcel._replace(memory=memory)
+
+    def routed(self, parcel: Parcel) -> None:
+        """It is on its way, and does not count any more."""
+        self.tell(pack(ROUTED, 0, parcel.number))
+
+    def retire(self, ring: Ring) -> None:
+        """Nothing more will be read from it here."""
+        self.rings.pop(ring.name, None)
+        ring.retire()
+
+    def forget(self, ring: Ring) -> None:
+        """Nobody reads from it any more."""
+        self._store.rings.discard(ring)
+        self._rings -= 1
+
+    def close(self) -> None:
+        """Say nothing more: what it would write again from now on, somebody may still read, and nobody will be told of."""
+        self._closed = True
+
+    def tell(self, packet: bytes) -> None:
+        """Tell the publisher, if it is still there."""
+        if not self._closed:
+            with contextlib.suppress(OSError):
+                self.beside.tell(packet)

@@ -1,0 +1,259 @@
+"""Descriptors that a process owns: safe with forks, with other threads, and with interrupts.
+
+Everything here that owns a descriptor has a hook for forks, and gets it under the lock that ``os.fork`` takes. So a child
+closes all its inherited copies, whatever another thread was doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import socket
+import threading
+from array import array
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
+
+from mpbroadcast.arguments import Deadline
+
+__all__ = [
+    "DescriptorSocket",
+    "OwnedDescriptor",
+    "PipeEnd",
+    "Received",
+    "close_received",
+    "fork_lock",
+    "on_fork",
+    "receive",
+]
+
+_SPACE: Final = socket.CMSG_SPACE(2 * array("i").itemsize)
+_PACKET: Final = 64  # bytes of one on a descriptor socket at the most
+
+T = TypeVar("T")
+Hook = Callable[[Any], None]
+Received = list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]]
+
+
+class _Forks:
+    """Who wants to know of forks, with what to call; and the lock that keeps forks out."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # reentrant: a signal handler or finaliser may come in while its own thread has it
+        self.hooks: WeakKeyDictionary[Any, tuple[Hook, Hook | None]] = WeakKeyDictionary()
+
+    def call(self, which: int) -> None:
+        for something, hooks in list(self.hooks.items()):
+            hook = hooks[which]
+            if hook is not None:
+                with contextlib.suppress(Exception):  # one handle's error stops no other
+                    hook(something)
+
+
+_forks = _Forks()
+
+
+def on_fork(something: T, in_child: Callable[[T], None], in_parent: Callable[[T], None] | None = None) -> None:
+    """From each fork on, while ``something`` lives: call these with it, in the thread that forked. They must not block."""
+    with _forks.lock:
+        _forks.hooks[something] = (in_child, in_parent)
+
+
+def fork_lock() -> AbstractContextManager[Any]:
+    """While it is held nothing forks, so that what gets a descriptor can get its hook, too. Nothing waits under it."""
+    return _forks.lock
+
+
+def _before_fork() -> None:
+    _forks.lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    try:
+        _forks.call(1)
+    finally:
+        _forks.lock.release()
+
+
+def _after_fork_in_child() -> None:
+    _forks.lock = threading.RLock()
+    _forks.call(0)
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
+class OwnedDescriptor:
+    """A descriptor that is closed when nothing refers to this any more, and in a child at once."""
+
+    __slots__ = ("__weakref__", "_number", "fd")
+
+    def __init__(self, numbers: list[int]) -> None:
+        """Take the first of ``numbers`` over; at no moment is it in both places, or in none."""
+        self.fd = self._number = -1
+        on_fork(self, OwnedDescriptor._in_child)
+        with _forks.lock:
+            self._number = numbers[0]
+            del numbers[0]
+            self.fd = self._number  # what to use; -1 once it is closed
+
+    @classmethod
+    def made_by(cls, make: Callable[..., int], *args: Any) -> OwnedDescriptor:
+        """Of what ``make(*args)`` returns."""
+        numbers: list[int] = []
+        try:
+            with _forks.lock:
+                numbers.extend(map(make, *((arg,) for arg in args)))
+                return cls(numbers)
+        except BaseException:
+            for number in numbers:  # an interrupt came before it was taken over
+                os.close(number)
+            raise
+
+    def close(self) -> None:
+        """Close it, unless that has been done."""
+        self.fd = -1
+        self._give_back()
+
+    def _in_child(self) -> None:
+        self.fd = -1
+        self._give_back()
+
+    def _give_back(self) -> None:
+        with _forks.lock:  # so that a child has a copy of it only while this knows of it; nothing waits under this lock
+            number, self._number = self._number, -1
+            if number >= 0:
+                os.close(number)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):  # else an interrupt came before there was one
+            self._give_back()
+
+
+class PipeEnd(OwnedDescriptor):
+    """One end of a pipe, closed safely while other threads use it, without a lock.
+
+    A call that was given ``fd`` may still be on its way into the kernel when another thread closes this end. So the number is
+    not given back at once, for somebody else's file to get it: :meth:`close` lets go of the pipe by putting another, dead
+    pipe in its place, and the number goes when nothing refers to this object any more, such as a thread that is using it.
+    """
+
+    __slots__ = ()
+
+    def wait(self, events: int, deadline: Deadline) -> bool:
+        """Whether one of ``events``, or an error, or the closing of either end, came before the deadline.
+
+        A thread that waits is woken by the broker's closing of the other end: who calls :meth:`close` has to ask it for that.
+        """
+        poll = select.poll()
+        fd = self.fd
+        if fd < 0:
+            return True
+        poll.register(fd, events)
+        return bool(poll.poll(deadline.milliseconds()))
+
+    def close(self) -> None:
+        """Let go of the pipe."""
+        fd, self.fd = self.fd, -1
+        if fd < 0:
+            return
+        with contextlib.suppress(OSError):  # no descriptor is left: then it stays open until nothing refers to it
+            reader, writer = os.pipe()
+            os.close(writer)
+            os.dup2(reader, fd, inheritable=False)
+            os.close(reader)
+
+
+def receive(connection: socket.socket, size: int, received: Received, numbers: list[int]) -> tuple[bytes, bool]:
+    """What is there, at once, and whether descriptors were lost; those that came with it are in ``numbers``.
+
+    ``received`` is a list that is empty in between: an interrupt leaves there what it kept from getting into ``numbers``.
+
+    :raises BlockingIOError: nothing is there.
+    """
+    flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+    with _forks.lock:
+        # By map, so that an interrupt has no moment in which descriptors have come and are nowhere.
+        received.extend(map(connection.recvmsg, (size,), (_SPACE,), (flags,)))
+        data, _, got, _ = received[0]
+        numbers.extend(_descriptors_in(received))
+        del received[:]
+    if not flags:
+        for number in numbers:
+            os.set_inheritable(number, False)
+    return data, bool(got & socket.MSG_CTRUNC)
+
+
+def close_received(received: Received, numbers: list[int]) -> None:
+    """Close what has come and has not been taken over."""
+    left = {*numbers, *_descriptors_in(received)}
+    numbers.clear()
+    received.clear()
+    for number in left:
+        os.close(number)
+
+
+def _descriptors_in(received: Received) -> list[int]:
+    """The descriptors that came with these."""
+    numbers = array("i")
+    for _, ancillary, _, _ in received:
+        for level, kind, body in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                numbers.frombytes(body[: len(body) - len(body) % numbers.itemsize])
+    return numbers.tolist()
+
+
+class DescriptorSocket(socket.socket):
+    """The socket beside a pipe, on which descriptors travel, and small packets that belong to them. It never blocks.
+
+    Who closes it sees to it that no other thread uses it at that moment.
+    """
+
+    def __init__(self, numbers: list[int]) -> None:
+        """Take the first of ``numbers`` over."""
+        self._received: Received = []
+        self._numbers: list[int] = []
+        with _forks.lock:
+            super().__init__(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, numbers[0])
+            del numbers[0]
+            on_fork(self, DescriptorSocket.close)
+        self.setblocking(False)
+
+    def tell(self, packet: bytes, fd: int = -1) -> bool:
+        """Send a packet, and a descriptor with it; whether there was room for it.
+
+        :raises OSError: the other end is gone, or the system does not take a descriptor.
+        """
+        with contextlib.suppress(BlockingIOError):
+            self.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))] if fd >= 0 else [])
+            return True
+        return False
+
+    def wait(self, seconds: float) -> bool:
+        """Whether something is there, or the other end gone, within that time, rounded up to whole milliseconds."""
+        poll = select.poll()
+        poll.register(self, select.POLLIN)
+        return bool(poll.poll(math.ceil(seconds * 1000)))
+
+    def hear(self) -> tuple[bytes, OwnedDescriptor | None] | None:
+        """The next packet and its descriptor, if there is one; ``None`` when none is there; an empty one at the end.
+
+        :raises OSError: the other end is gone.
+        """
+        with contextlib.suppress(BlockingIOError):
+            packet, _ = receive(self, _PACKET, self._received, self._numbers)
+            return packet, OwnedDescriptor(self._numbers) if self._numbers else None
+        return None
+
+    def close(self) -> None:
+        """Close it; it can be called again."""
+        super().close()
+        close_received(self._received, self._numbers)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_numbers"):
+            self.close()

@@ -1,0 +1,201 @@
+"""Sealed anonymous memory: made, checked and mapped. Where the system has none, nothing here is used.
+
+A **ring** is written by its publisher as long as that lives; everybody else maps it for reading. The **memory of a message**
+is written once and then sealed; who receives it maps it privately, so that what is written there is seen by nobody else.
+
+Neither can shrink, so no map of it ever ends in SIGBUS. What comes from another process is checked for that before it is
+mapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any, Final
+
+from mpbroadcast.wire.descriptors import OwnedDescriptor
+
+__all__ = [
+    "MemoryRefused",
+    "available",
+    "check_message",
+    "check_ring",
+    "map_for_reading",
+    "map_privately",
+    "message_memory",
+    "ring_memory",
+]
+
+# As Linux has them in its fcntl.h and memfd.h; Python has not all of them before 3.13.
+_SEAL_SEAL: Final = 0x1
+_SEAL_SHRINK: Final = 0x2
+_SEAL_GROW: Final = 0x4
+_SEAL_WRITE: Final = 0x8
+_SEAL_FUTURE_WRITE: Final = 0x10
+_NO_EXECUTION: Final = 0x8  # MFD_NOEXEC_SEAL, from Linux 6.3 on
+
+_RING: Final = _SEAL_SHRINK | _SEAL_GROW | _SEAL_FUTURE_WRITE
+_MESSAGE: Final = _SEAL_SHRINK | _SEAL_GROW | _SEAL_WRITE
+_MOST_PARTS: Final = 512  # in one call; the system takes 1,024
+_WRITE: Final = 1 << 30  # bytes; the system takes nearly twice that
+
+
+class MemoryRefused(Exception):
+    """Memory of another process that is not what it should be: it could shrink, or change, or is too small."""
+
+
+def available() -> bool:
+    """Whether memory can be shared here, and ``MPBROADCAST_INLINE=1`` does not forbid it."""
+    possible = hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
+    return possible and os.environ.get("MPBROADCAST_INLINE", "0") in ("", "0")
+
+
+def _create() -> OwnedDescriptor:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return OwnedDescriptor.made_by(os.memfd_create, "mpbroadcast", flags | _NO_EXECUTION)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return OwnedDescriptor.made_by(os.memfd_create, "mpbroadcast", flags)
+
+
+def ring_memory(size: int) -> tuple[OwnedDescriptor, mmap.mmap]:
+    """Memory that only this map can write.
+
+    :raises OSError: the system has none to give.
+    """
+    descriptor = _create()
+    os.ftruncate(descriptor.fd, size)
+    mapped = mmap.mmap(descriptor.fd, size, **_NO_DESCRIPTOR)
+    fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _RING | _SEAL_SEAL)
+    return descriptor, mapped
+
+
+def message_memory(parts: Sequence[Any]) -> OwnedDescriptor:
+    """Memory with these bytes, which nobody can change any more.
+
+    :raises OSError: the system has none to give.
+    """
+    descriptor = _create()
+    views = [memoryview(part).cast("B") for part in parts if len(part)]
+    # Written, not mapped and copied: half the time, as no page is zeroed first.
+    while views:
+        total = count = 0
+        for view in views[:_MOST_PARTS]:
+            if total + len(view) > _WRITE and count:
+                break
+            total += len(view)
+            count += 1
+        written = os.writev(descriptor.fd, [view[:_WRITE] for view in views[:count]])
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if written:
+            views[0] = views[0][written:]
+    fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _MESSAGE | _SEAL_SEAL)
+    return descriptor
+
+
+def check_ring(fd: int) -> int:
+    """The size of a ring's memory.
+
+    :raises MemoryRefused: it is not one.
+    """
+    return _checked(fd, _RING, 1)
+
+
+def check_message(fd: int, size: int) -> None:
+    """See that this is the memory of a message of so many bytes.
+
+    :raises MemoryRefused: it is not.
+    """
+    _checked(fd, _MESSAGE, size)
+
+
+def _checked(fd: int, wanted: int, size: int) -> int:
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        there = os.fstat(fd).st_size
+    except OSError as error:
+        raise MemoryRefused(f"no sealed memory ({error.strerror})") from error
+    if seals & wanted != wanted:
+        raise MemoryRefused(f"memory with the seals {seals:#x}, without {wanted & ~seals:#x}")
+    if there < size:
+        raise MemoryRefused(f"memory of {there} bytes where {size} were announced")
+    return there
+
+
+def map_for_reading(fd: int, size: int) -> mmap.mmap:
+    """A map of a ring: what its publisher writes is seen in it.
+
+    :raises OSError: the system does not map it.
+    """
+    return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ, **_NO_DESCRIPTOR)
+
+
+def map_privately(fd: int, size: int) -> Any:
+    """A buffer over the memory of a message that is this process's own: writable, seen by nobody else, not copied.
+
+    It lasts until nothing refers to it any more, and needs no descriptor.
+
+    :raises OSError: the system does not map it.
+    """
+    return _map_privately(fd, size)
+
+
+# mmap.mmap keeps a duplicate of the descriptor for as long as the map lives, unless it is told not to, from 3.13 on: who
+# keeps a thousand arrays would have no descriptor left. Before that, the system's own function has to do.
+_NO_DESCRIPTOR: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
+if sys.version_info >= (3, 13):
+
+    def _map_privately(fd: int, size: int) -> Any:
+        return mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, trackfd=False)
+
+else:
+    _FAILED: Final = ctypes.c_void_p(-1).value
+
+    class _System:
+        """``mmap`` and ``munmap`` of the C library, looked up when they are first needed."""
+
+        def __init__(self) -> None:
+            library = ctypes.CDLL(None, use_errno=True)
+            self.map = library.mmap
+            self.map.restype = ctypes.c_void_p
+            self.map.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+            self.unmap = library.munmap
+            self.unmap.restype = ctypes.c_int
+            self.unmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+    _systems: list[_System] = []
+
+    def _map_privately(fd: int, size: int) -> Any:
+        if not _systems:
+            _systems.append(_System())
+        system = _systems[0]
+        made: list[int | None] = []
+        try:
+            made.extend(
+                map(system.map, (None,), (size,), (mmap.PROT_READ | mmap.PROT_WRITE,), (mmap.MAP_PRIVATE,), (fd,), (0,))
+            )
+            address = made[0]
+            if address is None or address == _FAILED:
+                made.clear()
+                number = ctypes.get_errno()
+                raise OSError(number, f"{os.strerror(number)}: no map for a message of {size} bytes")
+            buffer = (ctypes.c_ubyte * size).from_address(address)
+            finalizer = weakref.finalize(buffer, system.unmap, address, size)
+            finalizer.atexit = False
+            made.clear()
+        finally:
+            for address in made:  # an interrupt came before something else had it
+                with contextlib.suppress(OSError):
+                    system.unmap(address, size)
+        return buffer

@@ -1,0 +1,112 @@
+"""A publisher's ring: memory that it alone writes, and from which every subscriber reads.
+
+It is divided into chunks. A message takes room behind the one before it, over the ends of chunks where the next ones are free,
+or from the beginning of free ones. The broker says which chunks are free again: it alone knows who has read what. What is
+written here and never announced does not exist.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from mpbroadcast.wire.descriptors import on_fork
+
+__all__ = ["CHUNK", "CHUNKS", "LONGEST", "Ring", "Room", "chunks_of", "span"]
+
+CHUNK: Final = 1 << 18  # bytes
+CHUNKS: Final = 32
+LONGEST: Final = 1 << 21  # bytes of a message: a longer one gets memory of its own
+_ALIGNMENT: Final = 64
+
+
+class Room:
+    """Which part of a ring is taken, as its publisher knows. Pure."""
+
+    def __init__(self, chunks: int, chunk: int) -> None:
+        self.free = (1 << chunks) - 1  # a bit for each chunk
+        self._chunk = chunk
+        self._place = (-1, 0)  # the chunk that is written last, and the position behind what is
+        self._before = (self._place, 0)  # what it was before the last take(), and what that has taken
+
+    def fits_behind(self, length: int) -> bool:
+        """Whether :meth:`take` would not begin another chunk."""
+        current, start = self._place
+        return start + length <= (current + 1) * self._chunk
+
+    def take(self, length: int) -> int | None:
+        """A position with room for so many bytes, or ``None`` when there is none."""
+        size = self._chunk
+        place = self._place
+        current, start = place
+        if current >= 0:
+            end = start + length
+            last = (end - 1) // size
+            wanted = ((1 << (last + 1)) - 1) & ~((1 << (current + 1)) - 1)
+            if self.free & wanted == wanted:
+                return self._taken(start, end, last, wanted)
+        count = -(-length // size)
+        runs = self.free  # in the end, a bit for each chunk with which so many free ones begin
+        for _ in range(count - 1):
+            runs &= runs >> 1
+        if not runs:
+            return None
+        # The first, not the next: what was used a moment ago is in the processor's cache.
+        first = (runs & -runs).bit_length() - 1
+        start = first * size
+        return self._taken(start, start + length, first + count - 1, ((1 << count) - 1) << first)
+
+    def _taken(self, start: int, end: int, last: int, chunks: int) -> int:
+        self._before = (self._place, chunks)
+        self.free &= ~chunks
+        self._place = (last, -(-end // _ALIGNMENT) * _ALIGNMENT)
+        return start
+
+    def undo(self) -> None:
+        """Give back what the last :meth:`take` has taken; once."""
+        self._place, chunks = self._before
+        self.free |= chunks
+        self._before = (self._place, 0)
+
+    def is_free(self, chunks: int) -> None:
+        """The broker says so of these: a bit for each."""
+        self.free |= chunks
+
+
+def span(offset: int, length: int, chunk: int) -> range:
+    """The chunks that a message is in."""
+    return range(offset // chunk, (offset + length - 1) // chunk + 1)
+
+
+def chunks_of(bits: int) -> Iterator[int]:
+    """The chunks whose bits are set."""
+    while bits:
+        low = bits & -bits
+        yield low.bit_length() - 1
+        bits ^= low
+
+
+class Ring:
+    """The memory, in its publisher; ``number`` is the publisher's for it. A child lets go of it at a fork."""
+
+    def __init__(self, number: int, memory: mmap.mmap) -> None:
+        self.number = number
+        self.room = Room(CHUNKS, CHUNK)
+        self.accepted = False  # whether references into it may be sent
+        self._memory = memory
+        self._view = memoryview(memory)
+        on_fork(self, Ring.close)
+
+    def write(self, start: int, parts: Sequence[Any]) -> None:
+        """Put the parts of a message there, one behind the other."""
+        view = self._view
+        for part in parts:
+            end = start + len(part)
+            view[start:end] = part
+            start = end
+
+    def close(self) -> None:
+        """Unmap it, unless that has been done."""
+        self._view.release()
+        self._memory.close()

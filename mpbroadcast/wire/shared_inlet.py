@@ -1,0 +1,128 @@
+"""What a channel gets beside its pipe: rings that it reads from, and the memory of single messages.
+
+Decoding can be interrupted at any point, and is then done again from the beginning. So nothing that it needs is let go of
+before :meth:`SharedInlet.settle` says that what was decoded is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import Any, Final
+
+from mpbroadcast.wire.descriptors import DescriptorSocket, OwnedDescriptor
+from mpbroadcast.wire.frames import references_in
+from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, map_for_reading, map_privately
+from mpbroadcast.wire.packets import MAPPED, MEMORY, READ, REFUSED, RING, PacketError, pack, unpack
+from mpbroadcast.wire.payload import Failure, load, load_copied_image, load_each, load_image, loads
+from mpbroadcast.wire.ring import CHUNK, LONGEST
+from mpbroadcast.wire.runs import OFFER, REFERENCES, RunView, read_memory, read_references
+
+__all__ = ["SharedInlet"]
+
+_LARGE_BLOCK: Final = 4 * LONGEST
+_SAY_EVERY: Final = 2 * CHUNK  # bytes read, until the broker is told; an empty pipe tells it, too
+
+
+class SharedInlet:
+    """The other side of the socket beside a channel's pipe."""
+
+    def __init__(self, beside: DescriptorSocket) -> None:
+        self._beside = beside
+        self._rings: dict[int, memoryview] = {}
+        self._gone: set[int] = set()
+        self._memories: dict[int, OwnedDescriptor | None] = {}  # None: it was lost, as no descriptor was left
+        self._loaded = 0  # the last message in memory of its own that was decoded
+        self._unsaid = 0  # bytes read, and not told of
+
+    def _hear(self) -> None:
+        """Take in what has come."""
+        with contextlib.suppress(OSError, PacketError):
+            while (heard := self._beside.hear()) is not None and heard[0]:
+                kind, number, value = unpack(heard[0])
+                if kind == RING and number not in self._rings:
+                    self._map(number, heard[1])
+                elif kind == MEMORY:
+                    self._memories[value] = heard[1]
+
+    def _map(self, number: int, descriptor: OwnedDescriptor | None) -> None:
+        answer = REFUSED
+        if descriptor is not None:
+            with contextlib.suppress(OSError, MemoryRefused):
+                self._rings[number] = memoryview(map_for_reading(descriptor.fd, check_ring(descriptor.fd)))
+                answer = MAPPED
+                # The C library gives memory back to the system when a large block is freed, and then each message costs its
+                # page faults again, several times what copying it takes. It does so less once it has seen a larger one.
+                bytes(_LARGE_BLOCK)
+            descriptor.close()
+        self._beside.tell(pack(answer, number))
+
+    def note(self, kind: int, ring: int) -> None:
+        """A ring has come, and is mapped, or nothing refers to it any more."""
+        if kind == OFFER:
+            self._hear()
+        else:
+            self._gone.add(ring)
+
+    def load_run(self, data: bytes, run: RunView) -> tuple[list[Any], bool, int]:
+        """The messages of a run that are not in it, whether all could be unpickled, and their size."""
+        if run.kind != REFERENCES:
+            number, length = read_memory(data, run)
+            message = self._load_memory(number, length, run.image)
+            return [message], type(message) is not Failure, length
+        number, frames = read_references(data, run)
+        view = self._rings[number]
+        payloads = [view[offset : offset + length] for _, offset, length in references_in(frames, run.skip)]
+        size = sum(map(len, payloads))
+        self._unsaid += size
+        return *load_each(payloads, load_copied_image if run.image else loads), size
+
+    def _load_memory(self, number: int, length: int, image: bool) -> Any:
+        self._unsaid += _SAY_EVERY
+        if number not in self._memories:
+            self._hear()
+        descriptor = self._memories.get(number)
+        if descriptor is None:
+            text = "no descriptor was left in this process for a large message: close some, or raise `ulimit -n`"
+            return Failure(OSError(errno.EMFILE, text))
+        self._loaded = number
+        try:
+            check_message(descriptor.fd, length)
+            buffer = _mapped_or_read(descriptor.fd, length)
+        except (MemoryRefused, OSError, MemoryError) as error:
+            return Failure(OSError(errno.ENOMEM, f"a large message could not be taken in: {error}"))
+        return load(memoryview(buffer).cast("B"), load_image if image else loads)
+
+    def settle(self, read: int) -> None:
+        """What was decoded is kept: ``read`` references so far. Let go of what it needed, and tell the broker."""
+        if self._loaded:
+            for number in [number for number in self._memories if number <= self._loaded]:
+                descriptor = self._memories.pop(number)
+                if descriptor is not None:
+                    descriptor.close()
+            self._loaded = 0
+        while self._gone:
+            self._rings.pop(self._gone.pop(), None)
+        if self._unsaid >= _SAY_EVERY:
+            self._unsaid = 0
+            with contextlib.suppress(OSError):
+                self._beside.tell(pack(READ, 0, read))
+
+    def close(self) -> None:
+        """Let go of all."""
+        self._beside.close()
+        self._rings.clear()
+        self._memories.clear()
+
+
+def _mapped_or_read(fd: int, length: int) -> Any:
+    try:
+        return map_privately(fd, length)
+    except OSError:  # too many maps
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        done = 0
+        while done < length:
+            done += os.preadv(fd, [view[done:]], done)
+        return buffer

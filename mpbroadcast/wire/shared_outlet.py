@@ -1,0 +1,205 @@
+"""How a handle publishes what should not go through the pipe: in its ring, or in memory of the message's own.
+
+The pipe gets a small frame in the place of the message, so the order is the same. Where there is no memory to share, or no
+room in it for the moment, or a signal handler publishes while its own thread is just here, the message goes through the pipe.
+
+The lock is held while something is copied and announced, never while the pipe is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from mpbroadcast.arguments import Deadline
+from mpbroadcast.wire.descriptors import DescriptorSocket
+from mpbroadcast.wire.frames import memory_frame, reference_frame
+from mpbroadcast.wire.memory import available, message_memory, ring_memory
+from mpbroadcast.wire.outlet import Outlet
+from mpbroadcast.wire.packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, ROUTED, WANTED, pack, unpack
+from mpbroadcast.wire.payload import Payload
+from mpbroadcast.wire.ring import CHUNK, CHUNKS, LONGEST, Ring
+
+__all__ = ["SHARED_FROM", "SharedOutlet"]
+
+SHARED_FROM: Final = 2048  # bytes of a message from which on it goes this way
+_MEMORY_FROM: Final = 1 << 18  # bytes from which on memory of its own is better than the pipe
+_PATIENCE: Final = 0.05  # seconds to wait for a free chunk
+_AGAIN: Final = 1.0  # seconds from one try to get a ring to the next
+_MOST_UNROUTED: Final = 8  # messages in memory of their own that the broker has not routed yet
+_MOST_BYTES: Final = 64 << 20  # in those, unless it is a single one
+_SLICE: Final = 0.05  # seconds: another thread may have heard what this one waits for
+
+_ring_numbers: Final = itertools.count(1)
+
+
+class SharedOutlet:
+    """The way through shared memory beside an ``outlet``; ``ask`` asks the broker for the socket that it needs."""
+
+    def __init__(self, outlet: Outlet, ask: Callable[[Deadline], DescriptorSocket | None]) -> None:
+        self._outlet = outlet
+        self._ask = ask
+        self._beside: DescriptorSocket | None = None
+        self._asking = threading.Lock()
+        self._not_before = 0.0 if available() else float("inf")  # when to ask for it
+        self._lock = threading.Lock()
+        self._holder = 0  # the thread that has it
+        self._ring: Ring | None = None
+        self._offered: Ring | None = None
+        self._no_ring_before = 0.0
+        self._dry = False  # no chunk was free for all of the time that it waited
+        self._unrouted: dict[int, int] = {}  # bytes of each message in memory of its own
+
+    def send(self, payload: Payload, topic: bytes, exclude: int, deadline: Deadline, done: list[int]) -> bool:
+        """Publish it, or return ``False`` when it must go through the pipe; put a number into ``done`` when it went.
+
+        :raises TimedOut: it was not sent, and never will be.
+        :raises OSError: this end of the pipe, or the other, is closed.
+        """
+        beside = self._beside or self._begin(deadline)
+        if beside is None:
+            return False
+        if payload.size <= LONGEST and self._through_ring(beside, payload, topic, exclude, deadline, done):
+            return True
+        return payload.size >= _MEMORY_FROM and self._in_memory(beside, payload, topic, exclude, deadline, done)
+
+    def _begin(self, deadline: Deadline) -> DescriptorSocket | None:
+        if time.monotonic() < self._not_before or not self._asking.acquire(blocking=False):
+            return None
+        try:
+            if self._beside is None:
+                self._not_before = time.monotonic() + _AGAIN
+                with contextlib.suppress(OSError):  # no descriptor is left, here or in the broker
+                    self._beside = self._ask(deadline)
+        finally:
+            self._asking.release()
+        return self._beside
+
+    def _hear(self, beside: DescriptorSocket) -> bool:
+        """Take in what the broker has said; ``False`` when it is gone."""
+        with contextlib.suppress(BlockingIOError):
+            while data := beside.recv(64):
+                kind, number, value = unpack(data)
+                ring, offered = self._ring, self._offered
+                if kind == FREE and ring is not None and number == ring.number:
+                    ring.room.is_free(value)
+                    self._dry = False
+                elif kind == ROUTED:
+                    self._unrouted.pop(value, None)
+                elif kind == ACCEPTED and offered is not None and number == offered.number:
+                    self._ring, self._offered = offered, None
+                    self._dry = False
+                elif kind == REFUSED and offered is not None and number == offered.number:
+                    self._offered = None
+            return False
+        return True
+
+    # --- the ring
+
+    def _through_ring(
+        self, beside: DescriptorSocket, payload: Payload, topic: bytes, exclude: int, deadline: Deadline, done: list[int]
+    ) -> bool:
+        me = threading.get_ident()
+        if self._holder == me:
+            return False
+        pipe = self._outlet.pipe
+        while True:
+            with self._lock:
+                self._holder = me
+                try:
+                    ring = self._ring
+                    if ring is None or not ring.room.fits_behind(payload.size):
+                        self._hear(beside)
+                        ring = self._ring
+                        if ring is None:
+                            self._offer(beside)
+                            return False
+                    start = ring.room.take(payload.size)
+                    if start is None:
+                        start = self._wait_for_room(beside, ring, payload.size, deadline)
+                        if start is None:
+                            return False
+                    before = len(done)
+                    try:
+                        ring.write(start, payload.parts)
+                        frame = reference_frame(ring.number, start, payload.size, topic, exclude, payload.image)
+                        done.extend(map(os.write, (pipe.fd,), (frame,)))
+                        return True
+                    except BlockingIOError:
+                        pass
+                    finally:
+                        if len(done) == before:
+                            ring.room.undo()
+                finally:
+                    self._holder = 0
+            self._outlet.wait(deadline)
+
+    def _wait_for_room(self, beside: DescriptorSocket, ring: Ring, size: int, deadline: Deadline) -> int | None:
+        """No chunk is free: wait for one, but not for long, and not again until one has come."""
+        if self._dry:
+            self._offer(beside)
+            return None
+        self._dry = True
+        with contextlib.suppress(OSError):
+            beside.tell(pack(WANTED, ring.number))
+        patience = Deadline(_PATIENCE)
+        while deadline.left() != 0 and beside.wait(min(_PATIENCE, patience.left() or 0)) and self._hear(beside):
+            start = ring.room.take(size)
+            if start is not None:
+                return start
+        return None
+
+    def _offer(self, beside: DescriptorSocket) -> None:
+        """Make a ring, and send it to the broker; it is used once that has accepted it."""
+        now = time.monotonic()
+        if self._offered is not None or now < self._no_ring_before:
+            return
+        self._no_ring_before = now + _AGAIN
+        with contextlib.suppress(OSError):  # no memory or no descriptor is left
+            number = next(_ring_numbers)
+            descriptor, memory = ring_memory(CHUNK * CHUNKS)
+            ring = Ring(number, memory)
+            if beside.tell(pack(RING, number, CHUNK), descriptor.fd):
+                self._offered = ring
+
+    # --- memory of its own
+
+    def _in_memory(
+        self, beside: DescriptorSocket, payload: Payload, topic: bytes, exclude: int, deadline: Deadline, done: list[int]
+    ) -> bool:
+        if not self._wait_for_credit(beside, payload.size, deadline):
+            return False
+        outlet = self._outlet
+        number = outlet.new_number()
+        before = len(done)
+        try:
+            try:
+                descriptor = message_memory(payload.parts)
+                self._unrouted[number] = payload.size
+                if not beside.tell(pack(MEMORY, 0, number), descriptor.fd):
+                    return False
+            except OSError:  # no memory or no descriptor is left
+                return False
+            descriptor.close()
+            outlet.write(memory_frame(number, payload.size, topic, exclude, payload.image), deadline, done)
+            return True
+        finally:
+            if len(done) == before and self._unrouted.pop(number, None) is not None:
+                outlet.give_up(number)
+
+    def _wait_for_credit(self, beside: DescriptorSocket, size: int, deadline: Deadline) -> bool:
+        while True:
+            if not self._hear(beside):
+                return False
+            unrouted = list(self._unrouted.values())
+            if not unrouted or (len(unrouted) < _MOST_UNROUTED and sum(unrouted) + size <= _MOST_BYTES):
+                return True
+            left = deadline.left()
+            if left == 0:
+                raise Outlet.not_in_time()
+            beside.wait(_SLICE if left is None else min(_SLICE, left))
