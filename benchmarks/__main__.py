@@ -1,149 +1,168 @@
-"""``python -m benchmarks``: messages a second of mpbroadcast and of its peers, on the same work, in the same run.
+"""``python -m benchmarks``: mpbroadcast and its peers, on the same work, in the same run.
 
-The work: one process publishes small dicts, one by one, to 1, 4 and 16 subscriber processes, each of which gets every
-message. The clock runs from before the first publish until the last subscriber has unpickled the last message. The
-peers take turns, round after round, so that what else the machine does meets all of them; a figure is the median of the
-rounds, with the lowest and the highest, and a ratio is the median of the rounds' ratios.
+Each row is a question: so many publishers, so many subscribers, messages of one kind; every subscriber gets every message
+(but for the topic rows). Throughput is counted from before the first publish until the last subscriber has unpickled the
+last message, latency from before the publish until after the unpickling. Publishers and subscribers are new processes each
+time, started in the same way for all; all have heard each other once before the clock runs, and nothing else warms them up.
+The peers take turns, round after round; a figure is the median of the rounds, with the lowest and the highest, and a ratio
+is the median of the rounds' ratios. What was lost is counted, over all rounds. CPU s/1M is the user and system time of all
+processes for a million deliveries. All pickle with protocol 5 but Queue, Pipe and Manager, which use Python's default.
 
-With ``--policies`` it is this library alone, once with each overflow policy, its subscribers keeping up, against
-``block``. Under ``latest`` a subscriber gets what is newest when it looks, so only the publishing is compared.
-
-All start their processes in the same way. mpbroadcast and ZeroMQ pickle with protocol 5, Queue and Pipe with Python's
-default protocol, which they leave no choice of; for a small dict the two differ in the version byte only.
+With ``--policies`` it is this library alone, once with each overflow policy.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
-import os
-import platform
-import statistics
+import pathlib
+import signal
+import sys
+import time
 from collections.abc import Sequence
 from multiprocessing.context import BaseContext
+from types import FrameType
 
-from benchmarks.harness import Result, measure
-from benchmarks.peers import PEERS, Peer
-from benchmarks.peers.broadcast import Broadcast, BroadcastSingly
-from benchmarks.peers.policies import POLICIES, Block, Latest
-
-_OWN = (Broadcast, BroadcastSingly)
-Results = dict[type[Peer], list[Result]]
-
-
-def _numbers(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one or more whole numbers from 1 on, with commas between them")
-    return [int(part) for part in parts]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=_Formatter)
-    parser.add_argument(
-        "--messages", type=_positive, default=300_000, metavar="M", help="published to one subscriber, 2M/(N+1) to N"
-    )
-    parser.add_argument("--rounds", type=_positive, default=3, metavar="R", help="rounds; the median counts")
-    parser.add_argument("--subscribers", type=_numbers, metavar="N,...", help="how many (1,4,16; with --policies 1,4)")
-    parser.add_argument("--patience", type=float, default=60.0, metavar="S", help="seconds to wait for what may be lost")
-    parser.add_argument("--policies", action="store_true", help="the overflow policies against each other, and no peers")
-    parser.add_argument("--smoke", action="store_true", help="small counts, one round: shows that it runs, measures nothing")
-    options = parser.parse_args(argv)
-    if options.smoke:
-        options.messages, options.rounds = 2_000, 1
-    return options
+from benchmarks.machine import machine, versions
+from benchmarks.peers import OWN, PEERS, Peer
+from benchmarks.policies import policy_tables
+from benchmarks.report import write
+from benchmarks.rows import ROWS, Row, smaller
+from benchmarks.running import Options, RowResults, run_row
+from benchmarks.tables import Table, table
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     pass
 
 
-def _table(results: Results) -> str:
-    rows: list[tuple[str, ...]] = [("", "messages/s", "lowest", "highest", "lost", *(f"{own.name} is" for own in _OWN))]
-    for peer, measured in results.items():
-        figures = _figures([result.rate for result in measured])
-        ratios = [_ratio(results[own], measured) for own in _OWN] if peer not in _OWN else [""] * len(_OWN)
-        rows.append((peer.name, *figures, f"{sum(result.lost for result in measured):,}", *ratios))
-    return _columns(rows)
+def _rows(text: str) -> list[Row]:
+    chosen = []
+    for name in text.split(","):
+        found = [row for row in ROWS if name.strip().lower() in (row.name.lower(), row.family.lower())]
+        if not found:
+            families = dict.fromkeys(row.family for row in ROWS)
+            raise argparse.ArgumentTypeError(
+                f"there is no row {name!r}: there are {', '.join(families)}, or one of them, as small-4"
+            )
+        chosen += found
+    return [row for row in ROWS if row in chosen]
 
 
-def _policy_table(results: Results) -> str:
-    block = results[Block]
-    rows: list[tuple[str, ...]] = [
-        ("", "messages/s", "lowest", "highest", "of block's", "publish/s", "lowest", "highest", "of block's", "not received")
-    ]
-    for peer, measured in results.items():
-        rates = [result.rate for result in measured]
-        delivering = ["", "", "", ""] if peer is Latest else [*_figures(rates), _share(rates, [one.rate for one in block])]
-        rates = [result.publish_rate for result in measured]
-        publishing = [*_figures(rates), _share(rates, [one.publish_rate for one in block])]
-        rows.append((peer.name, *delivering, *publishing, f"{sum(result.lost for result in measured):,}"))
-    return _columns(rows)
+def _peers(text: str) -> list[type[Peer]]:
+    words = [word.strip().lower() for word in text.split(",")]
+    found = [peer for peer in PEERS if any(word in peer.name.lower() for word in words)]
+    if not found:
+        raise argparse.ArgumentTypeError(
+            f"no peer has {text!r} in its name: there are {'; '.join(peer.name for peer in PEERS)}"
+        )
+    return found
 
 
-def _figures(rates: list[float]) -> list[str]:
-    return [f"{figure:,.0f}" for figure in (statistics.median(rates), min(rates), max(rates))]
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
-def _share(rates: list[float], others: list[float]) -> str:
-    return f"{statistics.median(rate / other for rate, other in zip(rates, others, strict=True)):.2f}"
+def _factor(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
-def _columns(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    )
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=_Formatter)
+    parser.add_argument("--rows", type=_rows, metavar="NAME,...", help="only these, as small,1MiB-4")
+    parser.add_argument("--peers", type=_peers, metavar="WORD,...", help="only those with one of these words in the name")
+    parser.add_argument("--rounds", type=_count, default=3, metavar="R", help="rounds; the median counts")
+    parser.add_argument("--scale", type=_factor, default=1.0, metavar="F", help="so many times the messages")
+    parser.add_argument("--patience", type=_factor, default=30.0, metavar="S", help="seconds to wait for who hangs")
+    parser.add_argument("--output", type=pathlib.Path, metavar="DIR", help="write Markdown, CSV and plots into it")
+    parser.add_argument("--list", action="store_true", help="the rows and the peers, and whether these can be measured here")
+    parser.add_argument("--policies", action="store_true", help="the overflow policies against each other, and no peers")
+    parser.add_argument("--smoke", action="store_true", help="few messages, one round: shows that it runs, measures nothing")
+    return parser.parse_args(argv)
 
 
-def _ratio(own: list[Result], peer: list[Result]) -> str:
-    ratio = statistics.median(a.rate / b.rate for a, b in zip(own, peer, strict=True))
-    return f"{ratio:.2f} times this"
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signum)  # so that everything that was started is ended
+
+
+def _say(text: str) -> None:
+    """What is being measured, where somebody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, and print a table for each number of subscribers."""
-    options = _arguments(argv)
+    """Measure, and print a table for each row."""
+    arguments = _arguments(argv)
+    signal.signal(signal.SIGTERM, _terminate)
     context = multiprocessing.get_context()
-    peers: list[type[Peer]] = []
-    for peer in () if options.policies else PEERS:
-        if why := peer.missing():
-            print(f"skipped: {peer.name}: {why}")
-        else:
-            peers.append(peer)
-    print(
-        f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {os.cpu_count()} CPUs, "
-        f"start method {context.get_start_method()}, {options.rounds} round(s)"
-    )
-    if not options.policies:
-        for subscribers in options.subscribers or [1, 4, 16]:
-            results, count = _rounds(peers, context, subscribers, options)
-            print(f"\n{subscribers} subscriber(s), {count:,} messages to each\n{_table(results)}", flush=True)
-    if options.policies or options.smoke:
-        for subscribers in options.subscribers or [1, 4]:
-            results, count = _rounds(POLICIES, context, subscribers, options)
-            print(f"\noverflow policies, {subscribers} subscriber(s), {count:,} messages to each")
-            print(_policy_table(results), flush=True)
+    missing = {peer: why for peer in PEERS if (why := peer.missing())}
+    peers = [peer for peer in arguments.peers or PEERS if peer not in missing]
+    skipped = [f"skipped: {peer.name}: {why}" for peer, why in missing.items()]
+    if arguments.list:
+        print(
+            "\n".join(
+                [*(f"{row.name:12}{row.title}" for row in ROWS), "", *(f"{p.name}: {p.setting}" for p in peers), *skipped]
+            )
+        )
+        return
+    options = Options(1 if arguments.smoke else arguments.rounds, arguments.scale, arguments.patience, arguments.smoke)
+    about = [*machine(context), f"{options.rounds} round(s)"]
+    print("\n".join(about))
+    results: list[RowResults] = []
+    tables: list[Table] = []
+    if not arguments.policies:
+        print("\n".join([f"{name} ({version}): {setting}" for name, version, setting in versions(peers)] + skipped))
+        start = time.monotonic()
+        _measure(arguments.rows or ROWS, peers, context, options, results, tables)
+        print(f"\n{time.monotonic() - start:.0f} s")
+    if arguments.policies or arguments.smoke:
+        for one in policy_tables(context, options):
+            print(f"\n{one.text()}", flush=True)
+            tables.append(one)
+    if arguments.output is not None:
+        print("\n".join(write(arguments.output, about, versions(peers), skipped, tables, results)))
 
 
-def _rounds(
-    peers: Sequence[type[Peer]], context: BaseContext, subscribers: int, options: argparse.Namespace
-) -> tuple[Results, int]:
-    """Measure each, round after round, each time from another one on; the results, and how many messages it were."""
-    count = max(2 * options.messages // (subscribers + 1), 1)
-    results: Results = {peer: [] for peer in peers}
-    for turn in range(options.rounds):
-        for place in range(len(peers)):
-            peer = peers[(place + turn) % len(peers)]
-            results[peer].append(measure(peer, context, subscribers, count, options.patience))
-    return results, count
+def _measure(
+    rows: Sequence[Row],
+    peers: Sequence[type[Peer]],
+    context: BaseContext,
+    options: Options,
+    results: list[RowResults],
+    tables: list[Table],
+) -> None:
+    for place, row in enumerate(rows):
+        among = peers
+        if row.shape.kind == "array" and not _has_numpy():
+            print(f"\nskipped: {row.name}: the package numpy is not installed")
+            continue
+        if options.smoke:
+            row = smaller(row)  # noqa: PLW2901
+            fit = [peer for peer in peers if peer.unfit(row.shape) is None]
+            others = [peer for peer in fit if peer not in OWN]
+            if place and others:  # all of them in the first row, then two of the others a row, in turn
+                chosen = {others[(2 * place + next_) % len(others)] for next_ in range(2)}
+                among = [peer for peer in fit if peer in OWN or peer in chosen]
+        one = run_row(row, among, context, options, lambda name, row=row: _say(f"{row.name}: {name}"))  # type: ignore[misc]
+        _say("")
+        if one.measured or one.notes:
+            results.append(one)
+            tables.append(table(one))
+            print(f"\n{tables[-1].text()}", flush=True)
+
+
+def _has_numpy() -> bool:
+    return importlib.util.find_spec("numpy") is not None
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ _CLOSE_TIMEOUT: Final = 5.0
 _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
 _write = os.write
+_NOWHERE: Final = PipeEnd([-1])
 # The heads of short messages without a topic: to look one up costs less than to pack it.
 _SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)
 _HEADS: Final = [frame_head(size, b"") for size in range(_SHORT)]
@@ -63,7 +64,7 @@ class Broadcaster(Generic[M]):
         self._link = link  # without one, it attaches when it is first used: unpickling must not fail, or wait
         self._process = process  # in its starter
         self._outlet: Outlet | None = None
-        self._pipe = PipeEnd([-1])  # the outlet's, for short
+        self._pipe = _NOWHERE  # the outlet's, for short
         self._shared: SharedOutlet | None = None
         self._made: dict[str, tuple[Outlet, SharedOutlet]] = {}
         self._large = False  # whether the last message was, and so perhaps the next
@@ -243,7 +244,7 @@ class Broadcaster(Generic[M]):
         finally:
             # While something is owed, the short way is closed: it would not say it.
             if not self._closed and outlet is not None:
-                self._pipe = PipeEnd([-1]) if outlet.owes else outlet.pipe
+                self._pipe = _NOWHERE if outlet.owes else outlet.pipe
 
     def _make_outlet(self, deadline: Deadline) -> Outlet:
         link = self._attached()
@@ -432,7 +433,7 @@ class Broadcaster(Generic[M]):
         self._link = None
         outlet, self._outlet, self._shared = self._outlet, None, None
         self._made.clear()
-        self._pipe = PipeEnd([-1])
+        self._pipe = _NOWHERE
         if outlet is not None:
             outlet.pipe.close()
             if process is None and link is not None:
@@ -466,6 +467,6 @@ class Broadcaster(Generic[M]):
     def _in_child(self) -> None:
         self._link = None
         self._outlet = self._shared = None
-        self._pipe = PipeEnd([-1])
+        self._pipe = _NOWHERE
         self._made = {}
         self._process = None

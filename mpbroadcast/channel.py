@@ -265,7 +265,7 @@ class Channel(Generic[M]):
 
     def _fill(self) -> None:
         """Take in and decode what is in the pipe, when nothing decoded is left. Under the lock."""
-        pipe, before = self._pipe, self._stream
+        pipe, before, shared = self._pipe, self._stream, self._shared
         if pipe is None or not self._opened or pipe.fd < 0:
             return
         count = array("i", (0,))
@@ -277,7 +277,6 @@ class Channel(Generic[M]):
         held = there > 0
         if there != 1:
             take_in(before, pipe.fd, max(1, there - 1))
-        shared = self._shared
         after = decode(before, held, self._with_topic, shared)
         if after is None and held:
             held = False

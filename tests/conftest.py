@@ -119,6 +119,12 @@ def bus(leaves_nothing: None) -> Iterator[Broadcaster[Any]]:
     broadcaster.close(timeout=2.0)
 
 
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All messages go through the pipes, also large ones."""
+    monkeypatch.setenv("MPBROADCAST_INLINE", "1")
+
+
 @pytest.fixture(params=["fork", "spawn", "forkserver"])
 def context(request: pytest.FixtureRequest) -> BaseContext:
     """Each start method in turn."""

@@ -692,7 +692,7 @@ def test_readable_while_the_end_is_there(bus: Bus, waiter: Waiter) -> None:
 
 
 @every_way
-def test_half_arrived_message_does_not_spin(bus: Bus, waiter: Waiter) -> None:
+def test_half_arrived_message_does_not_spin(bus: Bus, waiter: Waiter, inline: None) -> None:
     """While a large message is half there, ``poll(0)`` takes in what came and says no; then the descriptor is quiet."""
     channel = bus.subscribe()
     broker = bus.stats().pid

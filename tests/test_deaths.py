@@ -213,7 +213,7 @@ def test_a_publisher_killed_at_any_moment_leaves_whole_messages(
 
 
 def test_a_publisher_killed_in_the_middle_of_a_large_message(
-    bus: Broadcaster[Any], fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+    bus: Broadcaster[Any], fork: BaseContext, children: Children, pipe: tuple[Connection, Connection], inline: None
 ) -> None:
     """A message of which half was written is discarded with its publisher, frees its memory, and disturbs nobody."""
     size = 64 << 20

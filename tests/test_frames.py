@@ -356,7 +356,7 @@ def test_changed_bytes_are_refused_or_passed(stream: Written, changes: list[Chan
         pytest.param(struct.pack("<II", PIPE_BUF + 1, 0), id="longer than one write"),
         pytest.param(struct.pack("<II", 10, 5) + b"xx", id="shorter than its topic"),
         pytest.param(struct.pack("<II", 12, 1 << 16) + b"xxxx", id="shorter than its exclusion"),
-        pytest.param(struct.pack("<II", 8, 1 << 17), id="unknown flag"),
+        pytest.param(struct.pack("<II", 8, 1 << 18), id="unknown flag"),
         pytest.param(struct.pack("<II", 8, 3 << 24), id="unknown kind"),
         pytest.param(struct.pack("<II", 7, 1 << 24), id="piece shorter than its head"),
         pytest.param(struct.pack("<II", PIPE_BUF + 1, 1 << 24), id="piece longer than one write"),

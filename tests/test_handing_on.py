@@ -290,7 +290,7 @@ def test_broadcaster_comes_back_from_its_pickle(bus: Bus) -> None:
 @quiet_forks
 def test_handle_survives_a_fork_while_another_thread_publishes(bus: Bus, children: Children, fork: BaseContext) -> None:
     """Forked at any moment of the parent's publishing, a child publishes at once, and neither harms the other."""
-    channel = bus.subscribe()
+    channel = bus.subscribe(capacity=1 << 32)
     stop = False
 
     def publish_on() -> int:

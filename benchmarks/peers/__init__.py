@@ -3,12 +3,39 @@
 A new peer is a subclass of :class:`benchmarks.peers.base.Peer` in a file of its own, and a line in ``PEERS``.
 """
 
-from benchmarks.peers.base import Peer
-from benchmarks.peers.broadcast import Broadcast, BroadcastSingly
+from benchmarks.peers.base import Endpoint, Peer, Shape, Source
+from benchmarks.peers.broadcast import Broadcast, BroadcastInline, BroadcastSingly
+from benchmarks.peers.ezmsg import Ezmsg
+from benchmarks.peers.fifo import FasterFifo
+from benchmarks.peers.iceoryx import Iceoryx
+from benchmarks.peers.managers import Managers
+from benchmarks.peers.nats import NATS
+from benchmarks.peers.nng import Pairs, PubSub
 from benchmarks.peers.pipes import Pipes
 from benchmarks.peers.queues import Queues
+from benchmarks.peers.redis import Redis
+from benchmarks.peers.zenoh import Zenoh
 from benchmarks.peers.zeromq import ZeroMQ
+from benchmarks.peers.zeromq_large import ZeroMQLarge
+from benchmarks.peers.zeromq_proxy import ZeroMQProxy
 
-__all__ = ["PEERS", "Peer"]
+__all__ = ["OWN", "PEERS", "Endpoint", "Peer", "Shape", "Source"]
 
-PEERS: tuple[type[Peer], ...] = (Broadcast, BroadcastSingly, Queues, Pipes, ZeroMQ)
+OWN: tuple[type[Peer], ...] = (Broadcast, BroadcastSingly, BroadcastInline)
+PEERS: tuple[type[Peer], ...] = (
+    *OWN,
+    Queues,
+    Pipes,
+    Managers,
+    ZeroMQ,
+    ZeroMQProxy,
+    ZeroMQLarge,
+    PubSub,
+    Pairs,
+    Redis,
+    NATS,
+    FasterFifo,
+    Iceoryx,
+    Zenoh,
+    Ezmsg,
+)

@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from multiprocessing.queues import Queue
+from typing import Any
 
-from benchmarks.peers.base import Endpoint, Message, Peer
+from benchmarks.peers.base import Endpoint, Peer, Shape, Source, forever
 
 
 @dataclass
-class _Endpoint:
-    queue: Queue[Message]
+class _Source(Source):
+    queues: list[Queue[Any]]
 
-    def open(self) -> Iterable[Message]:
-        return iter(self.queue.get, None)
+    def open(self) -> None:
+        puts = [queue.put for queue in self.queues]
 
-
-class Queues(Peer):
-    name = "multiprocessing.Queue"
-
-    def __init__(self, context: BaseContext, subscribers: int) -> None:
-        self._queues: list[Queue[Message]] = [context.Queue() for _ in range(subscribers)]
-        puts = [queue.put for queue in self._queues]
-
-        def publish(message: Message) -> None:
+        def publish(message: Any) -> None:
             for put in puts:
                 put(message)
 
         self.publish = publish
 
-    def endpoints(self) -> list[Endpoint]:
-        return [_Endpoint(queue) for queue in self._queues]
+    def close(self) -> None:
+        for queue in self.queues:
+            queue.cancel_join_thread()  # a subscriber that was given up on reads no more
+            queue.close()
+
+
+@dataclass
+class _Endpoint(Endpoint):
+    queue: Queue[Any]
+
+    def open(self) -> Iterator[Any]:
+        return forever(self.queue.get)
+
+
+class Queues(Peer):
+    name = "multiprocessing.Queue"
+    setting = "one for each subscriber, put() into each, without a limit"
+
+    def __init__(self, context: BaseContext, shape: Shape) -> None:
+        self._queues: list[Queue[Any]] = [context.Queue() for _ in range(shape.subscribers)]
+
+    def source(self, index: int) -> Source:
+        return _Source(self._queues)
+
+    def endpoint(self, index: int) -> Endpoint:
+        return _Endpoint(self._queues[index])
 
     def close(self) -> None:
         for queue in self._queues:
-            queue.cancel_join_thread()  # a subscriber that was given up on reads no more
+            queue.cancel_join_thread()
             queue.close()

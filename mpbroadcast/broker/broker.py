@@ -86,7 +86,7 @@ class Broker:
     @property
     def held(self) -> int:
         """Bytes of messages that are here, and of the rings that publishers have written to."""
-        return self.ledger.held + self.traffic.store.ring_bytes + sum(one.held for one in self.traffic.publishers.values())
+        return self.ledger.held + self.traffic.sharing.held + sum(one.held for one in self.traffic.publishers.values())
 
     # --- sessions
 

@@ -23,6 +23,7 @@ from mpbroadcast.broker.shared import Lender, Ring
 from mpbroadcast.wire.descriptors import DescriptorSocket
 from mpbroadcast.wire.frames import Batch, FrameError, Item, Opening, Parcel, References, Splitter
 from mpbroadcast.wire.packets import MEMORY, RING, pack
+from mpbroadcast.wire.ring import CHUNK
 from mpbroadcast.wire.runs import GONE, OFFER, note, references_run, run_of
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ class Publisher:
         # Subscriptions that begin behind something that is still to be routed; with topics, what they had before that.
         self.not_yet: list[tuple[Subscription, tuple[str, ...]]] = []
         self.lender: Lender | None = None  # what it shares
+        self.hurried = False  # whether nothing of it waits until somebody is ready for references
         self._splitter = Splitter()
         self.position = 0  # bytes read so far
         self._barriers: deque[tuple[int, Callable[[], None]]] = deque()
@@ -396,6 +398,11 @@ class Subscription:
         oldest = self.unread.oldest(held.ring)
         part = _QUICK_SPAN if self.patience > 0 else _SLOW_SPAN
         return oldest is not None and held.place - oldest > held.ring.size // part
+
+    @property
+    def tells(self) -> bool:
+        """Whether it has so much to read that it will tell of it."""
+        return self.unread.bytes > 2 * CHUNK or not self.outbox.empty or not all(self.rings.values())
 
     @property
     def must_be_read(self) -> bool:

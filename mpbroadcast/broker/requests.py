@@ -64,7 +64,7 @@ def _beside(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     publisher = _find_publisher(broker, message)
     if publisher is None or publisher.pid != client.peer.pid:
         raise _Refused("lost", "the broker does not know this publisher any more")
-    client.reply({"beside": True}, broker.traffic.add_lender(publisher))
+    client.reply({"beside": True}, broker.traffic.sharing.add(publisher))
 
 
 def _retire(broker: Broker, client: Client, message: dict[str, Any]) -> None:

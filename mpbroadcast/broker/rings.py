@@ -23,6 +23,11 @@ class Holds:
         self._used = 0  # a bit for each chunk that is not free
         self._current = -1  # the chunk that the publisher has written to last
 
+    @property
+    def held(self) -> int:
+        """Chunks with a hold on them."""
+        return sum(map(bool, self._counts))
+
     def arrived(self, chunks: Sequence[int]) -> int:
         """Messages in these chunks have come, in this order; each has one more hold. The chunks that are free now, as bits."""
         before, self._current = self._current, chunks[-1]

@@ -62,11 +62,6 @@ class Store:
         return next(self._numbers)
 
     @property
-    def ring_bytes(self) -> int:
-        """What was ever written to of all rings."""
-        return sum(ring.touched for ring in self.rings)
-
-    @property
     def full(self) -> bool:
         """Whether no more descriptors should be kept for messages."""
         return self.memories >= self._most_memories
@@ -111,7 +106,6 @@ class Ring:
         self.name = name
         self.size = size
         self.descriptor = descriptor
-        self.touched = 0
         self._users = 0
         self.place = 0  # bytes that have come in it so far
         self.readers: set[Subscription] = set()  # to which it was offered
@@ -134,13 +128,17 @@ class Ring:
             for chunk in span(offset, length, self._chunk):
                 last = chunk
                 chunks[chunk] = None
-            self.touched = max(self.touched, offset + length)
             self.place += length
         del chunks[last]
         found = (*chunks, last)
         self._users += 1
         self._tell(self._holds.arrived(found))
         return found
+
+    @property
+    def held(self) -> int:
+        """Bytes of the chunks that somebody still has to read from."""
+        return self._holds.held * self._chunk
 
     def hold(self, chunks: Sequence[int]) -> None:
         """One more reference into these."""

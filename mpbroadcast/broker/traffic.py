@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from mpbroadcast.broker.history import History
@@ -24,12 +24,10 @@ from mpbroadcast.broker.members import (
     Session,
     Subscription,
     new_pipe,
-    new_socket,
 )
 from mpbroadcast.broker.router import Router, matches
-from mpbroadcast.broker.shared import Lender, Ring, Store
+from mpbroadcast.broker.sharing import Sharing
 from mpbroadcast.wire.frames import Batch, FrameError, Opening, Parcel
-from mpbroadcast.wire.packets import MAPPED, READ, PacketError, unpack
 from mpbroadcast.wire.runs import Run, parcel_run, run_of
 
 __all__ = ["Traffic"]
@@ -39,7 +37,6 @@ log = logging.getLogger("mpbroadcast.broker")
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
 _SHORTEST_NAP: Final = 100e-6  # seconds; it doubles while a publisher stays busy
 _LONGEST_NAP: Final = 400e-6
-_SMALLEST_FOR_RINGS: Final = 4 << 20  # capacity: of less, what was read and not told of yet would be too large a part
 
 
 class Traffic:
@@ -62,7 +59,7 @@ class Traffic:
         self.publishers: dict[int, Publisher] = {}
         self.routed = 0
         self.history = history
-        self.store = Store()
+        self.sharing = Sharing(loop, self._write, self.mark, self._resume, on_gone)
         self._loop = loop
         self._router = router
         self._stall_timeout = stall_timeout
@@ -105,29 +102,6 @@ class Traffic:
         session.publishers.add(publisher)
         self._watch(publisher)
         return publisher, write
-
-    def add_lender(self, publisher: Publisher) -> int:
-        """Let it share memory: the descriptor of its socket.
-
-        :raises OSError: no descriptor is left.
-        """
-        own, other = new_socket()
-        if publisher.lender is not None:
-            self._loop.close(publisher.lender.beside.detach())
-        publisher.lender = Lender(self.store, own, publisher.pid)
-        self._loop.watch(own.fileno(), IN, lambda _: self._hear(publisher))
-        return other
-
-    def _hear(self, publisher: Publisher) -> None:
-        lender = publisher.lender
-        if lender is None:
-            return
-        if not lender.hear():
-            self._loop.forget(lender.beside.fileno())
-        if lender.wanted is not None:
-            for subscription in lender.wanted.readers:
-                subscription.refresh()
-            lender.wanted = None
 
     def _watch(self, publisher: Publisher) -> None:
         self._loop.watch(publisher.fd, IN, lambda _: self._read(publisher))
@@ -175,9 +149,17 @@ class Traffic:
         """
         for publisher in list(session.publishers):
             end = publisher.end_of_written()
+            self._hurry(publisher)
             while publisher.fd >= 0 and not publisher.blocked and publisher.position < end:
                 self._take(publisher, publisher.read(end - publisher.position))
                 self._route(publisher)
+            publisher.hurried = False
+
+    def _hurry(self, publisher: Publisher) -> None:
+        """Let nothing of it wait until somebody is ready for references."""
+        publisher.hurried = True
+        if self.sharing.wait_no_more(publisher):
+            self._route(publisher)
 
     def finish(self, publisher: Publisher) -> None:
         """Take in what it has written until now, whether it can be routed or not, and nothing more.
@@ -187,6 +169,7 @@ class Traffic:
         if publisher.fd < 0:
             return
         end = publisher.end_of_written()
+        self._hurry(publisher)
         while publisher.fd >= 0 and publisher.position < end:
             self._take(publisher, publisher.read(end - publisher.position))
             if not publisher.blocked:
@@ -199,11 +182,9 @@ class Traffic:
         fd, publisher.fd = publisher.fd, -1
         self._loop.close(fd)
         self._busy.pop(publisher, None)
-        if publisher.lender is not None:
-            publisher.lender.hear()  # what belongs to what it has written
-            publisher.lender.close()
-            self._loop.close(publisher.lender.beside.detach())
+        self.sharing.close(publisher)
         publisher.close()
+        self._hurry(publisher)
         publisher.session.publishers.discard(publisher)
         if not publisher.blocked:
             self._route(publisher)
@@ -211,17 +192,9 @@ class Traffic:
     def _forget(self, publisher: Publisher) -> None:
         if self.publishers.pop(publisher.number, None) is None:
             return
-        if publisher.lender is not None:
-            for ring in list(publisher.lender.rings.values()):
-                self._retire(ring, publisher.lender)
+        self.sharing.forget(publisher)
         if not self.publishers:
             self._on_last()
-
-    def _retire(self, ring: Ring, lender: Lender) -> None:
-        for subscription in ring.readers:
-            subscription.retire(ring)
-            self._dirty[subscription] = None
-        lender.retire(ring)
 
     # --- routing
 
@@ -233,9 +206,8 @@ class Traffic:
         while parked:
             item = parked.popleft()
             try:
-                if isinstance(item, Held) and (slow := self._slow_one(item, publisher)) is not None:
+                if isinstance(item, Held) and self._waits(item, publisher):
                     parked.appendleft(item)
-                    self._pause(publisher, slow)
                     return
                 if isinstance(item, Opening):
                     full, rest = self._full_for(item, publisher), item
@@ -276,6 +248,20 @@ class Traffic:
                     return subscription
         return None
 
+    def _waits(self, held: Held, publisher: Publisher) -> bool:
+        """Whether these references are to wait for somebody who will be ready for them in a moment."""
+        self.sharing.use(held.ring, publisher)
+        slow = None if publisher.hurried else self.sharing.slow_one(held, self._targets(held, publisher))
+        if slow is None:
+            return False
+        if not publisher.blocked:
+            self._loop.forget(publisher.fd)
+            self._busy.pop(publisher, None)
+        publisher.blocked_since = time.monotonic()
+        publisher.blocked = slow
+        self.sharing.wait(publisher, slow)
+        return True
+
     def _deliver(self, item: Batch | Held | Parcel, publisher: Publisher) -> tuple[Subscription | None, Batch | Held | Parcel]:
         """Put as much as all its targets take into their backlogs: who is full, if one is, and what is left."""
         targets = self._targets(item, publisher)
@@ -315,7 +301,7 @@ class Traffic:
         for subscription in targets:
             outbox = subscription.outbox
             before = outbox.entered
-            if held is None or not self._refer(subscription, held, charge):
+            if held is None or not self.sharing.refer(subscription, held, charge):
                 if run is None:
                     batch = batch or self._copied(held)
                     run = self._run_of(batch)
@@ -340,54 +326,6 @@ class Traffic:
     def _copied(held: Held | None) -> Batch:
         assert held is not None
         return held.copied()
-
-    def _use(self, ring: Ring, publisher: Publisher) -> None:
-        lender = publisher.lender
-        if lender is not None and ring is not lender.current:
-            if lender.current is not None:
-                self._retire(lender.current, lender)
-            lender.current = ring
-
-    def _slow_one(self, held: Held, publisher: Publisher) -> Subscription | None:
-        """Who cannot have these references now, and may in a moment."""
-        self._use(held.ring, publisher)
-        for subscription in self._targets(held, publisher):
-            if self._takes_references(subscription) and not self._ready(subscription, held) and subscription.patience > 0:
-                return subscription
-        return None
-
-    @staticmethod
-    def _takes_references(subscription: Subscription) -> bool:
-        """Whether it ever does."""
-        outbox = subscription.outbox
-        return (
-            subscription.opened
-            and subscription.beside is not None
-            and outbox.policy != "latest"
-            and outbox.capacity >= _SMALLEST_FOR_RINGS
-        )
-
-    def _ready(self, subscription: Subscription, held: Held) -> bool:
-        """Whether it can have these references now."""
-        if not subscription.outbox.empty:
-            self._write(subscription)
-            if not subscription.outbox.empty or subscription.fd < 0:
-                return False
-        held.ring.readers.add(subscription)
-        ready = subscription.ready_for(held)
-        if not ready and subscription.notes:
-            self._dirty[subscription] = None
-        return ready
-
-    def _refer(self, subscription: Subscription, held: Held, charge: int) -> bool:
-        """Let it have references, and not the messages; whether that is possible now."""
-        if not (self._takes_references(subscription) and subscription.outbox.takes(charge) and self._ready(subscription, held)):
-            return False
-        try:
-            return subscription.refer(held, charge)
-        except OSError:
-            self._on_gone(subscription)
-            return True
 
     def replay(self, subscription: Subscription, topics: list[str], count: int) -> None:
         """Put the last ``count`` messages that are for it into its backlog."""
@@ -414,36 +352,14 @@ class Traffic:
             self._looking_for_stalls = True
             self._loop.later(self._stall_timeout, self._look_for_stalls)
 
-    def _pause(self, publisher: Publisher, slow: Subscription) -> None:
-        """Give it a moment to take references: to copy the messages, and so to let it fall behind, would be slower.
-
-        How long is for it to earn: by what it reads.
-        """
-        now = time.monotonic()
-        if not publisher.blocked:
-            self._loop.forget(publisher.fd)
-            self._busy.pop(publisher, None)
-        publisher.blocked_since = now
-        publisher.blocked = slow
-        slow.slow_for.append(publisher)
-        slow.behind = not slow.outbox.empty
-        if not slow.paused_at:
-            slow.paused_at = now
-            self._loop.later(slow.patience, lambda: self._go_on(slow))
-
-    def _go_on(self, subscription: Subscription) -> None:
-        """Who has waited for it to take references has waited long enough, or it can."""
-        if subscription.paused_at:
-            subscription.patience -= time.monotonic() - subscription.paused_at
-            subscription.paused_at = 0.0
-            self._resuming.extend(subscription.slow_for)
-            subscription.slow_for.clear()
-
     def unblock(self, subscription: Subscription) -> None:
         """Let those go on who wait for it."""
-        self._resuming.extend(subscription.waiters)
+        self._resume(subscription.waiters)
         subscription.waiters.clear()
-        self._go_on(subscription)
+        self.sharing.go_on(subscription)
+
+    def _resume(self, publishers: Iterable[Publisher]) -> None:
+        self._resuming.extend(publishers)
 
     def _look_for_stalls(self) -> None:
         if self._stall_timeout is None:
@@ -485,34 +401,14 @@ class Traffic:
         self._dirty.pop(subscription, None)
         for publisher in self.publishers.values():
             publisher.last_in.pop(subscription, None)
-        for ring in subscription.rings:
-            ring.readers.discard(subscription)
-        subscription.let_go()
+        self.sharing.drop(subscription)
         self.unblock(subscription)
 
     def watch(self, subscription: Subscription) -> None:
         """It is open: write into its pipe."""
         self._loop.watch(subscription.fd, 0, lambda events: self._writable(subscription, events))
-        if subscription.beside is not None:
-            self._loop.watch(subscription.beside.fileno(), IN, lambda _: self._hear_reader(subscription))
+        self.sharing.watch(subscription)
         self._dirty[subscription] = None
-
-    def _hear_reader(self, subscription: Subscription) -> None:
-        beside = subscription.beside
-        try:
-            while beside is not None and (heard := beside.hear()) is not None:
-                if not heard[0]:
-                    raise ConnectionError("it has closed its socket")
-                kind, number, value = unpack(heard[0])
-                if kind == READ:
-                    subscription.has_read(value)
-                    self._dirty[subscription] = None
-                elif kind == MAPPED:
-                    subscription.mapped(number)
-            self._go_on(subscription)
-        except (OSError, PacketError):
-            if beside is not None:
-                self._loop.forget(beside.fileno())  # its pipe tells whether it is gone
 
     def _writable(self, subscription: Subscription, events: int) -> None:
         if events & OUT:
@@ -544,7 +440,7 @@ class Traffic:
             self._on_gone(subscription)
             return
         if outbox.empty and subscription.behind:
-            self._go_on(subscription)
+            self.sharing.go_on(subscription)
         if subscription.waiters:
             subscription.refresh()
             if outbox.charge < subscription.blocked_at:

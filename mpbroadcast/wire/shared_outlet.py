@@ -172,6 +172,7 @@ class SharedOutlet:
     def _in_memory(
         self, beside: DescriptorSocket, payload: Payload, topic: bytes, exclude: int, deadline: Deadline, done: list[int]
     ) -> bool:
+        self._outlet.wait(deadline)  # else much memory could be filled in vain
         if not self._wait_for_credit(beside, payload.size, deadline):
             return False
         outlet = self._outlet
