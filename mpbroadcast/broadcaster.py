@@ -44,8 +44,8 @@ _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 _write = os.write
 _NOWHERE: Final = PipeEnd([-1])
 # The heads of short messages without a topic: to look one up costs less than to pack it.
-_SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)
-_HEADS: Final = [frame_head(size, b"") for size in range(_SHORT)]
+SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)
+_HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]
 _GATHER_FROM: Final = 1 << 18  # bytes of a message from which on its parts are better not put together
 
 
@@ -89,7 +89,8 @@ class Broadcaster(Generic[M]):
 
         When this returns, the message has left this process: it is delivered even if this process is killed the next
         moment, as long as the broker lives and is not being closed. It does not mean that anybody has received it, or
-        that the broker has routed it: :meth:`flush` waits for that. Without subscribers it is discarded.
+        that the broker has routed it: :meth:`flush` waits for that. Without subscribers it is discarded. The message may be
+        changed, and its buffers used again.
 
         It waits while a subscriber that would get a message of this handle has a full backlog: at most ``timeout`` seconds;
         ``None`` waits for ever, 0 does not wait. An exception from a signal handler leaves the message published whole or
@@ -111,7 +112,7 @@ class Broadcaster(Generic[M]):
             self._publish(self._gathered(message), (b"", 0), Deadline(None), [])
             return
         size = len(payload)
-        if size < _SHORT:
+        if size < SHORT:
             frame = _HEADS[size] + payload
             pipe = self._pipe
             try:

@@ -34,8 +34,9 @@ class BrokerStats:
     """The broker at one moment.
 
     Its process, its seconds of life, messages routed, publishers that have published or can, live subscriptions, and the bytes
-    that are held in backlogs, those that several hold counted once. Of the history: how many topics have one now, and how
-    many were forgotten so far, because there were too many or they held too much.
+    that are held in backlogs, those that several hold counted once, with what somebody still has to read of publishers' rings,
+    in chunks of 256 KiB. Of the history: how many topics have one now, and how many were forgotten so far, because there were
+    too many or they held too much.
     """
 
     pid: int

@@ -225,7 +225,9 @@ class Lender:
                     heard = self.beside.hear()
                     if heard is None:
                         return True
-                    packet, descriptor = heard
+                    packet, fd = heard
+                    self.beside.entry = None
+                    descriptor = OwnedDescriptor([fd]) if fd >= 0 else None
                     if not packet:
                         return False
                     kind, number, value = unpack(packet)

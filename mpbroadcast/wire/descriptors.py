@@ -216,7 +216,7 @@ class DescriptorSocket(socket.socket):
     def __init__(self, numbers: list[int]) -> None:
         """Take the first of ``numbers`` over."""
         self._received: Received = []
-        self._numbers: list[int] = []
+        self.entry: tuple[bytes, int] | None = None  # what :meth:`hear` has returned, until that is done with
         with _forks.lock:
             super().__init__(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, numbers[0])
             del numbers[0]
@@ -239,21 +239,51 @@ class DescriptorSocket(socket.socket):
         poll.register(self, select.POLLIN)
         return bool(poll.poll(math.ceil(seconds * 1000)))
 
-    def hear(self) -> tuple[bytes, OwnedDescriptor | None] | None:
-        """The next packet and its descriptor, if there is one; ``None`` when none is there; an empty one at the end.
+    def hear_plain(self) -> bytes | None:
+        """The next packet where none has a descriptor; ``None`` when none is there; an empty one at the end.
 
         :raises OSError: the other end is gone.
         """
         with contextlib.suppress(BlockingIOError):
-            packet, _ = receive(self, _PACKET, self._received, self._numbers)
-            return packet, OwnedDescriptor(self._numbers) if self._numbers else None
+            return self.recv(_PACKET)
         return None
+
+    def hear(self) -> tuple[bytes, int] | None:
+        """The next packet and its descriptor, or -1; ``None`` when none is there; an empty one at the end.
+
+        It is the next one again until :meth:`done`, or until who takes the descriptor over sets :attr:`entry` to ``None``: so
+        an interrupt in between costs nothing.
+
+        :raises OSError: the other end is gone.
+        """
+        if self.entry is None:
+            try:
+                with _forks.lock:
+                    if not self._received:
+                        flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+                        self._received.extend(map(self.recvmsg, (_PACKET,), (_SPACE,), (flags,)))
+                    numbers = _descriptors_in(self._received)
+                    entry = self._received[0][0], numbers[0] if numbers else -1
+                    self.entry, self._received = entry, []  # in one step, as far as an interrupt can see
+            except BlockingIOError:
+                return None
+            for number in numbers[1:]:  # nobody sends so many
+                os.close(number)
+        return self.entry
+
+    def done(self) -> None:
+        """Be done with what was heard."""
+        entry = self.entry
+        self.entry = None
+        if entry is not None and entry[1] >= 0:
+            os.close(entry[1])
 
     def close(self) -> None:
         """Close it; it can be called again."""
         super().close()
-        close_received(self._received, self._numbers)
+        self.done()
+        close_received(self._received, [])
 
     def __del__(self) -> None:
-        if hasattr(self, "_numbers"):
+        if hasattr(self, "entry"):
             self.close()

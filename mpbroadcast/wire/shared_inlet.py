@@ -11,7 +11,7 @@ import errno
 import os
 from typing import Any, Final
 
-from mpbroadcast.wire.descriptors import DescriptorSocket, OwnedDescriptor
+from mpbroadcast.wire.descriptors import DescriptorSocket, on_fork
 from mpbroadcast.wire.frames import references_in
 from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, map_for_reading, map_privately
 from mpbroadcast.wire.packets import MAPPED, MEMORY, READ, REFUSED, RING, PacketError, pack, unpack
@@ -32,36 +32,39 @@ class SharedInlet:
         self._beside = beside
         self._rings: dict[int, memoryview] = {}
         self._gone: set[int] = set()
-        self._memories: dict[int, OwnedDescriptor | None] = {}  # None: it was lost, as no descriptor was left
+        self._memories: dict[int, int] = {}  # descriptors; -1: it was lost, as none was left
         self._loaded = 0  # the last message in memory of its own that was decoded
         self._unsaid = 0  # bytes read, and not told of
+        on_fork(self, SharedInlet.close)
 
     def _hear(self) -> None:
         """Take in what has come."""
+        beside = self._beside
         with contextlib.suppress(OSError, PacketError):
-            while (heard := self._beside.hear()) is not None and heard[0]:
+            while (heard := beside.hear()) is not None and heard[0]:
                 kind, number, value = unpack(heard[0])
-                if kind == RING and number not in self._rings:
-                    self._map(number, heard[1])
-                elif kind == MEMORY:
-                    self._memories[value] = heard[1]
+                descriptor = heard[1]
+                if kind == MEMORY:
+                    self._memories[value] = descriptor  # no call between the two, so no interrupt
+                    beside.entry = None
+                    continue
+                if kind == RING and number not in self._rings and descriptor >= 0:
+                    self._map(number, descriptor)
+                beside.done()
 
-    def _map(self, number: int, descriptor: OwnedDescriptor | None) -> None:
-        answer = REFUSED
-        if descriptor is not None:
-            with contextlib.suppress(OSError, MemoryRefused):
-                self._rings[number] = memoryview(map_for_reading(descriptor.fd, check_ring(descriptor.fd)))
-                answer = MAPPED
-                # The C library gives memory back to the system when a large block is freed, and then each message costs its
-                # page faults again, several times what copying it takes. It does so less once it has seen a larger one.
-                bytes(_LARGE_BLOCK)
-            descriptor.close()
-        self._beside.tell(pack(answer, number))
+    def _map(self, number: int, descriptor: int) -> None:
+        with contextlib.suppress(OSError, MemoryRefused):
+            self._rings[number] = memoryview(map_for_reading(descriptor, check_ring(descriptor)))
+            # The C library gives memory back to the system when a large block is freed, and then each message costs its page
+            # faults again, several times what copying it takes. It does so less once it has seen a larger one.
+            bytes(_LARGE_BLOCK)
 
     def note(self, kind: int, ring: int) -> None:
         """A ring has come, and is mapped, or nothing refers to it any more."""
         if kind == OFFER:
             self._hear()
+            with contextlib.suppress(OSError):
+                self._beside.tell(pack(MAPPED if ring in self._rings else REFUSED, ring))
         else:
             self._gone.add(ring)
 
@@ -82,14 +85,14 @@ class SharedInlet:
         self._unsaid += _SAY_EVERY
         if number not in self._memories:
             self._hear()
-        descriptor = self._memories.get(number)
-        if descriptor is None:
+        descriptor = self._memories.get(number, -1)
+        if descriptor < 0:
             text = "no descriptor was left in this process for a large message: close some, or raise `ulimit -n`"
             return Failure(OSError(errno.EMFILE, text))
         self._loaded = number
         try:
-            check_message(descriptor.fd, length)
-            buffer = _mapped_or_read(descriptor.fd, length)
+            check_message(descriptor, length)
+            buffer = _mapped_or_read(descriptor, length)
         except (MemoryRefused, OSError, MemoryError) as error:
             return Failure(OSError(errno.ENOMEM, f"a large message could not be taken in: {error}"))
         return load(memoryview(buffer).cast("B"), load_image if image else loads)
@@ -97,10 +100,7 @@ class SharedInlet:
     def settle(self, read: int) -> None:
         """What was decoded is kept: ``read`` references so far. Let go of what it needed, and tell the broker."""
         if self._loaded:
-            for number in [number for number in self._memories if number <= self._loaded]:
-                descriptor = self._memories.pop(number)
-                if descriptor is not None:
-                    descriptor.close()
+            self._let_go([number for number in self._memories if number <= self._loaded])
             self._loaded = 0
         while self._gone:
             self._rings.pop(self._gone.pop(), None)
@@ -109,11 +109,26 @@ class SharedInlet:
             with contextlib.suppress(OSError):
                 self._beside.tell(pack(READ, 0, read))
 
+    def ended(self) -> None:
+        """Nothing more comes: the broker is to know what has been read, as it waits for that."""
+        self._unsaid = _SAY_EVERY
+
+    def _let_go(self, numbers: list[int]) -> None:
+        for number in numbers:
+            descriptor = self._memories[number]
+            del self._memories[number]
+            if descriptor >= 0:
+                os.close(descriptor)
+
     def close(self) -> None:
-        """Let go of all."""
+        """Let go of all; it can be called again."""
         self._beside.close()
         self._rings.clear()
-        self._memories.clear()
+        self._let_go(list(self._memories))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_unsaid"):
+            self.close()
 
 
 def _mapped_or_read(fd: int, length: int) -> Any:

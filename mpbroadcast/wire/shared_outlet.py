@@ -13,6 +13,7 @@ import itertools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -25,10 +26,10 @@ from mpbroadcast.wire.packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, ROUT
 from mpbroadcast.wire.payload import Payload
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, LONGEST, Ring
 
-__all__ = ["SHARED_FROM", "SharedOutlet"]
+__all__ = ["MEMORY_FROM", "SHARED_FROM", "SharedOutlet"]
 
 SHARED_FROM: Final = 2048  # bytes of a message from which on it goes this way
-_MEMORY_FROM: Final = 1 << 18  # bytes from which on memory of its own is better than the pipe
+MEMORY_FROM: Final = 1 << 18  # bytes from which on memory of its own is better than the pipe
 _PATIENCE: Final = 0.05  # seconds to wait for a free chunk
 _AGAIN: Final = 1.0  # seconds from one try to get a ring to the next
 _MOST_UNROUTED: Final = 8  # messages in memory of their own that the broker has not routed yet
@@ -51,6 +52,7 @@ class SharedOutlet:
         self._holder = 0  # the thread that has it
         self._ring: Ring | None = None
         self._offered: Ring | None = None
+        self._freed: deque[tuple[int, int]] = deque()  # what the broker has said of rings' chunks
         self._no_ring_before = 0.0
         self._dry = False  # no chunk was free for all of the time that it waited
         self._unrouted: dict[int, int] = {}  # bytes of each message in memory of its own
@@ -66,7 +68,7 @@ class SharedOutlet:
             return False
         if payload.size <= LONGEST and self._through_ring(beside, payload, topic, exclude, deadline, done):
             return True
-        return payload.size >= _MEMORY_FROM and self._in_memory(beside, payload, topic, exclude, deadline, done)
+        return payload.size >= MEMORY_FROM and self._in_memory(beside, payload, topic, exclude, deadline, done)
 
     def _begin(self, deadline: Deadline) -> DescriptorSocket | None:
         if time.monotonic() < self._not_before or not self._asking.acquire(blocking=False):
@@ -81,14 +83,14 @@ class SharedOutlet:
         return self._beside
 
     def _hear(self, beside: DescriptorSocket) -> bool:
-        """Take in what the broker has said; ``False`` when it is gone."""
-        with contextlib.suppress(BlockingIOError):
-            while data := beside.recv(64):
+        """Take in what the broker has said; ``False`` when it is gone. What is for the ring waits for who has the lock."""
+        data = None
+        with contextlib.suppress(OSError):
+            while data := beside.hear_plain():
                 kind, number, value = unpack(data)
-                ring, offered = self._ring, self._offered
-                if kind == FREE and ring is not None and number == ring.number:
-                    ring.room.is_free(value)
-                    self._dry = False
+                offered = self._offered
+                if kind == FREE:
+                    self._freed.append((number, value))
                 elif kind == ROUTED:
                     self._unrouted.pop(value, None)
                 elif kind == ACCEPTED and offered is not None and number == offered.number:
@@ -96,8 +98,8 @@ class SharedOutlet:
                     self._dry = False
                 elif kind == REFUSED and offered is not None and number == offered.number:
                     self._offered = None
-            return False
-        return True
+            return data is None
+        return False
 
     # --- the ring
 
@@ -107,52 +109,61 @@ class SharedOutlet:
         me = threading.get_ident()
         if self._holder == me:
             return False
-        pipe = self._outlet.pipe
+        before = len(done)
+        patience: Deadline | None = None
         while True:
             with self._lock:
                 self._holder = me
                 try:
-                    ring = self._ring
-                    if ring is None or not ring.room.fits_behind(payload.size):
-                        self._hear(beside)
-                        ring = self._ring
-                        if ring is None:
-                            self._offer(beside)
-                            return False
-                    start = ring.room.take(payload.size)
-                    if start is None:
-                        start = self._wait_for_room(beside, ring, payload.size, deadline)
-                        if start is None:
-                            return False
-                    before = len(done)
-                    try:
-                        ring.write(start, payload.parts)
-                        frame = reference_frame(ring.number, start, payload.size, topic, exclude, payload.image)
-                        done.extend(map(os.write, (pipe.fd,), (frame,)))
-                        return True
-                    except BlockingIOError:
-                        pass
-                    finally:
-                        if len(done) == before:
-                            ring.room.undo()
+                    dry = self._put(beside, payload, topic, exclude, done)
                 finally:
                     self._holder = 0
-            self._outlet.wait(deadline)
+            if len(done) > before:
+                return True
+            if not dry:
+                self._outlet.wait(deadline)
+                continue
+            # Wait for a chunk, but not for long, and not again until one has come.
+            if self._ring is None or self._dry:
+                self._offer(beside)
+                return False
+            if patience is None:
+                patience = Deadline(_PATIENCE)
+                with contextlib.suppress(OSError):
+                    beside.tell(pack(WANTED, self._ring.number))
+            left = deadline.left()
+            seconds = patience.left() or 0
+            if not seconds or left == 0:
+                self._dry = True
+                return False
+            beside.wait(seconds if left is None else min(seconds, left))
 
-    def _wait_for_room(self, beside: DescriptorSocket, ring: Ring, size: int, deadline: Deadline) -> int | None:
-        """No chunk is free: wait for one, but not for long, and not again until one has come."""
-        if self._dry:
-            self._offer(beside)
-            return None
-        self._dry = True
-        with contextlib.suppress(OSError):
-            beside.tell(pack(WANTED, ring.number))
-        patience = Deadline(_PATIENCE)
-        while deadline.left() != 0 and beside.wait(min(_PATIENCE, patience.left() or 0)) and self._hear(beside):
-            start = ring.room.take(size)
-            if start is not None:
-                return start
-        return None
+    def _put(self, beside: DescriptorSocket, payload: Payload, topic: bytes, exclude: int, done: list[int]) -> bool:
+        """Copy and announce it, if there is room, which ``done`` tells; whether it was the ring that had none."""
+        ring = self._ring
+        if ring is None or not ring.room.fits_behind(payload.size):
+            self._hear(beside)
+            ring = self._ring
+            if ring is None:
+                return True
+            while self._freed:
+                number, chunks = self._freed.popleft()
+                if number == ring.number:
+                    ring.room.is_free(chunks)
+                    self._dry = False
+        start = ring.room.take(payload.size)
+        if start is None:
+            return True
+        before = len(done)
+        try:
+            ring.write(start, payload.parts)
+            frame = reference_frame(ring.number, start, payload.size, topic, exclude, payload.image)
+            with contextlib.suppress(BlockingIOError):
+                done.extend(map(os.write, (self._outlet.pipe.fd,), (frame,)))
+        finally:
+            if len(done) == before:
+                ring.room.undo()
+        return False
 
     def _offer(self, beside: DescriptorSocket) -> None:
         """Make a ring, and send it to the broker; it is used once that has accepted it."""

@@ -13,6 +13,7 @@ from mpbroadcast.errors import Lagged, Overflowed
 from mpbroadcast.wire.frames import topic_of
 from mpbroadcast.wire.payload import Failure, load_run
 from mpbroadcast.wire.runs import (
+    END,
     GAP,
     GONE,
     IN_MEMORY,
@@ -124,6 +125,8 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
         else:
             ready.append(_said(run))
             plain = False
+            if kind == END and shared is not None:
+                shared.ended()
         position += run.size
     need = RUN.size if run is None else run.size
     if not ready:
