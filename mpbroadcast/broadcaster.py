@@ -8,6 +8,7 @@ the broker puts together what belongs together.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -42,6 +43,7 @@ _CLOSE_TIMEOUT: Final = 5.0
 _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
 _write = os.write
+_NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
 _NOWHERE: Final = PipeEnd([-1])
 # The heads of short messages without a topic: to look one up costs less than to pack it.
 SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)
@@ -111,19 +113,18 @@ class Broadcaster(Generic[M]):
         except LargeBuffer:
             self._publish(self._gathered(message), (b"", 0), Deadline(None), [])
             return
-        size = len(payload)
-        if size < SHORT:
-            frame = _HEADS[size] + payload
-            pipe = self._pipe
-            try:
-                _write(pipe.fd, frame)
-                return
-            except OSError:  # full, closed, broken or not there yet: _send finds out
-                pass
-            self._send(frame, Deadline(None), [])
-        else:
-            self._large = size >= _GATHER_FROM
-            self._publish(Payload((payload,), size, False), (b"", 0), Deadline(None), [])
+        try:
+            _write(self._pipe.fd, _HEADS[len(payload)] + payload)
+            return
+        except IndexError:
+            if len(payload) < SHORT:  # not from the table of heads
+                raise
+            self._large = len(payload) >= _GATHER_FROM
+        except OSError as error:
+            # Full, closed, broken or not there yet: _send finds out. Anything else has not come from this write.
+            if error.errno not in _NOT_WRITTEN:
+                raise
+        self._publish(Payload((payload,), len(payload), False), (b"", 0), Deadline(None), [])
 
     def publish_many(
         self,
