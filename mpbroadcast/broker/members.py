@@ -164,6 +164,7 @@ class Publisher:
         # Subscriptions that begin behind something that is still to be routed; with topics, what they had before that.
         self.not_yet: list[tuple[Subscription, tuple[str, ...]]] = []
         self.lender: Lender | None = None  # what it shares
+        self.waits = False  # whether something of it waits until somebody is ready for references
         self.hurried = False  # whether nothing of it waits until somebody is ready for references
         self._splitter = Splitter()
         self.position = 0  # bytes read so far
@@ -300,7 +301,7 @@ class Subscription:
 
     def refresh(self) -> None:
         """Take into account what its reader has read."""
-        if self.opened:
+        if self.opened and self.fd >= 0:
             self.outbox.pipe = unread(self.fd)
             if not self.outbox.pipe and self.unread:  # not even a tail byte is left, so all has been decoded
                 self.has_read(self.unread.count)

@@ -42,6 +42,7 @@ log = logging.getLogger("mpbroadcast.broker")
 
 _MOST_RINGS: Final = 4  # of one publisher, with those that are only read any more
 _MOST_RING_BYTES: Final = 1 << 29  # of all
+_MOST_PENDING: Final = 64  # memories whose frames have not come: some threads' with 8 each
 _MOST_CHUNKS: Final = 64
 _SMALLEST_CHUNK: Final = 1 << 12
 
@@ -256,6 +257,8 @@ class Lender:
         self.tell(pack(answer, name))
 
     def _take_memory(self, number: int, descriptor: OwnedDescriptor, kept: bool) -> None:
+        if len(self._memories) >= _MOST_PENDING:
+            raise PacketError("too many messages in memory of their own, without their frames")
         with contextlib.suppress(MemoryRefused):  # then it has not come
             self._memories[number] = Memory(self._store, descriptor, kept and not self._store.full)
 

@@ -44,7 +44,7 @@ class Sharing:
     @property
     def held(self) -> int:
         """Bytes of rings that somebody still has to read, as far as is known, in whole chunks."""
-        for ring in self.store.rings:
+        for ring in list(self.store.rings):  # some go in here
             for subscription in ring.readers:
                 subscription.refresh()
         return sum(ring.held for ring in self.store.rings)
@@ -171,20 +171,12 @@ class Sharing:
             wait = slow.patience if slow.tells else min(slow.patience, _LOOK_AGAIN)
             self._loop.later(wait, lambda: self.go_on(slow))
 
-    def wait_no_more(self, publisher: Publisher) -> bool:
-        """Do not resume it; whether it was waiting."""
-        slow = publisher.blocked
-        if slow is None or publisher not in slow.slow_for:
-            return False
-        slow.slow_for.remove(publisher)
-        return True
-
     def go_on(self, subscription: Subscription) -> None:
         """It may be ready, or has been waited for long enough."""
         if subscription.paused_at:
             subscription.patience -= time.monotonic() - subscription.paused_at
             subscription.paused_at = 0.0
-            self._resume(subscription.slow_for)
+            self._resume([publisher for publisher in subscription.slow_for if publisher.waits])
             subscription.slow_for.clear()
 
 

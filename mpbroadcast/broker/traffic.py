@@ -158,7 +158,7 @@ class Traffic:
     def _hurry(self, publisher: Publisher) -> None:
         """Let nothing of it wait until somebody is ready for references."""
         publisher.hurried = True
-        if self.sharing.wait_no_more(publisher):
+        if publisher.waits:
             self._route(publisher)
 
     def finish(self, publisher: Publisher) -> None:
@@ -201,6 +201,7 @@ class Traffic:
     def _route(self, publisher: Publisher) -> None:
         """Route what is parked, as far as the backlogs take it."""
         parked = publisher.parked
+        publisher.waits = False
         before = self.routed
         rest: Batch | Held | Parcel | Opening
         while parked:
@@ -259,6 +260,7 @@ class Traffic:
             self._busy.pop(publisher, None)
         publisher.blocked_since = time.monotonic()
         publisher.blocked = slow
+        publisher.waits = True
         self.sharing.wait(publisher, slow)
         return True
 
