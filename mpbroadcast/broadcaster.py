@@ -115,7 +115,6 @@ class Broadcaster(Generic[M]):
             return
         try:
             _write(self._pipe.fd, _HEADS[len(payload)] + payload)
-            return
         except IndexError:
             if len(payload) < SHORT:  # not from the table of heads
                 raise
@@ -124,6 +123,16 @@ class Broadcaster(Generic[M]):
             # Full, closed, broken or not there yet: _send finds out. Anything else has not come from this write.
             if error.errno not in _NOT_WRITTEN:
                 raise
+        else:
+            return
+        shared = self._shared
+        if shared is not None and len(payload) >= SHORT:
+            try:
+                if shared.send_quickly(payload):
+                    return
+            except OSError as error:
+                if error.errno not in _NOT_WRITTEN:
+                    raise
         self._publish(Payload((payload,), len(payload), False), (b"", 0), Deadline(None), [])
 
     def publish_many(

@@ -120,7 +120,7 @@ def test_threads_subscribe_and_ask_at_once(bus: Bus) -> None:
     assert bus.stats().subscribers == ()
 
 
-def test_threads_that_run_out_of_time_withdraw_only_their_own(bus: Bus) -> None:
+def test_threads_that_run_out_of_time_withdraw_only_their_own(bus: Bus, inline: None) -> None:
     """Threads whose large messages run out of time half-way: what raised never comes, what returned comes once, in order."""
     channel = bus.subscribe(capacity=300_000)
     outcomes: dict[str, list[int]] = {name: [] for name in "abc"}

@@ -44,6 +44,7 @@ __all__ = [
     "frame_head",
     "memory_frame",
     "pieces",
+    "plain_reference",
     "reference_frame",
     "references_in",
     "topic_of",
@@ -68,6 +69,7 @@ _ABORT: Final = Struct("<IIQ")
 _ROOM: Final = PIPE_BUF - _PIECE.size
 _REFERENCE: Final = Struct("<III")  # ring, offset, length
 _RING: Final = Struct("<I")
+_PLAIN: Final = Struct("<IIIII")  # head and reference, without a topic
 REFERENCE_SIZE: Final = _REFERENCE.size  # bytes behind the head
 _MOST_REFERRED: Final = 1 << 20  # bytes that they refer to, so that a reader is given no more at once than it soon reads
 _MOST_REFERENCES: Final = PIPE_BUF - 64  # bytes of them that go together, so that their run is one whole write, too
@@ -95,6 +97,11 @@ def reference_frame(ring: int, offset: int, length: int, topic: bytes, exclude: 
     """The frame of a message in the publisher's ring of this number."""
     head = frame_head(_REFERENCE.size, topic, exclude, REFERENCE | IMAGE if image else REFERENCE)
     return head + _REFERENCE.pack(ring, offset, length)
+
+
+def plain_reference(ring: int, offset: int, length: int) -> bytes:
+    """:func:`reference_frame`, without a topic."""
+    return _PLAIN.pack(_PLAIN.size, REFERENCE, ring, offset, length)
 
 
 def memory_frame(number: int, length: int, topic: bytes, exclude: int = 0, image: bool = False) -> bytes:
@@ -395,11 +402,13 @@ def _references(chunk: bytes, start: int, end: int) -> References:
     room = _MOST_REFERRED
     while room > 0 and position <= last and chunk.startswith(same, position):
         length = _REFERENCE.unpack_from(chunk, position + skip)[2]
+        if skip + length > MAX_FRAME:
+            raise FrameError(f"a reference to {length} bytes")
         sizes.append(skip + length)
         room -= length
         position += size
-    if not sizes or max(sizes) > MAX_FRAME:
-        raise FrameError("a reference that is too long")
+    if not sizes:
+        raise FrameError("a reference with too long a topic")
     frames = chunk[start:position]
     (ring,) = _RING.unpack_from(chunk, start + skip)
     return References(frames, sizes, topic, exclude, skip, bool(tag & IMAGE), ring)

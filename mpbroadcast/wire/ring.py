@@ -8,12 +8,14 @@ written here and never announced does not exist.
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from mpbroadcast.wire.descriptors import on_fork
+from mpbroadcast.wire.frames import plain_reference
 
-__all__ = ["CHUNK", "CHUNKS", "LONGEST", "Ring", "Room", "chunks_of", "span"]
+__all__ = ["CHUNK", "CHUNKS", "LONGEST", "Ring", "Room", "aligned", "chunks_of", "span"]
 
 CHUNK: Final = 1 << 18  # bytes
 CHUNKS: Final = 32
@@ -22,30 +24,29 @@ _ALIGNMENT: Final = 64
 
 
 class Room:
-    """Which part of a ring is taken, as its publisher knows. Pure."""
+    """Which part of a ring is taken, as its publisher knows. Pure.
+
+    From ``next`` to ``end`` is what is left of the chunk that is written last.
+    """
 
     def __init__(self, chunks: int, chunk: int) -> None:
         self.free = (1 << chunks) - 1  # a bit for each chunk
+        self.next = self.end = 0
         self._chunk = chunk
-        self._place = (-1, 0)  # the chunk that is written last, and the position behind what is
-        self._before = (self._place, 0)  # what it was before the last take(), and what that has taken
+        self._before = (0, 0, 0)  # next and end before the last take(), and the chunks that it has taken
 
     def fits_behind(self, length: int) -> bool:
         """Whether :meth:`take` would not begin another chunk."""
-        current, start = self._place
-        return start + length <= (current + 1) * self._chunk
+        return self.next + length <= self.end
 
     def take(self, length: int) -> int | None:
         """A position with room for so many bytes, or ``None`` when there is none."""
         size = self._chunk
-        place = self._place
-        current, start = place
-        if current >= 0:
-            end = start + length
-            last = (end - 1) // size
-            wanted = ((1 << (last + 1)) - 1) & ~((1 << (current + 1)) - 1)
-            if self.free & wanted == wanted:
-                return self._taken(start, end, last, wanted)
+        start = self.next
+        first, last = self.end // size, (start + length - 1) // size  # the chunks that it takes, besides the one it begins in
+        wanted = ((1 << (last + 1)) - 1) & ~((1 << first) - 1)
+        if self.free & wanted == wanted:
+            return self._taken(start, length, wanted)
         count = -(-length // size)
         runs = self.free  # in the end, a bit for each chunk with which so many free ones begin
         for _ in range(count - 1):
@@ -54,24 +55,29 @@ class Room:
             return None
         # The first, not the next: what was used a moment ago is in the processor's cache.
         first = (runs & -runs).bit_length() - 1
-        start = first * size
-        return self._taken(start, start + length, first + count - 1, ((1 << count) - 1) << first)
+        return self._taken(first * size, length, ((1 << count) - 1) << first)
 
-    def _taken(self, start: int, end: int, last: int, chunks: int) -> int:
-        self._before = (self._place, chunks)
+    def _taken(self, start: int, length: int, chunks: int) -> int:
+        self._before = (self.next, self.end, chunks)
         self.free &= ~chunks
-        self._place = (last, -(-end // _ALIGNMENT) * _ALIGNMENT)
+        self.next = aligned(start + length)
+        self.end = max(self.end if not chunks else 0, -(-(start + length) // self._chunk) * self._chunk)
         return start
 
     def undo(self) -> None:
         """Give back what the last :meth:`take` has taken; once."""
-        self._place, chunks = self._before
+        self.next, self.end, chunks = self._before
         self.free |= chunks
-        self._before = (self._place, 0)
+        self._before = (self.next, self.end, 0)
 
     def is_free(self, chunks: int) -> None:
         """The broker says so of these: a bit for each."""
         self.free |= chunks
+
+
+def aligned(position: int) -> int:
+    """The first position from there on where a message may begin."""
+    return -(-position // _ALIGNMENT) * _ALIGNMENT
 
 
 def span(offset: int, length: int, chunk: int) -> range:
@@ -97,6 +103,27 @@ class Ring:
         self._memory = memory
         self._view = memoryview(memory)
         on_fork(self, Ring.close)
+
+    def put(self, payload: bytes, pipe: int) -> bool:
+        """Copy and announce a message without a topic in one go, if it fits behind the one before it, and into the pipe.
+
+        What an interrupt keeps from being announced stays taken: nobody knows whether it was.
+
+        :raises OSError: the pipe is closed, at either end.
+        """
+        room = self.room
+        start = room.next
+        length = len(payload)
+        if start + length > room.end:
+            return False
+        room.next = aligned(start + length)
+        self._view[start : start + length] = payload
+        try:
+            os.write(pipe, plain_reference(self.number, start, length))
+            return True
+        except BlockingIOError:
+            room.next = start
+            return False
 
     def write(self, start: int, parts: Sequence[Any]) -> None:
         """Put the parts of a message there, one behind the other."""

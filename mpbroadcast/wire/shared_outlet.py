@@ -57,6 +57,22 @@ class SharedOutlet:
         self._dry = False  # no chunk was free for all of the time that it waited
         self._unrouted: dict[int, int] = {}  # bytes of each message in memory of its own
 
+    def send_quickly(self, payload: bytes) -> bool:
+        """Publish a message without a topic, where nothing more is needed than room in the ring and the pipe; whether it went.
+
+        :raises OSError: this end of the pipe, or the other, is closed.
+        """
+        ring = self._ring
+        if ring is None or self._holder:
+            return False
+        me = threading.get_ident()
+        with self._lock:
+            self._holder = me  # no call before it, so that no signal's handler comes in between
+            try:
+                return ring.put(payload, self._outlet.pipe.fd)
+            finally:
+                self._holder = 0
+
     def send(self, payload: Payload, topic: bytes, exclude: int, deadline: Deadline, done: list[int]) -> bool:
         """Publish it, or return ``False`` when it must go through the pipe; put a number into ``done`` when it went.
 
