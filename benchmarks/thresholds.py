@@ -74,7 +74,7 @@ def measure(way: str, message: Any, subscribers: int, count: int) -> float:
             start = time.monotonic()
             for _ in range(count):
                 bus.publish(message)
-            ends = [report.recv() for report in reports]
+            ends: list[float] = [report.recv() for report in reports]
         for process in processes:
             process.join()
     return count / (max(ends) - start)

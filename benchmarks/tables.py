@@ -1,0 +1,80 @@
+"""Tables, for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.peers import OWN
+from benchmarks.running import RowResults
+
+
+@dataclass
+class Table:
+    """A title, a head and rows of text, and what is to be said below."""
+
+    title: str
+    head: Sequence[str]
+    rows: list[Sequence[str]]
+    notes: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """For the terminal."""
+        cells = [self.head, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+            for row in cells
+        ]
+        return "\n".join([self.title, *lines, *(f"  {note}" for note in self.notes)])
+
+    def markdown(self) -> str:
+        """For a file."""
+        lines = [self.head, ["---", *("---:" for _ in self.head[1:])], *self.rows]
+        notes = [f"- {note}" for note in self.notes]
+        return "\n".join([f"### {self.title}", "", *(f"| {' | '.join(row)} |" for row in lines), "", *notes, ""])
+
+
+def number(value: float, digits: int) -> str:
+    """With commas; a dash, when it is not a number."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.{digits}f}"
+
+
+def table(results: RowResults) -> Table:
+    """Of one row: the first metric with its lowest and highest, the others with their median, and the ratio to the best."""
+    row = results.row
+    main, *others = row.metrics
+    best = results.best()
+    head = ["", main.name, "lowest", "highest", *(metric.name for metric in others), "of the best"]
+    rows: list[Sequence[str]] = []
+    for peer in results.measured:
+        values = results.values(peer, main)
+        rows.append([
+            peer.name,
+            *(number(value, main.digits) for value in (statistics.median(values), min(values), max(values))),
+            *(number(results.figure(peer, metric), metric.digits) for metric in others),
+            "" if best is None else number(results.ratio(peer, best), 2),
+        ])  # fmt: skip
+    if results.copies:
+        rates = [1 / seconds for seconds in results.copies]
+        figures = [number(value, 2) for value in (statistics.median(rates), min(rates), max(rates))]
+        rest = {"MiB/s": number(statistics.median(rates) * row.shape.size / (1 << 20), 0), "copies": "1.00"}
+        rows.append(["one plain copy", *figures, *(rest.get(metric.name, "") for metric in others), ""])
+    return Table(f"{row.name}: {row.title}", head, rows, [*_sentences(results), *results.notes])
+
+
+def _sentences(results: RowResults) -> list[str]:
+    """How this package stands to the best of the others."""
+    other = results.best([peer for peer in results.measured if peer not in OWN])
+    if other is None:
+        return []
+    what = results.row.metrics[0].name
+    return [
+        f"{peer.name}: {results.ratio(peer, other):.2f} times the {what} of the best other, {other.name}"
+        for peer in OWN
+        if peer in results.measured
+    ]
