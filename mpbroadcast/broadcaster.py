@@ -44,6 +44,7 @@ _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
 _write = os.write
 _NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
+_NO_MORE: Final = object()
 _NOWHERE: Final = PipeEnd([-1])
 # The heads of short messages without a topic: to look one up costs less than to pack it.
 SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)
@@ -170,10 +171,11 @@ class Broadcaster(Generic[M]):
         while failure is None:
             frame = b""
             try:
-                payload = self._pickled(next(iterator))
+                message: Any = next(iterator, _NO_MORE)
+                if message is _NO_MORE:
+                    break
+                payload = self._pickled(message)
                 frame = self._frame(payload, way) if payload.size < SHARED_FROM else b""
-            except StopIteration:
-                break
             except Exception as error:
                 failure = error  # those before it are sent first
             if waiting and (failure or not frame or size + len(frame) > PIPE_BUF):

@@ -6,6 +6,7 @@ These are the shell around the outbox and the splitter: state and descriptors, a
 from __future__ import annotations
 
 import contextlib
+import enum
 import fcntl
 import logging
 import os
@@ -24,7 +25,7 @@ from mpbroadcast.wire.descriptors import DescriptorSocket
 from mpbroadcast.wire.frames import Batch, FrameError, Item, Opening, Parcel, References, Splitter
 from mpbroadcast.wire.packets import MEMORY, RING, pack
 from mpbroadcast.wire.ring import CHUNK
-from mpbroadcast.wire.runs import GONE, OFFER, note, references_run, run_of
+from mpbroadcast.wire.runs import GONE, OFFER, note, references_run
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.clients import Client
@@ -35,9 +36,11 @@ __all__ = [
     "PIPE_SIZE",
     "SHORTEST_RETRY",
     "Held",
+    "Parked",
     "Peer",
     "Publisher",
     "Session",
+    "State",
     "Subscription",
     "new_pipe",
     "new_socket",
@@ -53,6 +56,7 @@ LONGEST_PATIENCE: Final = 0.02  # seconds
 _READ: Final = 1 << 18
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
 _MOST_UNREAD: Final = 64  # references to messages in memory of their own, each with a descriptor on its way
+_MOST_OFFERS: Final = 4  # rings that it was sent and has not mapped: what is on its way nobody counts
 _QUICK: Final = 3e8  # bytes a second: who reads as many is worth being waited for, as copying is slower
 _QUICK_SPAN: Final = 2  # the part of a ring, 1/2, in which the references lie that a quick reader has not read yet
 _SLOW_SPAN: Final = 8  # and one that is not waited for: 1/8, as all of the others must do with the rest
@@ -251,6 +255,14 @@ class Publisher:
         return self._splitter.held + parked
 
 
+class State(enum.Enum):
+    """Whether a subscription can have references."""
+
+    READY = enum.auto()
+    LATER = enum.auto()
+    NEVER = enum.auto()
+
+
 class Subscription:
     """The write end of a channel's pipe, and the backlog before it."""
 
@@ -273,7 +285,8 @@ class Subscription:
         self.waiters: deque[Publisher] = deque()
         self.blocked_at = 0  # what it held when the last of them began to wait
         self.beside: DescriptorSocket | None = None
-        self.rings: dict[Ring, bool] = {}  # those that it was sent; whether it has mapped them
+        self.rings: dict[Ring, bool | None] = {}  # whether it has mapped each; None: it will not
+        self._unanswered = 0  # those that it was sent and has said nothing about
         self.unread: Unread[Ring | None] = Unread()
         self.patience = LONGEST_PATIENCE  # seconds that publishers may still wait for it to take references
         self.paused_at = 0.0  # since when one does
@@ -329,9 +342,9 @@ class Subscription:
             data = outbox.to_write()
             parcel = outbox.parcel
             if parcel is not None and not self._send_memory(parcel):
-                if len(self.unread) >= _MOST_UNREAD:
+                if self.unread.memories >= _MOST_UNREAD:
                     return False  # until it has read one
-                outbox.put_in_its_place(run_of(parcel.copied(parcel.memory.read())))
+                outbox.put_in_its_place(parcel.memory.run(parcel))
                 continue
             try:
                 size = os.write(self.fd, data)
@@ -351,9 +364,9 @@ class Subscription:
         memory = parcel.memory
         if self._sent == memory.number:
             return True
-        if len(self.unread) >= _MOST_UNREAD:
+        if self.unread.memories >= _MOST_UNREAD:
             self.refresh()
-        if self.beside is None or memory.descriptor is None or len(self.unread) >= _MOST_UNREAD:
+        if self.beside is None or memory.descriptor is None or self.unread.memories >= _MOST_UNREAD:
             return False
         with contextlib.suppress(OSError):  # it is gone, or too many are on their way already
             if self.beside.tell(pack(MEMORY, 0, memory.number), memory.descriptor.fd):
@@ -379,16 +392,20 @@ class Subscription:
         outbox.referred = self.unread.bytes
         return True
 
-    def ready_for(self, held: Held) -> bool:
+    def state_for(self, held: Held) -> State:
         """Whether references can be written now, if the pipe has room, past a backlog that is empty."""
-        if not self.rings.get(held.ring):
-            if held.ring not in self.rings:
-                self._offer(held.ring)
-            return False
+        if held.ring not in self.rings:
+            self._offer(held.ring)
+        mapped = self.rings[held.ring]
+        if mapped is None:
+            return State.NEVER
+        if not mapped:
+            return State.LATER
         if self._lags(held):
             self.refresh()
-            return not self._lags(held)
-        return True
+            if self._lags(held):
+                return State.LATER
+        return State.READY
 
     def _lags(self, held: Held) -> bool:
         """Whether too much is between these and what it has not read, so that it would keep too much of a ring from being used
@@ -403,7 +420,7 @@ class Subscription:
     @property
     def tells(self) -> bool:
         """Whether it has so much to read that it will tell of it."""
-        return self.unread.bytes > 2 * CHUNK or not self.outbox.empty or not all(self.rings.values())
+        return self.unread.bytes > 2 * CHUNK or not self.outbox.empty or False in self.rings.values()
 
     @property
     def must_be_read(self) -> bool:
@@ -412,16 +429,18 @@ class Subscription:
 
     def _offer(self, ring: Ring) -> None:
         """Send it a ring: references follow when it has mapped that."""
-        self.rings[ring] = False
-        if self.beside is not None:
+        self.rings[ring] = None
+        if self.beside is not None and self._unanswered < _MOST_OFFERS:
             with contextlib.suppress(OSError):
                 if self.beside.tell(pack(RING, ring.number), ring.descriptor.fd):
+                    self.rings[ring] = False
+                    self._unanswered += 1
                     self.notes.append((OFFER, ring))
 
     def retire(self, ring: Ring) -> None:
         """Nothing more will refer to it."""
         if self.rings.pop(ring, None) is not None:
-            self.notes.append((GONE, ring))
+            self.notes.append((GONE, ring))  # if it has not answered yet, it still has a descriptor more
 
     def _write_notes(self) -> bool:
         while self.notes:
@@ -441,8 +460,9 @@ class Subscription:
         self.rings.clear()
         self.notes.clear()
 
-    def mapped(self, number: int) -> None:
-        """It has mapped the ring of this number."""
-        for ring in self.rings:
-            if ring.number == number:
-                self.rings[ring] = True
+    def answered(self, number: int, *, mapped: bool) -> None:
+        """It has mapped the ring of this number, or cannot."""
+        for ring, state in self.rings.items():
+            if ring.number == number and state is False:
+                self.rings[ring] = True if mapped else None
+                self._unanswered -= 1

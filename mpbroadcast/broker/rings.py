@@ -62,6 +62,7 @@ class Unread(Generic[R]):
     def __init__(self) -> None:
         self.bytes = 0
         self.count = 0  # of all that were ever written
+        self.memories = 0  # of those that are unread, the messages in memory of their own
         self._entries: deque[tuple[int, R, Sequence[int], int, int]] = deque()  # count behind it, ring, chunks, place, bytes
 
     def __len__(self) -> int:
@@ -71,6 +72,7 @@ class Unread(Generic[R]):
         """So many references were, to messages of ``size`` bytes in all."""
         self.count += count
         self.bytes += size
+        self.memories += ring is None
         self._entries.append((self.count, ring, chunks, place, size))
 
     @property
@@ -92,5 +94,6 @@ class Unread(Generic[R]):
         while self._entries and self._entries[0][0] <= count:
             _, ring, chunks, _, size = self._entries.popleft()
             self.bytes -= size
+            self.memories -= ring is None
             done.append((ring, chunks))
         return done

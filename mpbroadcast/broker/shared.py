@@ -32,6 +32,7 @@ from mpbroadcast.wire.packets import (
     unpack,
 )
 from mpbroadcast.wire.ring import span
+from mpbroadcast.wire.runs import Run, run_of
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
@@ -181,6 +182,7 @@ class Memory:
         self.number = store.number()
         self.size = size
         self._store = store
+        self._run: Run | None = None
         self._bytes = None if kept else _bytes_of(descriptor.fd, size)
         self.descriptor = descriptor if kept else None
         store.memories += kept
@@ -191,6 +193,12 @@ class Memory:
             return self._bytes
         assert self.descriptor is not None
         return _bytes_of(self.descriptor.fd, self.size)
+
+    def run(self, parcel: Parcel) -> Run:
+        """The message itself, for all who cannot have its memory."""
+        if self._run is None:
+            self._run = run_of(parcel.copied(self.read()))
+        return self._run
 
     def __del__(self) -> None:
         if getattr(self, "descriptor", None) is not None:
@@ -205,14 +213,14 @@ def _bytes_of(fd: int, size: int) -> bytes:
 
 
 class Lender:
-    """What one publisher shares, and says beside its pipe. ``wanted`` is a ring in which it has found no free chunk."""
+    """What one publisher shares, and says beside its pipe. ``wanted`` says that it has found no free chunk."""
 
     def __init__(self, store: Store, beside: DescriptorSocket, pid: int) -> None:
         self.beside = beside
         self.current: Ring | None = None  # from which something was routed last
         self.rings: dict[int, Ring] = {}  # that it may refer to
         self._rings = 0  # and those that are still read
-        self.wanted: Ring | None = None
+        self.wanted = False
         self._memories: dict[int, Memory] = {}
         self._store = store
         self._pid = pid
@@ -235,10 +243,10 @@ class Lender:
                     if kind == RING:
                         self._take_ring(number, descriptor if kept else None, value)
                     elif kind == WANTED:
-                        self.wanted = self.rings.get(number)
+                        self.wanted = True
                     elif kind == MEMORY and descriptor is not None:
                         self._take_memory(value, descriptor, kept)
-        except (OSError, PacketError) as error:
+        except (OSError, PacketError, MemoryError) as error:
             log.debug("process %d: %s", self._pid, error)
             return False
 

@@ -7,14 +7,15 @@ behind, would be slower for all. How long it is waited for, it earns by what it 
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
 from mpbroadcast.broker.loop import IN, Loop
-from mpbroadcast.broker.members import Held, Publisher, Subscription, new_socket
+from mpbroadcast.broker.members import Held, Publisher, State, Subscription, new_socket
 from mpbroadcast.broker.shared import Lender, Ring, Store
-from mpbroadcast.wire.packets import MAPPED, READ, PacketError, unpack
+from mpbroadcast.wire.packets import MAPPED, READ, REFUSED, PacketError, unpack
 
 __all__ = ["Sharing"]
 
@@ -54,8 +55,10 @@ class Sharing:
     def add(self, publisher: Publisher) -> int:
         """Let it share memory: the descriptor of its socket.
 
-        :raises OSError: no descriptor is left.
+        :raises OSError: no descriptor is left, or it shares a ring already.
         """
+        if publisher.lender is not None and publisher.lender.rings:
+            raise OSError(errno.EEXIST, "this publisher has a socket for descriptors already")
         own, other = new_socket()
         if publisher.lender is not None:  # it was interrupted, and begins again
             self._loop.close(publisher.lender.beside.detach())
@@ -69,10 +72,11 @@ class Sharing:
             return
         if not lender.hear():
             self._loop.forget(lender.beside.fileno())
-        if lender.wanted is not None:
-            for subscription in lender.wanted.readers:
-                subscription.refresh()
-            lender.wanted = None
+        if lender.wanted:
+            lender.wanted = False
+            for ring in list(lender.rings.values()):
+                for subscription in ring.readers:
+                    subscription.refresh()
 
     def close(self, publisher: Publisher) -> None:
         """All that it has written has been taken in, and nothing more will be."""
@@ -85,6 +89,7 @@ class Sharing:
         if publisher.lender is not None:
             for ring in list(publisher.lender.rings.values()):
                 self._retire(ring, publisher.lender)
+            publisher.lender.current = None
 
     def use(self, ring: Ring, publisher: Publisher) -> None:
         """Something in this ring is to be routed: all of the one before it has been."""
@@ -118,8 +123,8 @@ class Sharing:
                 kind, number, value = unpack(packet)
                 if kind == READ:
                     subscription.has_read(value)
-                elif kind == MAPPED:
-                    subscription.mapped(number)
+                elif kind in (MAPPED, REFUSED):
+                    subscription.answered(number, mapped=kind == MAPPED)
         except (OSError, PacketError):
             self._loop.forget(beside.fileno())  # its pipe tells whether it is gone
         self.go_on(subscription)
@@ -137,13 +142,13 @@ class Sharing:
     def slow_one(self, held: Held, targets: Iterable[Subscription]) -> Subscription | None:
         """Who cannot have these references now, and may in a moment."""
         for subscription in targets:
-            if _ever(subscription) and not self._ready(subscription, held) and subscription.patience > 0:
+            if subscription.patience > 0 and self._state(subscription, held) is State.LATER:
                 return subscription
         return None
 
     def refer(self, subscription: Subscription, held: Held, charge: int) -> bool:
         """Let it have references, and not the messages; whether that is possible now."""
-        if not (_ever(subscription) and subscription.outbox.takes(charge) and self._ready(subscription, held)):
+        if not subscription.outbox.takes(charge) or self._state(subscription, held) is not State.READY:
             return False
         try:
             return subscription.refer(held, charge)
@@ -151,16 +156,20 @@ class Sharing:
             self._on_gone(subscription)
             return True
 
-    def _ready(self, subscription: Subscription, held: Held) -> bool:
+    def _state(self, subscription: Subscription, held: Held) -> State:
+        if not _ever(subscription):
+            return State.NEVER
         if not subscription.outbox.empty:
             self._write(subscription)
-            if not subscription.outbox.empty or subscription.fd < 0:
-                return False
+            if subscription.fd < 0:
+                return State.NEVER
+            if not subscription.outbox.empty:
+                return State.LATER
         held.ring.readers.add(subscription)
-        ready = subscription.ready_for(held)
-        if not ready and subscription.notes:
+        state = subscription.state_for(held)
+        if subscription.notes:
             self._mark(subscription)
-        return ready
+        return state
 
     def wait(self, publisher: Publisher, slow: Subscription) -> None:
         """Resume the publisher when the subscription may be ready, or its patience is over."""

@@ -20,6 +20,7 @@ from mpbroadcast.broker.members import (
     PIPE_SIZE,
     SHORTEST_RETRY,
     Held,
+    Parked,
     Publisher,
     Session,
     Subscription,
@@ -139,8 +140,14 @@ class Traffic:
         try:
             publisher.take(chunk)
         except FrameError as error:
-            log.warning("process %d sent %s, which is no frame: it cannot publish any more", publisher.pid, error)
-            self._close(publisher)
+            self._refuse(publisher, error)
+        except Exception as error:  # whatever comes from outside, it does not end the broker
+            log.exception("what process %d sent was not understood", publisher.pid)
+            self._refuse(publisher, error)
+
+    def _refuse(self, publisher: Publisher, error: object) -> None:
+        log.warning("process %d sent %s, which is no frame: it cannot publish any more", publisher.pid, error)
+        self._close(publisher)
 
     def take_in(self, session: Session) -> None:
         """Route what the session's publishers have written until now, as far as backlogs take it.
@@ -207,6 +214,9 @@ class Traffic:
         while parked:
             item = parked.popleft()
             try:
+                if isinstance(item, Held) and item.ring.retired:
+                    self._refuse(publisher, "a reference into a ring that it has done with")
+                    continue
                 if isinstance(item, Held) and self._waits(item, publisher):
                     parked.appendleft(item)
                     return
@@ -219,6 +229,7 @@ class Traffic:
                     continue
             except UnicodeDecodeError:
                 log.warning("process %d published to a topic that is not UTF-8: dropped", publisher.pid)
+                self._routed(item, publisher)
                 continue
             if full is not None:
                 parked.appendleft(rest)
@@ -304,6 +315,8 @@ class Traffic:
             outbox = subscription.outbox
             before = outbox.entered
             if held is None or not self.sharing.refer(subscription, held, charge):
+                if not subscription.live:  # its reader was found to be gone
+                    continue
                 if run is None:
                     batch = batch or self._copied(held)
                     run = self._run_of(batch)
@@ -315,8 +328,13 @@ class Traffic:
                 self._on_overflow(subscription)
         if self.history is not None:
             self.history.add(self.routed, batch or self._copied(held))
-        if held is not None:
-            held.ring.release(held.chunks)
+        self._routed(item, publisher)
+
+    @staticmethod
+    def _routed(item: Parked, publisher: Publisher) -> None:
+        """It is on its way, or dropped: its publisher may go on."""
+        if isinstance(item, Held):
+            item.ring.release(item.chunks)
         elif isinstance(item, Parcel) and publisher.lender is not None:
             publisher.lender.routed(item)
 

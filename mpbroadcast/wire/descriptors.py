@@ -260,8 +260,7 @@ class DescriptorSocket(socket.socket):
             try:
                 with _forks.lock:
                     if not self._received:
-                        flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-                        self._received.extend(map(self.recvmsg, (_PACKET,), (_SPACE,), (flags,)))
+                        self._receive()
                     numbers = _descriptors_in(self._received)
                     entry = self._received[0][0], numbers[0] if numbers else -1
                     self.entry, self._received = entry, []  # in one step, as far as an interrupt can see
@@ -270,6 +269,14 @@ class DescriptorSocket(socket.socket):
             for number in numbers[1:]:  # nobody sends so many
                 os.close(number)
         return self.entry
+
+    def _receive(self) -> None:
+        flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+        try:
+            self._received.extend(map(self.recvmsg, (_PACKET,), (_SPACE,), (flags,)))
+        except ConnectionResetError:
+            # The other end was closed before it had read all: that is said once, before what is still there.
+            self._received.extend(map(self.recvmsg, (_PACKET,), (_SPACE,), (flags,)))
 
     def done(self) -> None:
         """Be done with what was heard."""

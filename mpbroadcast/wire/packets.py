@@ -6,7 +6,7 @@ Between a publisher and the broker::
     ACCEPTED  <-  references into ring ``number`` will be understood
     REFUSED   <-  they will not
     FREE      <-  chunks of ring ``number`` are free again; value: a bit for each
-    WANTED    ->  no chunk of ring ``number`` is free
+    WANTED    ->  no chunk is free
     MEMORY    ->  the memory of message ``value`` (descriptor), whose frame comes in the pipe
     ROUTED    <-  message ``value`` is on its way: its memory does not count any more
 

@@ -90,15 +90,17 @@ def gather(message: object) -> Payload:
         return False
 
     pickle.dump(message, parts, PROTOCOL, buffer_callback=keep)
-    size = sum(map(len, parts))
+    # A bytearray cannot change its size while something looks at it.
+    pickled = [memoryview(part) if type(part) is bytearray else part for part in parts]
+    size = sum(map(len, pickled))
     if not buffers:
-        return Payload(parts, size, False)
+        return Payload(pickled, size, False)
     lengths = [size, *(raw.nbytes for raw in buffers)]
     start = _COUNT.size + len(lengths) * _PART.size
     # Where each part ends is where the next begins, but for what fills it up.
     offsets = list(accumulate(lengths[:-1], lambda at, length: _aligned(at + length), initial=_aligned(start)))
     head = _COUNT.pack(len(lengths), 0) + b"".join(map(_PART.pack, offsets, lengths))
-    whole: list[Any] = [head, bytes(offsets[0] - start), *parts]
+    whole: list[Any] = [head, bytes(offsets[0] - start), *pickled]
     end = offsets[0] + size
     for offset, raw in zip(offsets[1:], buffers, strict=True):
         whole += (bytes(offset - end), raw)

@@ -37,11 +37,14 @@ class SharedInlet:
         self._unsaid = 0  # bytes read, and not told of
         on_fork(self, SharedInlet.close)
 
-    def _hear(self) -> None:
-        """Take in what has come."""
+    def _hear(self, wanted: int) -> None:
+        """Take in what has come, up to the ring or message of this number, so that no more descriptors are kept than needed."""
         beside = self._beside
         with contextlib.suppress(OSError, PacketError):
-            while (heard := beside.hear()) is not None and heard[0]:
+            while wanted not in self._memories and wanted not in self._rings:
+                heard = beside.hear()
+                if heard is None or not heard[0]:
+                    break
                 kind, number, value = unpack(heard[0])
                 descriptor = heard[1]
                 if kind == MEMORY:
@@ -62,7 +65,7 @@ class SharedInlet:
     def note(self, kind: int, ring: int) -> None:
         """A ring has come, and is mapped, or nothing refers to it any more."""
         if kind == OFFER:
-            self._hear()
+            self._hear(ring)
             with contextlib.suppress(OSError):
                 self._beside.tell(pack(MAPPED if ring in self._rings else REFUSED, ring))
         else:
@@ -84,7 +87,7 @@ class SharedInlet:
     def _load_memory(self, number: int, length: int, image: bool) -> Any:
         self._unsaid += _SAY_EVERY
         if number not in self._memories:
-            self._hear()
+            self._hear(number)
         descriptor = self._memories.get(number, -1)
         if descriptor < 0:
             text = "no descriptor was left in this process for a large message: close some, or raise `ulimit -n`"
@@ -100,14 +103,16 @@ class SharedInlet:
     def settle(self, read: int) -> None:
         """What was decoded is kept: ``read`` references so far. Let go of what it needed, and tell the broker."""
         if self._loaded:
-            self._let_go([number for number in self._memories if number <= self._loaded])
+            if self._loaded in self._memories:
+                come = list(self._memories)  # in this order, which is that of the pipe; the numbers' is another one
+                self._let_go(come[: come.index(self._loaded) + 1])
             self._loaded = 0
         while self._gone:
             self._rings.pop(self._gone.pop(), None)
         if self._unsaid >= _SAY_EVERY:
-            self._unsaid = 0
             with contextlib.suppress(OSError):
-                self._beside.tell(pack(READ, 0, read))
+                if self._beside.tell(pack(READ, 0, read)):
+                    self._unsaid = 0
 
     def ended(self) -> None:
         """Nothing more comes: the broker is to know what has been read, as it waits for that."""

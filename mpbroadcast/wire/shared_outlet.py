@@ -13,13 +13,13 @@ import itertools
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.wire.descriptors import DescriptorSocket
 from mpbroadcast.wire.frames import memory_frame, reference_frame
+from mpbroadcast.wire.link import CONNECT_TIMEOUT
 from mpbroadcast.wire.memory import available, message_memory, ring_memory
 from mpbroadcast.wire.outlet import Outlet
 from mpbroadcast.wire.packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, ROUTED, WANTED, pack, unpack
@@ -34,6 +34,8 @@ _PATIENCE: Final = 0.05  # seconds to wait for a free chunk
 _AGAIN: Final = 1.0  # seconds from one try to get a ring to the next
 _MOST_UNROUTED: Final = 8  # messages in memory of their own that the broker has not routed yet
 _MOST_BYTES: Final = 64 << 20  # in those, unless it is a single one
+_ASKING: Final = CONNECT_TIMEOUT + 1.0  # seconds that the question for the socket may take
+_WANTED: Final = pack(WANTED)
 _SLICE: Final = 0.05  # seconds: another thread may have heard what this one waits for
 
 _ring_numbers: Final = itertools.count(1)
@@ -46,13 +48,13 @@ class SharedOutlet:
         self._outlet = outlet
         self._ask = ask
         self._beside: DescriptorSocket | None = None
-        self._asking = threading.Lock()
         self._not_before = 0.0 if available() else float("inf")  # when to ask for it
         self._lock = threading.Lock()
         self._holder = 0  # the thread that has it
         self._ring: Ring | None = None
         self._offered: Ring | None = None
-        self._freed: deque[tuple[int, int]] = deque()  # what the broker has said of rings' chunks
+        self._heard: list[bytes] = []  # what the broker has said, and is still to be handled
+        self._in_between: set[int] = set()  # threads that have a message in memory of its own on the way
         self._no_ring_before = 0.0
         self._dry = False  # no chunk was free for all of the time that it waited
         self._unrouted: dict[int, int] = {}  # bytes of each message in memory of its own
@@ -87,35 +89,47 @@ class SharedOutlet:
         return payload.size >= MEMORY_FROM and self._in_memory(beside, payload, topic, exclude, deadline, done)
 
     def _begin(self, deadline: Deadline) -> DescriptorSocket | None:
-        if time.monotonic() < self._not_before or not self._asking.acquire(blocking=False):
+        now = time.monotonic()
+        if now < self._not_before:
             return None
-        try:
-            if self._beside is None:
-                self._not_before = time.monotonic() + _AGAIN
-                with contextlib.suppress(OSError):  # no descriptor is left, here or in the broker
-                    self._beside = self._ask(deadline)
-        finally:
-            self._asking.release()
+        self._not_before = now + _ASKING  # no call since it was looked at, so only one thread comes here
+        with contextlib.suppress(OSError):  # no descriptor is left, here or in the broker
+            self._beside = self._ask(deadline)
+        self._not_before = time.monotonic() + _AGAIN
         return self._beside
 
     def _hear(self, beside: DescriptorSocket) -> bool:
-        """Take in what the broker has said; ``False`` when it is gone. What is for the ring waits for who has the lock."""
-        data = None
-        with contextlib.suppress(OSError):
-            while data := beside.hear_plain():
-                kind, number, value = unpack(data)
-                offered = self._offered
-                if kind == FREE:
-                    self._freed.append((number, value))
-                elif kind == ROUTED:
-                    self._unrouted.pop(value, None)
-                elif kind == ACCEPTED and offered is not None and number == offered.number:
-                    self._ring, self._offered = offered, None
-                    self._dry = False
-                elif kind == REFUSED and offered is not None and number == offered.number:
-                    self._offered = None
-            return data is None
-        return False
+        """Take in what the broker has said; ``False`` when it is gone. Under the lock."""
+        heard = self._heard
+        there = True
+        while True:
+            while heard:
+                self._handle(heard[0])  # and if an interrupt comes, once more
+                del heard[0]
+            try:
+                heard.extend(map(beside.recv, (64,)))
+            except BlockingIOError:
+                return there
+            except OSError:
+                return False
+            there = bool(heard[0])
+            if not there:
+                heard.clear()
+                return False
+
+    def _handle(self, data: bytes) -> None:
+        kind, number, value = unpack(data)
+        ring, offered = self._ring, self._offered
+        if kind == FREE and ring is not None and number == ring.number:
+            ring.room.is_free(value)
+            self._dry = False
+        elif kind == ROUTED:
+            self._unrouted.pop(value, None)
+        elif kind == ACCEPTED and offered is not None and number == offered.number:
+            self._ring, self._offered = offered, None
+            self._dry = False
+        elif kind == REFUSED and offered is not None and number == offered.number:
+            self._offered = None
 
     # --- the ring
 
@@ -132,6 +146,9 @@ class SharedOutlet:
                 self._holder = me
                 try:
                     dry = self._put(beside, payload, topic, exclude, done)
+                    if dry and (self._ring is None or self._dry):
+                        self._offer(beside)
+                        return False
                 finally:
                     self._holder = 0
             if len(done) > before:
@@ -140,13 +157,10 @@ class SharedOutlet:
                 self._outlet.wait(deadline)
                 continue
             # Wait for a chunk, but not for long, and not again until one has come.
-            if self._ring is None or self._dry:
-                self._offer(beside)
-                return False
             if patience is None:
                 patience = Deadline(_PATIENCE)
                 with contextlib.suppress(OSError):
-                    beside.tell(pack(WANTED, self._ring.number))
+                    beside.tell(_WANTED)
             left = deadline.left()
             seconds = patience.left() or 0
             if not seconds or left == 0:
@@ -162,15 +176,10 @@ class SharedOutlet:
             ring = self._ring
             if ring is None:
                 return True
-            while self._freed:
-                number, chunks = self._freed.popleft()
-                if number == ring.number:
-                    ring.room.is_free(chunks)
-                    self._dry = False
+        before = len(done)
         start = ring.room.take(payload.size)
         if start is None:
             return True
-        before = len(done)
         try:
             ring.write(start, payload.parts)
             frame = reference_frame(ring.number, start, payload.size, topic, exclude, payload.image)
@@ -190,22 +199,27 @@ class SharedOutlet:
         with contextlib.suppress(OSError):  # no memory or no descriptor is left
             number = next(_ring_numbers)
             descriptor, memory = ring_memory(CHUNK * CHUNKS)
-            ring = Ring(number, memory)
+            self._offered = Ring(number, memory)
             if beside.tell(pack(RING, number, CHUNK), descriptor.fd):
-                self._offered = ring
+                return
+        self._offered = None
 
     # --- memory of its own
 
     def _in_memory(
         self, beside: DescriptorSocket, payload: Payload, topic: bytes, exclude: int, deadline: Deadline, done: list[int]
     ) -> bool:
-        self._outlet.wait(deadline)  # else much memory could be filled in vain
-        if not self._wait_for_credit(beside, payload.size, deadline):
-            return False
+        me = threading.get_ident()
+        if self._holder == me or me in self._in_between:
+            return False  # a signal handler that has interrupted a publish: that one's credit would never come back
         outlet = self._outlet
-        number = outlet.new_number()
+        outlet.wait(deadline)  # else much memory could be filled in vain
         before = len(done)
+        number = outlet.new_number()
         try:
+            self._in_between.add(me)
+            if not self._wait_for_credit(beside, payload.size, deadline):
+                return False
             try:
                 descriptor = message_memory(payload.parts)
                 self._unrouted[number] = payload.size
@@ -217,17 +231,25 @@ class SharedOutlet:
             outlet.write(memory_frame(number, payload.size, topic, exclude, payload.image), deadline, done)
             return True
         finally:
+            self._in_between.discard(me)
             if len(done) == before and self._unrouted.pop(number, None) is not None:
                 outlet.give_up(number)
 
     def _wait_for_credit(self, beside: DescriptorSocket, size: int, deadline: Deadline) -> bool:
+        me = threading.get_ident()
         while True:
-            if not self._hear(beside):
+            with self._lock:
+                self._holder = me
+                try:
+                    there = self._hear(beside)
+                finally:
+                    self._holder = 0
+            if not there:
                 return False
             unrouted = list(self._unrouted.values())
             if not unrouted or (len(unrouted) < _MOST_UNROUTED and sum(unrouted) + size <= _MOST_BYTES):
                 return True
             left = deadline.left()
             if left == 0:
-                raise Outlet.not_in_time()
+                raise self._outlet.not_in_time()
             beside.wait(_SLICE if left is None else min(_SLICE, left))
