@@ -225,30 +225,39 @@ class Lender:
         self._store = store
         self._pid = pid
         self._closed = False
+        self._there = True
 
     def hear(self) -> bool:
         """Take in what it has said; ``False`` when there will be nothing more."""
         try:
-            while True:
+            more = True
+            while more:
                 with self._store.a_descriptor() as kept:
-                    heard = self.beside.hear()
-                    if heard is None:
-                        return True
-                    packet, fd = heard
-                    self.beside.entry = None
-                    descriptor = OwnedDescriptor([fd]) if fd >= 0 else None
-                    if not packet:
-                        return False
-                    kind, number, value = unpack(packet)
-                    if kind == RING:
-                        self._take_ring(number, descriptor if kept else None, value)
-                    elif kind == WANTED:
-                        self.wanted = True
-                    elif kind == MEMORY and descriptor is not None:
-                        self._take_memory(value, descriptor, kept)
+                    # In a call of its own, so that no variable keeps a descriptor when the reserve is made again.
+                    more = self._hear_one(kept)
+            return self._there
         except (OSError, PacketError, MemoryError) as error:
             log.debug("process %d: %s", self._pid, error)
             return False
+
+    def _hear_one(self, kept: bool) -> bool:
+        heard = self.beside.hear()
+        if heard is None:
+            return False
+        packet, fd = heard
+        self.beside.entry = None
+        descriptor = OwnedDescriptor([fd]) if fd >= 0 else None
+        if not packet:
+            self._there = False
+            return False
+        kind, number, value = unpack(packet)
+        if kind == RING:
+            self._take_ring(number, descriptor if kept else None, value)
+        elif kind == WANTED:
+            self.wanted = True
+        elif kind == MEMORY and descriptor is not None:
+            self._take_memory(value, descriptor, kept)
+        return True
 
     def _take_ring(self, name: int, descriptor: OwnedDescriptor | None, chunk: int) -> None:
         answer = REFUSED
@@ -299,6 +308,7 @@ class Lender:
     def close(self) -> None:
         """Say nothing more: what it would write again from now on, somebody may still read, and nobody will be told of."""
         self._closed = True
+        self._memories.clear()  # what was not announced by now never will be
 
     def tell(self, packet: bytes) -> None:
         """Tell the publisher, if it is still there."""
