@@ -20,6 +20,7 @@ from mpbroadcast.wire.frames import (
     PIPE_BUF,
     Batch,
     FrameError,
+    Item,
     Opening,
     Splitter,
     abort,
@@ -64,12 +65,13 @@ class Message(NamedTuple):
         return frame_head(len(self.payload), self.topic, self.exclude) + self.payload
 
 
-def unpacked(batches: Iterable[Batch | Opening]) -> list[Message]:
+def unpacked(batches: Iterable[Item]) -> list[Message]:
     """The messages of batches, each of which must be what it says of itself."""
     found: list[Message] = []
     for batch in batches:
         if isinstance(batch, Opening):
             continue
+        assert isinstance(batch, Batch)
         assert sum(batch.sizes) == len(batch.frames)
         assert batch.charge == sum(batch.charge_of(size) for size in batch.sizes)
         start = 0
@@ -91,7 +93,7 @@ def chunks(data: bytes, lengths: Iterable[int]) -> list[bytes]:
     return [*parts, data[start:]]
 
 
-def split(parts: Iterable[bytes]) -> list[Batch | Opening]:
+def split(parts: Iterable[bytes]) -> list[Item]:
     """What a new splitter finds in these chunks."""
     splitter = Splitter()
     return [batch for part in parts for batch in splitter.split(part)]
