@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster
+from mpbroadcast import Broadcaster, start_broadcaster
 from tests import victims
 from tests.helpers import DEADLINE, Background, Children, answer, fill, take, wait_until
 
@@ -74,9 +74,12 @@ def test_unopened_and_ended_channels_leave_the_broker_idle(bus: Broadcaster[Any]
         assert not unopened.closed
 
 
-def test_silent_clients_leave_the_broker_idle_and_are_sent_away(bus: Broadcaster[Any]) -> None:
+def test_silent_clients_leave_the_broker_idle_and_are_sent_away(
+    leaves_nothing: None, fork: BaseContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A client that says nothing, or half of something, wakes nobody up, and cannot keep its connection for ever."""
-    with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as half:
+    monkeypatch.setattr("mpbroadcast.broker.reception._HANDSHAKE_TIMEOUT", 1.5)
+    with start_broadcaster(context=fork) as bus, socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as half:
         for client in (silent, half):
             client.connect(bus.address)
             client.settimeout(2 * DEADLINE)

@@ -117,7 +117,10 @@ def test_a_worker_that_never_reads_does_not_hang_the_end(script: Write) -> None:
     """A worker that has stopped reading costs the end of the program a bounded time, and leaves no process."""
     text = """
 import multiprocessing, signal
+import mpbroadcast.broadcaster
 from mpbroadcast import start_broadcaster
+
+mpbroadcast.broadcaster._CLOSE_TIMEOUT = 1.5
 
 def work(channel, opened):
     channel.poll(0)
@@ -138,7 +141,7 @@ if __name__ == "__main__":
         assert code == 0
         assert "Traceback" not in errors
         wait_until(lambda: not program.processes())
-    assert time.monotonic() - start < 5 + PROMPTLY
+    assert time.monotonic() - start < 1.5 + PROMPTLY
 
 
 def test_an_error_in_the_main_program_still_ends_it(script: Write) -> None:

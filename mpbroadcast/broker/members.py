@@ -283,7 +283,7 @@ class Subscription:
         self.retry = SHORTEST_RETRY  # seconds until the next
         self.one_page = False  # its pipe has room for more only once all has been read
         self.waiters: deque[Publisher] = deque()
-        self.blocked_at = 0  # what it held when the last of them began to wait
+        self.blocked_at = 0  # what it held when the first of them began to wait
         self.beside: DescriptorSocket | None = None
         self.rings: dict[Ring, bool | None] = {}  # whether it has mapped each; None: it will not
         self._unanswered = 0  # those that it was sent and has said nothing about

@@ -365,8 +365,9 @@ class Traffic:
             publisher.blocked_since = time.monotonic()
             publisher.warned = False
         publisher.blocked = full
+        if not full.waiters:  # what has been read since then counts for those who come behind, too
+            full.blocked_at = full.outbox.charge
         full.waiters.append(publisher)
-        full.blocked_at = full.outbox.charge
         self._dirty[full] = None
         if self._stall_timeout is not None and not self._looking_for_stalls:
             self._looking_for_stalls = True
