@@ -424,7 +424,7 @@ def test_each_policy_does_what_a_plain_list_does(policy: str) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=100,
+            max_examples=60,
             stateful_step_count=30,
             derandomize=True,
             database=None,

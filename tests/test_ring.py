@@ -223,6 +223,51 @@ def test_a_full_ring_is_no_limit(bus: Bus, reader: Callable[..., Reader]) -> Non
         assert other.numbers() == list(range(published))
 
 
+def test_who_has_read_all_is_not_waited_for(bus: Bus) -> None:
+    """However the broker learns that a full channel was read, also while another one begins to wait for it: all go on."""
+    broker = bus.stats().pid
+    size = 100_000
+    with (
+        connect(bus.address) as one,
+        connect(bus.address) as two,
+        connect(bus.address) as small,
+        bus.subscribe("all", capacity=4 << 20) as channel,
+    ):
+        channel.fileno()
+        small.publish(message(0, 10), topic="nobody")
+        small.flush(timeout=DEADLINE)
+
+        def first() -> bool:
+            for handle in (one, two):
+                handle.publish(message(0, size, PRIME), topic="all")
+                handle.flush(timeout=DEADLINE)
+                drained(channel)
+            return rings(os.getpid()) >= 4
+
+        for _ in range(3):
+            wait_until(first)
+            published = 0
+            while not (row := bus.stats().subscribers[0]).stalls:
+                handle = (one, two)[published % 2]
+                handle.publish(message(published, size), topic="all")
+                with contextlib.suppress(TimeoutError):
+                    handle.flush(timeout=0)
+                published += 1
+            assert row.published
+            os.kill(broker, signal.SIGSTOP)
+            received = []
+            while more := drained(channel):
+                received += more
+            asking = Background(bus.stats)  # which looks at what was read, before that lets anybody go on
+            asking.wait_until_blocked("stats")
+            small.publish(message(published, 10), topic="all")
+            os.kill(broker, signal.SIGCONT)
+            asking.result()
+            while len(numbers(received)) < published + 1:
+                received.append(channel.recv(timeout=DEADLINE / 4))
+            assert sorted(numbers(received)) == list(range(published + 1))
+
+
 def test_what_is_unread_is_kept_for_who_was_unsubscribed(bus: Bus) -> None:
     """A flood does not spoil what an unsubscribed channel, or one with few topics, has not read; a closed one holds none."""
     flood, gone, closed = bus.subscribe("flood"), bus.subscribe(), bus.subscribe()
