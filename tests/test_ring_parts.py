@@ -33,7 +33,7 @@ from mpbroadcast.wire.frames import (
 )
 from mpbroadcast.wire.packets import FREE, READ, RING, Packet, PacketError, pack, unpack
 from mpbroadcast.wire.payload import OUT_OF_BAND, LargeBuffer, dumps, gather, keep_in_band, load_image, loads
-from mpbroadcast.wire.ring import Room, chunks_of, span
+from mpbroadcast.wire.ring import Room, span
 from mpbroadcast.wire.runs import (
     GONE,
     IN_MEMORY,
@@ -63,6 +63,11 @@ CHUNKS, CHUNK = 6, 256  # a small ring
 
 
 # ------------------------------------------------------------------------------------------------------------- room
+
+
+def chunks_of(bits: int) -> list[int]:
+    """The chunks whose bits are set."""
+    return [chunk for chunk in range(bits.bit_length()) if bits >> chunk & 1]
 
 
 def state(room: Room) -> tuple[int, int | None, int | None]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from mpbroadcast.wire.descriptors import on_fork
 from mpbroadcast.wire.frames import plain_reference
 
-__all__ = ["CHUNK", "CHUNKS", "LONGEST", "Ring", "Room", "aligned", "chunks_of", "span"]
+__all__ = ["CHUNK", "CHUNKS", "LONGEST", "Ring", "Room", "aligned", "span"]
 
 CHUNK: Final = 1 << 18  # bytes
 CHUNKS: Final = 32
@@ -85,21 +85,12 @@ def span(offset: int, length: int, chunk: int) -> range:
     return range(offset // chunk, (offset + length - 1) // chunk + 1)
 
 
-def chunks_of(bits: int) -> Iterator[int]:
-    """The chunks whose bits are set."""
-    while bits:
-        low = bits & -bits
-        yield low.bit_length() - 1
-        bits ^= low
-
-
 class Ring:
     """The memory, in its publisher; ``number`` is the publisher's for it. A child lets go of it at a fork."""
 
     def __init__(self, number: int, memory: mmap.mmap) -> None:
         self.number = number
         self.room = Room(CHUNKS, CHUNK)
-        self.accepted = False  # whether references into it may be sent
         self._memory = memory
         self._view = memoryview(memory)
         on_fork(self, Ring.close)
