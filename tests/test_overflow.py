@@ -531,6 +531,7 @@ def test_overflowed_is_no_lag(bus: Bus) -> None:
     channel.fileno()
     bus.publish((0, bytes(2000)))  # alone it passes
     bus.publish((1, bytes(2000)))
+    bus.flush(timeout=DEADLINE)
     assert channel.recv(timeout=DEADLINE)[0] == 0
     wait_until(lambda: readable(channel))
     assert channel.poll(0)
