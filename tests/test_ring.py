@@ -178,7 +178,7 @@ def next_of(channel: Channel[Any]) -> int:
 
 
 def test_who_is_stopped_killed_or_not_there_holds_up_nobody(bus: Bus, reader: Callable[..., Reader]) -> None:
-    """Readers stopped at four places of the ring: a fifth goes on; then each gets all, as do who opens late and who hears little."""
+    """Readers stopped at four places of the ring: a fifth goes on; all get all, who opens late or hears little, too."""
     late, quick, rare = bus.subscribe(), bus.subscribe(), bus.subscribe("rare")
     others = [reader() for _ in range(4)]
     prime(bus, os.getpid(), channels=[quick, rare], maps=3, topic="rare")

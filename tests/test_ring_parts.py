@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pickle
 import struct
+import sys
 from array import array
 from collections import deque
+from collections.abc import Callable
+from itertools import product
 from random import Random
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -125,6 +129,56 @@ def test_room_is_handed_out_once(steps: list[tuple[str, int, Random]]) -> None:
         else:
             taken |= got
             current = chunks[-1]
+
+
+class Interrupt(BaseException):
+    """What a signal handler raises."""
+
+
+def interrupted(line: int, function: Callable[[], Any]) -> Any:
+    """Call it, and raise before the line of this number that it comes to in the module of ``Room``; else, what it returns."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if not left:
+                raise Interrupt
+        return trace if frame.f_code.co_filename == Room.take.__code__.co_filename else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return function()
+    except Interrupt:
+        return None
+    finally:
+        sys.settrace(before)
+
+
+def test_an_interrupt_spoils_no_room() -> None:
+    """Wherever one comes in ``take`` or ``undo``, what is handed out from then on overlaps nothing that is taken."""
+    for free, length, undone, line in product(([1], [1, 2], [0, 3]), (100, CHUNK + 1), (False, True), range(1, 25)):
+        room = Room(CHUNKS, CHUNK)
+        mine: set[int] = set()
+        for size in [CHUNK] * (CHUNKS - 1) + [200]:  # which is all
+            start = room.take(size)
+            assert start is not None
+            mine |= set(range(start, start + size))
+        room.is_free(sum(1 << chunk for chunk in free))
+        mine -= {place for place in mine if place // CHUNK in free}
+        if undone and room.take(length) is not None:
+            interrupted(line, room.undo)
+        else:
+            interrupted(line, lambda room=room, length=length: room.take(length))  # type: ignore[misc]
+        for size in (200, 100, 64, 200, CHUNK, 100, 100, 200, 300, CHUNK):
+            start = room.take(size)
+            if start is not None:
+                got = set(range(start, start + size))
+                assert not got & mine, f"interrupted before line {line}"
+                assert start + size <= CHUNKS * CHUNK
+                mine |= got
 
 
 def test_room_is_taken_where_it_was_used_last() -> None:

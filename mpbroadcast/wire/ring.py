@@ -58,10 +58,12 @@ class Room:
         return self._taken(first * size, length, ((1 << count) - 1) << first)
 
     def _taken(self, start: int, length: int, chunks: int) -> int:
+        behind = aligned(start + length)
+        end = -(-(start + length) // self._chunk) * self._chunk if chunks else self.end
+        # No call from here on, so that an interrupt finds all of it or nothing.
         self._before = (self.next, self.end, chunks)
         self.free &= ~chunks
-        self.next = aligned(start + length)
-        self.end = max(self.end if not chunks else 0, -(-(start + length) // self._chunk) * self._chunk)
+        self.next, self.end = behind, end
         return start
 
     def undo(self) -> None:
