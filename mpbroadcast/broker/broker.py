@@ -85,7 +85,7 @@ class Broker:
 
     @property
     def held(self) -> int:
-        """Bytes of messages that are here, and of the rings that publishers have written to."""
+        """Bytes of messages that are here, and of what somebody still has to read of publishers' rings."""
         return self.ledger.held + self.traffic.sharing.held + sum(one.held for one in self.traffic.publishers.values())
 
     # --- sessions

@@ -101,7 +101,6 @@ class SharedOutlet:
     def _hear(self, beside: DescriptorSocket) -> bool:
         """Take in what the broker has said; ``False`` when it is gone. Under the lock."""
         heard = self._heard
-        there = True
         while True:
             while heard:
                 self._handle(heard[0])  # and if an interrupt comes, once more
@@ -109,11 +108,10 @@ class SharedOutlet:
             try:
                 heard.extend(map(beside.recv, (64,)))
             except BlockingIOError:
-                return there
+                return True
             except OSError:
                 return False
-            there = bool(heard[0])
-            if not there:
+            if not heard[0]:
                 heard.clear()
                 return False
 
