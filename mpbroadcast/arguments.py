@@ -17,12 +17,15 @@ __all__ = [
     "check_count",
     "check_timeout",
     "encode_topic",
+    "encoded_topic",
 ]
 
 MAX_TOPIC = 1024  # bytes of UTF-8
 MAX_ADDRESS = 107  # bytes: what sun_path holds on Linux, less its NUL; macOS has four fewer and says so itself
 
-
+_KEPT_TOPICS = 16384
+_SHORT_TOPIC = 128  # bytes
+_encoded: dict[str, bytes] = {}
 _FOREVER = 1e6  # seconds: more than that, system calls do not take
 
 
@@ -77,6 +80,19 @@ def encode_topic(topic: Any) -> bytes:
     if b"\0" in encoded:
         raise ValueError(f"a topic may not hold a NUL character: {topic!r}")
     return encoded
+
+
+def encoded_topic(topic: Any) -> bytes:
+    """What :func:`encode_topic` says, kept for the next time."""
+    try:
+        return _encoded[topic]
+    except (KeyError, TypeError):
+        encoded = encode_topic(topic)
+        if type(topic) is str and len(encoded) <= _SHORT_TOPIC:
+            if len(_encoded) >= _KEPT_TOPICS:
+                _encoded.clear()
+            _encoded[topic] = encoded
+        return encoded
 
 
 def check_address(address: Any) -> str:

@@ -20,6 +20,7 @@ from mpbroadcast.arguments import (
     check_count,
     check_timeout,
     encode_topic,
+    encoded_topic,
 )
 from mpbroadcast.broker.outbox import POLICIES
 from mpbroadcast.broker.process import BrokerProcess
@@ -104,10 +105,13 @@ class Broadcaster(Generic[M]):
         :raises ClosedError: this handle was closed.
         :raises Exception: whatever pickling the message raises; nothing was sent.
         """
-        if topic != "" or exclude is not None or timeout is not None or self._large:
+        if exclude is not None or timeout is not None or self._large:
             way = self._way(topic, exclude)
             deadline = Deadline(check_timeout(timeout))
             self._publish(self._pickled(message), way, deadline, [])
+            return
+        if topic != "":
+            self._publish_to(encoded_topic(topic), message)
             return
         try:
             payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
@@ -135,6 +139,19 @@ class Broadcaster(Generic[M]):
                 if error.errno not in _NOT_WRITTEN:
                     raise
         self._publish(Payload((payload,), len(payload), False), (b"", 0), Deadline(None), [])
+
+    def _publish_to(self, topic: bytes, message: M) -> None:
+        payload = self._pickled(message)
+        if payload.size < SHORT:
+            frame = self._frame(payload, (topic, 0))
+            try:
+                _write(self._pipe.fd, frame)
+            except OSError as error:
+                if error.errno not in _NOT_WRITTEN:
+                    raise
+            else:
+                return
+        self._publish(payload, (topic, 0), Deadline(None), [])
 
     def publish_many(
         self,

@@ -53,7 +53,6 @@ PIPE_SIZE: Final = 1 << 18  # bytes, when the system gives so much
 SHORTEST_RETRY: Final = 0.003  # seconds, for a full backlog that no event tells of; it doubles while nothing is read
 LONGEST_RETRY: Final = 0.1
 LONGEST_PATIENCE: Final = 0.02  # seconds
-_READ: Final = 1 << 18
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
 _MOST_UNREAD: Final = 64  # references to messages in memory of their own, each with a descriptor on its way
 _MOST_OFFERS: Final = 4  # rings that it was sent and has not mapped: what is on its way nobody counts
@@ -155,11 +154,12 @@ class Publisher:
     has been. While something stays there, because a subscription that would get it is full, nothing more is read.
     """
 
-    def __init__(self, number: int, session: Session, fd: int) -> None:
+    def __init__(self, number: int, session: Session, fd: int, room: memoryview) -> None:
         self.number = number
         self.session = session
         self.pid = session.peer.pid
         self.fd = fd
+        self._room = room  # to read into: all publishers have it in turn
         self.parked: deque[Parked] = deque()
         self.blocked: Subscription | None = None  # the full one that it waits for
         self.blocked_since = 0.0  # when something of it went on last
@@ -174,14 +174,17 @@ class Publisher:
         self.position = 0  # bytes read so far
         self._barriers: deque[tuple[int, Callable[[], None]]] = deque()
 
-    def read(self, limit: int = _READ) -> bytes:
+    def read(self, limit: int | None = None) -> bytes:
         """What is there, but not past the next position that somebody waits for; empty when all writers are gone.
 
         :raises BlockingIOError: nothing is there.
         """
         if self._barriers:
-            limit = min(limit, self._barriers[0][0] - self.position)
-        return os.read(self.fd, limit)
+            end = self._barriers[0][0] - self.position
+            limit = end if limit is None else min(limit, end)
+        room = self._room
+        # Not os.read: memory for the most that may come would be mapped and unmapped each time.
+        return bytes(room[: os.readv(self.fd, (room if limit is None else room[:limit],))])
 
     def take(self, chunk: bytes) -> None:
         """Park what was read.

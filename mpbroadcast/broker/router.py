@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase, translate
 from typing import Final, Generic, TypeVar
@@ -11,6 +12,7 @@ __all__ = ["Router", "matches"]
 
 S = TypeVar("S")
 
+_SPECIAL: Final = "*?["
 _CACHED_TOPICS: Final = 16384  # at most 1 KiB each; all are forgotten when there are more
 
 
@@ -20,7 +22,9 @@ class Router(Generic[S]):
     def __init__(self) -> None:
         self._topics: dict[S, dict[str, None]] = {}
         self._exact: dict[str, dict[S, None]] = {}
-        self._patterns: dict[str, tuple[re.Pattern[str], dict[S, None]]] = {}
+        # By what a pattern begins with before its first special character: of many, a topic has to be compared with few.
+        self._patterns: dict[str, dict[str, tuple[re.Pattern[str], dict[S, None]]]] = {}
+        self._lengths: Counter[int] = Counter()  # of those beginnings
         self._found: dict[bytes, tuple[S, ...]] = {}
         self._rank: dict[S, int] = {}
         self._next_rank = 0
@@ -36,9 +40,14 @@ class Router(Generic[S]):
         for topic in topics:
             own[topic] = None
             if is_pattern(topic):
-                if topic not in self._patterns:
-                    self._patterns[topic] = (re.compile(translate(topic)), {})
-                self._patterns[topic][1][subscription] = None
+                beginning = _beginning(topic)
+                if beginning not in self._patterns:
+                    self._patterns[beginning] = {}
+                    self._lengths[len(beginning)] += 1
+                alike = self._patterns[beginning]
+                if topic not in alike:
+                    alike[topic] = (re.compile(translate(topic)), {})
+                alike[topic][1][subscription] = None
             else:
                 self._exact.setdefault(topic, {})[subscription] = None
 
@@ -51,10 +60,17 @@ class Router(Generic[S]):
                 continue
             del own[topic]
             if is_pattern(topic):
-                members = self._patterns[topic][1]
+                beginning = _beginning(topic)
+                alike = self._patterns[beginning]
+                members = alike[topic][1]
                 del members[subscription]
                 if not members:
-                    del self._patterns[topic]
+                    del alike[topic]
+                if not alike:
+                    del self._patterns[beginning]
+                    self._lengths[len(beginning)] -= 1
+                    if not self._lengths[len(beginning)]:
+                        del self._lengths[len(beginning)]
             else:
                 members = self._exact[topic]
                 del members[subscription]
@@ -80,9 +96,11 @@ class Router(Generic[S]):
         if found is None:
             text = topic.decode()
             members = dict(self._exact.get(text, {}))
-            for pattern, subscriptions in self._patterns.values():
-                if pattern.match(text):
-                    members.update(subscriptions)
+            for length in self._lengths:
+                if length <= len(text):
+                    for pattern, subscriptions in self._patterns.get(text[:length], {}).values():
+                        if pattern.match(text):
+                            members.update(subscriptions)
             found = tuple(sorted(members, key=self._rank.__getitem__))
             if len(self._found) >= _CACHED_TOPICS:
                 self._found.clear()
@@ -91,7 +109,11 @@ class Router(Generic[S]):
 
 
 def is_pattern(topic: str) -> bool:
-    return any(character in topic for character in "*?[")
+    return any(character in topic for character in _SPECIAL)
+
+
+def _beginning(pattern: str) -> str:
+    return pattern[: min(pattern.index(character) for character in _SPECIAL if character in pattern)]
 
 
 def matches(topics: Iterable[str], topic: bytes) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Final
 
 from mpbroadcast.broker.history import History
@@ -36,8 +37,9 @@ __all__ = ["Traffic"]
 log = logging.getLogger("mpbroadcast.broker")
 
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
-_SHORTEST_NAP: Final = 100e-6  # seconds; it doubles while a publisher stays busy
+_SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
 _LONGEST_NAP: Final = 400e-6
+_MUCH: Final = PIPE_SIZE // 4  # bytes in a pipe, which would soon be full
 
 
 class Traffic:
@@ -69,17 +71,20 @@ class Traffic:
         self._on_overflow = on_overflow
         self._busy: dict[Publisher, None] = {}
         self._nap = _SHORTEST_NAP
+        self._most = 0  # bytes that were in one of their pipes
         self._dirty: dict[Subscription, None] = {}
         self._resuming: list[Publisher] = []
         self._looking_for_stalls = False
+        self._room = memoryview(mmap(-1, PIPE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS))  # not touched before it is needed
 
     def round(self) -> None:
         """Wait for what happens, and handle it."""
         if self._busy:
             self._loop.round(self._nap)
-            self._nap = min(2 * self._nap, _LONGEST_NAP)
+            self._most = 0
             for publisher in list(self._busy):
                 self._read(publisher)
+            self._nap = min(2 * self._nap, _LONGEST_NAP) if self._most < _MUCH else _SHORTEST_NAP
         else:
             self._nap = _SHORTEST_NAP
             self._loop.round()
@@ -98,7 +103,7 @@ class Traffic:
         :raises OSError: no descriptor is left.
         """
         read, write = new_pipe(PIPE_SIZE)
-        publisher = Publisher(number, session, read)
+        publisher = Publisher(number, session, read, self._room)
         self.publishers[number] = publisher
         session.publishers.add(publisher)
         self._watch(publisher)
@@ -117,6 +122,7 @@ class Traffic:
         if not chunk:
             self._close(publisher)
             return
+        self._most = max(self._most, len(chunk))
         self._take(publisher, chunk)
         self._route(publisher)
         self._set_busy(publisher, self.routed - before > _BUSY)
@@ -214,16 +220,18 @@ class Traffic:
         while parked:
             item = parked.popleft()
             try:
-                if isinstance(item, Held) and item.ring.retired:
-                    self._refuse(publisher, "a reference into a ring that it has done with")
-                    continue
-                if isinstance(item, Held) and self._waits(item, publisher):
-                    parked.appendleft(item)
-                    return
-                if isinstance(item, Opening):
-                    full, rest = self._full_for(item, publisher), item
-                elif isinstance(item, (Batch, Held, Parcel)):
+                if isinstance(item, (Batch, Parcel)):
                     full, rest = self._deliver(item, publisher)
+                elif isinstance(item, Held):
+                    if item.ring.retired:
+                        self._refuse(publisher, "a reference into a ring that it has done with")
+                        continue
+                    if self._waits(item, publisher):
+                        parked.appendleft(item)
+                        return
+                    full, rest = self._deliver(item, publisher)
+                elif isinstance(item, Opening):
+                    full, rest = self._full_for(item, publisher), item
                 else:
                     item()
                     continue

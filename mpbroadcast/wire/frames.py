@@ -318,7 +318,10 @@ class Splitter:
                     more = _repeats(chunk, position, size, chunk[start + 4 : start + skip], (end - position) // size)
                     sizes.extend(array("I", (size,)) * more)
                     position += more * size
-            batches.append(_batch(chunk[start:position], sizes))
+            topic, exclude = way, 0
+            if tag & EXCLUDE:
+                topic, exclude = way[_EXCLUDED.size :], _EXCLUDED.unpack_from(way)[0]
+            batches.append(Batch(chunk[start:position], sizes, topic, exclude, skip, bool(tag & IMAGE)))
         self._rest = chunk[position:]
         return batches
 
