@@ -15,13 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 from weakref import WeakSet
 
-from mpbroadcast.arguments import (
-    Deadline,
-    check_count,
-    check_timeout,
-    encode_topic,
-    encoded_topic,
-)
+from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic, encoded_topic
 from mpbroadcast.broker.outbox import POLICIES
 from mpbroadcast.broker.process import BrokerProcess
 from mpbroadcast.channel import Channel

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import select
-import termios
 import threading
-from array import array
 from collections.abc import Iterator
 from itertools import islice
 from types import TracebackType
@@ -30,7 +27,7 @@ from mpbroadcast.wire.link import Link, for_answer
 from mpbroadcast.wire.memory import available
 from mpbroadcast.wire.payload import Failure
 from mpbroadcast.wire.shared_inlet import SharedInlet
-from mpbroadcast.wire.stream import END_OF_MESSAGES, LOST, End, Stream, decode, take_in
+from mpbroadcast.wire.stream import END_OF_MESSAGES, End, Stream, follow, take_in
 
 __all__ = ["Channel"]
 
@@ -123,7 +120,9 @@ class Channel(Generic[M]):
         self._fail(message)
 
     def recv_many(self, limit: int | None = None, timeout: float | None = None) -> list[M]:
-        """The messages that have arrived, at least one, at most ``limit``. Waits as :meth:`recv` does, for the first only.
+        """Messages that have arrived, at least one, at most ``limit``. Waits as :meth:`recv` does, for the first only.
+
+        Without a ``limit``, as many as are fastest received at once, which may be some hundred, and not all.
 
         An error that is in the way ends the list; it is raised by the next call, as :meth:`recv` raises it.
         """
@@ -268,24 +267,7 @@ class Channel(Generic[M]):
         pipe, before, shared = self._pipe, self._stream, self._shared
         if pipe is None or not self._opened or pipe.fd < 0:
             return
-        count = array("i", (0,))
-        try:
-            fcntl.ioctl(pipe.fd, termios.FIONREAD, count)
-        except ValueError:  # a signal handler has closed it just now
-            return
-        there = count[0]
-        held = there > 0
-        if there != 1:
-            take_in(before, pipe.fd, max(1, there - 1))
-        after = decode(before, held, self._with_topic, shared)
-        if after is None and held:
-            held = False
-            take_in(before, pipe.fd, 1)
-        if after is None and before.chunks and not before.chunks[-1]:
-            # The pipe has ended. A last message may lack its tail byte.
-            after = decode(before, True, self._with_topic, shared) or Stream()
-            after.ready.append(LOST)
-            after.plain = False
+        after, held = follow(before, pipe, self._held, self._with_topic, shared)
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile
             self._stream, self._held = after, held
             self._missed += after.skipped

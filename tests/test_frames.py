@@ -503,14 +503,33 @@ def received(parts: list[tuple[bytes, bool]], *, with_topic: bool = False) -> tu
         after = decode(stream, held, with_topic)
         if after is None and held:
             continue  # a channel would take in that byte, too
-        if after is not None:
+        while after is not None:
             assert after.ready
             skipped += after.skipped
             items += after.ready
             assert after.plain == (after.sound(None) == len(after.ready))
             stream = after.without(len(after.ready))
-            assert decode(stream, False, with_topic) is None
+            after = decode(stream, held and stream.more, with_topic)
+            assert after is None or stream.more
     return items, skipped
+
+
+def test_long_runs_are_decoded_in_parts() -> None:
+    """A few messages at a time, with bad ones in their places, and without copying the rest each time."""
+    values: list[Any] = list(range(1000))
+    values[130] = Unloadable(ValueError)
+    data = run_of(batch_of(values, b"t")).data + note_run(SKIPPED, 3).data + run_of(batch_of(values[:300])).data
+    stream, items, skipped = Stream(), list[Any](), 0
+    stream.chunks.append(data)
+    while (after := decode(stream, False, False)) is not None:
+        assert len(after.ready) <= 128
+        assert not after.more or after.chunks[0] is data
+        items += after.ready
+        skipped += after.skipped
+        stream = after.without(len(after.ready))
+    assert skipped == 3
+    assert [place for place, item in enumerate(items) if isinstance(item, Failure)] == [130, 1130]
+    assert [item for item in items if not isinstance(item, Failure)] == [n for n in [*range(1000), *range(300)] if n != 130]
 
 
 def said(items: list[Any]) -> list[Any]:

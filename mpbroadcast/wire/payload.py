@@ -138,8 +138,8 @@ class Failure:
         self.error = error
 
 
-def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
-    """The messages of a run whose frames are all in ``data``, and whether all could be unpickled.
+def load_run(data: bytes, run: RunView, most: int | None = None) -> tuple[list[Any], bool]:
+    """The messages of a run whose frames are all in ``data``, ``most`` of them at the most, and whether all could be unpickled.
 
     One that could not is a :class:`Failure` in its place. An interrupt, which is what raises once and not again, goes
     through, and the run can be loaded again.
@@ -148,27 +148,28 @@ def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
     if run.sizes is None:
         message = load(memoryview(data)[start:], load_copied_image if run.image else loads)
         return [message], type(message) is not Failure
+    sizes = run.sizes[:most]
     if run.image:
-        ends = list(accumulate(run.sizes, initial=start))
+        ends = list(accumulate(sizes, initial=start))
         view = memoryview(data)
         return load_each([view[a : b - run.skip] for a, b in pairwise(ends)], load_copied_image)
     stream = BytesIO(data)
     stream.seek(start)
     messages: list[Any] = []
-    sizes = iter(run.sizes)
+    left = iter(sizes)
     whole = True
-    while len(messages) < run.messages:
+    while len(messages) < len(sizes):
         try:
-            messages.extend(map(loads, map(stream.read, sizes)))
-            if len(messages) == run.messages:
+            messages.extend(map(loads, map(stream.read, left)))
+            if len(messages) == len(sizes):
                 break
             failed: Exception = RuntimeError(_STOPPED)  # which has ended the map
         except Exception as raised:  # extend has kept those before it, and the stream stands behind it
-            if len(messages) == run.messages:
+            if len(messages) == len(sizes):
                 raise
             failed = raised
         end = stream.tell()
-        messages.append(_failure(memoryview(data)[end - run.sizes[len(messages)] : end], failed))
+        messages.append(_failure(memoryview(data)[end - sizes[len(messages)] : end], failed))
         whole = False
     return messages, whole
 

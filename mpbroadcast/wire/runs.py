@@ -149,6 +149,13 @@ class RunView(NamedTuple):
     sizes: array[int] | None  # of the frames; None for a single one
     first: int  # where the first frame starts
 
+    def behind(self, count: int) -> RunView | None:
+        """What follows its first ``count`` messages; ``None`` when nothing does."""
+        if self.sizes is None or count >= self.messages:
+            return None
+        first = self.first + sum(self.sizes[:count])
+        return self._replace(messages=self.messages - count, sizes=self.sizes[count:], first=first)
+
 
 def read_run(data: bytes, start: int) -> RunView | None:
     """The run at ``start``, or ``None`` while its head is not whole. The frames may not be there yet."""

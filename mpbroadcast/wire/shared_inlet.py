@@ -13,15 +13,14 @@ from typing import Any, Final
 
 from mpbroadcast.wire.descriptors import DescriptorSocket, on_fork
 from mpbroadcast.wire.frames import references_in
-from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, map_for_reading, map_privately
+from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, keep_freed_memory, map_for_reading, map_privately
 from mpbroadcast.wire.packets import MAPPED, MEMORY, READ, REFUSED, RING, PacketError, pack, unpack
 from mpbroadcast.wire.payload import Failure, load, load_copied_image, load_each, load_image, loads
-from mpbroadcast.wire.ring import CHUNK, LONGEST
+from mpbroadcast.wire.ring import CHUNK
 from mpbroadcast.wire.runs import OFFER, REFERENCES, RunView, read_memory, read_references
 
 __all__ = ["SharedInlet"]
 
-_LARGE_BLOCK: Final = 4 * LONGEST
 _SAY_EVERY: Final = 2 * CHUNK  # bytes read, until the broker is told; an empty pipe tells it, too
 
 
@@ -58,9 +57,7 @@ class SharedInlet:
     def _map(self, number: int, descriptor: int) -> None:
         with contextlib.suppress(OSError, MemoryRefused):
             self._rings[number] = memoryview(map_for_reading(descriptor, check_ring(descriptor)))
-            # The C library gives memory back to the system when a large block is freed, and then each message costs its page
-            # faults again, several times what copying it takes. It does so less once it has seen a larger one.
-            bytes(_LARGE_BLOCK)
+            keep_freed_memory()
 
     def note(self, kind: int, ring: int) -> None:
         """A ring has come, and is mapped, or nothing refers to it any more."""

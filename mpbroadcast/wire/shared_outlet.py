@@ -20,7 +20,7 @@ from mpbroadcast.arguments import Deadline
 from mpbroadcast.wire.descriptors import DescriptorSocket
 from mpbroadcast.wire.frames import memory_frame, reference_frame
 from mpbroadcast.wire.link import CONNECT_TIMEOUT
-from mpbroadcast.wire.memory import available, message_memory, ring_memory
+from mpbroadcast.wire.memory import available, keep_freed_memory, message_memory, ring_memory
 from mpbroadcast.wire.outlet import Outlet
 from mpbroadcast.wire.packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, ROUTED, WANTED, pack, unpack
 from mpbroadcast.wire.payload import Payload
@@ -125,6 +125,7 @@ class SharedOutlet:
             self._unrouted.pop(value, None)
         elif kind == ACCEPTED and offered is not None and number == offered.number:
             self._ring, self._offered = offered, None
+            keep_freed_memory()
             self._dry = False
         elif kind == REFUSED and offered is not None and number == offered.number:
             self._offered = None

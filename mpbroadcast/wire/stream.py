@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import termios
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any, Final
 
 from mpbroadcast.errors import Lagged, Overflowed
+from mpbroadcast.wire.descriptors import PipeEnd
 from mpbroadcast.wire.frames import topic_of
 from mpbroadcast.wire.payload import Failure, load_run
 from mpbroadcast.wire.runs import (
@@ -28,7 +32,7 @@ from mpbroadcast.wire.runs import (
 )
 from mpbroadcast.wire.shared_inlet import SharedInlet
 
-__all__ = ["END_OF_MESSAGES", "LOST", "End", "Stream", "decode", "take_in"]
+__all__ = ["END_OF_MESSAGES", "LOST", "End", "Stream", "decode", "follow", "take_in"]
 
 
 class End:
@@ -38,20 +42,23 @@ class End:
 END_OF_MESSAGES: Final = End()  # a clean end
 LOST: Final = End()  # the pipe has ended without one
 _FLAWS: Final = (End, Failure)
-# Of what is in shared memory: all of a large pipe's would be more than a processor's cache, or than malloc keeps.
-_AT_ONCE: Final = 1 << 19  # bytes
+# What is unpickled in one go. More is no faster: it leaves a processor's cache, and Python's garbage collector, which counts
+# the objects that are alive, begins to look at all of them, and so, in a forked process, to copy all of their memory.
+_MESSAGES: Final = 128
+_AT_ONCE: Final = 1 << 19  # bytes in shared memory: nor more than malloc keeps
 _SHARED: Final = (REFERENCES, IN_MEMORY)
 
 
 class Stream:
-    """Decoded messages, and the chunks of bytes behind them, of which ``skip`` bytes are done with.
+    """Decoded messages, and the chunks of bytes behind them, of which ``skip`` bytes are done with; ``part`` is what
+    is left of the run that begins there, if some of it has been decoded.
 
     ``need`` is how many bytes there must be before it is worth looking at them. ``plain`` says that all of ``ready`` are
     messages, none a flaw. ``skipped`` messages were left out between these. ``read`` counts all that have come in shared
     memory so far. ``more`` says that there may be more to decode in ``chunks``.
     """
 
-    __slots__ = ("chunks", "more", "need", "plain", "read", "ready", "skip", "skipped")
+    __slots__ = ("chunks", "more", "need", "part", "plain", "read", "ready", "skip", "skipped")
 
     def __init__(
         self,
@@ -63,6 +70,7 @@ class Stream:
         skipped: int = 0,
         read: int = 0,
         more: bool = False,
+        part: RunView | None = None,
     ) -> None:
         self.ready = deque(ready)
         self.chunks = [rest] if rest else []
@@ -72,6 +80,7 @@ class Stream:
         self.skipped = skipped
         self.read = read
         self.more = more
+        self.part = part
 
     def sound(self, limit: int | None) -> int:
         """How many messages come before the first flaw, at most ``limit``."""
@@ -82,7 +91,9 @@ class Stream:
 
     def without(self, count: int) -> Stream:
         """The same, less its first messages."""
-        rest = Stream(islice(self.ready, count, None), b"", self.skip, self.need, self.plain, read=self.read, more=self.more)
+        rest = Stream(
+            islice(self.ready, count, None), b"", self.skip, self.need, self.plain, 0, self.read, self.more, self.part
+        )
         rest.chunks = self.chunks
         return rest
 
@@ -100,23 +111,29 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
     skipped = 0
     read = stream.read
     position, end = stream.skip, len(data) + held
-    enough = _AT_ONCE
-    while (run := read_run(data, position)) is not None and position + run.size <= end and enough > 0:
-        kind = run.kind
+    room = _AT_ONCE
+    part = stream.part
+    while (run := part or read_run(data, position)) is not None and position + run.size <= end:
+        if room <= 0 or len(ready) >= _MESSAGES:
+            break
+        kind, part = run.kind, None
         if kind == MESSAGES or kind in _SHARED:
             if kind == MESSAGES:
-                messages, whole = load_run(data, run)
+                messages, whole = load_run(data, run, _MESSAGES - len(ready))
+                part = run.behind(len(messages))
             elif shared is None:
                 raise RuntimeError("a message in shared memory, without a way to it")
             else:
                 messages, whole, size = shared.load_run(data, run)
                 read += len(messages)
-                enough -= size
+                room -= size
             plain = plain and whole
             if with_topic:
                 topic = topic_of(data[run.first : run.first + run.skip])
                 messages = [message if type(message) is Failure else (topic, message) for message in messages]
             ready.extend(messages)
+            if part is not None:
+                break
         elif kind == SKIPPED:
             skipped += run.messages
         elif kind in (OFFER, GONE):
@@ -128,12 +145,43 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
             if kind == END and shared is not None:
                 shared.ended()
         position += run.size
-    need = RUN.size if run is None else run.size
-    if not ready:
-        stream.need = need
-        return None
-    done = min(position, len(data))
-    return Stream(ready, data[done:], position - done, need, plain, skipped, read, enough <= 0)
+    else:
+        if not ready:
+            stream.need = RUN.size if run is None else run.size
+            return None
+        unused = min(position, len(data))
+        return Stream(ready, data[unused:], position - unused, RUN.size if run is None else run.size, plain, skipped, read)
+    return Stream(ready, data, position, run.size, plain, skipped, read, True, part)
+
+
+def follow(
+    stream: Stream, pipe: PipeEnd, held: bool, with_topic: bool, shared: SharedInlet | None
+) -> tuple[Stream | None, bool]:
+    """What comes after ``stream``, which has no decoded messages, in it or in ``pipe``; and whether a byte was left there.
+
+    ``None`` when no message is whole yet.
+    """
+    if stream.more and (after := decode(stream, held, with_topic, shared)) is not None:
+        return after, held
+    count = array("i", (0,))
+    try:
+        fcntl.ioctl(pipe.fd, termios.FIONREAD, count)
+    except ValueError:  # a signal handler has closed it just now
+        return None, held
+    there = count[0]
+    held = there > 0
+    if there != 1:
+        take_in(stream, pipe.fd, max(1, there - 1))
+    after = decode(stream, held, with_topic, shared)
+    if after is None and held:
+        held = False
+        take_in(stream, pipe.fd, 1)
+    if after is None and stream.chunks and not stream.chunks[-1]:
+        # The pipe has ended. A last message may lack its tail byte.
+        after = decode(stream, True, with_topic, shared) or Stream()
+        after.ready.append(LOST)
+        after.plain = False
+    return after, held
 
 
 def _said(run: RunView) -> End | Failure:
