@@ -1,6 +1,6 @@
 """Rounds: the peers take turns, so that what else the machine does meets all of them.
 
-A first, short measurement of each finds how many messages fit into about a quarter of a second. It does not count, unless
+A first, short measurement of each finds how many messages fit into about half a second. It does not count, unless
 that is no more than it has measured. Processes and brokers are new each time, so it warms nothing up. Who needs long for the
 least that can be measured is measured once.
 """
@@ -8,17 +8,19 @@ least that can be measured is measured once.
 from __future__ import annotations
 
 import math
+import os
+import pickle
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 
-from benchmarks.peers.base import Peer
+from benchmarks.peers.base import PROTOCOL, Peer
 from benchmarks.rows import COPIES, Measured, Metric, Row
 from benchmarks.session import Failed
 
-_TARGET = 0.25  # seconds that one measurement is to take, without starting and ending the processes
+_TARGET = 0.5  # seconds that one measurement is to take, without starting and ending the processes
 _TOO_LONG = 1.5  # seconds of the shortest measurement, which then is the only one
 _FIRST_PART = 20  # of the most messages is what the first measurement takes
 
@@ -35,12 +37,17 @@ class Options:
 
 @dataclass
 class RowResults:
-    """What all peers answered in one row; ``copies`` are the seconds of a plain copy of the message, in each round."""
+    """What all peers answered in one row.
+
+    ``copies`` are the seconds of a plain copy of the message, in each round; ``floors`` the messages a second that all
+    subscribers could unpickle if the CPUs did nothing else.
+    """
 
     row: Row
     measured: dict[type[Peer], list[Measured]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     copies: list[float] = field(default_factory=list)
+    floors: list[float] = field(default_factory=list)
 
     def values(self, peer: type[Peer], metric: Metric) -> list[float]:
         """One for each round."""
@@ -50,6 +57,11 @@ class RowResults:
         """The median of the rounds, or their sum."""
         values = self.values(peer, metric)
         return sum(values) if metric.total else statistics.median(values)
+
+    @property
+    def floor(self) -> float:
+        """The median of the rounds' floors."""
+        return statistics.median(self.floors)
 
     def best(self, peers: Sequence[type[Peer]] | None = None) -> type[Peer] | None:
         """Who is best, of these."""
@@ -108,6 +120,8 @@ def run_row(
     for turn in range(options.rounds):
         if row.yardstick:
             results.copies.append(copy_seconds(row.shape.size))
+        if row.floor:
+            results.floors.append(_floor(row))
         for place in range(len(order)):
             peer = order[(place + turn) % len(order)]
             if peer in out or len(results.measured.get(peer, ())) == options.rounds:
@@ -151,6 +165,20 @@ def copy_seconds(size: int) -> float:
         times.append(time.perf_counter() - start)
         del copy
     return statistics.median(times)
+
+
+def _floor(row: Row) -> float:
+    """Messages a second, when the subscribers have nothing to do but unpickle them."""
+    pickled = pickle.dumps(next(row.work(2).messages(0)), PROTOCOL)
+    count = max(3, 2_000_000 // (len(pickled) + 100))
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(count):
+            pickle.loads(pickled)
+        times.append((time.perf_counter() - start) / count)
+    subscribers = row.shape.subscribers
+    return min(os.cpu_count() or 1, subscribers) / subscribers / statistics.median(times)
 
 
 def _count_copies(results: RowResults) -> None:

@@ -64,6 +64,9 @@ def table(results: RowResults) -> Table:
         figures = [number(value, 2) for value in (statistics.median(rates), min(rates), max(rates))]
         rest = {"MiB/s": number(statistics.median(rates) * row.shape.size / (1 << 20), 0), "copies": "1.00"}
         rows.append(["one plain copy", *figures, *(rest.get(metric.name, "") for metric in others), ""])
+    if results.floors:
+        figures = [number(one, main.digits) for one in (results.floor, min(results.floors), max(results.floors))]
+        rows.append(["pickle.loads alone", *figures, *("" for _ in others), ""])
     return Table(f"{row.name}: {row.title}", head, rows, [*_sentences(results), *results.notes])
 
 
@@ -73,8 +76,11 @@ def _sentences(results: RowResults) -> list[str]:
     if other is None:
         return []
     what = results.row.metrics[0].name
-    return [
-        f"{peer.name}: {results.ratio(peer, other):.2f} times the {what} of the best other, {other.name}"
-        for peer in OWN
-        if peer in results.measured
-    ]
+    sentences = []
+    for peer in OWN:
+        if peer in results.measured:
+            said = f"{peer.name}: {results.ratio(peer, other):.2f} times the {what} of the best other, {other.name}"
+            if results.floors:
+                said += f"; {results.figure(peer, results.row.metrics[0]) / results.floor:.0%} of pickle.loads alone"
+            sentences.append(said)
+    return sentences
