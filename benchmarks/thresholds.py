@@ -22,11 +22,15 @@ from unittest import mock
 
 from mpbroadcast import Channel, start_broadcaster
 
-_SHARED_FROM = ("mpbroadcast.broadcaster.SHARED_FROM", "mpbroadcast.broadcaster.SHORT")  # SHORT: the quick way into the pipe
+_SHARED_FROM = (
+    "mpbroadcast.broadcaster.SHARED_FROM",
+    "mpbroadcast.sender.SHARED_FROM",
+    "mpbroadcast.broadcaster.SHORT",  # the quick way into the pipe
+)
 _LONGEST = "mpbroadcast.wire.shared_outlet.LONGEST"
 _MEMORY_FROM = "mpbroadcast.wire.shared_outlet.MEMORY_FROM"
 WAYS: dict[str, dict[str, int]] = {
-    "pipe": {_SHARED_FROM[0]: 1 << 40},
+    "pipe": dict.fromkeys(_SHARED_FROM[:2], 1 << 40),
     "ring": {**dict.fromkeys(_SHARED_FROM, 1), _LONGEST: 1 << 22, _MEMORY_FROM: 1 << 40},
     "memory": {**dict.fromkeys(_SHARED_FROM, 1), _LONGEST: 0, _MEMORY_FROM: 1},
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 from weakref import WeakSet
@@ -19,19 +19,19 @@ from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_t
 from mpbroadcast.broker.outbox import POLICIES
 from mpbroadcast.broker.process import BrokerProcess
 from mpbroadcast.channel import Channel
-from mpbroadcast.errors import BroadcastError, BrokerLost, ClosedError, TimedOut
+from mpbroadcast.errors import BroadcastError, ClosedError, TimedOut
+from mpbroadcast.sender import Sender, framed
 from mpbroadcast.stats import BrokerStats, SubscriberStats
-from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd, on_fork
-from mpbroadcast.wire.frames import IMAGE, MAX_FRAME, PIPE_BUF, frame_head
-from mpbroadcast.wire.link import Link, for_answer
-from mpbroadcast.wire.outlet import Outlet
+from mpbroadcast.wire.attachment import Attachment
+from mpbroadcast.wire.descriptors import on_fork
+from mpbroadcast.wire.frames import PIPE_BUF, frame_head
+from mpbroadcast.wire.link import Answer, Link
 from mpbroadcast.wire.payload import PROTOCOL, LargeBuffer, Payload, dumps, gather, keep_in_band
-from mpbroadcast.wire.shared_outlet import SHARED_FROM, SharedOutlet
+from mpbroadcast.wire.shared_outlet import SHARED_FROM
 
 __all__ = ["Broadcaster"]
 
 M = TypeVar("M")
-T = TypeVar("T")
 
 DEFAULT_CAPACITY: Final = 64 << 20
 _CLOSE_TIMEOUT: Final = 5.0
@@ -40,7 +40,6 @@ _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 _write = os.write
 _NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
 _NO_MORE: Final = object()
-_NOWHERE: Final = PipeEnd([-1])
 # The heads of short messages without a topic: to look one up costs less than to pack it.
 SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)
 _HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]
@@ -56,15 +55,18 @@ class Broadcaster(Generic[M]):
     Used with ``with``, it is closed at the end.
     """
 
-    def __init__(self, address: str, broker: str, link: Link | None = None, process: BrokerProcess | None = None) -> None:
-        self._address = address
-        self._broker = broker
-        self._link = link  # without one, it attaches when it is first used: unpickling must not fail, or wait
+    def __init__(
+        self,
+        address: str,
+        broker: str,
+        restarts: bool = False,
+        link: Link | None = None,
+        process: BrokerProcess | None = None,
+    ) -> None:
+        # Without a link, it attaches when it is first used: unpickling must not fail, or wait.
+        self._attachment = Attachment(address, broker, link, restarts)
+        self._sender = Sender(self._attachment)
         self._process = process  # in its starter
-        self._outlet: Outlet | None = None
-        self._pipe = _NOWHERE  # the outlet's, for short
-        self._shared: SharedOutlet | None = None
-        self._made: dict[str, tuple[Outlet, SharedOutlet]] = {}
         self._large = False  # whether the last message was, and so perhaps the next
         self._closed = False
         self._channels: WeakSet[Channel[M]] = WeakSet()
@@ -73,7 +75,7 @@ class Broadcaster(Generic[M]):
     @property
     def address(self) -> str:
         """The path of the broker's socket: what :func:`connect` takes."""
-        return self._address
+        return self._attachment.address
 
     @property
     def closed(self) -> bool:
@@ -113,7 +115,7 @@ class Broadcaster(Generic[M]):
             self._publish(self._gathered(message), (b"", 0), Deadline(None), [])
             return
         try:
-            _write(self._pipe.fd, _HEADS[len(payload)] + payload)
+            _write(self._sender.pipe.fd, _HEADS[len(payload)] + payload)
         except IndexError:
             if len(payload) < SHORT:  # not from the table of heads
                 raise
@@ -124,7 +126,7 @@ class Broadcaster(Generic[M]):
                 raise
         else:
             return
-        shared = self._shared
+        shared = self._sender.shared
         if shared is not None and len(payload) >= SHORT:
             try:
                 if shared.send_quickly(payload):
@@ -137,9 +139,9 @@ class Broadcaster(Generic[M]):
     def _publish_to(self, topic: bytes, message: M) -> None:
         payload = self._pickled(message)
         if payload.size < SHORT:
-            frame = self._frame(payload, (topic, 0))
+            frame = framed(payload, (topic, 0))
             try:
-                _write(self._pipe.fd, frame)
+                _write(self._sender.pipe.fd, frame)
             except OSError as error:
                 if error.errno not in _NOT_WRITTEN:
                     raise
@@ -186,12 +188,12 @@ class Broadcaster(Generic[M]):
                 if message is _NO_MORE:
                     break
                 payload = self._pickled(message)
-                frame = self._frame(payload, way) if payload.size < SHARED_FROM else b""
+                frame = framed(payload, way) if payload.size < SHARED_FROM else b""
             except Exception as error:
                 failure = error  # those before it are sent first
             if waiting and (failure or not frame or size + len(frame) > PIPE_BUF):
                 counts.append(len(waiting))
-                self._send(b"".join(waiting), deadline, done)
+                self._sender.send(b"".join(waiting), deadline, done)
                 waiting, size = [], 0
             if failure is None and (not frame or len(frame) > PIPE_BUF):
                 counts.append(1)
@@ -203,7 +205,7 @@ class Broadcaster(Generic[M]):
             raise failure
         if waiting:
             counts.append(len(waiting))
-            self._send(b"".join(waiting), deadline, done)
+            self._sender.send(b"".join(waiting), deadline, done)
 
     def _way(self, topic: str, exclude: Channel[M] | None) -> tuple[bytes, int]:
         encoded = encode_topic(topic)
@@ -214,8 +216,8 @@ class Broadcaster(Generic[M]):
     def _own_channel(self, channel: Channel[M], name: str) -> Channel[M]:
         if not isinstance(channel, Channel):
             raise TypeError(f"{name} must be a Channel, not {type(channel).__name__}")
-        if channel.broker != self._broker:
-            raise ValueError(f"{name} is a channel of another broker, not of the one at {self._address!r}")
+        if channel.broker != self._attachment.broker:
+            raise ValueError(f"{name} is a channel of another broker, not of the one at {self.address!r}")
         return channel
 
     def _pickled(self, message: M) -> Payload:
@@ -233,79 +235,17 @@ class Broadcaster(Generic[M]):
         self._large = payload.image or payload.size >= _GATHER_FROM
         return payload
 
-    @staticmethod
-    def _frame(payload: Payload, way: tuple[bytes, int]) -> bytes:
-        return b"".join((frame_head(payload.size, *way, IMAGE if payload.image else 0), *payload.parts))
-
     def _publish(self, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]) -> None:
-        """Send one message of any length."""
-        if payload.size + 16 + len(way[0]) > MAX_FRAME:
-            raise ValueError(f"a message of {payload.size} bytes is too long: with its topic, the limit is {MAX_FRAME - 16}")
-        shared = self._shared
-        if payload.size >= SHARED_FROM:
-            if shared is None:
-                self._make_outlet(deadline)
-                shared = self._shared
-            if shared is not None and self._try(lambda: shared.send(payload, *way, deadline, done)):
-                return
-        self._send(self._frame(payload, way), deadline, done)
+        self._check_open()
+        self._sender.publish(payload, way, deadline, done)
 
-    def _send(self, frame: bytes, deadline: Deadline, done: list[int]) -> None:
-        """Send one frame of any length, or several that fit into one write together."""
-        outlet = self._outlet or self._make_outlet(deadline)
-        self._try(lambda: outlet.send(frame, deadline, done))
-
-    def _try(self, send: Callable[[], T]) -> T:
-        outlet = self._outlet
-        try:
-            return send()
-        except TimedOut:
-            raise
-        except OSError as error:
-            if self._closed:
-                raise self._closed_error() from None
-            raise self._lost() from error
-        finally:
-            # While something is owed, the short way is closed: it would not say it.
-            if not self._closed and outlet is not None:
-                self._pipe = _NOWHERE if outlet.owes else outlet.pipe
-
-    def _make_outlet(self, deadline: Deadline) -> Outlet:
-        link = self._attached()
-        answer = link.request("publisher", deadline=for_answer(deadline))
-        if answer.end is None:
-            raise self._lost()
-        number = answer.said["publisher"]
-
-        def ask(deadline: Deadline) -> DescriptorSocket | None:
-            return link.request("beside", publisher=number, deadline=for_answer(deadline)).beside
-
-        outlet = Outlet(answer.end, number)
-        # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
-        outlet, shared = self._made.setdefault("outlet", (outlet, SharedOutlet(outlet, ask)))
-        self._outlet, self._shared = outlet, shared
-        if self._closed:  # meanwhile, by another thread
-            self._outlet = self._shared = None
-            outlet.pipe.close()
-            raise self._closed_error()
-        return outlet
-
-    def _attached(self) -> Link:
+    def _check_open(self) -> None:
         if self._closed:
-            raise self._closed_error()
-        link = self._link
-        if link is None or link.inherited:
-            link = Link.shared(self._address, self._broker)
-            if link.broker != self._broker:
-                raise self._lost()
-            self._link = link
-        return link
+            raise ClosedError("this broadcaster was closed in this process: start or connect() another")
 
-    def _closed_error(self) -> ClosedError:
-        return ClosedError("this broadcaster was closed in this process: start or connect() another")
-
-    def _lost(self) -> BrokerLost:
-        return BrokerLost(f"the broker at {self._address!r} has ended: start another one, and subscribe to it again")
+    def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> tuple[Link, Answer]:
+        self._check_open()
+        return self._attachment.ask(do, deadline, **fields)
 
     # --- subscribing
 
@@ -346,21 +286,24 @@ class Broadcaster(Generic[M]):
             raise TypeError(f"with_topic must be True or False, not {type(with_topic).__name__}")
         room = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
         check_count(replay, "replay", 0)
-        link = self._attached()
+        self._check_open()
         cookie = int.from_bytes(os.urandom(6))
         try:
             return self._subscribe(
-                link, with_topic, topics=topics or ("*",), overflow=overflow, capacity=room, replay=replay, cookie=cookie
+                with_topic, topics=topics or ("*",), overflow=overflow, capacity=room, replay=replay, cookie=cookie
             )
         except BaseException:
-            link.note("forget", cookie=cookie)  # an interrupt leaves no subscription that nobody holds
+            link = self._attachment.current
+            if link is not None:
+                link.note("forget", cookie=cookie)  # an interrupt leaves no subscription that nobody holds
             raise
 
-    def _subscribe(self, link: Link, with_topic: bool, **fields: Any) -> Channel[M]:
-        outlet = self._outlet
-        number = outlet.number if outlet is not None else None
-        reply = link.request("subscribe", **fields, publisher=number).said
-        channel: Channel[M] = Channel(self._address, self._broker, reply["subscription"], with_topic=with_topic, link=link)
+    def _subscribe(self, with_topic: bool, **fields: Any) -> Channel[M]:
+        outlet = self._sender.outlet
+        publisher = outlet.number if outlet is not None else None  # a former broker's is unknown to the next one
+        link, answer = self._ask("subscribe", **fields, publisher=publisher)
+        number = answer.said["subscription"]
+        channel: Channel[M] = Channel(self.address, self._attachment.broker, number, with_topic=with_topic, link=link)
         self._channels.add(channel)
         return channel
 
@@ -372,7 +315,7 @@ class Broadcaster(Generic[M]):
         :raises ValueError: it is another broker's. BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """
         number = self._own_channel(channel, "channel").number
-        self._attached().request("unsubscribe", subscription=number)
+        self._ask("unsubscribe", subscription=number)
 
     # --- asking
 
@@ -384,14 +327,18 @@ class Broadcaster(Generic[M]):
         subscription is gone; a channel that nobody has opened yet is waited for. Neither means that anybody has received it.
 
         :raises TimedOut: (a ``TimeoutError``) not within ``timeout`` seconds. BrokerLost, ClosedError: as :meth:`publish`.
+        :raises BrokerRestarted: something was published to a broker that has died since, and may not have been routed.
         """
         limit = check_timeout(timeout)
         if not isinstance(delivered, bool):
             raise TypeError(f"delivered must be True or False, not {type(delivered).__name__}")
-        link = self._attached()
-        if self._outlet is not None:
+        self._check_open()
+        sender, outlet = self._sender, self._sender.outlet
+        if outlet is not None:
             what = "all to leave its backlog" if delivered else "the broker to route all"
-            self._ask_and_wait(link, limit, what, "flush", publisher=self._outlet.number, delivered=delivered)
+            self._ask_and_wait(limit, what, "flush", publisher=outlet.number, delivered=delivered)
+        sender.follow()
+        sender.say_gap()
 
     def wait_for_subscribers(self, count: int, *, topic: str | None = None, timeout: float | None = None) -> None:
         """Wait until there are ``count`` subscriptions; with ``topic``, that would get what is published to it.
@@ -402,13 +349,13 @@ class Broadcaster(Generic[M]):
         if topic is not None:
             encode_topic(topic)
         what = f"{count} subscription(s)" + ("" if topic is None else f" to {topic!r}")
-        self._ask_and_wait(self._attached(), check_timeout(timeout), what, "wait", count=count, topic=topic)
+        self._ask_and_wait(check_timeout(timeout), what, "wait", count=count, topic=topic)
 
-    def _ask_and_wait(self, link: Link, timeout: float | None, what: str, do: str, **fields: Any) -> None:
+    def _ask_and_wait(self, timeout: float | None, what: str, do: str, **fields: Any) -> None:
         # Who does not wait for what is asked for does wait for the answer.
         deadline = Deadline(_ANSWER_TIMEOUT if timeout == 0 else timeout)
         try:
-            done = bool(link.request(do, now=timeout == 0, deadline=deadline, **fields).said["done"])
+            done = bool(self._ask(do, deadline, now=timeout == 0, **fields)[1].said["done"])
         except TimedOut:
             done = False
         if not done:
@@ -419,7 +366,7 @@ class Broadcaster(Generic[M]):
 
         :raises BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """
-        reply = self._attached().request("stats").said
+        reply = self._ask("stats")[1].said
         rows = tuple(
             SubscriberStats(**{**row, "topics": tuple(row["topics"]), "stalls": tuple(row["stalls"])})
             for row in reply.pop("subscribers")
@@ -447,32 +394,27 @@ class Broadcaster(Generic[M]):
     def _close(self, timeout: float | None, quiet: bool) -> None:
         if self._closed:
             return
-        process = self._process
-        link = self._link
+        process, attachment = self._process, self._attachment
+        link = attachment.current
         if process is not None:
             for channel in list(self._channels):
                 with contextlib.suppress(BroadcastError, OSError):
                     channel.open_if_own()
         self._closed = True
-        self._link = None
-        outlet, self._outlet, self._shared = self._outlet, None, None
-        self._made.clear()
-        self._pipe = _NOWHERE
-        if outlet is not None:
-            outlet.pipe.close()
-            if process is None and link is not None:
-                # A publish that waits in another thread is woken when the broker closes its end.
-                with contextlib.suppress(BroadcastError, OSError):
-                    link.request("retire", publisher=outlet.number, deadline=Deadline(_CLOSE_TIMEOUT))
+        outlet = self._sender.close()
+        if outlet is not None and process is None and link is not None:
+            # A publish that waits in another thread is woken when the broker closes its end.
+            with contextlib.suppress(BroadcastError, OSError):
+                link.request("retire", publisher=outlet.number, deadline=Deadline(_CLOSE_TIMEOUT))
         if process is not None:
-            told = False
-            if link is not None:
-                with contextlib.suppress(BroadcastError, OSError):
-                    link.request("stop", timeout=timeout, quiet=quiet, deadline=Deadline(_CLOSE_TIMEOUT))
-                    told = True
+            told = 0
+            with contextlib.suppress(BroadcastError, OSError):
+                link, answer = attachment.ask("stop", Deadline(_CLOSE_TIMEOUT), timeout=timeout, quiet=quiet)
+                told = answer.said["pid"]
             process.end(timeout, told=told)
             if link is not None:
                 link.close()
+        attachment.current = None
 
     def __enter__(self) -> Self:
         return self
@@ -481,16 +423,13 @@ class Broadcaster(Generic[M]):
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._closed:
-            raise self._closed_error()
-        return Broadcaster, (self._address, self._broker)
+        self._check_open()
+        return Broadcaster, (self.address, self._attachment.broker, self._attachment.restarts)
 
     def __repr__(self) -> str:
-        return f"<mpbroadcast.Broadcaster at {self._address!r}{', closed' if self._closed else ''}>"
+        return f"<mpbroadcast.Broadcaster at {self.address!r}{', closed' if self._closed else ''}>"
 
     def _in_child(self) -> None:
-        self._link = None
-        self._outlet = self._shared = None
-        self._pipe = _NOWHERE
-        self._made = {}
+        self._attachment.current = None
+        self._sender = Sender(self._attachment)
         self._process = None

@@ -22,12 +22,14 @@ from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut
+from mpbroadcast.wire.attachment import Attachment
 from mpbroadcast.wire.descriptors import PipeEnd, on_fork
-from mpbroadcast.wire.link import Link, for_answer
+from mpbroadcast.wire.link import Answer, Link, for_answer
 from mpbroadcast.wire.memory import available
 from mpbroadcast.wire.payload import Failure
 from mpbroadcast.wire.shared_inlet import SharedInlet
-from mpbroadcast.wire.stream import END_OF_MESSAGES, End, Stream, follow, take_in
+from mpbroadcast.wire.stream import END_OF_MESSAGES, LOST, End, Stream, follow, take_in
+from mpbroadcast.wire.tasks import Tasks
 
 __all__ = ["Channel"]
 
@@ -52,12 +54,19 @@ class Channel(Generic[M]):
     Used with ``with``, it is closed at the end. An iteration ends where the messages end.
     """
 
-    def __init__(self, address: str, broker: str, number: int, *, with_topic: bool = False, link: Link | None = None) -> None:
-        self._address = address
-        self._broker = broker
+    def __init__(
+        self,
+        address: str,
+        broker: str,
+        number: int,
+        *,
+        with_topic: bool = False,
+        link: Link | None = None,
+        restarts: bool = False,
+    ) -> None:
+        self._attachment = Attachment(address, broker, link, restarts)
         self._number = number
         self._with_topic = with_topic
-        self._link = link
         self._subscriber = link is not None  # whether this process has subscribed
         self._handed_on = False
         self._pipe: PipeEnd | None = None
@@ -72,7 +81,7 @@ class Channel(Generic[M]):
         self._stream = Stream()
         self._held = False  # whether a byte was left in the pipe
         self._missed = 0
-        self._readers: dict[asyncio.AbstractEventLoop, set[asyncio.Future[None]]] = {}
+        self._tasks = Tasks()
         self._turn = 0
         on_fork(self, Channel._in_child, Channel._in_parent)
 
@@ -100,7 +109,8 @@ class Channel(Generic[M]):
                     ready = self._stream.ready
                     if ready:
                         if type(ready[0]) is End:
-                            raise self._end(ready[0])
+                            self._go_on_behind(ready[0])
+                            continue
                         message = ready[0]  # not popleft(): an interrupt may come between its return and the assignment
                         del ready[0]
                         if not ready:
@@ -161,7 +171,8 @@ class Channel(Generic[M]):
                 ready = self._stream.ready
                 if ready:
                     if type(ready[0]) is End:
-                        raise self._end(ready[0])
+                        self._go_on_behind(ready[0])
+                        continue
                     failure = ready.popleft()
                     if not ready:
                         self._let_tail_go()
@@ -208,26 +219,9 @@ class Channel(Generic[M]):
             try:
                 return self.recv(0.0)
             except TimedOut:
-                await self._readable()
+                await self._tasks.readable(self.fileno())
             except EOFError:
                 raise StopAsyncIteration from None
-
-    async def _readable(self) -> None:
-        """Wait in an asyncio loop; several tasks may."""
-        loop = asyncio.get_running_loop()
-        fd = self.fileno()
-        waiter: asyncio.Future[None] = loop.create_future()
-        waiters = self._readers.setdefault(loop, set())
-        if not waiters:
-            loop.add_reader(fd, _wake, waiters)
-        waiters.add(waiter)
-        try:
-            await waiter
-        finally:
-            waiters.discard(waiter)
-            if not waiters:
-                loop.remove_reader(fd)
-                self._readers.pop(loop, None)
 
     def _fail(self, failure: Failure) -> NoReturn:
         """What stands in the place of a message."""
@@ -235,11 +229,35 @@ class Channel(Generic[M]):
             self._missed += failure.error.missed
         raise self._about_this(failure.error)
 
+    def _go_on_behind(self, end: End) -> None:
+        """With the broker that has taken over, if the last one has died and another one has. Under the lock.
+
+        :raises EOFError, BrokerLost: nothing comes any more.
+        """
+        if end is not LOST or not self._attachment.restarts:
+            raise self._end(end)
+        pipe, shared, self._pipe, self._shared = self._pipe, self._shared, None, None
+        self._opened = self._held = False
+        try:
+            self._open(Deadline(None))
+        except (BroadcastError, OSError):
+            self._attachment.restarts, self._owner = False, 0
+            self._pipe, self._shared, self._opened = pipe, shared, True
+            raise self._end(end) from None
+        self._stream = Stream()
+        if shared is not None:
+            shared.close()
+        if pipe is not None:
+            pipe.close()
+        self._tasks.wake()
+
     def _end(self, end: object) -> Exception:
         """What stands behind all messages, and stays there."""
         if end is END_OF_MESSAGES:
             return self._about_this(EOFError("nothing more comes: this channel was unsubscribed, or its broadcaster closed"))
-        return self._about_this(BrokerLost("the broker has ended without delivering all to this channel"))
+        lost = BrokerLost("the broker has ended without delivering all to this channel")
+        lost.__cause__ = self._attachment.lost().__cause__
+        return self._about_this(lost)
 
     def _about_this(self, error: Exception) -> Exception:
         with contextlib.suppress(Exception):  # a user's exception may have no room for it
@@ -298,7 +316,7 @@ class Channel(Generic[M]):
                 if self._owner:
                     raise self._in_use(self._owner)
                 try:
-                    self._open_once(self._attached(), for_answer(deadline))
+                    self._open_once(for_answer(deadline))
                 except ChannelInUse as error:
                     self._pipe = None
                     self._owner = error.pid
@@ -308,25 +326,20 @@ class Channel(Generic[M]):
                     error.channel = self
                     raise
 
-    def _open_once(self, link: Link, deadline: Deadline) -> None:
+    def _open_once(self, deadline: Deadline) -> None:
         # In two steps, so that an interrupted opening leaves it unopened: what was sent and not confirmed is taken back.
         if self._pipe is None:
-            answer = link.request("open", subscription=self._number, shared=available(), deadline=deadline)
+            answer = self._ask("open", deadline, shared=available())
             shared = None if answer.beside is None else SharedInlet(answer.beside)
             self._pipe, self._shared, self._token = answer.end, shared, answer.said["token"]
-        said = link.request("opened", subscription=self._number, token=self._token, deadline=deadline).said
+        said = self._ask("opened", deadline, token=self._token).said
         if said["opened"]:
             self._opened = True
         elif not self._opened:
             self._pipe = None
 
-    def _attached(self) -> Link:
-        if self._link is None or self._link.inherited:
-            link = Link.shared(self._address, self._broker)
-            if link.broker != self._broker:
-                raise BrokerLost(f"the broker of this channel has ended; another one listens at {self._address!r} now")
-            self._link = link
-        return self._link
+    def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Answer:
+        return self._attachment.ask(do, deadline, subscription=self._number, **fields)[1]
 
     def subscribe(self, *topics: str) -> None:
         """Hear these topics or patterns, too. What is published from when this returns on reaches the channel.
@@ -351,7 +364,7 @@ class Channel(Generic[M]):
             encode_topic(topic)
         if self._closed:
             raise self._closed_error()
-        self._attached().request(do, subscription=self._number, topics=topics)
+        self._ask(do, topics=topics)
 
     @property
     def missed(self) -> int:
@@ -384,15 +397,13 @@ class Channel(Generic[M]):
             if self._shared is not None:
                 self._shared.close()
                 self._shared = None
-        for loop, waiters in list(self._readers.items()):
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(_wake, waiters)
+        self._tasks.wake()
         if not (self._owner or (self._subscriber and self._handed_on and not self._opened)):
             # A recv that waits in another thread is woken when the broker closes its end.
             with contextlib.suppress(BroadcastError, OSError):
-                self._attached().request("close", subscription=self._number, deadline=Deadline(_CLOSE_TIMEOUT))
+                self._ask("close", Deadline(_CLOSE_TIMEOUT))
         self._told = True
-        self._link = None
+        self._attachment.current = None
 
     def __enter__(self) -> Self:
         return self
@@ -403,13 +414,13 @@ class Channel(Generic[M]):
     def __del__(self) -> None:
         # An open pipe closes itself, which tells the broker; nobody can open what nobody has.
         if getattr(self, "_subscriber", False) and not (self._told or self._handed_on or self._opened):
-            link = self._link
+            link = self._attachment.current
             if link is not None and not link.inherited:
                 link.note("drop", subscription=self._number)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._opened else "not open here"
-        return f"<mpbroadcast.Channel {self._number} at {self._address!r}, {state}>"
+        return f"<mpbroadcast.Channel {self._number} at {self._attachment.address!r}, {state}>"
 
     # --- handing on
 
@@ -421,7 +432,8 @@ class Channel(Generic[M]):
         if self._pipe is not None:
             raise self._in_use(os.getpid())
         self._handed_on = True
-        return _handed_on, (self._address, self._broker, self._number, self._with_topic)
+        to = self._attachment
+        return _handed_on, (to.address, to.broker, self._number, self._with_topic, to.restarts)
 
     def _in_parent(self) -> None:
         if not self._opened:
@@ -433,7 +445,7 @@ class Channel(Generic[M]):
         self._stream = Stream()
         self._held = False
         self._shared = None
-        self._readers = {}
+        self._tasks = Tasks()
         self._subscriber = False
         if self._pipe is not None:
             self._owner = os.getppid()
@@ -464,7 +476,7 @@ class Channel(Generic[M]):
     @property
     def broker(self) -> str:
         """Which broker it belongs to."""
-        return self._broker
+        return self._attachment.broker
 
     def open_if_own(self) -> None:
         """Open it, if it was made here and nobody else was given it."""
@@ -472,11 +484,5 @@ class Channel(Generic[M]):
             self._open(Deadline(_CLOSE_TIMEOUT))
 
 
-def _handed_on(address: str, broker: str, number: int, with_topic: bool) -> Channel[Any]:
-    return Channel(address, broker, number, with_topic=with_topic)
-
-
-def _wake(waiters: set[asyncio.Future[None]]) -> None:
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
+def _handed_on(address: str, broker: str, number: int, with_topic: bool, restarts: bool) -> Channel[Any]:
+    return Channel(address, broker, number, with_topic=with_topic, restarts=restarts)

@@ -18,7 +18,9 @@ __all__ = [
     "AddressError",
     "AuthenticationFailed",
     "BroadcastError",
+    "BrokerCrashed",
     "BrokerLost",
+    "BrokerRestarted",
     "ChannelInUse",
     "ClosedError",
     "Lagged",
@@ -51,6 +53,18 @@ class AuthenticationFailed(BroadcastError, multiprocessing.AuthenticationError):
 
 class BrokerLost(BroadcastError, ConnectionError):
     """The broker has ended without a clean end for this handle: it was killed, closed, or never there."""
+
+
+class BrokerCrashed(BroadcastError):
+    """A bug in the broker: its traceback. It is the cause (``__cause__``) of the :class:`BrokerLost` that follows."""
+
+
+class BrokerRestarted(BroadcastError):
+    """The broker has died, and another one has taken over (``restart=True``).
+
+    From a channel: messages may be missing in this place, nobody knows how many; receiving goes on. From ``flush``: what this
+    handle had published before may not have reached everybody; publishing goes on.
+    """
 
 
 class ClosedError(BroadcastError, OSError):

@@ -29,6 +29,8 @@ def start_broadcaster(
     start_timeout: float | None = 10.0,
     history: int = 0,
     stall_timeout: float | None = _STALL_TIMEOUT,
+    log_config: dict[str, Any] | None = None,
+    restart: bool = False,
 ) -> Broadcaster[Any]:
     """Start a broker process, and return a handle on it. Wait for it at most ``start_timeout`` seconds.
 
@@ -40,6 +42,14 @@ def start_broadcaster(
     topics, and at most 64 MiB in all; the topics that were published to the longest ago are forgotten first. When a ``publish``
     has waited ``stall_timeout`` seconds, the broker logs a warning to standard error, once, that names whom it waits for;
     ``None`` for never.
+
+    The broker logs to the logger ``mpbroadcast.broker``, in its own process: warnings to standard error, or, with a dictionary
+    ``log_config`` for ``logging.config.dictConfig``, where that says; at ``INFO``, also who was removed and why. It logs at
+    most 20 lines a second.
+
+    With ``restart``, a small keeper process starts another broker at the same address when the broker dies: handles and
+    channels go on with that one. A channel gets one :class:`BrokerRestarted` in the place of what may be missing. What was in
+    the broker, and its history, is lost. A broker that dies 5 times in 30 seconds is given up.
 
     The broker ends with :meth:`Broadcaster.close`, at the end of this program, on SIGTERM, and when this process dies; each
     time it drains first.
@@ -57,19 +67,25 @@ def start_broadcaster(
     timeout = check_timeout(start_timeout, "start_timeout")
     check_count(history, "history", 0)
     stall = check_timeout(stall_timeout, "stall_timeout")
+    if log_config is not None and not isinstance(log_config, dict):
+        raise TypeError(f"log_config must be a dictionary for logging.config.dictConfig, not {type(log_config).__name__}")
+    if not isinstance(restart, bool):
+        raise TypeError(f"restart must be True or False, not {type(restart).__name__}")
     try:
         path = None if address is None else check_address(address)
     except AddressError as error:
         raise StartError(str(error)) from error
-    process = BrokerProcess(context, path, authkey, timeout, history=history, stall_timeout=stall)
+    process = BrokerProcess(
+        context, path, authkey, timeout, history=history, stall_timeout=stall, log_config=log_config, restart=restart
+    )
     try:
         link = Link(process.address)
     except BaseException as error:
-        process.end(0, told=False)
+        process.end(0, told=0)
         if isinstance(error, BroadcastError):
             raise StartError(f"the broker started, but did not answer: {error}") from error
         raise
-    bus: Broadcaster[Any] = Broadcaster(process.address, link.broker, link, process)
+    bus: Broadcaster[Any] = Broadcaster(process.address, link.broker, link=link, process=process)
     process.end_at_exit(bus.close_at_exit)
     return bus
 
@@ -90,7 +106,7 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
     link = Link(path, key)
     if key is not None:
         remember_key(path, key)
-    return Broadcaster(path, link.broker, link)
+    return Broadcaster(path, link.broker, link=link)
 
 
 def publish(bus: Broadcaster[M], message: M, **options: Any) -> None:

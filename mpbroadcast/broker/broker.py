@@ -12,10 +12,13 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
-from mpbroadcast.broker.clients import Client
+from mpbroadcast.broker.clients import HAS_CLOSED, Client
 from mpbroadcast.broker.history import History
+from mpbroadcast.broker.journal import Journal
+from mpbroadcast.broker.liveness import birth
 from mpbroadcast.broker.loop import Loop
 from mpbroadcast.broker.members import Peer, Publisher, Session, Subscription, new_socket
 from mpbroadcast.broker.outbox import Ledger, Outbox
@@ -23,10 +26,25 @@ from mpbroadcast.broker.reception import Reception
 from mpbroadcast.broker.router import Router
 from mpbroadcast.broker.traffic import Traffic
 
-__all__ = ["Broker"]
+__all__ = ["Broker", "Succession", "new_identity"]
+
+
+@dataclass(frozen=True)
+class Succession:
+    """What brokers that follow each other have in common; ``number`` counts them from 0 on."""
+
+    identity: str
+    number: int
+    journal: Journal
+
+
+def new_identity() -> str:
+    return secrets.token_hex(8)
+
 
 log = logging.getLogger("mpbroadcast.broker")
 
+_LAST_WORDS: Final = 1 << 14  # characters
 _LAST: Final = 0.1  # seconds, after the time for draining is over
 
 
@@ -41,13 +59,17 @@ class Broker:
         *,
         history: int = 0,
         stall_timeout: float | None = None,
+        succession: Succession | None = None,
     ) -> None:
         self.loop = Loop()
         self.router: Router[Subscription] = Router()
         self.subscriptions: dict[int, Subscription] = {}
         self.sessions: dict[int, Session] = {}
         self.former_owners: dict[int, int] = {}  # subscription -> process that had it open
-        self.identity = secrets.token_hex(8)
+        self.identity = succession.identity if succession is not None else new_identity()
+        self.number_of_broker = succession.number if succession is not None else 0
+        self.restarts = succession is not None
+        self._journal = succession.journal if succession is not None else None
         self.started = time.monotonic()
         self.stopping = False
         self.ledger = Ledger()
@@ -63,11 +85,53 @@ class Broker:
         self._reception = Reception(
             self.loop, listener, keys, lambda client, message: on_request(self, client, message), self._client_gone, self._died
         )
-        self._numbers = iter(range(1, 1 << 63))
+        self._numbers = iter(range((self.number_of_broker << 40) + 1, 1 << 63))  # none has been used before
         self._waiting: dict[Client, Callable[[], bool]] = {}
         self._undelivered: dict[Client, dict[Subscription, int]] = {}
         self._stopped_by: Peer | None = None
         self._quiet = False
+        if self._journal is not None:
+            self._restore(self._journal)
+
+    def _restore(self, journal: Journal) -> None:
+        """The subscriptions of the broker before this one, as far as their processes live."""
+        for number, entry in list(journal.entries.items()):
+            try:
+                peer = self._reception.adopt(entry["pid"])
+            except OSError:
+                journal.drop(number)
+                continue
+            if birth(peer.pid) != entry["birth"]:
+                journal.drop(number)
+                self._reception.drop_unused(peer)
+                continue
+            policy = entry["policy"]
+            waits = entry["opened"] and policy in ("block", "disconnect")  # nobody knows whether it will ever be opened
+            outbox = Outbox(entry["capacity"], "drop_oldest" if waits else policy, self.ledger)
+            subscription = Subscription(number, Session(self.number(), peer), outbox)
+            subscription.policy, subscription.restored = policy, True
+            subscription.reserved = peer.pid if entry["opened"] else 0
+            self.subscriptions[number] = subscription
+            peer.subscriptions.add(subscription)
+            if entry["live"]:
+                self.router.add(subscription, entry["topics"])
+            else:
+                subscription.live, subscription.said_topics = False, tuple(entry["topics"])
+                outbox.end()
+
+    def _write_down(self, subscription: Subscription) -> None:
+        if self._journal is not None:
+            entry = {
+                "number": subscription.number,
+                "pid": subscription.pid,
+                "birth": birth(subscription.pid),
+                "topics": list(subscription.said_topics or self.router.topics(subscription)),
+                "capacity": subscription.outbox.capacity,
+                "policy": subscription.policy,
+                "opened": bool(subscription.owner),
+                "live": subscription.live,
+            }
+            self._journal.put(entry)
 
     def run(self) -> None:
         """Serve until stopped, and all has been drained or the time for it is over."""
@@ -78,6 +142,10 @@ class Broker:
             self.loop.close_forgotten()
         self._reception.close()
         self.loop.close_forgotten()
+
+    def tell_of_crash(self, traceback: str) -> None:
+        """Tell every process what has gone wrong here; nothing else will be done."""
+        self._reception.tell({"crashed": traceback[-_LAST_WORDS:]})
 
     @property
     def finished(self) -> bool:
@@ -97,15 +165,16 @@ class Broker:
         if client.opening is not None:
             self.unopen(client.opening)
         if client.session is not None:
-            log.debug("process %d: %s", client.peer.pid, why)
-            self.end_session(client.session, clean=False)
+            self.end_session(client.session, clean=False, why=why)
+        elif not client.authenticated and not self.stopping and why != HAS_CLOSED:
+            log.warning("refused process %d: %s", client.peer.pid, why)
         self._waiting.pop(client, None)
         self._undelivered.pop(client, None)
 
     def _died(self, peer: Peer) -> None:
         """All that was its own goes; what it had published is still delivered."""
         for subscription in list(peer.subscriptions):
-            self.remove(subscription)
+            self._remove_for(subscription, "its process has ended")
 
     def new_session(self, client: Client) -> Session:
         session = Session(self.number(), client.peer)
@@ -113,14 +182,14 @@ class Broker:
         self.sessions[session.number] = session
         return session
 
-    def end_session(self, session: Session, *, clean: bool) -> None:
+    def end_session(self, session: Session, *, clean: bool, why: str = "it has detached") -> None:
         """Its publishers are done, and what it has open goes; also what nobody has opened yet, unless it has detached."""
         self.sessions.pop(session.number, None)
         for publisher in list(session.publishers):
             self.traffic.finish(publisher)
         for subscription in list(session.subscriptions):
             if subscription.opened or not clean:
-                self.remove(subscription)
+                self._remove_for(subscription, why)
 
     # --- subscriptions
 
@@ -130,6 +199,7 @@ class Broker:
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
         self.router.add(subscription, topics)
+        self._write_down(subscription)
         self.tell_waiting()
         return subscription
 
@@ -146,7 +216,15 @@ class Broker:
         for publisher in session.publishers:
             self.begin_behind(publisher, subscription, before)
         self.router.add(subscription, topics)
+        self._write_down(subscription)
         self.tell_waiting()
+
+    def drop_topics(self, subscription: Subscription, session: Session, topics: list[str]) -> None:
+        """Lead these topics to it no more, from behind what the session has published."""
+        self.traffic.take_in(session)
+        self.router.drop(subscription, topics)
+        self._write_down(subscription)
+        self.traffic.unblock(subscription)  # what waits for it may not be for it any more
 
     def open(self, subscription: Subscription, client: Client, *, shared: bool) -> list[int]:
         """Begin to open it: the descriptors for who opens, the second, if any, of the socket beside its pipe.
@@ -190,6 +268,9 @@ class Broker:
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
         subscription.opened = True
+        if subscription.restored:
+            subscription.say_restarted()
+        self._write_down(subscription)
         self._remember_owner(subscription.number, session.peer.pid)
         self.traffic.watch(subscription)
 
@@ -208,6 +289,7 @@ class Broker:
         subscription.live = False
         subscription.said_topics = self.router.topics(subscription)
         self.router.remove(subscription)
+        self._write_down(subscription)
         self.traffic.mark(subscription)
         self.traffic.unblock(subscription)
         self.tell_waiting()
@@ -216,6 +298,8 @@ class Broker:
         """It is gone, with all that was for it."""
         if self.subscriptions.pop(subscription.number, None) is None:
             return
+        if self._journal is not None:
+            self._journal.drop(subscription.number)
         self.unopen(subscription)
         self.router.remove(subscription)
         subscription.live = False
@@ -227,11 +311,15 @@ class Broker:
         self.traffic.drop(subscription)
         self.tell_waiting()
 
+    def _remove_for(self, subscription: Subscription, why: str) -> None:
+        log.info("channel %d of process %d is removed: %s", subscription.number, subscription.pid, why)
+        self.remove(subscription)
+
     def _reader_gone(self, subscription: Subscription) -> None:
         if subscription.not_waited_for and not subscription.outbox.empty:
             self._give_up(subscription)
         else:
-            self.remove(subscription)
+            self._remove_for(subscription, "its reader has closed it" if subscription.live else "it was unsubscribed")
 
     @property
     def live_subscriptions(self) -> int:
@@ -285,8 +373,9 @@ class Broker:
         self.loop.later(timeout, self._time_is_over)
         for subscription in list(self.subscriptions.values()):
             subscription.not_waited_for = subscription.session.peer is by
-            if not (subscription.live or subscription.opened or subscription.outbox.waiting):
-                self.remove(subscription)  # it was unsubscribed, and nobody who opens it would miss anything
+            unsubscribed = not (subscription.live or subscription.opened or subscription.outbox.waiting)
+            if unsubscribed or (subscription.not_waited_for and subscription.reserved):
+                self.remove(subscription)  # nobody who opens it would miss anything, or nobody will open it
         for publisher in list(self.traffic.publishers.values()):
             self.traffic.finish(publisher)
         self._no_publisher_left()

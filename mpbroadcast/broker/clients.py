@@ -28,7 +28,9 @@ from mpbroadcast.wire.control import (
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
 
-__all__ = ["Client", "peer_of"]
+__all__ = ["HAS_CLOSED", "Client", "peer_of"]
+
+HAS_CLOSED: Final = "it has closed its connection"
 
 _READ: Final = 1 << 16
 _SOL_LOCAL: Final = 0  # macOS: level and names of what SO_PEERCRED is on Linux, from its sys/un.h
@@ -108,7 +110,7 @@ class Client:
         if events & IN and not self.waiting and not self._out:
             self._read()
         elif events & ERROR:
-            self.close("it has closed its connection")
+            self.close(HAS_CLOSED)
 
     def _read(self) -> None:
         try:
@@ -119,7 +121,7 @@ class Client:
             self.close(f"its connection broke ({error.strerror})")
             return
         if not data:
-            self.close("it has closed its connection")
+            self.close(HAS_CLOSED)
             return
         self._inbox.feed(data)
         self._go_on()

@@ -19,10 +19,11 @@ from typing import Final
 
 from mpbroadcast.arguments import MAX_ADDRESS
 
-__all__ = ["Listening", "identity", "remove_forgotten_folders", "remove_leftovers", "why_not"]
+__all__ = ["Kept", "Listening", "identity", "remove_forgotten_folders", "remove_leftovers", "why_not"]
 
 _FOLDER: Final = "mpbroadcast-"
 _SOCKET: Final = "broker"
+_KEEPER: Final = "keeper"
 _FORGOTTEN: Final = 60.0  # seconds after which a folder without a socket is nobody's
 
 
@@ -41,8 +42,8 @@ class Listening:
     :raises OSError: it cannot be; :func:`why_not` says why.
     """
 
-    def __init__(self, address: str | None, temporary: str) -> None:
-        self._own_folder = address is None
+    def __init__(self, address: str | None, temporary: str, own_folder: bool) -> None:
+        self._own_folder = own_folder
         if address is None:
             folder, name = _make_folder(temporary), _SOCKET
         else:
@@ -89,7 +90,44 @@ class Listening:
             if identity(self.address) == self._identity:
                 os.unlink(self.address)
             if self._own_folder:
-                os.rmdir(os.path.dirname(self.address))
+                _remove_folder(os.path.dirname(self.address))
+
+
+class Kept:
+    """The address of brokers that follow each other; in a folder of theirs, something that answers while there is none.
+
+    :raises OSError: there can be none.
+    """
+
+    def __init__(self, address: str | None, temporary: str) -> None:
+        self.own_folder = address is None
+        self.address = address or os.path.join(_make_folder(temporary), _SOCKET)
+        if self.own_folder:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            os.chdir(os.path.dirname(self.address))
+            self._socket.bind(_KEEPER)
+            self._socket.listen(1)
+            os.chdir("/")
+
+    def let_go(self) -> None:
+        """In a broker: only the keeper answers there."""
+        if self.own_folder:
+            self._socket.close()
+
+    def remove(self) -> None:
+        """Leave nothing behind, unless a broker still listens there."""
+        if self.own_folder:
+            self._socket.close()
+        remove_leftovers(self.address)
+        if self.own_folder and not _answers(self.address):
+            with contextlib.suppress(OSError):
+                _remove_folder(os.path.dirname(self.address))
+
+
+def _remove_folder(folder: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(folder, _KEEPER))
+    os.rmdir(folder)
 
 
 def identity(file: str | int) -> tuple[int, int]:
@@ -150,7 +188,7 @@ def _remove_if_forgotten(folder: str) -> None:
     except FileNotFoundError:
         forgotten = time.time() - status.st_mtime > _FORGOTTEN  # one that is being made has no socket yet
     else:
-        forgotten = not _answers(path)
+        forgotten = not (_answers(path) or _answers(os.path.join(folder, _KEEPER)))
     if forgotten:
         shutil.rmtree(folder)
 
@@ -162,4 +200,4 @@ def remove_leftovers(address: str) -> None:
             os.unlink(address)
             folder, name = os.path.split(address)
             if name == _SOCKET and os.path.basename(folder).startswith(_FOLDER):
-                os.rmdir(folder)
+                _remove_folder(folder)

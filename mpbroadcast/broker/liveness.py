@@ -11,7 +11,20 @@ import os
 
 import psutil
 
-__all__ = ["PeerProcess"]
+__all__ = ["PeerProcess", "birth"]
+
+
+def birth(pid: int) -> float:
+    """When the process began, by which it can be told from a later one with its number; 0 if that cannot be said."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return float(file.read().rpartition(b")")[2].split()[19])
+    except OSError:
+        pass
+    try:
+        return psutil.Process(pid).create_time()
+    except (psutil.Error, ValueError):
+        return 0.0
 
 
 class PeerProcess:

@@ -25,7 +25,7 @@ from mpbroadcast.wire.descriptors import DescriptorSocket
 from mpbroadcast.wire.frames import Batch, FrameError, Item, Opening, Parcel, References, Splitter
 from mpbroadcast.wire.packets import MEMORY, RING, pack
 from mpbroadcast.wire.ring import CHUNK
-from mpbroadcast.wire.runs import GONE, OFFER, note, references_run
+from mpbroadcast.wire.runs import GONE, OFFER, RESTARTED, note, references_run
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.clients import Client
@@ -276,6 +276,9 @@ class Subscription:
         self.cookie = 0  # by which its subscriber can name it before it knows its number
         self.said_topics: tuple[str, ...] = ()  # when it was unsubscribed
         self.live = True
+        self.restored = False  # from the broker before this one, and not open since
+        self.reserved = 0  # for the process that had it open there
+        self.policy = outbox.policy  # as it was subscribed; while it is reserved, nobody waits for it
         self.not_waited_for = False  # when its pipe is full, it goes
         self.fd = -1
         self.opened = False
@@ -301,6 +304,19 @@ class Subscription:
     @property
     def pid(self) -> int:
         return self.session.peer.pid
+
+    @property
+    def owner(self) -> int:
+        """The process that has it open, or is the only one that may; 0 while any may."""
+        return self.pid if self.opened else self.reserved
+
+    def say_restarted(self) -> None:
+        """Tell its reader, in its new pipe, that something may be missing in this place."""
+        data = note(RESTARTED, 0)
+        os.write(self.fd, data)
+        self.outbox.pipe += len(data)
+        self.outbox.take_over(self.policy)
+        self.restored, self.reserved = False, 0
 
     def make_pipe(self) -> int:
         """Its pipe: the descriptor for its reader.

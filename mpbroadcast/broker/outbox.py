@@ -147,6 +147,11 @@ class Outbox:
             self.ended = True
             self._runs.append(note_run(END))
 
+    def take_over(self, policy: str) -> None:
+        """From now on go by this policy; of what was dropped, the reader hears otherwise."""
+        if policy != self.policy:
+            self.policy, self._gap = policy, 0
+
     def discard(self) -> None:
         """It is gone, with all that waits."""
         for run in self._runs:

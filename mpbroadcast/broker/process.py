@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import io
 import json
 import logging
 import multiprocessing
@@ -22,18 +21,25 @@ import os
 import signal
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, Final
 
+import psutil
+
 from mpbroadcast.arguments import Deadline
-from mpbroadcast.broker.broker import Broker
-from mpbroadcast.broker.listening import Listening, identity, remove_forgotten_folders, remove_leftovers, why_not
+from mpbroadcast.broker.broker import Broker, Succession, new_identity
+from mpbroadcast.broker.journal import Journal
+from mpbroadcast.broker.keeper import keep
+from mpbroadcast.broker.listening import Kept, Listening, identity, remove_forgotten_folders, remove_leftovers, why_not
 from mpbroadcast.broker.liveness import PeerProcess
+from mpbroadcast.broker.logs import set_up
 from mpbroadcast.broker.loop import IN
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.errors import StartError
@@ -61,6 +67,8 @@ class _Settings:
     temporary: str
     history: int
     stall_timeout: float | None
+    log_config: dict[str, Any] | None
+    restart: bool
     inherited: frozenset[tuple[int, int, int]]  # the starter's descriptors, each with the device and inode of its file
 
 
@@ -82,6 +90,8 @@ class BrokerProcess:
         *,
         history: int,
         stall_timeout: float | None,
+        log_config: dict[str, Any] | None,
+        restart: bool,
     ) -> None:
         current = multiprocessing.current_process()
         if current.daemon:
@@ -95,8 +105,9 @@ class BrokerProcess:
         method = context.get_start_method()
         # Taken before the start, so that the pipes by which multiprocessing watches its processes are not among them.
         inherited = _open_descriptors() if method == "fork" else frozenset[tuple[int, int, int]]()
-        settings = _Settings(address, keys, os.getpid(), temporary, history, stall_timeout, inherited)
+        settings = _Settings(address, keys, os.getpid(), temporary, history, stall_timeout, log_config, restart, inherited)
         self.starter = os.getpid()
+        self._restart = restart
         self._at_exit: Finalize | None = None
         on_fork(self, BrokerProcess._in_child)
         try:
@@ -122,10 +133,13 @@ class BrokerProcess:
         """
         self._at_exit = Finalize(None, close, args, exitpriority=10)
 
-    def end(self, timeout: float | None, *, told: bool) -> None:
-        """Wait for it, if it was ``told`` to stop within ``timeout``, and end it if it has not."""
+    def end(self, timeout: float | None, *, told: int) -> None:
+        """Wait for it, if its process ``told`` was told to stop within ``timeout``, and end it if it has not."""
+        kept = _process(told) if told and self._restart else None
         if told:
             self._process.join(None if timeout is None else timeout + _GRACE)
+        if kept is not None:  # its keeper may have died before
+            _end(kept, timeout)
         self._kill()
         remove_leftovers(self.address)
         if self._at_exit is not None:
@@ -146,6 +160,22 @@ class BrokerProcess:
             process.kill()
             process.join()
         process.close()
+
+
+def _process(pid: int) -> psutil.Process | None:
+    try:
+        return psutil.Process(pid)
+    except psutil.Error:
+        return None
+
+
+def _end(process: psutil.Process, timeout: float | None) -> None:
+    """Wait for a broker that may be nobody's child any more, and end it if it does not."""
+    with contextlib.suppress(psutil.Error):
+        try:
+            process.wait(None if timeout is None else timeout + _GRACE)
+        except psutil.TimeoutExpired:
+            process.kill()
 
 
 def _open_descriptors() -> frozenset[tuple[int, int, int]]:
@@ -201,7 +231,7 @@ def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadl
             f"says why. {guard}".rstrip()
         ) from None
     if "error" in answer:
-        raise StartError(answer["error"]) from OSError(answer["errno"], answer["error"])
+        raise StartError(answer["error"]) from (OSError(answer["errno"], answer["error"]) if answer["errno"] else None)
     return str(answer["address"])
 
 
@@ -210,41 +240,103 @@ def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadl
 
 def _main(settings: _Settings, ready: connection.Connection) -> None:
     _let_go_of_descriptors(settings.inherited)
-    signals = _take_over_signals()
-    _log_to_standard_error()
+    _ignore_signals()
     gc.freeze()  # what the starter had allocated is not ours to look through
+    try:
+        set_up(log, settings.log_config)
+    except Exception as error:
+        set_up(log, None)
+        _report(ready, f"log_config is no dictionary that logging.config can use: {error}")
+        return
+    if not settings.restart:
+        _serve(settings, ready, settings.address is None)
+        return
+    kept: Kept | None = None
+    try:
+        kept = Kept(settings.address, settings.temporary)
+        journal = Journal()
+    except OSError as error:
+        _report(ready, why_not(error, settings.address, settings.temporary), error)
+    else:
+        name = new_identity()
+        settings = replace(settings, address=kept.address)
+
+        def serve(number: int) -> None:
+            kept.let_go()
+            succession = Succession(name, number, Journal(journal.files))
+            _serve(settings, None if number else ready, kept.own_folder, succession)
+
+        keep(settings.starter, serve, time.monotonic)
+    finally:
+        if kept is not None:
+            kept.remove()
+
+
+def _report(ready: connection.Connection | None, text: str, error: OSError | None = None) -> None:
+    if ready is None:
+        log.error("%s", text)
+        sys.exit(1)
+    ready.send_bytes(json.dumps({"error": text, "errno": (error and error.errno) or 0}).encode())
+
+
+def _serve(
+    settings: _Settings, ready: connection.Connection | None, own_folder: bool, succession: Succession | None = None
+) -> None:
+    signals = _take_over_signals()
     listening: Listening | None = None
+    broker: Broker | None = None
     try:
         try:
             starter = PeerProcess(settings.starter)
             remove_forgotten_folders(settings.temporary)
-            listening = Listening(settings.address, settings.temporary)
-        except OSError as error:
-            text = why_not(error, settings.address, settings.temporary)
-            ready.send_bytes(json.dumps({"error": text, "errno": error.errno or 0}).encode())
+            listening = Listening(settings.address, settings.temporary, own_folder)
+        except ProcessLookupError as error:
+            if ready is not None:
+                _report(ready, why_not(error, settings.address, settings.temporary), error)
             return
-        broker = Broker(listening.socket, settings.keys, answer, history=settings.history, stall_timeout=settings.stall_timeout)
+        except OSError as error:
+            _report(ready, why_not(error, settings.address, settings.temporary), error)
+            return
+        broker = Broker(
+            listening.socket,
+            settings.keys,
+            answer,
+            history=settings.history,
+            stall_timeout=settings.stall_timeout,
+            succession=succession,
+        )
         _watch(broker, starter, signals)
-        ready.send_bytes(json.dumps({"address": listening.address}).encode())
-        ready.close()
+        if ready is not None:
+            ready.send_bytes(json.dumps({"address": listening.address}).encode())
+            ready.close()
         broker.run()
     except BaseException as error:
         if not isinstance(error, BrokenPipeError):  # the starter has died before it could be told
-            log.critical("the broker has crashed", exc_info=True)
+            if not isinstance(error, SystemExit):
+                log.critical("the broker has crashed", exc_info=True)
+                if broker is not None:
+                    broker.tell_of_crash(traceback.format_exc())
+            if succession is not None:
+                listening = None  # what is there is the next one's
             sys.exit(1)
     finally:
         if listening is not None:
             listening.remove()
 
 
-def _take_over_signals() -> tuple[int, int]:
-    """Ignore what is not for the broker, and get a pipe that tells of SIGTERM."""
+def _ignore_signals() -> None:
+    """What is not for the broker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal's end: the starter decides what that means
     for number in signal.valid_signals():
         with contextlib.suppress(OSError, ValueError):
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_IGN)  # a handler of the starter's
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _take_over_signals() -> tuple[int, int]:
+    """A pipe that tells of SIGTERM."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
@@ -265,19 +357,6 @@ def _let_go_of_descriptors(inherited: frozenset[tuple[int, int, int]]) -> None:
         if standard is not None and not standard.closed:
             os.dup2(nowhere, standard.fileno(), inheritable=False)
     os.close(nowhere)
-
-
-def _log_to_standard_error() -> None:
-    log.propagate = False
-    log.setLevel(logging.WARNING)
-    if sys.__stderr__ is None:  # descriptor 2 may be anything
-        log.handlers = [logging.NullHandler()]
-        return
-    # Not sys.stderr, which under fork may be an object of the starter's that writes elsewhere.
-    descriptor = io.FileIO(2, "w", closefd=False)
-    handler = logging.StreamHandler(io.TextIOWrapper(descriptor, "utf-8", "backslashreplace", line_buffering=True))
-    handler.setFormatter(logging.Formatter("mpbroadcast broker %(process)d: %(levelname)s: %(message)s"))
-    log.handlers = [handler]
 
 
 def _watch(broker: Broker, starter: PeerProcess, signals: tuple[int, int]) -> None:

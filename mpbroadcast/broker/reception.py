@@ -56,6 +56,13 @@ class Reception:
             for client in list(peer.clients):
                 client.close("the broker has ended")
 
+    def tell(self, message: dict[str, Any]) -> None:
+        """Say something to each process, without being asked: on its lifeline."""
+        for peer in list(self._peers.values()):
+            for client in list(peer.clients):
+                if client.session is not None:
+                    client.reply(message)
+
     def _accept(self, events: int) -> None:
         try:
             connection, _ = self._listener.accept()
@@ -110,6 +117,13 @@ class Reception:
         client.peer.clients.discard(client)
         self._on_gone(client, why)
         self.drop_unused(client.peer)
+
+    def adopt(self, pid: int) -> Peer:
+        """A process that was known to the broker before this one.
+
+        :raises OSError: it does not live any more.
+        """
+        return self._peer(pid)
 
     def _peer(self, pid: int) -> Peer:
         """The process with this ID, which is known to live.

@@ -44,7 +44,14 @@ def _attach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     if client.session is not None:
         raise _Refused("value", "this connection is a session's already")
     session = broker.new_session(client)
-    client.reply({"session": session.number, "broker": broker.identity})
+    client.reply(
+        {
+            "session": session.number,
+            "broker": broker.identity,
+            "number": broker.number_of_broker,
+            "restarts": broker.restarts,
+        }
+    )
 
 
 def _detach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
@@ -124,9 +131,7 @@ def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> 
     if message["do"] == "add topics":
         broker.add_topics(subscription, session, topics)
     else:
-        broker.traffic.take_in(session)
-        broker.router.drop(subscription, topics)
-        broker.traffic.unblock(subscription)  # what waits for it may not be for it any more
+        broker.drop_topics(subscription, session, topics)
     client.reply({})
 
 
@@ -137,6 +142,8 @@ def _open(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     if subscription.opened or subscription.opening is not None:
         owner = subscription.pid if subscription.opened or subscription.opening is None else subscription.opening.peer.pid
         raise _in_use(owner)
+    if subscription.owner not in (0, client.peer.pid):
+        raise _in_use(subscription.owner)
     _session(broker, client, message)
     ends = broker.open(subscription, client, shared=bool(message.get("shared")))
     subscription.token = broker.number()
@@ -163,7 +170,7 @@ def _unsubscribe(broker: Broker, client: Client, message: dict[str, Any]) -> Non
 
 def _close(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     subscription = broker.subscriptions.get(_integer(message, "subscription"))
-    if subscription is not None and (not subscription.opened or subscription.pid == client.peer.pid):
+    if subscription is not None and subscription.owner in (0, client.peer.pid):
         broker.remove(subscription)
     client.reply({})
 
@@ -171,7 +178,7 @@ def _close(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 def _drop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     """The note of a finaliser: a channel that nobody has opened is not wanted any more."""
     subscription = broker.subscriptions.get(_integer(message, "subscription"))
-    if subscription is not None and not subscription.opened:
+    if subscription is not None and not subscription.owner:
         broker.remove(subscription)
     client.no_reply()
 
@@ -226,7 +233,7 @@ def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
         "id": subscription.number,
         "pid": subscription.pid,
         "topics": broker.router.topics(subscription),
-        "overflow": outbox.policy,
+        "overflow": subscription.policy,
         "capacity": outbox.capacity,
         "published": outbox.published,
         "delivered": outbox.delivered,
@@ -241,7 +248,7 @@ def _stop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     timeout = message.get("timeout")
     if timeout is not None and (type(timeout) not in (int, float) or not 0 <= timeout <= _FOREVER):
         raise _Refused("value", f"timeout must be 0 or more seconds, not {timeout!r}")
-    client.reply({})
+    client.reply({"pid": os.getpid()})
     broker.stop(_FOREVER if timeout is None else float(timeout), client.peer, quiet=bool(message.get("quiet")))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import multiprocessing
+import os
 import select
 import socket
 import time
@@ -21,6 +22,7 @@ from mpbroadcast.arguments import Deadline
 from mpbroadcast.errors import (
     AuthenticationFailed,
     BroadcastError,
+    BrokerCrashed,
     BrokerLost,
     ChannelInUse,
     ClosedError,
@@ -167,6 +169,15 @@ class _Control:
     def _lost(self) -> BrokerLost:
         return BrokerLost(f"the broker at {self._address!r} has ended")
 
+    def last_words(self) -> str | None:
+        """What the broker has said without being asked, if it has."""
+        with contextlib.suppress(OSError, ControlError):
+            self._inbox.feed(self._read())
+            body = self._inbox.next()
+            if body is not None:
+                return str(decode(body).get("crashed", ""))
+        return None
+
     def write_now(self, data: bytes) -> None:
         """A short note without an answer, if there is room for it. From a finaliser, too."""
         with contextlib.suppress(OSError):
@@ -196,20 +207,38 @@ class Link:
         self.address = address
         self._authkey = authkey or _keys.get(address) or bytes(multiprocessing.current_process().authkey)
         self._idle: list[_Control] = []
+        self._crash: BrokerCrashed | None = None
         self.inherited = False  # made before a fork, and of no use in this process
         deadline = Deadline(CONNECT_TIMEOUT)
         self._lifeline = _Control(address, self._authkey, deadline)
         said = self._lifeline.request({"do": "attach"}, deadline).said
         self.session = int(said["session"])
         self.broker = str(said["broker"])
+        self.number = int(said["number"])  # of the brokers that follow each other
+        self.restarts = bool(said["restarts"])  # whether another one will follow
+        self.lost = False  # whether this one is known to have ended
         on_fork(self, Link._in_child)
         _links[address] = self
 
     @classmethod
-    def shared(cls, address: str, broker: str) -> Link:
-        """The one to ``broker`` that this process has already, or a new one to whatever listens there now."""
+    def shared(cls, address: str, broker: str, restarts: bool = False) -> Link:
+        """The one to ``broker`` that this process has already, or a new one to whatever listens there now.
+
+        When it ``restarts``, wait until it has.
+        """
         link = _links.get(address)
-        return link if link is not None and link.broker == broker else cls(address)
+        if link is not None and link.broker == broker and not link.lost:
+            return link
+        deadline = Deadline(CONNECT_TIMEOUT)
+        while True:
+            try:
+                return cls(address)
+            except BrokerLost as error:
+                if not restarts or isinstance(error.__cause__, FileNotFoundError) or not _is_kept(address):
+                    raise
+                if deadline.left() == 0:
+                    raise
+            time.sleep(0.01)
 
     def request(self, do: str, *, deadline: Deadline | None = None, **fields: Any) -> Answer:
         """Ask the broker. Waits until ``deadline``, or for ever.
@@ -222,17 +251,29 @@ class Link:
         control = None
         with contextlib.suppress(IndexError):
             control = self._idle.pop()
-        if control is None:
-            control = _Control(self.address, self._authkey, _sooner(deadline))
         try:
+            if control is None:
+                control = _Control(self.address, self._authkey, _sooner(deadline))
             answer = control.request({"do": do, "session": self.session, **fields}, deadline)
-        except BaseException:
-            control.close()
+        except BaseException as error:
+            if control is not None:
+                control.close()
+            if isinstance(error, BrokerLost):
+                self.lost = True
+                error.__cause__ = self.crash or error.__cause__
             raise
         self._idle.append(control)
         if "error" in answer.said:
             raise _error(answer.said)
         return answer
+
+    @property
+    def crash(self) -> BrokerCrashed | None:
+        """What the broker has said of its crash, if that is how it ended."""
+        if self._crash is None and not self.inherited:
+            text = self._lifeline.last_words()
+            self._crash = BrokerCrashed(text) if text else None
+        return self._crash
 
     def note(self, do: str, **fields: Any) -> None:
         """Tell the broker, without an answer, without blocking: what a finaliser may do."""
@@ -262,6 +303,22 @@ _keys: dict[str, bytes] = {}
 def remember_key(address: str, authkey: bytes) -> None:
     """For handles of this process, and of those that it forks, that come without a key."""
     _keys[address] = authkey
+
+
+def _is_kept(address: str) -> bool:
+    """Whether the keeper lives, as far as can be told: beside an address of the user's choice it says nothing."""
+    path = os.path.join(os.path.dirname(address), "keeper")
+    if not os.path.exists(path):
+        return True
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            pass
+        return True
 
 
 def for_answer(deadline: Deadline) -> Deadline:

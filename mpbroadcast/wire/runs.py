@@ -39,6 +39,7 @@ __all__ = [
     "OFFER",
     "OVERFLOWED",
     "REFERENCES",
+    "RESTARTED",
     "RUN",
     "SKIPPED",
     "Run",
@@ -65,7 +66,8 @@ OFFER: Final = 5  # a ring can be mapped
 GONE: Final = 6  # nothing refers to a ring any more
 REFERENCES: Final = 7
 IN_MEMORY: Final = 8
-_NOTES: Final = (END, GAP, SKIPPED, OVERFLOWED, OFFER, GONE)
+RESTARTED: Final = 9  # the broker is another one: what is missing here, nobody knows
+_NOTES: Final = (END, GAP, SKIPPED, OVERFLOWED, OFFER, GONE, RESTARTED)
 
 _RING: Final = Struct("<I")
 _MEMORY: Final = Struct("<QQ")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any, Final
 
-from mpbroadcast.errors import Lagged, Overflowed
+from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
 from mpbroadcast.wire.descriptors import PipeEnd
 from mpbroadcast.wire.frames import topic_of
 from mpbroadcast.wire.payload import Failure, load_run
@@ -25,6 +25,7 @@ from mpbroadcast.wire.runs import (
     OFFER,
     OVERFLOWED,
     REFERENCES,
+    RESTARTED,
     RUN,
     SKIPPED,
     RunView,
@@ -187,6 +188,13 @@ def follow(
 def _said(run: RunView) -> End | Failure:
     if run.kind == GAP:
         return Failure(Lagged(run.messages))
+    if run.kind == RESTARTED:
+        return Failure(
+            BrokerRestarted(
+                "the broker has died, and another one has taken over: messages may be missing here, nobody knows how many; the "
+                "next receive goes on"
+            )
+        )
     if run.kind == OVERFLOWED:
         return Failure(
             Overflowed(

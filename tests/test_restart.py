@@ -1,0 +1,533 @@
+"""A broker that dies is replaced: handles and channels go on, with one gap that is said; and what the keeper decides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpbroadcast import (
+    Broadcaster,
+    BrokerLost,
+    BrokerRestarted,
+    Channel,
+    ChannelInUse,
+    ClosedError,
+    Selector,
+    connect,
+    start_broadcaster,
+)
+from mpbroadcast.broker.journal import Journal, replayed
+from mpbroadcast.broker.keeper import Patience
+from tests.helpers import DEADLINE, Background, Children, answer, finish, rest, take, wait_until
+
+Bus = Broadcaster[Any]
+
+
+@pytest.fixture
+def kept(leaves_nothing: None) -> Iterator[Bus]:
+    """A broadcaster whose broker is replaced when it dies."""
+    broadcaster: Bus = start_broadcaster(restart=True)
+    yield broadcaster
+    broadcaster.close(timeout=2.0)
+
+
+def kill_broker(bus: Bus) -> int:
+    """Kill the broker, and return its process ID when another one is there."""
+    pid = bus.stats().pid
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: bus.stats().pid != pid)
+    return pid
+
+
+def gap(channel: Channel[Any]) -> None:
+    """The next thing that the channel gives is that the broker is another one."""
+    with pytest.raises(BrokerRestarted) as caught:
+        channel.recv(timeout=DEADLINE)
+    assert caught.value.channel is channel
+
+
+def keeper_of(bus: Bus) -> psutil.Process:
+    """The process above the broker."""
+    keeper = psutil.Process(bus.stats().pid).parent()
+    assert keeper is not None
+    return keeper
+
+
+# --- what users see
+
+
+def test_channels_and_handles_go_on(kept: Bus) -> None:
+    """One error in the place of the gap, again and again, and nothing is missing or twice before and behind it."""
+    channel = kept.subscribe()
+    for turn in range(3):
+        kept.publish_many(range(turn * 10, turn * 10 + 10))
+        assert take(channel, 10) == list(range(turn * 10, turn * 10 + 10))
+        kill_broker(kept)
+        kept.publish_many([-1, -2])
+        gap(channel)
+        assert take(channel, 2) == [-1, -2]
+        assert not channel.poll()
+
+
+def test_under_each_start_method(context: BaseContext) -> None:
+    """The keeper starts brokers whatever way it was started itself."""
+    with start_broadcaster(context=context, restart=True) as bus:
+        channel = bus.subscribe()
+        assert not channel.poll()
+        kill_broker(bus)
+        bus.publish(1)
+        gap(channel)
+        assert channel.recv(timeout=DEADLINE) == 1
+
+
+def test_what_had_arrived_comes_first(kept: Bus) -> None:
+    """What was in the pipe when the broker died is received before the gap."""
+    channel = kept.subscribe()
+    channel.poll()
+    kept.publish_many(range(100))
+    kept.flush(timeout=DEADLINE, delivered=True)
+    kill_broker(kept)
+    assert take(channel, 100) == list(range(100))
+    gap(channel)
+
+
+@pytest.mark.parametrize("size", [10_000, 3 << 20])
+def test_large_messages_go_on(kept: Bus, size: int) -> None:
+    """Rings and memory of their own are made anew."""
+    channel = kept.subscribe()
+    for number in range(3):
+        kept.publish(bytes([number]) * size)
+        if number:
+            gap(channel)
+        assert channel.recv(timeout=DEADLINE) == bytes([number]) * size
+        kill_broker(kept)
+
+
+def test_subscriptions_keep_their_topics_policy_and_number(kept: Bus) -> None:
+    """Also those that were added and dropped later; and who is excluded stays so."""
+    channel = kept.subscribe("a", "b*", overflow="drop_oldest", capacity=12_345, with_topic=True)
+    channel.subscribe("c")
+    channel.unsubscribe("a")
+    channel.poll()
+    before = kept.stats().subscribers
+    kill_broker(kept)
+    (row,) = kept.stats().subscribers
+    assert (row.id, row.topics, row.capacity, row.pid) == (before[0].id, ("b*", "c"), 12_345, os.getpid())
+    for topic in ("a", "b1", "c", "d"):
+        kept.publish(topic, topic=topic)
+    kept.publish("nobody", topic="c", exclude=channel)
+    gap(channel)
+    assert take(channel, 2) == [("b1", "b1"), ("c", "c")]
+    assert kept.stats().subscribers[0].overflow == "drop_oldest"
+    kept.unsubscribe(channel)
+    assert rest(channel) == []
+
+
+def test_recv_many_poll_iteration_and_async(kept: Bus) -> None:
+    """All ways of receiving meet the gap once, and go on."""
+    channel = kept.subscribe()
+    channel.poll()
+    kill_broker(kept)
+    assert channel.poll(timeout=DEADLINE)
+    with pytest.raises(BrokerRestarted):
+        channel.recv_many(timeout=DEADLINE)
+    kept.publish(1)
+    assert channel.recv_many(timeout=DEADLINE) == [1]
+    kill_broker(kept)
+    kept.publish(2)
+    with pytest.raises(BrokerRestarted):
+        next(channel)
+    assert next(channel) == 2
+
+    async def receive() -> Any:
+        with pytest.raises(BrokerRestarted):
+            await asyncio.wait_for(anext(channel), DEADLINE)
+        kept.publish(3)
+        return await asyncio.wait_for(anext(channel), DEADLINE)
+
+    async def both() -> Any:
+        receiving = asyncio.create_task(receive())
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(kill_broker, kept)
+        return await receiving
+
+    assert asyncio.run(both()) == 3
+
+
+def test_a_selector_goes_on(kept: Bus) -> None:
+    """The channel stays selected, with its new descriptor."""
+    channel, other = kept.subscribe("one"), kept.subscribe("two")
+    selector = Selector[Any]().select(channel).select(other)
+    kept.publish(1, topic="one")
+    assert selector.receive(timeout=DEADLINE) == 1
+    kill_broker(kept)
+    for _ in range(2):
+        with pytest.raises(BrokerRestarted):
+            selector.receive(timeout=DEADLINE)
+    kept.publish(2, topic="two")
+    assert selector.receive(timeout=DEADLINE) == 2
+    kept.publish(1, topic="one")
+    assert selector.receive(timeout=DEADLINE) == 1
+
+
+def test_who_waits_in_recv_hears_of_it(kept: Bus) -> None:
+    """A thread that waits when the broker dies gets the gap, and then the next message."""
+    channel = kept.subscribe()
+    waiting = Background(channel.recv)
+    waiting.wait_until_blocked("wait")
+    kill_broker(kept)
+    assert isinstance(waiting.error(), BrokerRestarted)
+    kept.publish(1)
+    assert channel.recv(timeout=DEADLINE) == 1
+
+
+def test_flush_says_once_that_something_may_be_missing(kept: Bus) -> None:
+    """Only to a handle that had published."""
+    other: Bus = connect(kept.address)
+    kept.publish(1)
+    kept.flush(timeout=DEADLINE)
+    kill_broker(kept)
+    with pytest.raises(BrokerRestarted):
+        kept.flush(timeout=DEADLINE)
+    kept.flush(timeout=DEADLINE)
+    other.flush(timeout=DEADLINE)
+    other.close()
+
+
+def _worker(channel: Channel[Any], bus: Bus, report: Connection) -> None:
+    report.send("here")
+    report.recv()
+    seen: list[Any] = []
+    while not seen or seen[-1] != "end":
+        try:
+            seen.append(channel.recv(timeout=DEADLINE))
+        except BrokerRestarted:
+            seen.append("gap")
+    report.send(seen)
+    bus.publish("from the worker")
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_channel_that_was_handed_on(kept: Bus, context: BaseContext, children: Children, opened: bool) -> None:
+    """It goes on in its worker, whether it was open when the broker died or not; nobody else can open it then."""
+    channel = kept.subscribe("work")
+    mine = kept.subscribe()
+    ours, theirs = context.Pipe()
+    with ours, theirs:
+        worker = children(context, _worker, channel, kept, theirs)
+        assert answer(ours) == "here"
+        if opened:
+            ours.send("go")
+            wait_until(lambda: kept.stats().subscribers[0].pid == worker.pid)
+        kill_broker(kept)
+        if opened:
+            with pytest.raises(ChannelInUse):
+                channel.recv(timeout=DEADLINE)
+        kept.publish("end", topic="work")
+        if not opened:
+            ours.send("go")
+        assert answer(ours) == ["gap", "end"]
+        finish(worker)
+    gap(mine)
+    assert take(mine, 2) == ["end", "from the worker"]
+
+
+def test_a_channel_that_is_not_read_again_holds_up_nobody(kept: Bus) -> None:
+    """Until it is received from, its backlog keeps the newest; from then on, it is what it was subscribed as."""
+    channel = kept.subscribe(capacity=50_000)
+    assert not channel.poll()
+    kill_broker(kept)
+    for number in range(1000):
+        kept.publish((number, bytes(1000)), timeout=DEADLINE)
+    kept.flush(timeout=DEADLINE)
+    gap(channel)
+    numbers = [channel.recv(timeout=DEADLINE)[0]]
+    while numbers[-1] != 999:
+        numbers.append(channel.recv(timeout=DEADLINE)[0])
+    assert numbers == list(range(numbers[0], 1000))
+    assert kept.stats().subscribers[0].overflow == "block"
+
+
+def test_one_that_was_unsubscribed_still_ends(kept: Bus) -> None:
+    """It hears of the gap, and then has a clean end."""
+    channel = kept.subscribe()
+    channel.poll()
+    kept.unsubscribe(channel)
+    wait_until(lambda: not kept.stats().subscribers)
+    kill_broker(kept)
+    seen = []
+    for _ in range(2):
+        try:
+            channel.recv(timeout=DEADLINE)
+        except (BrokerRestarted, EOFError) as error:
+            seen.append(type(error))
+    assert seen in ([BrokerRestarted, EOFError], [EOFError, EOFError])
+
+
+def _subscribe_and_sleep(bus: Bus, report: Connection) -> None:
+    channel = bus.subscribe("x")
+    channel.poll()
+    report.send("ready")
+    time.sleep(DEADLINE)
+
+
+def test_who_died_with_the_broker_is_not_kept(kept: Bus, fork: BaseContext, children: Children) -> None:
+    """A subscriber that was killed while there was no broker is gone, and one that is killed after that, too."""
+    ours, theirs = fork.Pipe()
+    with ours, theirs:
+        first = children(fork, _subscribe_and_sleep, kept, theirs)
+        second = children(fork, _subscribe_and_sleep, kept, theirs)
+        assert [answer(ours), answer(ours)] == ["ready"] * 2
+        pid = kept.stats().pid
+        for process in (psutil.Process(pid), psutil.Process(first.pid)):
+            process.kill()
+        first.join(DEADLINE)
+        wait_until(lambda: [row.pid for row in kept.stats().subscribers] == [second.pid])
+        psutil.Process(second.pid).kill()
+        wait_until(lambda: not kept.stats().subscribers)
+
+
+def test_threads_that_publish_go_on(kept: Bus) -> None:
+    """Through one handle, while brokers die: the reader sees each thread's messages in order, and the last ones."""
+    channel = kept.subscribe()
+    channel.poll()
+    told = threading.Event()
+
+    def publish(thread: int) -> int:
+        for number in count():
+            kept.publish((thread, number))
+            if told.is_set():
+                return number
+        raise AssertionError
+
+    threads = [Background(publish, thread) for thread in range(3)]
+    received: list[list[int]] = [[], [], []]
+    gaps = 0
+    for turn in range(4):
+        for _ in range(1500):
+            try:
+                thread, number = channel.recv(timeout=DEADLINE)
+                received[thread].append(number)
+            except BrokerRestarted:
+                gaps += 1
+        if turn < 3:
+            kill_broker(kept)
+    told.set()
+    while any(thread.is_alive() for thread in threads) or channel.poll(timeout=0.2):
+        try:
+            thread, number = channel.recv(timeout=0.2)
+            received[thread].append(number)
+        except BrokerRestarted:
+            gaps += 1
+        except TimeoutError:
+            pass
+    assert [numbers[-1] for numbers in received] == [thread.result() for thread in threads]
+    assert 0 < gaps <= 3
+    assert all(numbers == sorted(set(numbers)) for numbers in received)
+
+
+# --- the keeper
+
+
+def test_a_broker_that_dies_again_and_again_is_given_up(kept: Bus) -> None:
+    """Then everybody hears that it is lost, at once, and nothing is left."""
+    channel = kept.subscribe()
+    channel.poll()
+    for _ in range(4):
+        kill_broker(kept)
+    keeper = keeper_of(kept)
+    os.kill(kept.stats().pid, signal.SIGKILL)
+    for _ in range(2):  # for all deaths that it has not heard of, one gap
+        with contextlib.suppress(BrokerRestarted):
+            with pytest.raises(BrokerLost):
+                channel.recv(timeout=DEADLINE)
+            break
+    wait_until(lambda: not keeper.is_running() or keeper.status() == psutil.STATUS_ZOMBIE)
+    with pytest.raises(BrokerLost):
+        kept.publish(1)
+    with pytest.raises(BrokerLost):
+        channel.recv(timeout=DEADLINE)
+    assert not os.path.exists(kept.address)
+
+
+def test_a_killed_keeper_changes_nothing(kept: Bus) -> None:
+    """The broker goes on, ends with its starter, and is not replaced any more."""
+    channel = kept.subscribe()
+    channel.poll()
+    keeper_of(kept).kill()
+    kept.publish(1)
+    assert channel.recv(timeout=DEADLINE) == 1
+    os.kill(kept.stats().pid, signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(BrokerLost):
+        channel.recv(timeout=DEADLINE)
+    with pytest.raises(BrokerLost):
+        kept.publish(2)
+    assert time.monotonic() - start < 5
+
+
+def test_close_after_the_keeper_was_killed(kept: Bus) -> None:
+    """All is drained, and the broker has ended when close returns."""
+    channel = kept.subscribe()
+    channel.poll()
+    broker = psutil.Process(kept.stats().pid)
+    keeper_of(kept).kill()
+    kept.publish_many(range(10))
+    kept.close()
+    assert not broker.is_running() or broker.status() == psutil.STATUS_ZOMBIE
+    assert rest(channel) == list(range(10))
+
+
+@pytest.mark.parametrize("what", ["broker", "keeper"])
+def test_sigterm_drains_and_ends_it(kept: Bus, what: str) -> None:
+    """To the broker or to its keeper: that is no death to be repaired."""
+    channel = kept.subscribe()
+    channel.poll()
+    kept.publish_many(range(10))
+    kept.flush(timeout=DEADLINE)
+    keeper = keeper_of(kept)
+    os.kill(kept.stats().pid if what == "broker" else keeper.pid, signal.SIGTERM)
+    assert rest(channel) == list(range(10))
+    with pytest.raises(BrokerLost):
+        wait_until(lambda: kept.publish_many([1]) == 0)
+
+
+def test_ctrl_c_ends_neither_keeper_nor_broker(kept: Bus) -> None:
+    """It goes to the whole group, and is the starter's to handle."""
+    for pid in (keeper_of(kept).pid, kept.stats().pid):
+        os.kill(pid, signal.SIGINT)
+    channel = kept.subscribe()
+    kept.publish(1)
+    assert channel.recv(timeout=DEADLINE) == 1
+
+
+def test_a_chosen_address(temporary_folder: Path) -> None:
+    """The next broker listens at the same one, and the file is gone at the end."""
+    address = temporary_folder / "chosen"
+    with start_broadcaster(address=address, restart=True) as bus:
+        channel = bus.subscribe()
+        channel.poll()
+        kill_broker(bus)
+        assert bus.address == str(address)
+        gap(channel)
+        with connect(address) as other:
+            other.publish(1)
+        assert channel.recv(timeout=DEADLINE) == 1
+    assert not address.exists()
+
+
+def test_closed_is_closed(kept: Bus) -> None:
+    """A handle that was closed does not come back with the next broker."""
+    other: Bus = connect(kept.address)
+    channel = other.subscribe()
+    channel.close()
+    other.close()
+    kill_broker(kept)
+    with pytest.raises(ClosedError):
+        other.publish(1)
+    with pytest.raises(ClosedError):
+        channel.recv(timeout=0)
+    assert not kept.stats().subscribers
+
+
+def test_without_restart_a_dead_broker_is_lost(bus: Bus) -> None:
+    """As ever."""
+    channel = bus.subscribe()
+    channel.poll()
+    os.kill(bus.stats().pid, signal.SIGKILL)
+    with pytest.raises(BrokerLost):
+        channel.recv(timeout=DEADLINE)
+    with pytest.raises(BrokerLost):
+        wait_until(lambda: bus.publish(1))
+
+
+def test_restart_must_be_a_bool() -> None:
+    """Anything else is refused before anything is started."""
+    with pytest.raises(TypeError, match="restart"):
+        start_broadcaster(restart=1)  # type: ignore[arg-type]
+
+
+# --- what is written down, and for how long it is tried
+
+
+def test_patience() -> None:
+    """Pauses grow with deaths that come one after the other, and it ends; old deaths are forgotten."""
+    patience = Patience(deaths=3, seconds=10)
+    first, second = patience.pause(0), patience.pause(1)
+    assert first is not None
+    assert second is not None
+    assert 0 < first < second
+    assert patience.pause(2) is None
+    patience = Patience(deaths=3, seconds=10)
+    assert all(patience.pause(now) == first for now in range(0, 1000, 11))
+
+
+@pytest.fixture
+def journal() -> Iterator[Callable[[], Journal]]:
+    """Makes a journal, and others that read what the first has written."""
+    made: list[Journal] = []
+
+    def make() -> Journal:
+        made.append(Journal(made[0].files if made else None))
+        return made[-1]
+
+    yield make
+    for file in made[0].files:
+        os.close(file)
+
+
+def test_a_journal_gives_back_what_was_put(journal: Callable[[], Journal]) -> None:
+    """After any number of changes, also so many that it is written anew."""
+    first = journal()
+    for number in range(3000):
+        first.put({"number": number % 7, "topics": ["x" * 100], "turn": number})
+        if number % 5 == 0:
+            first.drop(number % 3)
+    assert journal().entries == first.entries
+    assert len(first.entries) >= 4
+    assert sum(os.fstat(file).st_size for file in first.files) < 300_000
+
+
+def test_a_journal_whose_last_line_was_cut(journal: Callable[[], Journal]) -> None:
+    """The change that was not written whole is not there, and the next ones are."""
+    first = journal()
+    first.put({"number": 1, "topics": []})
+    first.put({"number": 2, "topics": []})
+    written = [file for file in first.files if os.fstat(file).st_size > 20]
+    os.ftruncate(written[0], os.fstat(written[0]).st_size - 3)
+    second = journal()
+    assert second.entries == {1: {"number": 1, "topics": []}}
+    second.put({"number": 3, "topics": []})
+    assert set(journal().entries) == {1, 3}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.one_of(st.none(), st.integers()))), st.integers(0, 20))
+def test_cut_lines_are_the_state_before_them(changes: list[tuple[int, int | None]], cut: int) -> None:
+    """Whatever was written, and wherever it stops."""
+    lines = []
+    for number, value in changes:
+        lines.append(b'{"number": %d}\n' % number if value is None else b'{"number": %d, "v": %d}\n' % (number, value))
+    whole = b"".join(lines)[: -cut or None]
+    count = whole.count(b"\n")
+    expected: dict[int, Any] = {}
+    for number, value in changes[:count]:
+        expected.pop(number, None)
+        if value is not None:
+            expected[number] = {"number": number, "v": value}
+    assert replayed(whole) == expected
