@@ -5,6 +5,8 @@ last message; the time, and the CPU time of all processes, for each delivery. ``
 process in one broker; what one more costs, what the broker has for itself, how fast messages are that only one of them gets,
 and one that all get. ``topics``: one channel that is subscribed to so many topics, or patterns; how fast messages to one
 after the other of them come.
+
+To each, a law is fitted by least squares, and it is said from where on it costs more than that.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import multiprocessing
 import pathlib
 import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +37,7 @@ from benchmarks.works import Work
 from mpbroadcast import Broadcaster, Channel, start_broadcaster
 
 _SPARE = 200  # descriptors, for all else
+_FEW = 32  # subscriber processes
 Points = list[tuple[float, float]]
 
 
@@ -43,7 +48,7 @@ def subscribers(context: BaseContext, scale: float, smoke: bool) -> tuple[Table,
     wall: Points = []
     cpu: Points = []
     for n in (1, 2, 4) if smoke else (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        count = 100 if smoke else max(100, int(400_000 * scale) // (n + 1))
+        count = 100 if smoke else max(100, int(1_200_000 * scale) // (n + 1))
         try:
             result = measure(Broadcast, context, Shape(subscribers=n), Work(count), 60.0)
         except Failed as error:
@@ -68,7 +73,19 @@ def subscribers(context: BaseContext, scale: float, smoke: bool) -> tuple[Table,
         "subscribers", "messages", "messages/s", "deliveries/s", "µs a delivery",
         "CPU µs", "publisher", "broker", "subscribers", "lost",
     ]  # fmt: skip
-    return Table("subscribers: small dict, to N", head, rows, notes), {"µs a delivery": wall, "CPU µs a delivery": cpu}
+    few = [(n, cost) for n, cost in cpu if n <= _FEW]
+    each, once = _fitted(few, lambda n: 1 / n)
+    law = [(n, each + once / n) for n, _ in cpu]
+    notes.append(
+        f"fitted up to {_FEW}: {each:.2f} + {once:.2f} / N µs of CPU a delivery, so {once:.2f} µs to publish and route a "
+        f"message, and {each:.2f} µs for each who gets it"
+    )
+    notes.append(
+        f"{_knee(cpu, law)}: so many processes share the CPUs that each runs seldom and briefly, in cold caches, and what it "
+        "costs each to get going is shared by fewer messages here, the more subscribers there are"
+    )
+    lines = {"µs a delivery": wall, "CPU µs a delivery": cpu, "fitted": law}
+    return Table("subscribers: small dict, to N", head, rows, notes), lines
 
 
 @contextmanager
@@ -152,9 +169,14 @@ def subscriptions(context: BaseContext, scale: float, smoke: bool) -> tuple[Tabl
         "messages/s to one",
         "µs a delivery to all",
     ]
-    return Table("subscriptions: open channels of one process, each with two topics", head, rows, notes), {
-        "µs a delivery": costs
-    }
+    each, once = _fitted(costs, lambda n: 1 / n)
+    law = [(n, each + once / n) for n, _ in costs]
+    notes.append(
+        f"fitted: {each:.1f} µs for each channel that a message goes to, and {once:.0f} µs once; {_knee(costs, law)}. Most "
+        "of it is the system's: a write into each channel's pipe, a poll and two reads of it"
+    )
+    lines = {"µs a delivery": costs, "fitted": law}
+    return Table("subscriptions: open channels of one process, each with two topics", head, rows, notes), lines
 
 
 @contextmanager
@@ -192,7 +214,37 @@ def topics(context: BaseContext, scale: float, smoke: bool) -> tuple[Table, dict
             lines[kind].append((n, rate))
             rows.append([f"{n:,} {kind}", number(subscribing, 1), number(1024 * memory / n, 0), number(rate, 0)])
     head = ["", "µs to subscribe", "bytes in the broker", "messages/s"]
-    return Table("topics: of one channel; for each topic, and messages to all in turn", head, rows), lines
+    notes = []
+    for kind, rates in list(lines.items()):
+        costs = [(n, 1e6 / rate) for n, rate in rates]
+        lines[kind] = costs
+        base, more = _fitted(costs, math.log10)
+        law = [(n, base + more * math.log10(n)) for n, _ in costs]
+        lines[f"fitted, {kind}"] = law
+        notes.append(f"{kind}, fitted: {base:.1f} + {more:.2f} log10(number) µs a message; {_knee(costs, law)}")
+    notes.append(
+        "the step is behind the first: neighbours that go to one topic travel as one run, others each as one; from 16,384 "
+        "topics on, those that were looked up last are forgotten"
+    )
+    return Table("topics: of one channel; for each topic, and messages to all in turn", head, rows, notes), lines
+
+
+def _fitted(points: Points, law: Callable[[float], float]) -> tuple[float, float]:
+    """``a`` and ``b`` of ``a + b * law(x)``, by least squares."""
+    xs, ys = [law(x) for x, _ in points], [y for _, y in points]
+    if len(set(xs)) < 2:
+        return (ys[0] if ys else math.nan), 0.0
+    fit = statistics.linear_regression(xs, ys)
+    return fit.intercept, fit.slope
+
+
+def _knee(measured: Points, law: Points) -> str:
+    """From where on it costs more than the law says."""
+    above = [cost > 1.25 * expected for (_, cost), (_, expected) in zip(measured, law, strict=True)]
+    for place, (n, _) in enumerate(measured):
+        if all(above[place:]):
+            return f"the knee is at {n:,.0f}"
+    return "no knee is seen"
 
 
 _PARTS: dict[str, Callable[[BaseContext, float, bool], tuple[Table, dict[str, Points]]]] = {
@@ -208,7 +260,7 @@ def _draw(file: pathlib.Path, title: str, lines: dict[str, Points]) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for label, points in lines.items():
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+            axes.plot(*zip(*points, strict=True), "--" if label.startswith("fitted") else "-o", label=label)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=9)
