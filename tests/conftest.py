@@ -9,6 +9,8 @@ import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from multiprocessing.context import BaseContext
@@ -22,6 +24,48 @@ from mpbroadcast import Broadcaster, start_broadcaster
 from tests.helpers import Children, wait_until
 
 FAILED = pytest.StashKey[bool]()
+_SHARING = ("test_ring", "test_large", "test_sizes")  # what they measure is of the whole machine
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """In two halves, all tests take half the time: mostly they wait, and not for the CPU."""
+    parser.addoption("--halves", action="store_true", help="run all tests in two processes at once")
+    parser.addoption("--half", type=int, choices=(0, 1), help="run only the modules of this half")
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Run both halves, if all tests are asked for, and nobody wants to look into them."""
+    alone = config.option.usepdb or config.option.collectonly or config.option.capture == "no" or config.option.help
+    given = config.args_source is pytest.Config.ArgsSource.ARGS
+    if not config.option.halves or config.option.half is not None or given or alone:
+        return None
+    command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
+    with tempfile.TemporaryFile("w+") as second_said:
+        second = subprocess.Popen([*command, "--half", "1"], stdout=second_said, stderr=subprocess.STDOUT)
+        try:
+            first_code = subprocess.run([*command, "--half", "0"], check=False).returncode
+            second_code = second.wait()
+        except BaseException:
+            second.terminate()
+            second.wait()
+            raise
+        second_said.seek(0)
+        print(second_said.read())
+    return first_code or second_code
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of this half: modules by turns, those that share memory in the first."""
+    half = config.option.half
+    if half is None:
+        return
+    modules = list(dict.fromkeys(item.path for item in items))
+    first = {path for path in modules if path.stem in _SHARING}
+    others = [path for path in modules if path not in first]
+    mine = {*others[half::2], *(first if half == 0 else ())}
+    config.hook.pytest_deselected(items=[item for item in items if item.path not in mine])
+    items[:] = [item for item in items if item.path in mine]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -258,6 +258,15 @@ def test_the_readme_shows_code() -> None:
     assert blocks("(?:sh|bash|console|shell)")
 
 
+def test_each_promise_has_its_test() -> None:
+    """What RELIABILITY.md names is there."""
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (ROOT / "RELIABILITY.md").read_text())
+    assert len(named) > 30
+    for module, function in named:
+        text = (ROOT / "tests" / module).read_text()
+        assert not function or f"\ndef {function}(" in text, f"{module} has no {function}"
+
+
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_readme_code_runs_as_pasted(number: int, tmp_path: Path) -> None:
     """Each Python block of the README is a whole script: it ends by itself, says no error, and warns of nothing."""

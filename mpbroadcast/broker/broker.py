@@ -268,6 +268,7 @@ class Broker:
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
         subscription.opened = True
+        subscription.not_waited_for = self.stopping and session.peer is self._stopped_by
         if subscription.restored:
             subscription.say_restarted()
         self._write_down(subscription)

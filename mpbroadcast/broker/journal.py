@@ -44,6 +44,7 @@ class Journal:
         heads = [int(os.pread(file, _HEAD - 1, 0) or b"0", 16) for file in self.files]
         self._version = max(heads)
         self._current = heads.index(self._version)
+        self._whole = 0  # bytes, when all were written last
         file = self.files[self._current]
         self._size = max(os.fstat(file).st_size, _HEAD)
         lines = os.pread(file, self._size - _HEAD, _HEAD)
@@ -79,8 +80,6 @@ class Journal:
         os.pwrite(file, b"%016x\n" % self._version, 0)
         self._current, self._size = other, _HEAD + len(lines)
         self._whole = len(lines)
-
-    _whole = 0  # bytes, when all were written last
 
 
 def _line(entry: Entry) -> bytes:

@@ -49,7 +49,10 @@ def keep(starter: int, serve: Callable[[int], None], clock: Callable[[], float])
     That is also so on SIGTERM, which is handed on to it, and when process ``starter`` is dead.
     """
     patience = Patience()
-    watched = psutil.Process(starter)
+    try:
+        watched = psutil.Process(starter)
+    except psutil.NoSuchProcess:
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
     number = 0
     while True:

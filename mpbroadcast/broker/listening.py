@@ -44,24 +44,25 @@ class Listening:
 
     def __init__(self, address: str | None, temporary: str, own_folder: bool) -> None:
         self._own_folder = own_folder
-        if address is None:
-            folder, name = _make_folder(temporary), _SOCKET
-        else:
-            folder, name = os.path.split(address)
-        self.address = os.path.join(folder, name)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.setblocking(False)
+        made = ""
         try:
+            if address is None:
+                made = _make_folder(temporary)
+                address = os.path.join(made, _SOCKET)
+            self.address = address
+            folder, name = os.path.split(address)
             os.chdir(folder)  # so that no name that is bound is longer than the address itself
             self._listen(name)
+            self._identity = identity(address)
         except BaseException:
             self.socket.close()
-            if self._own_folder:
-                shutil.rmtree(folder, ignore_errors=True)
+            if made:
+                os.rmdir(made)
             raise
         finally:
             os.chdir("/")
-        self._identity = identity(self.address)
 
     def _listen(self, name: str) -> None:
         passing = f".{os.getpid():x}~"
@@ -101,13 +102,15 @@ class Kept:
 
     def __init__(self, address: str | None, temporary: str) -> None:
         self.own_folder = address is None
-        self.address = address or os.path.join(_make_folder(temporary), _SOCKET)
-        if self.own_folder:
+        if address is None:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            os.chdir(os.path.dirname(self.address))
+            folder = _make_folder(temporary)
+            address = os.path.join(folder, _SOCKET)
+            os.chdir(folder)
             self._socket.bind(_KEEPER)
             self._socket.listen(1)
             os.chdir("/")
+        self.address = address
 
     def let_go(self) -> None:
         """In a broker: only the keeper answers there."""

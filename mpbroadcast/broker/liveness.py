@@ -65,7 +65,7 @@ class PeerProcess:
             return not self._process.is_running() or self._process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
-        except psutil.Error:
+        except (psutil.Error, OSError):  # it cannot be asked, as no descriptor is left
             return False
 
     def close(self) -> None:

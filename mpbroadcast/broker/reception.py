@@ -22,6 +22,7 @@ log = logging.getLogger("mpbroadcast.broker")
 
 _HANDSHAKE_TIMEOUT: Final = 5.0  # seconds
 _MOST_STRANGERS: Final = 128  # connections that have not shown a key; the oldest goes for one more
+_AGAIN: Final = 0.2  # seconds, until there may be descriptors
 _SWEEP: Final = 1.0  # seconds, where deaths are no events
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 
@@ -73,9 +74,12 @@ class Reception:
                 return  # it has gone already
             log.warning("no descriptor is left in the broker: new processes wait until some are free")
             self._loop.forget(self._listener.fileno())
-            self._loop.later(0.2, lambda: self._loop.watch(self._listener.fileno(), IN, self._accept))
+            self._loop.later(_AGAIN, lambda: self._loop.watch(self._listener.fileno(), IN, self._accept))
             return
         connection.setblocking(False)
+        self._admit(connection)
+
+    def _admit(self, connection: socket.socket) -> None:
         try:
             pid, uid = peer_of(connection)
             if uid != os.geteuid():
@@ -83,8 +87,11 @@ class Reception:
                 connection.close()
                 return
             peer = self._peer(pid)
-        except OSError:  # it has gone already
-            connection.close()
+        except OSError as error:
+            if error.errno in _NO_DESCRIPTORS:  # the connection has taken the last one
+                self._loop.later(_AGAIN, lambda: self._admit(connection))
+            else:  # it has gone already
+                connection.close()
             return
         handshake = serve_handshake(self._keys)
         client = Client(self._loop, connection, peer, handshake, self._request, self._client_gone)
@@ -131,6 +138,9 @@ class Reception:
         :raises ProcessLookupError: it does not any more.
         """
         peer = self._peers.get(pid)
+        if peer is not None and peer.process.dead():  # the number is another one's by now
+            self._died(peer)
+            peer = None
         if peer is None:
             process = PeerProcess(pid)
             peer = Peer(process)
