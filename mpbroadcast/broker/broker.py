@@ -11,6 +11,7 @@ import logging
 import secrets
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -65,7 +66,7 @@ class Broker:
         self.router: Router[Subscription] = Router()
         self.subscriptions: dict[int, Subscription] = {}
         self.sessions: dict[int, Session] = {}
-        self.former_owners: dict[int, int] = {}  # subscription -> process that had it open
+        self.former_owners: OrderedDict[int, int] = OrderedDict()  # subscription -> process that had it open
         self.identity = succession.identity if succession is not None else new_identity()
         self.number_of_broker = succession.number if succession is not None else 0
         self.restarts = succession is not None
@@ -278,7 +279,7 @@ class Broker:
     def _remember_owner(self, number: int, pid: int) -> None:
         self.former_owners[number] = pid
         if len(self.former_owners) > 65536:
-            del self.former_owners[next(iter(self.former_owners))]
+            self.former_owners.popitem(last=False)
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """Nothing more comes to it; what is there can still be received."""

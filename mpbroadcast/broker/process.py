@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import multiprocessing.process
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -241,6 +242,7 @@ def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadl
 def _main(settings: _Settings, ready: connection.Connection) -> None:
     _let_go_of_descriptors(settings.inherited)
     _ignore_signals()
+    _allow_descriptors()
     gc.freeze()  # what the starter had allocated is not ours to look through
     try:
         set_up(log, settings.log_config)
@@ -333,6 +335,13 @@ def _ignore_signals() -> None:
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_IGN)  # a handler of the starter's
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _allow_descriptors() -> None:
+    """As many as the system lets it have: each subscription takes two."""
+    with contextlib.suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _take_over_signals() -> tuple[int, int]:
