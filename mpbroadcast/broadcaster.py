@@ -69,6 +69,7 @@ class Broadcaster(Generic[M]):
         self._process = process  # in its starter
         self._large = False  # whether the last message was, and so perhaps the next
         self._closed = False
+        self._ended = False  # whether close() has been done: an interrupted one can be called again
         self._channels: WeakSet[Channel[M]] = WeakSet()
         on_fork(self, Broadcaster._in_child)
 
@@ -392,7 +393,7 @@ class Broadcaster(Generic[M]):
         self._close(_CLOSE_TIMEOUT, True)
 
     def _close(self, timeout: float | None, quiet: bool) -> None:
-        if self._closed:
+        if self._ended:
             return
         process, attachment = self._process, self._attachment
         link = attachment.current
@@ -415,6 +416,8 @@ class Broadcaster(Generic[M]):
             if link is not None:
                 link.close()
         attachment.current = None
+        self._sender.forget()
+        self._ended = True
 
     def __enter__(self) -> Self:
         return self

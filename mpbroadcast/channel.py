@@ -225,9 +225,13 @@ class Channel(Generic[M]):
 
     def _fail(self, failure: Failure) -> NoReturn:
         """What stands in the place of a message."""
-        if isinstance(failure.error, Lagged):
-            self._missed += failure.error.missed
-        raise self._about_this(failure.error)
+        error, failure.error = failure.error, Exception()
+        if isinstance(error, Lagged):
+            self._missed += error.missed
+        try:
+            raise self._about_this(error)
+        finally:
+            del error  # which has this frame in its traceback, and so this channel
 
     def _go_on_behind(self, end: End) -> None:
         """With the broker that has taken over, if the last one has died and another one has. Under the lock.
@@ -238,12 +242,12 @@ class Channel(Generic[M]):
             raise self._end(end)
         pipe, shared, self._pipe, self._shared = self._pipe, self._shared, None, None
         self._opened = self._held = False
-        try:
+        with contextlib.suppress(BroadcastError, OSError):
             self._open(Deadline(None))
-        except (BroadcastError, OSError):
+        if not self._opened:
             self._attachment.restarts, self._owner = False, 0
             self._pipe, self._shared, self._opened = pipe, shared, True
-            raise self._end(end) from None
+            raise self._end(end)
         self._stream = Stream()
         if shared is not None:
             shared.close()

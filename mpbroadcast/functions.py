@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from functools import partial
+from itertools import starmap
 from multiprocessing.context import BaseContext
 from typing import Any, Final, TypeVar
 
@@ -75,18 +77,25 @@ def start_broadcaster(
         path = None if address is None else check_address(address)
     except AddressError as error:
         raise StartError(str(error)) from error
-    process = BrokerProcess(
-        context, path, authkey, timeout, history=history, stall_timeout=stall, log_config=log_config, restart=restart
-    )
+    started: list[BrokerProcess] = []
     try:
+        # By way of a list, as an interrupt may come between its return and an assignment.
+        started.extend(
+            starmap(
+                partial(BrokerProcess, history=history, stall_timeout=stall, log_config=log_config, restart=restart),
+                ((context, path, authkey, timeout),),
+            )
+        )
+        process = started[0]
         link = Link(process.address)
+        bus: Broadcaster[Any] = Broadcaster(process.address, link.broker, link=link, process=process)
+        process.end_at_exit(bus.close_at_exit)
     except BaseException as error:
-        process.end(0, told=0)
-        if isinstance(error, BroadcastError):
+        for process in started:
+            process.end(0, told=0)
+        if started and isinstance(error, BroadcastError):
             raise StartError(f"the broker started, but did not answer: {error}") from error
         raise
-    bus: Broadcaster[Any] = Broadcaster(process.address, link.broker, link=link, process=process)
-    process.end_at_exit(bus.close_at_exit)
     return bus
 
 

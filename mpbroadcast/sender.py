@@ -86,8 +86,7 @@ class Sender:
                 raise self._closed_error() from None
             link = self._link
             if link is None or not attachment.restarts:
-                lost = attachment.lost()
-                raise lost from lost.__cause__ or error
+                raise attachment.lost(error)  # noqa: B904, it has its cause
             if outlet is self.outlet:
                 link.lost = True
             self.follow()
@@ -108,7 +107,10 @@ class Sender:
         def ask(deadline: Deadline) -> DescriptorSocket | None:
             return link.request("beside", publisher=number, deadline=for_answer(deadline)).beside
 
-        outlet = Outlet(answer.end, number)
+        def give_up(message: int) -> None:
+            link.note("given up", publisher=number, message=message)
+
+        outlet = Outlet(answer.end, number, give_up)
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
         outlet, shared = self._made.setdefault(link.number, (outlet, SharedOutlet(outlet, ask)))
         self._link, self.outlet, self.shared = link, outlet, shared
@@ -143,14 +145,17 @@ class Sender:
             raise BrokerRestarted("the broker has died: what this handle had published before may not have reached everybody")
 
     def close(self) -> Outlet | None:
-        """What there was, closed."""
+        """What there was, closed; it is here until :meth:`forget`, so that an interrupted close can be called again."""
         self._closed = True
-        outlet, self.outlet, self.shared, self.pipe = self.outlet, None, None, _NOWHERE
-        self._link = None
+        self.shared, self.pipe = None, _NOWHERE
+        if self.outlet is not None:
+            self.outlet.pipe.close()
+        return self.outlet
+
+    def forget(self) -> None:
+        """Closing is done."""
+        self.outlet = self._link = None
         self._made.clear()
-        if outlet is not None:
-            outlet.pipe.close()
-        return outlet
 
     @staticmethod
     def _closed_error() -> ClosedError:

@@ -16,15 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mpbroadcast.broker.clients import HAS_CLOSED, Client
+from mpbroadcast.broker.clients import Client
 from mpbroadcast.broker.history import History
 from mpbroadcast.broker.journal import Journal
 from mpbroadcast.broker.liveness import birth
 from mpbroadcast.broker.loop import Loop
-from mpbroadcast.broker.members import Peer, Publisher, Session, Subscription, new_socket
+from mpbroadcast.broker.members import Peer, Session, Subscription, new_socket
 from mpbroadcast.broker.outbox import Ledger, Outbox
+from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.reception import Reception
-from mpbroadcast.broker.router import Router
+from mpbroadcast.broker.router import Router, listed
 from mpbroadcast.broker.traffic import Traffic
 
 __all__ = ["Broker", "Succession", "new_identity"]
@@ -163,11 +164,11 @@ class Broker:
         return next(self._numbers)
 
     def _client_gone(self, client: Client, why: str) -> None:
-        if client.opening is not None:
-            self.unopen(client.opening)
+        for subscription in list(client.opening):
+            self.unopen(subscription)
         if client.session is not None:
             self.end_session(client.session, clean=False, why=why)
-        elif not client.authenticated and not self.stopping and why != HAS_CLOSED:
+        elif client.refused and not self.stopping:
             log.warning("refused process %d: %s", client.peer.pid, why)
         self._waiting.pop(client, None)
         self._undelivered.pop(client, None)
@@ -240,13 +241,13 @@ class Broker:
                 subscription.beside, other = new_socket()
                 ends.append(other)
         subscription.opening = client
-        client.opening = subscription
+        client.opening.add(subscription)
         return ends
 
     def unopen(self, subscription: Subscription) -> None:
         """Who wanted to open it does not: it is as it was."""
         if subscription.opening is not None:
-            subscription.opening.opening = None
+            subscription.opening.opening.discard(subscription)
             subscription.opening = None
             self._close_ends(subscription)
 
@@ -260,7 +261,7 @@ class Broker:
     def confirm_open(self, subscription: Subscription, session: Session) -> None:
         """From now on it is ``session``'s, and what waits goes into its pipe."""
         if subscription.opening is not None:
-            subscription.opening.opening = None
+            subscription.opening.opening.discard(subscription)
             subscription.opening = None
         subscription.session.subscriptions.discard(subscription)
         subscription.session.peer.subscriptions.discard(subscription)
@@ -335,7 +336,8 @@ class Broker:
     def tell_waiting(self) -> None:
         """Subscriptions or their topics have changed: answer those that have waited for it."""
         for client, enough in list(self._waiting.items()):
-            if enough():
+            # An answer can fail, and who is gone then has let others go on already.
+            if client in self._waiting and enough():
                 del self._waiting[client]
                 client.reply({"done": True})
 
@@ -412,7 +414,7 @@ class Broker:
             "channel %d of process %d (%s) was closed with %d message(s) waiting: it %s",
             subscription.number,
             subscription.pid,
-            ", ".join(subscription.said_topics or self.router.topics(subscription)),
+            listed(subscription.said_topics or self.router.topics(subscription)),
             subscription.outbox.waiting,
             "was not read in time" if subscription.opened else "was never opened",
         )

@@ -28,9 +28,7 @@ from mpbroadcast.wire.control import (
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
 
-__all__ = ["HAS_CLOSED", "Client", "peer_of"]
-
-HAS_CLOSED: Final = "it has closed its connection"
+__all__ = ["Client", "peer_of"]
 
 _READ: Final = 1 << 16
 _SOL_LOCAL: Final = 0  # macOS: level and names of what SO_PEERCRED is on Linux, from its sys/un.h
@@ -62,9 +60,10 @@ class Client:
     ) -> None:
         self.peer = peer
         self.session: Session | None = None  # whose lifeline this is
-        self.opening: Subscription | None = None
+        self.opening: set[Subscription] = set()  # what it has begun to open
         self.waiting = False  # a request is not answered yet
         self.authenticated = False
+        self.refused = False
         self._loop = loop
         self._handshake = handshake
         self._on_request = on_request
@@ -94,9 +93,14 @@ class Client:
         """Answer that it cannot be done."""
         self.reply({"error": kind, "text": text, **more})
 
-    def close(self, why: str) -> None:
-        """Let go of it."""
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def close(self, why: str, *, refused: bool = False) -> None:
+        """Let go of it; ``refused`` when it would have stayed."""
         if self._fd >= 0:
+            self.refused = refused
             fd, self._fd = self._fd, -1
             self._socket.detach()
             self._loop.close(fd)
@@ -110,7 +114,7 @@ class Client:
         if events & IN and not self.waiting and not self._out:
             self._read()
         elif events & ERROR:
-            self.close(HAS_CLOSED)
+            self.close("it has closed its connection")
 
     def _read(self) -> None:
         try:
@@ -121,7 +125,7 @@ class Client:
             self.close(f"its connection broke ({error.strerror})")
             return
         if not data:
-            self.close(HAS_CLOSED)
+            self.close("it has closed its connection")
             return
         self._inbox.feed(data)
         self._go_on()
@@ -141,7 +145,7 @@ class Client:
         except ControlError as error:
             if len(error.args) > 1 and self._fd >= 0:
                 self._send(error.args[1])
-            self.close(f"it sent {error.args[0]}" if self.authenticated else f"no handshake: {error.args[0]}")
+            self.close(f"it sent {error.args[0]}" if self.authenticated else f"no handshake: {error.args[0]}", refused=True)
         self._set_events()
 
     def _shake_hands(self, body: bytes) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import logging
 import logging.config
+import os
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -41,6 +43,23 @@ class AtMost(logging.Filter):
         return True
 
 
+class _StandardError(logging.Handler):
+    """Writes to descriptor 2, if there is room: a terminal or pipe that nobody reads must not stop the broker.
+
+    (Not to ``sys.stderr``, which under fork may be an object of the starter's that writes elsewhere. That the descriptor does
+    not block cannot be said: it is shared with the starter.)
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            data = f"{self.format(record)}\n".encode(errors="backslashreplace")
+            ready = select.poll()
+            ready.register(2, select.POLLOUT)
+            patience = 500 if record.levelno >= logging.CRITICAL else 0  # milliseconds
+            while data and ready.poll(patience):
+                data = data[os.write(2, data[: select.PIPE_BUF]) :]
+
+
 def set_up(log: logging.Logger, config: dict[str, Any] | None) -> None:
     """Let ``log`` go where a dictionary for ``logging.config`` says; without one, from warnings on to standard error.
 
@@ -57,8 +76,6 @@ def set_up(log: logging.Logger, config: dict[str, Any] | None) -> None:
     if sys.__stderr__ is None:  # descriptor 2 may be anything
         log.handlers = [logging.NullHandler()]
         return
-    # Not sys.stderr, which under fork may be an object of the starter's that writes elsewhere.
-    descriptor = io.FileIO(2, "w", closefd=False)
-    handler = logging.StreamHandler(io.TextIOWrapper(descriptor, "utf-8", "backslashreplace", line_buffering=True))
+    handler = _StandardError()
     handler.setFormatter(logging.Formatter("mpbroadcast broker %(process)d: %(levelname)s: %(message)s"))
     log.handlers = [handler]

@@ -14,31 +14,28 @@ import socket
 import termios
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.outbox import Outbox
 from mpbroadcast.broker.rings import Unread
-from mpbroadcast.broker.shared import Lender, Ring
+from mpbroadcast.broker.shared import Ring
 from mpbroadcast.wire.descriptors import DescriptorSocket
-from mpbroadcast.wire.frames import Batch, FrameError, Item, Opening, Parcel, References, Splitter
+from mpbroadcast.wire.frames import Parcel
 from mpbroadcast.wire.packets import MEMORY, RING, pack
 from mpbroadcast.wire.ring import CHUNK
 from mpbroadcast.wire.runs import GONE, OFFER, RESTARTED, note, references_run
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.clients import Client
+    from mpbroadcast.broker.publisher import Held, Publisher
 
 __all__ = [
     "LONGEST_PATIENCE",
     "LONGEST_RETRY",
     "PIPE_SIZE",
     "SHORTEST_RETRY",
-    "Held",
-    "Parked",
     "Peer",
-    "Publisher",
     "Session",
     "State",
     "Subscription",
@@ -115,147 +112,6 @@ class Session:
         self.publishers: set[Publisher] = set()
         self.subscriptions: set[Subscription] = set()
         self.forgotten: deque[int] = deque(maxlen=64)  # cookies of subscribers that were interrupted
-
-
-class Held(NamedTuple):
-    """References that have come, and the chunks of their ring that they hold until they are routed."""
-
-    references: References
-    ring: Ring
-    chunks: Sequence[int]
-    place: int  # of the ring behind them
-
-    @property
-    def topic(self) -> bytes:
-        return self.references.topic
-
-    @property
-    def exclude(self) -> int:
-        return self.references.exclude
-
-    def cut(self, count: int) -> tuple[Held, Held]:
-        """Its first ``count`` messages, and the others."""
-        first, rest = self.references.cut(count)
-        self.ring.hold(self.chunks)  # both have all: a little longer than they need
-        return self._replace(references=first), self._replace(references=rest)
-
-    def copied(self) -> Batch:
-        """The messages themselves."""
-        return self.ring.copied(self.references)
-
-
-Parked = Batch | Held | Parcel | Opening | Callable[[], None]
-
-
-class Publisher:
-    """The read end of a publisher's pipe.
-
-    ``parked`` is what was read and has not been routed, in order, and between it what is to be called when all before it
-    has been. While something stays there, because a subscription that would get it is full, nothing more is read.
-    """
-
-    def __init__(self, number: int, session: Session, fd: int, room: memoryview) -> None:
-        self.number = number
-        self.session = session
-        self.pid = session.peer.pid
-        self.fd = fd
-        self._room = room  # to read into: all publishers have it in turn
-        self.parked: deque[Parked] = deque()
-        self.blocked: Subscription | None = None  # the full one that it waits for
-        self.blocked_since = 0.0  # when something of it went on last
-        self.warned = False
-        self.last_in: dict[Subscription, int] = {}  # how many had come to each backlog with the last of its messages
-        # Subscriptions that begin behind something that is still to be routed; with topics, what they had before that.
-        self.not_yet: list[tuple[Subscription, tuple[str, ...]]] = []
-        self.lender: Lender | None = None  # what it shares
-        self.waits = False  # whether something of it waits until somebody is ready for references
-        self.hurried = False  # whether nothing of it waits until somebody is ready for references
-        self._splitter = Splitter()
-        self.position = 0  # bytes read so far
-        self._barriers: deque[tuple[int, Callable[[], None]]] = deque()
-
-    def read(self, limit: int | None = None) -> bytes:
-        """What is there, but not past the next position that somebody waits for; empty when all writers are gone.
-
-        :raises BlockingIOError: nothing is there.
-        """
-        if self._barriers:
-            end = self._barriers[0][0] - self.position
-            limit = end if limit is None else min(limit, end)
-        room = self._room
-        # Not os.read: memory for the most that may come would be mapped and unmapped each time.
-        return bytes(room[: os.readv(self.fd, (room if limit is None else room[:limit],))])
-
-    def take(self, chunk: bytes) -> None:
-        """Park what was read.
-
-        :raises FrameError: it is no such stream.
-        """
-        self.position += len(chunk)
-        items = self._splitter.split(chunk)
-        if self._splitter.shares:
-            self._splitter.shares = False
-            self.parked.extend(filter(None, map(self._found, items)))
-            while self._splitter.given_up:
-                number = self._splitter.given_up.pop()
-                if self.lender is not None:
-                    self.lender.give_up(number)
-        else:
-            self.parked.extend(items)  # type: ignore[arg-type]
-        while self._barriers and self._barriers[0][0] <= self.position:
-            self.parked.append(self._barriers.popleft()[1])
-
-    def _found(self, item: Item) -> Batch | Held | Parcel | Opening | None:
-        """With the memory that it is in; ``None`` when that has not come.
-
-        :raises FrameError: it is not where it says.
-        """
-        if isinstance(item, References):
-            ring = None if self.lender is None else self.lender.rings.get(item.ring)
-            if ring is None:
-                raise FrameError(f"a reference to a ring {item.ring} that it does not have")
-            return Held(item, ring, ring.arrived(item), ring.place)
-        if isinstance(item, Parcel):
-            parcel = None if self.lender is None else self.lender.fetch(item)
-            if parcel is None:
-                log.warning("process %d did not send the memory of a message: dropped", self.pid)
-            return parcel
-        return item
-
-    def close(self) -> None:
-        """Nothing more will be read."""
-        self._splitter = Splitter()
-        self.parked.extend(callback for _, callback in self._barriers)
-        self._barriers.clear()
-
-    def end_of_written(self) -> int:
-        """The position behind all that has been written until now."""
-        return self.position + (unread(self.fd) if self.fd >= 0 else 0)
-
-    @property
-    def all_routed(self) -> bool:
-        """Whether nothing that it has written until now is still to be routed."""
-        return not self.parked and self.end_of_written() == self.position
-
-    def after_written(self, callback: Callable[[], None]) -> None:
-        """Call back when all that it has written until now has been routed; at once, if it has."""
-        end = self.end_of_written()
-        if end > self.position:
-            self._barriers.append((end, callback))
-        elif self.parked:
-            self.parked.append(callback)
-        else:
-            callback()
-
-    @property
-    def held(self) -> int:
-        """Bytes of it in the broker's memory that are in no backlog."""
-        parked = sum(
-            len(item.frames) if isinstance(item, Batch) else item.length
-            for item in self.parked
-            if isinstance(item, (Batch, Parcel))
-        )
-        return self._splitter.held + parked
 
 
 class State(enum.Enum):

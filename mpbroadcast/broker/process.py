@@ -44,7 +44,7 @@ from mpbroadcast.broker.logs import set_up
 from mpbroadcast.broker.loop import IN
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.errors import StartError
-from mpbroadcast.wire.descriptors import on_fork
+from mpbroadcast.wire.descriptors import on_fork, without_heirs
 
 __all__ = ["BrokerProcess"]
 
@@ -204,7 +204,8 @@ def _start(method: str, process: BaseProcess) -> None:
     else:
         forkserver.ensure_running()
     try:
-        process.start()
+        with without_heirs():
+            process.start()
     except Exception as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         bootstrapping = isinstance(error, RuntimeError) and "bootstrapping" in str(error)

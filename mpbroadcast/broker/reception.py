@@ -95,13 +95,16 @@ class Reception:
             return
         handshake = serve_handshake(self._keys)
         client = Client(self._loop, connection, peer, handshake, self._request, self._client_gone)
+        if client.closed:  # it had gone before it was let in
+            self.drop_unused(peer)
+            return
         peer.clients.add(client)
         self._strangers[client] = time.monotonic() + _HANDSHAKE_TIMEOUT
         if not self._expiring:
             self._expiring = True
             self._loop.later(_HANDSHAKE_TIMEOUT, self._expire)
         if len(self._strangers) > _MOST_STRANGERS:
-            next(iter(self._strangers)).close("too many have connected without a key")
+            next(iter(self._strangers)).close("too many have connected without a key", refused=True)
 
     def _expire(self) -> None:
         self._expiring = False
@@ -110,7 +113,7 @@ class Reception:
             if client.authenticated:
                 del self._strangers[client]
             elif deadline <= now:
-                client.close("it did not show its key in time")
+                client.close("it did not show its key in time", refused=True)
         if self._strangers:
             self._expiring = True
             self._loop.later(max(0.0, min(self._strangers.values()) - now), self._expire)

@@ -11,8 +11,9 @@ from typing import Any, Final
 from mpbroadcast.arguments import encode_topic
 from mpbroadcast.broker.broker import Broker
 from mpbroadcast.broker.clients import Client
-from mpbroadcast.broker.members import Publisher, Session, Subscription
+from mpbroadcast.broker.members import Session, Subscription
 from mpbroadcast.broker.outbox import POLICIES
+from mpbroadcast.broker.publisher import Publisher
 
 __all__ = ["answer"]
 
@@ -76,9 +77,17 @@ def _beside(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 
 def _retire(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     publisher = _find_publisher(broker, message)
-    if publisher is not None:
+    if publisher is not None and publisher.pid == client.peer.pid:
         broker.traffic.finish(publisher)
     client.reply({})
+
+
+def _given_up(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+    """The note of a publisher: the rest of a message in pieces will not come."""
+    publisher = _find_publisher(broker, message)
+    if publisher is not None and publisher.pid == client.peer.pid:
+        broker.traffic.give_up(publisher, _integer(message, "message"))
+    client.no_reply()
 
 
 def _flush(broker: Broker, client: Client, message: dict[str, Any]) -> None:
@@ -123,7 +132,7 @@ def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 
 
 def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> None:
-    subscription = _find_subscription(broker, message)
+    subscription = _find_subscription(broker, client, message)
     if not subscription.live:
         raise _Refused("closed", "this channel was unsubscribed: subscribe again for a new one")
     topics = _topics(message)
@@ -136,7 +145,7 @@ def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> 
 
 
 def _open(broker: Broker, client: Client, message: dict[str, Any]) -> None:
-    subscription = _find_subscription(broker, message)
+    subscription = _find_subscription(broker, client, message)
     if subscription.opening is not None and subscription.opening.peer is client.peer:
         broker.unopen(subscription)  # it was interrupted, and begins again
     if subscription.opened or subscription.opening is not None:
@@ -151,7 +160,7 @@ def _open(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 
 
 def _opened(broker: Broker, client: Client, message: dict[str, Any]) -> None:
-    subscription = _find_subscription(broker, message)
+    subscription = _find_subscription(broker, client, message)
     if message.get("token") != subscription.token or subscription.fd < 0:
         client.reply({"opened": False})  # what was begun has been taken back: begin again
         return
@@ -260,6 +269,7 @@ _HANDLERS: Final[dict[str, Callable[[Broker, Client, dict[str, Any]], None]]] = 
     "publisher": _publisher,
     "beside": _beside,
     "retire": _retire,
+    "given up": _given_up,
     "flush": _flush,
     "subscribe": _subscribe,
     "add topics": _topics_changed,
@@ -299,12 +309,13 @@ def _find_publisher(broker: Broker, message: dict[str, Any]) -> Publisher | None
     return broker.traffic.publishers.get(_integer(message, "publisher")) if message.get("publisher") is not None else None
 
 
-def _find_subscription(broker: Broker, message: dict[str, Any]) -> Subscription:
+def _find_subscription(broker: Broker, client: Client, message: dict[str, Any]) -> Subscription:
     number = _integer(message, "subscription")
     subscription = broker.subscriptions.get(number)
     if subscription is None:
-        if number in broker.former_owners:
-            raise _in_use(broker.former_owners[number])
+        owner = broker.former_owners.get(number, client.peer.pid)
+        if owner != client.peer.pid:
+            raise _in_use(owner)
         raise _Refused("closed", "this channel was closed, or the process that subscribed has ended: subscribe again")
     return subscription
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase, translate
 from typing import Final, Generic, TypeVar
 
-__all__ = ["Router", "matches"]
+__all__ = ["Router", "listed", "matches"]
 
 S = TypeVar("S")
 
+_LISTED: Final = 10
 _SPECIAL: Final = "*?["
 _CACHED_TOPICS: Final = 16384  # at most 1 KiB each; all are forgotten when there are more
 
@@ -114,6 +115,12 @@ def is_pattern(topic: str) -> bool:
 
 def _beginning(pattern: str) -> str:
     return pattern[: min(pattern.index(character) for character in _SPECIAL if character in pattern)]
+
+
+def listed(topics: Sequence[str]) -> str:
+    """Some of them, for people."""
+    more = len(topics) - _LISTED
+    return ", ".join(topics[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def matches(topics: Iterable[str], topic: bytes) -> bool:

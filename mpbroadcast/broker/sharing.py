@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from mpbroadcast.broker.loop import IN, Loop
-from mpbroadcast.broker.members import Held, Publisher, State, Subscription, new_socket
+from mpbroadcast.broker.members import State, Subscription, new_socket
+from mpbroadcast.broker.publisher import Held, Publisher
 from mpbroadcast.broker.shared import Lender, Ring, Store
 from mpbroadcast.wire.packets import MAPPED, READ, REFUSED, PacketError, unpack
 

@@ -8,7 +8,9 @@ goes, lets those that wait for it go on, the longest first.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
@@ -16,19 +18,11 @@ from typing import Final
 
 from mpbroadcast.broker.history import History
 from mpbroadcast.broker.loop import IN, OUT, Loop
-from mpbroadcast.broker.members import (
-    LONGEST_RETRY,
-    PIPE_SIZE,
-    SHORTEST_RETRY,
-    Held,
-    Parked,
-    Publisher,
-    Session,
-    Subscription,
-    new_pipe,
-)
+from mpbroadcast.broker.members import LONGEST_RETRY, PIPE_SIZE, SHORTEST_RETRY, Session, Subscription, new_pipe
+from mpbroadcast.broker.publisher import Held, Parked, Publisher
 from mpbroadcast.broker.router import Router, matches
 from mpbroadcast.broker.sharing import Sharing
+from mpbroadcast.broker.stalls import Stalls
 from mpbroadcast.wire.frames import Batch, FrameError, Opening, Parcel
 from mpbroadcast.wire.runs import Run, parcel_run, run_of
 
@@ -38,6 +32,7 @@ log = logging.getLogger("mpbroadcast.broker")
 
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
 _SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
+_IN_A_TURN: Final = 1 << 25  # bytes of a ring that one publisher's references may stand for, before others have a turn
 _LONGEST_NAP: Final = 400e-6
 _MUCH: Final = PIPE_SIZE // 4  # bytes in a pipe, which would soon be full
 
@@ -65,7 +60,7 @@ class Traffic:
         self.sharing = Sharing(loop, self._write, self.mark, self._resume, on_gone)
         self._loop = loop
         self._router = router
-        self._stall_timeout = stall_timeout
+        self._stalls = Stalls(loop, router, self.publishers, stall_timeout)
         self._on_last = on_last
         self._on_gone = on_gone
         self._on_overflow = on_overflow
@@ -74,7 +69,6 @@ class Traffic:
         self._most = 0  # bytes that were in one of their pipes
         self._dirty: dict[Subscription, None] = {}
         self._resuming: list[Publisher] = []
-        self._looking_for_stalls = False
         self._room = memoryview(mmap(-1, PIPE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS))  # not touched before it is needed
 
     def round(self) -> None:
@@ -133,7 +127,7 @@ class Traffic:
         A publisher that finds the broker waiting for its pipe pays for waking it, with each message; one whose pipe nobody
         waits for pays nothing. What else happens ends a nap at once.
         """
-        if busy == (publisher in self._busy) or publisher.fd < 0 or publisher.blocked:
+        if busy == (publisher in self._busy) or publisher.fd < 0 or publisher.blocked or publisher.in_turn:
             return
         if busy:
             self._busy[publisher] = None
@@ -187,6 +181,15 @@ class Traffic:
             self._take(publisher, publisher.read(end - publisher.position))
             if not publisher.blocked:
                 self._route(publisher)
+        # Who waited for room has perhaps gone on when there was some: that is published, too, but what comes now is not.
+        with contextlib.suppress(BlockingIOError):
+            if publisher.fd >= 0:
+                self._take(publisher, publisher.read())
+        with contextlib.suppress(OSError):  # no descriptor is left: it closes at the end of this round
+            if publisher.fd >= 0:
+                nowhere = os.open(os.devnull, os.O_RDONLY)
+                os.dup2(nowhere, publisher.fd, inheritable=False)
+                os.close(nowhere)
         self._close(publisher)
 
     def _close(self, publisher: Publisher) -> None:
@@ -215,23 +218,30 @@ class Traffic:
         """Route what is parked, as far as the backlogs take it."""
         parked = publisher.parked
         publisher.waits = False
+        stopped, publisher.in_turn = publisher.in_turn, False
         before = self.routed
+        room = _IN_A_TURN
         rest: Batch | Held | Parcel | Opening
         while parked:
+            if room <= 0 and not publisher.hurried:
+                self._let_others_go_first(publisher, stopped)
+                return
             item = parked.popleft()
             try:
                 if isinstance(item, (Batch, Parcel)):
                     full, rest = self._deliver(item, publisher)
                 elif isinstance(item, Held):
                     if item.ring.retired:
+                        self._routed(item, publisher)
                         self._refuse(publisher, "a reference into a ring that it has done with")
                         continue
                     if self._waits(item, publisher):
                         parked.appendleft(item)
                         return
+                    room -= item.references.charge
                     full, rest = self._deliver(item, publisher)
                 elif isinstance(item, Opening):
-                    full, rest = self._full_for(item, publisher), item
+                    full, rest = None if publisher.gives_up(item) else self._full_for(item, publisher), item
                 else:
                     item()
                     continue
@@ -243,13 +253,30 @@ class Traffic:
                 parked.appendleft(rest)
                 self._block(publisher, full, went_on=self.routed > before)
                 return
-        if publisher.blocked:
+        if publisher.blocked or stopped:
             publisher.blocked = None
             publisher.warned = False
             if publisher.fd >= 0:
                 self._watch(publisher)
         if publisher.fd < 0:
             self._forget(publisher)
+
+    def _let_others_go_first(self, publisher: Publisher, stopped: bool) -> None:
+        """It has referred to much memory, and a few bytes of its pipe could keep the broker busy for long."""
+        if not (stopped or publisher.blocked):
+            self._loop.forget(publisher.fd)
+            self._busy.pop(publisher, None)
+        publisher.blocked = None
+        publisher.in_turn = True
+        self._loop.later(0, lambda: self._route(publisher) if publisher.in_turn else None)
+
+    def give_up(self, publisher: Publisher, number: int) -> None:
+        """The rest of its message in pieces will not come: let nobody wait for what there was no room for."""
+        self.take_in(publisher.session)
+        first = publisher.parked[0] if publisher.parked else None
+        publisher.give_up(number)
+        if publisher.blocked and isinstance(first, Opening) and first.number == number:
+            self.unblock(publisher.blocked)
 
     def _targets(self, item: Batch | Held | Parcel | Opening, publisher: Publisher) -> tuple[Subscription, ...]:
         targets = self._router.targets(item.topic)
@@ -377,9 +404,7 @@ class Traffic:
             full.blocked_at = full.outbox.charge
         full.waiters.append(publisher)
         self._dirty[full] = None
-        if self._stall_timeout is not None and not self._looking_for_stalls:
-            self._looking_for_stalls = True
-            self._loop.later(self._stall_timeout, self._look_for_stalls)
+        self._stalls.look()
 
     def unblock(self, subscription: Subscription) -> None:
         """Let those go on who wait for it."""
@@ -389,35 +414,6 @@ class Traffic:
 
     def _resume(self, publishers: Iterable[Publisher]) -> None:
         self._resuming.extend(publishers)
-
-    def _look_for_stalls(self) -> None:
-        if self._stall_timeout is None:
-            return
-        now = time.monotonic()
-        waiting = [publisher for publisher in self.publishers.values() if publisher.blocked]
-        for publisher in waiting:
-            seconds = now - publisher.blocked_since
-            if publisher.blocked is not None and not publisher.warned and seconds >= self._stall_timeout:
-                publisher.warned = True
-                self._warn(publisher, publisher.blocked, seconds)
-        soon = [publisher.blocked_since for publisher in waiting if not publisher.warned]
-        self._looking_for_stalls = bool(waiting)
-        if waiting:
-            wait = self._stall_timeout - (now - min(soon)) if soon else self._stall_timeout
-            self._loop.later(max(wait, 0.01), self._look_for_stalls)
-
-    def _warn(self, publisher: Publisher, full: Subscription, seconds: float) -> None:
-        same = publisher.pid == full.pid
-        log.warning(
-            "process %d has waited %.1f s to publish: the backlog of channel %d of %s (%s) is full, with %d bytes waiting%s",
-            publisher.pid,
-            seconds,
-            full.number,
-            f"the same process, {full.pid}, which must receive before it publishes" if same else f"process {full.pid}",
-            ", ".join(self._router.topics(full)),
-            full.outbox.waiting_charge,
-            "" if full.opened else "; it was never opened: let somebody receive from it, or unsubscribe it",
-        )
 
     # --- writing
 
@@ -453,7 +449,7 @@ class Traffic:
                 self._write(subscription)
         resuming, self._resuming = self._resuming, []
         for publisher in resuming:
-            if publisher.parked:
+            if publisher.parked or publisher.blocked:
                 self._route(publisher)
 
     def _write(self, subscription: Subscription) -> None:

@@ -49,9 +49,9 @@ class Attachment:
                 if not (link.lost and self.restarts):
                     raise
 
-    def lost(self) -> BrokerLost:
-        """The error of who has no broker any more, with what the broker has said at its end."""
+    def lost(self, cause: BaseException | None = None) -> BrokerLost:
+        """The error of who has no broker any more; its cause is what the broker has said at its end, or else ``cause``."""
         error = BrokerLost(f"the broker at {self.address!r} has ended: start another one, and subscribe to it again")
         link = self.current
-        error.__cause__ = link.crash if link is not None else None
+        error.__cause__ = (link and link.crash) or cause
         return error

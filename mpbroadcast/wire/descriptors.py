@@ -13,8 +13,10 @@ import select
 import socket
 import threading
 from array import array
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from itertools import chain, starmap
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -29,6 +31,7 @@ __all__ = [
     "fork_lock",
     "on_fork",
     "receive",
+    "without_heirs",
 ]
 
 _SPACE: Final = socket.CMSG_SPACE(2 * array("i").itemsize)
@@ -44,6 +47,7 @@ class _Forks:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # reentrant: a signal handler or finaliser may come in while its own thread has it
+        self.heirless = 0  # a thread whose forks are the library's own, in which no handle is used
         self.hooks: WeakKeyDictionary[Any, tuple[Hook, Hook | None]] = WeakKeyDictionary()
 
     def call(self, which: int) -> None:
@@ -72,9 +76,20 @@ def _before_fork() -> None:
     _forks.lock.acquire()
 
 
+@contextlib.contextmanager
+def without_heirs() -> Iterator[None]:
+    """What this thread forks meanwhile uses none of this process's handles."""
+    _forks.heirless = threading.get_ident()
+    try:
+        yield
+    finally:
+        _forks.heirless = 0
+
+
 def _after_fork_in_parent() -> None:
     try:
-        _forks.call(1)
+        if _forks.heirless != threading.get_ident():
+            _forks.call(1)
     finally:
         _forks.lock.release()
 
@@ -161,11 +176,13 @@ class PipeEnd(OwnedDescriptor):
         fd, self.fd = self.fd, -1
         if fd < 0:
             return
-        with contextlib.suppress(OSError):  # no descriptor is left: then it stays open until nothing refers to it
-            reader, writer = os.pipe()
-            os.close(writer)
-            os.dup2(reader, fd, inheritable=False)
-            os.close(reader)
+        ends: list[int] = []
+        try:
+            with contextlib.suppress(OSError):  # no descriptor is left: then it stays open until nothing refers to it
+                ends.extend(chain.from_iterable(starmap(os.pipe, ((),))))  # one step, as far as an interrupt can see
+                os.dup2(ends[0], fd, inheritable=False)
+        finally:
+            deque(map(os.close, ends), maxlen=0)
 
 
 def receive(connection: socket.socket, size: int, received: Received, numbers: list[int]) -> tuple[bytes, bool]:

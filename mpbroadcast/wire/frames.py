@@ -65,6 +65,8 @@ HEAD: Final = Struct("<II")
 _EXCLUDED: Final = Struct("<Q")
 _STREAK: Final = 8  # frames of one length in a row, before it is worth looking for many more
 _PIECE: Final = Struct("<IIQB")  # size, PIECE, message number, last?
+_MOST_UNFINISHED: Final = 4096  # one for each thread that publishes
+_UNFINISHED: Final = 512  # bytes that one takes beside its own
 _ABORT: Final = Struct("<IIQ")
 _ROOM: Final = PIPE_BUF - _PIECE.size
 _REFERENCE: Final = Struct("<III")  # ring, offset, length
@@ -246,6 +248,7 @@ class Opening(NamedTuple):
     topic: bytes
     exclude: int
     charge: int
+    number: int = 0
 
 
 Item = Batch | References | Parcel | Opening
@@ -339,9 +342,12 @@ class Splitter:
         parts = self._parts.get(number)
         if parts is None:
             self._parts[number] = parts = []
+            if len(self._parts) > _MOST_UNFINISHED:
+                raise FrameError("more unfinished messages than a publisher can have")
+            self.held += _UNFINISHED
             opening = _opening(part)
             if opening is not None:
-                batches.append(opening)
+                batches.append(opening._replace(number=number))
         parts.append(part)
         self.held += len(part)
         if self.held > MAX_FRAME:
@@ -353,8 +359,11 @@ class Splitter:
             batches.append(_batch(frame, array("I", (len(frame),))))
 
     def _drop(self, number: int) -> bytes:
-        frame = b"".join(self._parts.pop(number, ()))
-        self.held -= len(frame)
+        parts = self._parts.pop(number, None)
+        if parts is None:
+            return b""
+        frame = b"".join(parts)
+        self.held -= len(frame) + _UNFINISHED
         return frame
 
 

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 import select
+from collections.abc import Callable
 from typing import Final
 
 from mpbroadcast.arguments import Deadline
@@ -26,11 +27,13 @@ _numbers: Final = itertools.count(1)  # of messages in pieces
 class Outlet:
     """A publisher's end of a pipe; ``number`` is what the broker calls it."""
 
-    __slots__ = ("_unsaid", "number", "pipe")
+    __slots__ = ("_on_give_up", "_unsaid", "number", "pipe")
 
-    def __init__(self, pipe: PipeEnd, number: int) -> None:
+    def __init__(self, pipe: PipeEnd, number: int, on_give_up: Callable[[int], None] = lambda number: None) -> None:
+        """``on_give_up`` tells the broker another way: it may not read the pipe before there is room for what was given up."""
         self.pipe = pipe
         self.number = number
+        self._on_give_up = on_give_up
         self._unsaid: list[int] = []  # messages in pieces that were given up, which the broker has not been told yet
 
     @property
@@ -74,16 +77,15 @@ class Outlet:
         self._unsaid.append(number)
         with contextlib.suppress(OSError):
             self._say(Deadline(0))
+        self._on_give_up(number)
 
     def _say(self, deadline: Deadline) -> None:
         """Tell the broker what will not come."""
         while self._unsaid:
-            number = self._unsaid.pop()
-            try:
-                self.write(abort(number), deadline, [])
-            except BaseException:
-                self._unsaid.append(number)
-                raise
+            number = self._unsaid[-1]
+            self.write(abort(number), deadline, [])
+            with contextlib.suppress(ValueError):  # another thread has said it, too, which does no harm
+                self._unsaid.remove(number)
 
     def write(self, data: bytes, deadline: Deadline, done: list[int]) -> None:
         """Write what is one write, when there is room for it; put a number into ``done`` when it went.

@@ -93,7 +93,7 @@ class SharedInlet:
         try:
             check_message(descriptor, length)
             buffer = _mapped_or_read(descriptor, length)
-        except (MemoryRefused, OSError, MemoryError) as error:
+        except (MemoryRefused, OSError, MemoryError, ValueError) as error:  # ValueError: it is empty
             return Failure(OSError(errno.ENOMEM, f"a large message could not be taken in: {error}"))
         return load(memoryview(buffer).cast("B"), load_image if image else loads)
 

@@ -230,9 +230,9 @@ class SharedOutlet:
             outlet.write(memory_frame(number, payload.size, topic, exclude, payload.image), deadline, done)
             return True
         finally:
-            self._in_between.discard(me)
             if len(done) == before and self._unrouted.pop(number, None) is not None:
                 outlet.give_up(number)
+            self._in_between.discard(me)
 
     def _wait_for_credit(self, beside: DescriptorSocket, size: int, deadline: Deadline) -> bool:
         me = threading.get_ident()

@@ -1,0 +1,61 @@
+"""Says who waits for long to publish, and whom for."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from mpbroadcast.broker.loop import Loop
+from mpbroadcast.broker.members import Subscription
+from mpbroadcast.broker.publisher import Publisher
+from mpbroadcast.broker.router import Router, listed
+
+__all__ = ["Stalls"]
+
+log = logging.getLogger("mpbroadcast.broker")
+
+
+class Stalls:
+    """A warning for each of ``publishers`` that has waited ``timeout`` seconds, once for each wait; ``None`` for none."""
+
+    def __init__(
+        self, loop: Loop, router: Router[Subscription], publishers: dict[int, Publisher], timeout: float | None
+    ) -> None:
+        self._loop = loop
+        self._router = router
+        self._publishers = publishers
+        self._timeout = timeout
+        self._looking = False
+
+    def look(self) -> None:
+        """From now on, as somebody waits, until nobody does."""
+        if self._timeout is not None and not self._looking:
+            self._looking = True
+            self._loop.later(self._timeout, lambda: self._look(self._timeout or 0.0))
+
+    def _look(self, timeout: float) -> None:
+        now = time.monotonic()
+        waiting = [publisher for publisher in self._publishers.values() if publisher.blocked]
+        for publisher in waiting:
+            seconds = now - publisher.blocked_since
+            if publisher.blocked is not None and not publisher.warned and seconds >= timeout:
+                publisher.warned = True
+                self._warn(publisher, publisher.blocked, seconds)
+        soon = [publisher.blocked_since for publisher in waiting if not publisher.warned]
+        self._looking = bool(waiting)
+        if waiting:
+            wait = timeout - (now - min(soon)) if soon else timeout
+            self._loop.later(max(wait, 0.01), lambda: self._look(timeout))
+
+    def _warn(self, publisher: Publisher, full: Subscription, seconds: float) -> None:
+        same = publisher.pid == full.pid
+        log.warning(
+            "process %d has waited %.1f s to publish: the backlog of channel %d of %s (%s) is full, with %d bytes waiting%s",
+            publisher.pid,
+            seconds,
+            full.number,
+            f"the same process, {full.pid}, which must receive before it publishes" if same else f"process {full.pid}",
+            listed(self._router.topics(full)),
+            full.outbox.waiting_charge,
+            "" if full.opened else "; it was never opened: let somebody receive from it, or unsubscribe it",
+        )

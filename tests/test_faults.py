@@ -1,0 +1,1123 @@
+"""Who is hit by which signal at which moment: one table, and after each fault the others have all that they should.
+
+A **trap** is put into the victim. It springs at the moment itself, in the middle of the call that is being tested, and so no
+test sleeps and hopes. At moments at which the victim waits in the kernel, the test sends the signal once it sees it sleep.
+
+By default the whole table runs under ``fork``, and a few of its rows under the other start methods; with
+``MPBROADCAST_FAULTS=all`` in the environment, all of it runs under each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.context import (
+    BaseContext,
+    ForkContext,
+    ForkProcess,
+    ForkServerContext,
+    ForkServerProcess,
+    SpawnContext,
+    SpawnProcess,
+)
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import psutil
+import pytest
+
+import mpbroadcast.broker.clients
+import mpbroadcast.broker.members
+import mpbroadcast.broker.process
+import mpbroadcast.broker.publisher
+import mpbroadcast.broker.reception
+import mpbroadcast.broker.shared
+import mpbroadcast.broker.traffic
+import mpbroadcast.channel
+import mpbroadcast.wire.descriptors
+import mpbroadcast.wire.link
+import mpbroadcast.wire.outlet
+import mpbroadcast.wire.packets
+import mpbroadcast.wire.ring
+import mpbroadcast.wire.shared_inlet
+from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, Channel, connect, start_broadcaster
+from mpbroadcast.arguments import Deadline
+from tests.helpers import DEADLINE, Background, Children, answer, finish, wait_until
+from tests.victims import alive, asleep, descriptors, receive_all
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks at descriptors and maps in /proc")
+
+SMALL: Final = 100_000  # bytes of a backlog that is soon full, its pipe included
+SHORT: Final = 1_900  # bytes of a message that goes through the pipe
+LONG: Final = 600_000  # bytes of a message that no pipe takes at once
+IN_RING: Final = 100_000
+IN_MEMORY: Final = 3_000_000
+MANY: Final = 400  # short messages: more than a small backlog and the pipes before it take
+INTERRUPTED: Final = 130  # exit code of who was ended by Ctrl-C
+LETHAL: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+VICTIMS: Final = ("publisher", "subscriber", "broker", "starter", "bystander")
+SIGNALS: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP, signal.SIGINT)
+MOMENTS: Final = (
+    "connecting",  # connected, and nothing said
+    "handshake",  # half of an answer was sent
+    "pipe in flight",  # its end is in a socket, with a reply that nobody has read
+    "mid-frame",  # some pieces of a message are out
+    "mid-ring",  # half of a message is written into a ring, or it is being read there
+    "mid-memory",  # the same, in memory of the message's own
+    "memory in flight",  # that memory's descriptor is in a socket, and its frame not in the pipe, or not read
+    "blocked",  # by a full backlog
+    "draining",  # the starter is in close()
+    "idle",
+)
+WAITING: Final = ("blocked", "draining", "idle")  # the victim sleeps in the kernel
+EARLY: Final = ("connecting", "handshake", "pipe in flight")  # it comes by itself in the first use of a handle
+METHODS: Final = ("fork", "spawn", "forkserver")
+
+
+class Case(NamedTuple):
+    """A row of the table."""
+
+    victim: str
+    signal: signal.Signals
+    moment: str
+    method: str
+
+    @property
+    def lethal(self) -> bool:
+        """Whether the victim does not survive it; the broker ignores Ctrl-C."""
+        return self.signal in LETHAL and (self.victim, self.signal) != ("broker", signal.SIGINT)
+
+    def __str__(self) -> str:
+        return "-".join((self.victim, self.signal.name, self.moment.replace(" ", "_"), self.method))
+
+
+LEFT_OUT: Final[dict[tuple[str, str], str]] = {
+    ("bystander", "spawn"): "a process that is spawned inherits no handle, so it is no bystander",
+    ("bystander", "forkserver"): "a process that comes from a fork server inherits no handle of its starter's",
+}
+"""A victim and a moment, or a victim and a start method, that make no sense together; and why."""
+
+SAMPLE: Final = (
+    ("publisher", signal.SIGKILL, "memory in flight"),
+    ("subscriber", signal.SIGSTOP, "mid-ring"),
+    ("broker", signal.SIGKILL, "mid-memory"),
+    ("starter", signal.SIGINT, "blocked"),
+)
+"""What runs by default under the start methods other than fork."""
+
+
+def why_left_out(case: Case) -> str | None:
+    """Why a row is not run, if it is not."""
+    return LEFT_OUT.get((case.victim, case.moment)) or LEFT_OUT.get((case.victim, case.method))
+
+
+def table() -> list[Case]:
+    """All rows that make sense."""
+    rows = itertools.starmap(Case, itertools.product(VICTIMS, SIGNALS, MOMENTS, METHODS))
+    return [case for case in rows if why_left_out(case) is None]
+
+
+def chosen() -> list[Case]:
+    """The rows that are run."""
+    if os.environ.get("MPBROADCAST_FAULTS") == "all":
+        return table()
+    return [case for case in table() if case.method == "fork" or case[:3] in SAMPLE]
+
+
+# ---------------------------------------------------------------------------------------------------------- the trap
+
+
+@dataclass(frozen=True)
+class Trap:
+    """Hits the process that it was put into with a signal at a moment, once, from when it is armed on.
+
+    What has happened stands in files in ``folder``: they outlive whoever is killed, and all processes see them.
+    """
+
+    folder: str
+    victim: str
+    signal: signal.Signals
+    moment: str
+
+    def _file(self, name: str) -> Path:
+        return Path(self.folder, name)
+
+    def arm(self) -> None:
+        """From now on it springs."""
+        self._file("armed").touch()
+
+    @property
+    def armed(self) -> bool:
+        """Whether it springs at the next occasion."""
+        return self._file("armed").exists() and not self.sprung
+
+    @property
+    def sprung(self) -> bool:
+        """Whether it has."""
+        return self._file("sprung").exists()
+
+    @property
+    def companions(self) -> list[int]:
+        """The victim's own processes at that moment; for a bystander, that one."""
+        return [int(pid) for pid in self._file("sprung").read_text().split()]
+
+    def spring(self) -> None:
+        """This is the moment: if it is armed, hit this process, or note that it will wait now, for the test to hit it."""
+        if not self.armed:
+            return
+        if self.victim == "bystander":
+            self._note(self._fork_bystander())
+            return
+        self._note(*(child.pid or 0 for child in multiprocessing.active_children()))
+        if self.moment not in WAITING:
+            self.hit(os.getpid())
+
+    def hit(self, pid: int) -> None:
+        """Send the signal; Ctrl-C goes to all of the group that the victim leads. The broker is in the test's own group."""
+        if self.signal == signal.SIGINT and self.victim != "broker":
+            os.killpg(pid, self.signal)
+        else:
+            os.kill(pid, self.signal)
+
+    def _note(self, *pids: int) -> None:
+        passing = self._file("passing")
+        passing.write_text(" ".join(map(str, pids)))
+        passing.rename(self._file("sprung"))
+
+    def _fork_bystander(self) -> int:
+        """A child that has all handles of this process, and duplicates of its pipes and sockets, is hit right here."""
+        kept = []
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{name}").startswith(("pipe:", "socket:", "/memfd:")):
+                    kept.append(os.dup(int(name)))  # nothing in the child knows of these, and so nothing closes them
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                os.setsid()  # in a mere group of its own, its parent's end would wake it
+                self.hit(os.getpid())
+            os._exit(INTERRUPTED)
+        for descriptor in kept:
+            os.close(descriptor)
+        os.waitpid(pid, os.WUNTRACED)
+        return pid
+
+    def returned(self) -> int:
+        """How many messages the victim has published, as far as ``publish`` has returned."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._file("returned").stat().st_size
+        return 0
+
+    def count_one(self) -> None:
+        """In the victim: ``publish`` has returned."""
+        with self._file("returned").open("ab") as file:
+            file.write(b".")
+
+
+def patch(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a function, in this process, for good, by what ``make`` makes of it."""
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def before(owner: Any, name: str, trap: Trap, when: Callable[..., bool] = lambda *_: True) -> None:
+    """The trap springs when the function is called so that ``when`` says yes to its arguments."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replaced(*args: Any, **keywords: Any) -> Any:
+            if when(*args):
+                trap.spring()
+            return original(*args, **keywords)
+
+        return replaced
+
+    patch(owner, name, make)
+
+
+def behind(owner: Any, name: str, trap: Trap, when: Callable[..., bool] = lambda *_: True) -> None:
+    """The trap springs when the function has done its work, if ``when`` had said yes to its arguments."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replaced(*args: Any) -> Any:
+            yes = when(*args)
+            result = original(*args)
+            if yes:
+                trap.spring()
+            return result
+
+        return replaced
+
+    patch(owner, name, make)
+
+
+def set_trap(trap: Trap) -> None:
+    """In a publisher, subscriber or starter: lead a group of its own, take signals as they come, and set the trap."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if trap.moment == "mid-frame":
+        os.environ["MPBROADCAST_INLINE"] = "1"
+    reader = trap.victim == "subscriber"
+    control = mpbroadcast.wire.link._Control
+    match trap.moment:
+        case "connecting":
+            behind(control, "_connect", trap)
+        case "handshake":
+            _trap_half_sent(control, trap)
+        case "pipe in flight":
+            _trap_unread_reply(control, trap)
+        case "mid-frame" if reader:
+            # What came was not enough for a message, and something of it was kept.
+            _trap_half_received(trap)
+        case "mid-frame":
+            pieces: list[bytes] = []
+            before(mpbroadcast.wire.outlet.Outlet, "write", trap, lambda _, data, *__: _second(pieces, data, trap))
+        case "mid-ring" if reader:
+            before(mpbroadcast.wire.shared_inlet, "load_each", trap)
+        case "mid-ring":
+            _trap_half_in_ring(trap)
+        case "mid-memory" if reader:
+            before(mpbroadcast.wire.shared_inlet, "load", trap)
+        case "mid-memory":
+            _trap_half_in_memory(trap)
+        case "memory in flight" if reader:
+            before(mpbroadcast.wire.shared_inlet.SharedInlet, "_load_memory", trap)
+        case "memory in flight":
+            behind(mpbroadcast.wire.descriptors.DescriptorSocket, "tell", trap, lambda _, packet, *fd: _is_memory(packet, fd))
+        case "idle" if reader:
+            before(mpbroadcast.wire.descriptors.PipeEnd, "wait", trap)
+        case "draining" if trap.victim == "starter":
+            before(mpbroadcast.broker.process.BrokerProcess, "end", trap)
+
+
+def _blocked(outlet: Any, bus: Broadcaster[Any]) -> bool:
+    """Whether a full backlog is what this publisher waits for; else its pipe is full for a moment only."""
+    while not outlet.pipe.wait(select.POLLOUT, Deadline(0.001)):
+        if any(row.stalls for row in bus.stats().subscribers):
+            return True
+    return False
+
+
+def _second(pieces: list[bytes], data: bytes, trap: Trap) -> bool:
+    """Whether a piece of the message was written before, since the trap was armed."""
+    if trap.armed:
+        pieces.append(data)
+    return len(pieces) > 1
+
+
+def _is_memory(packet: bytes, descriptors: tuple[int, ...]) -> bool:
+    return bool(descriptors) and mpbroadcast.wire.packets.unpack(packet)[0] == mpbroadcast.wire.packets.MEMORY
+
+
+def _trap_half_sent(control: Any, trap: Trap) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def send(self: Any, data: bytes, deadline: Any) -> None:
+            if data and trap.armed:
+                original(self, data[: len(data) // 2], deadline)
+                trap.spring()
+                data = data[len(data) // 2 :]
+            original(self, data, deadline)
+
+        return send
+
+    patch(control, "_send", make)
+
+
+def _trap_unread_reply(control: Any, trap: Trap) -> None:
+    asked: list[str] = []
+
+    def ask(original: Callable[..., Any]) -> Callable[..., Any]:
+        def request(self: Any, message: dict[str, Any], deadline: Any) -> Any:
+            asked[:] = [message["do"]]
+            return original(self, message, deadline)
+
+        return request
+
+    def hear(original: Callable[..., Any]) -> Callable[..., Any]:
+        def receive(self: Any, deadline: Any) -> Any:
+            if asked and asked[0] in ("publisher", "open") and trap.armed:
+                self._wait(select.POLLIN, deadline)  # the reply is there
+                trap.spring()
+            return original(self, deadline)
+
+        return receive
+
+    patch(control, "request", ask)
+    patch(control, "_receive", hear)
+
+
+def _trap_half_received(trap: Trap) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def follow(stream: Any, *args: Any) -> Any:
+            after, held = original(stream, *args)
+            if after is None and any(stream.chunks):
+                trap.spring()
+            return after, held
+
+        return follow
+
+    patch(mpbroadcast.channel, "follow", make)
+
+
+def _trap_half_in_ring(trap: Trap) -> None:
+    def in_parts(original: Callable[..., Any]) -> Callable[..., Any]:
+        def write(self: Any, start: int, parts: Any) -> Any:
+            if trap.armed:
+                half = b"".join(parts)[: sum(map(len, parts)) // 2]
+                original(self, start, [half])
+                trap.spring()
+            return original(self, start, parts)
+
+        return write
+
+    def in_one(original: Callable[..., Any]) -> Callable[..., Any]:
+        def put(self: Any, payload: bytes, pipe: int) -> Any:
+            if trap.armed and self.room.fits_behind(len(payload)):
+                self.write(self.room.next, [payload])
+            return original(self, payload, pipe)
+
+        return put
+
+    patch(mpbroadcast.wire.ring.Ring, "write", in_parts)
+    patch(mpbroadcast.wire.ring.Ring, "put", in_one)
+
+
+def _trap_half_in_memory(trap: Trap) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def writev(descriptor: int, parts: Any) -> int:
+            if not trap.armed:
+                return int(original(descriptor, parts))
+            data = b"".join(parts)
+            written = int(original(descriptor, [data[: len(data) // 2]]))
+            trap.spring()
+            return written
+
+        return writev
+
+    patch(os, "writev", make)
+
+
+def set_trap_in_broker(trap: Trap) -> None:
+    """In the broker, before it begins."""
+    held = mpbroadcast.broker.publisher.Held
+    match trap.moment:
+        case "connecting":
+            before(mpbroadcast.broker.reception.Reception, "_accept", trap)
+        case "handshake":
+            before(mpbroadcast.broker.clients.Client, "_shake_hands", trap)
+        case "pipe in flight":
+            behind(mpbroadcast.broker.clients.Client, "_send", trap, lambda client, _: bool(client._descriptors))
+        case "mid-frame":
+            behind(mpbroadcast.broker.traffic.Traffic, "_take", trap)
+        case "mid-ring":
+            before(mpbroadcast.broker.traffic.Traffic, "_deliver", trap, lambda _, item, __: isinstance(item, held))
+        case "mid-memory":
+            behind(mpbroadcast.broker.shared.Lender, "fetch", trap)
+        case "memory in flight":
+            behind(mpbroadcast.broker.members.Subscription, "_send_memory", trap)
+
+
+class _BrokersProcess(BaseProcess):
+    """A broker's process with a trap in it."""
+
+    trap: Trap
+
+    def run(self) -> None:
+        """Set the trap, then be a broker."""
+        set_trap_in_broker(self.trap)
+        super().run()
+
+
+class ForkedBroker(_BrokersProcess, ForkProcess):
+    """By fork."""
+
+
+class SpawnedBroker(_BrokersProcess, SpawnProcess):
+    """By spawn."""
+
+
+class ServedBroker(_BrokersProcess, ForkServerProcess):
+    """By a fork server."""
+
+
+def trapping(method: str, trap: Trap) -> BaseContext:
+    """A start method whose processes have a trap in them."""
+    made: dict[str, tuple[type[BaseContext], type[_BrokersProcess]]] = {
+        "fork": (ForkContext, ForkedBroker),
+        "spawn": (SpawnContext, SpawnedBroker),
+        "forkserver": (ForkServerContext, ServedBroker),
+    }
+    context, process = made[method]
+
+    def make(*args: Any, **keywords: Any) -> BaseProcess:
+        broker = process(*args, **keywords)
+        broker.trap = trap
+        return broker
+
+    instance = context()
+    instance.Process = make  # type: ignore[attr-defined]
+    return instance
+
+
+# ------------------------------------------------------------------------------------------------------- the processes
+
+
+def message(who: str, number: int, size: int) -> tuple[str, int, bytes]:
+    """A message that shows whether all of it has come."""
+    return who, number, bytes([number % 251]) * size
+
+
+def whole(received: Any) -> tuple[str, int]:
+    """Whose and which message it is; all of its bytes must have come."""
+    who, number, data = received
+    assert data == bytes([number % 251]) * len(data), f"the bytes of message {number} of {who} are not those that it had"
+    return who, number
+
+
+def read_to_the_end(channel: Channel[Any]) -> tuple[list[tuple[str, int]], str]:
+    """All that a channel gives, and the name of what ends it."""
+    seen = []
+    try:
+        while True:
+            seen.append(whole(channel.recv(DEADLINE)))
+    except (EOFError, BroadcastError) as error:
+        return seen, type(error).__name__
+
+
+def witness(bus: Broadcaster[Any], orders: Connection, patient: bool) -> None:
+    """Hears everything, and reports all of it at the end; who is patient does not read before it is told to."""
+    channel = bus.subscribe()
+    channel.poll(0)
+    orders.send("open")
+    if patient:
+        answer(orders)
+    orders.send(read_to_the_end(channel))
+
+
+def publishing_victim(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> None:
+    """Publishes, and meets its moment on the way."""
+    set_trap(trap)
+    try:
+        publish_into_trap(bus, trap, orders)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def publish_into_trap(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> None:
+    """Some messages, the one in which the trap springs, and two more."""
+    numbers = itertools.count()
+
+    def say(size: int = 10, topic: str = "") -> None:
+        bus.publish(message("victim", next(numbers), size), topic=topic)
+        trap.count_one()
+
+    if trap.moment in EARLY:
+        trap.arm()
+    for _ in range(3):
+        say()
+    match trap.moment:
+        case "mid-frame":
+            trap.arm()
+            say(LONG)
+        case "mid-ring":
+            trap.arm()
+            while not trap.sprung:  # the first few come before there is a ring
+                say(IN_RING)
+                bus.flush(DEADLINE)
+        case "mid-memory" | "memory in flight":
+            trap.arm()
+            say(IN_MEMORY)
+        case "blocked":
+            before(mpbroadcast.wire.outlet.Outlet, "wait", trap, lambda outlet, *_: _blocked(outlet, bus))
+            trap.arm()
+            while not trap.sprung:
+                say(SHORT, "full")
+        case "idle":
+            bus.flush(DEADLINE)
+            trap.arm()
+            trap.spring()
+            answer(orders)
+        case "draining" if trap.victim != "starter":
+            bus.flush(DEADLINE)
+            orders.send("published")
+            answer(orders)  # close() has begun
+            trap.arm()
+            trap.spring()
+            answer(orders)
+            with contextlib.suppress(BrokerLost):
+                bus.publish("too late")
+                raise AssertionError("a broker that is being closed has taken a message")
+            return
+        case "draining":
+            for _ in range(MANY):
+                say(SHORT)
+            return
+    for _ in range(2):
+        say()
+    bus.flush(DEADLINE)
+
+
+def subscribing_victim(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> None:
+    """Subscribes and receives, and meets its moment on the way; reports all that it has received."""
+    set_trap(trap)
+    try:
+        if trap.moment in EARLY:
+            trap.arm()
+        channel = bus.subscribe(capacity=SMALL if trap.moment == "blocked" else None)
+        channel.poll(0)
+        if trap.moment not in EARLY:
+            trap.arm()
+        orders.send("open")
+        if trap.moment in ("blocked", "draining"):
+            trap.spring()
+            answer(orders)
+        orders.send(read_to_the_end(channel))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def starting_victim(method: str, trap: Trap, orders: Connection) -> None:
+    """Starts a broadcaster, in a session of its own, publishes through it, and closes it."""
+    set_trap(trap)
+    try:
+        if trap.moment in ("connecting", "handshake"):
+            trap.arm()
+        bus = start_broadcaster(context=multiprocessing.get_context(method))
+        orders.send((bus.address, bus.stats().pid))
+        answer(orders)  # the witnesses are there
+        publish_into_trap(bus, trap, orders)
+        if trap.moment == "draining":
+            trap.arm()
+        else:
+            orders.send("published")
+            answer(orders)
+        bus.close()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+# ----------------------------------------------------------------------------------------------------------- the stage
+
+
+def memories(pid: int) -> int:
+    """How many maps of shared memory a process has."""
+    return Path(f"/proc/{pid}/maps").read_text().count("memfd:mpbroadcast")
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process is stopped by SIGSTOP."""
+    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+
+
+class Stage:
+    """A broker, the test's own publisher and channel on it, and another process that hears everything."""
+
+    def __init__(self, case: Case, folder: Path, children: Children) -> None:
+        self.case = case
+        self.context = multiprocessing.get_context(case.method)
+        self.trap = Trap(str(folder), case.victim, case.signal, case.moment)
+        self.children = children
+        self.sent: list[tuple[str, int]] = []  # by the test
+        self.seen: list[tuple[str, int]] = []  # by the test
+        self._pipes: list[Connection] = []
+        self._before = (0, 0, 0)
+        self.bus: Broadcaster[Any]
+        self.channel: Channel[Any]
+        self.broker = 0
+        self.watch: Connection  # the other process's
+
+    def pipe(self) -> tuple[Connection, Connection]:
+        """Two ends, closed at the end."""
+        ends = Pipe()
+        self._pipes += ends
+        return ends
+
+    def open(self, bus: Broadcaster[Any]) -> None:
+        """Let the witnesses come."""
+        self.bus = bus
+        self.broker = bus.stats().pid
+        self.watch, theirs = self.pipe()
+        self.children(self.context, witness, bus, theirs, self.case.moment == "draining")
+        self.channel = bus.subscribe()
+        self.channel.poll(0)
+        assert answer(self.watch) == "open"
+        self.publish(5)
+
+    def publish(self, count: int = 1, size: int = 10) -> None:
+        """Publish in the test's name."""
+        for _ in range(count):
+            number = len(self.sent)
+            self.bus.publish(message("test", number, size))
+            self.sent.append(("test", number))
+
+    def catch_up(self) -> None:
+        """Receive until all has come that the test has published."""
+        while len([entry for entry in self.seen if entry[0] == "test"]) < len(self.sent):
+            self.seen.append(whole(self.channel.recv(DEADLINE)))
+
+    def share_memory(self) -> None:
+        """Let the test's publisher have a ring that is in use."""
+
+        def in_use() -> bool:
+            self.publish(1, IN_RING)
+            self.bus.flush(DEADLINE)
+            self.catch_up()
+            return memories(self.broker) > 0
+
+        wait_until(in_use)
+
+    def look(self) -> None:
+        """Remember how the broker is before the victim comes."""
+        self.bus.flush(DEADLINE)
+        self.catch_up()
+        stats = self.bus.stats()
+        self._before = (descriptors(self.broker), memories(self.broker), stats.publishers)
+
+    def wait_until_nothing_is_left_of(self, *pids: int) -> None:
+        """Wait until the broker is as it was before the victim came, and does not know it any more."""
+
+        def as_before() -> bool:
+            self.channel.poll(0)  # rings are unmapped where their end is read
+            stats = self.bus.stats()
+            now = (descriptors(self.broker), memories(self.broker), stats.publishers)
+            return now == self._before and not {row.pid for row in stats.subscribers} & {*pids}
+
+        wait_until(as_before)
+
+    def meet(self, victim: BaseProcess) -> int:
+        """Wait for the moment, and for what the signal does to the victim; its process ID."""
+        pid = victim.pid
+        assert pid is not None
+        wait_until(lambda: self.trap.sprung or victim.exitcode is not None)
+        assert self.trap.sprung, f"it ended with {victim.exitcode} before its moment"
+        if self.case.victim == "bystander":
+            return self.trap.companions[0]
+        if self.case.moment in WAITING:
+            wait_until(lambda: asleep(pid))
+            self.trap.hit(pid)
+        if not self.case.lethal:
+            wait_until(lambda: stopped(pid))
+        elif self.case.victim != "starter":
+            self.bury(victim)
+        return pid
+
+    def bury(self, victim: BaseProcess) -> None:
+        """Wait for the end of who was hit. A starter that was interrupted lets its broker drain before that."""
+        victim.join(DEADLINE)
+        assert victim.exitcode == (INTERRUPTED if self.case.signal == signal.SIGINT else -self.case.signal)
+
+    def check_victims_messages(self, *, exactly: int) -> None:
+        """All that the victim has published has come to the test, in order, and nothing else of it."""
+        assert [number for who, number in self.seen if who == "victim"] == list(range(exactly))
+
+    def end_and_compare(self) -> None:
+        """Close the broadcaster: both witnesses have seen the same, and all that the test has published."""
+        self.bus.flush(DEADLINE)
+        self.bus.unsubscribe(self.channel)
+        seen, end = read_to_the_end(self.channel)
+        self.seen += seen
+        assert end == "EOFError"
+        assert [entry for entry in self.seen if entry[0] == "test"] == self.sent
+        self.bus.close()
+        assert answer(self.watch) == (self.seen, "EOFError")
+
+    def close(self) -> None:
+        """Let go of all, whatever has happened."""
+        if (self.case.victim, self.case.signal) == ("bystander", signal.SIGSTOP) and self.trap.sprung:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.trap.companions[0], signal.SIGKILL)  # one that is stopped would stay for ever
+        for handle in (getattr(self, "channel", None), getattr(self, "bus", None), *self._pipes):
+            if handle is not None:
+                handle.close()
+        assert not memories(os.getpid())
+
+
+@pytest.fixture
+def stage(
+    request: pytest.FixtureRequest, tmp_path: Path, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Stage]:
+    """The stage of a row of the table."""
+    case: Case = request.param
+    if case.moment == "mid-frame":
+        monkeypatch.setenv("MPBROADCAST_INLINE", "1")
+    made = Stage(case, tmp_path, children)
+    yield made
+    made.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- the scenes
+
+
+def play_publisher(stage: Stage) -> None:
+    """A publisher, or a child that it has forked, is hit."""
+    case, trap = stage.case, stage.trap
+    stage.open(start_broadcaster(context=stage.context))
+    bus = stage.bus
+    full = bus.subscribe("full", capacity=SMALL) if case.moment == "blocked" else None
+    if full is not None:
+        full.poll(0)
+    closing: Background | None = None
+    other = connect(bus.address)
+    stage.look()
+    orders, theirs = stage.pipe()
+    victim = stage.children(stage.context, publishing_victim, bus, trap, theirs)
+    if case.moment == "draining":
+        assert answer(orders) == "published"
+        stage.publish(MANY, SHORT)
+        bus.flush(DEADLINE)
+        stage.catch_up()
+        closing = Background(bus.close, DEADLINE)
+        wait_until(lambda: other.stats().publishers == 0)
+        orders.send("close() has begun")
+    hit = stage.meet(victim)
+    assert victim.pid is not None
+    if closing is None:
+        stage.publish(5)
+        stage.catch_up()  # nobody waits for who is stopped, and what is dead disturbs nobody
+    stays = case.signal == signal.SIGSTOP
+    published = trap.returned()
+    if stays and case.victim == "publisher":
+        os.kill(hit, signal.SIGCONT)
+    if full is not None:
+        # Those that were published before, and, of who lives on, one more and two that come behind.
+        assert len([full.recv(DEADLINE) for _ in range(published - 3)]) == published - 3
+    if case.victim == "bystander" or stays:
+        if case.moment in ("idle", "draining"):
+            orders.send("go on")
+        # Not join(), which waits for a pipe that the bystander has inherited as well.
+        wait_until(lambda: victim.exitcode is not None)
+        finish(victim)
+        published = trap.returned()
+        assert published >= 3
+    if closing is None:
+        stage.wait_until_nothing_is_left_of(victim.pid)
+        if full is not None:
+            bus.unsubscribe(full)
+            receive_all(full)
+            full.close()
+        stage.publish(5)
+        stage.end_and_compare()
+    else:
+        stage.watch.send("go on")
+        closing.result()
+        seen, end = read_to_the_end(stage.channel)
+        assert (seen, end) == ([], "EOFError")
+        assert answer(stage.watch) == (stage.seen, "EOFError")
+    stage.check_victims_messages(exactly=published)
+    if stays and case.victim == "bystander":
+        assert stopped(hit), "it was to be stopped, with all that it had inherited, all the time"
+    other.close()
+
+
+def play_subscriber(stage: Stage) -> None:
+    """A subscriber is hit."""
+    case, trap = stage.case, stage.trap
+    stage.open(start_broadcaster(context=stage.context))
+    bus = stage.bus
+    other = connect(bus.address)
+    if case.moment in ("mid-ring", "mid-memory", "memory in flight"):
+        stage.share_memory()
+    stage.look()
+    orders, theirs = stage.pipe()
+    first = len(stage.sent)
+    busy: Background | None = None
+    victim = stage.children(stage.context, subscribing_victim, bus, trap, theirs)
+    if case.moment not in EARLY:
+        assert answer(orders) == "open"
+    match case.moment:
+        case "mid-frame":
+            stage.publish(1, LONG)
+        case "mid-ring":
+
+            def sprung() -> bool:
+                stage.publish(1, IN_RING)  # the first few come before it has mapped the ring
+                return trap.sprung
+
+            wait_until(sprung)
+        case "mid-memory" | "memory in flight":
+            stage.publish(1, IN_MEMORY)
+        case "blocked":
+            busy = Background(stage.publish, MANY, SHORT)
+            wait_until(lambda: any(row.stalls for row in bus.stats().subscribers))
+            busy.wait_until_blocked("publish")
+        case "draining":
+            stage.publish(MANY, SHORT)
+            bus.flush(DEADLINE)
+            stage.catch_up()
+            busy = Background(bus.close, DEADLINE)
+            wait_until(lambda: other.stats().publishers == 0)
+    pid = stage.meet(victim)
+    if case.signal == signal.SIGSTOP:
+        if busy is None:
+            stage.publish(5)
+            stage.catch_up()  # nobody waits for it
+        os.kill(pid, signal.SIGCONT)
+        if case.moment in EARLY:
+            assert answer(orders) == "open"
+        if case.moment in ("connecting", "handshake"):
+            first = len(stage.sent)  # its subscription begins behind these
+        if busy is not None:
+            orders.send("go on")
+    if case.moment == "draining":
+        stage.watch.send("go on")
+        assert busy is not None
+        busy.result()
+        assert read_to_the_end(stage.channel) == ([], "EOFError")
+        assert answer(stage.watch) == (stage.seen, "EOFError")
+    else:
+        if busy is not None:
+            busy.result()
+        stage.publish(5)
+        if case.lethal:
+            stage.wait_until_nothing_is_left_of(pid)
+            stage.catch_up()
+            wait_until(lambda: bus.stats().memory == 0 or case.moment == "mid-ring")
+        stage.end_and_compare()
+    if not case.lethal:
+        assert answer(orders) == (stage.sent[first:], "EOFError")
+        finish(victim)
+    other.close()
+
+
+def provoke(stage: Stage, other: Broadcaster[Any]) -> Background | None:
+    """Let the broker meet its moment: what does it."""
+    bus, address = stage.bus, stage.bus.address
+    match stage.case.moment:
+        case "connecting" | "handshake":
+
+            def come() -> None:
+                with connect(address):
+                    pass
+
+            stage.trap.arm()
+            return Background(come)
+        case "pipe in flight":
+            stage.trap.arm()
+            return Background(other.publish, message("other", 0, 10))
+        case "mid-frame":
+            stage.trap.arm()
+            return Background(bus.publish, message("other", 0, LONG))
+        case "mid-ring":
+            stage.trap.arm()
+            return Background(bus.publish, message("other", 0, IN_RING))
+        case "mid-memory" | "memory in flight":
+            stage.trap.arm()
+            return Background(bus.publish, message("other", 0, IN_MEMORY))
+        case "blocked":
+            blocked = Background(stage.publish, MANY, SHORT)
+            wait_until(lambda: any(row.stalls for row in bus.stats().subscribers))
+            blocked.wait_until_blocked("publish")
+            return blocked
+        case "draining":
+            stage.publish(MANY, SHORT)
+            bus.flush(DEADLINE)
+            stage.catch_up()
+            closing = Background(bus.close, DEADLINE)
+            wait_until(lambda: other.stats().publishers == 0)
+            return closing
+    return None
+
+
+def play_broker(stage: Stage) -> None:
+    """The broker is hit."""
+    case, trap = stage.case, stage.trap
+    bus = start_broadcaster(context=trapping(case.method, trap))
+    folder = Path(bus.address).parent
+    stage.open(bus)
+    full = bus.subscribe(capacity=SMALL) if case.moment == "blocked" else None
+    if full is not None:
+        full.poll(0)
+    other = connect(bus.address)
+    if case.moment in ("mid-ring", "mid-memory", "memory in flight"):
+        stage.share_memory()
+    stage.look()
+    bus.flush(DEADLINE, delivered=True)
+    sure = [*stage.sent]  # has come to all, or is in their pipes
+    act = provoke(stage, other)
+    if case.signal == signal.SIGTERM:
+        sure = [*stage.sent]  # what is published later, while the broker is being ended, may be too late
+    if case.moment in WAITING:
+        wait_until(lambda: asleep(stage.broker))
+        trap.hit(stage.broker)
+    else:
+        wait_until(lambda: trap.sprung)
+    if case.signal == signal.SIGSTOP:
+        wait_until(lambda: stopped(stage.broker))
+        os.kill(stage.broker, signal.SIGCONT)
+    ends = "EOFError"
+    if case.signal == signal.SIGKILL:
+        wait_until(lambda: not alive(stage.broker))
+        ends = "BrokerLost"
+    if case.moment == "draining":
+        stage.watch.send("go on")
+    late: list[tuple[str, int]] = []
+    if full is not None and case.signal != signal.SIGKILL:
+        # It is what everybody waits for.
+        if case.lethal:
+            late, end = read_to_the_end(full)
+            assert end == "EOFError"
+        else:
+            late = [whole(full.recv(DEADLINE)) for _ in range(MANY)]
+    error = None if act is None else act.error()
+    if case.lethal:
+        assert error is None or isinstance(error, BrokerLost)
+        seen, end = read_to_the_end(stage.channel)
+        stage.seen += seen
+        assert end == ("EOFError" if case.moment == "draining" else ends)  # it had read all, and its end was said
+        others, end = answer(stage.watch)
+        assert end == ends
+        wait_until(lambda: not alive(stage.broker))
+        if case.moment != "draining":
+            for call in (bus.stats, bus.subscribe, lambda: bus.publish("late"), lambda: connect(bus.address)):
+                with pytest.raises(BroadcastError):
+                    call()
+        check_after_brokers_end(stage, sure, others, late)
+        bus.close()
+        wait_until(lambda: not folder.exists())
+    else:
+        assert error is None
+        if case.moment == "draining":
+            assert read_to_the_end(stage.channel) == ([], "EOFError")
+            assert answer(stage.watch) == (stage.seen, "EOFError")
+        else:
+            stage.publish(5)
+            if full is not None:
+                bus.flush(DEADLINE)
+                bus.unsubscribe(full)
+                receive_all(full)
+            stage.end_and_compare()
+            assert stage.seen.count(("other", 0)) == (case.moment not in (*WAITING, "connecting", "handshake"))
+    if full is not None:
+        full.close()
+    other.close()
+
+
+def check_after_brokers_end(
+    stage: Stage, sure: list[tuple[str, int]], others: list[tuple[str, int]], late: list[tuple[str, int]]
+) -> None:
+    """What had arrived was received, in order, and without gaps; of a broker that was told to end, all that was published."""
+    assert late == [("test", 5 + number) for number in range(len(late))]
+    assert not late or len(late) >= len(sure) - 5
+    told = stage.case.signal == signal.SIGTERM
+    for seen in (stage.seen,) if stage.case.moment == "draining" and not told else (stage.seen, others):
+        numbers = [entry for entry in seen if entry[0] == "test"]
+        assert numbers[: len(sure)] == sure
+        assert numbers == [("test", number) for number in range(len(numbers))]
+        assert seen.count(("other", 0)) <= 1
+    shorter, longer = sorted((stage.seen, others), key=len)
+    assert longer[: len(shorter)] == shorter
+    if told:
+        assert stage.seen == others
+
+
+def play_starter(stage: Stage) -> None:
+    """The starter is hit, in a session of its own; the test and its witness have attached to its broker."""
+    case, trap = stage.case, stage.trap
+    temporary = Path(os.environ["TMPDIR"])
+    orders, theirs = stage.pipe()
+    victim = stage.children(stage.context, starting_victim, case.method, trap, theirs)
+    if case.moment in ("connecting", "handshake"):
+        pid = stage.meet(victim)
+        (broker,) = trap.companions
+        if not case.lethal:
+            assert alive(broker)
+            os.kill(pid, signal.SIGCONT)
+            address, broker = answer(orders)
+            stage.open(connect(address))
+            orders.send("go on")
+            assert answer(orders) == "published"
+            finish_starter(stage, orders, victim)
+        else:
+            stage.bury(victim)
+            wait_until(lambda: not alive(broker))
+        wait_until(lambda: not list(temporary.glob("mpbroadcast-*")))
+        return
+    address, broker = answer(orders)
+    stage.open(connect(address))
+    full = stage.bus.subscribe("full", capacity=SMALL) if case.moment == "blocked" else None
+    if full is not None:
+        full.poll(0)
+    orders.send("go on")
+    pid = stage.meet(victim)
+    if not case.lethal:
+        if case.moment != "draining":
+            stage.publish(5)
+            stage.catch_up()  # nobody waits for it
+        os.kill(pid, signal.SIGCONT)
+    published = trap.returned()
+    if full is not None:
+        assert len([full.recv(DEADLINE) for _ in range(published - 3)]) == published - 3
+    if case.moment == "draining":
+        stage.watch.send("go on")
+    if case.lethal or case.moment == "draining":
+        seen, end = read_to_the_end(stage.channel)
+        stage.seen += seen
+        assert end == "EOFError"
+        assert answer(stage.watch) == (stage.seen, "EOFError")
+        if case.lethal:
+            stage.bury(victim)
+        else:
+            finish(victim)
+    else:
+        if case.moment == "idle":
+            orders.send("go on")
+        assert answer(orders) == "published"
+        if full is not None:
+            stage.bus.unsubscribe(full)
+            receive_all(full)
+        finish_starter(stage, orders, victim)
+    stage.check_victims_messages(exactly=trap.returned())
+    assert [entry for entry in stage.seen if entry[0] == "test"] == stage.sent
+    if full is not None:
+        full.close()
+    wait_until(lambda: not alive(broker))
+    wait_until(lambda: not Path(address).parent.exists())
+
+
+def finish_starter(stage: Stage, orders: Connection, victim: BaseProcess) -> None:
+    """Who was only stopped closes its broadcaster, and all have all."""
+    stage.publish(5)
+    stage.bus.flush(DEADLINE)
+    orders.send("close it")
+    seen, end = read_to_the_end(stage.channel)
+    stage.seen += seen
+    assert end == "EOFError"
+    assert answer(stage.watch) == (stage.seen, "EOFError")
+    finish(victim)
+
+
+SCENES: Final[dict[str, Callable[[Stage], None]]] = {
+    "publisher": play_publisher,
+    "bystander": play_publisher,
+    "subscriber": play_subscriber,
+    "broker": play_broker,
+    "starter": play_starter,
+}
+
+
+@pytest.mark.parametrize("stage", chosen(), ids=str, indirect=True)
+def test_a_fault(stage: Stage) -> None:
+    """Whoever is hit, by whatever, whenever: the others have what they should, in order, and nothing of the dead is left."""
+    SCENES[stage.case.victim](stage)
+
+
+def test_each_row_that_is_not_run_has_a_reason() -> None:
+    """All combinations are in the table but for those with a reason, and each reason leaves something out."""
+    rows = list(itertools.starmap(Case, itertools.product(VICTIMS, SIGNALS, MOMENTS, METHODS)))
+    reasons = [why_left_out(case) for case in rows]
+    assert len(table()) + sum(map(bool, reasons)) == len(rows)
+    assert {*LEFT_OUT.values()} == {*filter(None, reasons)}
+    assert {case[:3] for case in table() if case.method == "fork"} >= {*SAMPLE}

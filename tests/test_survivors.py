@@ -1,0 +1,228 @@
+"""Small faults that no other pure test would find: ``mutate.py`` puts them in one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from array import array
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from mpbroadcast.broker.liveness import PeerProcess
+from mpbroadcast.broker.outbox import Outbox
+from mpbroadcast.broker.rings import Holds, Unread
+from mpbroadcast.broker.router import Router
+from mpbroadcast.wire import frames
+from mpbroadcast.wire.frames import PIPE_BUF, Batch, FrameError, Parcel, Splitter, frame_head, pieces
+from mpbroadcast.wire.ring import CHUNK, CHUNKS, Ring
+from mpbroadcast.wire.runs import GAP, MESSAGES, Run, parcel_run, read_run, run_of
+
+
+def test_nothing_is_left_of_patterns_that_nobody_has() -> None:
+    """Patterns that came and went leave nothing behind, however many there were."""
+    router: Router[int] = Router()
+    empty = {name: value.copy() for name, value in vars(router).items() if isinstance(value, dict)}
+    router.add(0, ["a*", "a?", "ab*", "b"])
+    router.drop(0, ["a*", "ab*"])
+    router.remove(0)
+    assert {name: value for name, value in vars(router).items() if isinstance(value, dict)} == empty
+
+
+# -------------------------------------------------------------------------------------------------------------- backlogs
+
+
+def a_run(count: int = 1, size: int = 100) -> Run:
+    """A run of messages that are all the same."""
+    frame = frame_head(size, b"") + bytes(size)
+    return run_of(Batch(frame * count, array("I", [len(frame)] * count), b"", 0, 8))
+
+
+def test_a_capacity_can_be_used_to_its_last_byte() -> None:
+    """What fits exactly is taken; what the pipe refers to in shared memory counts as what is in it does."""
+    run = a_run()
+    outbox = Outbox(run.charge)
+    assert outbox.takes(run.charge)
+    assert not outbox.takes(run.charge + 1)
+    outbox.pipe = 1
+    assert not outbox.takes(run.charge)
+    outbox.pipe, outbox.referred = 0, 1
+    assert not outbox.takes(run.charge)
+
+
+def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
+    """What is dropped while the note of a gap is half in the pipe gets a note of its own."""
+    run = a_run()
+    outbox = Outbox(run.charge, "drop_newest")
+    outbox.put(run)
+    outbox.put(a_run(2))
+    written = bytes(outbox.to_write())[: len(run.data) + 5]
+    outbox.wrote(len(written))
+    outbox.pipe = outbox.capacity
+    outbox.put(a_run(3))
+    while not outbox.empty:
+        data = bytes(outbox.to_write())
+        outbox.wrote(len(data))
+        written += data
+    said = []
+    start = 0
+    while (view := read_run(written, start)) is not None:
+        said.append((view.kind, view.messages))
+        start += view.size
+    assert said == [(MESSAGES, 1), (GAP, 2), (GAP, 3)]
+    assert start == len(written)
+
+
+def test_a_message_in_memory_is_not_written_with_what_comes_before() -> None:
+    """Its descriptor has to be sent before its run: so that is never joined to another one."""
+    outbox = Outbox(1 << 20)
+    before, behind = a_run(), a_run()
+    parcel = Parcel(7, 1000, b"", 0, frame_head(1000, b""), False)
+    own = parcel_run(parcel, 1)
+    for run in (before, own, behind):
+        outbox.put(run)
+    assert outbox.parcel is None
+    assert outbox.to_write() == before.data
+    outbox.wrote(len(before.data))
+    assert outbox.parcel is parcel
+    assert outbox.to_write() == own.data
+    outbox.wrote(len(own.data))
+    assert (outbox.parcel, outbox.to_write()) == (None, behind.data)
+
+
+# ---------------------------------------------------------------------------------------------------------------- frames
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_message_that_fills_its_pieces_exactly(count: int, more: int) -> None:
+    """The last piece says so, also when it is as long as one can be."""
+    room = len(next(pieces(bytes(2 * PIPE_BUF), 1))) - 17
+    assert room == PIPE_BUF - 17
+    size = count * room + more
+    frame = frame_head(size - 8, b"") + bytes(size - 8)
+    made = list(pieces(frame, 1))
+    assert len(made) == count + (more > 0)
+    splitter = Splitter()
+    items = [item for piece in made for item in splitter.split(piece)]
+    assert isinstance(items[-1], Batch)
+    assert items[-1].frames == frame
+    assert splitter.held == 0
+
+
+def test_unfinished_messages_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who begins message after message and finishes none is stopped."""
+    monkeypatch.setattr(frames, "MAX_FRAME", 5 * (PIPE_BUF + 512))
+    splitter = Splitter()
+    frame = frame_head(3 * PIPE_BUF, b"") + bytes(3 * PIPE_BUF)
+    for number in (1, 2, 3, 4):
+        splitter.split(next(pieces(frame, number)))
+    splitter.split(next(pieces(frame, 5)))
+    with pytest.raises(FrameError):
+        splitter.split(next(pieces(frame, 6)))
+
+
+# ----------------------------------------------------------------------------------------------------------- who is dead
+
+
+@pytest.fixture
+def ended() -> Iterator[int]:
+    """A child that has ended and that nobody has asked for: a zombie."""
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    yield pid
+    os.waitpid(pid, 0)
+
+
+def test_nobody_asks_of_a_process_elsewhere() -> None:
+    """Process 0 is one that this system has no number for: nothing is known of it, and it is no error."""
+    peer = PeerProcess(0)
+    assert (peer.fd, peer.must_be_asked, peer.dead()) == (-1, False, False)
+    peer.close()
+
+
+def test_a_zombie_is_dead(ended: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no pidfds, one that has ended counts as dead before anybody has waited for it."""
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    peer, me = PeerProcess(ended), PeerProcess(os.getpid())
+    assert (peer.must_be_asked, peer.dead()) == (True, True)
+    assert (me.must_be_asked, me.dead()) == (True, False)
+
+
+@pytest.mark.parametrize(("error", "dead"), [(psutil.NoSuchProcess(1), True), (psutil.AccessDenied(1), False)])
+def test_an_answer_that_cannot_be_had(error: Exception, dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that goes while it is asked for is dead; one that may not be asked for is not."""
+
+    def status(_: psutil.Process) -> str:
+        raise error
+
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    peer = PeerProcess(os.getpid())
+    monkeypatch.setattr(psutil.Process, "status", status)
+    assert peer.dead() is dead
+
+
+def test_a_number_is_given_back_once() -> None:
+    """A second ``close`` does not close what has got the number since."""
+    peer = PeerProcess(os.getpid())
+    peer.close()
+    assert peer.fd == -1
+    reader, writer = os.pipe()
+    peer.close()
+    os.close(reader)
+    os.close(writer)
+
+
+# ----------------------------------------------------------------------------------------------------------------- rings
+
+
+def test_a_chunk_that_is_free_is_not_freed_again() -> None:
+    """Only what messages have come in can become free, and once for that."""
+    holds = Holds(4)
+    assert holds.arrived([0]) == 0
+    assert holds.release([0]) == 0, "the publisher may be writing to it"
+    assert holds.arrived([1]) == 1
+    holds.hold([0])
+    assert holds.release([0]) == 0
+    assert holds.held == 1
+
+
+def test_unread_memories_are_counted() -> None:
+    """Messages in memory of their own, until they are read."""
+    unread: Unread[str | None] = Unread()
+    unread.wrote(1, 10, None)
+    unread.wrote(2, 10, "ring", [0])
+    unread.wrote(1, 10, None)
+    assert unread.memories == 2
+    unread.read(3)
+    assert (unread.memories, unread.bytes) == (1, 10)
+    unread.read(4)
+    assert unread.memories == 0
+
+
+def test_a_full_pipe_costs_no_room() -> None:
+    """What could not be announced has taken nothing."""
+    ring = Ring(1, mmap.mmap(-1, CHUNK * CHUNKS))
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(writer, False)
+        ring.room.take(100)
+        assert ring.put(b"fits", writer)
+        place = ring.room.next
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(PIPE_BUF))
+        assert not ring.put(b"full", writer)
+        assert ring.room.next == place
+        left = ring.room.end - place
+        os.read(reader, 4 * PIPE_BUF)
+        assert not ring.put(bytes(left + 1), writer)
+        assert ring.room.next == place
+    finally:
+        ring.close()
+        os.close(reader)
+        os.close(writer)
