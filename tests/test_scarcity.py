@@ -791,7 +791,7 @@ def test_a_subscriber_without_memory(
     errors = [one for one in came if isinstance(one, str)]
     numbers = [one for one in came if isinstance(one, int)]
     assert set(errors) <= {"MemoryError", "OSError"}
-    assert errors or room > 1 << 20
+    assert errors or inline or room > 1 << 20  # what the C library has kept may do for one that comes through the pipe
     assert not errors or room < 400 << 20
     # In the place of the message, or before it, if that is still in the pipe.
     assert numbers == [1, 2, 3, 4] or (numbers == [2, 3, 4] and came[0] == errors[0] and len(errors) == 1)
