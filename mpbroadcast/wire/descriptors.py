@@ -177,12 +177,13 @@ class PipeEnd(OwnedDescriptor):
         if fd < 0:
             return
         ends: list[int] = []
+        closing = map(os.close, ends)  # here, as there is one call in the end, and so no interrupt before it
         try:
             with contextlib.suppress(OSError):  # no descriptor is left: then it stays open until nothing refers to it
                 ends.extend(chain.from_iterable(starmap(os.pipe, ((),))))  # one step, as far as an interrupt can see
                 os.dup2(ends[0], fd, inheritable=False)
         finally:
-            deque(map(os.close, ends), maxlen=0)
+            deque(closing, maxlen=0)
 
 
 def receive(connection: socket.socket, size: int, received: Received, numbers: list[int]) -> tuple[bytes, bool]:
