@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -304,7 +305,9 @@ def storm(children: Children) -> Iterator[Storm]:
     raising = Storm()
     with handler(signal.SIGUSR1, raising):
         process = children(context, workers.signal_until_told, os.getpid(), signal.SIGUSR1, theirs)
+        gc.disable()  # others may have callbacks in it, which an interrupt would end
         yield raising
+        gc.enable()
         raising.armed = False
         orders.send("stop")
         finish(process)
