@@ -24,7 +24,7 @@ from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_t
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut
 from mpbroadcast.wire.attachment import Attachment
 from mpbroadcast.wire.descriptors import PipeEnd, on_fork
-from mpbroadcast.wire.link import Answer, Link, for_answer
+from mpbroadcast.wire.link import Answer, Link, drop, for_answer
 from mpbroadcast.wire.memory import available
 from mpbroadcast.wire.payload import Failure
 from mpbroadcast.wire.shared_inlet import SharedInlet
@@ -71,6 +71,7 @@ class Channel(Generic[M]):
         self._handed_on = False
         self._pipe: PipeEnd | None = None
         self._shared: SharedInlet | None = None
+        self._former: tuple[PipeEnd | None, SharedInlet | None] | None = None  # of a broker that has died
         self._token = 0
         self._opened = False
         self._closed = False
@@ -109,7 +110,7 @@ class Channel(Generic[M]):
                     ready = self._stream.ready
                     if ready:
                         if type(ready[0]) is End:
-                            self._go_on_behind(ready[0])
+                            self._go_on_behind(ready[0], deadline or Deadline(timeout))
                             continue
                         message = ready[0]  # not popleft(): an interrupt may come between its return and the assignment
                         del ready[0]
@@ -171,7 +172,7 @@ class Channel(Generic[M]):
                 ready = self._stream.ready
                 if ready:
                     if type(ready[0]) is End:
-                        self._go_on_behind(ready[0])
+                        self._go_on_behind(ready[0], deadline or Deadline(timeout))
                         continue
                     failure = ready.popleft()
                     if not ready:
@@ -233,27 +234,33 @@ class Channel(Generic[M]):
         finally:
             del error  # which has this frame in its traceback, and so this channel
 
-    def _go_on_behind(self, end: End) -> None:
+    def _go_on_behind(self, end: End, deadline: Deadline) -> None:
         """With the broker that has taken over, if the last one has died and another one has. Under the lock.
 
         :raises EOFError, BrokerLost: nothing comes any more.
         """
         if end is not LOST or not self._attachment.restarts:
             raise self._end(end)
-        pipe, shared, self._pipe, self._shared = self._pipe, self._shared, None, None
-        self._opened = self._held = False
-        with contextlib.suppress(BroadcastError, OSError):
-            self._open(Deadline(None))
-        if not self._opened:
+        if self._former is None:  # else it was interrupted, or had no descriptor
+            self._former = self._pipe, self._shared
+            self._pipe = self._shared = None
+            self._opened = self._held = False
+        lost = False
+        try:
+            self._open(deadline)
+        except (BrokerLost, ChannelInUse, ClosedError):
+            lost = not self._closed
+        if lost:
             self._attachment.restarts, self._owner = False, 0
-            self._pipe, self._shared, self._opened = pipe, shared, True
+            (self._pipe, self._shared), self._opened, self._former = self._former, True, None
             raise self._end(end)
         self._stream = Stream()
+        (pipe, shared), self._former = self._former, None
+        self._tasks.wake()
         if shared is not None:
             shared.close()
         if pipe is not None:
             pipe.close()
-        self._tasks.wake()
 
     def _end(self, end: object) -> Exception:
         """What stands behind all messages, and stays there."""
@@ -417,10 +424,11 @@ class Channel(Generic[M]):
 
     def __del__(self) -> None:
         # An open pipe closes itself, which tells the broker; nobody can open what nobody has.
-        if getattr(self, "_subscriber", False) and not (self._told or self._handed_on or self._opened):
-            link = self._attachment.current
-            if link is not None and not link.inherited:
-                link.note("drop", subscription=self._number)
+        if getattr(self, "_told", True) or self._owner:
+            return
+        to = self._attachment
+        if (self._opened and to.restarts) or (self._subscriber and not (self._handed_on or self._opened)):
+            drop(to.current, to.address, self._number)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._opened else "not open here"

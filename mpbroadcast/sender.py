@@ -85,9 +85,9 @@ class Sender:
             if self._closed:
                 raise self._closed_error() from None
             link = self._link
-            if link is None or not attachment.restarts:
+            if not attachment.restarts:
                 raise attachment.lost(error)  # noqa: B904, it has its cause
-            if outlet is self.outlet:
+            if link is not None and outlet is self.outlet:
                 link.lost = True
             self.follow()
             return None

@@ -28,7 +28,7 @@ from mpbroadcast.broker.reception import Reception
 from mpbroadcast.broker.router import Router, listed
 from mpbroadcast.broker.traffic import Traffic
 
-__all__ = ["Broker", "Succession", "new_identity"]
+__all__ = ["READY", "STOPPING", "Broker", "Succession", "new_identity"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Succession:
     identity: str
     number: int
     journal: Journal
+
+
+# What a broker writes down beside its subscriptions.
+READY: Final = -1
+STOPPING: Final = -2
 
 
 def new_identity() -> str:
@@ -98,6 +103,8 @@ class Broker:
     def _restore(self, journal: Journal) -> None:
         """The subscriptions of the broker before this one, as far as their processes live."""
         for number, entry in list(journal.entries.items()):
+            if number <= 0:
+                continue
             try:
                 peer = self._reception.adopt(entry["pid"])
             except OSError:
@@ -112,6 +119,7 @@ class Broker:
             outbox = Outbox(entry["capacity"], "drop_oldest" if waits else policy, self.ledger)
             subscription = Subscription(number, Session(self.number(), peer), outbox)
             subscription.policy, subscription.restored = policy, True
+            subscription.cookie = entry["cookie"]
             subscription.reserved = peer.pid if entry["opened"] else 0
             self.subscriptions[number] = subscription
             peer.subscriptions.add(subscription)
@@ -132,6 +140,7 @@ class Broker:
                 "policy": subscription.policy,
                 "opened": bool(subscription.owner),
                 "live": subscription.live,
+                "cookie": subscription.cookie,
             }
             self._journal.put(entry)
 
@@ -195,8 +204,11 @@ class Broker:
 
     # --- subscriptions
 
-    def add_subscription(self, session: Session, topics: list[str], capacity: int, policy: str) -> Subscription:
+    def add_subscription(
+        self, session: Session, topics: list[str], capacity: int, policy: str, cookie: int = 0
+    ) -> Subscription:
         subscription = Subscription(self.number(), session, Outbox(capacity, policy, self.ledger))
+        subscription.cookie = cookie
         self.subscriptions[subscription.number] = subscription
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
@@ -372,6 +384,8 @@ class Broker:
         if self.stopping:
             return
         self.stopping = True
+        if self._journal is not None:
+            self._journal.put({"number": STOPPING, "it": True})
         self._stopped_by = by
         self._quiet = quiet
         self.loop.later(timeout, self._time_is_over)
@@ -416,6 +430,6 @@ class Broker:
             subscription.pid,
             listed(subscription.said_topics or self.router.topics(subscription)),
             subscription.outbox.waiting,
-            "was not read in time" if subscription.opened else "was never opened",
+            "was not read in time" if subscription.owner else "was never opened",
         )
         self.remove(subscription)

@@ -43,8 +43,10 @@ class Patience:
         return _FIRST_PAUSE * (1 << (len(self._last) - 1))
 
 
-def keep(starter: int, serve: Callable[[int], None], clock: Callable[[], float]) -> None:
+def keep(starter: int, serve: Callable[[int], None], wanted: Callable[[], bool], clock: Callable[[], float]) -> None:
     """Let a child process ``serve`` as the broker of this number, from 0 on, until one has ended as it should.
+
+    Nor is one replaced that has died before it was ready, or when it was to end: then no other one is ``wanted``.
 
     That is also so on SIGTERM, which is handed on to it, and when process ``starter`` is dead.
     """
@@ -60,7 +62,7 @@ def keep(starter: int, serve: Callable[[int], None], clock: Callable[[], float])
         if not child:
             _be_broker(lambda number=number: serve(number))  # type: ignore[misc]
         status, ending = _wait_for(child)
-        if status == 0 or ending or not _lives(watched):
+        if status == 0 or ending or not wanted() or not _lives(watched):
             return
         why = f"was ended by signal {-status}" if status < 0 else f"has ended with exit code {status}"
         pause = patience.pause(clock())

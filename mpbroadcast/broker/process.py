@@ -35,7 +35,7 @@ from typing import Any, Final
 import psutil
 
 from mpbroadcast.arguments import Deadline
-from mpbroadcast.broker.broker import Broker, Succession, new_identity
+from mpbroadcast.broker.broker import READY, STOPPING, Broker, Succession, new_identity
 from mpbroadcast.broker.journal import Journal
 from mpbroadcast.broker.keeper import keep
 from mpbroadcast.broker.listening import Kept, Listening, identity, remove_forgotten_folders, remove_leftovers, why_not
@@ -158,8 +158,13 @@ class BrokerProcess:
             process.terminate()
             process.join(_GRACE)
         if process.exitcode is None:
+            kept = _process(process.pid) if self._restart else None
+            below = kept.children() if kept is not None else []
             process.kill()
             process.join()
+            for broker in below:
+                with contextlib.suppress(psutil.Error):
+                    broker.kill()
         process.close()
 
 
@@ -269,7 +274,11 @@ def _main(settings: _Settings, ready: connection.Connection) -> None:
             succession = Succession(name, number, Journal(journal.files))
             _serve(settings, None if number else ready, kept.own_folder, succession)
 
-        keep(settings.starter, serve, time.monotonic)
+        def wanted() -> bool:
+            entries = Journal(journal.files).entries
+            return READY in entries and STOPPING not in entries
+
+        keep(settings.starter, serve, wanted, time.monotonic)
     finally:
         if kept is not None:
             kept.remove()
@@ -310,18 +319,24 @@ def _serve(
         )
         _watch(broker, starter, signals)
         if ready is not None:
-            ready.send_bytes(json.dumps({"address": listening.address}).encode())
+            try:
+                ready.send_bytes(json.dumps({"address": listening.address}).encode())
+            except BrokenPipeError:  # the starter has died before it could be told
+                return
             ready.close()
+        if succession is not None:
+            succession.journal.put({"number": READY, "it": True})
         broker.run()
     except BaseException as error:
-        if not isinstance(error, BrokenPipeError):  # the starter has died before it could be told
-            if not isinstance(error, SystemExit):
-                log.critical("the broker has crashed", exc_info=True)
-                if broker is not None:
-                    broker.tell_of_crash(traceback.format_exc())
-            if succession is not None:
-                listening = None  # what is there is the next one's
-            sys.exit(1)
+        if succession is not None and succession.number:
+            listening = None  # what is there is the next one's
+        if not isinstance(error, SystemExit):
+            log.critical("the broker has crashed", exc_info=True)
+            if broker is not None:
+                if succession is not None:
+                    listening = None
+                broker.tell_of_crash(traceback.format_exc())
+        sys.exit(1)
     finally:
         if listening is not None:
             listening.remove()

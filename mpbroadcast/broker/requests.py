@@ -119,10 +119,13 @@ def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     cookie = _integer(message, "cookie")
     if cookie in session.forgotten:
         raise _Refused("closed", "it was interrupted")
+    for subscription in client.peer.subscriptions:
+        if subscription.restored and cookie and subscription.cookie == cookie:  # the answer was lost with the broker
+            client.reply({"subscription": subscription.number})
+            return
     if replay:
         broker.traffic.take_in(session)  # so that it is in the history
-    subscription = broker.add_subscription(session, topics, capacity, policy)
-    subscription.cookie = cookie
+    subscription = broker.add_subscription(session, topics, capacity, policy, cookie)
     publisher = _find_publisher(broker, message)
     if replay:
         broker.traffic.replay(subscription, topics, replay)
@@ -187,7 +190,7 @@ def _close(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 def _drop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     """The note of a finaliser: a channel that nobody has opened is not wanted any more."""
     subscription = broker.subscriptions.get(_integer(message, "subscription"))
-    if subscription is not None and not subscription.owner:
+    if subscription is not None and not subscription.opened and subscription.owner in (0, client.peer.pid):
         broker.remove(subscription)
     client.no_reply()
 
@@ -198,7 +201,7 @@ def _forget(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     session = client.session
     if session is not None:
         session.forgotten.append(cookie)
-        for subscription in list(session.subscriptions):
+        for subscription in list(session.peer.subscriptions):
             if subscription.cookie == cookie and not subscription.opened:
                 broker.remove(subscription)
     client.no_reply()
@@ -301,7 +304,7 @@ def _integer(message: dict[str, Any], name: str) -> int:
 def _session(broker: Broker, client: Client, message: dict[str, Any]) -> Session:
     session = broker.sessions.get(_integer(message, "session"))
     if session is None or session.peer.pid != client.peer.pid:
-        raise _Refused("lost", "the broker does not know this process any more")
+        raise _Refused("unknown", "the broker does not know this process: it is another one, or has thrown it out")
     return session
 
 

@@ -32,7 +32,13 @@ class Attachment:
         """
         link = self.current
         if link is None or link.inherited or (link.lost and self.restarts):
-            link = Link.shared(self.address, self.broker, self.restarts)
+            try:
+                link = Link.shared(self.address, self.broker, self.restarts)
+            except BrokerLost as error:
+                self.restarts = False  # nobody needs to wait for another one again
+                if self.current is not None and self.current.crash is not None:
+                    error.__cause__ = self.current.crash
+                raise
             if link.broker != self.broker:
                 raise self.lost()
             self.current = link

@@ -49,7 +49,7 @@ from mpbroadcast.wire.descriptors import (
     receive,
 )
 
-__all__ = ["CONNECT_TIMEOUT", "Answer", "Link", "for_answer", "remember_key"]
+__all__ = ["CONNECT_TIMEOUT", "Answer", "Link", "drop", "for_answer", "remember_key"]
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
 _READ: Final = 1 << 16
@@ -219,6 +219,8 @@ class Link:
         self.lost = False  # whether this one is known to have ended
         on_fork(self, Link._in_child)
         _links[address] = self
+        for number in _to_drop.pop(address, ()):
+            self.note("drop", subscription=number)
 
     @classmethod
     def shared(cls, address: str, broker: str, restarts: bool = False) -> Link:
@@ -262,6 +264,10 @@ class Link:
                 self.lost = True
                 error.__cause__ = self.crash or error.__cause__
             raise
+        if answer.said.get("error") == "unknown":  # it was another broker that has answered
+            control.close()
+            self.lost = True
+            raise BrokerLost(str(answer.said["text"]))
         self._idle.append(control)
         if "error" in answer.said:
             raise _error(answer.said)
@@ -283,6 +289,7 @@ class Link:
         self.inherited = True
         self._idle.clear()
         _links.clear()
+        _to_drop.clear()
 
     def close(self) -> None:
         """Let go of all connections: the broker has ended, or nothing here needs it any more."""
@@ -296,6 +303,17 @@ class Link:
             self.close()
 
 
+def drop(link: Link | None, address: str, number: int) -> None:
+    """Tell the broker that nobody holds this subscription any more; the next one, if it has died. From a finaliser."""
+    if link is None or link.lost:
+        link = _links.get(address)
+    if link is None or link.lost:
+        _to_drop.setdefault(address, []).append(number)
+    elif not link.inherited:
+        link.note("drop", subscription=number)
+
+
+_to_drop: dict[str, list[int]] = {}
 _links: WeakValueDictionary[str, Link] = WeakValueDictionary()
 _keys: dict[str, bytes] = {}
 
@@ -307,8 +325,9 @@ def remember_key(address: str, authkey: bytes) -> None:
 
 def _is_kept(address: str) -> bool:
     """Whether the keeper lives, as far as can be told: beside an address of the user's choice it says nothing."""
-    path = os.path.join(os.path.dirname(address), "keeper")
-    if not os.path.exists(path):
+    folder, name = os.path.split(address)
+    path = os.path.join(folder, "keeper")
+    if name != "broker" or not os.path.basename(folder).startswith("mpbroadcast-") or not os.path.exists(path):
         return True
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)

@@ -9,18 +9,18 @@ __all__ = ["Tasks"]
 
 
 class Tasks:
-    """Those that wait for one descriptor."""
+    """Those that wait for what is a descriptor at a time."""
 
     __slots__ = ("_waiters",)
 
     def __init__(self) -> None:
-        self._waiters: dict[asyncio.AbstractEventLoop, set[asyncio.Future[None]]] = {}
+        self._waiters: dict[tuple[asyncio.AbstractEventLoop, int], set[asyncio.Future[None]]] = {}
 
     async def readable(self, fd: int) -> None:
         """Wait until it is, or until :meth:`wake`."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
-        waiters = self._waiters.setdefault(loop, set())
+        waiters = self._waiters.setdefault((loop, fd), set())
         if not waiters:
             loop.add_reader(fd, _wake, waiters)
         waiters.add(waiter)
@@ -28,15 +28,25 @@ class Tasks:
             await waiter
         finally:
             waiters.discard(waiter)
-            if not waiters:
+            if not waiters and self._waiters.get((loop, fd)) is waiters:
                 loop.remove_reader(fd)
-                self._waiters.pop(loop, None)
+                self._waiters.pop((loop, fd), None)
 
     def wake(self) -> None:
         """Let all of them look, from any thread: what they wait for is not there any more."""
-        for loop, waiters in list(self._waiters.items()):
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(_wake, waiters)
+        for loop, fd in list(self._waiters):
+            waiters = self._waiters.pop((loop, fd), set())
+            with contextlib.suppress(RuntimeError):  # it is not in a loop, or that is closed
+                if asyncio.get_running_loop() is loop:
+                    _let_go(loop, fd, waiters)
+                    continue
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_let_go, loop, fd, waiters)
+
+
+def _let_go(loop: asyncio.AbstractEventLoop, fd: int, waiters: set[asyncio.Future[None]]) -> None:
+    loop.remove_reader(fd)
+    _wake(waiters)
 
 
 def _wake(waiters: set[asyncio.Future[None]]) -> None:
