@@ -94,6 +94,7 @@ class Channel(Generic[M]):
         :raises EOFError: it was unsubscribed, or the broadcaster was closed, and all has been received.
         :raises TimedOut: (a ``TimeoutError``) nothing came in time.
         :raises BrokerLost: the broker died; all that had arrived has been received.
+        :raises BrokerRestarted: another broker has taken over, and messages may be missing in this place; receiving goes on.
         :raises Lagged: messages were dropped in this place (``drop_oldest``, ``drop_newest``); receiving goes on.
         :raises Overflowed: the backlog was full (``disconnect``); ``EOFError`` comes next.
         :raises ClosedError: this channel was closed, before or meanwhile.
@@ -257,10 +258,9 @@ class Channel(Generic[M]):
         self._stream = Stream()
         (pipe, shared), self._former = self._former, None
         self._tasks.wake()
-        if shared is not None:
-            shared.close()
-        if pipe is not None:
-            pipe.close()
+        for former in (shared, pipe):
+            if former is not None:
+                former.close()
 
     def _end(self, end: object) -> Exception:
         """What stands behind all messages, and stays there."""

@@ -52,6 +52,14 @@ def test_a_capacity_can_be_used_to_its_last_byte() -> None:
     assert not outbox.takes(run.charge)
 
 
+def test_many_tiny_messages_are_cut_to_what_the_pipe_takes_for_certain() -> None:
+    """Their heads and the table of their lengths count, too."""
+    outbox = Outbox(1 << 24, "drop_oldest")
+    outbox.pipe_size = 1 << 16
+    outbox.put(a_run(20_000, 1))
+    assert (1 << 15) < len(outbox.to_write()) <= outbox.pipe_size - 2 * PIPE_BUF
+
+
 def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
     """What is dropped while the note of a gap is half in the pipe gets a note of its own."""
     run = a_run()
