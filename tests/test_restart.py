@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pickle
+import resource
 import signal
 import threading
 import time
@@ -50,8 +52,13 @@ def kill_broker(bus: Bus) -> int:
     """Kill the broker, and return its process ID when another one is there."""
     pid = bus.stats().pid
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: bus.stats().pid != pid)
+    wait_for_another(bus, pid)
     return pid
+
+
+def wait_for_another(bus: Bus, pid: int) -> None:
+    """Wait until the broker is not this process any more."""
+    wait_until(lambda: bus.stats().pid != pid)
 
 
 def gap(channel: Channel[Any]) -> None:
@@ -339,6 +346,114 @@ def test_threads_that_publish_go_on(kept: Bus) -> None:
     assert [numbers[-1] for numbers in received] == [thread.result() for thread in threads]
     assert 0 < gaps <= 3
     assert all(numbers == sorted(set(numbers)) for numbers in received)
+
+
+def test_a_handle_that_has_asked_nothing_yet_follows() -> None:
+    """Its first request meets the next broker, which does not know it."""
+    with start_broadcaster(restart=True) as bus:
+        broker = psutil.Process(keeper_of_folder(bus)).children()[0]
+        broker.kill()
+        wait_until(lambda: not broker.is_running())
+        channel = bus.subscribe()
+        bus.publish(1)
+        assert channel.recv(timeout=DEADLINE) == 1
+
+
+def keeper_of_folder(bus: Bus) -> int:
+    """The keeper's process, without asking the broker."""
+    (keeper,) = (child for child in psutil.Process().children() if child.pid == bus._process._process.pid)  # type: ignore[union-attr]
+    return keeper.pid
+
+
+def test_close_does_not_wait_for_a_broker_that_died_while_it_drained(kept: Bus) -> None:
+    """A broker that was told to end is not replaced."""
+    channel = kept.subscribe()
+    pickle.dumps(channel)  # handed on: it would be waited for
+    kept.publish(1)
+    broker = psutil.Process(kept.stats().pid)
+    closing = Background(kept.close, None)
+    wait_until(lambda: said(lambda: connect(kept.address).subscribe()))
+    broker.kill()
+    closing.result()
+
+
+def said(call: Callable[[], Any]) -> bool:
+    """Whether the broker refuses it, as it is being closed."""
+    try:
+        call()
+    except BrokerLost:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_channel_that_nobody_holds_any_more_is_not_kept(kept: Bus, opened: bool) -> None:
+    """Whether it was let go of before or after another broker was there."""
+    for late in (False, True):
+        channel = kept.subscribe(capacity=1000)
+        if opened:
+            channel.poll()
+        pid = kept.stats().pid
+        os.kill(pid, signal.SIGKILL)
+        if late:
+            wait_for_another(kept, pid)
+        del channel
+        wait_until(lambda: not kept.stats().subscribers)
+
+
+def test_two_tasks_go_on_with_one_channel(kept: Bus) -> None:
+    """Both wait for the new descriptor when the old one is gone."""
+    channel = kept.subscribe()
+    channel.poll()
+
+    async def one(got: list[Any]) -> None:
+        while True:
+            try:
+                got.append(await asyncio.wait_for(anext(channel), DEADLINE))
+                return
+            except BrokerRestarted:
+                got.append("gap")
+
+    async def all_of_it() -> list[Any]:
+        got: list[Any] = []
+        tasks = [asyncio.create_task(one(got)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(kill_broker, kept)
+        while "gap" not in got:
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(kept.publish_many, [1, 2])
+        await asyncio.gather(*tasks)
+        return got
+
+    assert asyncio.run(all_of_it()) == ["gap", 1, 2]
+
+
+def test_a_file_of_the_keepers_name_beside_a_chosen_address(temporary_folder: Path) -> None:
+    """It means nothing."""
+    (temporary_folder / "keeper").touch()
+    with start_broadcaster(address=temporary_folder / "chosen", restart=True) as bus:
+        channel = bus.subscribe()
+        channel.poll()
+        kill_broker(bus)
+        gap(channel)
+    (temporary_folder / "keeper").unlink()
+
+
+def test_no_descriptor_for_a_moment_is_not_the_end(kept: Bus) -> None:
+    """The next receive tries again to go on with the next broker."""
+    channel = kept.subscribe()
+    channel.poll()
+    kill_broker(kept)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError, match="descriptor"):
+            channel.recv(timeout=DEADLINE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    kept.publish(1)
+    gap(channel)
+    assert channel.recv(timeout=DEADLINE) == 1
 
 
 # --- the keeper

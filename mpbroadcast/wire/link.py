@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import time
+from collections import deque
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -52,6 +53,7 @@ from mpbroadcast.wire.descriptors import (
 __all__ = ["CONNECT_TIMEOUT", "Answer", "Link", "drop", "for_answer", "remember_key"]
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
+_MOST_TO_DROP: Final = 4096
 _READ: Final = 1 << 16
 
 
@@ -307,13 +309,13 @@ def drop(link: Link | None, address: str, number: int) -> None:
     """Tell the broker that nobody holds this subscription any more; the next one, if it has died. From a finaliser."""
     if link is None or link.lost:
         link = _links.get(address)
-    if link is None or link.lost:
-        _to_drop.setdefault(address, []).append(number)
-    elif not link.inherited:
+    if link is None or link.restarts:  # it may have died a moment ago
+        _to_drop.setdefault(address, deque(maxlen=_MOST_TO_DROP)).append(number)
+    if link is not None and not link.inherited:
         link.note("drop", subscription=number)
 
 
-_to_drop: dict[str, list[int]] = {}
+_to_drop: dict[str, deque[int]] = {}
 _links: WeakValueDictionary[str, Link] = WeakValueDictionary()
 _keys: dict[str, bytes] = {}
 
