@@ -288,7 +288,8 @@ def _report(ready: connection.Connection | None, text: str, error: OSError | Non
     if ready is None:
         log.error("%s", text)
         sys.exit(1)
-    ready.send_bytes(json.dumps({"error": text, "errno": (error and error.errno) or 0}).encode())
+    with contextlib.suppress(BrokenPipeError):  # the starter has died before it could be told
+        ready.send_bytes(json.dumps({"error": text, "errno": (error and error.errno) or 0}).encode())
 
 
 def _serve(
@@ -328,13 +329,11 @@ def _serve(
             succession.journal.put({"number": READY, "it": True})
         broker.run()
     except BaseException as error:
-        if succession is not None and succession.number:
-            listening = None  # what is there is the next one's
+        if succession is not None:
+            listening = None  # what is there is the next one's, or the keeper's to remove
         if not isinstance(error, SystemExit):
             log.critical("the broker has crashed", exc_info=True)
             if broker is not None:
-                if succession is not None:
-                    listening = None
                 broker.tell_of_crash(traceback.format_exc())
         sys.exit(1)
     finally:
