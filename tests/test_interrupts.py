@@ -29,6 +29,7 @@ from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, start_broad
 from mpbroadcast.broker.process import BrokerProcess, _wait_until_ready
 from mpbroadcast.wire.descriptors import PipeEnd
 from mpbroadcast.wire.link import Link
+from mpbroadcast.wire.memory import available
 from mpbroadcast.wire.outlet import Outlet
 from tests.conftest import FAILED, descriptors
 from tests.helpers import DEADLINE, Background, pattern, wait_until
@@ -297,6 +298,7 @@ class Discarded(set[int]):
         raise Interrupt
 
 
+@pytest.mark.skipif(not available(), reason="there is no memory to share here")
 def test_an_interrupt_behind_a_large_message_that_ran_out_of_time_costs_nothing(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
