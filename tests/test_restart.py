@@ -508,6 +508,27 @@ def test_close_after_the_keeper_was_killed(kept: Bus) -> None:
     assert rest(channel) == list(range(10))
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_keeper_that_was_stopped_goes_on(kept: Bus, moment: str) -> None:
+    """It replaces the broker then; who waits for that meanwhile goes on with it, too."""
+    channel = kept.subscribe()
+    channel.poll()
+    keeper, pid = keeper_of(kept), kept.stats().pid
+    keeper.suspend()
+    if moment == "before":
+        keeper.resume()
+        os.kill(pid, signal.SIGKILL)
+        waiting = Background(channel.recv)
+    else:
+        os.kill(pid, signal.SIGKILL)
+        waiting = Background(channel.recv)
+        waiting.wait_until_blocked("shared")
+        keeper.resume()
+    assert isinstance(waiting.error(), BrokerRestarted)
+    kept.publish(1)
+    assert channel.recv(timeout=DEADLINE) == 1
+
+
 @pytest.mark.parametrize("what", ["broker", "keeper"])
 def test_sigterm_drains_and_ends_it(kept: Bus, what: str) -> None:
     """To the broker or to its keeper: that is no death to be repaired."""
