@@ -19,7 +19,7 @@ from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_t
 from mpbroadcast.broker.outbox import POLICIES
 from mpbroadcast.broker.process import BrokerProcess
 from mpbroadcast.channel import Channel
-from mpbroadcast.errors import BroadcastError, ClosedError, TimedOut
+from mpbroadcast.errors import BroadcastError, TimedOut
 from mpbroadcast.sender import Sender, framed
 from mpbroadcast.stats import BrokerStats, SubscriberStats
 from mpbroadcast.wire.attachment import Attachment
@@ -242,7 +242,7 @@ class Broadcaster(Generic[M]):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("this broadcaster was closed in this process: start or connect() another")
+            raise self._sender.closed_error()
 
     def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> tuple[Link, Answer]:
         self._check_open()

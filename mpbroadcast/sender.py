@@ -56,7 +56,8 @@ class Sender:
         if payload.size >= SHARED_FROM:
             went: bool | None = None
             while went is None:
-                self.outlet or self._make(deadline)
+                if self.outlet is None:
+                    self._make(deadline)
                 went = self._try(share)
             if went:
                 return
@@ -83,7 +84,7 @@ class Sender:
             raise
         except OSError as error:
             if self._closed:
-                raise self._closed_error() from None
+                raise self.closed_error() from None
             link = self._link
             if not attachment.restarts:
                 raise attachment.lost(error)  # noqa: B904, it has its cause
@@ -98,7 +99,7 @@ class Sender:
 
     def _make(self, deadline: Deadline) -> Outlet:
         if self._closed:
-            raise self._closed_error()
+            raise self.closed_error()
         link, answer = self._attachment.ask("publisher", for_answer(deadline))
         if answer.end is None:
             raise self._attachment.lost()
@@ -119,7 +120,7 @@ class Sender:
         if self._closed:  # meanwhile, by another thread
             self.outlet = self.shared = None
             outlet.pipe.close()
-            raise self._closed_error()
+            raise self.closed_error()
         return outlet
 
     def follow(self) -> None:
@@ -158,5 +159,6 @@ class Sender:
         self._made.clear()
 
     @staticmethod
-    def _closed_error() -> ClosedError:
+    def closed_error() -> ClosedError:
+        """Of who uses a handle that was closed."""
         return ClosedError("this broadcaster was closed in this process: start or connect() another")
