@@ -9,6 +9,7 @@ import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """Run both halves, if all tests are asked for, and nobody wants to look into them."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; the tests' programs would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     alone = config.option.usepdb or config.option.collectonly or config.option.capture == "no" or config.option.help
     given = config.args_source is pytest.Config.ArgsSource.ARGS
     if not config.option.halves or config.option.half is not None or given or alone:

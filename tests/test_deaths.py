@@ -499,3 +499,4 @@ def test_a_subscriber_of_a_killed_starter_hears_of_the_end(
         os.kill(program.pid, signal.SIGKILL)
         assert answer(pipe[0]) == ([], "EOFError")
         reader.join(DEADLINE)
+    wait_until(lambda: not Path(address).parent.exists())
