@@ -308,7 +308,7 @@ def _blocked(outlet: Any, bus: Broadcaster[Any]) -> bool:
     """Whether a full backlog is what this publisher waits for; else its pipe is full for a moment only."""
     while not outlet.pipe.wait(select.POLLOUT, Deadline(0.001)):
         if any(row.stalls for row in bus.stats().subscribers):
-            return True
+            return not outlet.pipe.wait(select.POLLOUT, Deadline(0.05))  # what was read last may have left room
     return False
 
 
