@@ -195,7 +195,7 @@ def _rows() -> list[Row]:
             rows.append(_blocks(f"{text}-{n}", text, n, size * _KIB, max(count // n, 10)))
     for size, text in ((64, "64MiB"), (256, "256MiB")):
         for n in (1, 4):
-            rows.append(_arrays(f"{text}-{n}", text, n, size * _MIB, max(2, 1024 // size // n)))
+            rows.append(_arrays(f"{text}-{n}", text, n, size * _MIB, 4096 // size))
     for publishers, family, title in ((1, "latency", ""), (2, "load", f", while another publishes {_LOAD:,} a second")):
         metrics = _LATENCY_METRICS if publishers == 1 else (*_LATENCY_METRICS, Metric("load/s"))
         for n in (1, 4):
@@ -236,8 +236,9 @@ def _blocks(name: str, family: str, n: int, size: int, count: int) -> Row:
 
 
 def _arrays(name: str, family: str, n: int, size: int, count: int) -> Row:
+    least = min(count, 12)  # a stream, not the beginning of one
     return Row(
-        name, family, f"{family} float64 array, to {n}", Shape(1, n, size, "array"), _ARRAY_METRICS, throughput, count, 2,
+        name, family, f"{family} float64 array, to {n}", Shape(1, n, size, "array"), _ARRAY_METRICS, throughput, count, least,
         lambda count: Arrays(count, size),
     )  # fmt: skip
 

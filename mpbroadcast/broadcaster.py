@@ -246,6 +246,9 @@ class Broadcaster(Generic[M]):
 
     def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> tuple[Link, Answer]:
         self._check_open()
+        shared = self._sender.shared
+        if shared is not None:
+            shared.rest()
         return self._attachment.ask(do, deadline, **fields)
 
     # --- subscribing

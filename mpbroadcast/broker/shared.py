@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from mpbroadcast.broker.rings import Holds
 from mpbroadcast.wire.descriptors import DescriptorSocket, OwnedDescriptor
 from mpbroadcast.wire.frames import MAX_FRAME, Batch, FrameError, Parcel, References
-from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, map_for_reading
+from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, fits, map_for_reading
 from mpbroadcast.wire.packets import (
     ACCEPTED,
     FREE,
@@ -187,17 +187,16 @@ class Memory:
         self.descriptor = descriptor if kept else None
         store.memories += kept
 
-    def read(self) -> bytes:
-        """Its bytes."""
+    def _read(self, length: int) -> bytes:
         if self._bytes is not None:
-            return self._bytes
+            return self._bytes[:length]
         assert self.descriptor is not None
-        return _bytes_of(self.descriptor.fd, self.size)
+        return _bytes_of(self.descriptor.fd, length)
 
     def run(self, parcel: Parcel) -> Run:
         """The message itself, for all who cannot have its memory."""
         if self._run is None:
-            self._run = run_of(parcel.copied(self.read()))
+            self._run = run_of(parcel.copied(self._read(parcel.length)))
         return self._run
 
     def __del__(self) -> None:
@@ -289,7 +288,7 @@ class Lender:
         if parcel.number not in self._memories:
             self.hear()
         memory = self._memories.pop(parcel.number, None)
-        return None if memory is None or memory.size != parcel.length else parcel._replace(memory=memory)
+        return None if memory is None or not fits(parcel.length, memory.size) else parcel._replace(memory=memory)
 
     def routed(self, parcel: Parcel) -> None:
         """It is on its way, and does not count any more."""

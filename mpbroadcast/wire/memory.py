@@ -1,7 +1,8 @@
 """Sealed anonymous memory: made, checked and mapped. Where the system has none, nothing here is used.
 
 A **ring** is written by its publisher as long as that lives; everybody else maps it for reading. The **memory of a message**
-is written once and then sealed; who receives it maps it privately, so that what is written there is seen by nobody else.
+is written once and then sealed, or kept by its publisher, who alone can write it, and does not before nobody else has it any
+more. Who receives it maps it privately, so that what is written there is seen by nobody else.
 
 Neither can shrink, so no map of it ever ends in SIGBUS. What comes from another process is checked for that before it is
 mapped.
@@ -15,22 +16,30 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
 import sys
 import weakref
+from collections import deque
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, Final
 
-from mpbroadcast.wire.descriptors import OwnedDescriptor
+from mpbroadcast.wire.descriptors import OwnedDescriptor, fork_lock
 
 __all__ = [
     "MemoryRefused",
     "available",
     "check_message",
     "check_ring",
+    "fits",
     "keep_freed_memory",
+    "kept_memory",
     "map_for_reading",
     "map_privately",
     "message_memory",
+    "nobody_has",
+    "populate",
+    "reader_of",
     "ring_memory",
 ]
 
@@ -42,11 +51,15 @@ _SEAL_WRITE: Final = 0x8
 _SEAL_FUTURE_WRITE: Final = 0x10
 _NO_EXECUTION: Final = 0x8  # MFD_NOEXEC_SEAL, from Linux 6.3 on
 
-_RING: Final = _SEAL_SHRINK | _SEAL_GROW | _SEAL_FUTURE_WRITE
-_MESSAGE: Final = _SEAL_SHRINK | _SEAL_GROW | _SEAL_WRITE
+_FIXED: Final = _SEAL_SHRINK | _SEAL_GROW
+_POPULATE_WRITE: Final = 23  # MADV_POPULATE_WRITE, from Linux 5.14 on
 _LARGE_BLOCK: Final = 1 << 23  # bytes; of 32 MiB and more it takes no notice
 _MOST_PARTS: Final = 512  # in one call; the system takes 1,024
 _WRITE: Final = 1 << 30  # bytes; the system takes nearly twice that
+
+# Taken, and given back. SIGURG is what nobody notices who does not ask for it; without it, it would be one that kills.
+_LEASE: Final = tuple(getattr(fcntl, name, 0) for name in ("F_SETSIG", "F_SETLEASE", "F_SETLEASE"))
+_LEASED: Final = (signal.SIGURG, fcntl.F_WRLCK, fcntl.F_UNLCK)
 
 
 class MemoryRefused(Exception):
@@ -77,7 +90,7 @@ def ring_memory(size: int) -> tuple[OwnedDescriptor, mmap.mmap]:
     descriptor = _create()
     os.ftruncate(descriptor.fd, size)
     mapped = mmap.mmap(descriptor.fd, size, **_NO_DESCRIPTOR)
-    fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _RING | _SEAL_SEAL)
+    fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _FIXED | _SEAL_FUTURE_WRITE | _SEAL_SEAL)
     return descriptor, mapped
 
 
@@ -87,6 +100,12 @@ def message_memory(parts: Sequence[Any]) -> OwnedDescriptor:
     :raises OSError: the system has none to give.
     """
     descriptor = _create()
+    _fill(descriptor.fd, parts)
+    fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _FIXED | _SEAL_WRITE | _SEAL_SEAL)
+    return descriptor
+
+
+def _fill(fd: int, parts: Sequence[Any]) -> None:
     views = [memoryview(part).cast("B") for part in parts if len(part)]
     # Written, not mapped and copied: half the time, as no page is zeroed first.
     while views:
@@ -96,13 +115,69 @@ def message_memory(parts: Sequence[Any]) -> OwnedDescriptor:
                 break
             total += len(view)
             count += 1
-        written = os.writev(descriptor.fd, [view[:_WRITE] for view in views[:count]])
+        written = os.writev(fd, [view[:_WRITE] for view in views[:count]])
         while views and written >= len(views[0]):
             written -= len(views.pop(0))
         if written:
             views[0] = views[0][written:]
-    fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _MESSAGE | _SEAL_SEAL)
-    return descriptor
+
+
+def kept_memory(parts: Sequence[Any]) -> tuple[OwnedDescriptor, mmap.mmap] | None:
+    """Memory with these bytes, which only this map can write; ``None`` where the system does not say who has it.
+
+    Others get what :func:`reader_of` opens. While there is such a descriptor, or a map of it, anywhere, :func:`nobody_has` says
+    no.
+
+    :raises OSError: the system has none to give.
+    """
+    made = _create()
+    _fill(made.fd, parts)
+    os.ftruncate(made.fd, -(-os.fstat(made.fd).st_size // mmap.PAGESIZE) * mmap.PAGESIZE)  # of the last page, all
+    # The system counts who has a file open for writing, but not the one that made it.
+    descriptor = _opened_again(made, os.O_RDWR)
+    made.close()
+    if descriptor is None or not nobody_has(descriptor):
+        return None
+    with fork_lock():
+        mapped = mmap.mmap(descriptor.fd, 0, **_NO_DESCRIPTOR)
+        fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _FIXED | _SEAL_FUTURE_WRITE | _SEAL_SEAL)
+        return descriptor, mapped
+
+
+def populate(mapped: mmap.mmap) -> None:
+    """Enter all pages into the map at once, as far as the system knows how to: one by one takes longer."""
+    with contextlib.suppress(OSError):
+        mapped.madvise(_POPULATE_WRITE)
+
+
+def reader_of(kept: OwnedDescriptor) -> OwnedDescriptor | None:
+    """A descriptor that can only be read, of memory that is kept.
+
+    :raises OSError: no descriptor is left.
+    """
+    return _opened_again(kept, os.O_RDONLY)
+
+
+def nobody_has(kept: OwnedDescriptor) -> bool:
+    """Whether nobody, in any process, has this memory open or mapped, except through ``kept``.
+
+    Just then the system gives a lease for writing. It is given back at once; whoever would be kept from opening it meanwhile
+    makes the system send a signal, one that is ignored if nobody wants it.
+    """
+    try:
+        # In one step, as far as an interrupt can see: under a lease that is not given back, no open() would return.
+        deque(map(fcntl.fcntl, repeat(kept.fd), _LEASE, _LEASED), maxlen=0)
+    except OSError:
+        return False
+    return True
+
+
+def _opened_again(descriptor: OwnedDescriptor, how: int) -> OwnedDescriptor | None:
+    """A descriptor with an open file of its own; ``None`` where there is no way to that."""
+    try:
+        return OwnedDescriptor.made_by(os.open, f"/proc/self/fd/{descriptor.fd}", how | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
 
 
 def keep_freed_memory() -> None:
@@ -114,12 +189,17 @@ def keep_freed_memory() -> None:
     bytes(_LARGE_BLOCK)
 
 
+def fits(length: int, size: int) -> bool:
+    """Whether memory of this size may carry a message of this length: it may be a little larger, as it may have had another."""
+    return 0 <= size - length <= length // 16 + mmap.PAGESIZE
+
+
 def check_ring(fd: int) -> int:
     """The size of a ring's memory.
 
     :raises MemoryRefused: it is not one.
     """
-    return _checked(fd, _RING, 1)
+    return _checked(fd, _SEAL_FUTURE_WRITE, 1)
 
 
 def check_message(fd: int, size: int) -> None:
@@ -127,17 +207,17 @@ def check_message(fd: int, size: int) -> None:
 
     :raises MemoryRefused: it is not.
     """
-    _checked(fd, _MESSAGE, size)
+    _checked(fd, _SEAL_WRITE | _SEAL_FUTURE_WRITE, size)
 
 
-def _checked(fd: int, wanted: int, size: int) -> int:
+def _checked(fd: int, writing: int, size: int) -> int:
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         there = os.fstat(fd).st_size
     except OSError as error:
         raise MemoryRefused(f"no sealed memory ({error.strerror})") from error
-    if seals & wanted != wanted:
-        raise MemoryRefused(f"memory with the seals {seals:#x}, without {wanted & ~seals:#x}")
+    if seals & _FIXED != _FIXED or not seals & writing:
+        raise MemoryRefused(f"memory with the seals {seals:#x}, without {_FIXED:#x} and one of {writing:#x}")
     if there < size:
         raise MemoryRefused(f"memory of {there} bytes where {size} were announced")
     return there

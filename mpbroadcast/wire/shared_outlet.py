@@ -20,10 +20,11 @@ from mpbroadcast.arguments import Deadline
 from mpbroadcast.wire.descriptors import DescriptorSocket
 from mpbroadcast.wire.frames import memory_frame, reference_frame
 from mpbroadcast.wire.link import CONNECT_TIMEOUT
-from mpbroadcast.wire.memory import available, keep_freed_memory, message_memory, ring_memory
+from mpbroadcast.wire.memory import available, keep_freed_memory, ring_memory
 from mpbroadcast.wire.outlet import Outlet
 from mpbroadcast.wire.packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, ROUTED, WANTED, pack, unpack
 from mpbroadcast.wire.payload import Payload
+from mpbroadcast.wire.pool import MemoryPool
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, LONGEST, Ring
 
 __all__ = ["MEMORY_FROM", "SHARED_FROM", "SharedOutlet"]
@@ -58,6 +59,7 @@ class SharedOutlet:
         self._no_ring_before = 0.0
         self._dry = False  # no chunk was free for all of the time that it waited
         self._unrouted: dict[int, int] = {}  # bytes of each message in memory of its own
+        self._pool = MemoryPool()
 
     def send_quickly(self, payload: bytes) -> bool:
         """Publish a message without a topic, where nothing more is needed than room in the ring and the pipe; whether it went.
@@ -87,6 +89,10 @@ class SharedOutlet:
         if payload.size <= LONGEST and self._through_ring(beside, payload, topic, exclude, deadline, done):
             return True
         return payload.size >= MEMORY_FROM and self._in_memory(beside, payload, topic, exclude, deadline, done)
+
+    def rest(self) -> None:
+        """There is a moment to let go of what is not needed any more."""
+        self._pool.rest()
 
     def _begin(self, deadline: Deadline) -> DescriptorSocket | None:
         now = time.monotonic()
@@ -220,7 +226,7 @@ class SharedOutlet:
             if not self._wait_for_credit(beside, payload.size, deadline):
                 return False
             try:
-                descriptor = message_memory(payload.parts)
+                descriptor = self._pool.memory(payload.parts, payload.size)
                 self._unrouted[number] = payload.size
                 if not beside.tell(pack(MEMORY, 0, number), descriptor.fd):
                     return False
