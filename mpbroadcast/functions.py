@@ -102,7 +102,8 @@ def start_broadcaster(
 def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) -> Broadcaster[Any]:
     """A handle on the broker at ``address``, from any process of the same user. It has its own pipe, and its own order.
 
-    ``authkey`` is the broker's key; if not given, this process's own, which is right in the starter's children.
+    ``authkey`` is the broker's key; if not given, this process's own, which is right in the starter's children. While a broker
+    is being replaced this waits for the next one, 10 seconds at the most, unless somebody has chosen its address.
 
     :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) it is not the broker's key.
     :raises BrokerLost: no broker answers there.
@@ -112,7 +113,7 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
     if not os.path.isdir(os.path.dirname(path)):
         raise AddressError(f"there is no folder {os.path.dirname(path)!r}: pass what the broadcaster's `address` says")
     key = check_authkey(authkey)
-    link = Link(path, key)
+    link = Link.found(path, key)
     if key is not None:
         remember_key(path, key)
     return Broadcaster(path, link.broker, link=link)

@@ -35,6 +35,7 @@ from mpbroadcast import (
 )
 from mpbroadcast.broker.journal import Journal, replayed
 from mpbroadcast.broker.keeper import Patience
+from mpbroadcast.wire.link import Link
 from tests.helpers import DEADLINE, Background, Children, answer, finish, rest, take, wait_until
 
 Bus = Broadcaster[Any]
@@ -565,6 +566,22 @@ def test_a_chosen_address(temporary_folder: Path) -> None:
             other.publish(1)
         assert channel.recv(timeout=DEADLINE) == 1
     assert not address.exists()
+
+
+def test_connect_waits_for_the_next_broker(kept: Bus) -> None:
+    """While there is none; and not when none will come."""
+    keeper = keeper_of(kept)
+    keeper.suspend()
+    os.kill(kept.stats().pid, signal.SIGKILL)
+    wait_until(lambda: said(lambda: Link(kept.address)))
+    waiting = Background(connect, kept.address)
+    waiting.wait_until_blocked("found")
+    keeper.resume()
+    with waiting.result() as other:
+        assert other.stats().pid == kept.stats().pid
+        keeper.kill()
+        os.kill(kept.stats().pid, signal.SIGKILL)
+        wait_until(lambda: said(lambda: connect(kept.address)))
 
 
 def test_closed_is_closed(kept: Bus) -> None:

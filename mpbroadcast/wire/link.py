@@ -233,14 +233,22 @@ class Link:
         link = _links.get(address)
         if link is not None and link.broker == broker and not link.lost:
             return link
+        return cls.found(address, restarts=restarts)
+
+    @classmethod
+    def found(cls, address: str, authkey: bytes | None = None, restarts: bool | None = None) -> Link:
+        """A new one to whatever listens there now.
+
+        When it ``restarts``, wait until it has; ``None``: as far as can be told from what is beside the address.
+        """
         deadline = Deadline(CONNECT_TIMEOUT)
         while True:
             try:
-                return cls(address)
+                return cls(address, authkey)
             except BrokerLost as error:
-                if not restarts or isinstance(error.__cause__, FileNotFoundError) or not _is_kept(address):
-                    raise
-                if deadline.left() == 0:
+                gone = isinstance(error.__cause__, FileNotFoundError) or restarts is False
+                kept = not gone and _is_kept(address)
+                if not (restarts if kept is None else kept) or deadline.left() == 0:
                     raise
             time.sleep(0.01)
 
@@ -325,12 +333,12 @@ def remember_key(address: str, authkey: bytes) -> None:
     _keys[address] = authkey
 
 
-def _is_kept(address: str) -> bool:
-    """Whether the keeper lives, as far as can be told: beside an address of the user's choice it says nothing."""
+def _is_kept(address: str) -> bool | None:
+    """Whether a keeper lives; ``None`` when that cannot be told: beside an address of the user's choice it says nothing."""
     folder, name = os.path.split(address)
     path = os.path.join(folder, "keeper")
     if name != "broker" or not os.path.basename(folder).startswith("mpbroadcast-") or not os.path.exists(path):
-        return True
+        return None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
