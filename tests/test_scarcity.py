@@ -12,6 +12,7 @@ import fcntl
 import functools
 import gc
 import json
+import mmap
 import multiprocessing
 import os
 import resource
@@ -36,7 +37,9 @@ import mpbroadcast
 from mpbroadcast import Broadcaster, Channel, StartError, broadcaster, connect, start_broadcaster
 from mpbroadcast.broker import reception
 from mpbroadcast.broker.liveness import PeerProcess
-from mpbroadcast.wire import link
+from mpbroadcast.wire import link, ring
+from mpbroadcast.wire.memory import available
+from mpbroadcast.wire.ring import CHUNK, CHUNKS, Ring
 from tests import victims
 from tests.helpers import DEADLINE, Background, Children, answer, everything, finish, take, wait_until
 from tests.large_workers import SIZES, Size, limited, number_of, numbers_until_end, report_numbers
@@ -796,6 +799,33 @@ def test_a_subscriber_without_memory(
     assert not errors or room < 400 << 20
     # In the place of the message, or before it, if that is still in the pipe.
     assert numbers == [1, 2, 3, 4] or (numbers == [2, 3, 4] and came[0] == errors[0] and len(errors) == 1)
+
+
+@pytest.mark.skipif(not available(), reason="there is no memory to share here")
+def test_a_system_without_memory_for_a_ring(monkeypatch: pytest.MonkeyPatch, bus: Bus) -> None:
+    """Who writes to a page that cannot be had would be ended: so it is asked for before, and the message goes another way."""
+    fd = os.memfd_create("short")
+    os.ftruncate(fd, CHUNK * CHUNKS)
+    short = Ring(1, mmap.mmap(fd, CHUNK * CHUNKS))
+    os.ftruncate(fd, CHUNK)  # what lies behind cannot be had any more
+    os.close(fd)
+    assert short.has(0, CHUNK)
+    assert not short.has(CHUNK - 1, 2)
+    short.close()
+    asked: list[int] = []
+
+    def populate(mapped: mmap.mmap, start: int, length: int) -> bool:
+        asked.append(length)
+        return False
+
+    monkeypatch.setattr(ring, "populate", populate)
+    with bus.subscribe() as channel:
+        channel.fileno()
+        for number, size in enumerate([3000, 20_000, 400_000] * 3):
+            bus.publish(Size(size).message(number), timeout=DEADLINE)
+            bus.flush(timeout=DEADLINE)
+            assert number_of(channel.recv(timeout=DEADLINE)) == number
+    assert asked
 
 
 # ---------------------------------------------------------------------------------------- process IDs that come again

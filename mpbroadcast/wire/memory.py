@@ -144,10 +144,16 @@ def kept_memory(parts: Sequence[Any]) -> tuple[OwnedDescriptor, mmap.mmap] | Non
         return descriptor, mapped
 
 
-def populate(mapped: mmap.mmap) -> None:
-    """Enter all pages into the map at once, as far as the system knows how to: one by one takes longer."""
-    with contextlib.suppress(OSError):
-        mapped.madvise(_POPULATE_WRITE)
+def populate(mapped: mmap.mmap, start: int, length: int) -> bool:
+    """Have all pages there and in the map, as far as the system can do that; whether it had the memory.
+
+    To enter them one by one, when they are written, takes longer; and if there is no memory then, the process is ended.
+    """
+    try:
+        mapped.madvise(_POPULATE_WRITE, start, length)
+    except OSError as error:
+        return error.errno not in (errno.EFAULT, errno.ENOMEM)
+    return True
 
 
 def reader_of(kept: OwnedDescriptor) -> OwnedDescriptor | None:

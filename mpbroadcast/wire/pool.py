@@ -125,7 +125,7 @@ class _Kept:
     def fill(self, parts: Sequence[Any]) -> None:
         """Write the parts of a message, one behind the other."""
         if not self._touched:
-            populate(self._map)
+            populate(self._map, 0, self.size)
             self._touched = True
         place = 0
         for part in parts:

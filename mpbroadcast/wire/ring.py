@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from mpbroadcast.wire.descriptors import on_fork
 from mpbroadcast.wire.frames import plain_reference
+from mpbroadcast.wire.memory import populate
 
 __all__ = ["CHUNK", "CHUNKS", "LONGEST", "Ring", "Room", "aligned", "span"]
 
@@ -95,6 +96,7 @@ class Ring:
         self.room = Room(CHUNKS, CHUNK)
         self._memory = memory
         self._view = memoryview(memory)
+        self._there = 0  # a bit for each chunk that has got its memory
         on_fork(self, Ring.close)
 
     def put(self, payload: bytes, pipe: int) -> bool:
@@ -117,6 +119,15 @@ class Ring:
         except BlockingIOError:
             room.next = start
             return False
+
+    def has(self, start: int, length: int) -> bool:
+        """Whether the system has memory for what is to be written there."""
+        for chunk in span(start, length, CHUNK):
+            if not self._there >> chunk & 1:
+                if not populate(self._memory, chunk * CHUNK, CHUNK):
+                    return False
+                self._there |= 1 << chunk
+        return True
 
     def write(self, start: int, parts: Sequence[Any]) -> None:
         """Put the parts of a message there, one behind the other."""

@@ -186,6 +186,8 @@ class SharedOutlet:
         if start is None:
             return True
         try:
+            if not ring.has(start, payload.size):
+                return True
             ring.write(start, payload.parts)
             frame = reference_frame(ring.number, start, payload.size, topic, exclude, payload.image)
             with contextlib.suppress(BlockingIOError):
