@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic, encoded_topic
 from mpbroadcast.broker.outbox import POLICIES
@@ -46,6 +46,12 @@ _HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]
 _GATHER_FROM: Final = 1 << 18  # bytes of a message from which on its parts are better not put together
 
 
+class _Asking:
+    """A call of ``subscribe`` that has not returned yet."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Broadcaster(Generic[M]):
     """A handle on a broker. :func:`start_broadcaster` and :func:`connect` make it.
 
@@ -71,6 +77,7 @@ class Broadcaster(Generic[M]):
         self._closed = False
         self._ended = False  # whether close() has been done: an interrupted one can be called again
         self._channels: WeakSet[Channel[M]] = WeakSet()
+        self._unclaimed: dict[int, ref[_Asking]] = {}  # subscriptions that were asked for, and by whom
         on_fork(self, Broadcaster._in_child)
 
     @property
@@ -249,6 +256,8 @@ class Broadcaster(Generic[M]):
         shared = self._sender.shared
         if shared is not None:
             shared.rest()
+        if self._unclaimed:
+            self._forget_unclaimed()
         return self._attachment.ask(do, deadline, **fields)
 
     # --- subscribing
@@ -291,16 +300,27 @@ class Broadcaster(Generic[M]):
         room = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
         check_count(replay, "replay", 0)
         self._check_open()
-        cookie = int.from_bytes(os.urandom(6))
+        cookie, asking = int.from_bytes(os.urandom(6)), _Asking()
+        self._unclaimed[cookie] = ref(asking)
         try:
-            return self._subscribe(
+            channel = self._subscribe(
                 with_topic, topics=topics or ("*",), overflow=overflow, capacity=room, replay=replay, cookie=cookie
             )
         except BaseException:
-            link = self._attachment.current
-            if link is not None:
-                link.note("forget", cookie=cookie)  # an interrupt leaves no subscription that nobody holds
+            del asking
+            self._forget_unclaimed()
             raise
+        self._unclaimed.pop(cookie, None)
+        return channel
+
+    def _forget_unclaimed(self) -> None:
+        """An interrupt leaves no subscription that nobody holds; if it comes just here, the next call goes on with this."""
+        link = self._attachment.current
+        for cookie, asking in list(self._unclaimed.items()):
+            if asking() is None:
+                if link is not None:
+                    link.note("forget", cookie=cookie)
+                self._unclaimed.pop(cookie, None)
 
     def _subscribe(self, with_topic: bool, **fields: Any) -> Channel[M]:
         outlet = self._sender.outlet
@@ -438,4 +458,5 @@ class Broadcaster(Generic[M]):
     def _in_child(self) -> None:
         self._attachment.current = None
         self._sender = Sender(self._attachment)
+        self._unclaimed = {}
         self._process = None

@@ -605,9 +605,6 @@ def test_an_interrupted_close_leaves_no_descriptor(bus: Bus, monkeypatch: pytest
     assert not found
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a second interrupt keeps the broker from being told of the first"
-)
 def test_an_interrupted_subscribe_that_is_interrupted_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second Ctrl-C, while the first is cleaned up after, leaves no subscription that nobody holds."""
     note = Link.note

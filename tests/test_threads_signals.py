@@ -194,7 +194,7 @@ def test_signal_handler_publishes_in_the_middle_of_publishes(
     with handler(signal.SIGPROF, publish_too):
         signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)
         try:
-            while signals < 40 and count < 100_000:
+            while signals < 40 and count < 1_000_000:
                 bus.publish(("main", count, pattern(count, size)))
                 count += 1
         finally:
