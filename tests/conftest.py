@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, start_broadcaster
+from mpbroadcast.wire import payload, shared_outlet
 from tests.helpers import Children, wait_until
 
 FAILED = pytest.StashKey[bool]()
@@ -171,6 +172,14 @@ def bus(leaves_nothing: None) -> Iterator[Broadcaster[Any]]:
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """All messages go through the pipes, also large ones."""
     monkeypatch.setenv("MPBROADCAST_INLINE", "1")
+
+
+@pytest.fixture
+def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All messages from 2 KiB on go in memory of their own, their buffers uncopied, so that tests need not be large."""
+    monkeypatch.setattr(shared_outlet, "LONGEST", 0)
+    monkeypatch.setattr(shared_outlet, "MEMORY_FROM", 0)
+    monkeypatch.setattr(payload, "OUT_OF_BAND", 2048)
 
 
 @pytest.fixture(params=["fork", "spawn", "forkserver"])

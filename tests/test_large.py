@@ -28,7 +28,7 @@ import pytest
 
 from mpbroadcast import Broadcaster, Channel, Lagged, connect
 from mpbroadcast.broker.members import new_socket
-from mpbroadcast.wire import payload, shared_inlet, shared_outlet
+from mpbroadcast.wire import shared_inlet
 from mpbroadcast.wire.descriptors import DescriptorSocket
 from mpbroadcast.wire.frames import IMAGE, Parcel, frame_head, memory_frame, reference_frame
 from mpbroadcast.wire.link import Link
@@ -48,14 +48,6 @@ LARGE = Size(3 << 20)
 MIDDLE = Size(300_000)
 TOLERANCE = 24 << 20  # bytes of shared memory that others on this machine may take or give back meanwhile
 SOAK = int(os.environ.get("MPBROADCAST_SOAK", "1"))
-
-
-@pytest.fixture
-def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All messages from 2 KiB on go in memory of their own, their buffers uncopied, so that tests need not be large."""
-    monkeypatch.setattr(shared_outlet, "LONGEST", 0)
-    monkeypatch.setattr(shared_outlet, "MEMORY_FROM", 0)
-    monkeypatch.setattr(payload, "OUT_OF_BAND", 2048)
 
 
 @pytest.fixture

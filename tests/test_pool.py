@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, Channel, start_broadcaster
-from mpbroadcast.wire import memory, payload, pool, shared_outlet
+from mpbroadcast.wire import memory, pool
 from mpbroadcast.wire.descriptors import OwnedDescriptor
 from mpbroadcast.wire.memory import available, check_message, kept_memory, nobody_has, reader_of
 from mpbroadcast.wire.pool import MemoryPool
@@ -31,14 +31,6 @@ pytestmark = pytest.mark.skipif(not available(), reason="there is no shared memo
 
 Bus = Broadcaster[Any]
 SIZE = 100_000
-
-
-@pytest.fixture
-def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All messages from 2 KiB on go in memory of their own, their buffers uncopied, so that tests need not be large."""
-    monkeypatch.setattr(shared_outlet, "LONGEST", 0)
-    monkeypatch.setattr(shared_outlet, "MEMORY_FROM", 0)
-    monkeypatch.setattr(payload, "OUT_OF_BAND", 2048)
 
 
 @pytest.fixture
