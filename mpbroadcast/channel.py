@@ -34,6 +34,7 @@ from mpbroadcast.wire.tasks import Tasks
 __all__ = ["Channel"]
 
 M = TypeVar("M")
+E = TypeVar("E", bound=Exception)
 
 _NOTHING: Final = object()
 _CLOSE_TIMEOUT: Final = 5.0  # seconds that close() gives the broker to answer
@@ -155,19 +156,9 @@ class Channel(Generic[M]):
         deadline: Deadline | None = None
         while True:
             with self._lock:
-                # Once for what was decoded before, and once for what has come since.
-                for _ in range(2):
-                    if not self._stream.ready:
-                        self._fill()
-                    stream = self._stream
-                    count = stream.sound(limit if limit is None else limit - len(box[0]))
-                    if not count:
-                        break
-                    more = [*box[0], *islice(stream.ready, count)]
-                    rest = stream.without(count)
-                    box[0], self._stream = more, rest  # in one, as far as an interrupt can see
-                    if not rest.ready:
-                        self._let_tail_go()
+                # What was decoded before, and what has come since. No loop: with it, an interrupt may not let go of the lock.
+                if self._take(limit, box):
+                    self._take(limit, box)
                 if box[0]:
                     return box[0]
                 ready = self._stream.ready
@@ -183,6 +174,20 @@ class Channel(Generic[M]):
                 deadline = Deadline(timeout)
             self._wait(deadline, timeout)
         self._fail(failure)
+
+    def _take(self, limit: int | None, box: list[list[M]]) -> bool:
+        """Move what is decoded, or else comes, into ``box``; whether there was a message. Under the lock."""
+        if not self._stream.ready:
+            self._fill()
+        stream = self._stream
+        count = stream.sound(limit if limit is None else limit - len(box[0]))
+        if count:
+            more = [*box[0], *islice(stream.ready, count)]
+            rest = stream.without(count)
+            box[0], self._stream = more, rest  # in one, as far as an interrupt can see
+            if not rest.ready:
+                self._let_tail_go()
+        return count > 0
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Whether :meth:`recv` would not have to wait, within ``timeout`` seconds: it would return a message, or raise.
@@ -270,7 +275,7 @@ class Channel(Generic[M]):
         lost.__cause__ = self._attachment.lost().__cause__
         return self._about_this(lost)
 
-    def _about_this(self, error: Exception) -> Exception:
+    def _about_this(self, error: E) -> E:
         with contextlib.suppress(Exception):  # a user's exception may have no room for it
             error.channel = self  # type: ignore[attr-defined]
         return error
@@ -465,18 +470,11 @@ class Channel(Generic[M]):
             self._opened = False
 
     def _closed_error(self) -> ClosedError:
-        error = ClosedError("this channel was closed in this process: subscribe again for another")
-        error.channel = self
-        return error
+        return self._about_this(ClosedError("this channel was closed in this process: subscribe again for another"))
 
     def _in_use(self, pid: int) -> ChannelInUse:
-        error = ChannelInUse(
-            f"process {pid} has opened this channel, and only that one can receive from it: hand a channel on before its "
-            "first receive, or subscribe in each process",
-            pid,
-        )
-        error.channel = self
-        return error
+        text = f"process {pid} has opened this channel, and only that one can receive from it: hand a channel on before its "
+        return self._about_this(ChannelInUse(text + "first receive, or subscribe in each process", pid))
 
     # --- for the broadcaster
 

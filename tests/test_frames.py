@@ -6,6 +6,7 @@ import pickle
 import struct
 from array import array
 from collections.abc import Iterable
+from io import BytesIO
 from itertools import pairwise
 from random import Random
 from typing import Any, NamedTuple
@@ -488,6 +489,29 @@ def test_one_that_cannot_be_unpickled_stands_in_its_place(error: type[Exception]
         assert isinstance(messages[place].error, RuntimeError if error is StopIteration and count > 1 else error)
         del messages[place], values[place]
         assert messages == values
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_an_interrupt_that_is_an_exception_is_no_bad_message(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler's exception that comes before a message is even read goes through, and then all can be loaded again."""
+
+    class Interrupted(BytesIO):
+        reads = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            if Interrupted.reads == place:
+                Interrupted.reads += 1
+                raise ValueError("of a signal's handler")
+            Interrupted.reads += 1
+            return super().read(size)
+
+    monkeypatch.setattr("mpbroadcast.wire.payload.BytesIO", Interrupted)
+    run = run_of(batch_of([10, 11, 12, 13]))
+    view = read_run(run.data, 0)
+    assert view is not None
+    with pytest.raises(ValueError, match="handler"):
+        load_run(run.data, view)
+    assert load_run(run.data, view) == ([10, 11, 12, 13], True)
 
 
 # ------------------------------------------------------------------------------------------------- what a channel does

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import itertools
 import mmap
 import os
 import pickle
+import resource
 import signal
 import socket
 import time
@@ -22,10 +24,11 @@ import pytest
 
 from mpbroadcast import Broadcaster, Channel, start_broadcaster
 from mpbroadcast.wire import memory, pool
-from mpbroadcast.wire.descriptors import OwnedDescriptor
+from mpbroadcast.wire.descriptors import OwnedDescriptor, on_fork
 from mpbroadcast.wire.memory import available, check_message, kept_memory, nobody_has, reader_of
 from mpbroadcast.wire.pool import MemoryPool
 from tests.helpers import DEADLINE, Background, Children, answer, finish, pattern, wait_until
+from tests.large_workers import limited, lowest_free
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no shared memory here, or it is forbidden")
 
@@ -71,11 +74,13 @@ def content(descriptor: OwnedDescriptor) -> bytes:
 @pytest.fixture
 def kept() -> Iterator[tuple[OwnedDescriptor, mmap.mmap]]:
     """Memory that is kept, and the map to write it."""
-    made = kept_memory([b"abc", bytes(5000)])
+    made = kept_memory(5003)
     assert made is not None, "this system should say who has a file"
-    yield made
-    made[1].close()
-    made[0].close()
+    mapped = memory.map_for_writing(made)
+    memory.fill_and_seal(made, [b"abc", bytes(5000)])
+    yield made, mapped
+    mapped.close()
+    made.close()
 
 
 Kept = tuple[OwnedDescriptor, mmap.mmap]
@@ -214,7 +219,7 @@ def test_memory_that_somebody_has_is_not_written(unhurried: None, monkeypatch: p
 def test_two_large_memories_are_kept_and_none_that_are_very_large(unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a number of bytes there are no more than two; and of messages beyond another none."""
     monkeypatch.setattr(pool, "_PATIENCE", 0.0)
-    for limit, most in (("_MOST_BYTES", 2), ("_LARGEST", 0)):
+    for limit, most in (("_MOST_KEPT", 2), ("_LARGEST", 0)):
         monkeypatch.setattr(pool, limit, SIZE - 1)
         there = MemoryPool()
         readers = [there.memory([bytes(SIZE)], SIZE) for _ in range(5)]
@@ -222,17 +227,33 @@ def test_two_large_memories_are_kept_and_none_that_are_very_large(unhurried: Non
         del readers
 
 
-@pytest.mark.parametrize("why", ["another size", "a pause"])
-def test_what_is_no_stream_is_not_kept(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages of other sizes, and those that come seldom, have memory of their own; what was kept before is let go of."""
-    times = itertools.count(0.0, 0.1 if why == "another size" else 1.1)
+@pytest.mark.parametrize("growth", ["by turns", "slowly", "at random"])
+def test_a_stream_may_have_several_sizes(growth: str, unhurried: None) -> None:
+    """Two sizes by turns have a memory each; one that grows, or changes a little, finds room in the one before."""
+    sizes = {
+        "by turns": [SIZE, 3 * SIZE] * 20,
+        "slowly": [SIZE + 100 * number for number in range(40)],
+        "at random": [SIZE + 2500 * (number * 7 % 5) for number in range(40)],
+    }[growth]
+    there = MemoryPool()
+    used = set()
+    for number, size in enumerate(sizes):
+        reader = there.memory([pattern(number, size)], size)
+        assert content(reader)[:size] == pattern(number, size)
+        used.add(os.fstat(reader.fd).st_ino)
+        reader.close()
+    assert len(used) <= 6
+
+
+def test_what_is_no_stream_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages that come seldom have memory of their own; what was kept before is let go of."""
+    times = itertools.chain([0.0, 0.1, 0.2], itertools.count(2.0, 1.1))
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
     there = MemoryPool()
     for number in range(6):
-        size = SIZE << number if why == "another size" else SIZE
-        there.memory([bytes(size)], size)
-        assert inodes("s") == []
-        assert memories() == 0
+        there.memory([bytes(SIZE)], SIZE)
+        assert len(inodes("s")) == (number in (1, 2))
+    assert memories() == 0
 
 
 def test_it_lets_go_when_nothing_comes_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,11 +272,27 @@ def test_it_lets_go_when_nothing_comes_any_more(monkeypatch: pytest.MonkeyPatch)
     assert memories() == 0
 
 
-@pytest.mark.parametrize("missing", ["leases", "/proc"])
+@pytest.mark.parametrize("missing", ["leases", "/proc", "seals", "memory"])
 def test_where_the_system_does_not_say_who_has_it(missing: str, unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each message has memory of its own, and nothing is kept."""
+    """Each message has memory of its own, nothing is kept, and hardly one is written twice."""
+    writes = []
+    writev = os.writev
+
+    def counted(fd: int, views: list[Any]) -> int:
+        writes.append(fd)
+        return writev(fd, views)
+
+    monkeypatch.setattr(os, "writev", counted)
     if missing == "leases":
         monkeypatch.setattr(memory, "_LEASED", (signal.SIGURG, 77, 77))
+    elif missing == "seals":
+        monkeypatch.setattr(memory, "_SEAL_FUTURE_WRITE", 1 << 20)
+    elif missing == "memory":
+
+        def no_map(descriptor: OwnedDescriptor) -> mmap.mmap:
+            raise OSError(errno.ENOMEM, "no room for a map")
+
+        monkeypatch.setattr(pool, "map_for_writing", no_map)
     else:
         original = os.open
 
@@ -273,6 +310,18 @@ def test_where_the_system_does_not_say_who_has_it(missing: str, unhurried: None,
         assert content(reader)[:SIZE] == pattern(number, SIZE)
         assert inodes("s") == []
     assert len({os.fstat(reader.fd).st_ino for reader in used}) == 5
+    assert len(writes) == 5 + (missing == "seals")
+
+
+@pytest.mark.parametrize("free", [1, 2, 3, 4])
+def test_with_few_descriptors_there_is_still_memory(free: int, unhurried: None) -> None:
+    """One that is left is enough for a message; that there are too few to keep anything is no reason to go without."""
+    there = MemoryPool()
+    with limited(resource.RLIMIT_NOFILE, lowest_free(os.getpid()) + free):
+        for number in range(4):
+            reader = there.memory([pattern(number, SIZE)], SIZE)
+            assert content(reader)[:SIZE] == pattern(number, SIZE)
+            reader.close()
 
 
 def test_a_child_lets_go_at_a_fork(unhurried: None) -> None:
@@ -285,6 +334,50 @@ def test_a_child_lets_go_at_a_fork(unhurried: None) -> None:
         os._exit(len(inodes("s")) + memories())
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert content(there.memory([b"x" * SIZE], SIZE))[:SIZE] == b"x" * SIZE
+
+
+@pytest.mark.parametrize("moment", ["made", "let go of"])
+def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child has no map while memory is being made, or let go of: a fork waits until that is done, or comes before."""
+    there = MemoryPool()
+    if moment == "let go of":
+        for _ in range(2):
+            there.memory([bytes(SIZE)], SIZE)
+    forked: list[Background] = []
+
+    def fork() -> int:
+        pid = os.fork()
+        if not pid:
+            os._exit(len(inodes("s")) + memories())
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def fork_meanwhile() -> None:
+        forked.append(Background(fork))
+        forked[0].wait_until_blocked("_before_fork")
+
+    if moment == "made":
+        original = on_fork
+
+        def late(something: Any, hook: Any) -> None:
+            fork_meanwhile()
+            original(something, hook)
+
+        monkeypatch.setattr(pool, "on_fork", late)
+        for _ in range(2):
+            there.memory([bytes(SIZE)], SIZE)
+    else:
+
+        class Late:
+            def close(self) -> None:
+                if not forked:  # else it is the child that lets go of it
+                    fork_meanwhile()
+                mapped.close()
+
+        (kept,) = there._kept
+        mapped, kept._map = kept._map, Late()  # type: ignore[assignment]
+        del kept
+        there._let_go()
+    assert [thread.result() for thread in forked] == [0]
 
 
 # ---------------------------------------------------------------------------------------------------- with a broadcaster

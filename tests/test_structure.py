@@ -307,3 +307,14 @@ def test_ci_runs_the_commands_of_the_readme(word: str) -> None:
     assert commands
     run = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
     assert not [command for command in commands if command not in run]
+
+
+def test_nothing_loops_under_a_lock() -> None:
+    """From Python 3.12 on, an interrupt at the end of a loop's turn does not let go of a lock whose ``with`` is around it."""
+    loops = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp)
+    found = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.With) and any("lock" in ast.unparse(item.context_expr) for item in node.items):
+                found += [f"{path}:{part.lineno}" for part in ast.walk(node) if isinstance(part, loops)]
+    assert not found

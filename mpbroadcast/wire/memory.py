@@ -24,17 +24,19 @@ from collections.abc import Sequence
 from itertools import repeat
 from typing import Any, Final
 
-from mpbroadcast.wire.descriptors import OwnedDescriptor, fork_lock
+from mpbroadcast.wire.descriptors import OwnedDescriptor
 
 __all__ = [
     "MemoryRefused",
     "available",
     "check_message",
     "check_ring",
+    "fill_and_seal",
     "fits",
     "keep_freed_memory",
     "kept_memory",
     "map_for_reading",
+    "map_for_writing",
     "map_privately",
     "message_memory",
     "nobody_has",
@@ -58,7 +60,7 @@ _MOST_PARTS: Final = 512  # in one call; the system takes 1,024
 _WRITE: Final = 1 << 30  # bytes; the system takes nearly twice that
 
 # Taken, and given back. SIGURG is what nobody notices who does not ask for it; without it, it would be one that kills.
-_LEASE: Final = tuple(getattr(fcntl, name, 0) for name in ("F_SETSIG", "F_SETLEASE", "F_SETLEASE"))
+_LEASE: Final = tuple(getattr(fcntl, name, -1) for name in ("F_SETSIG", "F_SETLEASE", "F_SETLEASE"))
 _LEASED: Final = (signal.SIGURG, fcntl.F_WRLCK, fcntl.F_UNLCK)
 
 
@@ -105,7 +107,8 @@ def message_memory(parts: Sequence[Any]) -> OwnedDescriptor:
     return descriptor
 
 
-def _fill(fd: int, parts: Sequence[Any]) -> None:
+def _fill(fd: int, parts: Sequence[Any]) -> int:
+    written_in_all = 0
     views = [memoryview(part).cast("B") for part in parts if len(part)]
     # Written, not mapped and copied: half the time, as no page is zeroed first.
     while views:
@@ -116,32 +119,50 @@ def _fill(fd: int, parts: Sequence[Any]) -> None:
             total += len(view)
             count += 1
         written = os.writev(fd, [view[:_WRITE] for view in views[:count]])
+        written_in_all += written
         while views and written >= len(views[0]):
             written -= len(views.pop(0))
         if written:
             views[0] = views[0][written:]
+    return written_in_all
 
 
-def kept_memory(parts: Sequence[Any]) -> tuple[OwnedDescriptor, mmap.mmap] | None:
-    """Memory with these bytes, which only this map can write; ``None`` where the system does not say who has it.
+def kept_memory(size: int) -> OwnedDescriptor | None:
+    """Memory for messages of about ``size``, to be written more than once; ``None`` where the system does not say who has it.
 
     Others get what :func:`reader_of` opens. While there is such a descriptor, or a map of it, anywhere, :func:`nobody_has` says
-    no.
+    no. Nothing is in it yet, so that little is lost if something is missing.
 
     :raises OSError: the system has none to give.
     """
     made = _create()
-    _fill(made.fd, parts)
-    os.ftruncate(made.fd, -(-os.fstat(made.fd).st_size // mmap.PAGESIZE) * mmap.PAGESIZE)  # of the last page, all
+    size += size // 32  # the next message may be longer
+    os.ftruncate(made.fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
     # The system counts who has a file open for writing, but not the one that made it.
     descriptor = _opened_again(made, os.O_RDWR)
-    made.close()
-    if descriptor is None or not nobody_has(descriptor):
-        return None
-    with fork_lock():
-        mapped = mmap.mmap(descriptor.fd, 0, **_NO_DESCRIPTOR)
-        fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _FIXED | _SEAL_FUTURE_WRITE | _SEAL_SEAL)
-        return descriptor, mapped
+    return descriptor if descriptor is not None and nobody_has(descriptor) else None
+
+
+def map_for_writing(kept: OwnedDescriptor) -> mmap.mmap:
+    """A map of memory that is kept.
+
+    :raises OSError: the system does not map it.
+    """
+    return mmap.mmap(kept.fd, 0, **_NO_DESCRIPTOR)
+
+
+def fill_and_seal(kept: OwnedDescriptor, parts: Sequence[Any]) -> None:
+    """Write the first message into memory that is kept; from then on only maps that are there can write it.
+
+    All of the memory is there then, so that no later write can fail for want of it.
+
+    :raises OSError: the system has no memory for it, or cannot seal it.
+    """
+    written = _fill(kept.fd, parts)
+    size = os.fstat(kept.fd).st_size
+    if written < size:
+        os.posix_fallocate(kept.fd, written, size - written)
+    fcntl.fcntl(kept.fd, fcntl.F_ADD_SEALS, _FIXED | _SEAL_FUTURE_WRITE | _SEAL_SEAL)
 
 
 def populate(mapped: mmap.mmap, start: int, length: int) -> bool:
@@ -171,7 +192,8 @@ def nobody_has(kept: OwnedDescriptor) -> bool:
     makes the system send a signal, one that is ignored if nobody wants it.
     """
     try:
-        # In one step, as far as an interrupt can see: under a lease that is not given back, no open() would return.
+        # In one step, as far as an interrupt can see: under a lease that is not given back, no open() would return. (Where it
+        # is seen, as audit hooks may run, the next call here gives it back.)
         deque(map(fcntl.fcntl, repeat(kept.fd), _LEASE, _LEASED), maxlen=0)
     except OSError:
         return False

@@ -156,20 +156,24 @@ def load_run(data: bytes, run: RunView, most: int | None = None) -> tuple[list[A
     stream = BytesIO(data)
     stream.seek(start)
     messages: list[Any] = []
-    left = iter(sizes)
+    left = sizes
     whole = True
-    while len(messages) < len(sizes):
+    while left:
         try:
             messages.extend(map(loads, map(stream.read, left)))
             if len(messages) == len(sizes):
                 break
             failed: Exception = RuntimeError(_STOPPED)  # which has ended the map
-        except Exception as raised:  # extend has kept those before it, and the stream stands behind it
+        except Exception as raised:  # extend has kept those before it
             if len(messages) == len(sizes):
                 raise
             failed = raised
-        end = stream.tell()
-        messages.append(_failure(memoryview(data)[end - sizes[len(messages)] : end], failed))
+        # Not by where the stream stands: an interrupt may have come before it was read at all.
+        first = start + sum(sizes[: len(messages)])
+        behind = first + sizes[len(messages)]
+        messages.append(_failure(memoryview(data)[first:behind], failed))
+        stream.seek(behind)
+        left = sizes[len(messages) :]
         whole = False
     return messages, whole
 

@@ -1,9 +1,9 @@
 """Memory that messages of one publisher had, to be written again.
 
-New memory is dear: the system finds each of its pages, and takes it back when the last reader is gone. A stream of messages of
-about one size needs less: each is written into memory that one before it had, once nobody has that any more. That is for the
-system to say, who knows of every descriptor and every map, of whatever process; and so nothing is held up or lost by one that
-was killed, and a message is its reader's own for as long as the reader likes.
+New memory is dear: the system finds each of its pages, and takes it back when the last reader is gone. A stream of large
+messages needs less: each is written into memory that one before it had, once nobody has that any more. That is for the system
+to say, who knows of every descriptor and every map, of whatever process; and so nothing is held up or lost by one that was
+killed, and a message is its reader's own for as long as the reader likes.
 
 A publisher that sends such messages only now and then keeps nothing. What a stream has left is let go of at the next occasion,
 as there is no thread here that could do it by itself.
@@ -11,122 +11,132 @@ as there is no thread here that could do it by itself.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
+import errno
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from mpbroadcast.wire.descriptors import OwnedDescriptor, on_fork
-from mpbroadcast.wire.memory import fits, kept_memory, message_memory, nobody_has, populate, reader_of
+from mpbroadcast.wire.descriptors import OwnedDescriptor, fork_lock, on_fork
+from mpbroadcast.wire.memory import (
+    fill_and_seal,
+    fits,
+    kept_memory,
+    map_for_writing,
+    message_memory,
+    nobody_has,
+    populate,
+    reader_of,
+)
 
 __all__ = ["MemoryPool"]
 
 _MOST: Final = 4  # memories: one that is read, one that waits, one on its way to them, and one to be written
-_MOST_BYTES: Final = 1 << 26  # in them, but two there may be at any rate
+_MOST_KEPT: Final = 1 << 26  # bytes of them, but two there may be at any rate
 _LARGEST: Final = 9 << 25  # bytes of a message that is kept: beyond that, it is much to have for the next one
 _STREAM: Final = 1.0  # seconds between two messages that belong to one
 _PATIENCE: Final = 1e-10  # seconds for each byte: a part of what new memory takes
 _PAUSE: Final = 5e-5  # seconds
-_SLICE: Final = 1 << 22  # bytes to copy at once: other threads, and signals, have their turn in between
+_SLICE: Final = 1 << 22  # bytes to go through at once: other threads, and signals, have their turn in between
 
 
 class MemoryPool:
     """The memory for messages: new or not, as it comes. Several threads may ask at once."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # held for moments only; a signal handler may come in while its own thread has it
+        # A signal handler may come in while its own thread has it. Nothing waits under it, and nothing loops: from Python 3.12
+        # on, an interrupt at the end of a loop's turn does not let go of the lock around it.
+        self._lock = threading.RLock()
         self._kept: list[_Kept] = []  # that no thread is about to write; what was used last is last
         self._possible = True
         self._patient = True  # to wait for memory helped, the last time
-        self._size = 0  # of the last message
-        self._when = 0.0  # that it came
+        self._when = -_STREAM  # that the last message came
 
     def memory(self, parts: Sequence[Any], size: int) -> OwnedDescriptor:
-        """A descriptor to send, of memory with these bytes, ``size`` in all, which nobody can change who gets it.
+        """A descriptor to send, of memory with these bytes, ``size`` in all. Nobody who gets it can change them.
 
         :raises OSError: the system has none to give.
         """
         now = time.monotonic()
-        follows = self._possible and (fits(size, self._size) or fits(self._size, size)) and now < self._when + _STREAM
-        self._size, self._when = size, now
+        follows = self._possible and size <= _LARGEST and now < self._when + _STREAM
+        self._when = now
         if not follows:
-            self._keep(None)
-        elif size <= _LARGEST:
-            kept = self._wait(size, now)
-            if kept is not None:
-                kept.fill(parts)
-            else:
-                kept = self._make(parts)
-            reader = reader_of(kept.descriptor) if kept is not None else None
-            if kept is not None and reader is not None:
-                self._keep(kept)
-                return reader
-        return message_memory(parts)
+            self._let_go()
+        return (self._in_kept(parts, size, now) if follows else None) or message_memory(parts)
 
     def rest(self) -> None:
-        """Let go of all, if nothing has come for a while."""
+        """Let go of all, if no large message has come for a while."""
         if self._kept and time.monotonic() >= self._when + _STREAM:
-            self._keep(None)
+            self._let_go()
+
+    def _in_kept(self, parts: Sequence[Any], size: int, now: float) -> OwnedDescriptor | None:
+        try:
+            kept = self._wait(size, now) or self._make(size)
+            reader = reader_of(kept.descriptor) if kept is not None else None
+            if kept is not None and reader is not None:
+                kept.fill(parts)
+                self._keep(kept)
+                return reader
+        except OSError as error:  # what is not to be kept may need less
+            self._possible = error.errno != errno.EINVAL  # a seal that the system does not know
+        return None
 
     def _wait(self, size: int, now: float) -> _Kept | None:
         """Memory that was kept and that nobody has: who reads quickly is waited for, if there is enough for a stream."""
         while True:
-            found = self._find(size)
-            if found is not None or not (self._patient and self._full(size)):
-                self._patient = self._patient or found is not None
+            with self._lock:
+                found = _taken(self._kept, size)
+            if found is not None:
+                self._patient = True
                 return found
+            there = self._kept
+            enough = any(fits(size, kept.size) for kept in there) and _too_much([*(kept.size for kept in there), size])
+            if not (enough and self._patient):
+                return None
             if time.monotonic() > now + size * _PATIENCE:
                 self._patient = False
                 return None
             time.sleep(_PAUSE)
 
-    def _find(self, size: int) -> _Kept | None:
-        """Memory of about that size that nobody has, taken out of the pool."""
+    def _make(self, size: int) -> _Kept | None:
+        made = kept_memory(size)
+        self._possible = made is not None
+        return _Kept(made) if made is not None else None
+
+    def _keep(self, kept: _Kept) -> None:
         with self._lock:
-            there = self._kept
-            for kept in reversed(there):
-                if fits(size, kept.size) and nobody_has(kept.descriptor):
-                    there.remove(kept)
-                    return kept
-        return None
-
-    def _full(self, size: int) -> bool:
-        return _too_much([*(kept.size for kept in self._kept), size])
-
-    def _make(self, parts: Sequence[Any]) -> _Kept | None:
-        with contextlib.suppress(OSError):  # a message that is not to be kept may need less
-            made = kept_memory(parts)
-            self._possible = made is not None
-            return _Kept(*made) if made is not None else None
-        return None
-
-    def _keep(self, kept: _Kept | None) -> None:
-        """Put this back, and let go of what is too much; ``None``: of all."""
-        with self._lock:
-            there = [*self._kept, kept] if kept is not None else []
-            while _too_much([one.size for one in there]):
-                del there[0]
-            let_go, self._kept = self._kept, there
+            let_go, self._kept = self._kept, _without_excess([*self._kept, kept])
         del let_go  # not under the lock: it takes its time
+
+    def _let_go(self) -> None:
+        with self._lock:
+            let_go, self._kept = self._kept, []
+        del let_go
 
 
 class _Kept:
     """Memory and the map by which it is written. A child lets go of both at a fork."""
 
-    def __init__(self, descriptor: OwnedDescriptor, mapped: mmap.mmap) -> None:
+    def __init__(self, descriptor: OwnedDescriptor) -> None:
         self.descriptor = descriptor
-        self.size = len(mapped)  # all of it is there already, so that no write can fail for want of memory
-        self._map = mapped
-        self._touched = False
-        on_fork(self, _Kept.close)
+        self._fills = 0
+        with fork_lock():  # a child has the map only if it has the hook
+            self._map = map_for_writing(descriptor)
+            on_fork(self, _Kept.close)
+        self.size = len(self._map)
 
     def fill(self, parts: Sequence[Any]) -> None:
-        """Write the parts of a message, one behind the other."""
-        if not self._touched:
-            populate(self._map, 0, self.size)
-            self._touched = True
+        """Write the parts of a message, one behind the other.
+
+        :raises OSError: the system has no memory for it.
+        """
+        self._fills += 1
+        if self._fills == 1:
+            fill_and_seal(self.descriptor, parts)
+            return
+        if self._fills == 2:
+            for start in range(0, self.size, _SLICE):
+                populate(self._map, start, min(_SLICE, self.size - start))
         place = 0
         for part in parts:
             view = memoryview(part).cast("B")
@@ -137,9 +147,29 @@ class _Kept:
 
     def close(self) -> None:
         """Unmap and close it."""
-        self._map.close()
+        with fork_lock():  # so that a child has a copy only while this knows of it
+            self._map.close()
         self.descriptor.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_map"):
+            self.close()
+
+
+def _taken(there: list[_Kept], size: int) -> _Kept | None:
+    """Memory for a message of this size that nobody has, taken out of these."""
+    for kept in reversed(there):
+        if fits(size, kept.size) and nobody_has(kept.descriptor):
+            there.remove(kept)
+            return kept
+    return None
+
+
+def _without_excess(there: list[_Kept]) -> list[_Kept]:
+    while _too_much([one.size for one in there]):
+        del there[0]
+    return there
 
 
 def _too_much(sizes: Sequence[int]) -> bool:
-    return len(sizes) > _MOST or (len(sizes) > 2 and sum(sizes) > _MOST_BYTES)
+    return len(sizes) > _MOST or (len(sizes) > 2 and sum(sizes) > _MOST_KEPT)

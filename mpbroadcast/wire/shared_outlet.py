@@ -106,6 +106,7 @@ class SharedOutlet:
 
     def _hear(self, beside: DescriptorSocket) -> bool:
         """Take in what the broker has said; ``False`` when it is gone. Under the lock."""
+        self._pool.rest()
         heard = self._heard
         while True:
             while heard:
