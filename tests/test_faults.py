@@ -4,7 +4,8 @@ A **trap** is put into the victim. It springs at the moment itself, in the middl
 test sleeps and hopes. At moments at which the victim waits in the kernel, the test sends the signal once it sees it sleep.
 
 By default the whole table runs under ``fork``, and a few of its rows under the other start methods; with
-``MPBROADCAST_FAULTS=all`` in the environment, all of it runs under each.
+``MPBROADCAST_FAULTS=all`` in the environment, all of it runs under each. The rows in which a keeper stands beside the broker
+are in ``test_faults_kept.py``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from typing import Any, Final, NamedTuple
 import psutil
 import pytest
 
+import mpbroadcast.broker.broker
 import mpbroadcast.broker.clients
+import mpbroadcast.broker.keeper
 import mpbroadcast.broker.members
 import mpbroadcast.broker.process
 import mpbroadcast.broker.publisher
@@ -50,7 +53,7 @@ import mpbroadcast.wire.outlet
 import mpbroadcast.wire.packets
 import mpbroadcast.wire.ring
 import mpbroadcast.wire.shared_inlet
-from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, Channel, connect, start_broadcaster
+from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, BrokerRestarted, Channel, connect, start_broadcaster
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.wire.memory import available
 from tests.helpers import DEADLINE, Background, Children, answer, finish, wait_until
@@ -66,6 +69,8 @@ IN_MEMORY: Final = 3_000_000
 MANY: Final = 400  # short messages: more than a small backlog and the pipes before it take
 INTERRUPTED: Final = 130  # exit code of who was ended by Ctrl-C
 LETHAL: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+DEAF: Final = ("broker", "kept broker", "keeper")  # they ignore Ctrl-C, and are in the test's own group
+GAP: Final = ("gap", 0)  # stands among the messages that were received where a channel said that the broker is another one
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -86,6 +91,7 @@ MOMENTS: Final = (
 )
 WAITING: Final = ("blocked", "draining", "idle")  # the victim sleeps in the kernel
 EARLY: Final = ("connecting", "handshake", "pipe in flight")  # it comes by itself in the first use of a handle
+IN_FLIGHT: Final = ("pipe in flight", "mid-frame", "mid-ring", "mid-memory", "memory in flight")  # of one message
 METHODS: Final = ("fork", "spawn", "forkserver")
 
 
@@ -99,8 +105,8 @@ class Case(NamedTuple):
 
     @property
     def lethal(self) -> bool:
-        """Whether the victim does not survive it; the broker ignores Ctrl-C."""
-        return self.signal in LETHAL and (self.victim, self.signal) != ("broker", signal.SIGINT)
+        """Whether the victim does not survive it."""
+        return self.signal in LETHAL and not (self.victim in DEAF and self.signal == signal.SIGINT)
 
     def __str__(self) -> str:
         return "-".join((self.victim, self.signal.name, self.moment.replace(" ", "_"), self.method))
@@ -173,7 +179,7 @@ class Trap:
 
     @property
     def companions(self) -> list[int]:
-        """The victim's own processes at that moment; for a bystander, that one."""
+        """The victim's own processes at that moment; for a bystander, a broker or a keeper, that one."""
         return [int(pid) for pid in self._file("sprung").read_text().split()]
 
     def spring(self) -> None:
@@ -183,13 +189,29 @@ class Trap:
         if self.victim == "bystander":
             self._note(self._fork_bystander())
             return
-        self._note(*(child.pid or 0 for child in multiprocessing.active_children()))
-        if self.moment not in WAITING:
+        if self.victim in DEAF:
+            self._note(os.getpid())
+        else:
+            self._note(*(child.pid or 0 for child in multiprocessing.active_children()))
+        if self.moment in WAITING:
+            return
+        if self.victim == "keeper" and self.moment != "replacing":
+            self._hit_keeper()
+        else:
             self.hit(os.getpid())
 
+    def _hit_keeper(self) -> None:
+        """In the broker, which stays where it is until its keeper is dead or stopped, if that is what becomes of it."""
+        keeper = os.getppid()
+        self.hit(keeper)
+        if self.signal == signal.SIGKILL:
+            wait_until(lambda: os.getppid() != keeper)
+        elif self.signal == signal.SIGSTOP:
+            wait_until(lambda: stopped(keeper))
+
     def hit(self, pid: int) -> None:
-        """Send the signal; Ctrl-C goes to all of the group that the victim leads. The broker is in the test's own group."""
-        if self.signal == signal.SIGINT and self.victim != "broker":
+        """Send the signal; Ctrl-C goes to all of the group that the victim leads, if it leads one."""
+        if self.signal == signal.SIGINT and self.victim not in DEAF:
             os.killpg(pid, self.signal)
         else:
             os.kill(pid, self.signal)
@@ -412,9 +434,13 @@ def _trap_half_in_memory(trap: Trap) -> None:
 
 
 def set_trap_in_broker(trap: Trap) -> None:
-    """In the broker, before it begins."""
+    """In the broker, before it begins; in its keeper, from which each broker inherits the trap, if there is one."""
     held = mpbroadcast.broker.publisher.Held
     match trap.moment:
+        case "replacing" if trap.victim == "keeper":
+            behind(mpbroadcast.broker.keeper.Patience, "pause", trap)
+        case "replacing":
+            before(mpbroadcast.broker.broker.Broker, "_restore", trap)
         case "connecting":
             before(mpbroadcast.broker.reception.Reception, "_accept", trap)
         case "handshake":
@@ -488,12 +514,20 @@ def whole(received: Any) -> tuple[str, int]:
     return who, number
 
 
+def heard(channel: Channel[Any]) -> tuple[str, int]:
+    """What a channel gives next: a message, or the gap that a broker which has died leaves."""
+    try:
+        return whole(channel.recv(DEADLINE))
+    except BrokerRestarted:
+        return GAP
+
+
 def read_to_the_end(channel: Channel[Any]) -> tuple[list[tuple[str, int]], str]:
     """All that a channel gives, and the name of what ends it."""
     seen = []
     try:
         while True:
-            seen.append(whole(channel.recv(DEADLINE)))
+            seen.append(heard(channel))
     except (EOFError, BroadcastError) as error:
         return seen, type(error).__name__
 
@@ -732,6 +766,7 @@ class Stage:
         self.seen += seen
         assert end == "EOFError"
         assert [entry for entry in self.seen if entry[0] == "test"] == self.sent
+        assert GAP not in self.seen
         self.bus.close()
         assert answer(self.watch) == (self.seen, "EOFError")
 
@@ -754,12 +789,16 @@ def stage(
     request: pytest.FixtureRequest, tmp_path: Path, children: Children, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Stage]:
     """The stage of a row of the table."""
-    case: Case = request.param
+    yield from staged(request.param, tmp_path, children, monkeypatch)
+
+
+def staged(case: Case, folder: Path, children: Children, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    """The stage of this row, until the row is done."""
     if case.moment in SHARED and not available():
         pytest.skip("there is no memory to share here")
     if case.moment == "mid-frame":
         monkeypatch.setenv("MPBROADCAST_INLINE", "1")
-    made = Stage(case, tmp_path, children)
+    made = Stage(case, folder, children)
     yield made
     made.close()
 
@@ -969,60 +1008,75 @@ def play_broker(stage: Stage) -> None:
         ends = "BrokerLost"
     if case.moment == "draining":
         stage.watch.send("go on")
-    late: list[tuple[str, int]] = []
-    if full is not None and case.signal != signal.SIGKILL:
-        # It is what everybody waits for.
-        if case.lethal:
-            late, end = read_to_the_end(full)
-            assert end == "EOFError"
-        else:
-            late = [whole(full.recv(DEADLINE)) for _ in range(MANY)]
-    error = None if act is None else act.error()
     if case.lethal:
-        assert error is None or isinstance(error, BrokerLost)
-        seen, end = read_to_the_end(stage.channel)
-        stage.seen += seen
-        assert end == ("EOFError" if case.moment == "draining" else ends)  # it had read all, and its end was said
-        others, end = answer(stage.watch)
-        assert end == ends
-        wait_until(lambda: not alive(stage.broker))
-        if case.moment != "draining":
-            for call in (bus.stats, bus.subscribe, lambda: bus.publish("late"), lambda: connect(bus.address)):
-                with pytest.raises(BroadcastError):
-                    call()
-        check_after_brokers_end(stage, sure, others, late)
+        check_the_end(stage, sure, full, act, ends)
         bus.close()
         wait_until(lambda: not folder.exists())
     else:
-        assert error is None
-        if case.moment == "draining":
-            assert read_to_the_end(stage.channel) == ([], "EOFError")
-            assert answer(stage.watch) == (stage.seen, "EOFError")
-        else:
-            stage.publish(5)
-            if full is not None:
-                bus.flush(DEADLINE)
-                bus.unsubscribe(full)
-                receive_all(full)
-            stage.end_and_compare()
-            assert stage.seen.count(("other", 0)) == (case.moment not in (*WAITING, "connecting", "handshake"))
+        check_it_goes_on(stage, full, act)
     if full is not None:
         full.close()
     other.close()
 
 
+def check_the_end(
+    stage: Stage, sure: list[tuple[str, int]], full: Channel[Any] | None, act: Background | None, ends: str
+) -> None:
+    """The broker ends, and everybody hears of it by an error of the name ``ends``."""
+    draining = stage.case.moment == "draining"
+    told = ends == "EOFError"
+    late: list[tuple[str, int]] = []
+    if full is not None and told:  # it is what everybody waits for
+        late, end = read_to_the_end(full)
+        assert end == ends
+    error = None if act is None else act.error()
+    assert error is None or isinstance(error, BrokerLost)
+    seen, end = read_to_the_end(stage.channel)
+    stage.seen += seen
+    assert end == ("EOFError" if draining else ends)  # it had read all, and its end was said
+    others, end = answer(stage.watch)
+    assert end == ends
+    wait_until(lambda: not alive(stage.broker))
+    bus = stage.bus
+    if not draining:
+        for call in (bus.stats, bus.subscribe, lambda: bus.publish("late"), lambda: connect(bus.address)):
+            with pytest.raises(BroadcastError):
+                call()
+    check_after_brokers_end(stage, sure, others, late, told)
+
+
+def check_it_goes_on(stage: Stage, full: Channel[Any] | None, act: Background | None) -> None:
+    """What has happened disturbs nobody, and the broadcaster is closed as ever."""
+    moment = stage.case.moment
+    if full is not None:  # it is what everybody waits for
+        for _ in range(MANY):
+            whole(full.recv(DEADLINE))
+    assert act is None or act.error() is None
+    if moment == "draining":
+        assert read_to_the_end(stage.channel) == ([], "EOFError")
+        assert answer(stage.watch) == (stage.seen, "EOFError")
+        return
+    stage.publish(5)
+    if full is not None:
+        stage.bus.flush(DEADLINE)
+        stage.bus.unsubscribe(full)
+        receive_all(full)
+    stage.end_and_compare()
+    assert stage.seen.count(("other", 0)) == (moment in IN_FLIGHT)
+
+
 def check_after_brokers_end(
-    stage: Stage, sure: list[tuple[str, int]], others: list[tuple[str, int]], late: list[tuple[str, int]]
+    stage: Stage, sure: list[tuple[str, int]], others: list[tuple[str, int]], late: list[tuple[str, int]], told: bool
 ) -> None:
     """What had arrived was received, in order, and without gaps; of a broker that was told to end, all that was published."""
     assert late == [("test", 5 + number) for number in range(len(late))]
     assert not late or len(late) >= len(sure) - 5
-    told = stage.case.signal == signal.SIGTERM
     for seen in (stage.seen,) if stage.case.moment == "draining" and not told else (stage.seen, others):
         numbers = [entry for entry in seen if entry[0] == "test"]
         assert numbers[: len(sure)] == sure
         assert numbers == [("test", number) for number in range(len(numbers))]
         assert seen.count(("other", 0)) <= 1
+        assert GAP not in seen
     shorter, longer = sorted((stage.seen, others), key=len)
     assert longer[: len(shorter)] == shorter
     if told:

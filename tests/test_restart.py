@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import pickle
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -507,6 +509,30 @@ def test_close_after_the_keeper_was_killed(kept: Bus) -> None:
     kept.close()
     assert not broker.is_running() or broker.status() == psutil.STATUS_ZOMBIE
     assert rest(channel) == list(range(10))
+
+
+def _close_where_nobody_reaps(report: Connection) -> None:
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: an orphan is this process's, which does not ask for it
+    starter = os.fork()
+    if not starter:
+        try:
+            bus = start_broadcaster(restart=True)
+            keeper_of(bus).kill()
+            bus.close(timeout=None)
+            report.send("closed")
+        finally:
+            os._exit(0)
+    os.waitpid(starter, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets another process have the orphans")
+def test_close_where_nobody_reaps_the_orphans(fork: BaseContext, children: Children) -> None:
+    """As in a container without an init: the broker whose keeper was killed stays a zombie, for which close() does not wait."""
+    ours, theirs = fork.Pipe()
+    with ours, theirs:
+        process = children(fork, _close_where_nobody_reaps, theirs)
+        assert answer(ours) == "closed"
+        finish(process)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

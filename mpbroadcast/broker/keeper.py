@@ -62,9 +62,12 @@ def keep(starter: int, serve: Callable[[int], None], wanted: Callable[[], bool],
         if not child:
             _be_broker(lambda number=number: serve(number))  # type: ignore[misc]
         status, ending = _wait_for(child)
-        if status == 0 or ending or not wanted() or not _lives(watched):
+        if status == 0 or ending or not _lives(watched):
             return
         why = f"was ended by signal {-status}" if status < 0 else f"has ended with exit code {status}"
+        if not wanted():
+            log.error("the broker (process %d) %s: no other one is wanted", child, why)
+            return
         pause = patience.pause(clock())
         if pause is None:
             log.critical("the broker (process %d) %s, again and again: it is given up", child, why)

@@ -53,6 +53,7 @@ log = logging.getLogger("mpbroadcast.broker")
 DRAIN_TIMEOUT: Final = 5.0  # seconds, when nobody says how long
 _GRACE: Final = 3.0  # seconds for what comes behind the draining
 _SWEEP: Final = 1.0
+_PAUSE: Final = 0.01
 
 _GUARD: Final = (
     "Under the start methods spawn and forkserver the main module is imported once more in the new process, so what starts "
@@ -176,12 +177,17 @@ def _process(pid: int) -> psutil.Process | None:
 
 
 def _end(process: psutil.Process, timeout: float | None) -> None:
-    """Wait for a broker that may be nobody's child any more, and end it if it does not."""
+    """Wait for the end of a broker that may be nobody's child any more, and end it if it does not come.
+
+    It may stay a zombie for as long as it likes: that is up to whoever has to reap it.
+    """
+    deadline = Deadline(None if timeout is None else timeout + _GRACE)
     with contextlib.suppress(psutil.Error):
-        try:
-            process.wait(None if timeout is None else timeout + _GRACE)
-        except psutil.TimeoutExpired:
-            process.kill()
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if deadline.left() == 0:
+                process.kill()
+                return
+            time.sleep(_PAUSE)
 
 
 def _open_descriptors() -> frozenset[tuple[int, int, int]]:
