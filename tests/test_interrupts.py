@@ -6,12 +6,14 @@ The moments are random: ``MPBROADCAST_SEED`` repeats a run's, ``MPBROADCAST_SOAK
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
 import pickle
 import random
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,7 +29,7 @@ import pytest
 
 from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, start_broadcaster
 from mpbroadcast.broker.process import BrokerProcess, _wait_until_ready
-from mpbroadcast.wire.descriptors import PipeEnd
+from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd
 from mpbroadcast.wire.link import Link
 from mpbroadcast.wire.memory import available
 from mpbroadcast.wire.outlet import Outlet
@@ -540,6 +542,54 @@ def interrupt_at(moment: Callable[..., Any], function: Callable[..., Any], *args
         error.__traceback__ = error.__context__ = None
     finally:
         sys.settrace(before)
+
+
+def interrupt_after(count: int, function: Callable[[], Any]) -> bool:
+    """Call ``function``, and interrupt it behind so many bytecodes, its own and its callees'; whether it came to that."""
+    left = count
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                raise Interrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except Interrupt as error:
+        error.__traceback__ = error.__context__ = None
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def _take_over(numbers: list[int], taken: list[DescriptorSocket]) -> None:
+    taken.append(DescriptorSocket(numbers))
+
+
+def test_a_socket_that_is_taken_over_has_one_owner_at_each_moment() -> None:
+    """An interrupted one has the descriptor, and closes it, or has left it to the caller."""
+    count = 0
+    going_on = True
+    while going_on:
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        other.setblocking(False)
+        numbers = [one.detach()]
+        taken: list[DescriptorSocket] = []
+        going_on = interrupt_after(count, functools.partial(_take_over, numbers, taken))
+        taken.clear()
+        for number in numbers:
+            os.close(number)  # fails if it has been closed
+        assert other.recv(1) == b""  # there is no other end any more
+        other.close()
+        count += 1
+    assert count > 20
 
 
 @pytest.mark.parametrize("moment", [Link.request, PipeEnd.close], ids=lambda function: function.__qualname__)

@@ -234,11 +234,17 @@ class DescriptorSocket(socket.socket):
     def __init__(self, numbers: list[int]) -> None:
         """Take the first of ``numbers`` over."""
         self._received: Received = []
+        self._io_refs, self._closed = 0, False  # as the base class has it: an interrupt may come before that is there
         self.entry: tuple[bytes, int] | None = None  # what :meth:`hear` has returned, until that is done with
-        with _forks.lock:
-            super().__init__(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, numbers[0])
-            del numbers[0]
-            on_fork(self, DescriptorSocket.close)
+        try:
+            with _forks.lock:
+                super().__init__(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, numbers[0])
+                del numbers[0]
+                on_fork(self, DescriptorSocket.close)
+        except BaseException:
+            if self.fileno() in numbers:
+                self.detach()  # who has the number there closes it
+            raise
         self.setblocking(False)
 
     def tell(self, packet: bytes, fd: int = -1) -> bool:
