@@ -140,6 +140,7 @@ def kept_memory(size: int) -> OwnedDescriptor | None:
     os.ftruncate(made.fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
     # The system counts who has a file open for writing, but not the one that made it.
     descriptor = _opened_again(made, os.O_RDWR)
+    made.close()
     return descriptor if descriptor is not None and nobody_has(descriptor) else None
 
 
