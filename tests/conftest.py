@@ -30,16 +30,8 @@ FAILED = pytest.StashKey[bool]()
 _FIRST_HALF = {
     *("test_ring", "test_large", "test_sizes", "test_pool"),
     *("test_bad_input", "test_deaths", "test_flush_delivered", "test_fuzz", "test_idle", "test_log", "test_odd_moments"),
-    *(
-        "test_overflow",
-        "test_publish_subscribe",
-        "test_replay",
-        "test_restart",
-        "test_ring_parts",
-        "test_security",
-        "test_stall",
-    ),
-    *("test_structure", "test_threads_signals"),
+    *("test_overflow", "test_publish_subscribe", "test_replay", "test_restart", "test_ring_parts", "test_security"),
+    *("test_stall", "test_structure", "test_threads_signals"),
 }
 
 
