@@ -930,6 +930,18 @@ background(bus.flush)
 threading.Thread(target=quietly, args=(bus.wait_for_subscribers, 100), daemon=True).start()
 threading.Thread(target=forever, args=(lambda: bus.subscribe().close(),), daemon=True).start()
 """,
+    "a daemon thread that is stopped where nothing may fork": """
+import os
+from mpbroadcast.wire.descriptors import OwnedDescriptor, fork_lock
+kept = OwnedDescriptor.made_by(os.open, os.devnull, os.O_RDONLY)
+there = threading.Event()
+def stay():
+    with fork_lock():
+        there.set()
+        time.sleep(1000)
+threading.Thread(target=stay, daemon=True).start()
+there.wait()
+""",
     "atexit users": """
 bus = start_broadcaster()
 channel = bus.subscribe()

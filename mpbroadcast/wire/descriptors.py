@@ -11,6 +11,7 @@ import math
 import os
 import select
 import socket
+import sys
 import threading
 from array import array
 from collections import deque
@@ -67,9 +68,15 @@ def on_fork(something: T, in_child: Callable[[T], None], in_parent: Callable[[T]
         _forks.hooks[something] = (in_child, in_parent)
 
 
-def fork_lock() -> AbstractContextManager[Any]:
-    """While it is held nothing forks, so that what gets a descriptor can get its hook, too. Nothing waits under it."""
-    return _forks.lock
+def fork_lock(ending: Callable[[], bool] = sys.is_finalizing) -> AbstractContextManager[Any]:
+    """While it is held nothing forks, so that what gets a descriptor can get its hook, too. Nothing waits under it.
+
+    At the interpreter's end nothing forks any more, and a daemon thread may have been stopped under it for good.
+    """
+    return _NO_LOCK if ending() else _forks.lock
+
+
+_NO_LOCK: Final = contextlib.nullcontext()
 
 
 def _before_fork() -> None:
@@ -139,7 +146,7 @@ class OwnedDescriptor:
         self._give_back()
 
     def _give_back(self) -> None:
-        with _forks.lock:  # so that a child has a copy of it only while this knows of it; nothing waits under this lock
+        with fork_lock():  # so that a child has a copy of it only while this knows of it; nothing waits under this lock
             number, self._number = self._number, -1
             if number >= 0:
                 os.close(number)
