@@ -4,7 +4,8 @@ One process, the driver, draws the steps from a seed: who publishes, subscribes,
 It carries each out here or lets an actor, a process of its own, do it, and waits for the answer: so it knows what came before
 what. One channel, the witness, hears everything and says in which order; the model knows who must get what of it.
 
-``MPBROADCAST_SEED`` replays a run, and ``MPBROADCAST_SOAK`` says for how many seconds new ones are begun.
+Its schedules are the same each time; ``MPBROADCAST_SEED`` replays another run, and ``MPBROADCAST_SOAK`` says for how many seconds
+new ones are begun.
 """
 
 from __future__ import annotations
@@ -1071,7 +1072,9 @@ WEIGHTS: Final = {
 @pytest.mark.timeout(int(SECONDS) + 120)
 def test_random_schedules(children: Children, fork: BaseContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many thousand steps, drawn from one seed after the other: each channel gets what the model says, and nothing else."""
-    first = int(os.environ.get("MPBROADCAST_SEED", time.time_ns() % 1_000_000_007))
+    # The same schedules each time, unless new ones are asked for.
+    chosen = time.time_ns() % 1_000_000_007 if "MPBROADCAST_SOAK" in os.environ else 1
+    first = int(os.environ.get("MPBROADCAST_SEED", chosen))
     print(f"MPBROADCAST_SEED={first}")
     covered: Counter[str] = Counter()
     deadline = time.monotonic() + SECONDS
