@@ -4,8 +4,8 @@ One process, the driver, draws the steps from a seed: who publishes, subscribes,
 It carries each out here or lets an actor, a process of its own, do it, and waits for the answer: so it knows what came before
 what. One channel, the witness, hears everything and says in which order; the model knows who must get what of it.
 
-Its schedules are the same each time; ``MPBROADCAST_SEED`` replays another run, and ``MPBROADCAST_SOAK`` says for how many seconds
-new ones are begun.
+Its schedules are the same each time; ``MPBROADCAST_SEED`` replays another run, and ``MPBROADCAST_SOAK`` says for how many
+seconds new ones are begun.
 """
 
 from __future__ import annotations
