@@ -8,18 +8,6 @@ from typing import Any
 
 from mpbroadcast.errors import AddressError
 
-__all__ = [
-    "MAX_ADDRESS",
-    "MAX_TOPIC",
-    "Deadline",
-    "check_address",
-    "check_authkey",
-    "check_count",
-    "check_timeout",
-    "encode_topic",
-    "encoded_topic",
-]
-
 MAX_TOPIC = 1024  # bytes of UTF-8
 MAX_ADDRESS = 107  # bytes: what sun_path holds on Linux, less its NUL; macOS has four fewer and says so itself
 

@@ -29,8 +29,6 @@ from mpbroadcast.wire.link import Answer, Link
 from mpbroadcast.wire.payload import PROTOCOL, LargeBuffer, Payload, dumps, gather, keep_in_band
 from mpbroadcast.wire.shared_outlet import SHARED_FROM
 
-__all__ = ["Broadcaster"]
-
 M = TypeVar("M")
 
 DEFAULT_CAPACITY: Final = 64 << 20

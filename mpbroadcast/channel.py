@@ -31,8 +31,6 @@ from mpbroadcast.wire.shared_inlet import SharedInlet
 from mpbroadcast.wire.stream import END_OF_MESSAGES, LOST, End, Stream, follow, take_in
 from mpbroadcast.wire.tasks import Tasks
 
-__all__ = ["Channel"]
-
 M = TypeVar("M")
 E = TypeVar("E", bound=Exception)
 

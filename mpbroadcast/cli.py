@@ -37,8 +37,6 @@ from mpbroadcast.errors import BroadcastError
 from mpbroadcast.functions import start_broadcaster
 from mpbroadcast.selector import Selector
 
-__all__ = ["main"]
-
 # Small, so that the slowest worker sets the pace and memory stays bounded, however large the tree is.
 _CAPACITY = 1 << 20
 _SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})

@@ -14,21 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpbroadcast.channel import Channel
 
-__all__ = [
-    "AddressError",
-    "AuthenticationFailed",
-    "BroadcastError",
-    "BrokerCrashed",
-    "BrokerLost",
-    "BrokerRestarted",
-    "ChannelInUse",
-    "ClosedError",
-    "Lagged",
-    "Overflowed",
-    "StartError",
-    "TimedOut",
-]
-
 
 class BroadcastError(Exception):
     """The base of all exceptions of this package.

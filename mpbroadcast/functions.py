@@ -16,8 +16,6 @@ from mpbroadcast.channel import Channel
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
 from mpbroadcast.wire.link import Link, remember_key
 
-__all__ = ["connect", "publish", "start_broadcaster", "subscribe", "unsubscribe"]
-
 M = TypeVar("M")
 
 _STALL_TIMEOUT: Final = 30.0

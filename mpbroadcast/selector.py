@@ -15,8 +15,6 @@ from mpbroadcast.errors import BrokerLost, ClosedError, TimedOut
 if TYPE_CHECKING:
     from mpbroadcast.channel import Channel
 
-__all__ = ["Selector", "channel_to_selector"]
-
 M = TypeVar("M")
 N = TypeVar("N")
 

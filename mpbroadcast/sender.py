@@ -16,8 +16,6 @@ from mpbroadcast.wire.outlet import Outlet
 from mpbroadcast.wire.payload import Payload
 from mpbroadcast.wire.shared_outlet import SHARED_FROM, SharedOutlet
 
-__all__ = ["Sender", "framed"]
-
 _NOWHERE: Final = PipeEnd([-1])
 
 

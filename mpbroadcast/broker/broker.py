@@ -28,8 +28,6 @@ from mpbroadcast.broker.reception import Reception
 from mpbroadcast.broker.router import Router, listed
 from mpbroadcast.broker.traffic import Traffic
 
-__all__ = ["READY", "STOPPING", "Broker", "Succession", "new_identity"]
-
 
 @dataclass(frozen=True)
 class Succession:

@@ -28,8 +28,6 @@ from mpbroadcast.wire.control import (
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
 
-__all__ = ["Client", "peer_of"]
-
 _READ: Final = 1 << 16
 _SOL_LOCAL: Final = 0  # macOS: level and names of what SO_PEERCRED is on Linux, from its sys/un.h
 _LOCAL_PEERCRED: Final = 1

@@ -9,8 +9,6 @@ from typing import Final
 from mpbroadcast.broker.router import matches
 from mpbroadcast.wire.frames import Batch, Parcel
 
-__all__ = ["History"]
-
 MOST_TOPICS: Final = 4096
 MOST_BYTES: Final = 64 << 20  # of charge, in all
 

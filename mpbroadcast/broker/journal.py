@@ -12,8 +12,6 @@ import os
 import tempfile
 from typing import Any, Final
 
-__all__ = ["Journal", "replayed"]
-
 _HEAD: Final = 17  # characters: a number in hexadecimal, and the end of the line
 _SHORT: Final = 1 << 16  # bytes that are not worth writing anew
 

@@ -16,8 +16,6 @@ from typing import Final
 
 import psutil
 
-__all__ = ["Patience", "keep"]
-
 log = logging.getLogger("mpbroadcast.broker")
 
 _DEATHS: Final = 5

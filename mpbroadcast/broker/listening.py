@@ -19,8 +19,6 @@ from typing import Final
 
 from mpbroadcast.arguments import MAX_ADDRESS
 
-__all__ = ["Kept", "Listening", "identity", "remove_forgotten_folders", "remove_leftovers", "why_not"]
-
 _FOLDER: Final = "mpbroadcast-"
 _SOCKET: Final = "broker"
 _KEEPER: Final = "keeper"

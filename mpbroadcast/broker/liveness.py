@@ -11,8 +11,6 @@ import os
 
 import psutil
 
-__all__ = ["PeerProcess", "birth"]
-
 
 def birth(pid: int) -> float:
     """When the process began, by which it can be told from a later one with its number; 0 if that cannot be said."""

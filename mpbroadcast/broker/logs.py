@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-__all__ = ["AtMost", "set_up"]
-
 _LINES: Final = 20  # in a second
 
 

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["ERROR", "IN", "OUT", "Loop"]
-
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
 ERROR: Final = select.POLLERR | select.POLLHUP  # always reported, also to who asked for nothing

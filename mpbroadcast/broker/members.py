@@ -30,20 +30,6 @@ if TYPE_CHECKING:
     from mpbroadcast.broker.clients import Client
     from mpbroadcast.broker.publisher import Held, Publisher
 
-__all__ = [
-    "LONGEST_PATIENCE",
-    "LONGEST_RETRY",
-    "PIPE_SIZE",
-    "SHORTEST_RETRY",
-    "Peer",
-    "Session",
-    "State",
-    "Subscription",
-    "new_pipe",
-    "new_socket",
-    "unread",
-]
-
 log = logging.getLogger("mpbroadcast.broker")
 
 PIPE_SIZE: Final = 1 << 18  # bytes, when the system gives so much

@@ -22,8 +22,6 @@ from typing import Final
 from mpbroadcast.wire.frames import FRAME_OVERHEAD, PIPE_BUF, Batch, Parcel, References
 from mpbroadcast.wire.runs import END, GAP, OVERFLOWED, RUN, SKIPPED, Run, note_run
 
-__all__ = ["POLICIES", "Ledger", "Outbox"]
-
 POLICIES: Final = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
 
 _WRITE: Final = 1 << 18  # bytes to join for one write at the most: what the pipe can take

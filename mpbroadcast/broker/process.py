@@ -46,8 +46,6 @@ from mpbroadcast.broker.requests import answer
 from mpbroadcast.errors import StartError
 from mpbroadcast.wire.descriptors import on_fork, without_heirs
 
-__all__ = ["BrokerProcess"]
-
 log = logging.getLogger("mpbroadcast.broker")
 
 DRAIN_TIMEOUT: Final = 5.0  # seconds, when nobody says how long

@@ -15,8 +15,6 @@ from mpbroadcast.wire.frames import Batch, FrameError, Item, Opening, Parcel, Re
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
 
-__all__ = ["Held", "Parked", "Publisher"]
-
 log = logging.getLogger("mpbroadcast.broker")
 
 _MOST_GIVEN_UP: Final = 1024

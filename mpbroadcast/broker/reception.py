@@ -16,8 +16,6 @@ from mpbroadcast.broker.loop import IN, Loop
 from mpbroadcast.broker.members import Peer
 from mpbroadcast.wire.control import serve_handshake
 
-__all__ = ["Reception"]
-
 log = logging.getLogger("mpbroadcast.broker")
 
 _HANDSHAKE_TIMEOUT: Final = 5.0  # seconds

@@ -15,8 +15,6 @@ from mpbroadcast.broker.members import Session, Subscription
 from mpbroadcast.broker.outbox import POLICIES
 from mpbroadcast.broker.publisher import Publisher
 
-__all__ = ["answer"]
-
 
 class _Refused(Exception):
     def __init__(self, kind: str, text: str, **more: Any) -> None:

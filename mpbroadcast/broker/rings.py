@@ -10,8 +10,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-__all__ = ["Holds", "Unread"]
-
 R = TypeVar("R")
 
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase, translate
 from typing import Final, Generic, TypeVar
 
-__all__ = ["Router", "listed", "matches"]
-
 S = TypeVar("S")
 
 _LISTED: Final = 10

@@ -37,8 +37,6 @@ from mpbroadcast.wire.runs import Run, run_of
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
 
-__all__ = ["Lender", "Memory", "Ring", "Store"]
-
 log = logging.getLogger("mpbroadcast.broker")
 
 _MOST_RINGS: Final = 4  # of one publisher, with those that are only read any more

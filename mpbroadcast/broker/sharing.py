@@ -18,8 +18,6 @@ from mpbroadcast.broker.publisher import Held, Publisher
 from mpbroadcast.broker.shared import Lender, Ring, Store
 from mpbroadcast.wire.packets import MAPPED, READ, REFUSED, PacketError, unpack
 
-__all__ = ["Sharing"]
-
 _SMALLEST: Final = 4 << 20  # capacity: of less, what was read and not told of yet would be too large a part
 _LOOK_AGAIN: Final = 0.001  # seconds, when a reader has so little to read that it will not tell of it
 

@@ -10,8 +10,6 @@ from mpbroadcast.broker.members import Subscription
 from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.router import Router, listed
 
-__all__ = ["Stalls"]
-
 log = logging.getLogger("mpbroadcast.broker")
 
 

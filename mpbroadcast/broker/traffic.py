@@ -26,8 +26,6 @@ from mpbroadcast.broker.stalls import Stalls
 from mpbroadcast.wire.frames import Batch, FrameError, Opening, Parcel
 from mpbroadcast.wire.runs import Run, parcel_run, run_of
 
-__all__ = ["Traffic"]
-
 log = logging.getLogger("mpbroadcast.broker")
 
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events

@@ -8,8 +8,6 @@ from mpbroadcast.arguments import Deadline
 from mpbroadcast.errors import BrokerLost
 from mpbroadcast.wire.link import Answer, Link
 
-__all__ = ["Attachment"]
-
 
 class Attachment:
     """To the broker of this identity at ``address``: through ``link``, or through one that is made when it is first needed.

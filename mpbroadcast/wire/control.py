@@ -17,19 +17,6 @@ from collections.abc import Generator, Sequence
 from struct import Struct
 from typing import Any, Final
 
-__all__ = [
-    "MAX_HANDSHAKE",
-    "MAX_REPLY",
-    "MAX_REQUEST",
-    "ControlError",
-    "Handshake",
-    "Inbox",
-    "client_handshake",
-    "decode",
-    "encode",
-    "serve_handshake",
-]
-
 MAX_REQUEST: Final = 4 << 20  # bytes of one request: some thousand topics of full length
 MAX_REPLY: Final = 1 << 30  # bytes of one reply, from the broker, who is trusted: stats of very many subscriptions
 MAX_HANDSHAKE: Final = 256  # bytes of one of its messages

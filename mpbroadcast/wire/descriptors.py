@@ -23,18 +23,6 @@ from weakref import WeakKeyDictionary
 
 from mpbroadcast.arguments import Deadline
 
-__all__ = [
-    "DescriptorSocket",
-    "OwnedDescriptor",
-    "PipeEnd",
-    "Received",
-    "close_received",
-    "fork_lock",
-    "on_fork",
-    "receive",
-    "without_heirs",
-]
-
 _SPACE: Final = socket.CMSG_SPACE(2 * array("i").itemsize)
 _PACKET: Final = 64  # bytes of one on a descriptor socket at the most
 

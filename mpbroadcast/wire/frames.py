@@ -25,31 +25,6 @@ from collections.abc import Iterator
 from struct import Struct, iter_unpack
 from typing import Any, Final, NamedTuple
 
-__all__ = [
-    "FRAME_OVERHEAD",
-    "HEAD",
-    "IMAGE",
-    "MAX_FRAME",
-    "OVERHEAD",
-    "PIPE_BUF",
-    "REFERENCE_SIZE",
-    "Batch",
-    "FrameError",
-    "Item",
-    "Opening",
-    "Parcel",
-    "References",
-    "Splitter",
-    "abort",
-    "frame_head",
-    "memory_frame",
-    "pieces",
-    "plain_reference",
-    "reference_frame",
-    "references_in",
-    "topic_of",
-]
-
 PIPE_BUF: Final = select.PIPE_BUF
 MAX_FRAME: Final = 0xFFFF_FFFF
 EXCLUDE: Final = 1 << 16

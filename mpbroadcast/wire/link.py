@@ -50,8 +50,6 @@ from mpbroadcast.wire.descriptors import (
     receive,
 )
 
-__all__ = ["CONNECT_TIMEOUT", "Answer", "Link", "drop", "for_answer", "remember_key"]
-
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
 _MOST_TO_DROP: Final = 4096
 _READ: Final = 1 << 16

@@ -26,25 +26,6 @@ from typing import Any, Final
 
 from mpbroadcast.wire.descriptors import OwnedDescriptor
 
-__all__ = [
-    "MemoryRefused",
-    "available",
-    "check_message",
-    "check_ring",
-    "fill_and_seal",
-    "fits",
-    "keep_freed_memory",
-    "kept_memory",
-    "map_for_reading",
-    "map_for_writing",
-    "map_privately",
-    "message_memory",
-    "nobody_has",
-    "populate",
-    "reader_of",
-    "ring_memory",
-]
-
 # As Linux has them in its fcntl.h and memfd.h; Python has not all of them before 3.13.
 _SEAL_SEAL: Final = 0x1
 _SEAL_SHRINK: Final = 0x2

@@ -19,8 +19,6 @@ from mpbroadcast.errors import TimedOut
 from mpbroadcast.wire.descriptors import PipeEnd
 from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, abort, pieces
 
-__all__ = ["Outlet"]
-
 _numbers: Final = itertools.count(1)  # of messages in pieces
 
 

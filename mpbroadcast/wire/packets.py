@@ -24,22 +24,6 @@ from __future__ import annotations
 from struct import Struct, error
 from typing import Final, NamedTuple
 
-__all__ = [
-    "ACCEPTED",
-    "FREE",
-    "MAPPED",
-    "MEMORY",
-    "READ",
-    "REFUSED",
-    "RING",
-    "ROUTED",
-    "WANTED",
-    "Packet",
-    "PacketError",
-    "pack",
-    "unpack",
-]
-
 RING: Final = 1
 ACCEPTED: Final = 2
 REFUSED: Final = 3

@@ -22,22 +22,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 if TYPE_CHECKING:
     from mpbroadcast.wire.runs import RunView
 
-__all__ = [
-    "PROTOCOL",
-    "Failure",
-    "LargeBuffer",
-    "Payload",
-    "dumps",
-    "gather",
-    "keep_in_band",
-    "load",
-    "load_copied_image",
-    "load_each",
-    "load_image",
-    "load_run",
-    "loads",
-]
-
 PROTOCOL: Final = 5
 OUT_OF_BAND: Final = 1 << 16  # bytes of a buffer from which on it is left out of the pickle
 

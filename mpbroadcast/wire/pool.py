@@ -29,8 +29,6 @@ from mpbroadcast.wire.memory import (
     reader_of,
 )
 
-__all__ = ["MemoryPool"]
-
 _MOST: Final = 4  # memories: one that is read, one that waits, one on its way to them, and one to be written
 _MOST_KEPT: Final = 1 << 26  # bytes of them, but two there may be at any rate
 _LARGEST: Final = 9 << 25  # bytes of a message that is kept: beyond that, it is much to have for the next one

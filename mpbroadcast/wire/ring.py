@@ -16,8 +16,6 @@ from mpbroadcast.wire.descriptors import on_fork
 from mpbroadcast.wire.frames import plain_reference
 from mpbroadcast.wire.memory import populate
 
-__all__ = ["CHUNK", "CHUNKS", "LONGEST", "Ring", "Room", "aligned", "span"]
-
 CHUNK: Final = 1 << 18  # bytes
 CHUNKS: Final = 32
 LONGEST: Final = 1 << 21  # bytes of a message: a longer one gets memory of its own

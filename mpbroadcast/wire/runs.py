@@ -30,30 +30,6 @@ from typing import Final, NamedTuple
 
 from mpbroadcast.wire.frames import OVERHEAD, REFERENCE_SIZE, Batch, Parcel, References
 
-__all__ = [
-    "END",
-    "GAP",
-    "GONE",
-    "IN_MEMORY",
-    "MESSAGES",
-    "OFFER",
-    "OVERFLOWED",
-    "REFERENCES",
-    "RESTARTED",
-    "RUN",
-    "SKIPPED",
-    "Run",
-    "RunView",
-    "note",
-    "note_run",
-    "parcel_run",
-    "read_memory",
-    "read_references",
-    "read_run",
-    "references_run",
-    "run_of",
-]
-
 RUN: Final = Struct("<QIBBH")
 _NOTE: Final = Struct("<QIBBHQ")
 TAIL: Final = b"\n"

@@ -19,8 +19,6 @@ from mpbroadcast.wire.payload import Failure, load, load_copied_image, load_each
 from mpbroadcast.wire.ring import CHUNK
 from mpbroadcast.wire.runs import OFFER, REFERENCES, RunView, read_memory, read_references
 
-__all__ = ["SharedInlet"]
-
 _SAY_EVERY: Final = 2 * CHUNK  # bytes read, until the broker is told; an empty pipe tells it, too
 
 

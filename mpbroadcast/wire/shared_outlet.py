@@ -27,8 +27,6 @@ from mpbroadcast.wire.payload import Payload
 from mpbroadcast.wire.pool import MemoryPool
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, LONGEST, Ring
 
-__all__ = ["MEMORY_FROM", "SHARED_FROM", "SharedOutlet"]
-
 SHARED_FROM: Final = 2048  # bytes of a message from which on it goes this way
 MEMORY_FROM: Final = 1 << 18  # bytes from which on memory of its own is better than the pipe
 _PATIENCE: Final = 0.05  # seconds to wait for a free chunk

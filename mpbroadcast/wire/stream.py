@@ -33,8 +33,6 @@ from mpbroadcast.wire.runs import (
 )
 from mpbroadcast.wire.shared_inlet import SharedInlet
 
-__all__ = ["END_OF_MESSAGES", "LOST", "End", "Stream", "decode", "follow", "take_in"]
-
 
 class End:
     """Stands behind the last message, and stays there."""

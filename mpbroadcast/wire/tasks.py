@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-__all__ = ["Tasks"]
-
 
 class Tasks:
     """Those that wait for what is a descriptor at a time."""
