@@ -407,13 +407,7 @@ class Broadcaster(Generic[M]):
 
         It can be called again.
         """
-        self._close(check_timeout(timeout), False)
-
-    def close_at_exit(self) -> None:
-        """What :meth:`close` does, at the end of the program: nobody is left in it to miss what it did not receive."""
-        self._close(_CLOSE_TIMEOUT, True)
-
-    def _close(self, timeout: float | None, quiet: bool) -> None:
+        timeout = check_timeout(timeout)
         if self._ended:
             return
         process, attachment = self._process, self._attachment
@@ -431,7 +425,7 @@ class Broadcaster(Generic[M]):
         if process is not None:
             told = 0
             with contextlib.suppress(BroadcastError, OSError):
-                link, answer = attachment.ask("stop", Deadline(_CLOSE_TIMEOUT), timeout=timeout, quiet=quiet)
+                link, answer = attachment.ask("stop", Deadline(_CLOSE_TIMEOUT), timeout=timeout)
                 told = answer.said["pid"]
             process.end(timeout, told=told)
             if link is not None:

@@ -87,7 +87,7 @@ def start_broadcaster(
         process = started[0]
         link = Link(process.address)
         bus: Broadcaster[Any] = Broadcaster(process.address, link.broker, link=link, process=process)
-        process.end_at_exit(bus.close_at_exit)
+        process.end_at_exit(bus.close)
     except BaseException as error:
         for process in started:
             process.end(0, told=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
@@ -362,6 +363,9 @@ def ends() -> Iterator[tuple[Connection, Connection]]:
         yield ours, theirs
 
 
+with_sha256 = pytest.mark.skipif(sys.version_info < (3, 12), reason="multiprocessing has HMAC-MD5 only")
+
+
 def standard_server(connection: Connection, key: bytes) -> None:
     """What multiprocessing's Listener does with who connects."""
     deliver_challenge(connection, key)
@@ -374,6 +378,7 @@ def standard_client(connection: Connection, key: bytes) -> None:
     deliver_challenge(connection, key)
 
 
+@with_sha256
 def test_the_standard_client_is_let_in(ends: tuple[Connection, Connection]) -> None:
     """Python's own client and our server prove their key to each other."""
     ours, theirs = ends
@@ -382,6 +387,7 @@ def test_the_standard_client_is_let_in(ends: tuple[Connection, Connection]) -> N
     client.result()
 
 
+@with_sha256
 def test_the_standard_server_lets_us_in(ends: tuple[Connection, Connection]) -> None:
     """Our client and Python's own server prove their key to each other."""
     ours, theirs = ends
@@ -390,6 +396,7 @@ def test_the_standard_server_lets_us_in(ends: tuple[Connection, Connection]) -> 
     server.result()
 
 
+@with_sha256
 def test_the_standard_client_hears_that_its_key_is_wrong(ends: tuple[Connection, Connection]) -> None:
     """It gets its usual error from our server."""
     ours, theirs = ends
@@ -398,6 +405,7 @@ def test_the_standard_client_hears_that_its_key_is_wrong(ends: tuple[Connection,
     assert isinstance(client.error(), AuthenticationError)
 
 
+@with_sha256
 def test_the_standard_server_tells_us_that_our_key_is_wrong(ends: tuple[Connection, Connection]) -> None:
     """Our client understands its refusal."""
     ours, theirs = ends

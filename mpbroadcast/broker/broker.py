@@ -94,7 +94,6 @@ class Broker:
         self._waiting: dict[Client, Callable[[], bool]] = {}
         self._undelivered: dict[Client, dict[Subscription, int]] = {}
         self._stopped_by: Peer | None = None
-        self._quiet = False
         if self._journal is not None:
             self._restore(self._journal)
 
@@ -374,18 +373,14 @@ class Broker:
 
     # --- the end
 
-    def stop(self, timeout: float, by: Peer | None = None, *, quiet: bool = False) -> None:
-        """Drain for at most ``timeout`` seconds, then end. What ``by`` has open is not waited for.
-
-        ``quiet``: ``by`` is at its own end, and nobody is left there to miss what it did not receive.
-        """
+    def stop(self, timeout: float, by: Peer | None = None) -> None:
+        """Drain for at most ``timeout`` seconds, then end. What ``by`` has open is not waited for."""
         if self.stopping:
             return
         self.stopping = True
         if self._journal is not None:
             self._journal.put({"number": STOPPING, "it": True})
         self._stopped_by = by
-        self._quiet = quiet
         self.loop.later(timeout, self._time_is_over)
         for subscription in list(self.subscriptions.values()):
             subscription.not_waited_for = subscription.session.peer is by
@@ -422,7 +417,7 @@ class Broker:
     def _give_up(self, subscription: Subscription) -> None:
         own = self._stopped_by is subscription.session.peer
         log.log(
-            logging.DEBUG if own and self._quiet else logging.WARNING,
+            logging.DEBUG if own else logging.WARNING,
             "channel %d of process %d (%s) was closed with %d message(s) waiting: it %s",
             subscription.number,
             subscription.pid,

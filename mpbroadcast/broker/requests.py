@@ -259,7 +259,7 @@ def _stop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     if timeout is not None and (type(timeout) not in (int, float) or not 0 <= timeout <= _FOREVER):
         raise _Refused("value", f"timeout must be 0 or more seconds, not {timeout!r}")
     client.reply({"pid": os.getpid()})
-    broker.stop(_FOREVER if timeout is None else float(timeout), client.peer, quiet=bool(message.get("quiet")))
+    broker.stop(_FOREVER if timeout is None else float(timeout), client.peer)
 
 
 _FOREVER: Final = 1e9

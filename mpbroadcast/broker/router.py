@@ -16,7 +16,7 @@ _CACHED_TOPICS: Final = 16384  # at most 1 KiB each; all are forgotten when ther
 
 
 class Router(Generic[S]):
-    """Topics and patterns, and the subscriptions that they lead to, each once, in the order in which they came."""
+    """Topics and patterns, and the subscriptions that they lead to, each once, in no particular order."""
 
     def __init__(self) -> None:
         self._topics: dict[S, dict[str, None]] = {}
@@ -25,17 +25,11 @@ class Router(Generic[S]):
         self._patterns: dict[str, dict[str, tuple[re.Pattern[str], dict[S, None]]]] = {}
         self._lengths: Counter[int] = Counter()  # of those beginnings
         self._found: dict[bytes, tuple[S, ...]] = {}
-        self._rank: dict[S, int] = {}
-        self._next_rank = 0
 
     def add(self, subscription: S, topics: Iterable[str]) -> None:
         """Lead these topics to it, too."""
         self._found.clear()
-        if subscription not in self._topics:
-            self._topics[subscription] = {}
-            self._rank[subscription] = self._next_rank
-            self._next_rank += 1
-        own = self._topics[subscription]
+        own = self._topics.setdefault(subscription, {})
         for topic in topics:
             own[topic] = None
             if is_pattern(topic):
@@ -80,7 +74,6 @@ class Router(Generic[S]):
         """Forget it."""
         self.drop(subscription, self.topics(subscription))
         self._topics.pop(subscription, None)
-        self._rank.pop(subscription, None)
 
     def topics(self, subscription: S) -> tuple[str, ...]:
         """What leads to it, in the order in which it was added."""
@@ -100,7 +93,7 @@ class Router(Generic[S]):
                     for pattern, subscriptions in self._patterns.get(text[:length], {}).values():
                         if pattern.match(text):
                             members.update(subscriptions)
-            found = tuple(sorted(members, key=self._rank.__getitem__))
+            found = tuple(members)
             if len(self._found) >= _CACHED_TOPICS:
                 self._found.clear()
             self._found[topic] = found

@@ -2,8 +2,8 @@
 
 A message is a length (4 bytes, big-endian) and a body, as ``multiprocessing.connection`` has it. First comes its
 challenge: each side proves that it has the key, the client first. It stands here again as a state machine, because the
-standard functions block: a client that says nothing would hold up a thread each. HMAC-SHA256 is what this side asks for;
-the answer of Python 3.11's own client (HMAC-MD5) is understood as well, as Python 3.12 and later do.
+standard functions block: a client that says nothing would hold up a thread each. The digest is HMAC-SHA256, which
+``multiprocessing`` has from Python 3.12 on.
 
 Behind the handshake a body is JSON, an object: never a pickle.
 """
@@ -25,7 +25,6 @@ _CHALLENGE: Final = b"#CHALLENGE#"
 _WELCOME: Final = b"#WELCOME#"
 _FAILURE: Final = b"#FAILURE#"
 _SHA256: Final = b"{sha256}"
-_MD5_LENGTH: Final = 16
 
 
 class ControlError(Exception):
@@ -123,17 +122,14 @@ def _answer(key: bytes, challenge: bytes) -> bytes:
     if not challenge.startswith(_CHALLENGE) or not len(_CHALLENGE) + 16 <= len(challenge) <= MAX_HANDSHAKE:
         raise ControlError("no challenge where one was due")
     question = challenge[len(_CHALLENGE) :]
-    return _digest(key, question, 0 if question.startswith(_SHA256) else _MD5_LENGTH)
+    if not question.startswith(_SHA256):
+        raise ControlError("a challenge of another kind than SHA-256")
+    return _digest(key, question)
 
 
 def _is_answer(response: bytes, key: bytes, question: bytes) -> bool:
-    return hmac.compare_digest(response, _digest(key, question, len(response)))
+    return hmac.compare_digest(response, _digest(key, question))
 
 
-def _digest(key: bytes, question: bytes, length: int) -> bytes:
-    if length != _MD5_LENGTH:
-        return _SHA256 + hmac.digest(key, question, "sha256")
-    try:
-        return hmac.digest(key, question, "md5")
-    except ValueError:  # a system without MD5: no such answer is right
-        return os.urandom(_MD5_LENGTH)
+def _digest(key: bytes, question: bytes) -> bytes:
+    return _SHA256 + hmac.digest(key, question, "sha256")
