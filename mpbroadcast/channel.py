@@ -308,7 +308,7 @@ class Channel(Generic[M]):
 
     def _let_tail_go(self) -> None:
         """Nothing decoded is left: let the descriptor tell what is behind it. Under the lock."""
-        if self._held and not self._stream.more:
+        if self._held and not self._stream.decodable(self._held):
             self._held = False
             if self._pipe is not None:
                 take_in(self._stream, self._pipe.fd, 1)

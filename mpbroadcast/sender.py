@@ -91,9 +91,8 @@ class Sender:
             self.follow()
             return None
         finally:
-            # While something is owed, the short way is closed: it would not say it.
             if not self._closed and outlet is not None and outlet is self.outlet:
-                self.pipe = _NOWHERE if outlet.owes else outlet.pipe
+                self.pipe = outlet.pipe
 
     def _make(self, deadline: Deadline) -> Outlet:
         if self._closed:
@@ -106,10 +105,7 @@ class Sender:
         def ask(deadline: Deadline) -> DescriptorSocket | None:
             return link.request("beside", publisher=number, deadline=for_answer(deadline)).beside
 
-        def give_up(message: int) -> None:
-            link.note("given up", publisher=number, message=message)
-
-        outlet = Outlet(answer.end, number, give_up)
+        outlet = Outlet(answer.end, number)
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
         outlet, shared = self._made.setdefault(link.number, (outlet, SharedOutlet(outlet, ask)))
         self._link, self.outlet, self.shared = link, outlet, shared

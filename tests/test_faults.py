@@ -435,7 +435,7 @@ def _trap_half_in_memory(trap: Trap) -> None:
 
 def set_trap_in_broker(trap: Trap) -> None:
     """In the broker, before it begins; in its keeper, from which each broker inherits the trap, if there is one."""
-    held = mpbroadcast.broker.publisher.Held
+    held = mpbroadcast.broker.items.RingMessages
     match trap.moment:
         case "replacing" if trap.victim == "keeper":
             behind(mpbroadcast.broker.keeper.Patience, "pause", trap)
@@ -454,7 +454,7 @@ def set_trap_in_broker(trap: Trap) -> None:
         case "mid-memory":
             behind(mpbroadcast.broker.shared.Lender, "fetch", trap)
         case "memory in flight":
-            behind(mpbroadcast.broker.members.Subscription, "_send_memory", trap)
+            behind(mpbroadcast.broker.window.Window, "_send_memory", trap)
 
 
 class _BrokersProcess(BaseProcess):

@@ -56,8 +56,8 @@ from mpbroadcast.wire.descriptors import DescriptorSocket, Received, close_recei
 from mpbroadcast.wire.frames import (
     PIPE_BUF,
     Batch,
+    Found,
     FrameError,
-    Item,
     Parcel,
     References,
     Splitter,
@@ -175,7 +175,7 @@ def written(topic: bytes = b"fuzz") -> list[bytes]:
     ]
 
 
-def check_items(items: Sequence[Item]) -> None:
+def check_items(items: Sequence[Found]) -> None:
     """Each is what it says of itself."""
     for item in items:
         if isinstance(item, Batch):

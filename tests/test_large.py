@@ -34,7 +34,7 @@ from mpbroadcast.wire.frames import IMAGE, Parcel, frame_head, memory_frame, ref
 from mpbroadcast.wire.link import Link
 from mpbroadcast.wire.memory import available, message_memory, ring_memory
 from mpbroadcast.wire.packets import MAPPED, MEMORY, READ, RING, WANTED, pack
-from mpbroadcast.wire.runs import parcel_run, read_run
+from mpbroadcast.wire.runs import memory_run, read_run
 from mpbroadcast.wire.shared_inlet import SharedInlet
 from tests import large_workers as workers
 from tests.helpers import DEADLINE, Children, answer, finish, only_subscriber, take, wait_until
@@ -182,7 +182,7 @@ def test_memory_that_came_before_the_broker_let_go() -> None:
     theirs.tell(pack(READ, 0, 7))
     ours.close()
     for name in (1, 2):
-        data = parcel_run(Parcel(name, len(pickled), b"", 0, frame_head(len(pickled), b""), False), name).data
+        data = memory_run(Parcel(name, len(pickled), b"", 0, frame_head(len(pickled), b""), False), name)
         run = read_run(data, 0)
         assert run is not None
         (message,), whole, _ = inlet.load_run(data, run)

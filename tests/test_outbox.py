@@ -20,9 +20,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mpbroadcast.broker.outbox import POLICIES, Ledger, Outbox
+from mpbroadcast.broker.outbox import POLICIES, Outbox
 from mpbroadcast.wire.frames import (
     FRAME_OVERHEAD,
+    MOST_TOGETHER,
     PIPE_BUF,
     Batch,
     frame_head,
@@ -34,6 +35,7 @@ from mpbroadcast.wire.runs import (
     MESSAGES,
     OVERFLOWED,
     SKIPPED,
+    Account,
     Run,
     RunView,
     note_run,
@@ -55,9 +57,9 @@ def batch_of(first: int, sizes: Iterable[int]) -> Batch:
     return Batch(b"".join(frames), array("I", map(len, frames)), b"", 0, len(frame_head(0, b"")))
 
 
-def messages(first: int, count: int, size: int = 100) -> Run:
+def messages(first: int, count: int, size: int = 100, account: Account | None = None) -> Run:
     """A run of ``count`` messages, numbered from ``first`` on."""
-    return run_of(batch_of(first, [size] * count))
+    return run_of(batch_of(first, [size] * count), account)
 
 
 def charge_of(first: int, size: int) -> int:
@@ -214,8 +216,8 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(capacity=st.sampled_from([1, 3000, 10_000, 30_000, 100_000]), pages=st.sampled_from([1, 2, 1, 16]))
     def begin(self, capacity: int, pages: int) -> None:
-        self.ledger = Ledger()
-        self.outbox = Outbox(capacity, self.policy, self.ledger)
+        self.account = Account()
+        self.outbox = Outbox(capacity, self.policy)
         self.outbox.pipe_size = self.pipe_size = pages * PIPE_BUF
         self.plain = Plain(self.policy, capacity)
         self.unread = 0
@@ -242,7 +244,7 @@ class Machine(RuleBasedStateMachine):
                 return
         before = outbox.charge
         left = outbox.left
-        outbox.put(run_of(batch))
+        outbox.put(run_of(batch, self.account))
         plain.put(charges)
         self.puts += 1
         self.promised.append((outbox.entered, len(plain.fates)))
@@ -359,7 +361,7 @@ class Machine(RuleBasedStateMachine):
         assert outbox.missed == plain.fates.count(MISSED)
         assert outbox.waiting == len(plain.waiting) == plain.fates.count(WAITING)
         assert outbox.delivered + outbox.missed + outbox.waiting == outbox.published
-        assert outbox.waiting_charge == plain.waiting_charge == self.ledger.held
+        assert outbox.waiting_charge == plain.waiting_charge == self.account.held
         assert outbox.pipe == plain.pipe
         assert outbox.charge == plain.charge
         if self.policy != "latest":
@@ -413,7 +415,7 @@ class Machine(RuleBasedStateMachine):
         assert self.outbox.empty
         self.unread = 0
         self.refresh()
-        assert (self.outbox.waiting, self.outbox.charge, self.ledger.held) == (0, 0, 0)
+        assert (self.outbox.waiting, self.outbox.charge, self.account.held) == (0, 0, 0)
 
 
 @pytest.mark.timeout(300)  # that is for the search for the shortest way to a failure
@@ -594,54 +596,27 @@ def test_an_end_comes_once_and_last(policy: str) -> None:
     assert (outbox.delivered, outbox.missed, outbox.waiting) == (1, 0, 0)
 
 
-def test_a_run_in_two_backlogs_is_held_once() -> None:
-    """The bytes of a run count once, until it has left the last backlog that it is in."""
-    ledger = Ledger()
-    one, other = Outbox(10_000, ledger=ledger), Outbox(10_000, "drop_newest", ledger)
-    run = messages(0, 10)
-    one.put(run)
-    other.put(run)
-    assert ledger.held == run.charge == one.waiting_charge == other.waiting_charge
-    assert emptied(one) == numbers(0, 10)
-    assert ledger.held == run.charge
-    assert emptied(other) == numbers(0, 10)
-    assert ledger.held == 0
-
-
-def test_a_shared_run_that_is_cut_in_one_backlog_stays_whole_in_the_other() -> None:
-    """One backlog drops from a run, which the other keeps; both are counted as long as they are held."""
-    ledger = Ledger()
-    keeps, drops = Outbox(100_000, ledger=ledger), Outbox(10 * charge_of(0, 100), "drop_oldest", ledger)
-    for run in (messages(0, 10), messages(10, 3)):
+def test_a_run_counts_once_for_as_long_as_it_is_there() -> None:
+    """Its bytes count once, until it has left the last backlog that it is in, by whichever way, whole or in parts."""
+    account = Account()
+    keeps, drops = Outbox(100_000), Outbox(10 * charge_of(0, 100), "drop_oldest")
+    for first, count in ((0, 10), (10, 3)):
+        run = messages(first, count, account=account)
+        assert account.held == (first + count) * charge_of(0, 100)
         keeps.put(run)
         drops.put(run)
+        del run
     assert drops.waiting_charge == 10 * charge_of(0, 100)
     assert keeps.waiting_charge == 13 * charge_of(0, 100)
-    assert ledger.held == 20 * charge_of(0, 100)  # all of the first run, what is left of it, and the second
+    assert account.held == 20 * charge_of(0, 100)  # all of the first run, what is left of it, and the second
     assert emptied(drops) == [("gap", 3), *numbers(3, 13)]
-    assert ledger.held == keeps.waiting_charge
-    assert emptied(keeps) == numbers(0, 13)
-    assert ledger.held == 0
-
-
-def test_what_is_discarded_is_held_no_more() -> None:
-    """A backlog that goes gives back all that waits in it, and only its own part."""
-    ledger = Ledger()
-    gone, stays = Outbox(100_000, ledger=ledger), Outbox(100_000, ledger=ledger)
-    shared, own = messages(0, 10), messages(10, 5)
-    gone.put(shared)
-    stays.put(shared)
-    gone.put(own)
-    gone.wrote(PIPE_BUF // 8)
-    gone.discard()
-    gone.discard()
-    assert ledger.held == shared.charge
-    assert emptied(stays) == numbers(0, 10)
-    assert ledger.held == 0
+    assert account.held == keeps.waiting_charge
+    keeps.discard()
+    assert account.held == 0
 
 
 def test_dropping_one_by_one_does_not_go_through_everything_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The work of ten thousand drops from one long run grows hardly faster than their number."""
+    """The work of ten thousand drops from long runs grows hardly faster than their number."""
     looked_at = 0
     charges, part = Run.charges, Run.part
 
@@ -657,11 +632,13 @@ def test_dropping_one_by_one_does_not_go_through_everything_each_time(monkeypatc
 
     monkeypatch.setattr(Run, "charges", counted_charges)
     monkeypatch.setattr(Run, "part", counted_part)
-    count = 10_000
+    count = 80 * MOST_TOGETHER
     one = charge_of(0, 0)
     outbox = Outbox(count * one, "drop_oldest")
     single = batch_of(0, [0])
-    outbox.put(run_of(single._replace(frames=single.frames * count, sizes=single.sizes * count)))
+    together = single._replace(frames=single.frames * MOST_TOGETHER, sizes=single.sizes * MOST_TOGETHER)
+    for _ in range(count // MOST_TOGETHER):
+        outbox.put(run_of(together))
     for _ in range(count):
         outbox.put(run_of(single))
     assert (outbox.missed, outbox.waiting) == (count, count)

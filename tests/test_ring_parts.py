@@ -7,7 +7,7 @@ import struct
 import sys
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from random import Random
 from types import FrameType
@@ -18,13 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from mpbroadcast.broker.rings import Holds, Unread
+from mpbroadcast.broker.rings import Holds, Overlap, Unread
 from mpbroadcast.wire.frames import (
     PIPE_BUF,
     Batch,
+    Found,
     FrameError,
-    Item,
-    Opening,
     Parcel,
     References,
     Splitter,
@@ -43,9 +42,8 @@ from mpbroadcast.wire.runs import (
     IN_MEMORY,
     OFFER,
     REFERENCES,
-    Run,
+    memory_run,
     note,
-    parcel_run,
     read_memory,
     read_references,
     read_run,
@@ -198,6 +196,19 @@ def test_room_is_taken_where_it_was_used_last() -> None:
 # ------------------------------------------------------------------------------------------------------------ holds
 
 
+class Kept:
+    """A hold on chunks, as the broker has it: it is released when nothing refers to it any more."""
+
+    def __init__(self, ring: Any, chunks: Sequence[int], place: int) -> None:
+        self.ring = ring
+        self.chunks = chunks
+        self.place = place
+
+    def __del__(self) -> None:
+        if isinstance(self.ring, Shared):
+            self.ring.told(self.ring.holds.release(self.chunks))
+
+
 class Shared(RuleBasedStateMachine):
     """A publisher, the broker's books, and readers that read when they like, or go away: nothing is written over."""
 
@@ -206,15 +217,15 @@ class Shared(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.room = Room(CHUNKS, CHUNK)
-        self.holds = Holds(CHUNKS)
+        self.holds = Holds(CHUNKS, CHUNK)
         self.memory = bytearray(CHUNKS * CHUNK)
         self.number = 0
         self.current = -1
         self.announced: deque[list[tuple[int, int, int]]] = deque()  # written to the broker, in batches
-        self.parked: deque[tuple[list[tuple[int, int, int]], tuple[int, ...]]] = deque()  # with the chunks that they hold
+        self.parked: deque[tuple[list[tuple[int, int, int]], Kept]] = deque()  # with the hold on their chunks
         self.to_free: deque[int] = deque()  # said by the broker, and not heard yet
         self.pipes: list[deque[tuple[int, int, int]]] = [deque() for _ in range(self.READERS)]
-        self.unread: list[Unread[Holds]] = [Unread() for _ in range(self.READERS)]
+        self.unread: list[Unread[Kept]] = [Unread() for _ in range(self.READERS)]
         self.read = [0] * self.READERS
 
     def told(self, freed: int) -> None:
@@ -250,23 +261,18 @@ class Shared(RuleBasedStateMachine):
     @rule()
     def arrive(self) -> None:
         batch = self.announced.popleft()
-        chunks: dict[int, None] = {}
-        for _, start, length in batch:
-            for chunk in span(start, length, CHUNK):
-                chunks.pop(chunk, None)
-                chunks[chunk] = None
-        self.told(self.holds.arrived([*chunks]))
-        self.parked.append((batch, tuple(chunks)))
+        chunks, freed = self.holds.arrived([(start, length) for _, start, length in batch])
+        assert {*chunks} == {chunk for _, start, length in batch for chunk in span(start, length, CHUNK)}
+        self.told(freed)
+        self.parked.append((batch, Kept(self, chunks, batch[0][0])))
 
     @precondition(lambda self: self.parked)
     @rule(who=st.sets(st.integers(0, READERS - 1)))
     def route(self, who: set[int]) -> None:
-        batch, chunks = self.parked.popleft()
+        batch, kept = self.parked.popleft()
         for reader in who:
-            self.holds.hold(chunks)
-            self.unread[reader].wrote(len(batch), sum(length for _, _, length in batch), self.holds, chunks, batch[0][0])
+            self.unread[reader].wrote(len(batch), sum(length for _, _, length in batch), kept)
             self.pipes[reader].extend(batch)
-        self.told(self.holds.release(chunks))
 
     @rule(reader=st.integers(0, READERS - 1), count=st.integers(1, 5), tells=st.booleans())
     def receive(self, reader: int, count: int, tells: bool) -> None:
@@ -276,15 +282,13 @@ class Shared(RuleBasedStateMachine):
             self.read[reader] += 1
             assert self.memory[start : start + length] == pattern(number, length)
         if tells:
-            for holds, chunks in self.unread[reader].read(self.read[reader]):
-                self.told(holds.release(chunks))
+            self.unread[reader].read(self.read[reader])
 
     @rule(reader=st.integers(0, READERS - 1))
     def go(self, reader: int) -> None:
         """It dies, and another comes in its place."""
         self.pipes[reader].clear()
-        for holds, chunks in self.unread[reader].read(self.unread[reader].count):
-            self.told(holds.release(chunks))
+        self.unread[reader].read(self.unread[reader].count)
         assert not self.unread[reader].bytes
         self.unread[reader], self.read[reader] = Unread(), 0
 
@@ -317,7 +321,8 @@ def test_nothing_that_is_referred_to_is_written_again() -> None:
 @given(steps=st.lists(st.tuples(st.sampled_from("ahr"), st.integers(0, 5), st.integers(1, 3)), max_size=60))
 def test_a_chunk_is_freed_once_and_never_the_current_one(steps: list[tuple[str, int, int]]) -> None:
     """A chunk is free exactly when the publisher has gone on and no hold is left, and that is said once for each use."""
-    holds = Holds(CHUNKS)
+    holds = Holds(CHUNKS, CHUNK)
+    ends = [0] * CHUNKS
     counts = [0] * CHUNKS
     used: set[int] = set()
     current = -1
@@ -330,11 +335,21 @@ def test_a_chunk_is_freed_once_and_never_the_current_one(steps: list[tuple[str, 
             chunks = (first + fresh[: count - len(first)]) or first
             if not chunks:
                 continue
+            places = []
+            for chunk in chunks:
+                start = ends[chunk] if chunk in used else chunk * CHUNK
+                length = min(9, (chunk + 1) * CHUNK - start)
+                if length:
+                    places.append((start, length))
+                    ends[chunk] = start + length
+            chunks = [start // CHUNK for start, _ in places]
+            if not chunks:
+                continue
             for chunk in chunks:
                 counts[chunk] += 1
             used |= {*chunks}
             current = chunks[-1]
-            freed = holds.arrived(chunks)
+            freed = holds.arrived(places)[1]
         elif held and step == "h":
             chunk = held[number % len(held)]
             counts[chunk] += 1
@@ -353,26 +368,43 @@ def test_a_chunk_is_freed_once_and_never_the_current_one(steps: list[tuple[str, 
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 5), st.integers(0, 2), st.integers(1, 999)), max_size=40))
 def test_what_is_unread_is_what_was_written_and_not_read(steps: list[tuple[bool, int, int, int]]) -> None:
     """Entries leave in order, each once all of it has been read; bytes, rings and oldest places are those that are left."""
-    unread: Unread[str] = Unread()
-    model: list[tuple[int, str, tuple[int, ...], int, int]] = []
+    unread: Unread[Kept] = Unread()
+    model: list[tuple[int, Kept, int]] = []
     total = read = 0
     for index, (writes, count, which, size) in enumerate(steps):
         if writes:
             total += count
-            ring = "abc"[which]
-            unread.wrote(count, size, ring, (which,), index)
-            model.append((total, ring, (which,), index, size))
+            kept = Kept("abc"[which], (which,), index)
+            unread.wrote(count, size, kept)
+            model.append((total, kept, size))
         else:
             read = min(total, read + count)
-            gone = [entry for entry in model if entry[0] <= read]
             model = [entry for entry in model if entry[0] > read]
-            assert unread.read(read) == [(ring, chunks) for _, ring, chunks, _, _ in gone]
+            unread.read(read)
         assert (unread.count, len(unread)) == (total, len(model))
-        assert unread.bytes == sum(entry[4] for entry in model)
-        assert unread.first == (model[0][1] if model else None)
-        assert [*unread.rings()] == [entry[1] for entry in model]
+        assert unread.bytes == sum(size for _, _, size in model)
+        assert [*unread.holds()] == [kept for _, kept, _ in model]
         for ring in "abc":
-            assert unread.oldest(ring) == next((place for _, of, _, place, _ in model if of == ring), None)
+            assert unread.oldest(ring) == next((kept.place for _, kept, _ in model if kept.ring == ring), None)
+
+
+@pytest.mark.parametrize(
+    "lies",
+    [[(0, 10), (9, 5)], [(0, 10), (5, 1)], [(20, 10), (0, 5)], [(CHUNK, 5), (CHUNK - 5, 10)], [(0, 3 * CHUNK), (CHUNK, 1)]],
+)
+def test_a_ring_is_written_forward_only(lies: list[tuple[int, int]]) -> None:
+    """A message before the end of an earlier one is refused, until its chunk has been free again."""
+    holds = Holds(CHUNKS, CHUNK)
+    first, second = lies
+    chunks, _ = holds.arrived([first])
+    for places in ([second], [(first[0] + first[1], 5), second]):
+        with pytest.raises(Overlap):
+            holds.arrived(places)
+    last = (CHUNKS - 1) * CHUNK
+    holds.arrived([(last, 1)])
+    assert holds.release(chunks)
+    if (second[0] + second[1] - 1) // CHUNK in chunks:
+        holds.arrived([second])
 
 
 # ---------------------------------------------------------------------------------------------------------- packets
@@ -434,7 +466,7 @@ def written(message: Sent, number: int) -> bytes:
     return frame if len(frame) <= PIPE_BUF else b"".join(pieces(frame, number))
 
 
-def found(items: list[Item]) -> list[Sent]:
+def found(items: list[Found]) -> list[Sent]:
     """The messages that these say of themselves."""
     result: list[Sent] = []
     for item in items:
@@ -466,7 +498,7 @@ def test_messages_in_shared_memory_keep_their_place(messages: list[Sent], cuts: 
     """Between messages that are in the pipe, however it is cut, with any topic, exclusion and image."""
     data = b"".join(written(message, number) for number, message in enumerate(messages))
     splitter = Splitter()
-    items: list[Item] = []
+    items: list[Found] = []
     for cut in [*cuts, len(data)]:
         items += splitter.split(data[:cut])
         data = data[cut:]
@@ -514,7 +546,7 @@ def test_anything_else_is_refused(messages: list[Sent], damage: list[tuple[int, 
             continue
         for item in items:
             assert item.charge > 0
-        found([item for item in items if not isinstance(item, Opening)])
+        found(items)
 
 
 @pytest.mark.parametrize("length", [0xFFFF_FFFF, 0xFFFF_FFFF - 19])
@@ -572,12 +604,11 @@ def test_a_parcel_is_written_and_read(way: tuple[bytes, int, bool], length: int,
     (parcel,) = Splitter().split(memory_frame(numbers[0], length, topic, exclude, image))
     assert isinstance(parcel, Parcel)
     assert (parcel.number, parcel.length, parcel.topic, parcel.exclude, parcel.image) == (numbers[0], length, *way)
-    run = parcel_run(parcel, numbers[1])
-    assert (run.count, run.charge, run.parcel) == (1, parcel.charge, parcel)
-    view = read_run(run.data, 0)
+    data = memory_run(parcel, numbers[1])
+    view = read_run(data, 0)
     assert view is not None
-    assert (view.size, view.kind, view.messages, view.image) == (len(run.data), IN_MEMORY, 1, image)
-    assert read_memory(run.data, view) == (numbers[1], length)
+    assert (view.size, view.kind, view.messages, view.image) == (len(data), IN_MEMORY, 1, image)
+    assert read_memory(data, view) == (numbers[1], length)
     if length < 10_000:
         payload = pattern(1, length)
         batch = parcel.copied(payload)
@@ -594,14 +625,6 @@ def test_notes_about_rings(kind: int) -> None:
     assert view is not None
     assert (view.size, view.kind, view.messages) == (len(data), kind, 2**32 - 1)
     assert read_run(data[:15], 0) is None
-
-
-def test_a_run_in_memory_cannot_be_cut() -> None:
-    """It is one message; a part of it is all of it."""
-    parcel = Parcel(1, 100, b"", 0, frame_head(100, b""), False)
-    run: Run = parcel_run(parcel, 3)
-    assert run.part(0, 1) is run
-    assert run.charges() == [parcel.charge]
 
 
 # ----------------------------------------------------------------------------------------------------------- images

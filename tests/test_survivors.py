@@ -7,10 +7,12 @@ import mmap
 import os
 from array import array
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from mpbroadcast.broker.items import MemoryRun
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.outbox import Outbox
 from mpbroadcast.broker.rings import Holds, Unread
@@ -18,7 +20,7 @@ from mpbroadcast.broker.router import Router
 from mpbroadcast.wire import frames
 from mpbroadcast.wire.frames import PIPE_BUF, Batch, FrameError, Parcel, Splitter, frame_head, pieces
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, Ring
-from mpbroadcast.wire.runs import GAP, MESSAGES, Run, parcel_run, read_run, run_of
+from mpbroadcast.wire.runs import GAP, MESSAGES, Run, read_run, run_of
 
 
 def test_nothing_is_left_of_patterns_that_nobody_has() -> None:
@@ -88,16 +90,14 @@ def test_a_message_in_memory_is_not_written_with_what_comes_before() -> None:
     outbox = Outbox(1 << 20)
     before, behind = a_run(), a_run()
     parcel = Parcel(7, 1000, b"", 0, frame_head(1000, b""), False)
-    own = parcel_run(parcel, 1)
+    own = MemoryRun(parcel._replace(memory=SimpleNamespace(number=1)))
     for run in (before, own, behind):
         outbox.put(run)
-    assert outbox.parcel is None
-    assert outbox.to_write() == before.data
+    assert (outbox.to_write(), outbox.shared) == (before.data, None)
     outbox.wrote(len(before.data))
-    assert outbox.parcel is parcel
-    assert outbox.to_write() == own.data
+    assert (outbox.to_write(), outbox.shared) == (own.data, own)
     outbox.wrote(len(own.data))
-    assert (outbox.parcel, outbox.to_write()) == (None, behind.data)
+    assert (outbox.to_write(), outbox.shared) == (behind.data, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- frames
@@ -190,10 +190,10 @@ def test_a_number_is_given_back_once() -> None:
 
 def test_a_chunk_that_is_free_is_not_freed_again() -> None:
     """Only what messages have come in can become free, and once for that."""
-    holds = Holds(4)
-    assert holds.arrived([0]) == 0
+    holds = Holds(4, 100)
+    assert holds.arrived([(0, 10)]) == ((0,), 0)
     assert holds.release([0]) == 0, "the publisher may be writing to it"
-    assert holds.arrived([1]) == 1
+    assert holds.arrived([(100, 10)]) == ((1,), 1)
     holds.hold([0])
     assert holds.release([0]) == 0
     assert holds.held == 1
@@ -201,9 +201,9 @@ def test_a_chunk_that_is_free_is_not_freed_again() -> None:
 
 def test_unread_memories_are_counted() -> None:
     """Messages in memory of their own, until they are read."""
-    unread: Unread[str | None] = Unread()
+    unread: Unread[SimpleNamespace] = Unread()
     unread.wrote(1, 10, None)
-    unread.wrote(2, 10, "ring", [0])
+    unread.wrote(2, 10, SimpleNamespace(ring="ring", place=0))
     unread.wrote(1, 10, None)
     assert unread.memories == 2
     unread.read(3)

@@ -22,11 +22,12 @@ from mpbroadcast.broker.journal import Journal
 from mpbroadcast.broker.liveness import birth
 from mpbroadcast.broker.loop import Loop
 from mpbroadcast.broker.members import Peer, Session, Subscription, new_socket
-from mpbroadcast.broker.outbox import Ledger, Outbox
+from mpbroadcast.broker.outbox import Outbox
 from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.reception import Reception
 from mpbroadcast.broker.router import Router, listed
 from mpbroadcast.broker.traffic import Traffic
+from mpbroadcast.broker.window import Window
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,6 @@ class Broker:
         self._journal = succession.journal if succession is not None else None
         self.started = time.monotonic()
         self.stopping = False
-        self.ledger = Ledger()
         self.traffic = Traffic(
             self.loop,
             self.router,
@@ -113,7 +113,7 @@ class Broker:
                 continue
             policy = entry["policy"]
             waits = entry["opened"] and policy in ("block", "disconnect")  # nobody knows whether it will ever be opened
-            outbox = Outbox(entry["capacity"], "drop_oldest" if waits else policy, self.ledger)
+            outbox = Outbox(entry["capacity"], "drop_oldest" if waits else policy)
             subscription = Subscription(number, Session(self.number(), peer), outbox)
             subscription.policy, subscription.restored = policy, True
             subscription.cookie = entry["cookie"]
@@ -162,7 +162,7 @@ class Broker:
     @property
     def held(self) -> int:
         """Bytes of messages that are here, and of what somebody still has to read of publishers' rings."""
-        return self.ledger.held + self.traffic.sharing.held + sum(one.held for one in self.traffic.publishers.values())
+        return self.traffic.account.held + self.traffic.sharing.held + sum(one.held for one in self.traffic.publishers.values())
 
     # --- sessions
 
@@ -204,7 +204,7 @@ class Broker:
     def add_subscription(
         self, session: Session, topics: list[str], capacity: int, policy: str, cookie: int = 0
     ) -> Subscription:
-        subscription = Subscription(self.number(), session, Outbox(capacity, policy, self.ledger))
+        subscription = Subscription(self.number(), session, Outbox(capacity, policy))
         subscription.cookie = cookie
         self.subscriptions[subscription.number] = subscription
         session.subscriptions.add(subscription)
@@ -247,7 +247,8 @@ class Broker:
         ends = [subscription.make_pipe()]
         if shared:
             with contextlib.suppress(OSError):  # then all comes through the pipe
-                subscription.beside, other = new_socket()
+                own, other = new_socket()
+                subscription.window = Window(own)
                 ends.append(other)
         subscription.opening = client
         client.opening.add(subscription)
@@ -263,9 +264,9 @@ class Broker:
     def _close_ends(self, subscription: Subscription) -> None:
         fd, subscription.fd = subscription.fd, -1
         self.loop.close(fd)
-        beside, subscription.beside = subscription.beside, None
-        if beside is not None:
-            self.loop.close(beside.detach())
+        window, subscription.window = subscription.window, None
+        if window is not None:
+            self.loop.close(window.beside.detach())
 
     def confirm_open(self, subscription: Subscription, session: Session) -> None:
         """From now on it is ``session``'s, and what waits goes into its pipe."""

@@ -7,8 +7,9 @@ Against ``capacity`` counts each waiting message's charge (``frames.FRAME_OVERHE
 byte, and what that refers to in shared memory. How much is in the pipe only the kernel knows: before a backlog drops something
 or lets somebody wait, the loop asks, and tells :attr:`Outbox.pipe`.
 
-A message in memory of its own waits as others do, with all its bytes. A reference into a ring never waits: it goes into the
-pipe past an empty backlog (:meth:`Outbox.passed`), or not at all.
+Messages in shared memory wait as others do, and count with all their bytes. Their runs keep them there: one that is dropped,
+or was written, is forgotten, and lets a chunk of a ring be written again. What waits is copied out of a ring
+(:meth:`Outbox.copy_out`) only when its publisher has no other chunk left.
 
 What is in the pipe cannot be dropped, nor what follows a part that is. So a policy that drops writes a run of many messages
 only when all of it has room for certain, and else in writes that the pipe takes whole or not at all.
@@ -17,35 +18,26 @@ only when all of it has room for certain, and else in writes that the pipe takes
 from __future__ import annotations
 
 from collections import deque
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Protocol
 
-from mpbroadcast.wire.frames import FRAME_OVERHEAD, PIPE_BUF, Batch, Parcel, References
+from mpbroadcast.wire.frames import FRAME_OVERHEAD, PIPE_BUF
 from mpbroadcast.wire.runs import END, GAP, OVERFLOWED, RUN, SKIPPED, Run, note_run
 
 POLICIES: Final = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
 
 _WRITE: Final = 1 << 18  # bytes to join for one write at the most: what the pipe can take
-_SMALL: Final = 32  # messages of a run that are gone through one by one
 _DROPPING: Final = ("drop_oldest", "drop_newest", "latest")
 
 
-class Ledger:
-    """The bytes that are in backlogs, each run once, however many it is in."""
+class Measured(Protocol):
+    """Messages that are to be routed."""
 
-    __slots__ = ("held",)
+    @property
+    def sizes(self) -> Sequence[int]: ...
 
-    def __init__(self) -> None:
-        self.held = 0
-
-    def take(self, run: Run) -> None:
-        run.holders += 1
-        if run.holders == 1:
-            self.held += run.charge
-
-    def leave(self, run: Run) -> None:
-        run.holders -= 1
-        if not run.holders:
-            self.held -= run.charge
+    def fitting(self, room: int) -> int:
+        """How many of the first fit into ``room`` of charge."""
 
 
 class Outbox:
@@ -55,7 +47,7 @@ class Outbox:
     puts no more; the others take everything, and drop by themselves.
     """
 
-    def __init__(self, capacity: int, policy: str = "block", ledger: Ledger | None = None) -> None:
+    def __init__(self, capacity: int, policy: str = "block") -> None:
         self.capacity = capacity
         self.policy = policy
         self.published = 0
@@ -69,7 +61,6 @@ class Outbox:
         self.referred = 0  # bytes in shared memory that the pipe refers to, and that are unread
         self.ended = False
         self.overflowed = False  # whether it has ended itself
-        self._ledger = ledger or Ledger()
         self._runs: deque[Run] = deque()
         self._offset = 0  # of what is written of the first run
         self._gap = 0  # dropped in front of what waits, and not said yet
@@ -96,23 +87,16 @@ class Outbox:
         """Whether it takes that much without dropping anything, as far as is known."""
         return self.waiting_charge + self.pipe + self.referred + charge <= self.capacity
 
-    def fitting(self, batch: Batch | References | Parcel, charge: int) -> int:
-        """How many of the first messages of ``batch`` it takes without dropping any, as far as is known."""
+    def fitting(self, item: Measured, charge: int) -> int:
+        """How many of the first messages of ``item`` it takes without dropping any, as far as is known."""
         if self.takes(charge):
-            return len(batch.sizes)
-        return batch.fitting(self.capacity - self.charge) or int(self.clear)
+            return len(item.sizes)
+        return item.fitting(self.capacity - self.charge) or int(self.clear)
 
     @property
     def clear(self) -> bool:
         """Whether nothing else is there, so that a message passes that is larger than all of the capacity."""
         return not self.waiting and self.pipe <= 1  # the tail byte of what is being handed out is as good as read
-
-    def passed(self, count: int, size: int) -> None:
-        """So many messages went into the pipe past it, in ``size`` bytes."""
-        self.published += count
-        self.delivered += count
-        self.left += count
-        self.pipe += size
 
     def put(self, run: Run) -> None:
         """Take a run, by the policy."""
@@ -152,13 +136,10 @@ class Outbox:
 
     def discard(self) -> None:
         """It is gone, with all that waits."""
-        for run in self._runs:
-            self._ledger.leave(run)
         self._runs.clear()
 
     def _append(self, run: Run) -> None:
         self._runs.append(run)
-        self._ledger.take(run)
         self.waiting += run.count
         self.waiting_charge += run.charge
 
@@ -206,8 +187,6 @@ class Outbox:
                 excess -= run.charge
                 self._replace(place, ())
                 self._drop_counted(run.count, place)
-            elif run.count > _SMALL:  # in halves, so that who drops one by one does not go through all of it each time
-                self._replace(place, (run.part(0, run.count // 2), run.part(run.count // 2, run.count)))
             else:
                 count = _covering(run.charges(), excess)
                 excess = 0
@@ -239,8 +218,6 @@ class Outbox:
         del self._runs[place]
         for part in reversed(parts):
             self._runs.insert(place, part)
-            self._ledger.take(part)
-        self._ledger.leave(run)
         self.waiting += sum(part.count for part in parts) - run.count
         self.waiting_charge += sum(part.charge for part in parts) - run.charge
 
@@ -269,25 +246,39 @@ class Outbox:
             # A page of the pipe may be half empty, so what is unread counts twice.
             limit = max(PIPE_BUF, self.pipe_size - 2 * self.pipe - 2 * PIPE_BUF)
             self._split_to(limit)
-        if len(runs) == 1 or len(runs[0].data) >= limit or runs[0].parcel is not None:
+        if len(runs) == 1 or len(runs[0].data) >= limit or runs[0].shared:
             return runs[0].data
         total = 0
         parts: list[bytes] = []
         for run in runs:
             total += len(run.data)
-            if (total > limit and parts) or run.parcel is not None:
+            if (total > limit and parts) or run.shared:
                 break
             parts.append(run.data)
         return b"".join(parts) if len(parts) > 1 else parts[0]
 
     @property
-    def parcel(self) -> Parcel | None:
-        """The message in memory of its own that :meth:`to_write` has just begun with, and that must be sent before."""
-        return self._runs[0].parcel if self._runs and not self._offset else None
+    def between(self) -> bool:
+        """Whether the pipe ends with a whole run."""
+        return not self._offset
 
-    def put_in_its_place(self, run: Run) -> None:
-        """Write ``run``, which carries the same message, instead of what comes next."""
-        self._replace(0, (run,))
+    @property
+    def shared(self) -> Run | None:
+        """The run that :meth:`to_write` has just given, if a reader must be prepared for it."""
+        return self._runs[0] if self._runs[0].shared else None
+
+    def copy_first(self) -> None:
+        """Write the same messages, in no shared memory, instead of what comes next."""
+        self._replace(0, (self._runs[0].copied(),))
+
+    def copy_out(self, ring: object) -> int:
+        """Copy what waits out of ``ring``: how many bytes."""
+        copied = 0
+        for place, run in enumerate(list(self._runs)):
+            if run.ring is ring:
+                self._replace(place, (run.copied(),))
+                copied += run.charge
+        return copied
 
     def _split_to(self, limit: int) -> None:
         """Let the first run of messages not be longer than ``limit`` bytes, with the note before it, if it can be cut."""
@@ -317,7 +308,6 @@ class Outbox:
         while runs and size >= len(runs[0].data):
             run = runs.popleft()
             size -= len(run.data)
-            self._ledger.leave(run)
             self.delivered += run.count
             self.left += run.count + self._later
             self._later = 0

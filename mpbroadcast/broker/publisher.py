@@ -4,50 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from mpbroadcast.broker.items import Item, RingMessages
 from mpbroadcast.broker.members import Session, unread
-from mpbroadcast.broker.shared import Lender, Ring
-from mpbroadcast.wire.frames import Batch, FrameError, Item, Opening, Parcel, References, Splitter
+from mpbroadcast.broker.shared import Lender
+from mpbroadcast.wire.frames import Batch, Found, FrameError, Parcel, References, Splitter
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
 
 log = logging.getLogger("mpbroadcast.broker")
 
-_MOST_GIVEN_UP: Final = 1024
 
-
-class Held(NamedTuple):
-    """References that have come, and the chunks of their ring that they hold until they are routed."""
-
-    references: References
-    ring: Ring
-    chunks: Sequence[int]
-    place: int  # of the ring behind them
-
-    @property
-    def topic(self) -> bytes:
-        return self.references.topic
-
-    @property
-    def exclude(self) -> int:
-        return self.references.exclude
-
-    def cut(self, count: int) -> tuple[Held, Held]:
-        """Its first ``count`` messages, and the others."""
-        first, rest = self.references.cut(count)
-        self.ring.hold(self.chunks)  # both have all: a little longer than they need
-        return self._replace(references=first), self._replace(references=rest)
-
-    def copied(self) -> Batch:
-        """The messages themselves."""
-        return self.ring.copied(self.references)
-
-
-Parked = Batch | Held | Parcel | Opening | Callable[[], None]
+Parked = Item | Callable[[], None]
 
 
 class Publisher:
@@ -71,10 +43,6 @@ class Publisher:
         # Subscriptions that begin behind something that is still to be routed; with topics, what they had before that.
         self.not_yet: list[tuple[Subscription, tuple[str, ...]]] = []
         self.lender: Lender | None = None  # what it shares
-        self.waits = False  # whether something of it waits until somebody is ready for references
-        self.in_turn = False  # whether it has had its part of this turn, and goes on in the next
-        self.hurried = False  # whether nothing of it waits until somebody is ready for references
-        self._given_up: OrderedDict[int, None] = OrderedDict()  # numbers of messages in pieces
         self._splitter = Splitter()
         self.position = 0  # bytes read so far
         self._barriers: deque[tuple[int, Callable[[], None]]] = deque()
@@ -103,7 +71,6 @@ class Publisher:
             self.parked.extend(filter(None, map(self._found, items)))
             while self._splitter.given_up:
                 number = self._splitter.given_up.pop()
-                self._drop_opening(number)
                 if self.lender is not None:
                     self.lender.give_up(number)
         else:
@@ -111,7 +78,7 @@ class Publisher:
         while self._barriers and self._barriers[0][0] <= self.position:
             self.parked.append(self._barriers.popleft()[1])
 
-    def _found(self, item: Item) -> Batch | Held | Parcel | Opening | None:
+    def _found(self, item: Found) -> Item | None:
         """With the memory that it is in; ``None`` when that has not come.
 
         :raises FrameError: it is not where it says.
@@ -120,29 +87,13 @@ class Publisher:
             ring = None if self.lender is None else self.lender.rings.get(item.ring)
             if ring is None:
                 raise FrameError(f"a reference to a ring {item.ring} that it does not have")
-            return Held(item, ring, ring.arrived(item), ring.place)
+            return RingMessages(item, ring.arrived(item))
         if isinstance(item, Parcel):
             parcel = None if self.lender is None else self.lender.fetch(item)
             if parcel is None:
                 log.warning("process %d did not send the memory of a message: dropped", self.pid)
             return parcel
         return item
-
-    def give_up(self, number: int) -> None:
-        """The rest of this message will not come: what of it is read later opens nothing."""
-        self._drop_opening(number)
-        self._given_up[number] = None
-        if len(self._given_up) > _MOST_GIVEN_UP:
-            self._given_up.popitem(last=False)
-
-    def gives_up(self, opening: Opening) -> bool:
-        """Whether this is the beginning of a message that was given up."""
-        return opening.number in self._given_up
-
-    def _drop_opening(self, number: int) -> None:
-        for item in list(self.parked):
-            if isinstance(item, Opening) and item.number == number:
-                self.parked.remove(item)
 
     def close(self) -> None:
         """Nothing more will be read."""

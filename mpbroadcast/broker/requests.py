@@ -80,14 +80,6 @@ def _retire(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     client.reply({})
 
 
-def _given_up(broker: Broker, client: Client, message: dict[str, Any]) -> None:
-    """The note of a publisher: the rest of a message in pieces will not come."""
-    publisher = _find_publisher(broker, message)
-    if publisher is not None and publisher.pid == client.peer.pid:
-        broker.traffic.give_up(publisher, _integer(message, "message"))
-    client.no_reply()
-
-
 def _flush(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     publisher = _find_publisher(broker, message)
     delivered, now = bool(message.get("delivered")), bool(message.get("now"))
@@ -270,7 +262,6 @@ _HANDLERS: Final[dict[str, Callable[[Broker, Client, dict[str, Any]], None]]] = 
     "publisher": _publisher,
     "beside": _beside,
     "retire": _retire,
-    "given up": _given_up,
     "flush": _flush,
     "subscribe": _subscribe,
     "add topics": _topics_changed,

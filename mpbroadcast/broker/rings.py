@@ -1,23 +1,30 @@
-"""Who still reads what in a ring. Pure: it has no descriptor and no clock.
+"""Which parts of a ring must stay as they are. Pure: it has no descriptor and no clock.
 
-A chunk is free again when the publisher has gone on to another, all messages in it are routed, and each reference to it that
-was written into the pipe of a living subscription has been read.
+A chunk is free again when the publisher has gone on to another, all messages in it are routed, no backlog has them any more,
+and each reference to it that was written into the pipe of a living subscription has been read.
+
+A chunk is written forward only: until it is free again, no message lies before the end of an earlier one. So what one read of
+a publisher's pipe refers to is never more than the ring.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-R = TypeVar("R")
+
+class Overlap(Exception):
+    """Messages that no publisher of this package writes: one before the end of another."""
 
 
 class Holds:
-    """How many there are on each chunk of a ring."""
+    """How many there are on each chunk of a ring of so many chunks of ``size`` bytes."""
 
-    def __init__(self, chunks: int) -> None:
+    def __init__(self, chunks: int, size: int) -> None:
+        self._size = size
         self._counts = [0] * chunks
+        self._ends = [0] * chunks  # in each that is used, of the last message
         self._used = 0  # a bit for each chunk that is not free
         self._current = -1  # the chunk that the publisher has written to last
 
@@ -26,13 +33,27 @@ class Holds:
         """Chunks with a hold on them."""
         return sum(map(bool, self._counts))
 
-    def arrived(self, chunks: Sequence[int]) -> int:
-        """Messages in these chunks have come, in this order; each has one more hold. The chunks that are free now, as bits."""
-        before, self._current = self._current, chunks[-1]
-        for chunk in chunks:
-            self._counts[chunk] += 1
-            self._used |= 1 << chunk
-        return self._freed((before,)) if before >= 0 else 0
+    def arrived(self, places: Iterable[tuple[int, int]]) -> tuple[Sequence[int], int]:
+        """Messages at these offsets, with their lengths, have come: their chunks, each with one more hold; and as bits, those
+        that are free now.
+
+        :raises Overlap: a message lies before the end of an earlier one.
+        """
+        size, ends, used = self._size, self._ends, self._used
+        chunks: dict[int, None] = {}
+        last = -1
+        for offset, length in places:
+            end = offset + length
+            first, last = offset // size, (end - 1) // size
+            for chunk in range(first, last + 1):
+                if used >> chunk & 1 and (chunk > first or offset < ends[chunk]):
+                    raise Overlap(f"a reference to {length} bytes at {offset}, before the end of an earlier message")
+                used |= 1 << chunk
+                ends[chunk] = end
+                chunks[chunk] = None
+        before, self._current, self._used = self._current, last, used
+        self.hold(chunks)
+        return tuple(chunks), self._freed((before,)) if before >= 0 else 0
 
     def hold(self, chunks: Iterable[int]) -> None:
         """One more on each."""
@@ -54,44 +75,49 @@ class Holds:
         return freed
 
 
-class Unread(Generic[R]):
-    """What one pipe has been given references to, until that has been read: in order, of all rings."""
+class Hold(Protocol):
+    """Keeps chunks of ``ring`` from being freed for as long as it exists; ``place`` is how much had come in that ring then."""
+
+    ring: Any
+    place: int
+
+
+H = TypeVar("H", bound=Hold)
+
+
+class Unread(Generic[H]):
+    """What one pipe has been given references to, until that has been read: in order, of all rings.
+
+    A message in memory of its own is an entry without a hold.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
         self.count = 0  # of all that were ever written
         self.memories = 0  # of those that are unread, the messages in memory of their own
-        self._entries: deque[tuple[int, R, Sequence[int], int, int]] = deque()  # count behind it, ring, chunks, place, bytes
+        self._entries: deque[tuple[int, H | None, int]] = deque()  # count behind it, hold, bytes
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def wrote(self, count: int, size: int, ring: R, chunks: Sequence[int] = (), place: int = 0) -> None:
+    def wrote(self, count: int, size: int, hold: H | None) -> None:
         """So many references were, to messages of ``size`` bytes in all."""
         self.count += count
         self.bytes += size
-        self.memories += ring is None
-        self._entries.append((self.count, ring, chunks, place, size))
+        self.memories += hold is None
+        self._entries.append((self.count, hold, size))
 
-    @property
-    def first(self) -> R | None:
-        """The ring of the first that is unread."""
-        return self._entries[0][1] if self._entries else None
+    def holds(self) -> Iterator[H]:
+        """Those of all that is unread."""
+        return (hold for _, hold, _ in self._entries if hold is not None)
 
-    def rings(self) -> Iterator[R]:
-        """Of all that are unread."""
-        return (ring for _, ring, _, _, _ in self._entries)
-
-    def oldest(self, ring: R) -> int | None:
+    def oldest(self, ring: object) -> int | None:
         """The place of the first that is unread in this ring."""
-        return next((place for _, of, _, place, _ in self._entries if of is ring), None)
+        return next((hold.place for hold in self.holds() if hold.ring is ring), None)
 
-    def read(self, count: int) -> list[tuple[R, Sequence[int]]]:
-        """Of all that were ever written, so many have been read: which rings and chunks have a hold less."""
-        done = []
+    def read(self, count: int) -> None:
+        """Of all that were ever written, so many have been read: forget their holds."""
         while self._entries and self._entries[0][0] <= count:
-            _, ring, chunks, _, size = self._entries.popleft()
+            _, hold, size = self._entries.popleft()
             self.bytes -= size
-            self.memories -= ring is None
-            done.append((ring, chunks))
-        return done
+            self.memories -= hold is None

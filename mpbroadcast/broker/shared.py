@@ -15,7 +15,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from mpbroadcast.broker.rings import Holds
+from mpbroadcast.broker.rings import Holds, Overlap
 from mpbroadcast.wire.descriptors import DescriptorSocket, OwnedDescriptor
 from mpbroadcast.wire.frames import MAX_FRAME, Batch, FrameError, Parcel, References
 from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, fits, map_for_reading
@@ -31,8 +31,7 @@ from mpbroadcast.wire.packets import (
     pack,
     unpack,
 )
-from mpbroadcast.wire.ring import span
-from mpbroadcast.wire.runs import Run, run_of
+from mpbroadcast.wire.runs import Account, Run, run_of
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
@@ -43,6 +42,7 @@ _MOST_RINGS: Final = 4  # of one publisher, with those that are only read any mo
 _MOST_RING_BYTES: Final = 1 << 29  # of all
 _MOST_PENDING: Final = 64  # memories whose frames have not come: some threads' with 8 each
 _MOST_CHUNKS: Final = 64
+_LARGEST_RING: Final = 1 << 24  # bytes: what one read of a pipe may refer to
 _SMALLEST_CHUNK: Final = 1 << 12
 
 
@@ -100,73 +100,92 @@ class Ring:
     def __init__(self, store: Store, lender: Lender, name: int, descriptor: OwnedDescriptor, chunk: int) -> None:
         size = check_ring(descriptor.fd)
         chunks = size // chunk if chunk >= _SMALLEST_CHUNK else 0
-        if not 1 <= chunks <= _MOST_CHUNKS or size % chunk:
+        if not 1 <= chunks <= _MOST_CHUNKS or size % chunk or size > _LARGEST_RING:
             raise MemoryRefused(f"a ring of {size} bytes in chunks of {chunk}")
         self.number = store.number()
         self.name = name
         self.size = size
         self.descriptor = descriptor
-        self._users = 0
         self.place = 0  # bytes that have come in it so far
+        self.waiting = 0  # bytes of runs that refer to it
+        self.freed = 0  # how often chunks have become free
         self.readers: set[Subscription] = set()  # to which it was offered
         self.retired = False  # nothing of it will be written again
+        self._users = 0  # holds that there are
         self._lender = lender
         self._chunk = chunk
-        self._holds = Holds(chunks)
+        self._holds = Holds(chunks, chunk)
         self._view = memoryview(map_for_reading(descriptor.fd, size))
 
-    def arrived(self, references: References) -> Sequence[int]:
-        """Messages have come: the chunks that they are in, each with a hold on it.
+    def arrived(self, references: References) -> RingHold:
+        """Messages have come: the hold on their chunks.
 
-        :raises FrameError: they are not in the ring.
+        :raises FrameError: they are not in the ring, or lie over earlier ones.
         """
-        chunks: dict[int, None] = {}
-        last = 0
-        for offset, length in references.places():
+        places = list(references.places())
+        for offset, length in places:
             if not 0 < length <= self.size - offset:
                 raise FrameError(f"a reference to {length} bytes at {offset} of a ring of {self.size}")
-            for chunk in span(offset, length, self._chunk):
-                last = chunk
-                chunks[chunk] = None
             self.place += length
-        del chunks[last]
-        found = (*chunks, last)
+        try:
+            chunks, freed = self._holds.arrived(places)
+        except Overlap as error:
+            raise FrameError(str(error)) from None
         self._users += 1
-        self._tell(self._holds.arrived(found))
-        return found
+        self._tell(freed)
+        return RingHold(self, chunks)
 
     @property
     def held(self) -> int:
-        """Bytes of the chunks that somebody still has to read from."""
-        return self._holds.held * self._chunk
-
-    def hold(self, chunks: Sequence[int]) -> None:
-        """One more reference into these."""
-        self._users += 1
-        self._holds.hold(chunks)
+        """Bytes of the chunks that are held, less those that count in backlogs."""
+        return max(0, self._holds.held * self._chunk - self.waiting)
 
     def release(self, chunks: Sequence[int]) -> None:
-        """One less."""
+        """A hold on these is gone."""
         self._users -= 1
         self._tell(self._holds.release(chunks))
+        self._close_unused()
+
+    def waits(self, size: int) -> None:
+        """There is a run more that refers to so many bytes; one less, if it is negative."""
+        self.waiting += size
+        self._close_unused()
 
     def retire(self) -> None:
-        """Nothing will refer to it any more; who still reads from it has a map of its own."""
+        """Nothing more will refer to it, but for what waits in backlogs. A reader has a map of its own."""
         self.retired = True
-        self._view.release()
-        self.descriptor.close()
-        self._tell(0)
+        self._close_unused()
 
     def _tell(self, freed: int) -> None:
-        if not self.retired:
-            if freed:
+        if freed:
+            self.freed += 1
+            if not self.retired:
                 self._lender.tell(pack(FREE, self.name, freed))
-        elif not self._users:
-            self._lender.forget(self)
+
+    def _close_unused(self) -> None:
+        if self.retired and not self.waiting:
+            self._view.release()
+            self.descriptor.close()
+            if not self._users:
+                self._lender.forget(self)
 
     def copied(self, references: References) -> Batch:
         """The messages themselves."""
         return references.copied(self._view)
+
+
+class RingHold:
+    """Keeps chunks of a ring from being written again while it exists: in items, runs, and what a pipe has unread."""
+
+    __slots__ = ("chunks", "place", "ring")
+
+    def __init__(self, ring: Ring, chunks: Sequence[int]) -> None:
+        self.ring = ring
+        self.chunks = chunks
+        self.place = ring.place
+
+    def __del__(self) -> None:
+        self.ring.release(self.chunks)
 
 
 class Memory:
@@ -191,10 +210,10 @@ class Memory:
         assert self.descriptor is not None
         return _bytes_of(self.descriptor.fd, length)
 
-    def run(self, parcel: Parcel) -> Run:
-        """The message itself, for all who cannot have its memory."""
+    def run(self, parcel: Parcel, account: Account | None) -> Run:
+        """The message itself, for all readers that cannot have its memory."""
         if self._run is None:
-            self._run = run_of(parcel.copied(self._read(parcel.length)))
+            self._run = run_of(parcel.copied(self._read(parcel.length)), account)
         return self._run
 
     def __del__(self) -> None:
@@ -218,6 +237,7 @@ class Lender:
         self.rings: dict[int, Ring] = {}  # that it may refer to
         self._rings = 0  # and those that are still read
         self.wanted = False
+        self.watched = False  # whether it is being seen whether chunks come free
         self._memories: dict[int, Memory] = {}
         self._store = store
         self._pid = pid
@@ -288,9 +308,9 @@ class Lender:
         memory = self._memories.pop(parcel.number, None)
         return None if memory is None or not fits(parcel.length, memory.size) else parcel._replace(memory=memory)
 
-    def routed(self, parcel: Parcel) -> None:
-        """It is on its way, and does not count any more."""
-        self.tell(pack(ROUTED, 0, parcel.number))
+    def routed(self, number: int) -> None:
+        """The message of this number is on its way, and does not count any more."""
+        self.tell(pack(ROUTED, 0, number))
 
     def retire(self, ring: Ring) -> None:
         """Nothing more will be read from it here."""

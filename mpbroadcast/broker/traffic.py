@@ -17,20 +17,20 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Final
 
 from mpbroadcast.broker.history import History
+from mpbroadcast.broker.items import Item, RingMessages, run_of_item
 from mpbroadcast.broker.loop import IN, OUT, Loop
 from mpbroadcast.broker.members import LONGEST_RETRY, PIPE_SIZE, SHORTEST_RETRY, Session, Subscription, new_pipe
-from mpbroadcast.broker.publisher import Held, Parked, Publisher
+from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.router import Router, matches
 from mpbroadcast.broker.sharing import Sharing
 from mpbroadcast.broker.stalls import Stalls
-from mpbroadcast.wire.frames import Batch, FrameError, Opening, Parcel
-from mpbroadcast.wire.runs import Run, parcel_run, run_of
+from mpbroadcast.wire.frames import FrameError, Parcel
+from mpbroadcast.wire.runs import Account, Run
 
 log = logging.getLogger("mpbroadcast.broker")
 
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
 _SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
-_IN_A_TURN: Final = 1 << 25  # bytes of a ring that one publisher's references may stand for, before others have a turn
 _LONGEST_NAP: Final = 400e-6
 _MUCH: Final = PIPE_SIZE // 4  # bytes in a pipe, which would soon be full
 
@@ -55,7 +55,8 @@ class Traffic:
         self.publishers: dict[int, Publisher] = {}
         self.routed = 0
         self.history = history
-        self.sharing = Sharing(loop, self._write, self.mark, self._resume, on_gone)
+        self.account = Account()
+        self.sharing = Sharing(loop, self.mark)
         self._loop = loop
         self._router = router
         self._stalls = Stalls(loop, router, self.publishers, stall_timeout)
@@ -125,7 +126,7 @@ class Traffic:
         A publisher that finds the broker waiting for its pipe pays for waking it, with each message; one whose pipe nobody
         waits for pays nothing. What else happens ends a nap at once.
         """
-        if busy == (publisher in self._busy) or publisher.fd < 0 or publisher.blocked or publisher.in_turn:
+        if busy == (publisher in self._busy) or publisher.fd < 0 or publisher.blocked:
             return
         if busy:
             self._busy[publisher] = None
@@ -154,17 +155,9 @@ class Traffic:
         """
         for publisher in list(session.publishers):
             end = publisher.end_of_written()
-            self._hurry(publisher)
             while publisher.fd >= 0 and not publisher.blocked and publisher.position < end:
                 self._take(publisher, publisher.read(end - publisher.position))
                 self._route(publisher)
-            publisher.hurried = False
-
-    def _hurry(self, publisher: Publisher) -> None:
-        """Let nothing of it wait until somebody is ready for references."""
-        publisher.hurried = True
-        if publisher.waits:
-            self._route(publisher)
 
     def finish(self, publisher: Publisher) -> None:
         """Take in what it has written until now, whether it can be routed or not, and nothing more.
@@ -174,7 +167,6 @@ class Traffic:
         if publisher.fd < 0:
             return
         end = publisher.end_of_written()
-        self._hurry(publisher)
         while publisher.fd >= 0 and publisher.position < end:
             self._take(publisher, publisher.read(end - publisher.position))
             if not publisher.blocked:
@@ -198,7 +190,6 @@ class Traffic:
         self._busy.pop(publisher, None)
         self.sharing.close(publisher)
         publisher.close()
-        self._hurry(publisher)
         publisher.session.publishers.discard(publisher)
         if not publisher.blocked:
             self._route(publisher)
@@ -215,34 +206,19 @@ class Traffic:
     def _route(self, publisher: Publisher) -> None:
         """Route what is parked, as far as the backlogs take it."""
         parked = publisher.parked
-        publisher.waits = False
-        stopped, publisher.in_turn = publisher.in_turn, False
         before = self.routed
-        room = _IN_A_TURN
-        rest: Batch | Held | Parcel | Opening
         while parked:
-            if room <= 0 and not publisher.hurried:
-                self._let_others_go_first(publisher, stopped)
-                return
             item = parked.popleft()
-            try:
-                if isinstance(item, (Batch, Parcel)):
-                    full, rest = self._deliver(item, publisher)
-                elif isinstance(item, Held):
-                    if item.ring.retired:
-                        self._routed(item, publisher)
-                        self._refuse(publisher, "a reference into a ring that it has done with")
-                        continue
-                    if self._waits(item, publisher):
-                        parked.appendleft(item)
-                        return
-                    room -= item.references.charge
-                    full, rest = self._deliver(item, publisher)
-                elif isinstance(item, Opening):
-                    full, rest = None if publisher.gives_up(item) else self._full_for(item, publisher), item
-                else:
-                    item()
+            if callable(item):
+                item()
+                continue
+            if isinstance(item, RingMessages):
+                if item.ring.retired:
+                    self._refuse(publisher, "a reference into a ring that it has left")
                     continue
+                self.sharing.use(item.ring, publisher)
+            try:
+                full, rest = self._deliver(item, publisher)
             except UnicodeDecodeError:
                 log.warning("process %d published to a topic that is not UTF-8: dropped", publisher.pid)
                 self._routed(item, publisher)
@@ -251,7 +227,7 @@ class Traffic:
                 parked.appendleft(rest)
                 self._block(publisher, full, went_on=self.routed > before)
                 return
-        if publisher.blocked or stopped:
+        if publisher.blocked:
             publisher.blocked = None
             publisher.warned = False
             if publisher.fd >= 0:
@@ -259,62 +235,18 @@ class Traffic:
         if publisher.fd < 0:
             self._forget(publisher)
 
-    def _let_others_go_first(self, publisher: Publisher, stopped: bool) -> None:
-        """It has referred to much memory, and a few bytes of its pipe could keep the broker busy for long."""
-        if not (stopped or publisher.blocked):
-            self._loop.forget(publisher.fd)
-            self._busy.pop(publisher, None)
-        publisher.blocked = None
-        publisher.in_turn = True
-        self._loop.later(0, lambda: self._route(publisher) if publisher.in_turn else None)
-
-    def give_up(self, publisher: Publisher, number: int) -> None:
-        """The rest of its message in pieces will not come: let nobody wait for what there was no room for."""
-        self.take_in(publisher.session)
-        first = publisher.parked[0] if publisher.parked else None
-        publisher.give_up(number)
-        if publisher.blocked and isinstance(first, Opening) and first.number == number:
-            self.unblock(publisher.blocked)
-
-    def _targets(self, item: Batch | Held | Parcel | Opening, publisher: Publisher) -> tuple[Subscription, ...]:
+    def _targets(self, item: Item, publisher: Publisher) -> tuple[Subscription, ...]:
         targets = self._router.targets(item.topic)
         if item.exclude or publisher.not_yet:
             late = {subscription for subscription, before in publisher.not_yet if not matches(before, item.topic)}
             targets = tuple(target for target in targets if target.number != item.exclude and target not in late)
         return targets
 
-    def _full_for(self, opening: Opening, publisher: Publisher) -> Subscription | None:
-        """Who has no room for a message that has begun: it is not put together while it would have to wait."""
-        for subscription in self._targets(opening, publisher):
-            outbox = subscription.outbox
-            if outbox.policy == "block" and not outbox.takes(opening.charge):
-                subscription.refresh()
-                if not outbox.takes(opening.charge) and not outbox.clear:
-                    return subscription
-        return None
-
-    def _waits(self, held: Held, publisher: Publisher) -> bool:
-        """Whether these references are to wait for somebody who will be ready for them in a moment."""
-        self.sharing.use(held.ring, publisher)
-        slow = None if publisher.hurried else self.sharing.slow_one(held, self._targets(held, publisher))
-        if slow is None:
-            return False
-        if not publisher.blocked:
-            self._loop.forget(publisher.fd)
-            self._busy.pop(publisher, None)
-        publisher.blocked_since = time.monotonic()
-        publisher.blocked = slow
-        publisher.waits = True
-        self.sharing.wait(publisher, slow)
-        return True
-
-    def _deliver(self, item: Batch | Held | Parcel, publisher: Publisher) -> tuple[Subscription | None, Batch | Held | Parcel]:
+    def _deliver(self, item: Item, publisher: Publisher) -> tuple[Subscription | None, Item]:
         """Put as much as all its targets take into their backlogs: who is full, if one is, and what is left."""
         targets = self._targets(item, publisher)
-        batch = item.references if isinstance(item, Held) else item
-        count = len(batch.sizes)
-        fits, full = count, None
-        charge = batch.charge
+        fits, full = len(item.sizes), None
+        charge = item.charge
         for subscription in targets:
             outbox = subscription.outbox
             if subscription.waiters:  # who waits already is first, or many small messages would hold up a large one for ever
@@ -322,63 +254,42 @@ class Traffic:
             if not outbox.takes(charge):
                 subscription.refresh()
                 if outbox.policy == "block":
-                    least = outbox.fitting(batch, charge)
+                    least = outbox.fitting(item, charge)
                     if least < fits:
                         fits, full = least, subscription
         rest = item
         if full is not None:
             if not fits:
                 return full, item
-            if not isinstance(item, Parcel):
-                item, rest = item.cut(fits)
+            item, rest = item.cut(fits)
         self._give(item, targets, publisher)
         self.routed += fits
         return full, rest
 
-    def _give(self, item: Batch | Held | Parcel, targets: tuple[Subscription, ...], publisher: Publisher) -> None:
+    def _give(self, item: Item, targets: tuple[Subscription, ...], publisher: Publisher) -> None:
         """What all of these take."""
-        held = item if isinstance(item, Held) else None
-        batch = None if isinstance(item, Held) else item  # as it is put into backlogs, where references are not
         run: Run | None = None
-        charge = 0
-        if held is not None:
-            charge = held.references.charge
         last_in = publisher.last_in
         for subscription in targets:
             outbox = subscription.outbox
             before = outbox.entered
-            if held is None or not self.sharing.refer(subscription, held, charge):
-                if not subscription.live:  # its reader was found to be gone
-                    continue
-                if run is None:
-                    batch = batch or self._copied(held)
-                    run = self._run_of(batch)
-                outbox.put(run)
-                self._dirty[subscription] = None
+            if run is None:
+                run = run_of_item(item, self.account)
+            outbox.put(run if run.ring is None or self.sharing.takes(subscription, run.ring) else run.copied())
+            self._dirty[subscription] = None
             if outbox.entered > before:  # not all of it was dropped at once
                 last_in[subscription] = outbox.entered
             if outbox.overflowed:
                 self._on_overflow(subscription)
         if self.history is not None:
-            self.history.add(self.routed, batch or self._copied(held))
+            self.history.add(self.routed, item.copied() if isinstance(item, RingMessages) else item)
         self._routed(item, publisher)
 
     @staticmethod
-    def _routed(item: Parked, publisher: Publisher) -> None:
+    def _routed(item: Item, publisher: Publisher) -> None:
         """It is on its way, or dropped: its publisher may go on."""
-        if isinstance(item, Held):
-            item.ring.release(item.chunks)
-        elif isinstance(item, Parcel) and publisher.lender is not None:
-            publisher.lender.routed(item)
-
-    @staticmethod
-    def _run_of(batch: Batch | Parcel) -> Run:
-        return run_of(batch) if isinstance(batch, Batch) else parcel_run(batch, batch.memory.number)
-
-    @staticmethod
-    def _copied(held: Held | None) -> Batch:
-        assert held is not None
-        return held.copied()
+        if isinstance(item, Parcel) and publisher.lender is not None:
+            publisher.lender.routed(item.number)
 
     def replay(self, subscription: Subscription, topics: list[str], count: int) -> None:
         """Put the last ``count`` messages that are for it into its backlog."""
@@ -386,7 +297,7 @@ class Traffic:
         if self.history is not None and count:
             most = 1 if outbox.policy == "latest" else count
             for batch in self.history.last(topics, most, outbox.capacity):
-                outbox.put(self._run_of(batch))
+                outbox.put(run_of_item(batch, self.account))
             self._dirty[subscription] = None
 
     def _block(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:
@@ -408,7 +319,6 @@ class Traffic:
         """Let those go on who wait for it."""
         self._resume(subscription.waiters)
         subscription.waiters.clear()
-        self.sharing.go_on(subscription)
 
     def _resume(self, publishers: Iterable[Publisher]) -> None:
         self._resuming.extend(publishers)
@@ -457,13 +367,11 @@ class Traffic:
             self._on_gone(subscription)
             return
         outbox = subscription.outbox
-        if outbox.ended and outbox.empty and subscription.unread:
+        if outbox.ended and outbox.empty and subscription.must_be_read:
             subscription.refresh()
         if (outbox.ended and outbox.empty and not subscription.must_be_read) or (subscription.not_waited_for and full):
             self._on_gone(subscription)
             return
-        if outbox.empty and subscription.behind:
-            self.sharing.go_on(subscription)
         if subscription.waiters:
             subscription.refresh()
             if outbox.charge < subscription.blocked_at:

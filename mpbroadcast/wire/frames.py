@@ -36,9 +36,12 @@ REFERENCE: Final = 3 << 24
 MEMORY: Final = 4 << 24
 _WAY: Final = IMAGE | EXCLUDE | TOPIC_LENGTH  # the bits of a tag that are not its kind
 
+# Neighbouring messages that go together, and that a channel unpickles in one go. More is no faster: it leaves a processor's
+# cache, and Python's garbage collector, which counts the objects that are alive, begins to look at all of them, and so, in a
+# forked process, to copy all of their memory. A policy that drops one by one goes through no more, either.
+MOST_TOGETHER: Final = 128
 HEAD: Final = Struct("<II")
 _EXCLUDED: Final = Struct("<Q")
-_STREAK: Final = 8  # frames of one length in a row, before it is worth looking for many more
 _PIECE: Final = Struct("<IIQB")  # size, PIECE, message number, last?
 _MOST_UNFINISHED: Final = 4096  # one for each thread that publishes
 _UNFINISHED: Final = 512  # bytes that one takes beside its own
@@ -217,16 +220,7 @@ def _fitting(sizes: array[int], room: int) -> int:
     return len(sizes)
 
 
-class Opening(NamedTuple):
-    """The beginning of a message in pieces: where it goes, and what it will count."""
-
-    topic: bytes
-    exclude: int
-    charge: int
-    number: int = 0
-
-
-Item = Batch | References | Parcel | Opening
+Found = Batch | References | Parcel
 
 
 class Splitter:
@@ -239,15 +233,15 @@ class Splitter:
         self.given_up: list[int] = []  # numbers of messages whose rest, or memory, will not be asked for
         self.shares = False  # whether references, messages in memory, or those numbers have come
 
-    def split(self, chunk: bytes) -> list[Item]:
-        """The frames that ``chunk`` completes, in order, neighbours of one way together; and what begins in it.
+    def split(self, chunk: bytes) -> list[Found]:
+        """The frames that ``chunk`` completes, in order, neighbours of one way together, but no more than ``MOST_TOGETHER``.
 
         :raises FrameError: it is no such stream; the splitter is then of no more use.
         """
         if self._rest:
             chunk = self._rest + chunk
         unpack = HEAD.unpack_from
-        batches: list[Item] = []
+        batches: list[Found] = []
         position, end = 0, len(chunk)
         while position + 8 <= end:
             start = position
@@ -280,8 +274,7 @@ class Splitter:
             same = chunk.startswith
             way = chunk[start + 8 : start + skip]
             position += size
-            last, streak = size, 0
-            while position + 8 <= end:
+            while position + 8 <= end and len(sizes) < MOST_TOGETHER:
                 size, other = unpack(chunk, position)
                 if other != tag or not skip <= size <= PIPE_BUF or position + size > end:
                     break
@@ -289,13 +282,6 @@ class Splitter:
                     break
                 add(size)
                 position += size
-                if size != last:
-                    last, streak = size, 0
-                elif (streak := streak + 1) == _STREAK:
-                    streak = 0
-                    more = _repeats(chunk, position, size, chunk[start + 4 : start + skip], (end - position) // size)
-                    sizes.extend(array("I", (size,)) * more)
-                    position += more * size
             topic, exclude = way, 0
             if tag & EXCLUDE:
                 topic, exclude = way[_EXCLUDED.size :], _EXCLUDED.unpack_from(way)[0]
@@ -303,7 +289,7 @@ class Splitter:
         self._rest = chunk[position:]
         return batches
 
-    def _piece(self, piece: bytes, tag: int, batches: list[Item]) -> None:
+    def _piece(self, piece: bytes, tag: int, batches: list[Found]) -> None:
         if tag == ABORT and len(piece) == _ABORT.size:
             number = _ABORT.unpack(piece)[2]
             self._drop(number)
@@ -320,16 +306,13 @@ class Splitter:
             if len(self._parts) > _MOST_UNFINISHED:
                 raise FrameError("more unfinished messages than a publisher can have")
             self.held += _UNFINISHED
-            opening = _opening(part)
-            if opening is not None:
-                batches.append(opening._replace(number=number))
         parts.append(part)
         self.held += len(part)
         if self.held > MAX_FRAME:
             raise FrameError("more of unfinished messages than one message may have")
         if last:
             frame = self._drop(number)
-            if HEAD.unpack_from(frame)[0] != len(frame):
+            if len(frame) < HEAD.size or HEAD.unpack_from(frame)[0] != len(frame):
                 raise FrameError(f"a message of {len(frame)} bytes that says something else")
             batches.append(_batch(frame, array("I", (len(frame),))))
 
@@ -340,40 +323,6 @@ class Splitter:
         frame = b"".join(parts)
         self.held -= len(frame) + _UNFINISHED
         return frame
-
-
-def _repeats(chunk: bytes, position: int, size: int, way: bytes, most: int) -> int:
-    """How many frames of ``size`` that go the same ``way`` follow each other from ``position`` on, ``most`` at the most.
-
-    Compares a byte of all their heads at once, in slices: a fraction of what a loop over frames costs.
-    """
-    head = HEAD.pack(size, 0)[:4] + way
-    count, block = 0, 64
-    while count < most:
-        wanted = alike = min(block, most - count)
-        first = position + count * size
-        for index, byte in enumerate(head):
-            column = chunk[first + index : first + alike * size : size]
-            alike -= len(column.lstrip(bytes((byte,))))
-            if not alike:
-                break
-        count += alike
-        if alike < wanted:
-            break
-        block *= 4
-    return count
-
-
-def _opening(part: bytes) -> Opening | None:
-    """What the first piece of a message says; nothing where PIPE_BUF is so small that it does not hold all of the head."""
-    if len(part) < HEAD.size:
-        raise FrameError("a message without a head")
-    size, tag = HEAD.unpack_from(part)
-    head = HEAD.size + (_EXCLUDED.size if tag & EXCLUDE else 0) + (tag & TOPIC_LENGTH)
-    if len(part) == _ROOM and _ROOM < head <= size:
-        return None
-    _, topic, exclude = _way(part, size)
-    return Opening(topic, exclude, size + OVERHEAD)
 
 
 def _references(chunk: bytes, start: int, end: int) -> References:

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import os
 import select
-from collections.abc import Callable
 from typing import Final
 
 from mpbroadcast.arguments import Deadline
@@ -25,19 +24,12 @@ _numbers: Final = itertools.count(1)  # of messages in pieces
 class Outlet:
     """A publisher's end of a pipe; ``number`` is what the broker calls it."""
 
-    __slots__ = ("_on_give_up", "_unsaid", "number", "pipe")
+    __slots__ = ("_unsaid", "number", "pipe")
 
-    def __init__(self, pipe: PipeEnd, number: int, on_give_up: Callable[[int], None] = lambda number: None) -> None:
-        """``on_give_up`` tells the broker another way: it may not read the pipe before there is room for what was given up."""
+    def __init__(self, pipe: PipeEnd, number: int) -> None:
         self.pipe = pipe
         self.number = number
-        self._on_give_up = on_give_up
-        self._unsaid: list[int] = []  # messages in pieces that were given up, which the broker has not been told yet
-
-    @property
-    def owes(self) -> bool:
-        """Whether the broker still holds the beginning of a message that was given up: the next :meth:`send` tells it."""
-        return bool(self._unsaid)
+        self._unsaid: list[int] = []  # messages that were given up, and whose abort frames had no room in the pipe
 
     def send(self, frame: bytes, deadline: Deadline, done: list[int]) -> None:
         """Send one frame of any length, or several that fit into one write together; put a number into ``done`` when it went.
@@ -45,8 +37,6 @@ class Outlet:
         :raises TimedOut: it was not sent, and never will be.
         :raises OSError: this end or the other is closed.
         """
-        if self._unsaid:
-            self._say(deadline)
         if len(frame) <= PIPE_BUF:
             self.write(frame, deadline, done)
             return
@@ -71,18 +61,23 @@ class Outlet:
         return next(_numbers)
 
     def give_up(self, number: int) -> None:
-        """What belongs to this message will not come: tell the broker, as soon as there is room for that."""
+        """The rest of this message will not come: send an abort frame, now or before the next :meth:`write`.
+
+        Until then the broker keeps, and counts, what it has of the message.
+        """
         self._unsaid.append(number)
         with contextlib.suppress(OSError):
-            self._say(Deadline(0))
-        self._on_give_up(number)
+            self._abort()
 
-    def _say(self, deadline: Deadline) -> None:
-        """Tell the broker what will not come."""
+    def _abort(self) -> None:
+        """Send the abort frames that are due.
+
+        :raises BlockingIOError: the pipe has no room.
+        """
         while self._unsaid:
             number = self._unsaid[-1]
-            self.write(abort(number), deadline, [])
-            with contextlib.suppress(ValueError):  # another thread has said it, too, which does no harm
+            os.write(self.pipe.fd, abort(number))
+            with contextlib.suppress(ValueError):  # another thread has sent it, too, which does no harm
                 self._unsaid.remove(number)
 
     def write(self, data: bytes, deadline: Deadline, done: list[int]) -> None:
@@ -95,6 +90,8 @@ class Outlet:
             # It waits outside of the handler, so that an interrupt does not show an error that is none. What has gone is in
             # ``done`` in the same step: an interrupt comes before or after.
             with contextlib.suppress(BlockingIOError):
+                if self._unsaid:
+                    self._abort()
                 done.extend(map(os.write, (self.pipe.fd,), (data,)))
                 return
             self.wait(deadline)

@@ -13,7 +13,7 @@ messages with large parts.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from itertools import accumulate, islice, pairwise
 from struct import Struct, error
@@ -122,71 +122,59 @@ class Failure:
         self.error = error
 
 
-def load_run(data: bytes, run: RunView, most: int | None = None) -> tuple[list[Any], bool]:
-    """The messages of a run whose frames are all in ``data``, ``most`` of them at the most, and whether all could be unpickled.
+def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
+    """The messages of a run whose frames are all in ``data``, and whether all could be unpickled.
 
     One that could not is a :class:`Failure` in its place. An interrupt, which is what raises once and not again, goes
     through, and the run can be loaded again.
     """
     start = run.first + run.skip
+    view = memoryview(data)
+    loader = load_copied_image if run.image else loads
     if run.sizes is None:
-        message = load(memoryview(data)[start:], load_copied_image if run.image else loads)
-        return [message], type(message) is not Failure
-    sizes = run.sizes[:most]
-    if run.image:
-        ends = list(accumulate(sizes, initial=start))
-        view = memoryview(data)
-        return load_each([view[a : b - run.skip] for a, b in pairwise(ends)], load_copied_image)
-    stream = BytesIO(data)
-    stream.seek(start)
+        return load_each([view[start:]], loader)
     messages: list[Any] = []
-    left = sizes
-    whole = True
-    while left:
-        try:
-            messages.extend(map(loads, map(stream.read, left)))
-            if len(messages) == len(sizes):
-                break
-            failed: Exception = RuntimeError(_STOPPED)  # which has ended the map
-        except Exception as raised:  # extend has kept those before it
-            if len(messages) == len(sizes):
-                raise
-            failed = raised
-        # Not by where the stream stands: an interrupt may have come before it was read at all.
-        first = start + sum(sizes[: len(messages)])
-        behind = first + sizes[len(messages)]
-        messages.append(_failure(memoryview(data)[first:behind], failed))
-        stream.seek(behind)
-        left = sizes[len(messages) :]
-        whole = False
-    return messages, whole
+    failed: Exception | None = None
+    if not run.image:
+        stream = BytesIO(data)  # each read is a payload and the next frame's head: no loop in Python
+        stream.seek(start)
+        failed = _extend(messages, map(loads, map(stream.read, run.sizes)), run.messages)
+        if failed is None:
+            return messages, True
+    ends = accumulate(run.sizes, initial=start)
+    return load_each([view[a : b - run.skip] for a, b in pairwise(ends)], loader, messages, failed)
 
 
-def load_each(payloads: list[memoryview], loader: Callable[[Any], Any]) -> tuple[list[Any], bool]:
-    """The messages in these, and whether all could be unpickled; otherwise as :func:`load_run`."""
-    messages: list[Any] = []
+def load_each(
+    payloads: list[memoryview],
+    loader: Callable[[Any], Any],
+    messages: list[Any] | None = None,
+    failed: Exception | None = None,
+) -> tuple[list[Any], bool]:
+    """The messages in these, and whether all could be unpickled; otherwise as :func:`load_run`.
+
+    ``messages`` are those that were unpickled before, and ``failed`` is what the next one raised.
+    """
+    messages = [] if messages is None else messages
     whole = True
-    while len(messages) < len(payloads):
-        try:
-            messages.extend(map(loader, islice(payloads, len(messages), None)))
-            if len(messages) == len(payloads):
-                break
-            failed: Exception = RuntimeError(_STOPPED)
-        except Exception as raised:
-            if len(messages) == len(payloads):
-                raise
-            failed = raised
+    while True:
+        if failed is None:
+            failed = _extend(messages, map(loader, islice(payloads, len(messages), None)), len(payloads))
+        if failed is None:
+            return messages, whole
         messages.append(_failure(payloads[len(messages)], failed, loader))
-        whole = False
-    return messages, whole
+        failed, whole = None, False
 
 
-def load(payload: memoryview, loader: Callable[[Any], Any] = loads) -> Any:
-    """The message in ``payload``, or the :class:`Failure` that stands in its place. An interrupt goes through."""
+def _extend(messages: list[Any], more: Iterable[Any], count: int) -> Exception | None:
+    """Add what ``more`` gives, until there are ``count``; what it raised before that."""
     try:
-        return loader(payload)
-    except Exception as error:
-        return _failure(payload, error, loader)
+        messages.extend(more)
+    except Exception as raised:  # extend has kept those before it
+        if len(messages) == count:
+            raise
+        return raised
+    return None if len(messages) == count else StopIteration()  # of a message: it has ended the map
 
 
 def load_copied_image(payload: memoryview) -> Any:
@@ -194,10 +182,14 @@ def load_copied_image(payload: memoryview) -> Any:
     return load_image(bytearray(payload))
 
 
-def _failure(payload: memoryview, error: Exception, loader: Callable[[Any], Any] = loads) -> Failure:
+def _failure(payload: memoryview, error: Exception, loader: Callable[[Any], Any]) -> Failure:
     """What stands in the place of a message whose unpickling raised ``error``; if it does not again, that was an interrupt."""
     try:
         loader(payload)
+    except StopIteration as stop:
+        stopped = RuntimeError(_STOPPED)
+        stopped.__cause__ = stop
+        return Failure(stopped)
     except Exception:
         return Failure(error)
     raise error

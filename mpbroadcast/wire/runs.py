@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from array import array
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from mpbroadcast.wire.frames import OVERHEAD, REFERENCE_SIZE, Batch, Parcel, References
 
@@ -49,18 +49,41 @@ _RING: Final = Struct("<I")
 _MEMORY: Final = Struct("<QQ")
 
 
+class Account:
+    """The bytes of all runs that there are, each once, however many backlogs it is in."""
+
+    __slots__ = ("held",)
+
+    def __init__(self) -> None:
+        self.held = 0
+
+
 class Run:
-    """Messages on their way to channels: ``data`` is what a pipe gets, shared by all who get it."""
+    """Messages on their way to channels: ``data`` is what a pipe gets, shared by all backlogs that the run is in."""
 
-    __slots__ = ("charge", "count", "data", "holders", "missed", "parcel")
+    __slots__ = ("account", "charge", "count", "data", "missed")
 
-    def __init__(self, data: bytes, count: int, charge: int, missed: int = 0, parcel: Parcel | None = None) -> None:
+    ring: Any = None  # that its messages are in
+    hold: Any = None  # on them there
+    memory: Any = None  # that its message is in, if that is its own
+    shared = False  # whether its messages are not in ``data``, so that a reader must be prepared for them
+
+    def __init__(self, data: bytes, count: int, charge: int, missed: int = 0, account: Account | None = None) -> None:
         self.data = data
         self.count = count
         self.charge = charge  # what it counts in a backlog
         self.missed = missed  # what a note says of that
-        self.holders = 0  # backlogs that it is in
-        self.parcel = parcel  # the message, if it is in memory of its own, which must be there before the pipe gets this
+        self.account = account
+        if account is not None:
+            account.held += charge
+
+    def __del__(self) -> None:
+        if self.account is not None:
+            self.account.held -= self.charge
+
+    def copied(self) -> Run:
+        """The messages in no shared memory: the same run for all that ask."""
+        return self
 
     def charges(self) -> list[int]:
         """What each of its messages counts in a backlog."""
@@ -76,19 +99,19 @@ class Run:
         sizes = array("I", self.data[RUN.size : RUN.size + 4 * self.count])
         first = RUN.size + 4 * self.count + sum(sizes[:start])
         sizes = sizes[start:stop]
-        return _pack(self.data[first : first + sum(sizes)], sizes, skip, image)
+        return _pack(self.data[first : first + sum(sizes)], sizes, skip, image, self.account)
 
 
-def run_of(batch: Batch) -> Run:
+def run_of(batch: Batch, account: Account | None = None) -> Run:
     """The run that carries a batch."""
-    return _pack(batch.frames, batch.sizes, batch.skip, batch.image)
+    return _pack(batch.frames, batch.sizes, batch.skip, batch.image, account)
 
 
-def _pack(frames: bytes, sizes: array[int], skip: int, image: bool) -> Run:
+def _pack(frames: bytes, sizes: array[int], skip: int, image: bool, account: Account | None) -> Run:
     count = len(sizes)
     table = sizes.tobytes() if count > 1 else b""
     head = RUN.pack(RUN.size + len(table) + len(frames) + len(TAIL), count, MESSAGES, image, skip)
-    return Run(b"".join((head, table, frames, TAIL)), count, len(frames) + count * OVERHEAD)
+    return Run(b"".join((head, table, frames, TAIL)), count, len(frames) + count * OVERHEAD, 0, account)
 
 
 def references_run(references: References, ring: int) -> bytes:
@@ -98,11 +121,11 @@ def references_run(references: References, ring: int) -> bytes:
     return b"".join((head, _RING.pack(ring), references.frames, TAIL))
 
 
-def parcel_run(parcel: Parcel, number: int) -> Run:
-    """The run of a message in memory of its own, which is sent beside the pipe under this number."""
+def memory_run(parcel: Parcel, number: int) -> bytes:
+    """What a pipe gets for a message in memory of its own, which is sent beside the pipe under this number."""
     size = RUN.size + _MEMORY.size + len(parcel.head) + len(TAIL)
     head = RUN.pack(size, 1, IN_MEMORY, parcel.image, len(parcel.head))
-    return Run(b"".join((head, _MEMORY.pack(number, parcel.length), parcel.head, TAIL)), 1, parcel.charge, 0, parcel)
+    return b"".join((head, _MEMORY.pack(number, parcel.length), parcel.head, TAIL))
 
 
 def note_run(kind: int, missed: int = 0) -> Run:
@@ -126,13 +149,6 @@ class RunView(NamedTuple):
     skip: int
     sizes: array[int] | None  # of the frames; None for a single one
     first: int  # where the first frame starts
-
-    def behind(self, count: int) -> RunView | None:
-        """What follows its first ``count`` messages; ``None`` when nothing does."""
-        if self.sizes is None or count >= self.messages:
-            return None
-        first = self.first + sum(self.sizes[:count])
-        return self._replace(messages=self.messages - count, sizes=self.sizes[count:], first=first)
 
 
 def read_run(data: bytes, start: int) -> RunView | None:

@@ -15,7 +15,7 @@ from mpbroadcast.wire.descriptors import DescriptorSocket, on_fork
 from mpbroadcast.wire.frames import references_in
 from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, keep_freed_memory, map_for_reading, map_privately
 from mpbroadcast.wire.packets import MAPPED, MEMORY, READ, REFUSED, RING, PacketError, pack, unpack
-from mpbroadcast.wire.payload import Failure, load, load_copied_image, load_each, load_image, loads
+from mpbroadcast.wire.payload import Failure, load_copied_image, load_each, load_image, loads
 from mpbroadcast.wire.ring import CHUNK
 from mpbroadcast.wire.runs import OFFER, REFERENCES, RunView, read_memory, read_references
 
@@ -93,7 +93,7 @@ class SharedInlet:
             buffer = _mapped_or_read(descriptor, length)
         except (MemoryRefused, OSError, MemoryError, ValueError) as error:  # ValueError: it is empty
             return Failure(OSError(errno.ENOMEM, f"a large message could not be taken in: {error}"))
-        return load(memoryview(buffer).cast("B"), load_image if image else loads)
+        return load_each([memoryview(buffer).cast("B")], load_image if image else loads)[0][0]
 
     def settle(self, read: int) -> None:
         """What was decoded is kept: ``read`` references so far. Let go of what it needed, and tell the broker."""

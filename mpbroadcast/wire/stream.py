@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
 from mpbroadcast.wire.descriptors import PipeEnd
-from mpbroadcast.wire.frames import topic_of
+from mpbroadcast.wire.frames import MOST_TOGETHER, topic_of
 from mpbroadcast.wire.payload import Failure, load_run
 from mpbroadcast.wire.runs import (
     END,
@@ -41,23 +41,19 @@ class End:
 END_OF_MESSAGES: Final = End()  # a clean end
 LOST: Final = End()  # the pipe has ended without one
 _FLAWS: Final = (End, Failure)
-# What is unpickled in one go. More is no faster: it leaves a processor's cache, and Python's garbage collector, which counts
-# the objects that are alive, begins to look at all of them, and so, in a forked process, to copy all of their memory.
-_MESSAGES: Final = 128
 _AT_ONCE: Final = 1 << 19  # bytes in shared memory: nor more than malloc keeps
 _SHARED: Final = (REFERENCES, IN_MEMORY)
 
 
 class Stream:
-    """Decoded messages, and the chunks of bytes behind them, of which ``skip`` bytes are done with; ``part`` is what
-    is left of the run that begins there, if some of it has been decoded.
+    """Decoded messages, and the chunks of bytes behind them, of which ``skip`` bytes are done with.
 
     ``need`` is how many bytes there must be before it is worth looking at them. ``plain`` says that all of ``ready`` are
     messages, none a flaw. ``skipped`` messages were left out between these. ``read`` counts all that have come in shared
-    memory so far. ``more`` says that there may be more to decode in ``chunks``.
+    memory so far.
     """
 
-    __slots__ = ("chunks", "more", "need", "part", "plain", "read", "ready", "skip", "skipped")
+    __slots__ = ("chunks", "need", "plain", "read", "ready", "skip", "skipped")
 
     def __init__(
         self,
@@ -68,8 +64,6 @@ class Stream:
         plain: bool = True,
         skipped: int = 0,
         read: int = 0,
-        more: bool = False,
-        part: RunView | None = None,
     ) -> None:
         self.ready = deque(ready)
         self.chunks = [rest] if rest else []
@@ -78,8 +72,10 @@ class Stream:
         self.plain = plain
         self.skipped = skipped
         self.read = read
-        self.more = more
-        self.part = part
+
+    def decodable(self, held: bool) -> bool:
+        """Whether there are as many bytes as the next run needs, with one more in the pipe if one is ``held`` there."""
+        return sum(map(len, self.chunks)) - self.skip + held >= self.need
 
     def sound(self, limit: int | None) -> int:
         """How many messages come before the first flaw, at most ``limit``."""
@@ -90,9 +86,7 @@ class Stream:
 
     def without(self, count: int) -> Stream:
         """The same, less its first messages."""
-        rest = Stream(
-            islice(self.ready, count, None), b"", self.skip, self.need, self.plain, 0, self.read, self.more, self.part
-        )
+        rest = Stream(islice(self.ready, count, None), b"", self.skip, self.need, self.plain, 0, self.read)
         rest.chunks = self.chunks
         return rest
 
@@ -102,7 +96,7 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
 
     ``held`` says that one more byte is in the pipe at least, which will do for the last tail byte.
     """
-    if sum(map(len, stream.chunks)) - stream.skip + held < stream.need:
+    if not stream.decodable(held):
         return None
     data = stream.chunks[0] if len(stream.chunks) == 1 else b"".join(stream.chunks)
     ready: list[Any] = []
@@ -111,15 +105,13 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
     read = stream.read
     position, end = stream.skip, len(data) + held
     room = _AT_ONCE
-    part = stream.part
-    while (run := part or read_run(data, position)) is not None and position + run.size <= end:
-        if room <= 0 or len(ready) >= _MESSAGES:
+    while (run := read_run(data, position)) is not None and position + run.size <= end:
+        if room <= 0 or len(ready) >= MOST_TOGETHER:
             break
-        kind, part = run.kind, None
+        kind = run.kind
         if kind == MESSAGES or kind in _SHARED:
             if kind == MESSAGES:
-                messages, whole = load_run(data, run, _MESSAGES - len(ready))
-                part = run.behind(len(messages))
+                messages, whole = load_run(data, run)
             elif shared is None:
                 raise RuntimeError("a message in shared memory, without a way to it")
             else:
@@ -131,8 +123,6 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
                 topic = topic_of(data[run.first : run.first + run.skip])
                 messages = [message if type(message) is Failure else (topic, message) for message in messages]
             ready.extend(messages)
-            if part is not None:
-                break
         elif kind == SKIPPED:
             skipped += run.messages
         elif kind in (OFFER, GONE):
@@ -144,13 +134,12 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
             if kind == END and shared is not None:
                 shared.ended()
         position += run.size
-    else:
-        if not ready:
-            stream.need = RUN.size if run is None else run.size
-            return None
-        unused = min(position, len(data))
-        return Stream(ready, data[unused:], position - unused, RUN.size if run is None else run.size, plain, skipped, read)
-    return Stream(ready, data, position, run.size, plain, skipped, read, True, part)
+    need = RUN.size if run is None else run.size
+    if not ready:
+        stream.need = need
+        return None
+    unused = 0 if position + need <= end else min(position, len(data))  # what is decoded next is not copied for that
+    return Stream(ready, data[unused:], position - unused, need, plain, skipped, read)
 
 
 def follow(
@@ -160,7 +149,7 @@ def follow(
 
     ``None`` when no message is whole yet.
     """
-    if stream.more and (after := decode(stream, held, with_topic, shared)) is not None:
+    if (after := decode(stream, held, with_topic, shared)) is not None:
         return after, held
     count = array("i", (0,))
     try:

@@ -1,0 +1,138 @@
+"""What the reader of a pipe was given in shared memory, and what of that it has not read yet.
+
+References into a ring follow the ring itself: its memory is sent on the socket beside the pipe, an offer is written into the
+pipe, and the reader answers on the socket that it has mapped it. All of the references that it has not read lie within a part
+of the ring, as the chunks in between cannot be written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Final
+
+from mpbroadcast.broker.outbox import Outbox
+from mpbroadcast.broker.rings import Unread
+from mpbroadcast.broker.shared import Memory, Ring, RingHold
+from mpbroadcast.wire.descriptors import DescriptorSocket
+from mpbroadcast.wire.packets import MEMORY, RING, pack
+from mpbroadcast.wire.ring import CHUNK
+from mpbroadcast.wire.runs import GONE, OFFER, Run, note
+
+_MOST_UNREAD: Final = 64  # messages in memory of their own, each with a descriptor on its way
+_MOST_OFFERS: Final = 4  # rings that were sent and are not mapped: what is on its way nobody counts
+_PART: Final = 2  # of a ring, 1/2: in it lie the references that one pipe may have unread
+
+
+class Window:
+    """Of one pipe, through the socket ``beside`` it."""
+
+    def __init__(self, beside: DescriptorSocket) -> None:
+        self.beside = beside
+        self.unread: Unread[RingHold] = Unread()
+        self.to_read = 0  # bytes, until references may wait for its reader again, as messages were copied for it
+        self._rings: dict[Ring, bool | None] = {}  # whether each is mapped; None: it is not, and nothing waits for that
+        self._unanswered: set[int] = set()  # the numbers of those that were sent, and that no answer has come to
+        self._notes: list[tuple[int, int, Ring]] = []  # to be written when so many messages have left the backlog
+        self._sent = 0  # the last message whose memory was
+
+    def knows(self, ring: Ring) -> bool:
+        """Whether the ring was offered."""
+        return ring in self._rings
+
+    def takes(self, ring: Ring) -> bool:
+        """Whether references into this ring, which was offered, may wait for the reader."""
+        return not self.to_read and self._rings[ring] is not None
+
+    def offer(self, ring: Ring) -> None:
+        """Send the ring's memory to the reader."""
+        self._rings[ring] = None
+        if len(self._unanswered) < _MOST_OFFERS:
+            with contextlib.suppress(OSError):
+                if self.beside.tell(pack(RING, ring.number), ring.descriptor.fd):
+                    self._rings[ring] = False
+                    self._unanswered.add(ring.number)
+                    self._notes.append((0, OFFER, ring))
+
+    def answered(self, number: int, *, mapped: bool) -> None:
+        """The reader has mapped the ring of this number, or cannot."""
+        if number in self._unanswered:
+            self._unanswered.remove(number)
+            for ring in self._rings:
+                if ring.number == number:
+                    self._rings[ring] = True if mapped else None
+
+    def answers_late(self, ring: Ring) -> bool:
+        """Let nothing wait for the answer to an offer any more, as the reader does not read; whether something might."""
+        late = self._rings.get(ring) is False
+        if late:
+            self._rings[ring] = None
+        return late
+
+    def retire(self, ring: Ring, position: int) -> None:
+        """Nothing refers to this ring behind the first ``position`` messages of the backlog."""
+        if ring in self._rings:
+            self._notes.append((position, GONE, ring))
+
+    def write_notes(self, fd: int, outbox: Outbox) -> bool:
+        """Write the notes that are due, between two runs; whether the pipe had room for them."""
+        for entry in [entry for entry in self._notes if entry[0] <= outbox.left] if self._notes else ():
+            _, kind, ring = entry
+            data = note(kind, ring.number)
+            try:
+                os.write(fd, data)
+            except BlockingIOError:
+                return False
+            outbox.pipe += len(data)
+            self._notes.remove(entry)
+            if kind == GONE:
+                self._rings.pop(ring, None)
+        return True
+
+    # --- what a pipe gets
+
+    def prepare(self, run: Run) -> bool | None:
+        """Whether the reader has all that it needs for this run; ``None`` when it must read, or answer, before that."""
+        if run.ring is None:
+            return self._send_memory(run.memory)
+        mapped = self._rings.get(run.ring)
+        if not mapped:
+            return None if mapped is False else False
+        oldest = self.unread.oldest(run.ring)
+        near = oldest is None or run.hold.place - oldest <= run.ring.size // _PART
+        return True if near else None
+
+    def _send_memory(self, memory: Memory) -> bool | None:
+        if self._sent == memory.number:
+            return True
+        if self.unread.memories >= _MOST_UNREAD:
+            return None
+        with contextlib.suppress(OSError):  # the reader is gone, or too many descriptors are on their way already
+            if memory.descriptor is not None and self.beside.tell(pack(MEMORY, 0, memory.number), memory.descriptor.fd):
+                self._sent = memory.number
+                return True
+        return False
+
+    @property
+    def expects(self) -> bool:
+        """Whether a packet will come from the reader, if it goes on reading: an answer, or how much it has read."""
+        return self.unread.bytes > 2 * CHUNK or self.unread.memories > 0 or bool(self._unanswered)
+
+    def wrote(self, run: Run) -> None:
+        """A run that was prepared is in the pipe."""
+        self.unread.wrote(run.count, run.charge, run.hold)
+
+    def has_read(self, count: int) -> None:
+        """The reader has read so many, of all references and memories that were ever written."""
+        before = self.unread.bytes
+        self.unread.read(count)
+        self.moved(before - self.unread.bytes)
+
+    def moved(self, size: int) -> None:
+        """The reader has read so many bytes, or has made room for them in the pipe."""
+        self.to_read = max(0, self.to_read - size)
+
+    @property
+    def must_be_read(self) -> bool:
+        """Whether it refers to memory that would be written again if it were forgotten."""
+        return any(not hold.ring.retired for hold in self.unread.holds())
