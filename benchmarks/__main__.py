@@ -10,7 +10,9 @@ processes for a million deliveries. ``pickle.loads alone`` is what the CPUs coul
 there is to do: no message can be received faster. All pickle with protocol 5 but Queue, Pipe and Manager, which use Python's
 default.
 
-With ``--policies`` it is this library alone, once with each overflow policy.
+With ``--policies`` it is this library alone, once with each overflow policy. With ``--against`` it is this library alone, too:
+that of this tree and that of another checkout take turns, and the table has the ratio of their medians. ``--busy`` measures
+beside one spinning process a core.
 """
 
 from __future__ import annotations
@@ -18,20 +20,24 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import multiprocessing
+import os
 import pathlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.context import BaseContext
 from types import FrameType
 
+from benchmarks import against
+from benchmarks.busy import beside, spinning
 from benchmarks.machine import machine, versions
 from benchmarks.peers import OWN, PEERS, Peer
 from benchmarks.policies import policy_tables
 from benchmarks.report import write
 from benchmarks.rows import ROWS, Row, smaller
 from benchmarks.running import Options, RowResults, run_row
+from benchmarks.session import Failed
 from benchmarks.tables import Table, table
 
 
@@ -82,14 +88,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=_Formatter)
     parser.add_argument("--rows", type=_rows, metavar="NAME,...", help="only these, as small,1MiB-4")
     parser.add_argument("--peers", type=_peers, metavar="WORD,...", help="only those with one of these words in the name")
-    parser.add_argument("--rounds", type=_count, default=3, metavar="R", help="rounds; the median counts")
+    parser.add_argument("--rounds", type=_count, metavar="R", help="rounds; the median counts; 3, or 7 with --against")
     parser.add_argument("--scale", type=_factor, default=1.0, metavar="F", help="so many times the messages")
     parser.add_argument("--patience", type=_factor, default=30.0, metavar="S", help="seconds to wait for who hangs")
     parser.add_argument("--output", type=pathlib.Path, metavar="DIR", help="write Markdown, CSV and plots into it")
     parser.add_argument("--list", action="store_true", help="the rows and the peers, and whether these can be measured here")
     parser.add_argument("--policies", action="store_true", help="the overflow policies against each other, and no peers")
+    parser.add_argument("--against", type=against.checkout, metavar="PATH", help="this library, and that of another checkout")
+    parser.add_argument("--busy", action="store_true", help="measure beside one spinning process a core")
     parser.add_argument("--smoke", action="store_true", help="few messages, one round: shows that it runs, measures nothing")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.against and arguments.policies:
+        parser.error("--against and --policies are two comparisons: give one of them")
+    return arguments
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
@@ -117,18 +128,50 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         )
         return
-    options = Options(1 if arguments.smoke else arguments.rounds, arguments.scale, arguments.patience, arguments.smoke)
-    about = [*machine(context), f"{options.rounds} round(s)"]
+    rounds = 1 if arguments.smoke else arguments.rounds or (7 if arguments.against else 3)
+    options = Options(rounds, arguments.scale, arguments.patience, arguments.smoke)
+    spinners = (os.cpu_count() or 1) if arguments.busy else 0
+    about = [*machine(context), f"{options.rounds} round(s){beside(spinners)}"]
     print("\n".join(about))
+    with spinning(spinners):
+        if arguments.against:
+            _measure_against(arguments, peers, options, about, spinners)
+        else:
+            _measure_peers(arguments, peers, skipped, context, options, about, spinners)
+
+
+def _measure_against(
+    arguments: argparse.Namespace, peers: Sequence[type[Peer]], options: Options, about: list[str], spinners: int
+) -> None:
+    start = time.monotonic()
+    try:
+        one = against.compare(_possible(arguments.rows or ROWS), peers, arguments.against, options, beside(spinners), _say)
+    except Failed as error:
+        sys.exit(f"python -m benchmarks: error: {error}")
+    print(f"\n{time.monotonic() - start:.0f} s")
+    if arguments.output is not None:
+        print(against.write(arguments.output, about, one))
+
+
+def _measure_peers(
+    arguments: argparse.Namespace,
+    peers: Sequence[type[Peer]],
+    skipped: list[str],
+    context: BaseContext,
+    options: Options,
+    about: list[str],
+    spinners: int,
+) -> None:
     results: list[RowResults] = []
     tables: list[Table] = []
     if not arguments.policies:
         print("\n".join([f"{name} ({version}): {setting}" for name, version, setting in versions(peers)] + skipped))
         start = time.monotonic()
-        _measure(arguments.rows or ROWS, peers, context, options, results, tables)
+        _measure(arguments.rows or ROWS, peers, context, options, beside(spinners), results, tables)
         print(f"\n{time.monotonic() - start:.0f} s")
     if arguments.policies or arguments.smoke:
         for one in policy_tables(context, options):
+            one.title += beside(spinners)
             print(f"\n{one.text()}", flush=True)
             tables.append(one)
     if arguments.output is not None:
@@ -140,14 +183,12 @@ def _measure(
     peers: Sequence[type[Peer]],
     context: BaseContext,
     options: Options,
+    busy: str,
     results: list[RowResults],
     tables: list[Table],
 ) -> None:
-    for place, row in enumerate(rows):
+    for place, row in enumerate(_possible(rows)):
         among = peers
-        if row.shape.kind == "array" and not _has_numpy():
-            print(f"\nskipped: {row.name}: the package numpy is not installed")
-            continue
         if options.smoke:
             row = smaller(row)  # noqa: PLW2901
             fit = [peer for peer in peers if peer.unfit(row.shape) is None]
@@ -160,11 +201,17 @@ def _measure(
         if one.measured or one.notes:
             results.append(one)
             tables.append(table(one))
+            tables[-1].title += busy
             print(f"\n{tables[-1].text()}", flush=True)
 
 
-def _has_numpy() -> bool:
-    return importlib.util.find_spec("numpy") is not None
+def _possible(rows: Sequence[Row]) -> Iterator[Row]:
+    """Those that can be measured here."""
+    for row in rows:
+        if row.shape.kind == "array" and importlib.util.find_spec("numpy") is None:
+            print(f"\nskipped: {row.name}: the package numpy is not installed")
+        else:
+            yield row
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from benchmarks.session import Failed
 
 _TARGET = 0.5  # seconds that one measurement is to take, without starting and ending the processes
 _TOO_LONG = 1.5  # seconds of the shortest measurement, which then is the only one
-_FIRST_PART = 20  # of the most messages is what the first measurement takes
+FIRST_PART = 20  # of the most messages is what the first measurement takes
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def run_row(
     if row.least < row.count and not options.smoke:
         for peer in list(counts):
             say(peer.name)
-            tried = max(row.least, row.count // _FIRST_PART)
+            tried = max(row.least, row.count // FIRST_PART)
             measured = _ask(results, peer, context, tried, options)
             if measured is None:
                 out.add(peer)
