@@ -20,6 +20,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
+from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut
 from mpbroadcast.wire.attachment import Attachment
@@ -291,6 +292,7 @@ class Channel(Generic[M]):
                     self._fill()
                 if self._stream.ready:
                     return True
+            trap_points.reach("waiting for messages", self._stream)
             if not pipe.wait(select.POLLIN, deadline):
                 return False
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import mpbroadcast
+from mpbroadcast import trap_points
 
 PACKAGE = Path(mpbroadcast.__file__).parent
 ROOT = PACKAGE.parent
@@ -34,6 +35,7 @@ LAYERS = [
     "stats",
     "arguments",
     "errors",
+    "trap_points",
 ]
 PUBLIC = {
     "AddressError",
@@ -153,6 +155,17 @@ def test_nothing_private_is_imported() -> None:
         if (name or "").startswith("_") or any(re.match(r"_(?!_)", part) for part in module.split("."))
     ]
     assert not private
+
+
+def test_each_trap_point_is_in_the_table() -> None:
+    """The names that the code reaches are those of the table, each at one place."""
+    reached = [
+        ast.literal_eval(node.args[0])
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "trap_points.reach"
+    ]
+    assert sorted(reached) == sorted(trap_points.NAMES)
 
 
 def test_the_broker_never_unpickles() -> None:

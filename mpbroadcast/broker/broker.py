@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mpbroadcast import trap_points
 from mpbroadcast.broker.clients import Client
 from mpbroadcast.broker.history import History
 from mpbroadcast.broker.journal import Journal
@@ -99,6 +100,7 @@ class Broker:
 
     def _restore(self, journal: Journal) -> None:
         """The subscriptions of the broker before this one, as far as their processes live."""
+        trap_points.reach("restoring")
         for number, entry in list(journal.entries.items()):
             if number <= 0:
                 continue

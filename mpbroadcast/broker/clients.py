@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from mpbroadcast import trap_points
 from mpbroadcast.broker.loop import ERROR, IN, OUT, Loop
 from mpbroadcast.broker.members import Peer, Session
 from mpbroadcast.wire.control import (
@@ -80,6 +81,8 @@ class Client:
         self._descriptors = descriptors
         self.no_reply()
         self._send(encode(message))
+        if descriptors:
+            trap_points.reach("replied with descriptors")
 
     def no_reply(self) -> None:
         """Be done with a request that has no answer."""
@@ -147,6 +150,7 @@ class Client:
         self._set_events()
 
     def _shake_hands(self, body: bytes) -> None:
+        trap_points.reach("checking a key")
         try:
             self._send(self._handshake.send(body))
         except StopIteration as done:

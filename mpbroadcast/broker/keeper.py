@@ -16,6 +16,8 @@ from typing import Final
 
 import psutil
 
+from mpbroadcast import trap_points
+
 log = logging.getLogger("mpbroadcast.broker")
 
 _DEATHS: Final = 5
@@ -67,6 +69,7 @@ def keep(starter: int, serve: Callable[[int], None], wanted: Callable[[], bool],
             log.error("the broker (process %d) %s: no other one is wanted", child, why)
             return
         pause = patience.pause(clock())
+        trap_points.reach("replacing")
         if pause is None:
             log.critical("the broker (process %d) %s, again and again: it is given up", child, why)
             return

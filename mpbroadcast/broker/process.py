@@ -34,6 +34,7 @@ from typing import Any, Final
 
 import psutil
 
+from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.broker.broker import READY, STOPPING, Broker, Succession, new_identity
 from mpbroadcast.broker.journal import Journal
@@ -135,6 +136,7 @@ class BrokerProcess:
 
     def end(self, timeout: float | None, *, told: int) -> None:
         """Wait for it, if its process ``told`` was told to stop within ``timeout``, and end it if it has not."""
+        trap_points.reach("ending the broker")
         kept = _process(told) if told and self._restart else None
         if told:
             self._process.join(None if timeout is None else timeout + _GRACE)
@@ -225,6 +227,7 @@ def _start(method: str, process: BaseProcess) -> None:
 
 
 def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadline: Deadline, guard: str) -> str:
+    trap_points.reach("waiting for the broker")
     ready = connection.wait([reader, process.sentinel], deadline.left())
     if not ready:
         raise StartError(

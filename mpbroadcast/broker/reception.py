@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from mpbroadcast import trap_points
 from mpbroadcast.broker.clients import Client, peer_of
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.loop import IN, Loop
@@ -63,6 +64,7 @@ class Reception:
                     client.reply(message)
 
     def _accept(self, events: int) -> None:
+        trap_points.reach("accepting")
         try:
             connection, _ = self._listener.accept()
         except BlockingIOError:

@@ -15,6 +15,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+from mpbroadcast import trap_points
 from mpbroadcast.broker.rings import Holds, Overlap
 from mpbroadcast.wire.descriptors import DescriptorSocket, OwnedDescriptor
 from mpbroadcast.wire.frames import MAX_FRAME, Batch, FrameError, Parcel, References
@@ -306,6 +307,7 @@ class Lender:
         if parcel.number not in self._memories:
             self.hear()
         memory = self._memories.pop(parcel.number, None)
+        trap_points.reach("fetched memory")
         return None if memory is None or not fits(parcel.length, memory.size) else parcel._replace(memory=memory)
 
     def routed(self, number: int) -> None:

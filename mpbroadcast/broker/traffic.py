@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Final
 
+from mpbroadcast import trap_points
 from mpbroadcast.broker.history import History
 from mpbroadcast.broker.items import Item, RingMessages, run_of_item
 from mpbroadcast.broker.loop import IN, OUT, Loop
@@ -117,6 +118,7 @@ class Traffic:
             return
         self._most = max(self._most, len(chunk))
         self._take(publisher, chunk)
+        trap_points.reach("routing")
         self._route(publisher)
         self._set_busy(publisher, self.routed - before > _BUSY)
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 from typing import Final
 
+from mpbroadcast import trap_points
 from mpbroadcast.broker.outbox import Outbox
 from mpbroadcast.broker.rings import Unread
 from mpbroadcast.broker.shared import Memory, Ring, RingHold
@@ -110,6 +111,7 @@ class Window:
         with contextlib.suppress(OSError):  # the reader is gone, or too many descriptors are on their way already
             if memory.descriptor is not None and self.beside.tell(pack(MEMORY, 0, memory.number), memory.descriptor.fd):
                 self._sent = memory.number
+                trap_points.reach("sent memory")
                 return True
         return False
 

@@ -19,6 +19,7 @@ from collections import deque
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
+from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.errors import (
     AuthenticationFailed,
@@ -77,6 +78,7 @@ class _Control:
             on_fork(self, _Control._in_child)
         try:
             self._connect(deadline)
+            trap_points.reach("connected")
             self._shake_hands(client_handshake(authkey), deadline)
         except BaseException:
             self.close()
@@ -102,6 +104,7 @@ class _Control:
         to_send = next(handshake)
         try:
             while True:
+                trap_points.reach("answering")
                 self._send(to_send, deadline)
                 to_send = handshake.send(self._receive(deadline))
         except StopIteration as done:
@@ -117,6 +120,7 @@ class _Control:
         if len(data) > MAX_REQUEST:
             raise ValueError(f"a request of {len(data)} bytes is too long: name fewer topics in one call")
         self._send(data, deadline)
+        trap_points.reach("waiting for a reply", (message["do"], self._socket))
         said = decode(self._receive(deadline))
         if not self._numbers:
             return Answer(said)

@@ -13,6 +13,7 @@ import os
 import select
 from typing import Final
 
+from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.errors import TimedOut
 from mpbroadcast.wire.descriptors import PipeEnd
@@ -50,6 +51,7 @@ class Outlet:
                 if last:
                     self.write(last, deadline, gone)
                 last = piece
+            trap_points.reach("sending the last piece")
             self.write(last, deadline, done)
         except BaseException:
             # If the last piece has gone after all, the broker does not know the number any more, and nothing happens.
@@ -101,6 +103,7 @@ class Outlet:
 
         :raises TimedOut: it did not in time.
         """
+        trap_points.reach("waiting for room", self.pipe.fd)
         if not self.pipe.wait(select.POLLOUT, deadline):
             raise self.not_in_time()
 

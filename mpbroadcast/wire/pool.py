@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
+from mpbroadcast import trap_points
 from mpbroadcast.wire.descriptors import OwnedDescriptor, fork_lock, on_fork
 from mpbroadcast.wire.memory import (
     fill_and_seal,
@@ -120,6 +121,7 @@ class _Kept:
         self._fills = 0
         with fork_lock():  # a child has the map only if it has the hook
             self._map = map_for_writing(descriptor)
+            trap_points.reach("mapping kept memory")
             on_fork(self, _Kept.close)
         self.size = len(self._map)
 
@@ -146,6 +148,7 @@ class _Kept:
     def close(self) -> None:
         """Unmap and close it."""
         with fork_lock():  # so that a child has a copy only while this knows of it
+            trap_points.reach("unmapping kept memory")
             self._map.close()
         self.descriptor.close()
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
+from mpbroadcast import trap_points
 from mpbroadcast.wire.descriptors import on_fork
 from mpbroadcast.wire.frames import plain_reference
 from mpbroadcast.wire.memory import populate
@@ -122,6 +123,7 @@ class Ring:
         """Whether the system has memory for what is to be written there."""
         for chunk in span(start, length, CHUNK):
             if not self._there >> chunk & 1:
+                trap_points.reach("populating a ring")
                 if not populate(self._memory, chunk * CHUNK, CHUNK):
                     return False
                 self._there |= 1 << chunk

@@ -11,6 +11,7 @@ import errno
 import os
 from typing import Any, Final
 
+from mpbroadcast import trap_points
 from mpbroadcast.wire.descriptors import DescriptorSocket, on_fork
 from mpbroadcast.wire.frames import references_in
 from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, keep_freed_memory, map_for_reading, map_privately
@@ -82,6 +83,7 @@ class SharedInlet:
     def _load_memory(self, number: int, length: int, image: bool) -> Any:
         self._unsaid += _SAY_EVERY
         if number not in self._memories:
+            trap_points.reach("taking memory")
             self._hear(number)
         descriptor = self._memories.get(number, -1)
         if descriptor < 0:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.wire.descriptors import DescriptorSocket
 from mpbroadcast.wire.frames import memory_frame, reference_frame
@@ -233,6 +234,7 @@ class SharedOutlet:
                     return False
             except OSError:  # no memory or no descriptor is left
                 return False
+            trap_points.reach("publishing memory")
             descriptor.close()
             outlet.write(memory_frame(number, payload.size, topic, exclude, payload.image), deadline, done)
             return True
