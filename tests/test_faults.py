@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import select
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,24 +38,16 @@ from typing import Any, Final, NamedTuple
 import psutil
 import pytest
 
-import mpbroadcast.broker.broker
-import mpbroadcast.broker.clients
-import mpbroadcast.broker.keeper
-import mpbroadcast.broker.members
-import mpbroadcast.broker.process
-import mpbroadcast.broker.publisher
-import mpbroadcast.broker.reception
-import mpbroadcast.broker.shared
-import mpbroadcast.broker.traffic
-import mpbroadcast.channel
-import mpbroadcast.wire.descriptors
-import mpbroadcast.wire.link
-import mpbroadcast.wire.outlet
-import mpbroadcast.wire.packets
-import mpbroadcast.wire.ring
-import mpbroadcast.wire.shared_inlet
-from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, BrokerRestarted, Channel, connect, start_broadcaster
-from mpbroadcast.arguments import Deadline
+from mpbroadcast import (
+    Broadcaster,
+    BroadcastError,
+    BrokerLost,
+    BrokerRestarted,
+    Channel,
+    connect,
+    start_broadcaster,
+    trap_points,
+)
 from mpbroadcast.wire.memory import available
 from tests.helpers import DEADLINE, Background, Children, answer, finish, wait_until
 from tests.victims import alive, asleep, descriptors, receive_all
@@ -82,8 +75,8 @@ MOMENTS: Final = (
     "handshake",  # half of an answer was sent
     "pipe in flight",  # its end is in a socket, with a reply that nobody has read
     "mid-frame",  # some pieces of a message are out
-    "mid-ring",  # half of a message is written into a ring, or it is being read there
-    "mid-memory",  # the same, in memory of the message's own
+    "mid-ring",  # a message has its room in a ring, or it is being read there
+    "mid-memory",  # half of a message is written into memory of its own, or it is being read there
     "memory in flight",  # that memory's descriptor is in a socket, and its frame not in the pipe, or not read
     "blocked",  # by a full backlog
     "draining",  # the starter is in close()
@@ -256,34 +249,14 @@ def patch(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[.
     setattr(owner, name, make(getattr(owner, name)))
 
 
-def before(owner: Any, name: str, trap: Trap, when: Callable[..., bool] = lambda *_: True) -> None:
-    """The trap springs when the function is called so that ``when`` says yes to its arguments."""
+def spring_at(point: str, trap: Trap, when: Callable[[Any], bool] = lambda _: True) -> None:
+    """The trap springs at the trap point of this name, if ``when`` says yes to its subject; also in forked processes."""
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def replaced(*args: Any, **keywords: Any) -> Any:
-            if when(*args):
-                trap.spring()
-            return original(*args, **keywords)
+    def reach(name: str, subject: object = None) -> None:
+        if name == point and trap.armed and when(subject):
+            trap.spring()
 
-        return replaced
-
-    patch(owner, name, make)
-
-
-def behind(owner: Any, name: str, trap: Trap, when: Callable[..., bool] = lambda *_: True) -> None:
-    """The trap springs when the function has done its work, if ``when`` had said yes to its arguments."""
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def replaced(*args: Any) -> Any:
-            yes = when(*args)
-            result = original(*args)
-            if yes:
-                trap.spring()
-            return result
-
-        return replaced
-
-    patch(owner, name, make)
+    trap_points.reach = reach
 
 
 def set_trap(trap: Trap) -> None:
@@ -294,128 +267,83 @@ def set_trap(trap: Trap) -> None:
     if trap.moment == "mid-frame":
         os.environ["MPBROADCAST_INLINE"] = "1"
     reader = trap.victim == "subscriber"
-    control = mpbroadcast.wire.link._Control
     match trap.moment:
         case "connecting":
-            behind(control, "_connect", trap)
+            spring_at("connected", trap)
         case "handshake":
-            _trap_half_sent(control, trap)
+            spring_at("answering", trap, lambda _: _send_half_first(trap))
         case "pipe in flight":
-            _trap_unread_reply(control, trap)
+            spring_at("waiting for a reply", trap, _has_come_with_a_pipe)
         case "mid-frame" if reader:
-            # What came was not enough for a message, and something of it was kept.
-            _trap_half_received(trap)
+            spring_at("waiting for messages", trap, lambda stream: any(stream.chunks))
         case "mid-frame":
-            pieces: list[bytes] = []
-            before(mpbroadcast.wire.outlet.Outlet, "write", trap, lambda _, data, *__: _second(pieces, data, trap))
-        case "mid-ring" if reader:
-            before(mpbroadcast.wire.shared_inlet, "load_each", trap)
+            spring_at("sending the last piece", trap)
+        case "mid-ring" | "mid-memory" if reader:
+            Bait.trap = trap
         case "mid-ring":
-            _trap_half_in_ring(trap)
-        case "mid-memory" if reader:
-            before(mpbroadcast.wire.shared_inlet, "load", trap)
+            spring_at("populating a ring", trap)
         case "mid-memory":
             _trap_half_in_memory(trap)
-        case "memory in flight" if reader:
-            before(mpbroadcast.wire.shared_inlet.SharedInlet, "_load_memory", trap)
         case "memory in flight":
-            behind(mpbroadcast.wire.descriptors.DescriptorSocket, "tell", trap, lambda _, packet, *fd: _is_memory(packet, fd))
+            spring_at("taking memory" if reader else "publishing memory", trap)
         case "idle" if reader:
-            before(mpbroadcast.wire.descriptors.PipeEnd, "wait", trap)
+            spring_at("waiting for messages", trap)
         case "draining" if trap.victim == "starter":
-            before(mpbroadcast.broker.process.BrokerProcess, "end", trap)
+            spring_at("ending the broker", trap)
 
 
-def _blocked(outlet: Any, bus: Broadcaster[Any]) -> bool:
+def _blocked(fd: int, bus: Broadcaster[Any]) -> bool:
     """Whether a full backlog is what this publisher waits for; else its pipe is full for a moment only."""
-    while not outlet.pipe.wait(select.POLLOUT, Deadline(0.001)):
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    while not poll.poll(1):
         if any(row.stalls for row in bus.stats().subscribers):
-            return not outlet.pipe.wait(select.POLLOUT, Deadline(0.05))  # what was read last may have left room
+            return not poll.poll(50)  # what was read last may have left room
     return False
 
 
-def _second(pieces: list[bytes], data: bytes, trap: Trap) -> bool:
-    """Whether a piece of the message was written before, since the trap was armed."""
-    if trap.armed:
-        pieces.append(data)
-    return len(pieces) > 1
+def _has_come_with_a_pipe(asked: tuple[str, socket.socket]) -> bool:
+    """Whether this is a request for a pipe; its reply is there then."""
+    poll = select.poll()
+    poll.register(asked[1], select.POLLIN)
+    return asked[0] in ("publisher", "open") and bool(poll.poll(1000 * DEADLINE))
 
 
-def _is_memory(packet: bytes, descriptors: tuple[int, ...]) -> bool:
-    return bool(descriptors) and mpbroadcast.wire.packets.unpack(packet)[0] == mpbroadcast.wire.packets.MEMORY
+def _send_half_first(trap: Trap) -> bool:
+    """The trap springs when half of what comes next is sent, and not here."""
 
-
-def _trap_half_sent(control: Any, trap: Trap) -> None:
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def send(self: Any, data: bytes, deadline: Any) -> None:
-            if data and trap.armed:
-                original(self, data[: len(data) // 2], deadline)
-                trap.spring()
-                data = data[len(data) // 2 :]
-            original(self, data, deadline)
+    def make(original: Callable[..., int]) -> Callable[..., int]:
+        def send(connection: socket.socket, data: bytes) -> int:
+            if not trap.armed:
+                return original(connection, data)
+            sent = original(connection, data[: len(data) // 2])
+            trap.spring()
+            return sent
 
         return send
 
-    patch(control, "_send", make)
+    patch(socket.socket, "send", make)
+    return False
 
 
-def _trap_unread_reply(control: Any, trap: Trap) -> None:
-    asked: list[str] = []
+class Bait(str):
+    """Springs the trap of the process that unpickles it, if it did not come through the pipe."""
 
-    def ask(original: Callable[..., Any]) -> Callable[..., Any]:
-        def request(self: Any, message: dict[str, Any], deadline: Any) -> Any:
-            asked[:] = [message["do"]]
-            return original(self, message, deadline)
+    __slots__ = ()
+    trap: Trap | None = None
+    read = 0  # bytes, when the last one was unpickled
 
-        return request
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bait.taken, (str(self),)
 
-    def hear(original: Callable[..., Any]) -> Callable[..., Any]:
-        def receive(self: Any, deadline: Any) -> Any:
-            if asked and asked[0] in ("publisher", "open") and trap.armed:
-                self._wait(select.POLLIN, deadline)  # the reply is there
-                trap.spring()
-            return original(self, deadline)
-
-        return receive
-
-    patch(control, "request", ask)
-    patch(control, "_receive", hear)
-
-
-def _trap_half_received(trap: Trap) -> None:
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def follow(stream: Any, *args: Any) -> Any:
-            after, held = original(stream, *args)
-            if after is None and any(stream.chunks):
-                trap.spring()
-            return after, held
-
-        return follow
-
-    patch(mpbroadcast.channel, "follow", make)
-
-
-def _trap_half_in_ring(trap: Trap) -> None:
-    def in_parts(original: Callable[..., Any]) -> Callable[..., Any]:
-        def write(self: Any, start: int, parts: Any) -> Any:
-            if trap.armed:
-                half = b"".join(parts)[: sum(map(len, parts)) // 2]
-                original(self, start, [half])
-                trap.spring()
-            return original(self, start, parts)
-
-        return write
-
-    def in_one(original: Callable[..., Any]) -> Callable[..., Any]:
-        def put(self: Any, payload: bytes, pipe: int) -> Any:
-            if trap.armed and self.room.fits_behind(len(payload)):
-                self.write(self.room.next, [payload])
-            return original(self, payload, pipe)
-
-        return put
-
-    patch(mpbroadcast.wire.ring.Ring, "write", in_parts)
-    patch(mpbroadcast.wire.ring.Ring, "put", in_one)
+    @staticmethod
+    def taken(text: str) -> str:
+        """What it is for its reader."""
+        if Bait.trap is not None:
+            before, Bait.read = Bait.read, psutil.Process().io_counters().read_chars
+            if Bait.read - before < IN_RING:
+                Bait.trap.spring()
+        return text
 
 
 def _trap_half_in_memory(trap: Trap) -> None:
@@ -435,26 +363,21 @@ def _trap_half_in_memory(trap: Trap) -> None:
 
 def set_trap_in_broker(trap: Trap) -> None:
     """In the broker, before it begins; in its keeper, from which each broker inherits the trap, if there is one."""
-    held = mpbroadcast.broker.items.RingMessages
-    match trap.moment:
-        case "replacing" if trap.victim == "keeper":
-            behind(mpbroadcast.broker.keeper.Patience, "pause", trap)
-        case "replacing":
-            before(mpbroadcast.broker.broker.Broker, "_restore", trap)
-        case "connecting":
-            before(mpbroadcast.broker.reception.Reception, "_accept", trap)
-        case "handshake":
-            before(mpbroadcast.broker.clients.Client, "_shake_hands", trap)
-        case "pipe in flight":
-            behind(mpbroadcast.broker.clients.Client, "_send", trap, lambda client, _: bool(client._descriptors))
-        case "mid-frame":
-            behind(mpbroadcast.broker.traffic.Traffic, "_take", trap)
-        case "mid-ring":
-            before(mpbroadcast.broker.traffic.Traffic, "_deliver", trap, lambda _, item, __: isinstance(item, held))
-        case "mid-memory":
-            behind(mpbroadcast.broker.shared.Lender, "fetch", trap)
-        case "memory in flight":
-            behind(mpbroadcast.broker.window.Window, "_send_memory", trap)
+    points = BROKERS_POINTS | ({"replacing": "replacing"} if trap.victim == "keeper" else {})
+    if trap.moment in points:
+        spring_at(points[trap.moment], trap)
+
+
+BROKERS_POINTS: Final = {
+    "replacing": "restoring",
+    "connecting": "accepting",
+    "handshake": "checking a key",
+    "pipe in flight": "replied with descriptors",
+    "mid-frame": "routing",
+    "mid-ring": "routing",
+    "mid-memory": "fetched memory",
+    "memory in flight": "sent memory",
+}
 
 
 class _BrokersProcess(BaseProcess):
@@ -504,7 +427,7 @@ def trapping(method: str, trap: Trap) -> BaseContext:
 
 def message(who: str, number: int, size: int) -> tuple[str, int, bytes]:
     """A message that shows whether all of it has come."""
-    return who, number, bytes([number % 251]) * size
+    return Bait(who), number, bytes([number % 251]) * size
 
 
 def whole(received: Any) -> tuple[str, int]:
@@ -576,7 +499,7 @@ def publish_into_trap(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> 
             trap.arm()
             say(IN_MEMORY)
         case "blocked":
-            before(mpbroadcast.wire.outlet.Outlet, "wait", trap, lambda outlet, *_: _blocked(outlet, bus))
+            spring_at("waiting for room", trap, lambda fd: _blocked(fd, bus))
             trap.arm()
             while not trap.sprung:
                 say(SHORT, "full")
