@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import gc
 import itertools
 import mmap
@@ -12,6 +13,7 @@ import pickle
 import resource
 import signal
 import socket
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -22,9 +24,9 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, Channel, start_broadcaster
+from mpbroadcast import Broadcaster, Channel, start_broadcaster, trap_points
 from mpbroadcast.wire import memory, pool
-from mpbroadcast.wire.descriptors import OwnedDescriptor, on_fork
+from mpbroadcast.wire.descriptors import OwnedDescriptor
 from mpbroadcast.wire.memory import available, check_message, kept_memory, nobody_has, reader_of
 from mpbroadcast.wire.pool import MemoryPool
 from tests.helpers import DEADLINE, Background, Children, answer, finish, pattern, wait_until
@@ -39,8 +41,8 @@ SIZE = 100_000
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes within the deadline is a stream, and who reads is waited for, also on a busy machine."""
-    monkeypatch.setattr(pool, "_STREAM", DEADLINE)
-    monkeypatch.setattr(pool, "_PATIENCE", 1.0 / SIZE)
+    monkeypatch.setattr(pool, "STREAM", DEADLINE)
+    monkeypatch.setattr(pool, "PATIENCE", 1.0 / SIZE)
 
 
 def numbered(number: int, size: int = SIZE) -> tuple[int, pickle.PickleBuffer]:
@@ -204,7 +206,7 @@ def test_a_stream_is_written_into_the_same_memory(unhurried: None) -> None:
 
 def test_memory_that_somebody_has_is_not_written(unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who keeps all messages of a stream keeps them as they were; the pool keeps four, whoever reads or does not."""
-    monkeypatch.setattr(pool, "_PATIENCE", 0.0)
+    monkeypatch.setattr(pool, "PATIENCE", 0.0)
     there = MemoryPool()
     readers = [there.memory([pattern(number, SIZE)], SIZE) for number in range(20)]
     assert len(inodes("s")) == 4
@@ -218,8 +220,8 @@ def test_memory_that_somebody_has_is_not_written(unhurried: None, monkeypatch: p
 
 def test_two_large_memories_are_kept_and_none_that_are_very_large(unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a number of bytes there are no more than two; and of messages beyond another none."""
-    monkeypatch.setattr(pool, "_PATIENCE", 0.0)
-    for limit, most in (("_MOST_KEPT", 2), ("_LARGEST", 0)):
+    monkeypatch.setattr(pool, "PATIENCE", 0.0)
+    for limit, most in (("MOST_KEPT", 2), ("LARGEST", 0)):
         monkeypatch.setattr(pool, limit, SIZE - 1)
         there = MemoryPool()
         readers = [there.memory([bytes(SIZE)], SIZE) for _ in range(5)]
@@ -257,7 +259,7 @@ def test_what_is_no_stream_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_lets_go_when_nothing_comes_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the next occasion after a second: also when a signal's handler has that, at any moment."""
+    """At the next occasion after a second."""
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     there = MemoryPool()
@@ -266,10 +268,34 @@ def test_it_lets_go_when_nothing_comes_any_more(monkeypatch: pytest.MonkeyPatch)
     there.rest()
     assert len(inodes("s")) == 1
     now = 101.0
-    with there._lock:
-        there.rest()
+    there.rest()
     assert inodes("s") == []
     assert memories() == 0
+
+
+def test_a_signals_handler_may_come_while_memory_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the next occasion to let go of all: the message that it has interrupted has its memory all the same."""
+    now = 100.0
+    asked = 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal now, asked
+        if args[1] == fcntl.F_SETLEASE and now < 101.0:
+            now += 1.0
+            there.rest()
+            asked += 1
+        return real(*args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    there = MemoryPool()
+    for _ in range(2):
+        there.memory([bytes(SIZE)], SIZE)
+    assert len(inodes("s")) == 1
+    real = fcntl.fcntl
+    monkeypatch.setattr(fcntl, "fcntl", interrupted)
+    reader = there.memory([pattern(1, SIZE)], SIZE)
+    assert asked
+    assert content(reader)[:SIZE] == pattern(1, SIZE)
 
 
 @pytest.mark.parametrize("missing", ["leases", "/proc", "seals", "memory"])
@@ -283,16 +309,22 @@ def test_where_the_system_does_not_say_who_has_it(missing: str, unhurried: None,
         return writev(fd, views)
 
     monkeypatch.setattr(os, "writev", counted)
-    if missing == "leases":
-        monkeypatch.setattr(memory, "_LEASED", (signal.SIGURG, 77, 77))
-    elif missing == "seals":
-        monkeypatch.setattr(memory, "_SEAL_FUTURE_WRITE", 1 << 20)
-    elif missing == "memory":
+    if missing == "memory":
 
-        def no_map(descriptor: OwnedDescriptor) -> mmap.mmap:
+        def no_map(*_: Any, **__: Any) -> None:
             raise OSError(errno.ENOMEM, "no room for a map")
 
-        monkeypatch.setattr(pool, "map_for_writing", no_map)
+        monkeypatch.setattr(mmap, "mmap", no_map)
+    elif missing != "/proc":
+        refused = fcntl.F_SETLEASE if missing == "leases" else fcntl.F_ADD_SEALS
+        real = fcntl.fcntl
+
+        def unknown(fd: int, command: int, argument: int = 0) -> Any:
+            if command == refused and (missing == "leases" or argument & 0x10):  # a seal against later writing
+                raise OSError(errno.EINVAL, "the system does not know this")
+            return real(fd, command, argument)
+
+        monkeypatch.setattr(fcntl, "fcntl", unknown)
     else:
         original = os.open
 
@@ -336,47 +368,30 @@ def test_a_child_lets_go_at_a_fork(unhurried: None) -> None:
     assert content(there.memory([b"x" * SIZE], SIZE))[:SIZE] == b"x" * SIZE
 
 
-@pytest.mark.parametrize("moment", ["made", "let go of"])
+@pytest.mark.parametrize("moment", ["mapping", "unmapping"])
 def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child has no map while memory is being made, or let go of: a fork waits until that is done, or comes before."""
-    there = MemoryPool()
-    if moment == "let go of":
-        for _ in range(2):
-            there.memory([bytes(SIZE)], SIZE)
     forked: list[Background] = []
+    about_to = threading.Event()
 
     def fork() -> int:
+        about_to.set()
         pid = os.fork()
         if not pid:
             os._exit(len(inodes("s")) + memories())
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    def fork_meanwhile() -> None:
-        forked.append(Background(fork))
-        forked[0].wait_until_blocked("_before_fork")
+    def reach(name: str, subject: object = None) -> None:
+        if name == f"{moment} kept memory" and not forked:  # else it is the child that lets go of it
+            forked.append(Background(fork))
+            about_to.wait(DEADLINE)
+            forked[0].wait_until_blocked("fork")
 
-    if moment == "made":
-        original = on_fork
-
-        def late(something: Any, hook: Any) -> None:
-            fork_meanwhile()
-            original(something, hook)
-
-        monkeypatch.setattr(pool, "on_fork", late)
-        for _ in range(2):
-            there.memory([bytes(SIZE)], SIZE)
-    else:
-
-        class Late:
-            def close(self) -> None:
-                if not forked:  # else it is the child that lets go of it
-                    fork_meanwhile()
-                mapped.close()
-
-        (kept,) = there._kept
-        mapped, kept._map = kept._map, Late()  # type: ignore[assignment]
-        del kept
-        there._let_go()
+    monkeypatch.setattr(trap_points, "reach", reach)
+    there = MemoryPool()
+    for _ in range(2):
+        there.memory([bytes(SIZE)], SIZE)
+    del there
     assert [thread.result() for thread in forked] == [0]
 
 
@@ -451,8 +466,8 @@ def test_a_handle_lets_go(own_memory: None, unhurried: None, bus: Bus, monkeypat
                 bus.publish(numbered(number))
                 assert channel.recv(timeout=DEADLINE)[0] == number
             assert inodes("s")
-            monkeypatch.setattr(pool, "_STREAM", 0.0)
+            monkeypatch.setattr(pool, "STREAM", 0.0)
             then()
-            monkeypatch.setattr(pool, "_STREAM", DEADLINE)
+            monkeypatch.setattr(pool, "STREAM", DEADLINE)
             gc.collect()
             assert inodes("s") == []

@@ -31,10 +31,10 @@ from mpbroadcast.wire.memory import (
 )
 
 _MOST: Final = 4  # memories: one that is read, one that waits, one on its way to them, and one to be written
-_MOST_KEPT: Final = 1 << 26  # bytes of them, but two there may be at any rate
-_LARGEST: Final = 9 << 25  # bytes of a message that is kept: beyond that, it is much to have for the next one
-_STREAM: Final = 1.0  # seconds between two messages that belong to one
-_PATIENCE: Final = 1e-10  # seconds for each byte: a part of what new memory takes
+MOST_KEPT: Final = 1 << 26  # bytes of them, but two there may be at any rate
+LARGEST: Final = 9 << 25  # bytes of a message that is kept: beyond that, it is much to have for the next one
+STREAM: Final = 1.0  # seconds between two messages that belong to one
+PATIENCE: Final = 1e-10  # seconds for each byte: a part of what new memory takes
 _PAUSE: Final = 5e-5  # seconds
 _SLICE: Final = 1 << 22  # bytes to go through at once: other threads, and signals, have their turn in between
 
@@ -49,7 +49,7 @@ class MemoryPool:
         self._kept: list[_Kept] = []  # that no thread is about to write; what was used last is last
         self._possible = True
         self._patient = True  # to wait for memory helped, the last time
-        self._when = -_STREAM  # that the last message came
+        self._when = -STREAM  # that the last message came
 
     def memory(self, parts: Sequence[Any], size: int) -> OwnedDescriptor:
         """A descriptor to send, of memory with these bytes, ``size`` in all. Nobody who gets it can change them.
@@ -57,7 +57,7 @@ class MemoryPool:
         :raises OSError: the system has none to give.
         """
         now = time.monotonic()
-        follows = self._possible and size <= _LARGEST and now < self._when + _STREAM
+        follows = self._possible and size <= LARGEST and now < self._when + STREAM
         self._when = now
         if not follows:
             self._let_go()
@@ -65,7 +65,7 @@ class MemoryPool:
 
     def rest(self) -> None:
         """Let go of all, if no large message has come for a while."""
-        if self._kept and time.monotonic() >= self._when + _STREAM:
+        if self._kept and time.monotonic() >= self._when + STREAM:
             self._let_go()
 
     def _in_kept(self, parts: Sequence[Any], size: int, now: float) -> OwnedDescriptor | None:
@@ -92,7 +92,7 @@ class MemoryPool:
             enough = any(fits(size, kept.size) for kept in there) and _too_much([*(kept.size for kept in there), size])
             if not (enough and self._patient):
                 return None
-            if time.monotonic() > now + size * _PATIENCE:
+            if time.monotonic() > now + size * PATIENCE:
                 self._patient = False
                 return None
             time.sleep(_PAUSE)
@@ -173,4 +173,4 @@ def _without_excess(there: list[_Kept]) -> list[_Kept]:
 
 
 def _too_much(sizes: Sequence[int]) -> bool:
-    return len(sizes) > _MOST or (len(sizes) > 2 and sum(sizes) > _MOST_KEPT)
+    return len(sizes) > _MOST or (len(sizes) > 2 and sum(sizes) > MOST_KEPT)
