@@ -32,7 +32,7 @@ from mpbroadcast.wire.shared_outlet import SHARED_FROM
 M = TypeVar("M")
 
 DEFAULT_CAPACITY: Final = 64 << 20
-_CLOSE_TIMEOUT: Final = 5.0
+CLOSE_TIMEOUT: Final = 5.0
 _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
 _write = os.write
@@ -397,7 +397,7 @@ class Broadcaster(Generic[M]):
 
     # --- the end
 
-    def close(self, timeout: float | None = _CLOSE_TIMEOUT) -> None:
+    def close(self, timeout: float | None = CLOSE_TIMEOUT) -> None:
         """In the process that has started the broker: end it. Elsewhere: let go of this handle; its channels live on.
 
         The broker takes in what has been published, and moves all backlogs into the channels' pipes, for at most ``timeout``
@@ -421,11 +421,11 @@ class Broadcaster(Generic[M]):
         if outlet is not None and process is None and link is not None:
             # A publish that waits in another thread is woken when the broker closes its end.
             with contextlib.suppress(BroadcastError, OSError):
-                link.request("retire", publisher=outlet.number, deadline=Deadline(_CLOSE_TIMEOUT))
+                link.request("retire", publisher=outlet.number, deadline=Deadline(CLOSE_TIMEOUT))
         if process is not None:
             told = 0
             with contextlib.suppress(BroadcastError, OSError):
-                link, answer = attachment.ask("stop", Deadline(_CLOSE_TIMEOUT), timeout=timeout)
+                link, answer = attachment.ask("stop", Deadline(CLOSE_TIMEOUT), timeout=timeout)
                 told = answer.said["pid"]
             process.end(timeout, told=told)
             if link is not None:

@@ -71,6 +71,7 @@ from mpbroadcast.wire.link import Link
 from mpbroadcast.wire.memory import MemoryRefused, available, check_message, check_ring, message_memory, ring_memory
 from mpbroadcast.wire.packets import ACCEPTED, MAPPED, MEMORY, READ, REFUSED, RING, WANTED, PacketError, pack, unpack
 from mpbroadcast.wire.payload import gather, load_image
+from tests.conftest import descriptors as open_files
 from tests.helpers import DEADLINE, Background, Children, wait_until
 from tests.victims import Counter, descriptors
 
@@ -200,10 +201,7 @@ def feed(parts: Sequence[bytes]) -> None:
             return
         check_items(items)
         found += sum(len(item.frames) for item in items if isinstance(item, (Batch, References)))
-        extra = 512 * len(splitter._parts)  # for keeping each
-        assert extra <= splitter.held <= fed + extra
-        assert len(splitter._rest) < PIPE_BUF
-        assert sum(map(len, itertools.chain(*splitter._parts.values()))) + extra == splitter.held
+        assert 0 <= splitter.held <= fed + 512 * (fed // 18)  # for keeping each that has begun
         assert found <= fed
 
 
@@ -278,7 +276,8 @@ def test_an_inbox_with_damaged_streams() -> None:
                     fed -= 4 + len(body)
                     with contextlib.suppress(ControlError):
                         assert isinstance(decode(body), dict)
-                assert len(inbox._data) == fed <= max(4, inbox.limit + 4) + len(part)
+                assert bool(inbox) == (fed > 0)
+                assert fed <= max(4, inbox.limit + 4) + len(part)
 
 
 def body_of(data: bytes) -> bytes:
@@ -474,6 +473,7 @@ class Asker:
 @pytest.fixture
 def own_broker(tmp_path: Path) -> Iterator[Broker]:
     """A broker in this process, which nobody runs: it is only asked."""
+    before = open_files()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
@@ -490,9 +490,10 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
         assert not broker.subscriptions
         assert not broker.traffic.publishers
         assert broker.held == 0
-        os.close(broker.traffic.sharing.store._reserve)
-        if hasattr(broker.loop, "_epoll"):
-            broker.loop._epoll.close()
+        for number, target in open_files() - before:
+            if target == os.devnull:  # what it has until its process ends
+                os.close(number)
+        vars(broker).clear()  # what closes itself when nothing refers to it any more
 
 
 JSON: Final = st.recursive(
@@ -543,8 +544,6 @@ def test_any_objects_as_requests(asked: list[dict[str, Any]], own_broker: Broker
         for asker in (one, other):
             for subscription in list(asker.opening):
                 own_broker.unopen(subscription)
-            own_broker._waiting.pop(cast("Client", asker), None)
-            own_broker._undelivered.pop(cast("Client", asker), None)
         for session in list(own_broker.sessions.values()):
             own_broker.end_session(session, clean=False)
         for subscription in list(own_broker.subscriptions.values()):
@@ -927,6 +926,18 @@ def quiet(broker: psutil.Process) -> bool:
     return sum(broker.cpu_times()[:2]) - before < 0.03
 
 
+def first_numbers(bus: Broadcaster[Any]) -> tuple[int, int]:
+    """The session and the publisher of the only handle, as the broker counts: from 1 on."""
+    probe = Rude(bus.address)
+    try:
+        publishers = [n for n in range(1, 9) if probe.ask({"do": "beside", "publisher": n}).get("error") != "lost"]
+        own = probe.ask({"do": "publisher", "session": 1})["publisher"]
+        probe.ask({"do": "retire", "publisher": own})
+        return 1, *publishers  # type: ignore[return-value]
+    finally:
+        probe.close()
+
+
 @pytest.mark.timeout(60 + 2 * SOAK)
 @pytest.mark.parametrize("attack", ROUNDS, ids=lambda attack: attack.__name__)
 def test_a_broker_under_attack(attack: Attack, attacked: Broadcaster[Any], fork: BaseContext, children: Children) -> None:
@@ -936,10 +947,7 @@ def test_a_broker_under_attack(attack: Attack, attacked: Broadcaster[Any], fork:
         business = Business(attacked, channel)
         for _ in range(3):
             business.go_on()
-        outlet, link = attacked._sender.outlet, attacked._attachment.current
-        assert outlet is not None
-        assert link is not None
-        target = Target(attacked.address, link.session, outlet.number, channel._number)
+        target = Target(attacked.address, *first_numbers(attacked), channel.number)
         broker = psutil.Process(attacked.stats().pid)
         held, memory = descriptors(broker.pid), broker.memory_info().rss
         seconds = SOAK / len(ROUNDS) / 2
@@ -985,9 +993,10 @@ def test_who_has_gone_before_it_is_let_in(own_broker: Broker, tmp_path: Path) ->
     """A client that has connected and closed before the broker comes to it is forgotten at once."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(tmp_path / "s"))
+    before = open_files()
     own_broker.loop.round()
-    assert not own_broker._reception._strangers
-    assert not own_broker._reception._peers
+    own_broker.loop.close_forgotten()
+    assert open_files() == before
 
 
 def test_who_waits_and_goes(bus: Broadcaster[Any]) -> None:

@@ -78,7 +78,7 @@ def test_silent_clients_leave_the_broker_idle_and_are_sent_away(
     leaves_nothing: None, fork: BaseContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that says nothing, or half of something, wakes nobody up, and cannot keep its connection for ever."""
-    monkeypatch.setattr("mpbroadcast.broker.reception._HANDSHAKE_TIMEOUT", 1.5)
+    monkeypatch.setattr("mpbroadcast.broker.reception.HANDSHAKE_TIMEOUT", 1.5)
     with start_broadcaster(context=fork) as bus, socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as half:
         for client in (silent, half):
             client.connect(bus.address)

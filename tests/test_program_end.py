@@ -120,7 +120,7 @@ import multiprocessing, signal
 import mpbroadcast.broadcaster
 from mpbroadcast import start_broadcaster
 
-mpbroadcast.broadcaster._CLOSE_TIMEOUT = 1.5
+mpbroadcast.broadcaster.CLOSE_TIMEOUT = 1.5
 
 def work(channel, opened):
     channel.poll(0)

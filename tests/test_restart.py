@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import pickle
 import resource
@@ -39,6 +40,7 @@ from mpbroadcast.broker.journal import Journal, replayed
 from mpbroadcast.broker.keeper import Patience
 from mpbroadcast.wire.link import Link
 from tests.helpers import DEADLINE, Background, Children, answer, finish, rest, take, wait_until
+from tests.victims import alive
 
 Bus = Broadcaster[Any]
 
@@ -198,8 +200,9 @@ def test_a_selector_goes_on(kept: Bus) -> None:
 def test_who_waits_in_recv_hears_of_it(kept: Bus) -> None:
     """A thread that waits when the broker dies gets the gap, and then the next message."""
     channel = kept.subscribe()
+    channel.poll()
     waiting = Background(channel.recv)
-    waiting.wait_until_blocked("wait")
+    waiting.wait_until_blocked("recv")
     kill_broker(kept)
     assert isinstance(waiting.error(), BrokerRestarted)
     kept.publish(1)
@@ -364,7 +367,8 @@ def test_a_handle_that_has_asked_nothing_yet_follows() -> None:
 
 def keeper_of_folder(bus: Bus) -> int:
     """The keeper's process, without asking the broker."""
-    (keeper,) = (child for child in psutil.Process().children() if child.pid == bus._process._process.pid)  # type: ignore[union-attr]
+    (keeper,) = (child for child in multiprocessing.active_children() if child.name == "mpbroadcast-broker")
+    assert keeper.pid is not None
     return keeper.pid
 
 
@@ -548,8 +552,9 @@ def test_a_keeper_that_was_stopped_goes_on(kept: Bus, moment: str) -> None:
         waiting = Background(channel.recv)
     else:
         os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not alive(pid))
         waiting = Background(channel.recv)
-        waiting.wait_until_blocked("shared")
+        waiting.wait_until_blocked("recv")
         keeper.resume()
     assert isinstance(waiting.error(), BrokerRestarted)
     kept.publish(1)
@@ -601,7 +606,7 @@ def test_connect_waits_for_the_next_broker(kept: Bus) -> None:
     os.kill(kept.stats().pid, signal.SIGKILL)
     wait_until(lambda: said(lambda: Link(kept.address)))
     waiting = Background(connect, kept.address)
-    waiting.wait_until_blocked("found")
+    waiting.wait_until_blocked("connect")
     keeper.resume()
     with waiting.result() as other:
         assert other.stats().pid == kept.stats().pid

@@ -19,10 +19,10 @@ from mpbroadcast.wire.control import serve_handshake
 
 log = logging.getLogger("mpbroadcast.broker")
 
-_HANDSHAKE_TIMEOUT: Final = 5.0  # seconds
+HANDSHAKE_TIMEOUT: Final = 5.0  # seconds
 _MOST_STRANGERS: Final = 128  # connections that have not shown a key; the oldest goes for one more
 _AGAIN: Final = 0.2  # seconds, until there may be descriptors
-_SWEEP: Final = 1.0  # seconds, where deaths are no events
+SWEEP: Final = 1.0  # seconds, where deaths are no events
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 
 
@@ -99,10 +99,10 @@ class Reception:
             self.drop_unused(peer)
             return
         peer.clients.add(client)
-        self._strangers[client] = time.monotonic() + _HANDSHAKE_TIMEOUT
+        self._strangers[client] = time.monotonic() + HANDSHAKE_TIMEOUT
         if not self._expiring:
             self._expiring = True
-            self._loop.later(_HANDSHAKE_TIMEOUT, self._expire)
+            self._loop.later(HANDSHAKE_TIMEOUT, self._expire)
         if len(self._strangers) > _MOST_STRANGERS:
             next(iter(self._strangers)).close("too many have connected without a key", refused=True)
 
@@ -153,7 +153,7 @@ class Reception:
                 self._loop.watch(process.fd, IN, lambda _: self._died(peer))
             elif process.must_be_asked and not self._sweeping:
                 self._sweeping = True
-                self._loop.later(_SWEEP, self._sweep)
+                self._loop.later(SWEEP, self._sweep)
         return peer
 
     def _sweep(self) -> None:
@@ -162,7 +162,7 @@ class Reception:
                 self._died(peer)
         self._sweeping = any(peer.process.must_be_asked for peer in self._peers.values())
         if self._sweeping:
-            self._loop.later(_SWEEP, self._sweep)
+            self._loop.later(SWEEP, self._sweep)
 
     def _died(self, peer: Peer) -> None:
         for client in list(peer.clients):
