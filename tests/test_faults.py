@@ -279,7 +279,7 @@ def set_trap(trap: Trap) -> None:
         case "mid-frame":
             spring_at("sending the last piece", trap)
         case "mid-ring" | "mid-memory" if reader:
-            Bait.trap = trap
+            Bait.trap, Bait.read = trap, bytes_read()
         case "mid-ring":
             spring_at("populating a ring", trap)
         case "mid-memory":
@@ -326,12 +326,17 @@ def _send_half_first(trap: Trap) -> bool:
     return False
 
 
+def bytes_read() -> int:
+    """How many bytes this process has read so far, from files, pipes and sockets."""
+    return int(psutil.Process().io_counters().read_chars)
+
+
 class Bait(str):
     """Springs the trap of the process that unpickles it, if it did not come through the pipe."""
 
     __slots__ = ()
     trap: Trap | None = None
-    read = 0  # bytes, when the last one was unpickled
+    read = 0  # bytes that this process had read when it unpickled the last one
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Bait.taken, (str(self),)
@@ -340,7 +345,7 @@ class Bait(str):
     def taken(text: str) -> str:
         """What it is for its reader."""
         if Bait.trap is not None:
-            before, Bait.read = Bait.read, psutil.Process().io_counters().read_chars
+            before, Bait.read = Bait.read, bytes_read()
             if Bait.read - before < IN_RING:
                 Bait.trap.spring()
         return text
