@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing.connection
 import os
+import socket
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpbroadcast import Broadcaster, Channel, Lagged, Overflowed, SubscriberStats
+from mpbroadcast.wire.control import client_handshake
 
 DEADLINE = 20.0
 """How long a test waits for what must happen, in seconds. No test needs it when all is well."""
@@ -125,6 +127,24 @@ def wait_for(waitables: list[Any], timeout: float = 0.0) -> list[Any]:
 def readable(waitable: Any) -> bool:
     """Whether the waitable is ready right now, as ``multiprocessing.connection.wait`` sees it."""
     return bool(wait_for([waitable]))
+
+
+def keyed_connection(address: str) -> Connection:
+    """A control connection on which this process has proved that it has the key, as any program could make it."""
+    with socket.socket(socket.AF_UNIX) as connected:
+        connected.connect(address)
+        connection = Connection(connected.detach())
+    handshake = client_handshake(bytes(multiprocessing.current_process().authkey))
+    next(handshake)  # the broker speaks first
+    try:
+        while True:
+            connection.send_bytes(handshake.send(connection.recv_bytes())[4:])  # which adds the length itself
+    except StopIteration as done:
+        connection.send_bytes(done.value[4:])
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def answer(pipe: Connection, timeout: float = DEADLINE) -> Any:

@@ -14,7 +14,6 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import AuthenticationError, current_process
-from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,8 @@ def raw(bus: Broadcaster[Any]) -> socket.socket:
 
 
 def keyed(bus: Broadcaster[Any]) -> Any:
-    """A connection of multiprocessing's own client, which has proved that it has the key."""
-    return Client(bus.address, "AF_UNIX", authkey=bytes(current_process().authkey))
+    """A connection that has proved that it has the key."""
+    return keyed_connection(bus.address)
 
 
 def send(client: Any, data: bytes) -> None:

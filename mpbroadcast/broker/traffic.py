@@ -141,12 +141,12 @@ class Traffic:
         try:
             publisher.take(chunk)
         except FrameError as error:
-            self._refuse(publisher, error)
+            self._refuse(publisher, str(error))
         except Exception as error:  # whatever comes from outside, it does not end the broker
             log.exception("what process %d sent was not understood", publisher.pid)
-            self._refuse(publisher, error)
+            self._refuse(publisher, str(error))
 
-    def _refuse(self, publisher: Publisher, error: object) -> None:
+    def _refuse(self, publisher: Publisher, error: str) -> None:
         log.warning("process %d sent %s, which is no frame: it cannot publish any more", publisher.pid, error)
         self._close(publisher)
 

@@ -13,14 +13,14 @@ from typing import Any, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.wire.descriptors import DescriptorSocket, on_fork
-from mpbroadcast.wire.frames import references_in
+from mpbroadcast.wire.frames import OVERHEAD, references_in
 from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, keep_freed_memory, map_for_reading, map_privately
 from mpbroadcast.wire.packets import MAPPED, MEMORY, READ, REFUSED, RING, PacketError, pack, unpack
 from mpbroadcast.wire.payload import Failure, load_copied_image, load_each, load_image, loads
 from mpbroadcast.wire.ring import CHUNK
 from mpbroadcast.wire.runs import OFFER, REFERENCES, RunView, read_memory, read_references
 
-_SAY_EVERY: Final = 2 * CHUNK  # bytes read, until the broker is told; an empty pipe tells it, too
+SAY_EVERY: Final = 2 * CHUNK  # bytes read, until the broker is told; an empty pipe tells it, too
 
 
 class SharedInlet:
@@ -77,11 +77,11 @@ class SharedInlet:
         view = self._rings[number]
         payloads = [view[offset : offset + length] for _, offset, length in references_in(frames, run.skip)]
         size = sum(map(len, payloads))
-        self._unsaid += size
+        self._unsaid += size + len(payloads) * (run.skip + OVERHEAD)  # as the broker counts them
         return *load_each(payloads, load_copied_image if run.image else loads), size
 
     def _load_memory(self, number: int, length: int, image: bool) -> Any:
-        self._unsaid += _SAY_EVERY
+        self._unsaid += SAY_EVERY
         if number not in self._memories:
             trap_points.reach("taking memory")
             self._hear(number)
@@ -106,14 +106,14 @@ class SharedInlet:
             self._loaded = 0
         while self._gone:
             self._rings.pop(self._gone.pop(), None)
-        if self._unsaid >= _SAY_EVERY:
+        if self._unsaid >= SAY_EVERY:
             with contextlib.suppress(OSError):
                 if self._beside.tell(pack(READ, 0, read)):
                     self._unsaid = 0
 
     def ended(self) -> None:
         """Nothing more comes: the broker is to know what has been read, as it waits for that."""
-        self._unsaid = _SAY_EVERY
+        self._unsaid = SAY_EVERY
 
     def _let_go(self, numbers: list[int]) -> None:
         for number in numbers:
