@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -27,12 +28,12 @@ from typing import Any
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, start_broadcaster
-from mpbroadcast.broker.process import BrokerProcess, _wait_until_ready
+import mpbroadcast
+from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, start_broadcaster, trap_points
+from mpbroadcast.broker.process import BrokerProcess
 from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd, _forks
 from mpbroadcast.wire.link import Link
 from mpbroadcast.wire.memory import available
-from mpbroadcast.wire.outlet import Outlet
 from tests.conftest import FAILED, descriptors
 from tests.helpers import DEADLINE, Background, pattern, wait_until
 from tests.victims import Program
@@ -41,6 +42,7 @@ Bus = Broadcaster[Any]
 
 SEED = int(os.environ.get("MPBROADCAST_SEED") or random.SystemRandom().randrange(1 << 32))
 SOAK = float(os.environ.get("MPBROADCAST_SOAK") or 0)
+PACKAGE = Path(mpbroadcast.__file__).parent
 STORM = SOAK or 0.1
 """How many seconds a storm takes."""
 
@@ -291,47 +293,76 @@ def test_interrupts_while_publish_waits(bus: Bus, storm: Storm, size: int) -> No
     channel.close()
 
 
-class Discarded(set[int]):
-    """Interrupts who takes something out of it, as a signal's handler can behind each call."""
+class BehindCalls:
+    """Interrupts behind the return of a call, as a signal's handler can: so many after :meth:`begin`."""
 
-    def discard(self, number: object, /) -> None:
-        """Take it out, and interrupt."""
-        super().discard(number)
-        raise Interrupt
+    def __init__(self, count: int) -> None:
+        self.left = count
+        self.came = False
+
+    def begin(self) -> None:
+        """From here on calls are counted, in this thread."""
+        sys.setprofile(self._count)
+
+    def _count(self, at: FrameType, event: str, _: Any) -> None:
+        if event in ("return", "c_return") and PACKAGE in Path(at.f_code.co_filename).parents:
+            frame: FrameType | None = at
+            while frame is not None:
+                if frame.f_code.co_name == "__del__":  # where an interrupt is Python's to tell of
+                    return
+                frame = frame.f_back
+            self.left -= 1
+            if self.left < 0:
+                sys.setprofile(None)
+                self.came = True
+                raise Interrupt
+
+    def end(self) -> None:
+        """From here on they are not."""
+        sys.setprofile(None)
 
 
 @pytest.mark.skipif(not available(), reason="there is no memory to share here")
 def test_an_interrupt_behind_a_large_message_that_ran_out_of_time_costs_nothing(
-    bus: Bus, monkeypatch: pytest.MonkeyPatch
+    bus: Bus, own_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many are interrupted while they are withdrawn, the next one goes at once."""
+    """However many are interrupted while they are withdrawn, and wherever, the next one goes at once."""
     channel = bus.subscribe()
     channel.poll(0)
-    message = bytes(3_000_000)
-    bus.publish(message)
-    assert channel.recv(timeout=DEADLINE) == message
-    bus.flush(timeout=DEADLINE)
-    shared = bus._sender.shared
-    assert shared is not None
+    handle, message = pickle.dumps(bus), bytes(10_000)
+    behind: BehindCalls | None = None
 
-    def full(outlet: Outlet, *_: Any) -> None:
-        raise outlet.not_in_time()
+    def reach(name: str, subject: object = None) -> None:
+        if name == "publishing memory" and behind is not None:
+            behind.begin()
+            raise TimedOut("the pipe is full between the sending of the memory and that of its frame")
 
-    # The pipe becomes full between the sending of the memory and that of its frame.
-    monkeypatch.setattr(Outlet, "write", full)
-    monkeypatch.setattr(shared, "_in_between", Discarded())
-    for _ in range(8):
-        with contextlib.suppress(Interrupt):
-            bus.publish(message, timeout=0.2)
-    monkeypatch.undo()
-    del shared  # a failed test keeps what it has
-    sent = True
-    try:
-        bus.publish(message, timeout=1.0)
-    except TimedOut:
-        sent = False
+    monkeypatch.setattr(trap_points, "reach", reach)
+    outcomes = {"interrupted"}
+    for count in itertools.count():
+        if "out of time" in outcomes:
+            break
+        other: Bus = pickle.loads(handle)
+        outcomes.clear()
+        for _ in range(8):
+            behind = BehindCalls(count)
+            try:
+                other.publish(message, timeout=0.2)
+            except TimedOut:
+                outcomes.add("out of time")
+            except Interrupt as error:
+                error.__traceback__ = error.__context__ = None
+                outcomes.add("interrupted")
+            finally:
+                behind.end()
+        behind = None
+        other.publish(count, timeout=1.0)
+        other.publish(message, timeout=1.0)
+        while channel.recv(timeout=DEADLINE) != count:
+            pass
+        assert channel.recv(timeout=DEADLINE) == message
+    assert count > 10
     channel.close()
-    assert sent
 
 
 # ------------------------------------------------------------------------------------------------------------- receiving
@@ -608,33 +639,29 @@ def test_an_interrupted_close_of_the_broadcaster_can_be_done_again(moment: Calla
         bus.close()
 
 
-class Cleared(dict[int, Any]):
-    """Interrupts who clears it for the first time, as a signal's handler can behind each call."""
-
-    interrupted = False
-
-    def clear(self) -> None:
-        """Clear it, and interrupt."""
-        super().clear()
-        if not self.interrupted:
-            self.interrupted = True
-            raise Interrupt
-
-
 def test_a_handle_whose_close_was_interrupted_publishes_no_more(bus: Bus) -> None:
     """After a second ``close`` there is no way to publish through the handle, and the broker does not wait for it."""
-    other: Bus = pickle.loads(pickle.dumps(bus))
-    other.publish("hello")
-    other._sender._made = Cleared(other._sender._made)
-    with contextlib.suppress(Interrupt):
+    handle = pickle.dumps(bus)
+    came = True
+    for count in range(1000):
+        other: Bus = pickle.loads(handle)
+        other.publish("hello")
+        behind = BehindCalls(count)
+        try:
+            with contextlib.suppress(Interrupt):
+                behind.begin()
+                other.close()
+        finally:
+            behind.end()
         other.close()
-    other.close()
-    try:
         wait_until(lambda: bus.stats().publishers == 0, 1.0)
         with pytest.raises(ClosedError):
             other.publish("late")
-    finally:
-        other._sender._made = {}
+        came = behind.came
+        if not came:
+            break
+    assert not came
+    assert count > 10
 
 
 def test_an_interrupted_close_leaves_no_descriptor(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -682,16 +709,28 @@ def test_an_interrupted_subscribe_that_is_interrupted_again(bus: Bus, monkeypatc
 @pytest.mark.parametrize(
     "moment",
     [
-        _wait_until_ready,
+        "waiting for the broker",
         Link.__init__,
         Broadcaster.__init__,
         BrokerProcess.end_at_exit,
     ],
-    ids=lambda function: function.__qualname__,
+    ids=lambda moment: getattr(moment, "__qualname__", moment),
 )
-def test_a_start_that_is_interrupted_leaves_nothing(moment: Callable[..., Any], temporary_folder: Path) -> None:
+def test_a_start_that_is_interrupted_leaves_nothing(
+    moment: Callable[..., Any] | str, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """There is no process and no file."""
-    interrupt_at(moment, start_broadcaster)
+    if isinstance(moment, str):
+
+        def reach(name: str, subject: object = None) -> None:
+            if name == moment:
+                raise Interrupt
+
+        monkeypatch.setattr(trap_points, "reach", reach)
+        with pytest.raises(Interrupt):
+            start_broadcaster()
+    else:
+        interrupt_at(moment, start_broadcaster)
     gc.collect()
     left = [str(path) for path in temporary_folder.glob("mpbroadcast-*")]
     for child in multiprocessing.active_children():
