@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -13,9 +12,17 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import AuthenticationFailed, Broadcaster, BrokerCrashed, BrokerLost, StartError, connect, start_broadcaster
+from mpbroadcast import (
+    AuthenticationFailed,
+    Broadcaster,
+    BrokerCrashed,
+    BrokerLost,
+    StartError,
+    connect,
+    start_broadcaster,
+    trap_points,
+)
 from mpbroadcast.broker.logs import AtMost
-from mpbroadcast.broker.traffic import Traffic
 from tests.helpers import DEADLINE, Children, fill, wait_until
 
 Bus = Broadcaster[Any]
@@ -103,19 +110,15 @@ def test_at_most_so_many_lines_a_second() -> None:
     assert passes() == "line 1"
 
 
-def _crashes(trigger: Path, settle: Callable[[Traffic], None]) -> Callable[[Traffic], None]:
-    def crash(traffic: Traffic) -> None:
-        if trigger.exists():
-            raise ZeroDivisionError("a bug")
-        settle(traffic)
-
-    return crash
-
-
 def test_a_crash_reaches_every_handle(tmp_path: Path, fork: BaseContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the cause of each BrokerLost, with the traceback; and it is in the log."""
     trigger, file = tmp_path / "now", tmp_path / "log"
-    monkeypatch.setattr(Traffic, "settle", _crashes(trigger, Traffic.settle))
+
+    def crash(name: str, subject: object = None) -> None:
+        if name == "routing" and trigger.exists():
+            raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(trap_points, "reach", crash)
     bus: Bus = start_broadcaster(context=fork, log_config=to_file(file))
     try:
         other: Bus = connect(bus.address)
@@ -130,8 +133,9 @@ def test_a_crash_reaches_every_handle(tmp_path: Path, fork: BaseContext, monkeyp
         other.publish(0)
         assert channel.recv(timeout=DEADLINE) == 0
         trigger.touch()
-        with contextlib.suppress(BrokerLost):
-            bus.stats()
+        other.publish(1)
+        with pytest.raises(BrokerLost):
+            wait_until(lambda: not bus.stats())
         for call in calls:
             with pytest.raises(BrokerLost) as caught:
                 call()
