@@ -71,7 +71,7 @@ from mpbroadcast.wire.memory import MemoryRefused, available, check_message, che
 from mpbroadcast.wire.packets import ACCEPTED, MAPPED, MEMORY, READ, REFUSED, RING, WANTED, PacketError, pack, unpack
 from mpbroadcast.wire.payload import gather, load_image
 from tests.conftest import descriptors as open_files
-from tests.helpers import DEADLINE, Background, Children, wait_until
+from tests.helpers import DEADLINE, Background, Children, keyed_connection, wait_until
 from tests.victims import Counter, descriptors
 
 SEED: Final = int(os.environ.get("MPBROADCAST_SEED", "1"))

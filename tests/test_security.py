@@ -13,7 +13,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import AuthenticationError, current_process
+from multiprocessing import AuthenticationError
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pytest
 
 import mpbroadcast
 from mpbroadcast import AuthenticationFailed, Broadcaster, connect, start_broadcaster
-from tests.helpers import DEADLINE, wait_until
+from tests.helpers import DEADLINE, keyed_connection, wait_until
 from tests.victims import Program, descriptors
 
 PACKAGE = Path(mpbroadcast.__file__).parent
