@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic, encoded_topic
 from mpbroadcast.broker.outbox import POLICIES
@@ -25,7 +25,7 @@ from mpbroadcast.stats import BrokerStats, SubscriberStats
 from mpbroadcast.wire.attachment import Attachment
 from mpbroadcast.wire.descriptors import on_fork
 from mpbroadcast.wire.frames import PIPE_BUF, frame_head
-from mpbroadcast.wire.link import Answer, Link
+from mpbroadcast.wire.link import Answer, Link, dropped
 from mpbroadcast.wire.payload import PROTOCOL, LargeBuffer, Payload, dumps, gather, keep_in_band
 from mpbroadcast.wire.shared_outlet import SHARED_FROM
 
@@ -42,12 +42,6 @@ _NO_MORE: Final = object()
 SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)
 _HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]
 _GATHER_FROM: Final = 1 << 18  # bytes of a message from which on its parts are better not put together
-
-
-class _Asking:
-    """A call of ``subscribe`` that has not returned yet."""
-
-    __slots__ = ("__weakref__",)
 
 
 class Broadcaster(Generic[M]):
@@ -75,7 +69,6 @@ class Broadcaster(Generic[M]):
         self._closed = False
         self._ended = False  # whether close() has been done: an interrupted one can be called again
         self._channels: WeakSet[Channel[M]] = WeakSet()
-        self._unclaimed: dict[int, ref[_Asking]] = {}  # subscriptions that were asked for, and by whom
         on_fork(self, Broadcaster._in_child)
 
     @property
@@ -254,8 +247,6 @@ class Broadcaster(Generic[M]):
         shared = self._sender.shared
         if shared is not None:
             shared.rest()
-        if self._unclaimed:
-            self._forget_unclaimed()
         return self._attachment.ask(do, deadline, **fields)
 
     # --- subscribing
@@ -298,35 +289,25 @@ class Broadcaster(Generic[M]):
         room = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
         check_count(replay, "replay", 0)
         self._check_open()
-        cookie, asking = int.from_bytes(os.urandom(6)), _Asking()
-        self._unclaimed[cookie] = ref(asking)
+        attachment, outlet = self._attachment, self._sender.outlet
+        number = int.from_bytes(os.urandom(6)) or 1
+        # The channel exists before the subscription does: if an interrupt comes, its finaliser drops that.
+        channel: Channel[M] = Channel(self.address, attachment.broker, number, with_topic=with_topic, link=attachment.link())
         try:
-            channel = self._subscribe(
-                with_topic, topics=topics or ("*",), overflow=overflow, capacity=room, replay=replay, cookie=cookie
+            self._ask(
+                "subscribe",
+                subscription=number,
+                topics=topics or ("*",),
+                overflow=overflow,
+                capacity=room,
+                replay=replay,
+                publisher=outlet.number if outlet is not None else None,  # a former broker's is unknown to the next one
             )
+            self._channels.add(channel)
         except BaseException:
-            del asking
-            self._forget_unclaimed()
+            dropped[attachment.broker].add(number)  # if a second interrupt stops the finaliser, the next request does it
+            del channel
             raise
-        self._unclaimed.pop(cookie, None)
-        return channel
-
-    def _forget_unclaimed(self) -> None:
-        """An interrupt leaves no subscription that nobody holds; if it comes just here, the next call goes on with this."""
-        link = self._attachment.current
-        for cookie, asking in list(self._unclaimed.items()):
-            if asking() is None:
-                if link is not None:
-                    link.note("forget", cookie=cookie)
-                self._unclaimed.pop(cookie, None)
-
-    def _subscribe(self, with_topic: bool, **fields: Any) -> Channel[M]:
-        outlet = self._sender.outlet
-        publisher = outlet.number if outlet is not None else None  # a former broker's is unknown to the next one
-        link, answer = self._ask("subscribe", **fields, publisher=publisher)
-        number = answer.said["subscription"]
-        channel: Channel[M] = Channel(self.address, self._attachment.broker, number, with_topic=with_topic, link=link)
-        self._channels.add(channel)
         return channel
 
     def unsubscribe(self, channel: Channel[M]) -> None:
@@ -450,5 +431,4 @@ class Broadcaster(Generic[M]):
     def _in_child(self) -> None:
         self._attachment.current = None
         self._sender = Sender(self._attachment)
-        self._unclaimed = {}
         self._process = None

@@ -433,7 +433,7 @@ class Channel(Generic[M]):
             return
         to = self._attachment
         if (self._opened and to.restarts) or (self._subscriber and not (self._handed_on or self._opened)):
-            drop(to.current, to.address, self._number)
+            drop(to.current, to.address, to.broker, self._number)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._opened else "not open here"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.connection
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from mpbroadcast import Broadcaster, Channel, Lagged, Overflowed, SubscriberStats
 from mpbroadcast.wire.control import client_handshake
@@ -31,6 +35,17 @@ def wait_until(predicate: Callable[[], Any], timeout: float = 10.0) -> Any:
             return value
         assert time.monotonic() < deadline, f"still {value!r} after {timeout} s"
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Meanwhile the broker does nothing, so that all that happens is there at once when it goes on."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def take(channel: Channel[Any], count: int) -> list[Any]:

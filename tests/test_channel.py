@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import pickle
 import select
 import selectors
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, BroadcastError, Channel, ClosedError, TimedOut
+from mpbroadcast import Broadcaster, BroadcastError, Channel, ClosedError, TimedOut, connect, start_broadcaster
+from mpbroadcast.wire.link import Link
 from tests import workers
 from tests.helpers import (
     DEADLINE,
     Background,
+    Children,
+    answer,
     everything,
     fill,
+    finish,
     only_subscriber,
     pattern,
     readable,
     rest,
+    stopped,
     take,
     wait_delivered,
     wait_for,
@@ -547,6 +556,80 @@ def test_forgotten_channel_is_unsubscribed(bus: Bus) -> None:
     opened.poll(0)
     del opened, unopened
     wait_until(lambda: bus.stats().subscribers == ())
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_channels_that_are_dropped_while_the_broker_takes_nothing(restart: bool) -> None:
+    """None of them stays, however many there are: the next request finds none."""
+    with start_broadcaster(restart=restart) as bus:
+        channels = [bus.subscribe() for _ in range(5000)]
+        with stopped(bus.stats().pid):
+            channels.clear()
+            gc.collect()
+        assert not bus.stats().subscribers
+
+
+def test_a_publish_that_waits_for_dropped_channels_goes_on(bus: Bus) -> None:
+    """Nothing is asked meanwhile, and more were dropped than there is room for on a socket."""
+    channels = [bus.subscribe(capacity=1000) for _ in range(1000)]
+    fill(bus, size=10_000)
+    waiting = Background(bus.publish, bytes(10_000))
+    waiting.wait_until_blocked("wait")
+    with stopped(bus.stats().pid):
+        channels.clear()
+        gc.collect()
+    waiting.result()
+
+
+def test_a_handle_that_is_dropped_while_the_broker_takes_nothing(bus: Bus) -> None:
+    """Its channels are dropped, too, but for those that it has handed on."""
+    other: Bus = connect(bus.address)
+    channels = [other.subscribe() for _ in range(5000)]
+    handed_on: Channel[Any] = pickle.loads(pickle.dumps(channels[0]))
+    with stopped(bus.stats().pid):
+        channels.clear()
+        other.close()
+        del other
+        gc.collect()
+    wait_until(lambda: len(bus.stats().subscribers) <= 1)
+    bus.publish(1)
+    assert handed_on.recv(timeout=DEADLINE) == 1
+
+
+def _let_go(address: str, pid: int, report: Connection) -> None:
+    bus = connect(address)
+    channels = [bus.subscribe() for _ in range(1000)]
+    with stopped(pid):
+        channels.clear()
+        del bus
+        gc.collect()
+    report.send("done")
+    report.recv()
+
+
+def test_who_lets_go_of_all_and_lives_on(bus: Bus, fork: BaseContext, children: Children) -> None:
+    """Nothing of this package is used there any more; and no channel stays."""
+    ours, theirs = fork.Pipe()
+    with ours, theirs:
+        child = children(fork, _let_go, bus.address, bus.stats().pid, theirs)
+        assert answer(ours) == "done"
+        wait_until(lambda: not bus.stats().subscribers)
+        ours.send("end")
+        finish(child)
+
+
+def test_a_subscription_is_made_once_and_not_behind_its_drop(bus: Bus) -> None:
+    """A request that is repeated changes nothing, and one that comes behind its drop is refused."""
+    link = Link(bus.address)
+    request: dict[str, Any] = {"topics": ["*"], "overflow": "block", "capacity": 1000, "replay": 0, "publisher": None}
+    for _ in range(2):
+        link.request("subscribe", subscription=5, **request)
+    assert link.drop(6)
+    with pytest.raises(ClosedError, match="dropped"):
+        link.request("subscribe", subscription=6, **request)
+    assert [row.id for row in bus.stats().subscribers] == [5]
+    assert link.drop(5)
+    wait_until(lambda: not bus.stats().subscribers)
 
 
 def test_closing_the_broadcaster_ends_channels_cleanly(bus: Bus) -> None:

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import pickle
 import select
-import signal
 import socket
 import struct
 import sys
@@ -71,7 +70,7 @@ from mpbroadcast.wire.memory import MemoryRefused, available, check_message, che
 from mpbroadcast.wire.packets import ACCEPTED, MAPPED, MEMORY, READ, REFUSED, RING, WANTED, PacketError, pack, unpack
 from mpbroadcast.wire.payload import gather, load_image
 from tests.conftest import descriptors as open_files
-from tests.helpers import DEADLINE, Background, Children, keyed_connection, wait_until
+from tests.helpers import DEADLINE, Background, Children, keyed_connection, stopped, wait_until
 from tests.victims import Counter, descriptors
 
 SEED: Final = int(os.environ.get("MPBROADCAST_SEED", "1"))
@@ -237,7 +236,7 @@ REQUESTS: Final[list[dict[str, Any]]] = [
         "capacity": 1 << 16,
         "overflow": "drop_oldest",
         "replay": 0,
-        "cookie": 5,
+        "subscription": 3,
         "publisher": 2,
     },
     {"do": "add topics", "session": 1, "subscription": 3, "topics": ["fuzz:[a-c]?"]},
@@ -247,7 +246,6 @@ REQUESTS: Final[list[dict[str, Any]]] = [
     {"do": "unsubscribe", "session": 1, "subscription": 3},
     {"do": "close", "session": 1, "subscription": 3},
     {"do": "drop", "subscription": 3},
-    {"do": "forget", "cookie": 5},
     {"do": "wait", "session": 1, "count": 1, "topic": "fuzz", "now": True},
     {"do": "wait", "session": 1, "count": 1 << 40, "topic": None, "now": False},
     {"do": "stats", "session": 1},
@@ -663,11 +661,13 @@ def requests(target: Target, choose: Random) -> None:
         first = clients[0]
         session = first.ask({"do": "attach"})["session"]
         publisher = first.ask({"do": "publisher", "session": session})["publisher"]
-        own = [first.ask(REQUESTS[7] | {"session": session, "publisher": publisher})["subscription"] for _ in range(2)]
+        own = [choose.randrange(1, 1 << 48) for _ in range(2)]
+        for number in own:
+            first.ask(REQUESTS[7] | {"session": session, "publisher": publisher, "subscription": number})
         numbers: dict[str, list[Any]] = {
             "session": [session, session, session, target.session],
             "publisher": [publisher, publisher, target.publisher, None],
-            "subscription": [*own, *own, target.subscription],
+            "subscription": [*own, *own, target.subscription, choose.randrange(1, 1 << 48)],
             "token": [0, True],
         }
         seeds = [encode(request) for request in REQUESTS]
@@ -690,7 +690,7 @@ def requests(target: Target, choose: Random) -> None:
                 continue
             client = choose.choice(clients)
             client.send(body)
-            reply = client.hear(0.02 if message.get("do") in ("drop", "forget", "detach", "wait", "flush") else 0.1)
+            reply = client.hear(0.02 if message.get("do") in ("drop", "detach", "wait", "flush") else 0.1)
             if reply is not None and "token" in reply:
                 numbers["token"].append(reply["token"])
                 if choose.random() < 0.5:
@@ -749,15 +749,16 @@ class Lent:
 @contextlib.contextmanager
 def listening(link: Link, choose: Random, topics: Sequence[str] = ("fuzz*",)) -> Iterator[tuple[int, Any]]:
     """A subscription of the attacker's own, small or large, open or not: its number, and the reply to its opening."""
-    number = link.request(
+    number = choose.randrange(1, 1 << 48)
+    link.request(
         "subscribe",
         topics=list(topics),
         overflow=choose.choice(["drop_oldest", "drop_newest", "latest", "disconnect", "block"]),
         capacity=choose.choice([1, 10_000, 1 << 20, 4 << 20, 4 << 20, 4 << 20]),
         replay=0,
-        cookie=1,
+        subscription=number,
         publisher=None,
-    ).said["subscription"]
+    )
     reply = None
     if choose.random() < 0.8:
         reply = link.request("open", subscription=number, shared=choose.random() < 0.9)
@@ -977,17 +978,6 @@ def test_a_broker_under_attack(attack: Attack, attacked: Broadcaster[Any], fork:
 # ------------------------------------------------------------------------------------------ what this has found, one by one
 
 
-@contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Meanwhile the broker does nothing, so that all that happens is there at once when it goes on."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 def test_who_has_gone_before_it_is_let_in(own_broker: Broker, tmp_path: Path) -> None:
     """A client that has connected and closed before the broker comes to it is forgotten at once."""
     with socket.socket(socket.AF_UNIX) as client:
@@ -1010,11 +1000,9 @@ def test_who_waits_and_goes(bus: Broadcaster[Any]) -> None:
         other.send(encode({"do": "wait", "count": 1, "topic": "two"}))
         pid = bus.stats().pid
         with stopped(pid):
-            subscriber.send(encode(subscribe | {"session": sessions[2], "topics": ["two"]}))
+            subscriber.send(encode(subscribe | {"session": sessions[2], "topics": ["two"], "subscription": 4}))
             waits.close()
-        reply = subscriber.hear()
-        assert reply is not None
-        assert "subscription" in reply
+        assert subscriber.hear() == {}
         assert other.hear() == {"done": True}
         assert bus.stats().pid == pid
     finally:
@@ -1028,9 +1016,10 @@ def test_who_opens_two_and_goes(bus: Broadcaster[Any]) -> None:
     try:
         session = one.ask({"do": "attach"})["session"]
         mine = REQUESTS[7] | {"session": session, "publisher": None}
-        numbers = [one.ask(mine)["subscription"] for _ in range(2)]
+        for number in (3, 4):
+            one.ask(mine | {"subscription": number})
         held = descriptors(bus.stats().pid)
-        for number in numbers:
+        for number in (3, 4):
             other.ask({"do": "open", "session": session, "subscription": number, "shared": True})
         other.close()
         wait_until(lambda: descriptors(bus.stats().pid) < held, timeout=0.5)
@@ -1205,7 +1194,7 @@ def test_many_references_to_the_same_memory(own_broker: Broker) -> None:
     """A few kilobytes of references do not make the broker copy gigabytes: a second one to the same bytes is refused."""
     asker = cast("Client", Asker(Peer(PeerProcess(os.getpid()))))
     session = own_broker.new_session(asker)
-    own_broker.add_subscription(session, ["fuzz"], 1 << 16, "drop_oldest")
+    own_broker.add_subscription(3, session, ["fuzz"], 1 << 16, "drop_oldest")
     publisher, pipe = own_broker.traffic.add(own_broker.number(), session)
     beside = DescriptorSocket([own_broker.traffic.sharing.add(publisher)])
     descriptor, memory = ring_memory(RING_SIZE)

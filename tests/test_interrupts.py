@@ -24,6 +24,7 @@ from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 import psutil
 import pytest
@@ -686,24 +687,17 @@ def test_an_interrupted_close_leaves_no_descriptor(bus: Bus, monkeypatch: pytest
 
 def test_an_interrupted_subscribe_that_is_interrupted_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second Ctrl-C, while the first is cleaned up after, leaves no subscription that nobody holds."""
-    note = Link.note
-    left = 1
+    finalised = []
 
-    def interrupted(link: Link, do: str, **fields: Any) -> None:
-        nonlocal left
-        if left and do == "forget":
-            left = 0
-            raise Interrupt
-        note(link, do, **fields)
+    def interrupted(channel: Channel[Any]) -> None:
+        finalised.append(channel.number)
+        raise Interrupt
 
-    monkeypatch.setattr(Link, "note", interrupted)
-    interrupt_at(Channel.__init__, bus.subscribe)
-    assert not left
-    gc.collect()
-    try:
-        wait_until(lambda: not bus.stats().subscribers, 1.0)
-    finally:
-        bus.close(timeout=0)  # nobody will ever take what waits there
+    with monkeypatch.context() as patch:
+        patch.setattr(Channel, "__del__", interrupted)
+        interrupt_at(WeakSet.add, bus.subscribe)  # behind the request
+    assert finalised
+    assert not bus.stats().subscribers
 
 
 @pytest.mark.parametrize(

@@ -621,11 +621,9 @@ def test_a_hostile_subscriber(bus: Bus, undisturbed: Channel[Any]) -> None:
     """One that tells nonsense of what it has read and mapped harms nobody else, neither while it is there nor afterwards."""
     link = Link(bus.address)
     try:
-        said = link.request(
-            "subscribe", topics=["*"], overflow="block", capacity=64 << 20, replay=0, cookie=1, publisher=None
-        ).said
-        reply = link.request("open", subscription=said["subscription"], shared=True)
-        link.request("opened", subscription=said["subscription"], token=reply.said["token"])
+        link.request("subscribe", topics=["*"], overflow="block", capacity=64 << 20, replay=0, subscription=77, publisher=None)
+        reply = link.request("open", subscription=77, shared=True)
+        link.request("opened", subscription=77, token=reply.said["token"])
         beside = reply.beside
         assert beside is not None
         for number in range(40):

@@ -11,7 +11,7 @@ import logging
 import secrets
 import socket
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -72,6 +72,7 @@ class Broker:
         self.router: Router[Subscription] = Router()
         self.subscriptions: dict[int, Subscription] = {}
         self.sessions: dict[int, Session] = {}
+        self.dropped_early: deque[int] = deque(maxlen=1024)  # subscriptions whose request may still come, if it was interrupted
         self.former_owners: OrderedDict[int, int] = OrderedDict()  # subscription -> process that had it open
         self.identity = succession.identity if succession is not None else new_identity()
         self.number_of_broker = succession.number if succession is not None else 0
@@ -118,7 +119,6 @@ class Broker:
             outbox = Outbox(entry["capacity"], "drop_oldest" if waits else policy)
             subscription = Subscription(number, Session(self.number(), peer), outbox)
             subscription.policy, subscription.restored = policy, True
-            subscription.cookie = entry["cookie"]
             subscription.reserved = peer.pid if entry["opened"] else 0
             self.subscriptions[number] = subscription
             peer.subscriptions.add(subscription)
@@ -139,7 +139,6 @@ class Broker:
                 "policy": subscription.policy,
                 "opened": bool(subscription.owner),
                 "live": subscription.live,
-                "cookie": subscription.cookie,
             }
             self._journal.put(entry)
 
@@ -203,12 +202,9 @@ class Broker:
 
     # --- subscriptions
 
-    def add_subscription(
-        self, session: Session, topics: list[str], capacity: int, policy: str, cookie: int = 0
-    ) -> Subscription:
-        subscription = Subscription(self.number(), session, Outbox(capacity, policy))
-        subscription.cookie = cookie
-        self.subscriptions[subscription.number] = subscription
+    def add_subscription(self, number: int, session: Session, topics: list[str], capacity: int, policy: str) -> Subscription:
+        subscription = Subscription(number, session, Outbox(capacity, policy))
+        self.subscriptions[number] = subscription
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
         self.router.add(subscription, topics)

@@ -88,7 +88,6 @@ class Session:
         self.peer = peer
         self.publishers: set[Publisher] = set()
         self.subscriptions: set[Subscription] = set()
-        self.forgotten: deque[int] = deque(maxlen=64)  # cookies of subscribers that were interrupted
 
 
 class Subscription:
@@ -98,7 +97,6 @@ class Subscription:
         self.number = number
         self.session = session  # of the subscriber; of the opener once it is open
         self.outbox = outbox
-        self.cookie = 0  # by which its subscriber can name it before it knows its number
         self.said_topics: tuple[str, ...] = ()  # when it was unsubscribed
         self.live = True
         self.restored = False  # from the broker before this one, and not open since

@@ -106,22 +106,24 @@ def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     if replay and broker.traffic.history is None:
         raise _Refused("value", "replay needs a broker that keeps a history: start_broadcaster(history=...)")
     session = _session(broker, client, message)
-    cookie = _integer(message, "cookie")
-    if cookie in session.forgotten:
-        raise _Refused("closed", "it was interrupted")
-    for subscription in client.peer.subscriptions:
-        if subscription.restored and cookie and subscription.cookie == cookie:  # the answer was lost with the broker
-            client.reply({"subscription": subscription.number})
-            return
+    number = _integer(message, "subscription")
+    if number in broker.dropped_early:
+        raise _Refused("closed", "this subscription was dropped before it was made")
+    known = broker.subscriptions.get(number)
+    if known is not None and known.session.peer.pid == client.peer.pid:  # the answer was lost with the broker
+        client.reply({})
+        return
+    if known is not None or not 0 < number <= _MOST:
+        raise _Refused("value", f"subscription must be a new number of 48 bits, not {number}")
     if replay:
         broker.traffic.take_in(session)  # so that it is in the history
-    subscription = broker.add_subscription(session, topics, capacity, policy, cookie)
+    subscription = broker.add_subscription(number, session, topics, capacity, policy)
     publisher = _find_publisher(broker, message)
     if replay:
         broker.traffic.replay(subscription, topics, replay)
     elif publisher is not None:
         broker.begin_behind(publisher, subscription)
-    client.reply({"subscription": subscription.number})
+    client.reply({})
 
 
 def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> None:
@@ -178,22 +180,13 @@ def _close(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 
 
 def _drop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
-    """The note of a finaliser: a channel that nobody has opened is not wanted any more."""
-    subscription = broker.subscriptions.get(_integer(message, "subscription"))
-    if subscription is not None and not subscription.opened and subscription.owner in (0, client.peer.pid):
+    """The note of a finaliser: nobody can open this channel, or receive from it, any more."""
+    number = _integer(message, "subscription")
+    subscription = broker.subscriptions.get(number)
+    if subscription is None:
+        broker.dropped_early.append(number)
+    elif subscription.owner in (0, client.peer.pid):
         broker.remove(subscription)
-    client.no_reply()
-
-
-def _forget(broker: Broker, client: Client, message: dict[str, Any]) -> None:
-    """The note of a subscriber that was interrupted: its request may have been done, or come later, or never."""
-    cookie = _integer(message, "cookie")
-    session = client.session
-    if session is not None:
-        session.forgotten.append(cookie)
-        for subscription in list(session.peer.subscriptions):
-            if subscription.cookie == cookie and not subscription.opened:
-                broker.remove(subscription)
     client.no_reply()
 
 
@@ -255,6 +248,7 @@ def _stop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 
 
 _FOREVER: Final = 1e9
+_MOST: Final = (1 << 48) - 1
 
 _HANDLERS: Final[dict[str, Callable[[Broker, Client, dict[str, Any]], None]]] = {
     "attach": _attach,
@@ -271,7 +265,6 @@ _HANDLERS: Final[dict[str, Callable[[Broker, Client, dict[str, Any]], None]]] = 
     "unsubscribe": _unsubscribe,
     "close": _close,
     "drop": _drop,
-    "forget": _forget,
     "wait": _wait,
     "stats": _stats,
     "stop": _stop,

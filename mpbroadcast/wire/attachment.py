@@ -34,8 +34,9 @@ class Attachment:
                 link = Link.shared(self.address, self.broker, self.restarts)
             except BrokerLost as error:
                 self.restarts = False  # nobody needs to wait for another one again
-                if self.current is not None and self.current.crash is not None:
-                    error.__cause__ = self.current.crash
+                if self.current is not None:
+                    self.current.restarts = False
+                    error.__cause__ = self.current.crash or error.__cause__
                 raise
             if link.broker != self.broker:
                 raise self.lost()

@@ -52,7 +52,6 @@ from mpbroadcast.wire.descriptors import (
 )
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
-_MOST_TO_DROP: Final = 4096
 _READ: Final = 1 << 16
 
 
@@ -70,6 +69,7 @@ class _Control:
     def __init__(self, address: str, authkey: bytes, deadline: Deadline) -> None:
         self._address = address
         self._inbox = Inbox(MAX_HANDSHAKE)
+        self.last_notes = b""  # to be sent before it is closed
         self._received: Received = []
         self._numbers: list[int] = []  # of descriptors that have come, and that nothing else has taken over yet
         with fork_lock():
@@ -115,11 +115,12 @@ class _Control:
                 "its start_broadcaster() as connect(address, authkey=...)"
             ) from error
 
-    def request(self, message: dict[str, Any], deadline: Deadline) -> Answer:
+    def request(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> Answer:
+        """Ask; ``notes`` go ahead of it, so they have been handled when the answer comes."""
         data = encode(message)
         if len(data) > MAX_REQUEST:
             raise ValueError(f"a request of {len(data)} bytes is too long: name fewer topics in one call")
-        self._send(data, deadline)
+        self._send(notes + data, deadline)
         trap_points.reach("waiting for a reply", (message["do"], self._socket))
         said = decode(self._receive(deadline))
         if not self._numbers:
@@ -182,10 +183,26 @@ class _Control:
                 return str(decode(body).get("crashed", ""))
         return None
 
-    def write_now(self, data: bytes) -> None:
-        """A short note without an answer, if there is room for it. From a finaliser, too."""
-        with contextlib.suppress(OSError):
-            self._socket.send(data)
+    def write_now(self, note: bytes) -> None:
+        """Send a short note without an answer. From a finaliser, too: it takes no lock.
+
+        A note is sent whole or not at all, also when threads send at once: Linux puts so few bytes into one buffer, and the
+        BSDs take less than a request only when there is room for ``SO_SNDLOWAT``, 1,024 bytes or more.
+
+        :raises BlockingIOError: there is no room.
+        :raises OSError: the other end is gone.
+        """
+        self._socket.send(note)
+
+    def send_last_notes(self) -> bool:
+        """Send what is left of ``last_notes``, without blocking; whether nothing is left."""
+        try:
+            self.last_notes = self.last_notes[self._socket.send(self.last_notes) :]
+        except BlockingIOError:
+            return False
+        except OSError:  # the broker has ended
+            return True
+        return not self.last_notes
 
     def close(self) -> None:
         self._socket.close()
@@ -212,19 +229,20 @@ class Link:
         self._authkey = authkey or _keys.get(address) or bytes(multiprocessing.current_process().authkey)
         self._idle: list[_Control] = []
         self._crash: BrokerCrashed | None = None
+        self._dropped: set[int] = set()
+        self._sent: set[int] = set()  # those of them that a waiting publish need not send again
         self.inherited = False  # made before a fork, and of no use in this process
         deadline = Deadline(CONNECT_TIMEOUT)
         self._lifeline = _Control(address, self._authkey, deadline)
         said = self._lifeline.request({"do": "attach"}, deadline).said
         self.session = int(said["session"])
         self.broker = str(said["broker"])
+        self._dropped = dropped.setdefault(self.broker, set())
         self.number = int(said["number"])  # of the brokers that follow each other
         self.restarts = bool(said["restarts"])  # whether another one will follow
         self.lost = False  # whether this one is known to have ended
         on_fork(self, Link._in_child)
         _links[address] = self
-        for number in _to_drop.pop(address, ()):
-            self.note("drop", subscription=number)
 
     @classmethod
     def shared(cls, address: str, broker: str, restarts: bool = False) -> Link:
@@ -262,13 +280,17 @@ class Link:
         :raises ChannelInUse, ClosedError, ValueError, OSError: what it says.
         """
         deadline = deadline or Deadline(None)
+        _send_last_notes()
+        to_drop = list(self._dropped)
         control = None
         with contextlib.suppress(IndexError):
             control = self._idle.pop()
         try:
             if control is None:
-                control = _Control(self.address, self._authkey, _sooner(deadline))
-            answer = control.request({"do": do, "session": self.session, **fields}, deadline)
+                control = _Control(self.address, self._authkey, sooner(deadline, CONNECT_TIMEOUT))
+            answer = control.request(
+                {"do": do, "session": self.session, **fields}, deadline, b"".join(map(_drop_note, to_drop))
+            )
         except BaseException as error:
             if control is not None:
                 control.close()
@@ -281,6 +303,9 @@ class Link:
             self.lost = True
             raise BrokerLost(str(answer.said["text"]))
         self._idle.append(control)
+        for number in to_drop:
+            self._dropped.discard(number)
+        self._sent.clear()
         if "error" in answer.said:
             raise _error(answer.said)
         return answer
@@ -295,37 +320,88 @@ class Link:
 
     def note(self, do: str, **fields: Any) -> None:
         """Tell the broker, without an answer, without blocking: what a finaliser may do."""
-        self._lifeline.write_now(encode({"do": do, **fields}))
+        with contextlib.suppress(OSError):
+            self._lifeline.write_now(encode({"do": do, **fields}))
+
+    def drop(self, number: int) -> bool:
+        """Drop a subscription, without blocking; whether there was room for the note.
+
+        A connection for requests takes it, if one is idle: so the lifeline has room for its last notes.
+        """
+        control = self._lifeline
+        with contextlib.suppress(IndexError):
+            control = self._idle.pop()
+        try:
+            control.write_now(_drop_note(number))
+            if self.restarts:  # this broker may die before it reads that: the next request repeats it
+                self._sent.add(number)
+            else:
+                self._dropped.discard(number)
+        except BlockingIOError:
+            return False
+        except OSError:  # the next request finds out what has happened
+            pass
+        finally:
+            if control is not self._lifeline:
+                self._idle.append(control)
+        return True
 
     def _in_child(self) -> None:
         self.inherited = True
         self._idle.clear()
         _links.clear()
-        _to_drop.clear()
+        _leaving.clear()
+        dropped.clear()
 
     def close(self) -> None:
         """Let go of all connections: the broker has ended, or nothing here needs it any more."""
+        self.lost, self.restarts = True, False
         self._lifeline.close()
         while self._idle:
             self._idle.pop().close()
 
     def __del__(self) -> None:
         if not self.inherited and hasattr(self, "_lifeline"):
-            self.note("detach")
-            self.close()
+            self._lifeline.last_notes = b"".join(map(_drop_note, list(self._dropped))) + encode({"do": "detach"})
+            _leaving.append(self._lifeline)
+            _send_last_notes()
 
 
-def drop(link: Link | None, address: str, number: int) -> None:
-    """Tell the broker that nobody holds this subscription any more; the next one, if it has died. From a finaliser."""
+def drop(link: Link | None, address: str, broker: str, number: int) -> None:
+    """Drop a subscription that nothing here holds any more; the next broker does, if this one has died. From a finaliser."""
     if link is None or link.lost:
-        link = _links.get(address)
-    if link is None or link.restarts:  # it may have died a moment ago
-        _to_drop.setdefault(address, deque(maxlen=_MOST_TO_DROP)).append(number)
-    if link is not None and not link.inherited:
-        link.note("drop", subscription=number)
+        link = _links.get(address, link)
+    if link is None or not link.lost or link.restarts:
+        dropped.setdefault(broker, set()).add(number)
+        if link is not None and link.broker == broker:
+            link.drop(number)
 
 
-_to_drop: dict[str, deque[int]] = {}
+def send_notes() -> None:
+    """Try again to send what finalisers could not, without blocking. A publish calls it again and again while it waits."""
+    for reference in _links.valuerefs():
+        link = reference()
+        if link is not None and not link.lost:
+            all(map(link.drop, link._dropped - link._sent))
+    _send_last_notes()
+
+
+def _send_last_notes() -> None:
+    for _ in range(len(_leaving)):
+        with contextlib.suppress(IndexError):  # another thread has taken it out
+            lifeline = _leaving.popleft()
+            if not lifeline.send_last_notes():
+                _leaving.append(lifeline)
+
+
+def _drop_note(number: int) -> bytes:
+    return encode({"do": "drop", "subscription": number})
+
+
+# For each broker, the subscriptions that nothing here holds any more, and that it may not have dropped yet. A finaliser may
+# come in at any moment, so each change is a single step.
+dropped: dict[str, set[int]] = {}
+_leaving: deque[_Control] = deque()  # lifelines of links that are gone, until there is room for their last notes
 _links: WeakValueDictionary[str, Link] = WeakValueDictionary()
 _keys: dict[str, bytes] = {}
 
@@ -358,9 +434,10 @@ def for_answer(deadline: Deadline) -> Deadline:
     return Deadline(None if left is None else max(left, CONNECT_TIMEOUT))
 
 
-def _sooner(deadline: Deadline) -> Deadline:
+def sooner(deadline: Deadline, seconds: float) -> Deadline:
+    """In ``seconds``, or at ``deadline`` if that comes first."""
     left = deadline.left()
-    return Deadline(CONNECT_TIMEOUT if left is None else min(left, CONNECT_TIMEOUT))
+    return Deadline(seconds if left is None else min(left, seconds))
 
 
 def _error(reply: dict[str, Any]) -> Exception:

@@ -18,7 +18,9 @@ from mpbroadcast.arguments import Deadline
 from mpbroadcast.errors import TimedOut
 from mpbroadcast.wire.descriptors import PipeEnd
 from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, abort, pieces
+from mpbroadcast.wire.link import send_notes, sooner
 
+_SLICE: Final = 0.25  # seconds from one try to send what finalisers could not to the next
 _numbers: Final = itertools.count(1)  # of messages in pieces
 
 
@@ -104,8 +106,10 @@ class Outlet:
         :raises TimedOut: it did not in time.
         """
         trap_points.reach("waiting for room", self.pipe.fd)
-        if not self.pipe.wait(select.POLLOUT, deadline):
-            raise self.not_in_time()
+        while not self.pipe.wait(select.POLLOUT, sooner(deadline, _SLICE)):
+            if deadline.left() == 0:
+                raise self.not_in_time()
+            send_notes()
 
     @staticmethod
     def not_in_time() -> TimedOut:

@@ -20,7 +20,7 @@ from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.wire.descriptors import DescriptorSocket
 from mpbroadcast.wire.frames import memory_frame, reference_frame
-from mpbroadcast.wire.link import CONNECT_TIMEOUT
+from mpbroadcast.wire.link import CONNECT_TIMEOUT, send_notes
 from mpbroadcast.wire.memory import available, keep_freed_memory, ring_memory
 from mpbroadcast.wire.outlet import Outlet
 from mpbroadcast.wire.packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, ROUTED, WANTED, pack, unpack
@@ -261,3 +261,4 @@ class SharedOutlet:
             if left == 0:
                 raise self._outlet.not_in_time()
             beside.wait(_SLICE if left is None else min(_SLICE, left))
+            send_notes()
