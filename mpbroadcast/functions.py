@@ -101,7 +101,7 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
     """A handle on the broker at ``address``, from any process of the same user. It has its own pipe, and its own order.
 
     ``authkey`` is the broker's key; if not given, this process's own, which is right in the starter's children. While a broker
-    is being replaced this waits for the next one, 10 seconds at the most, unless somebody has chosen its address.
+    is being replaced this waits for the next one, 10 seconds at the most.
 
     :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) it is not the broker's key.
     :raises BrokerLost: no broker answers there.

@@ -38,7 +38,6 @@ from mpbroadcast import (
 )
 from mpbroadcast.broker.journal import Journal, replayed
 from mpbroadcast.broker.keeper import Patience
-from mpbroadcast.wire.link import Link
 from tests.helpers import DEADLINE, Background, Children, answer, finish, rest, take, wait_until
 from tests.victims import alive
 
@@ -435,17 +434,6 @@ def test_two_tasks_go_on_with_one_channel(kept: Bus) -> None:
     assert asyncio.run(all_of_it()) == ["gap", 1, 2]
 
 
-def test_a_file_of_the_keepers_name_beside_a_chosen_address(temporary_folder: Path) -> None:
-    """It means nothing."""
-    (temporary_folder / "keeper").touch()
-    with start_broadcaster(address=temporary_folder / "chosen", restart=True) as bus:
-        channel = bus.subscribe()
-        channel.poll()
-        kill_broker(bus)
-        gap(channel)
-    (temporary_folder / "keeper").unlink()
-
-
 def test_no_descriptor_for_a_moment_is_not_the_end(kept: Bus) -> None:
     """The next receive tries again to go on with the next broker."""
     channel = kept.subscribe()
@@ -599,20 +587,62 @@ def test_a_chosen_address(temporary_folder: Path) -> None:
     assert not address.exists()
 
 
-def test_connect_waits_for_the_next_broker(kept: Bus) -> None:
-    """While there is none; and not when none will come."""
-    keeper = keeper_of(kept)
+@contextlib.contextmanager
+def without_a_broker(bus: Bus) -> Iterator[psutil.Process]:
+    """Meanwhile the broker is dead, and its keeper, which is given, stopped."""
+    keeper, broker = keeper_of(bus), psutil.Process(bus.stats().pid)
     keeper.suspend()
-    os.kill(kept.stats().pid, signal.SIGKILL)
-    wait_until(lambda: said(lambda: Link(kept.address)))
-    waiting = Background(connect, kept.address)
-    waiting.wait_until_blocked("connect")
-    keeper.resume()
-    with waiting.result() as other:
-        assert other.stats().pid == kept.stats().pid
-        keeper.kill()
-        os.kill(kept.stats().pid, signal.SIGKILL)
-        wait_until(lambda: said(lambda: connect(kept.address)))
+    try:
+        broker.kill()
+        wait_until(lambda: broker.status() == psutil.STATUS_ZOMBIE)
+        yield keeper
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            keeper.resume()
+
+
+at_each_address = pytest.mark.parametrize("chosen", [False, True])
+
+
+@at_each_address
+def test_connect_waits_for_the_next_broker(temporary_folder: Path, chosen: bool) -> None:
+    """While there is none; and not when none will come."""
+    with start_broadcaster(address=temporary_folder / "chosen" if chosen else None, restart=True) as bus:
+        with without_a_broker(bus):
+            waiting = Background(connect, bus.address)
+            waiting.wait_until_blocked("connect")
+        with waiting.result() as other:
+            assert other.stats().pid == bus.stats().pid
+        with without_a_broker(bus) as keeper:
+            waiting = Background(connect, bus.address)
+            waiting.wait_until_blocked("connect")
+            keeper.kill()
+            assert isinstance(waiting.error(timeout=5), BrokerLost)
+
+
+def test_who_waits_for_a_broker_that_is_given_up(kept: Bus) -> None:
+    """It hears so at once, in ``connect`` and in ``recv``."""
+    channel = kept.subscribe()
+    channel.poll()
+    for _ in range(4):
+        kill_broker(kept)
+    gap(channel)
+    with without_a_broker(kept):
+        waiting = Background(connect, kept.address), Background(channel.recv)
+        waiting[0].wait_until_blocked("connect")
+        waiting[1].wait_until_blocked("recv")
+    for one in waiting:
+        assert isinstance(one.error(timeout=5), BrokerLost)
+    assert not os.path.exists(kept.address)
+
+
+@at_each_address
+def test_the_last_broker_takes_its_address_along(temporary_folder: Path, chosen: bool) -> None:
+    """Also when its keeper was killed before."""
+    with start_broadcaster(address=temporary_folder / "chosen" if chosen else None, restart=True) as bus:
+        keeper_of(bus).kill()
+        os.kill(bus.stats().pid, signal.SIGTERM)
+        wait_until(lambda: not os.path.exists(bus.address if chosen else os.path.dirname(bus.address)))
 
 
 def test_closed_is_closed(kept: Bus) -> None:

@@ -48,14 +48,13 @@ def keep(starter: int, serve: Callable[[int], None], wanted: Callable[[], bool],
 
     Nor is one replaced that has died before it was ready, or when it was to end: then no other one is ``wanted``.
 
-    That is also so on SIGTERM, which is handed on to it, and when process ``starter`` is dead.
+    That is also so on SIGTERM, which is handed on to it, and when process ``starter`` is dead. SIGTERM and SIGCHLD are blocked.
     """
     patience = Patience()
     try:
         watched = psutil.Process(starter)
     except psutil.NoSuchProcess:
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
     number = 0
     while True:
         child = os.fork()

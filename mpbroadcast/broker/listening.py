@@ -21,7 +21,6 @@ from mpbroadcast.arguments import MAX_ADDRESS
 
 _FOLDER: Final = "mpbroadcast-"
 _SOCKET: Final = "broker"
-_KEEPER: Final = "keeper"
 _FORGOTTEN: Final = 60.0  # seconds after which a folder without a socket is nobody's
 
 
@@ -40,15 +39,14 @@ class Listening:
     :raises OSError: it cannot be; :func:`why_not` says why.
     """
 
-    def __init__(self, address: str | None, temporary: str, own_folder: bool) -> None:
-        self._own_folder = own_folder
+    def __init__(self, address: str | None, temporary: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.setblocking(False)
-        made = ""
+        self._made = ""  # its folder, if it is its own
         try:
             if address is None:
-                made = _make_folder(temporary)
-                address = os.path.join(made, _SOCKET)
+                self._made = _make_folder(temporary)
+                address = os.path.join(self._made, _SOCKET)
             self.address = address
             folder, name = os.path.split(address)
             os.chdir(folder)  # so that no name that is bound is longer than the address itself
@@ -56,8 +54,8 @@ class Listening:
             self._identity = identity(address)
         except BaseException:
             self.socket.close()
-            if made:
-                os.rmdir(made)
+            if self._made:
+                os.rmdir(self._made)
             raise
         finally:
             os.chdir("/")
@@ -88,47 +86,8 @@ class Listening:
         with contextlib.suppress(OSError):
             if identity(self.address) == self._identity:
                 os.unlink(self.address)
-            if self._own_folder:
-                _remove_folder(os.path.dirname(self.address))
-
-
-class Kept:
-    """The address of brokers that follow each other; in a folder of theirs, something that answers while there is none.
-
-    :raises OSError: there can be none.
-    """
-
-    def __init__(self, address: str | None, temporary: str) -> None:
-        self.own_folder = address is None
-        if address is None:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            folder = _make_folder(temporary)
-            address = os.path.join(folder, _SOCKET)
-            os.chdir(folder)
-            self._socket.bind(_KEEPER)
-            self._socket.listen(1)
-            os.chdir("/")
-        self.address = address
-
-    def let_go(self) -> None:
-        """In a broker: only the keeper answers there."""
-        if self.own_folder:
-            self._socket.close()
-
-    def remove(self) -> None:
-        """Leave nothing behind, unless a broker still listens there."""
-        if self.own_folder:
-            self._socket.close()
-        remove_leftovers(self.address)
-        if self.own_folder and not _answers(self.address):
-            with contextlib.suppress(OSError):
-                _remove_folder(os.path.dirname(self.address))
-
-
-def _remove_folder(folder: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(folder, _KEEPER))
-    os.rmdir(folder)
+            if self._made:
+                os.rmdir(self._made)
 
 
 def identity(file: str | int) -> tuple[int, int]:
@@ -189,7 +148,7 @@ def _remove_if_forgotten(folder: str) -> None:
     except FileNotFoundError:
         forgotten = time.time() - status.st_mtime > _FORGOTTEN  # one that is being made has no socket yet
     else:
-        forgotten = not (_answers(path) or _answers(os.path.join(folder, _KEEPER)))
+        forgotten = not _answers(path)
     if forgotten:
         shutil.rmtree(folder)
 
@@ -201,4 +160,4 @@ def remove_leftovers(address: str) -> None:
             os.unlink(address)
             folder, name = os.path.split(address)
             if name == _SOCKET and os.path.basename(folder).startswith(_FOLDER):
-                _remove_folder(folder)
+                os.rmdir(folder)

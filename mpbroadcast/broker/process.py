@@ -25,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -39,7 +39,7 @@ from mpbroadcast.arguments import Deadline
 from mpbroadcast.broker.broker import READY, STOPPING, Broker, Succession, new_identity
 from mpbroadcast.broker.journal import Journal
 from mpbroadcast.broker.keeper import keep
-from mpbroadcast.broker.listening import Kept, Listening, identity, remove_forgotten_folders, remove_leftovers, why_not
+from mpbroadcast.broker.listening import Listening, identity, remove_forgotten_folders, remove_leftovers, why_not
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.logs import set_up
 from mpbroadcast.broker.loop import IN
@@ -263,32 +263,37 @@ def _main(settings: _Settings, ready: connection.Connection) -> None:
         set_up(log, None)
         _report(ready, f"log_config is no dictionary that logging.config can use: {error}")
         return
-    if not settings.restart:
-        _serve(settings, ready, settings.address is None)
-        return
-    kept: Kept | None = None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})  # until somebody waits for them
+    listening: Listening | None = None
     try:
-        kept = Kept(settings.address, settings.temporary)
-        journal = Journal()
+        remove_forgotten_folders(settings.temporary)
+        listening = Listening(settings.address, settings.temporary)
+        journal = Journal() if settings.restart else None
     except OSError as error:
         _report(ready, why_not(error, settings.address, settings.temporary), error)
     else:
-        name = new_identity()
-        settings = replace(settings, address=kept.address)
-
-        def serve(number: int) -> None:
-            kept.let_go()
-            succession = Succession(name, number, Journal(journal.files))
-            _serve(settings, None if number else ready, kept.own_folder, succession)
-
-        def wanted() -> bool:
-            entries = Journal(journal.files).entries
-            return READY in entries and STOPPING not in entries
-
-        keep(settings.starter, serve, wanted, time.monotonic)
+        if journal is None:
+            _serve(settings, ready, listening)
+        else:
+            _keep_serving(settings, ready, listening, journal)
     finally:
-        if kept is not None:
-            kept.remove()
+        if listening is not None:
+            listening.remove()
+
+
+def _keep_serving(settings: _Settings, ready: connection.Connection, listening: Listening, journal: Journal) -> None:
+    """Serve at this socket, in one child process after the other: what connects in between waits in the socket's queue."""
+    name = new_identity()
+
+    def serve(number: int) -> None:
+        succession = Succession(name, number, Journal(journal.files))
+        _serve(settings, None if number else ready, listening, succession)
+
+    def wanted() -> bool:
+        entries = Journal(journal.files).entries
+        return READY in entries and STOPPING not in entries
+
+    keep(settings.starter, serve, wanted, time.monotonic)
 
 
 def _report(ready: connection.Connection | None, text: str, error: OSError | None = None) -> None:
@@ -300,16 +305,13 @@ def _report(ready: connection.Connection | None, text: str, error: OSError | Non
 
 
 def _serve(
-    settings: _Settings, ready: connection.Connection | None, own_folder: bool, succession: Succession | None = None
+    settings: _Settings, ready: connection.Connection | None, listening: Listening, succession: Succession | None = None
 ) -> None:
     signals = _take_over_signals()
-    listening: Listening | None = None
     broker: Broker | None = None
     try:
         try:
             starter = PeerProcess(settings.starter)
-            remove_forgotten_folders(settings.temporary)
-            listening = Listening(settings.address, settings.temporary, own_folder)
         except ProcessLookupError as error:
             if ready is not None:
                 _report(ready, why_not(error, settings.address, settings.temporary), error)
@@ -335,17 +337,13 @@ def _serve(
         if succession is not None:
             succession.journal.put({"number": READY, "it": True})
         broker.run()
+        listening.remove()  # its keeper may be dead
     except BaseException as error:
-        if succession is not None:
-            listening = None  # what is there is the next one's, or the keeper's to remove
         if not isinstance(error, SystemExit):
             log.critical("the broker has crashed", exc_info=True)
             if broker is not None:
                 broker.tell_of_crash(traceback.format_exc())
         sys.exit(1)
-    finally:
-        if listening is not None:
-            listening.remove()
 
 
 def _ignore_signals() -> None:

@@ -31,7 +31,7 @@ class Attachment:
         link = self.current
         if link is None or link.inherited or (link.lost and self.restarts):
             try:
-                link = Link.shared(self.address, self.broker, self.restarts)
+                link = Link.shared(self.address, self.broker)
             except BrokerLost as error:
                 self.restarts = False  # nobody needs to wait for another one again
                 if self.current is not None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import multiprocessing
-import os
 import select
 import socket
 import time
 from collections import deque
+from types import NoneType
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -52,6 +52,7 @@ from mpbroadcast.wire.descriptors import (
 )
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
+_TRIES: Final = 5  # of connecting: so many brokers in a row are replaced
 _READ: Final = 1 << 16
 
 
@@ -245,32 +246,28 @@ class Link:
         _links[address] = self
 
     @classmethod
-    def shared(cls, address: str, broker: str, restarts: bool = False) -> Link:
-        """The one to ``broker`` that this process has already, or a new one to whatever listens there now.
-
-        When it ``restarts``, wait until it has.
-        """
+    def shared(cls, address: str, broker: str) -> Link:
+        """The one to ``broker`` that this process has already, or a new one to whatever listens there now."""
         link = _links.get(address)
         if link is not None and link.broker == broker and not link.lost:
             return link
-        return cls.found(address, restarts=restarts)
+        return cls.found(address)
 
     @classmethod
-    def found(cls, address: str, authkey: bytes | None = None, restarts: bool | None = None) -> Link:
-        """A new one to whatever listens there now.
+    def found(cls, address: str, authkey: bytes | None = None) -> Link:
+        """A new one to whatever listens there.
 
-        When it ``restarts``, wait until it has; ``None``: as far as can be told from what is beside the address.
+        While a broker is being replaced, it waits in the queue of the socket. One that dies during the handshake may be
+        replaced as well, so that is tried again.
         """
-        deadline = Deadline(CONNECT_TIMEOUT)
+        tries = _TRIES
         while True:
             try:
                 return cls(address, authkey)
             except BrokerLost as error:
-                gone = isinstance(error.__cause__, FileNotFoundError) or restarts is False
-                kept = not gone and _is_kept(address)
-                if not (restarts if kept is None else kept) or deadline.left() == 0:
+                tries -= 1
+                if not tries or not isinstance(error.__cause__, (ConnectionResetError, BrokenPipeError, NoneType)):
                     raise
-            time.sleep(0.01)
 
     def request(self, do: str, *, deadline: Deadline | None = None, **fields: Any) -> Answer:
         """Ask the broker. Waits until ``deadline``, or for ever.
@@ -409,23 +406,6 @@ _keys: dict[str, bytes] = {}
 def remember_key(address: str, authkey: bytes) -> None:
     """For handles of this process, and of those that it forks, that come without a key."""
     _keys[address] = authkey
-
-
-def _is_kept(address: str) -> bool | None:
-    """Whether a keeper lives; ``None`` when that cannot be told: beside an address of the user's choice it says nothing."""
-    folder, name = os.path.split(address)
-    path = os.path.join(folder, "keeper")
-    if name != "broker" or not os.path.basename(folder).startswith("mpbroadcast-") or not os.path.exists(path):
-        return None
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return False
-        except OSError:
-            pass
-        return True
 
 
 def for_answer(deadline: Deadline) -> Deadline:
