@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from functools import partial
-from itertools import starmap
 from multiprocessing.context import BaseContext
 from typing import Any, Final, TypeVar
 
@@ -75,23 +73,19 @@ def start_broadcaster(
         path = None if address is None else check_address(address)
     except AddressError as error:
         raise StartError(str(error)) from error
-    started: list[BrokerProcess] = []
+    process: BrokerProcess | None = None
     try:
-        # By way of a list, as an interrupt may come between its return and an assignment.
-        started.extend(
-            starmap(
-                partial(BrokerProcess, history=history, stall_timeout=stall, log_config=log_config, restart=restart),
-                ((context, path, authkey, timeout),),
-            )
+        # An interrupt before it is assigned leaves a daemon process that multiprocessing ends with the program.
+        process = BrokerProcess(
+            context, path, authkey, timeout, history=history, stall_timeout=stall, log_config=log_config, restart=restart
         )
-        process = started[0]
         link = Link(process.address)
         bus: Broadcaster[Any] = Broadcaster(process.address, link.broker, link=link, process=process)
         process.end_at_exit(bus.close)
     except BaseException as error:
-        for process in started:
+        if process is not None:
             process.end(0, told=0)
-        if started and isinstance(error, BroadcastError):
+        if process is not None and isinstance(error, BroadcastError):
             raise StartError(f"the broker started, but did not answer: {error}") from error
         raise
     return bus

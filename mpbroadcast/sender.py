@@ -16,7 +16,7 @@ from mpbroadcast.wire.outlet import Outlet
 from mpbroadcast.wire.payload import Payload
 from mpbroadcast.wire.shared_outlet import SHARED_FROM, SharedOutlet
 
-_NOWHERE: Final = PipeEnd([-1])
+_NOWHERE: Final = PipeEnd(-1)
 
 
 def framed(payload: Payload, way: tuple[bytes, int]) -> bytes:

@@ -50,7 +50,7 @@ from mpbroadcast.wire.control import (
     encode,
     serve_handshake,
 )
-from mpbroadcast.wire.descriptors import DescriptorSocket, Received, close_received, receive
+from mpbroadcast.wire.descriptors import DescriptorSocket, Received, receive, taken_apart
 from mpbroadcast.wire.frames import (
     PIPE_BUF,
     Batch,
@@ -412,7 +412,7 @@ def test_descriptors_of_any_number() -> None:
     """Packets of any length with any number of descriptors are heard one by one; none that came with them is kept."""
     held = descriptors(os.getpid())
     ours, number = new_socket()
-    theirs = DescriptorSocket([number])
+    theirs = DescriptorSocket(number)
     for count in range(200):
         choose = Random(f"{SEED} descriptors {count}")
         fds = [ours.fileno()] * choose.choice([0, 0, 1, 2, 3, 20])
@@ -422,23 +422,23 @@ def test_descriptors_of_any_number() -> None:
         if choose.random() < 0.3:
             assert theirs.hear_plain() == data[:64]
         elif choose.random() < 0.5:
-            received: Received = []
-            numbers: list[int] = []
-            came, lost = receive(theirs, 32, received, numbers)
+            received: list[Received] = []
+            receive(theirs, 32, received)
+            came, numbers, lost = taken_apart(received[0])
             assert (came, lost) == (data[:32], len(fds) > len(numbers))
             assert len(numbers) <= len(fds)
-            close_received(received, numbers)
+            for fd in numbers:
+                os.close(fd)
         else:
             heard = theirs.hear()
             assert heard is not None
             assert heard[0] == data[:64]
-            assert (heard[1] >= 0) == bool(fds)
-            assert theirs.hear() == heard
-            theirs.done()
+            assert (heard[1] is not None) == bool(fds)
+            del heard
         assert theirs.hear() is None
         assert descriptors(os.getpid()) == held + 2
     ours.close()
-    assert theirs.hear() == (b"", -1)
+    assert theirs.hear() == (b"", None)
     theirs.close()
 
 
@@ -862,7 +862,6 @@ def beside_channels(target: Target, choose: Random) -> None:
                     reply.beside.sendmsg([data], rights)
                 with contextlib.suppress(OSError):  # the broker may have ended the subscription meanwhile
                     while choose.random() < 0.5 and (heard := reply.beside.hear()) is not None:
-                        reply.beside.done()
                         if heard[0] and heard[0][0] == RING and choose.random() < 0.8:
                             reply.beside.tell(pack(MAPPED, unpack(heard[0]).number))
                 if choose.random() < 0.4 and reply.end is not None:
@@ -1196,7 +1195,7 @@ def test_many_references_to_the_same_memory(own_broker: Broker) -> None:
     session = own_broker.new_session(asker)
     own_broker.add_subscription(3, session, ["fuzz"], 1 << 16, "drop_oldest")
     publisher, pipe = own_broker.traffic.add(own_broker.number(), session)
-    beside = DescriptorSocket([own_broker.traffic.sharing.add(publisher)])
+    beside = DescriptorSocket(own_broker.traffic.sharing.add(publisher))
     descriptor, memory = ring_memory(RING_SIZE)
     beside.tell(pack(RING, 1, 1 << 16), descriptor.fd)
     own_broker.loop.round()

@@ -6,7 +6,6 @@ The moments are random: ``MPBROADCAST_SEED`` repeats a run's, ``MPBROADCAST_SOAK
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import itertools
 import multiprocessing
@@ -14,7 +13,6 @@ import os
 import pickle
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -32,10 +30,10 @@ import pytest
 import mpbroadcast
 from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, start_broadcaster, trap_points
 from mpbroadcast.broker.process import BrokerProcess
-from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd, _forks
+from mpbroadcast.wire.descriptors import OwnedDescriptor, PipeEnd, _forks
 from mpbroadcast.wire.link import Link
 from mpbroadcast.wire.memory import available
-from tests.conftest import FAILED, descriptors
+from tests.conftest import FAILED, descriptors, leaked
 from tests.helpers import DEADLINE, Background, pattern, wait_until
 from tests.victims import Program
 
@@ -132,6 +130,7 @@ def storming(times: int, node: Any) -> Iterator[Storm]:
         sys.unraisablehook = hook
         gc.enable()
         raising.end()
+    node.add_marker(pytest.mark.interrupted(raising.raised))
     assert raising.raised or node.stash.get(FAILED, False)
 
 
@@ -258,7 +257,8 @@ def test_an_interrupted_first_publish_leaves_a_handle_that_works(bus: Bus, once:
     assert set(returned) <= set(got)
     del other
     gc.collect()
-    wait_until(lambda: bus.stats().publishers == 1)
+    # One whose pipe was leaked is there until this process goes.
+    wait_until(lambda: bus.stats().publishers <= 1 + leaked(once.raised))
     channel.close()
 
 
@@ -437,24 +437,16 @@ def test_an_interrupted_poll_or_wait_takes_nothing(bus: Bus, storm: Storm) -> No
 # ----------------------------------------------------------------------------------------- subscribing, asking, and closing
 
 
-def nothing_grows(before: set[tuple[int, str]], bus: Bus) -> None:
-    """No descriptor is left but the connection of a request or two that is kept for the next one."""
+def nothing_grows(before: set[tuple[int, str]], bus: Bus, storm: Storm) -> None:
+    """The connection of a request or two is kept for the next one; beside that, few descriptors were leaked."""
     gc.collect()
     bus.stats()
     left = [target for _, target in sorted(descriptors() - before)]
-    assert len(left) <= 4, left
-
-
-def close_pipes(before: set[tuple[int, str]]) -> None:
-    """Close those whose finaliser was interrupted as it began: Python has no way against that."""
-    gc.collect()
-    for number, target in descriptors() - before:
-        if target.startswith("pipe:"):
-            os.close(number)
+    assert len(left) <= 4 + leaked(storm.raised), left
 
 
 def test_an_interrupted_subscribe_leaves_a_channel_or_nothing(bus: Bus, once: Storm) -> None:
-    """There is a channel that works in the end, or no subscription, and no descriptor."""
+    """There is a channel that works in the end, or no subscription."""
     longest = duration(lambda: bus.subscribe("t").close())
     before = descriptors()
     for number in once.moments(2000):
@@ -466,7 +458,7 @@ def test_an_interrupted_subscribe_leaves_a_channel_or_nothing(bus: Bus, once: St
             channel.close()
         channel = None  # type: ignore[assignment]
     wait_until(lambda: not bus.stats().subscribers)
-    nothing_grows(before, bus)
+    nothing_grows(before, bus, once)
 
 
 def test_an_interrupted_change_of_topics_can_be_done_again(bus: Bus, storm: Storm) -> None:
@@ -484,7 +476,7 @@ def test_an_interrupted_change_of_topics_can_be_done_again(bus: Bus, storm: Stor
             assert channel.recv(timeout=DEADLINE) == number
         assert bus.stats().subscribers[0].topics == ("always",)
         assert not channel.poll(0)
-        nothing_grows(before, bus)
+        nothing_grows(before, bus, storm)
 
 
 def test_interrupted_questions_are_answered_when_they_are_asked_again(bus: Bus, storm: Storm) -> None:
@@ -506,7 +498,7 @@ def test_interrupted_questions_are_answered_when_they_are_asked_again(bus: Bus, 
             bus.flush(timeout=DEADLINE)
             assert channel.recv(timeout=DEADLINE) == turn
             assert len(bus.stats().subscribers) == 1
-        nothing_grows(before, bus)
+        nothing_grows(before, bus, storm)
 
 
 @pytest.mark.parametrize("opened", [False, True], ids=["unopened", "opened"])
@@ -530,8 +522,7 @@ def test_an_interrupted_close_of_a_channel_can_be_done_again(bus: Bus, storm: St
             channel.recv(timeout=0)
     del channel
     wait_until(lambda: not bus.stats().subscribers)
-    close_pipes(before)
-    nothing_grows(before, bus)
+    nothing_grows(before, bus, storm)
 
 
 def test_an_interrupted_close_of_an_attached_handle_can_be_done_again(bus: Bus, storm: Storm) -> None:
@@ -553,9 +544,8 @@ def test_an_interrupted_close_of_an_attached_handle_can_be_done_again(bus: Bus, 
         with pytest.raises(ClosedError):
             other.flush()
     del other
-    wait_until(lambda: bus.stats().publishers == 0)
-    close_pipes(before)
-    nothing_grows(before, bus)
+    wait_until(lambda: bus.stats().publishers <= leaked(storm.raised))
+    nothing_grows(before, bus, storm)
 
 
 def interrupt_at(moment: Callable[..., Any], function: Callable[..., Any], *args: Any) -> None:
@@ -601,27 +591,28 @@ def interrupt_after(count: int, function: Callable[[], Any]) -> bool:
     return False
 
 
-def _take_over(numbers: list[int], taken: list[DescriptorSocket]) -> None:
-    taken.append(DescriptorSocket(numbers))
+@pytest.mark.parametrize("kind", [OwnedDescriptor, PipeEnd])
+def test_a_descriptor_is_never_closed_twice(kind: type[OwnedDescriptor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever its making, closing and collection are interrupted: it may stay open, but somebody else's is never closed."""
+    close = os.close
+    closed: list[int] = []
 
+    def counted(number: int) -> None:
+        closed.append(number)
+        close(number)
 
-def test_a_socket_that_is_taken_over_has_one_owner_at_each_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted one has the descriptor, and closes it, or has left it to the caller."""
+    monkeypatch.setattr(os, "close", counted)
     count = 0
     going_on = True
     while going_on:
-        # Some of these moments no signal can find, such as that between a lock's release and the end of its `with`.
-        monkeypatch.setattr(_forks, "lock", threading.RLock())
-        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        other.setblocking(False)
-        numbers = [one.detach()]
-        taken: list[DescriptorSocket] = []
-        going_on = interrupt_after(count, functools.partial(_take_over, numbers, taken))
-        taken.clear()
-        for number in numbers:
-            os.close(number)  # fails if it has been closed
-        assert other.recv(1) == b""  # there is no other end any more
-        other.close()
+        monkeypatch.setattr(_forks, "lock", threading.RLock())  # no signal comes between its release and the end of a `with`
+        before = descriptors()
+        number = os.open(os.devnull, os.O_RDONLY)
+        closed.clear()
+        going_on = interrupt_after(count, lambda number=number: kind(number).close())  # type: ignore[misc]
+        assert len(closed) == len(set(closed))
+        for left, _ in descriptors() - before:
+            close(left)
         count += 1
     assert count > 20
 
@@ -663,26 +654,6 @@ def test_a_handle_whose_close_was_interrupted_publishes_no_more(bus: Bus) -> Non
             break
     assert not came
     assert count > 10
-
-
-def test_an_interrupted_close_leaves_no_descriptor(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pipe that is put in the place of a closed one is gone, whatever comes in between."""
-    channel = bus.subscribe()
-    channel.poll(0)
-    dup2 = os.dup2
-
-    def interrupted(*args: Any, **keywords: Any) -> int:
-        dup2(*args, **keywords)
-        raise Interrupt  # as a signal's handler can behind each call
-
-    monkeypatch.setattr(os, "dup2", interrupted)
-    before = descriptors()
-    with contextlib.suppress(Interrupt):
-        channel.close()
-    monkeypatch.undo()
-    channel.close()
-    found = descriptors() - before
-    assert not found
 
 
 def test_an_interrupted_subscribe_that_is_interrupted_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -965,7 +936,7 @@ threading.Thread(target=forever, args=(lambda: bus.subscribe().close(),), daemon
     "a daemon thread that is stopped where nothing may fork": """
 import os
 from mpbroadcast.wire.descriptors import OwnedDescriptor, fork_lock
-kept = OwnedDescriptor.made_by(os.open, os.devnull, os.O_RDONLY)
+kept = OwnedDescriptor(os.open(os.devnull, os.O_RDONLY))
 there = threading.Event()
 def stay():
     with fork_lock():
@@ -973,6 +944,18 @@ def stay():
         time.sleep(1000)
 threading.Thread(target=stay, daemon=True).start()
 there.wait()
+""",
+    "a broker whose start was interrupted behind its last step": """
+from mpbroadcast.broker.process import BrokerProcess
+start = BrokerProcess.__init__
+def interrupted(*args, **keywords):
+    start(*args, **keywords)
+    raise KeyboardInterrupt
+BrokerProcess.__init__ = interrupted
+try:
+    start_broadcaster()
+except KeyboardInterrupt:
+    pass
 """,
     "atexit users": """
 bus = start_broadcaster()

@@ -173,7 +173,7 @@ def test_memory_comes_in_another_order_than_messages(bus: Bus) -> None:
 def test_memory_that_came_before_the_broker_let_go() -> None:
     """What the broker has sent is there when it has closed its end, also if it has not read what it was told."""
     ours, number = new_socket()
-    theirs = DescriptorSocket([number])
+    theirs = DescriptorSocket(number)
     inlet = SharedInlet(theirs)
     pickled = pickle.dumps(LARGE.message(1))
     memory = message_memory([pickled])

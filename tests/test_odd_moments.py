@@ -1,14 +1,12 @@
-"""Moments that are seldom met: plain forks, interrupts, a restart at the same address, who waits behind whom."""
+"""Moments that are seldom met: plain forks, a restart at the same address, who waits behind whom."""
 
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -66,40 +64,6 @@ def test_who_does_not_own_a_channel_cannot_close_it(bus: Bus, fork: BaseContext,
     assert channel.recv(timeout=DEADLINE) == 1
     process.close()
     channel.close()
-
-
-class Interrupt(BaseException):
-    """Comes from a signal handler."""
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupt
-
-
-# An interrupt may come between the making of a socket and its keeping; Python closes that, and says so.
-@pytest.mark.filterwarnings("ignore:.*unclosed <socket:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupted_subscribe_leaves_no_subscription(bus: Bus) -> None:
-    """Wherever an interrupt comes in ``subscribe``, there is a channel in the end, or no subscription."""
-    before = signal.signal(signal.SIGALRM, interrupt)
-    channels = []
-    try:
-        for attempt in range(300):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (attempt + 1))
-                channel = bus.subscribe("t")
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                channels.append(channel)
-            except Interrupt:
-                pass
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    # A channel that was made, and whose assignment was interrupted, is collected: all that is left is what is held here.
-    channel = None  # type: ignore[assignment]
-    wait_until(lambda: len(bus.stats().subscribers) <= len(channels))
-    for channel in channels:
-        channel.close()
 
 
 def test_who_waits_is_not_overtaken(bus: Bus) -> None:

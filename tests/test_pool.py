@@ -150,7 +150,7 @@ def test_only_its_publisher_can_change_it(kept: Kept) -> None:
     reader = reader_of(descriptor)
     assert reader is not None
     check_message(reader.fd, 5003)
-    again = OwnedDescriptor.made_by(os.open, f"/proc/self/fd/{reader.fd}", os.O_RDWR)
+    again = OwnedDescriptor(os.open(f"/proc/self/fd/{reader.fd}", os.O_RDWR))
     for fd in (reader.fd, again.fd):
         for change in (lambda fd: os.pwrite(fd, b"x", 0), lambda fd: os.ftruncate(fd, 0), lambda fd: os.ftruncate(fd, 1 << 20)):
             with pytest.raises(OSError, match=r"not permitted|Bad file|Invalid"):

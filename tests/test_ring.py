@@ -588,6 +588,7 @@ class Storm:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.interrupted(400)
 @pytest.mark.parametrize(("size", "interrupts", "longest"), [(30_000, 1000, 2e-4), (LONGEST + 1, 400, 2e-3)])
 def test_interrupts_lose_and_double_nothing(bus: Bus, size: int, interrupts: int, longest: float) -> None:
     """Out of ``publish`` and ``recv_many``, in the ring and in memory of its own: published once or not, received once."""

@@ -53,7 +53,7 @@ def new_pipe(size: int) -> tuple[int, int]:
 def new_socket() -> tuple[DescriptorSocket, int]:
     """A socket for descriptors, and the descriptor of its other end."""
     own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return DescriptorSocket([own.detach()]), other.detach()
+    return DescriptorSocket(own.detach()), other.detach()
 
 
 def unread(fd: int) -> int:

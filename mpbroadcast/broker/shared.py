@@ -262,9 +262,7 @@ class Lender:
         heard = self.beside.hear()
         if heard is None:
             return False
-        packet, fd = heard
-        self.beside.entry = None
-        descriptor = OwnedDescriptor([fd]) if fd >= 0 else None
+        packet, descriptor = heard
         if not packet:
             self._there = False
             return False

@@ -14,21 +14,20 @@ import socket
 import sys
 import threading
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from itertools import chain, starmap
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
 from mpbroadcast.arguments import Deadline
 
 _SPACE: Final = socket.CMSG_SPACE(2 * array("i").itemsize)
+_CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _PACKET: Final = 64  # bytes of one on a descriptor socket at the most
 
 T = TypeVar("T")
 Hook = Callable[[Any], None]
-Received = list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]]
+Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]  # as `recvmsg` returns it
 
 
 class _Forks:
@@ -98,31 +97,17 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, 
 
 
 class OwnedDescriptor:
-    """A descriptor that is closed when nothing refers to this any more, and in a child at once."""
+    """A descriptor that is closed when nothing refers to this any more, and in a child at once.
+
+    An interrupt between the call that returns a descriptor and the end of this constructor leaks it, as anywhere in Python.
+    """
 
     __slots__ = ("__weakref__", "_number", "fd")
 
-    def __init__(self, numbers: list[int]) -> None:
-        """Take the first of ``numbers`` over; at no moment is it in both places, or in none."""
-        self.fd = self._number = -1
+    def __init__(self, number: int) -> None:
+        """Take it over. Whoever has just received or made it does so under the same :func:`fork_lock`."""
+        self.fd = self._number = number  # `fd` is what to use; -1 once it is closed
         on_fork(self, OwnedDescriptor._in_child)
-        with _forks.lock:
-            self._number = numbers[0]
-            del numbers[0]
-            self.fd = self._number  # what to use; -1 once it is closed
-
-    @classmethod
-    def made_by(cls, make: Callable[..., int], *args: Any) -> OwnedDescriptor:
-        """Of what ``make(*args)`` returns."""
-        numbers: list[int] = []
-        try:
-            with _forks.lock:
-                numbers.extend(map(make, *((arg,) for arg in args)))
-                return cls(numbers)
-        except BaseException:
-            for number in numbers:  # an interrupt came before it was taken over
-                os.close(number)
-            raise
 
     def close(self) -> None:
         """Close it, unless that has been done."""
@@ -135,7 +120,7 @@ class OwnedDescriptor:
 
     def _give_back(self) -> None:
         with fork_lock():  # so that a child has a copy of it only while this knows of it; nothing waits under this lock
-            number, self._number = self._number, -1
+            number, self._number = self._number, -1  # before it is closed: an interrupt may leak it, never close it twice
             if number >= 0:
                 os.close(number)
 
@@ -171,53 +156,36 @@ class PipeEnd(OwnedDescriptor):
         fd, self.fd = self.fd, -1
         if fd < 0:
             return
-        ends: list[int] = []
-        closing = map(os.close, ends)  # here, as there is one call in the end, and so no interrupt before it
-        try:
-            with contextlib.suppress(OSError):  # no descriptor is left: then it stays open until nothing refers to it
-                ends.extend(chain.from_iterable(starmap(os.pipe, ((),))))  # one step, as far as an interrupt can see
-                os.dup2(ends[0], fd, inheritable=False)
-        finally:
-            deque(closing, maxlen=0)
+        with contextlib.suppress(OSError):  # no descriptor is left: then it stays open until nothing refers to it
+            reader, writer = os.pipe()
+            try:
+                os.dup2(reader, fd, inheritable=False)
+            finally:
+                os.close(reader)
+                os.close(writer)
 
 
-def receive(connection: socket.socket, size: int, received: Received, numbers: list[int]) -> tuple[bytes, bool]:
-    """What is there, at once, and whether descriptors were lost; those that came with it are in ``numbers``.
+def receive(connection: socket.socket, size: int, received: list[Received]) -> None:
+    """Append what is there, as ``recvmsg`` returns it: in one step, so that an interrupt comes before or after.
 
-    ``received`` is a list that is empty in between: an interrupt leaves there what it kept from getting into ``numbers``.
+    Under the same :func:`fork_lock`, ``received`` or what is in it gets an owner.
 
     :raises BlockingIOError: nothing is there.
     """
-    flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-    with _forks.lock:
-        # By map, so that an interrupt has no moment in which descriptors have come and are nowhere.
-        received.extend(map(connection.recvmsg, (size,), (_SPACE,), (flags,)))
-        data, _, got, _ = received[0]
-        numbers.extend(_descriptors_in(received))
-        del received[:]
-    if not flags:
+    received.extend(map(connection.recvmsg, (size,), (_SPACE,), (_CLOEXEC,)))
+
+
+def taken_apart(received: Received) -> tuple[bytes, list[int], bool]:
+    """The data, the descriptors that came with it, and whether others were lost."""
+    data, ancillary, flags, _ = received
+    numbers = array("i")
+    for level, kind, body in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers.frombytes(body[: len(body) - len(body) % numbers.itemsize])
+    if not _CLOEXEC:
         for number in numbers:
             os.set_inheritable(number, False)
-    return data, bool(got & socket.MSG_CTRUNC)
-
-
-def close_received(received: Received, numbers: list[int]) -> None:
-    """Close what has come and has not been taken over."""
-    left = {*numbers, *_descriptors_in(received)}
-    numbers.clear()
-    received.clear()
-    for number in left:
-        os.close(number)
-
-
-def _descriptors_in(received: Received) -> list[int]:
-    """The descriptors that came with these."""
-    numbers = array("i")
-    for _, ancillary, _, _ in received:
-        for level, kind, body in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                numbers.frombytes(body[: len(body) - len(body) % numbers.itemsize])
-    return numbers.tolist()
+    return data, numbers.tolist(), bool(flags & socket.MSG_CTRUNC)
 
 
 class DescriptorSocket(socket.socket):
@@ -226,20 +194,10 @@ class DescriptorSocket(socket.socket):
     Who closes it sees to it that no other thread uses it at that moment.
     """
 
-    def __init__(self, numbers: list[int]) -> None:
-        """Take the first of ``numbers`` over."""
-        self._received: Received = []
-        self._io_refs, self._closed = 0, False  # as the base class has it: an interrupt may come before that is there
-        self.entry: tuple[bytes, int] | None = None  # what :meth:`hear` has returned, until that is done with
-        try:
-            with _forks.lock:
-                super().__init__(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, numbers[0])
-                del numbers[0]
-                on_fork(self, DescriptorSocket.close)
-        except BaseException:
-            if self.fileno() in numbers:
-                self.detach()  # who has the number there closes it
-            raise
+    def __init__(self, number: int) -> None:
+        """Take the descriptor over; see :class:`OwnedDescriptor`."""
+        super().__init__(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, number)
+        on_fork(self, DescriptorSocket.close)
         self.setblocking(False)
 
     def tell(self, packet: bytes, fd: int = -1) -> bool:
@@ -267,49 +225,27 @@ class DescriptorSocket(socket.socket):
             return self.recv(_PACKET)
         return None
 
-    def hear(self) -> tuple[bytes, int] | None:
-        """The next packet and its descriptor, or -1; ``None`` when none is there; an empty one at the end.
-
-        It is the next one again until :meth:`done`, or until who takes the descriptor over sets :attr:`entry` to ``None``: so
-        an interrupt in between costs nothing.
+    def hear(self) -> tuple[bytes, OwnedDescriptor | None] | None:
+        """The next packet and its descriptor; ``None`` when none is there; an empty one at the end.
 
         :raises OSError: the other end is gone.
         """
-        if self.entry is None:
-            try:
-                with _forks.lock:
-                    if not self._received:
-                        self._receive()
-                    numbers = _descriptors_in(self._received)
-                    entry = self._received[0][0], numbers[0] if numbers else -1
-                    self.entry, self._received = entry, []  # in one step, as far as an interrupt can see
-            except BlockingIOError:
-                return None
-            for number in numbers[1:]:  # nobody sends so many
-                os.close(number)
-        return self.entry
+        received: list[Received] = []
+        with contextlib.suppress(BlockingIOError), fork_lock():
+            self.receive(received)
+            packet, numbers, _ = taken_apart(received[0])
+            owned = [OwnedDescriptor(number) for number in numbers]  # nobody sends more than one
+            return packet, owned[0] if owned else None
+        return None
 
-    def _receive(self) -> None:
-        flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+    def receive(self, received: list[Received]) -> None:
+        """Append the next packet: see :func:`receive`."""
         try:
-            self._received.extend(map(self.recvmsg, (_PACKET,), (_SPACE,), (flags,)))
+            receive(self, _PACKET, received)
         except ConnectionResetError:
             # The other end was closed before it had read all: that is said once, before what is still there.
-            self._received.extend(map(self.recvmsg, (_PACKET,), (_SPACE,), (flags,)))
-
-    def done(self) -> None:
-        """Be done with what was heard."""
-        entry = self.entry
-        self.entry = None
-        if entry is not None and entry[1] >= 0:
-            os.close(entry[1])
-
-    def close(self) -> None:
-        """Close it; it can be called again."""
-        super().close()
-        self.done()
-        close_received(self._received, [])
+            receive(self, _PACKET, received)
 
     def __del__(self) -> None:
-        if hasattr(self, "entry"):
+        with contextlib.suppress(AttributeError):  # an interrupt came before it was made
             self.close()

@@ -41,15 +41,7 @@ from mpbroadcast.wire.control import (
     decode,
     encode,
 )
-from mpbroadcast.wire.descriptors import (
-    DescriptorSocket,
-    PipeEnd,
-    Received,
-    close_received,
-    fork_lock,
-    on_fork,
-    receive,
-)
+from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd, Received, fork_lock, on_fork, receive, taken_apart
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
 _TRIES: Final = 5  # of connecting: so many brokers in a row are replaced
@@ -71,7 +63,6 @@ class _Control:
         self._address = address
         self._inbox = Inbox(MAX_HANDSHAKE)
         self.last_notes = b""  # to be sent before it is closed
-        self._received: Received = []
         self._numbers: list[int] = []  # of descriptors that have come, and that nothing else has taken over yet
         with fork_lock():
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -124,11 +115,12 @@ class _Control:
         self._send(notes + data, deadline)
         trap_points.reach("waiting for a reply", (message["do"], self._socket))
         said = decode(self._receive(deadline))
-        if not self._numbers:
+        numbers = self._numbers
+        if not numbers:
             return Answer(said)
-        beside = bool(said.get("beside"))  # the last one is a socket
-        end = PipeEnd(self._numbers) if len(self._numbers) > beside else None
-        return Answer(said, end, DescriptorSocket(self._numbers) if beside and self._numbers else None)
+        with fork_lock():
+            beside = DescriptorSocket(numbers.pop()) if said.get("beside") else None
+            return Answer(said, PipeEnd(numbers.pop(0)) if numbers else None, beside)
 
     def _send(self, data: bytes, deadline: Deadline) -> None:
         view = memoryview(data)
@@ -161,7 +153,11 @@ class _Control:
 
     def _read(self) -> bytes:
         """What is there, at once; the descriptors that came with it are in ``_numbers``."""
-        data, lost = receive(self._socket, _READ, self._received, self._numbers)
+        received: list[Received] = []
+        with fork_lock():
+            receive(self._socket, _READ, received)
+            data, numbers, lost = taken_apart(received[0])
+            self._numbers += numbers
         if lost:
             raise OSError(errno.EMFILE, "no descriptor is left in this process for a pipe: close some, or raise `ulimit -n`")
         return data
@@ -207,7 +203,8 @@ class _Control:
 
     def close(self) -> None:
         self._socket.close()
-        close_received(self._received, self._numbers)
+        while self._numbers:
+            os.close(self._numbers.pop())
 
     def __del__(self) -> None:
         if hasattr(self, "_socket"):

@@ -10,7 +10,6 @@ mapped.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -24,7 +23,7 @@ from collections.abc import Sequence
 from itertools import repeat
 from typing import Any, Final
 
-from mpbroadcast.wire.descriptors import OwnedDescriptor
+from mpbroadcast.wire.descriptors import OwnedDescriptor, fork_lock
 
 # As Linux has them in its fcntl.h and memfd.h; Python has not all of them before 3.13.
 _SEAL_SEAL: Final = 0x1
@@ -57,12 +56,13 @@ def available() -> bool:
 
 def _create() -> OwnedDescriptor:
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        return OwnedDescriptor.made_by(os.memfd_create, "mpbroadcast", flags | _NO_EXECUTION)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return OwnedDescriptor.made_by(os.memfd_create, "mpbroadcast", flags)
+    with fork_lock():
+        try:
+            return OwnedDescriptor(os.memfd_create("mpbroadcast", flags | _NO_EXECUTION))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return OwnedDescriptor(os.memfd_create("mpbroadcast", flags))
 
 
 def ring_memory(size: int) -> tuple[OwnedDescriptor, mmap.mmap]:
@@ -185,7 +185,8 @@ def nobody_has(kept: OwnedDescriptor) -> bool:
 def _opened_again(descriptor: OwnedDescriptor, how: int) -> OwnedDescriptor | None:
     """A descriptor with an open file of its own; ``None`` where there is no way to that."""
     try:
-        return OwnedDescriptor.made_by(os.open, f"/proc/self/fd/{descriptor.fd}", how | os.O_CLOEXEC | os.O_NONBLOCK)
+        with fork_lock():
+            return OwnedDescriptor(os.open(f"/proc/self/fd/{descriptor.fd}", how | os.O_CLOEXEC | os.O_NONBLOCK))
     except FileNotFoundError:
         return None
 
@@ -281,22 +282,10 @@ else:
         if not _systems:
             _systems.append(_System())
         system = _systems[0]
-        made: list[int | None] = []
-        try:
-            made.extend(
-                map(system.map, (None,), (size,), (mmap.PROT_READ | mmap.PROT_WRITE,), (mmap.MAP_PRIVATE,), (fd,), (0,))
-            )
-            address = made[0]
-            if address is None or address == _FAILED:
-                made.clear()
-                number = ctypes.get_errno()
-                raise OSError(number, f"{os.strerror(number)}: no map for a message of {size} bytes")
-            buffer = (ctypes.c_ubyte * size).from_address(address)
-            finalizer = weakref.finalize(buffer, system.unmap, address, size)
-            finalizer.atexit = False
-            made.clear()
-        finally:
-            for address in made:  # an interrupt came before something else had it
-                with contextlib.suppress(OSError):
-                    system.unmap(address, size)
+        address = system.map(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, fd, 0)
+        if address is None or address == _FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, f"{os.strerror(number)}: no map for a message of {size} bytes")
+        buffer = (ctypes.c_ubyte * size).from_address(address)
+        weakref.finalize(buffer, system.unmap, address, size).atexit = False
         return buffer

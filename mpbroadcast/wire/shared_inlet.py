@@ -12,7 +12,7 @@ import os
 from typing import Any, Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.wire.descriptors import DescriptorSocket, on_fork
+from mpbroadcast.wire.descriptors import DescriptorSocket, Received, fork_lock, on_fork, taken_apart
 from mpbroadcast.wire.frames import OVERHEAD, references_in
 from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, keep_freed_memory, map_for_reading, map_privately
 from mpbroadcast.wire.packets import MAPPED, MEMORY, READ, REFUSED, RING, PacketError, pack, unpack
@@ -28,6 +28,7 @@ class SharedInlet:
 
     def __init__(self, beside: DescriptorSocket) -> None:
         self._beside = beside
+        self._heard: list[Received] = []  # what has come, and is still to be taken in
         self._rings: dict[int, memoryview] = {}
         self._gone: set[int] = set()
         self._memories: dict[int, int] = {}  # descriptors; -1: it was lost, as none was left
@@ -37,21 +38,26 @@ class SharedInlet:
 
     def _hear(self, wanted: int) -> None:
         """Take in what has come, up to the ring or message of this number, so that no more descriptors are kept than needed."""
-        beside = self._beside
-        with contextlib.suppress(OSError, PacketError):
+        heard = self._heard
+        with contextlib.suppress(OSError, PacketError, IndexError):  # IndexError: a signal's handler has closed it
             while wanted not in self._memories and wanted not in self._rings:
-                heard = beside.hear()
-                if heard is None or not heard[0]:
+                if not heard:
+                    with fork_lock():
+                        self._beside.receive(heard)
+                packet, numbers, _ = taken_apart(heard[0])
+                if not packet:
                     break
-                kind, number, value = unpack(heard[0])
-                descriptor = heard[1]
+                kind, number, value = unpack(packet)
+                descriptor = numbers[0] if numbers else -1
                 if kind == MEMORY:
-                    self._memories[value] = descriptor  # no call between the two, so no interrupt
-                    beside.entry = None
+                    del heard[0]  # no call between the two, so no interrupt
+                    self._memories[value] = descriptor
                     continue
                 if kind == RING and number not in self._rings and descriptor >= 0:
                     self._map(number, descriptor)
-                beside.done()
+                del heard[0]
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def _map(self, number: int, descriptor: int) -> None:
         with contextlib.suppress(OSError, MemoryRefused):
@@ -127,6 +133,9 @@ class SharedInlet:
         self._beside.close()
         self._rings.clear()
         self._let_go(list(self._memories))
+        while self._heard:
+            for number in taken_apart(self._heard.pop())[1]:
+                os.close(number)
 
     def __del__(self) -> None:
         if hasattr(self, "_unsaid"):
