@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, start_broadcaster
-from tests.helpers import DEADLINE, Background, Children, take, wait_until
+from tests.helpers import DEADLINE, Background, Children, take
 
 Bus = Broadcaster[Any]
 

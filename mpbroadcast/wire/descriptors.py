@@ -107,18 +107,11 @@ class OwnedDescriptor:
     def __init__(self, number: int) -> None:
         """Take it over. Whoever has just received or made it does so under the same :func:`fork_lock`."""
         self.fd = self._number = number  # `fd` is what to use; -1 once it is closed
-        on_fork(self, OwnedDescriptor._in_child)
+        on_fork(self, OwnedDescriptor.close)
 
     def close(self) -> None:
         """Close it, unless that has been done."""
         self.fd = -1
-        self._give_back()
-
-    def _in_child(self) -> None:
-        self.fd = -1
-        self._give_back()
-
-    def _give_back(self) -> None:
         with fork_lock():  # so that a child has a copy of it only while this knows of it; nothing waits under this lock
             number, self._number = self._number, -1  # before it is closed: an interrupt may leak it, never close it twice
             if number >= 0:
@@ -126,7 +119,7 @@ class OwnedDescriptor:
 
     def __del__(self) -> None:
         if hasattr(self, "_number"):  # else an interrupt came before there was one
-            self._give_back()
+            OwnedDescriptor.close(self)
 
 
 class PipeEnd(OwnedDescriptor):

@@ -67,7 +67,7 @@ class _Control:
         with fork_lock():
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._socket.setblocking(False)
-            on_fork(self, _Control._in_child)
+            on_fork(self, _Control.close)
         try:
             self._connect(deadline)
             trap_points.reach("connected")
@@ -209,9 +209,6 @@ class _Control:
     def __del__(self) -> None:
         if hasattr(self, "_socket"):
             self.close()
-
-    def _in_child(self) -> None:
-        self.close()
 
 
 class Link:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import signal
 import sys
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from itertools import repeat
@@ -25,13 +25,14 @@ from typing import Any, Final
 
 from mpbroadcast.wire.descriptors import OwnedDescriptor, fork_lock
 
-# As Linux has them in its fcntl.h and memfd.h; Python has not all of them before 3.13.
+# As Linux has them in its fcntl.h, memfd.h and mman.h; Python has not all of them before 3.13.
 _SEAL_SEAL: Final = 0x1
 _SEAL_SHRINK: Final = 0x2
 _SEAL_GROW: Final = 0x4
 _SEAL_WRITE: Final = 0x8
 _SEAL_FUTURE_WRITE: Final = 0x10
 _NO_EXECUTION: Final = 0x8  # MFD_NOEXEC_SEAL, from Linux 6.3 on
+_IN_PLACE: Final = 0x10  # MAP_FIXED
 
 _FIXED: Final = _SEAL_SHRINK | _SEAL_GROW
 _POPULATE_WRITE: Final = 23  # MADV_POPULATE_WRITE, from Linux 5.14 on
@@ -262,30 +263,20 @@ if sys.version_info >= (3, 13):
         return mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, trackfd=False)
 
 else:
-    _FAILED: Final = ctypes.c_void_p(-1).value
 
-    class _System:
-        """``mmap`` and ``munmap`` of the C library, looked up when they are first needed."""
-
-        def __init__(self) -> None:
-            library = ctypes.CDLL(None, use_errno=True)
-            self.map = library.mmap
-            self.map.restype = ctypes.c_void_p
-            self.map.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-            self.unmap = library.munmap
-            self.unmap.restype = ctypes.c_int
-            self.unmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-
-    _systems: list[_System] = []
+    @functools.cache
+    def _system_map() -> Any:
+        """``mmap`` of the C library, looked up when it is first needed."""
+        function = ctypes.CDLL(None, use_errno=True).mmap
+        function.restype = ctypes.c_void_p
+        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+        return function
 
     def _map_privately(fd: int, size: int) -> Any:
-        if not _systems:
-            _systems.append(_System())
-        system = _systems[0]
-        address = system.map(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, fd, 0)
-        if address is None or address == _FAILED:
+        # Mapped in the place of a map without a descriptor, which Python unmaps when nothing refers to it any more.
+        buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        place = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        if _system_map()(place, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _IN_PLACE, fd, 0) != place:
             number = ctypes.get_errno()
             raise OSError(number, f"{os.strerror(number)}: no map for a message of {size} bytes")
-        buffer = (ctypes.c_ubyte * size).from_address(address)
-        weakref.finalize(buffer, system.unmap, address, size).atexit = False
         return buffer
