@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import multiprocessing
+import os
 import select
 import socket
 import time
