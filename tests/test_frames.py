@@ -21,8 +21,8 @@ from mpbroadcast.wire.frames import (
     MOST_TOGETHER,
     PIPE_BUF,
     Batch,
-    Found,
     FrameError,
+    Item,
     Splitter,
     abort,
     frame_head,
@@ -66,7 +66,7 @@ class Message(NamedTuple):
         return frame_head(len(self.payload), self.topic, self.exclude) + self.payload
 
 
-def unpacked(batches: Iterable[Found]) -> list[Message]:
+def unpacked(batches: Iterable[Item]) -> list[Message]:
     """The messages of batches, each of which must be what it says of itself."""
     found: list[Message] = []
     for batch in batches:
@@ -92,7 +92,7 @@ def chunks(data: bytes, lengths: Iterable[int]) -> list[bytes]:
     return [*parts, data[start:]]
 
 
-def split(parts: Iterable[bytes]) -> list[Found]:
+def split(parts: Iterable[bytes]) -> list[Item]:
     """What a new splitter finds in these chunks."""
     splitter = Splitter()
     return [batch for part in parts for batch in splitter.split(part)]

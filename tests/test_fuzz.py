@@ -54,8 +54,8 @@ from mpbroadcast.wire.descriptors import DescriptorSocket, Received, receive, ta
 from mpbroadcast.wire.frames import (
     PIPE_BUF,
     Batch,
-    Found,
     FrameError,
+    Item,
     Parcel,
     References,
     Splitter,
@@ -174,7 +174,7 @@ def written(topic: bytes = b"fuzz") -> list[bytes]:
     ]
 
 
-def check_items(items: Sequence[Found]) -> None:
+def check_items(items: Sequence[Item]) -> None:
     """Each is what it says of itself."""
     for item in items:
         if isinstance(item, Batch):

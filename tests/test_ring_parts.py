@@ -22,8 +22,8 @@ from mpbroadcast.broker.rings import Holds, Overlap, Unread
 from mpbroadcast.wire.frames import (
     PIPE_BUF,
     Batch,
-    Found,
     FrameError,
+    Item,
     Parcel,
     References,
     Splitter,
@@ -466,7 +466,7 @@ def written(message: Sent, number: int) -> bytes:
     return frame if len(frame) <= PIPE_BUF else b"".join(pieces(frame, number))
 
 
-def found(items: list[Found]) -> list[Sent]:
+def found(items: list[Item]) -> list[Sent]:
     """The messages that these say of themselves."""
     result: list[Sent] = []
     for item in items:
@@ -498,7 +498,7 @@ def test_messages_in_shared_memory_keep_their_place(messages: list[Sent], cuts: 
     """Between messages that are in the pipe, however it is cut, with any topic, exclusion and image."""
     data = b"".join(written(message, number) for number, message in enumerate(messages))
     splitter = Splitter()
-    items: list[Found] = []
+    items: list[Item] = []
     for cut in [*cuts, len(data)]:
         items += splitter.split(data[:cut])
         data = data[cut:]

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from mpbroadcast.broker.items import MemoryRun
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.outbox import Outbox
 from mpbroadcast.broker.rings import Holds, Unread
@@ -20,7 +19,7 @@ from mpbroadcast.broker.router import Router
 from mpbroadcast.wire import frames
 from mpbroadcast.wire.frames import PIPE_BUF, Batch, FrameError, Parcel, Splitter, frame_head, pieces
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, Ring
-from mpbroadcast.wire.runs import GAP, MESSAGES, Run, read_run, run_of
+from mpbroadcast.wire.runs import GAP, MESSAGES, Run, SharedRun, memory_run, read_run, run_of
 
 
 def test_nothing_is_left_of_patterns_that_nobody_has() -> None:
@@ -90,7 +89,8 @@ def test_a_message_in_memory_is_not_written_with_what_comes_before() -> None:
     outbox = Outbox(1 << 20)
     before, behind = a_run(), a_run()
     parcel = Parcel(7, 1000, b"", 0, frame_head(1000, b""), False)
-    own = MemoryRun(parcel._replace(memory=SimpleNamespace(number=1)))
+    hold = SimpleNamespace(data=lambda parcel: memory_run(parcel, 1))
+    own = SharedRun(parcel._replace(hold=hold))
     for run in (before, own, behind):
         outbox.put(run)
     assert (outbox.to_write(), outbox.shared) == (before.data, None)

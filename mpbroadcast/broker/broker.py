@@ -163,7 +163,7 @@ class Broker:
     @property
     def held(self) -> int:
         """Bytes of messages that are here, and of what somebody still has to read of publishers' rings."""
-        return self.traffic.account.held + self.traffic.sharing.held + sum(one.held for one in self.traffic.publishers.values())
+        return self.traffic.sharing.held + sum(one.held for one in self.traffic.publishers.values())
 
     # --- sessions
 

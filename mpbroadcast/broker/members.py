@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Final
 
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.outbox import Outbox
-from mpbroadcast.broker.shared import Ring
 from mpbroadcast.broker.window import Window
 from mpbroadcast.wire.descriptors import DescriptorSocket
-from mpbroadcast.wire.runs import RESTARTED, Run, note
+from mpbroadcast.wire.runs import RESTARTED, SharedRun, note
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.clients import Client
@@ -164,22 +163,6 @@ class Subscription:
         there = self.window is not None and self.opened
         return there and self.outbox.policy != "latest" and self.outbox.capacity >= _SMALLEST
 
-    def copy_out(self, ring: Ring) -> bool:
-        """Copy what waits here out of a ring; whether there was something.
-
-        Its reader gets copies from now on, until it has read as much as that: one that has stopped would hold up the
-        publisher with each ring full of messages.
-        """
-        copied = self.outbox.copy_out(ring)
-        if self.window is not None:
-            self.window.to_read += copied
-        return copied > 0
-
-    def retire(self, ring: Ring) -> None:
-        """Nothing that comes to its backlog from now on refers to this ring."""
-        if self.window is not None:
-            self.window.retire(ring, self.outbox.entered)
-
     def write(self) -> bool:
         """Move from the backlog into the pipe; whether the pipe is full and there is more.
 
@@ -191,7 +174,7 @@ class Subscription:
                 outbox.pipe = unread(self.fd)
                 if outbox.must_wait:
                     return True
-            if window is not None and outbox.between and not window.write_notes(self.fd, outbox):
+            if outbox.between and not self._write_notes():
                 return True
             data = outbox.to_write()
             run = outbox.shared
@@ -214,9 +197,14 @@ class Subscription:
                     outbox.referred = window.unread.bytes
             if size < len(data):
                 return True
-        return window is not None and not window.write_notes(self.fd, outbox)
+        return not self._write_notes()
 
-    def _prepare(self, run: Run) -> bool | None:
+    def _write_notes(self) -> bool:
+        written = 0 if self.window is None else self.window.write_notes(self.fd)
+        self.outbox.pipe += written or 0
+        return written is not None
+
+    def _prepare(self, run: SharedRun) -> bool | None:
         """Whether the pipe can have this run now; ``None`` when a packet from its reader comes before that."""
         if self.window is None:
             return False

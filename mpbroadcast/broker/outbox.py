@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from mpbroadcast.wire.frames import FRAME_OVERHEAD, PIPE_BUF
-from mpbroadcast.wire.runs import END, GAP, OVERFLOWED, RUN, SKIPPED, Run, note_run
+from mpbroadcast.wire.runs import END, GAP, OVERFLOWED, RUN, SKIPPED, Run, SharedRun, note_run
 
 POLICIES: Final = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
 
@@ -246,13 +246,13 @@ class Outbox:
             # A page of the pipe may be half empty, so what is unread counts twice.
             limit = max(PIPE_BUF, self.pipe_size - 2 * self.pipe - 2 * PIPE_BUF)
             self._split_to(limit)
-        if len(runs) == 1 or len(runs[0].data) >= limit or runs[0].shared:
+        if len(runs) == 1 or len(runs[0].data) >= limit or runs[0].hold:
             return runs[0].data
         total = 0
         parts: list[bytes] = []
         for run in runs:
             total += len(run.data)
-            if (total > limit and parts) or run.shared:
+            if (total > limit and parts) or run.hold:
                 break
             parts.append(run.data)
         return b"".join(parts) if len(parts) > 1 else parts[0]
@@ -263,19 +263,21 @@ class Outbox:
         return not self._offset
 
     @property
-    def shared(self) -> Run | None:
+    def shared(self) -> SharedRun | None:
         """The run that :meth:`to_write` has just given, if a reader must be prepared for it."""
-        return self._runs[0] if self._runs[0].shared else None
+        run = self._runs[0]
+        return run if isinstance(run, SharedRun) else None
 
     def copy_first(self) -> None:
         """Write the same messages, in no shared memory, instead of what comes next."""
-        self._replace(0, (self._runs[0].copied(),))
+        if self.shared is not None:
+            self._replace(0, (self.shared.copied(),))
 
     def copy_out(self, ring: object) -> int:
         """Copy what waits out of ``ring``: how many bytes."""
         copied = 0
         for place, run in enumerate(list(self._runs)):
-            if run.ring is ring:
+            if isinstance(run, SharedRun) and run.hold.ring is ring:
                 self._replace(place, (run.copied(),))
                 copied += run.charge
         return copied

@@ -8,10 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mpbroadcast.broker.items import Item, RingMessages
 from mpbroadcast.broker.members import Session, unread
 from mpbroadcast.broker.shared import Lender
-from mpbroadcast.wire.frames import Batch, Found, FrameError, Parcel, References, Splitter
+from mpbroadcast.wire.frames import Batch, FrameError, Item, Parcel, References, Splitter
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
@@ -74,11 +73,11 @@ class Publisher:
                 if self.lender is not None:
                     self.lender.give_up(number)
         else:
-            self.parked.extend(items)  # type: ignore[arg-type]
+            self.parked.extend(items)
         while self._barriers and self._barriers[0][0] <= self.position:
             self.parked.append(self._barriers.popleft()[1])
 
-    def _found(self, item: Found) -> Item | None:
+    def _found(self, item: Item) -> Item | None:
         """With the memory that it is in; ``None`` when that has not come.
 
         :raises FrameError: it is not where it says.
@@ -87,7 +86,7 @@ class Publisher:
             ring = None if self.lender is None else self.lender.rings.get(item.ring)
             if ring is None:
                 raise FrameError(f"a reference to a ring {item.ring} that it does not have")
-            return RingMessages(item, ring.arrived(item))
+            return item._replace(hold=ring.arrived(item))
         if isinstance(item, Parcel):
             parcel = None if self.lender is None else self.lender.fetch(item)
             if parcel is None:

@@ -32,7 +32,7 @@ from mpbroadcast.wire.packets import (
     pack,
     unpack,
 )
-from mpbroadcast.wire.runs import Account, Run, run_of
+from mpbroadcast.wire.runs import Account, memory_run, references_run
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
@@ -51,6 +51,7 @@ class Store:
     """What there is of it in all, and how much there may be."""
 
     def __init__(self) -> None:
+        self.account = Account()  # of all runs but those that refer to rings
         self.rings: set[Ring] = set()
         self.memories = 0  # messages in memory of their own, each with a descriptor
         self._numbers = itertools.count(1)
@@ -108,7 +109,8 @@ class Ring:
         self.size = size
         self.descriptor = descriptor
         self.place = 0  # bytes that have come in it so far
-        self.waiting = 0  # bytes of runs that refer to it
+        self.account = Account()  # of the runs that refer to it
+        self.copies = store.account  # of those that were copied out of it
         self.freed = 0  # how often chunks have become free
         self.readers: set[Subscription] = set()  # to which it was offered
         self.retired = False  # nothing of it will be written again
@@ -138,37 +140,28 @@ class Ring:
 
     @property
     def held(self) -> int:
-        """Bytes of the chunks that are held, less those that count in backlogs."""
-        return max(0, self._holds.held * self._chunk - self.waiting)
+        """Bytes of the chunks that are held, or of the runs that refer to them, if that is more."""
+        return max(self._holds.held * self._chunk, self.account.held)
 
     def release(self, chunks: Sequence[int]) -> None:
         """A hold on these is gone."""
         self._users -= 1
         self._tell(self._holds.release(chunks))
-        self._close_unused()
-
-    def waits(self, size: int) -> None:
-        """There is a run more that refers to so many bytes; one less, if it is negative."""
-        self.waiting += size
-        self._close_unused()
 
     def retire(self) -> None:
-        """Nothing more will refer to it, but for what waits in backlogs. A reader has a map of its own."""
+        """Nothing refers to it any more, but for what readers have: they have maps of their own."""
         self.retired = True
-        self._close_unused()
+        self._view.release()
+        self.descriptor.close()
+        self._tell(0)
 
     def _tell(self, freed: int) -> None:
-        if freed:
-            self.freed += 1
-            if not self.retired:
-                self._lender.tell(pack(FREE, self.name, freed))
-
-    def _close_unused(self) -> None:
-        if self.retired and not self.waiting:
-            self._view.release()
-            self.descriptor.close()
+        if self.retired:
             if not self._users:
                 self._lender.forget(self)
+        elif freed:
+            self.freed += 1
+            self._lender.tell(pack(FREE, self.name, freed))
 
     def copied(self, references: References) -> Batch:
         """The messages themselves."""
@@ -178,19 +171,30 @@ class Ring:
 class RingHold:
     """Keeps chunks of a ring from being written again while it exists: in items, runs, and what a pipe has unread."""
 
-    __slots__ = ("chunks", "place", "ring")
+    __slots__ = ("chunks", "copies", "place", "ring")
 
     def __init__(self, ring: Ring, chunks: Sequence[int]) -> None:
         self.ring = ring
         self.chunks = chunks
+        self.copies = ring.copies
         self.place = ring.place
 
     def __del__(self) -> None:
         self.ring.release(self.chunks)
 
+    def data(self, references: References) -> bytes:
+        """What a pipe gets for these references."""
+        return references_run(references, self.ring.number)
+
+    def copied(self, references: References) -> Batch:
+        """The messages themselves."""
+        return self.ring.copied(references)
+
 
 class Memory:
     """The memory of one message; or, when no descriptor could be kept for it, its bytes."""
+
+    ring = None
 
     def __init__(self, store: Store, descriptor: OwnedDescriptor, kept: bool) -> None:
         size = os.fstat(descriptor.fd).st_size
@@ -199,8 +203,8 @@ class Memory:
             raise MemoryRefused(f"a message of {size} bytes")
         self.number = store.number()
         self.size = size
+        self.copies = store.account
         self._store = store
-        self._run: Run | None = None
         self._bytes = None if kept else _bytes_of(descriptor.fd, size)
         self.descriptor = descriptor if kept else None
         store.memories += kept
@@ -211,11 +215,13 @@ class Memory:
         assert self.descriptor is not None
         return _bytes_of(self.descriptor.fd, length)
 
-    def run(self, parcel: Parcel, account: Account | None) -> Run:
-        """The message itself, for all readers that cannot have its memory."""
-        if self._run is None:
-            self._run = run_of(parcel.copied(self._read(parcel.length)), account)
-        return self._run
+    def data(self, parcel: Parcel) -> bytes:
+        """What a pipe gets for it."""
+        return memory_run(parcel, self.number)
+
+    def copied(self, parcel: Parcel) -> Batch:
+        """The message itself."""
+        return parcel.copied(self._read(parcel.length))
 
     def __del__(self) -> None:
         if getattr(self, "descriptor", None) is not None:
@@ -306,7 +312,7 @@ class Lender:
             self.hear()
         memory = self._memories.pop(parcel.number, None)
         trap_points.reach("fetched memory")
-        return None if memory is None or not fits(parcel.length, memory.size) else parcel._replace(memory=memory)
+        return None if memory is None or not fits(parcel.length, memory.size) else parcel._replace(hold=memory)
 
     def routed(self, number: int) -> None:
         """The message of this number is on its way, and does not count any more."""

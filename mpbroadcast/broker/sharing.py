@@ -31,11 +31,11 @@ class Sharing:
 
     @property
     def held(self) -> int:
-        """Bytes of rings that somebody still has to read, as far as is known, in whole chunks."""
+        """Bytes that wait in backlogs, and of rings that readers still have to read, as far as is known, in whole chunks."""
         for ring in list(self.store.rings):  # some go in here
             for subscription in ring.readers:
                 subscription.refresh()
-        return sum(ring.held for ring in self.store.rings)
+        return self.store.account.held + sum(ring.held for ring in self.store.rings)
 
     # --- publishers
 
@@ -75,8 +75,9 @@ class Sharing:
         for ring, freed in before.items():
             if ring.freed == freed:
                 for subscription in ring.readers:
-                    if subscription.copy_out(ring):
-                        self._mark(subscription)
+                    if subscription.window is not None:
+                        subscription.window.to_read += subscription.outbox.copy_out(ring)
+                    self._mark(subscription)
 
     def close(self, publisher: Publisher) -> None:
         """All that it has written has been taken in, and nothing more will be."""
@@ -101,7 +102,9 @@ class Sharing:
 
     def _retire(self, ring: Ring, lender: Lender) -> None:
         for subscription in ring.readers:
-            subscription.retire(ring)
+            subscription.outbox.copy_out(ring)
+            if subscription.window is not None:
+                subscription.window.retire(ring)
             self._mark(subscription)
         lender.retire(ring)
 
@@ -135,14 +138,17 @@ class Sharing:
         window = subscription.window
         if window is None or not subscription.shares:
             return False
-        if not window.knows(ring):
+        if ring not in window.rings:
             ring.readers.add(subscription)
             window.offer(ring)
             self._loop.later(_GRACE, lambda: self._answers_late(subscription, ring))
-        return window.takes(ring)
+        return not window.to_read and window.rings[ring] is not None
 
     def _answers_late(self, subscription: Subscription, ring: Ring) -> None:
-        if subscription.window is not None and subscription.window.answers_late(ring):
+        """A reader that does not read does not answer to an offer, either: let nothing wait for that."""
+        window = subscription.window
+        if window is not None and window.rings.get(ring) is False:
+            window.rings[ring] = None
             self._mark(subscription)
 
     def drop(self, subscription: Subscription) -> None:

@@ -18,15 +18,14 @@ from typing import Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.history import History
-from mpbroadcast.broker.items import Item, RingMessages, run_of_item
 from mpbroadcast.broker.loop import IN, OUT, Loop
 from mpbroadcast.broker.members import LONGEST_RETRY, PIPE_SIZE, SHORTEST_RETRY, Session, Subscription, new_pipe
 from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.router import Router, matches
 from mpbroadcast.broker.sharing import Sharing
 from mpbroadcast.broker.stalls import Stalls
-from mpbroadcast.wire.frames import FrameError, Parcel
-from mpbroadcast.wire.runs import Account, Run
+from mpbroadcast.wire.frames import Batch, FrameError, Item, Parcel, References
+from mpbroadcast.wire.runs import Run, SharedRun, run_of
 
 log = logging.getLogger("mpbroadcast.broker")
 
@@ -56,7 +55,6 @@ class Traffic:
         self.publishers: dict[int, Publisher] = {}
         self.routed = 0
         self.history = history
-        self.account = Account()
         self.sharing = Sharing(loop, self.mark)
         self._loop = loop
         self._router = router
@@ -214,11 +212,11 @@ class Traffic:
             if callable(item):
                 item()
                 continue
-            if isinstance(item, RingMessages):
-                if item.ring.retired:
+            if isinstance(item, References):
+                if item.hold.ring.retired:
                     self._refuse(publisher, "a reference into a ring that it has left")
                     continue
-                self.sharing.use(item.ring, publisher)
+                self.sharing.use(item.hold.ring, publisher)
             try:
                 full, rest = self._deliver(item, publisher)
             except UnicodeDecodeError:
@@ -271,21 +269,29 @@ class Traffic:
     def _give(self, item: Item, targets: tuple[Subscription, ...], publisher: Publisher) -> None:
         """What all of these take."""
         run: Run | None = None
+        ring = item.hold.ring if isinstance(item, References) else None
         last_in = publisher.last_in
         for subscription in targets:
             outbox = subscription.outbox
             before = outbox.entered
             if run is None:
-                run = run_of_item(item, self.account)
-            outbox.put(run if run.ring is None or self.sharing.takes(subscription, run.ring) else run.copied())
+                run = self._run_of(item)
+            refused = ring is not None and not self.sharing.takes(subscription, ring)
+            outbox.put(run.copied() if refused and isinstance(run, SharedRun) else run)
             self._dirty[subscription] = None
             if outbox.entered > before:  # not all of it was dropped at once
                 last_in[subscription] = outbox.entered
             if outbox.overflowed:
                 self._on_overflow(subscription)
         if self.history is not None:
-            self.history.add(self.routed, item.copied() if isinstance(item, RingMessages) else item)
+            self.history.add(self.routed, item.hold.copied(item) if isinstance(item, References) else item)
         self._routed(item, publisher)
+
+    def _run_of(self, item: Item) -> Run:
+        account = self.sharing.store.account
+        if isinstance(item, Batch):
+            return run_of(item, account)
+        return SharedRun(item, item.hold.ring.account if isinstance(item, References) else account)
 
     @staticmethod
     def _routed(item: Item, publisher: Publisher) -> None:
@@ -299,7 +305,7 @@ class Traffic:
         if self.history is not None and count:
             most = 1 if outbox.policy == "latest" else count
             for batch in self.history.last(topics, most, outbox.capacity):
-                outbox.put(run_of_item(batch, self.account))
+                outbox.put(self._run_of(batch))
             self._dirty[subscription] = None
 
     def _block(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:

@@ -12,13 +12,12 @@ import os
 from typing import Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.broker.outbox import Outbox
 from mpbroadcast.broker.rings import Unread
 from mpbroadcast.broker.shared import Memory, Ring, RingHold
 from mpbroadcast.wire.descriptors import DescriptorSocket
 from mpbroadcast.wire.packets import MEMORY, RING, pack
 from mpbroadcast.wire.ring import CHUNK
-from mpbroadcast.wire.runs import GONE, OFFER, Run, note
+from mpbroadcast.wire.runs import GONE, OFFER, SharedRun, note
 
 _MOST_UNREAD: Final = 64  # messages in memory of their own, each with a descriptor on its way
 _MOST_OFFERS: Final = 4  # rings that were sent and are not mapped: what is on its way nobody counts
@@ -31,77 +30,59 @@ class Window:
     def __init__(self, beside: DescriptorSocket) -> None:
         self.beside = beside
         self.unread: Unread[RingHold] = Unread()
+        self.rings: dict[Ring, bool | None] = {}  # whether each is mapped; None: it is not, and nothing waits for that
         self.to_read = 0  # bytes, until references may wait for its reader again, as messages were copied for it
-        self._rings: dict[Ring, bool | None] = {}  # whether each is mapped; None: it is not, and nothing waits for that
-        self._unanswered: set[int] = set()  # the numbers of those that were sent, and that no answer has come to
-        self._notes: list[tuple[int, int, Ring]] = []  # to be written when so many messages have left the backlog
+        self._unanswered: set[int] = set()  # the numbers of rings that were sent, and that no answer has come to
+        self._notes: list[tuple[int, Ring]] = []  # to be written between two runs
         self._sent = 0  # the last message whose memory was
-
-    def knows(self, ring: Ring) -> bool:
-        """Whether the ring was offered."""
-        return ring in self._rings
-
-    def takes(self, ring: Ring) -> bool:
-        """Whether references into this ring, which was offered, may wait for the reader."""
-        return not self.to_read and self._rings[ring] is not None
 
     def offer(self, ring: Ring) -> None:
         """Send the ring's memory to the reader."""
-        self._rings[ring] = None
+        self.rings[ring] = None
         if len(self._unanswered) < _MOST_OFFERS:
             with contextlib.suppress(OSError):
                 if self.beside.tell(pack(RING, ring.number), ring.descriptor.fd):
-                    self._rings[ring] = False
+                    self.rings[ring] = False
                     self._unanswered.add(ring.number)
-                    self._notes.append((0, OFFER, ring))
+                    self._notes.append((OFFER, ring))
 
     def answered(self, number: int, *, mapped: bool) -> None:
         """The reader has mapped the ring of this number, or cannot."""
         if number in self._unanswered:
             self._unanswered.remove(number)
-            for ring in self._rings:
+            for ring in self.rings:
                 if ring.number == number:
-                    self._rings[ring] = True if mapped else None
+                    self.rings[ring] = True if mapped else None
 
-    def answers_late(self, ring: Ring) -> bool:
-        """Let nothing wait for the answer to an offer any more, as the reader does not read; whether something might."""
-        late = self._rings.get(ring) is False
-        if late:
-            self._rings[ring] = None
-        return late
+    def retire(self, ring: Ring) -> None:
+        """Nothing more will refer to this ring."""
+        if self.rings.pop(ring, None) is not None:
+            self._notes.append((GONE, ring))
 
-    def retire(self, ring: Ring, position: int) -> None:
-        """Nothing refers to this ring behind the first ``position`` messages of the backlog."""
-        if ring in self._rings:
-            self._notes.append((position, GONE, ring))
-
-    def write_notes(self, fd: int, outbox: Outbox) -> bool:
-        """Write the notes that are due, between two runs; whether the pipe had room for them."""
-        for entry in [entry for entry in self._notes if entry[0] <= outbox.left] if self._notes else ():
-            _, kind, ring = entry
-            data = note(kind, ring.number)
+    def write_notes(self, fd: int) -> int | None:
+        """Write the notes, between two runs: how many bytes; ``None`` when the pipe has no room for all of them."""
+        written = 0
+        while self._notes:
+            kind, ring = self._notes[0]
             try:
-                os.write(fd, data)
+                written += os.write(fd, note(kind, ring.number))
             except BlockingIOError:
-                return False
-            outbox.pipe += len(data)
-            self._notes.remove(entry)
-            if kind == GONE:
-                self._rings.pop(ring, None)
-        return True
+                return None
+            del self._notes[0]
+        return written
 
     # --- what a pipe gets
 
-    def prepare(self, run: Run) -> bool | None:
+    def prepare(self, run: SharedRun) -> bool | None:
         """Whether the reader has all that it needs for this run; ``None`` when it must read, or answer, before that."""
-        if run.ring is None:
-            return self._send_memory(run.memory)
-        mapped = self._rings.get(run.ring)
+        hold = run.hold
+        if isinstance(hold, Memory):
+            return self._send_memory(hold)
+        mapped = self.rings.get(hold.ring)
         if not mapped:
             return None if mapped is False else False
-        oldest = self.unread.oldest(run.ring)
-        near = oldest is None or run.hold.place - oldest <= run.ring.size // _PART
-        return True if near else None
+        oldest = self.unread.oldest(hold.ring)
+        return True if oldest is None or hold.place - oldest <= hold.ring.size // _PART else None
 
     def _send_memory(self, memory: Memory) -> bool | None:
         if self._sent == memory.number:
@@ -120,9 +101,9 @@ class Window:
         """Whether a packet will come from the reader, if it goes on reading: an answer, or how much it has read."""
         return self.unread.bytes > 2 * CHUNK or self.unread.memories > 0 or bool(self._unanswered)
 
-    def wrote(self, run: Run) -> None:
+    def wrote(self, run: SharedRun) -> None:
         """A run that was prepared is in the pipe."""
-        self.unread.wrote(run.count, run.charge, run.hold)
+        self.unread.wrote(run.count, run.charge, None if isinstance(run.hold, Memory) else run.hold)
 
     def has_read(self, count: int) -> None:
         """The reader has read so many, of all references and memories that were ever written."""

@@ -144,6 +144,7 @@ class References(NamedTuple):
     skip: int
     image: bool
     ring: int
+    hold: Any = None  # what keeps the messages in the ring
 
     @property
     def charge(self) -> int:
@@ -183,7 +184,7 @@ class Parcel(NamedTuple):
     exclude: int
     head: bytes
     image: bool
-    memory: Any = None
+    hold: Any = None  # what has the memory
 
     @property
     def sizes(self) -> array[int]:
@@ -220,7 +221,7 @@ def _fitting(sizes: array[int], room: int) -> int:
     return len(sizes)
 
 
-Found = Batch | References | Parcel
+Item = Batch | References | Parcel
 
 
 class Splitter:
@@ -233,7 +234,7 @@ class Splitter:
         self.given_up: list[int] = []  # numbers of messages whose rest, or memory, will not be asked for
         self.shares = False  # whether references, messages in memory, or those numbers have come
 
-    def split(self, chunk: bytes) -> list[Found]:
+    def split(self, chunk: bytes) -> list[Item]:
         """The frames that ``chunk`` completes, in order, neighbours of one way together, but no more than ``MOST_TOGETHER``.
 
         :raises FrameError: it is no such stream; the splitter is then of no more use.
@@ -241,7 +242,7 @@ class Splitter:
         if self._rest:
             chunk = self._rest + chunk
         unpack = HEAD.unpack_from
-        batches: list[Found] = []
+        batches: list[Item] = []
         position, end = 0, len(chunk)
         while position + 8 <= end:
             start = position
@@ -289,7 +290,7 @@ class Splitter:
         self._rest = chunk[position:]
         return batches
 
-    def _piece(self, piece: bytes, tag: int, batches: list[Found]) -> None:
+    def _piece(self, piece: bytes, tag: int, batches: list[Item]) -> None:
         if tag == ABORT and len(piece) == _ABORT.size:
             number = _ABORT.unpack(piece)[2]
             self._drop(number)

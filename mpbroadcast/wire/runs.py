@@ -63,10 +63,7 @@ class Run:
 
     __slots__ = ("account", "charge", "count", "data", "missed")
 
-    ring: Any = None  # that its messages are in
-    hold: Any = None  # on them there
-    memory: Any = None  # that its message is in, if that is its own
-    shared = False  # whether its messages are not in ``data``, so that a reader must be prepared for them
+    hold: Any = None  # what keeps the messages, if they are in shared memory, for which a reader must be prepared
 
     def __init__(self, data: bytes, count: int, charge: int, missed: int = 0, account: Account | None = None) -> None:
         self.data = data
@@ -80,10 +77,6 @@ class Run:
     def __del__(self) -> None:
         if self.account is not None:
             self.account.held -= self.charge
-
-    def copied(self) -> Run:
-        """The messages in no shared memory: the same run for all that ask."""
-        return self
 
     def charges(self) -> list[int]:
         """What each of its messages counts in a backlog."""
@@ -112,6 +105,32 @@ def _pack(frames: bytes, sizes: array[int], skip: int, image: bool, account: Acc
     table = sizes.tobytes() if count > 1 else b""
     head = RUN.pack(RUN.size + len(table) + len(frames) + len(TAIL), count, MESSAGES, image, skip)
     return Run(b"".join((head, table, frames, TAIL)), count, len(frames) + count * OVERHEAD, 0, account)
+
+
+class SharedRun(Run):
+    """Messages in a ring, or one in memory of its own; ``hold`` keeps them there. Its data is one whole write."""
+
+    __slots__ = ("_copy", "hold", "item")
+
+    def __init__(self, item: References | Parcel, account: Account | None = None) -> None:
+        self.item = item
+        self.hold = item.hold
+        self._copy: Run | None = None
+        super().__init__(self.hold.data(item), len(item.sizes), item.charge, 0, account)
+
+    def charges(self) -> list[int]:
+        return [size + OVERHEAD for size in self.item.sizes]
+
+    def part(self, start: int, stop: int) -> Run:
+        if start == 0 and stop == self.count:
+            return self
+        return SharedRun(self.item.cut(stop)[0].cut(start)[1], self.account)
+
+    def copied(self) -> Run:
+        """The messages in no shared memory: the same run for all that ask."""
+        if self._copy is None:
+            self._copy = run_of(self.hold.copied(self.item), self.hold.copies)
+        return self._copy
 
 
 def references_run(references: References, ring: int) -> bytes:
