@@ -381,7 +381,7 @@ def test_each_start_method(context: BaseContext, bus: Bus, children: Children) -
 
 def test_a_killed_publisher(size: Size, bus: Bus, fork: BaseContext, children: Children) -> None:
     """What it has published is delivered, whole; what it was about to publish when it was killed is not there."""
-    with bus.subscribe() as channel:
+    with bus.subscribe(capacity=1 << 30) as channel:  # so that nothing of the dead publisher has to wait for the reader
         children(fork, workers.publish_and_die, bus, size, 4).join(DEADLINE)
         assert numbers(take(channel, 4)) == list(range(4))
         process = children(fork, workers.publish_for_ever, bus, size)
