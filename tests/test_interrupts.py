@@ -634,8 +634,7 @@ def test_an_interrupted_close_of_the_broadcaster_can_be_done_again(moment: Calla
 def test_a_handle_whose_close_was_interrupted_publishes_no_more(bus: Bus) -> None:
     """After a second ``close`` there is no way to publish through the handle, and the broker does not wait for it."""
     handle = pickle.dumps(bus)
-    came = True
-    for count in range(1000):
+    for count in itertools.count():
         other: Bus = pickle.loads(handle)
         other.publish("hello")
         behind = BehindCalls(count)
@@ -649,10 +648,8 @@ def test_a_handle_whose_close_was_interrupted_publishes_no_more(bus: Bus) -> Non
         wait_until(lambda: bus.stats().publishers == 0, 1.0)
         with pytest.raises(ClosedError):
             other.publish("late")
-        came = behind.came
-        if not came:
+        if not behind.came:
             break
-    assert not came
     assert count > 10
 
 

@@ -41,6 +41,7 @@ from mpbroadcast.wire import link, ring
 from mpbroadcast.wire.memory import available
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, Ring
 from tests import victims
+from tests.conftest import descriptors as open_files
 from tests.helpers import DEADLINE, Background, Children, answer, everything, finish, take, wait_until
 from tests.large_workers import SIZES, Size, limited, number_of, numbers_until_end, report_numbers
 from tests.victims import ROOT, Counter, alive, asleep, descriptors
@@ -579,16 +580,6 @@ def open_when_told(channel: Channel[Any], orders: Connection) -> None:
     orders.send(numbers_until_end(channel))
 
 
-def pipes_to_write() -> list[tuple[int, str]]:
-    """The write ends of pipes that this process has: the number and the name of each."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the one that listed the folder
-            if fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
-                found.append((int(name), os.readlink(f"/proc/self/fd/{name}")))
-    return [(fd, name) for fd, name in found if name.startswith("pipe:")]
-
-
 def use_up_pipes(folder: str) -> list[int]:
     """Use messages of every size while this user may have no more memory for pipes; the sizes of a new pipe and of ours."""
     pipes = []
@@ -600,9 +591,9 @@ def use_up_pipes(folder: str) -> list[int]:
             with contextlib.suppress(OSError):
                 fcntl.fcntl(pipes[-1][0], fcntl.F_SETPIPE_SZ, 1 << 20)
         with start_broadcaster() as bus:
-            before = {name for _, name in pipes_to_write()}
+            before = open_files()
             bus.publish("nobody hears this, but it makes the pipe")
-            (fd,) = (fd for fd, name in pipes_to_write() if name not in before)
+            (fd,) = (number for number, target in open_files() - before if target.startswith("pipe:"))
             size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
             in_order(bus, 2)
         return [fcntl.fcntl(pipes[-1][0], fcntl.F_GETPIPE_SZ), size]
