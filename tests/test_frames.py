@@ -19,6 +19,7 @@ from mpbroadcast.errors import Lagged, Overflowed
 from mpbroadcast.wire.frames import (
     FRAME_OVERHEAD,
     MOST_TOGETHER,
+    OVERHEAD,
     PIPE_BUF,
     Batch,
     FrameError,
@@ -72,7 +73,7 @@ def unpacked(batches: Iterable[Item]) -> list[Message]:
     for batch in batches:
         assert isinstance(batch, Batch)
         assert sum(batch.sizes) == len(batch.frames)
-        assert batch.charge == sum(batch.charge_of(size) for size in batch.sizes)
+        assert batch.charge == sum(size + OVERHEAD for size in batch.sizes)
         start = 0
         for size in batch.sizes:
             payload = batch.frames[start + batch.skip : start + size]
@@ -398,7 +399,7 @@ def test_a_run_carries_a_batch(values: list[Any], topic: bytes, exclude: int) ->
     assert (view.size, view.kind, view.messages) == (len(run.data), MESSAGES, len(values))
     assert topic_of(run.data[view.first - 6 : view.first - 6 + view.skip]) == topic.decode()
     assert (run.count, run.charge) == (len(values), batch.charge)
-    assert run.charges() == [batch.charge_of(size) for size in batch.sizes]
+    assert run.charges() == [size + OVERHEAD for size in batch.sizes]
 
 
 @STEADY

@@ -480,7 +480,6 @@ def found(items: list[Item]) -> list[Sent]:
                 assert (ring, *same) == (item.ring, offset, length)
                 result.append(("ring", (ring, offset), length, item.topic, item.exclude, item.image))
         elif isinstance(item, Parcel):
-            assert item.charge == item.charge_of(item.sizes[0])
             assert (item.fitting(item.charge), item.fitting(item.charge - 1)) == (1, 0)
             assert item.cut(0) == (item, item)
             result.append(("memory", item.number, item.length, item.topic, item.exclude, item.image))

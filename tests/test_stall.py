@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -14,7 +16,9 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, Channel, TimedOut, connect, start_broadcaster
+from mpbroadcast import Broadcaster, Channel, Lagged, Overflowed, TimedOut, connect, start_broadcaster
+from mpbroadcast.broker.outbox import POLICIES
+from mpbroadcast.wire.memory import available
 from tests import victims, workers
 from tests.helpers import (
     DEADLINE,
@@ -78,6 +82,68 @@ def stalls(bus: Bus) -> dict[tuple[str, ...], set[int]]:
 
 
 # --- whom it hurts ----------------------------------------------------------------------------------------------------
+
+
+def read_at(channel: Channel[Any], pace: str, report: Connection) -> None:
+    """Open it and say so; then read nothing, or a message now and then, or all, whatever was dropped, until the end."""
+    channel.fileno()
+    report.send(os.getpid())
+    while pace == "stopped":
+        signal.pause()
+    with contextlib.suppress(EOFError):
+        while True:
+            with contextlib.suppress(Lagged, Overflowed):
+                channel.recv_many(1 if pace == "slow" else None)
+            if pace == "slow":
+                time.sleep(0.002)
+
+
+@pytest.mark.parametrize("through", ["ring", "pipe"])
+@pytest.mark.parametrize("pace", ["stopped", "slow", "quick"])
+def test_no_publisher_waits_for_who_is_not_waited_for(
+    pace: str, through: str, monkeypatch: pytest.MonkeyPatch, children: Children, fork: BaseContext
+) -> None:
+    """Readers of all other policies, at any pace: a publisher goes on, and a quick ``block`` reader beside them gets all."""
+    monkeypatch.setenv("MPBROADCAST_INLINE", str(int(through == "pipe")))
+    count, size = 1500, 16_000
+    with start_broadcaster() as bus:
+        readers = []
+        for policy in POLICIES[1:]:
+            channel = bus.subscribe(overflow=policy, capacity=5 << 20)
+            here, there = fork.Pipe()
+            readers.append(children(fork, read_at, channel, pace, there))
+            assert answer(here) == readers[-1].pid
+            here.close()
+            there.close()
+        with bus.subscribe() as quick:
+            quick.fileno()
+            receiving = Background(lambda: [message[0] for message in take(quick, count)])
+            publishing = Background(bus.publish_many, ((number, bytes(size)) for number in range(count)))
+            while publishing.is_alive():
+                assert not any(row.stalls for row in bus.stats().subscribers if row.overflow != "block")
+            assert publishing.result() == count
+            assert receiving.result() == list(range(count))
+        for one in readers:
+            one.kill()
+            one.join(DEADLINE)
+
+
+@pytest.mark.skipif(not available(), reason="there is no memory to share here")
+def test_a_reader_that_never_empties_its_backlog_gets_references(bus: Bus) -> None:
+    """Messages that were copied for it while it was not open are before it all the time: all the same, new ones are not."""
+    channel = bus.subscribe()
+    waiting, size = 60, 60_000
+    for number in range(waiting):
+        bus.publish((number, bytes(size)))
+    bus.flush()
+    for number in range(500):
+        assert channel.recv(DEADLINE)[0] == number
+        bus.publish((number + waiting, bytes(size)))
+        row = only_subscriber(bus)
+        assert row.waiting > 0
+        if row.delivered - number > 45:  # so many are in no pipe, but references to them are
+            return
+    raise AssertionError("it never got any")
 
 
 def test_stats_say_who_waits_for_whom(bus: Bus, publishers: Publishers) -> None:

@@ -106,7 +106,7 @@ class Broker:
             if number <= 0:
                 continue
             try:
-                peer = self._reception.adopt(entry["pid"])
+                peer = self._reception.peer(entry["pid"])
             except OSError:
                 journal.drop(number)
                 continue
@@ -282,11 +282,8 @@ class Broker:
         if subscription.restored:
             subscription.say_restarted()
         self._write_down(subscription)
-        self._remember_owner(subscription.number, session.peer.pid)
         self.traffic.watch(subscription)
-
-    def _remember_owner(self, number: int, pid: int) -> None:
-        self.former_owners[number] = pid
+        self.former_owners[subscription.number] = session.peer.pid
         if len(self.former_owners) > 65536:
             self.former_owners.popitem(last=False)
 

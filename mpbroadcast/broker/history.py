@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from mpbroadcast.broker.router import matches
-from mpbroadcast.wire.frames import Batch, Parcel
+from mpbroadcast.wire.frames import OVERHEAD, Batch, Parcel
 
 MOST_TOPICS: Final = 4096
 MOST_BYTES: Final = 64 << 20  # of charge, in all
@@ -82,7 +82,7 @@ class History:
         for _, batch in found:
             fits, room = 0, capacity
             for size in reversed(batch.sizes):
-                room -= batch.charge_of(size)
+                room -= size + OVERHEAD
                 if fits == count or (room < 0 and (fits or batches)):
                     break
                 fits += 1

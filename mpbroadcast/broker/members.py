@@ -191,7 +191,7 @@ class Subscription:
                 return True
             outbox.wrote(size)
             if window is not None:
-                window.moved(size)
+                window.moved += size
                 if run is not None:
                     window.wrote(run)
                     outbox.referred = window.unread.bytes

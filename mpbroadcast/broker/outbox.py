@@ -102,7 +102,7 @@ class Outbox:
         """Take a run, by the policy."""
         self.published += run.count
         if self.policy == "latest":
-            self._drop_waiting()
+            self._drop(self.waiting_charge)
             self._miss(run.count - 1)
             self._append(run.part(run.count - 1, run.count))
         elif self.policy == "block" or self.takes(run.charge):
@@ -193,9 +193,6 @@ class Outbox:
                 self._replace(place, (run.part(count, run.count),) if count < run.count else ())
                 self._drop_counted(count, place)
 
-    def _drop_waiting(self) -> None:
-        self._drop(self.waiting_charge)
-
     def _drop_counted(self, count: int, place: int) -> None:
         if place:
             self._later += count
@@ -273,11 +270,15 @@ class Outbox:
         if self.shared is not None:
             self._replace(0, (self.shared.copied(),))
 
+    def refers_to(self, ring: object) -> bool:
+        """Whether references into ``ring`` wait."""
+        return any(isinstance(run, SharedRun) and getattr(run.hold, "ring", None) is ring for run in self._runs)
+
     def copy_out(self, ring: object) -> int:
         """Copy what waits out of ``ring``: how many bytes."""
         copied = 0
         for place, run in enumerate(list(self._runs)):
-            if isinstance(run, SharedRun) and run.hold.ring is ring:
+            if isinstance(run, SharedRun) and getattr(run.hold, "ring", None) is ring:
                 self._replace(place, (run.copied(),))
                 copied += run.charge
         return copied

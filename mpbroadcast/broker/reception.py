@@ -86,7 +86,7 @@ class Reception:
                 log.warning("refused process %d of user %d: only user %d may connect", pid, uid, os.geteuid())
                 connection.close()
                 return
-            peer = self._peer(pid)
+            peer = self.peer(pid)
         except OSError as error:
             if error.errno in _NO_DESCRIPTORS:  # the connection has taken the last one
                 self._loop.later(_AGAIN, lambda: self._admit(connection))
@@ -128,14 +128,7 @@ class Reception:
         self._on_gone(client, why)
         self.drop_unused(client.peer)
 
-    def adopt(self, pid: int) -> Peer:
-        """A process that was known to the broker before this one.
-
-        :raises OSError: it does not live any more.
-        """
-        return self._peer(pid)
-
-    def _peer(self, pid: int) -> Peer:
+    def peer(self, pid: int) -> Peer:
         """The process with this ID, which is known to live.
 
         :raises ProcessLookupError: it does not any more.

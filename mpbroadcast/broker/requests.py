@@ -67,15 +67,15 @@ def _publisher(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 
 
 def _beside(broker: Broker, client: Client, message: dict[str, Any]) -> None:
-    publisher = _find_publisher(broker, message)
-    if publisher is None or publisher.pid != client.peer.pid:
+    publisher = _own_publisher(broker, client, message)
+    if publisher is None:
         raise _Refused("lost", "the broker does not know this publisher any more")
     client.reply({"beside": True}, broker.traffic.sharing.add(publisher))
 
 
 def _retire(broker: Broker, client: Client, message: dict[str, Any]) -> None:
-    publisher = _find_publisher(broker, message)
-    if publisher is not None and publisher.pid == client.peer.pid:
+    publisher = _own_publisher(broker, client, message)
+    if publisher is not None:
         broker.traffic.finish(publisher)
     client.reply({})
 
@@ -292,6 +292,11 @@ def _session(broker: Broker, client: Client, message: dict[str, Any]) -> Session
 
 def _find_publisher(broker: Broker, message: dict[str, Any]) -> Publisher | None:
     return broker.traffic.publishers.get(_integer(message, "publisher")) if message.get("publisher") is not None else None
+
+
+def _own_publisher(broker: Broker, client: Client, message: dict[str, Any]) -> Publisher | None:
+    publisher = _find_publisher(broker, message)
+    return publisher if publisher is not None and publisher.pid == client.peer.pid else None
 
 
 def _find_subscription(broker: Broker, client: Client, message: dict[str, Any]) -> Subscription:

@@ -26,7 +26,6 @@ from mpbroadcast.wire.packets import (
     MEMORY,
     REFUSED,
     RING,
-    ROUTED,
     WANTED,
     PacketError,
     pack,
@@ -118,7 +117,7 @@ class Ring:
         self._lender = lender
         self._chunk = chunk
         self._holds = Holds(chunks, chunk)
-        self._view = memoryview(map_for_reading(descriptor.fd, size))
+        self.view = memoryview(map_for_reading(descriptor.fd, size))
 
     def arrived(self, references: References) -> RingHold:
         """Messages have come: the hold on their chunks.
@@ -151,7 +150,7 @@ class Ring:
     def retire(self) -> None:
         """Nothing refers to it any more, but for what readers have: they have maps of their own."""
         self.retired = True
-        self._view.release()
+        self.view.release()
         self.descriptor.close()
         self._tell(0)
 
@@ -162,10 +161,6 @@ class Ring:
         elif freed:
             self.freed += 1
             self._lender.tell(pack(FREE, self.name, freed))
-
-    def copied(self, references: References) -> Batch:
-        """The messages themselves."""
-        return references.copied(self._view)
 
 
 class RingHold:
@@ -188,13 +183,11 @@ class RingHold:
 
     def copied(self, references: References) -> Batch:
         """The messages themselves."""
-        return self.ring.copied(references)
+        return references.copied(self.ring.view)
 
 
 class Memory:
     """The memory of one message; or, when no descriptor could be kept for it, its bytes."""
-
-    ring = None
 
     def __init__(self, store: Store, descriptor: OwnedDescriptor, kept: bool) -> None:
         size = os.fstat(descriptor.fd).st_size
@@ -205,15 +198,9 @@ class Memory:
         self.size = size
         self.copies = store.account
         self._store = store
-        self._bytes = None if kept else _bytes_of(descriptor.fd, size)
+        self._bytes = b"" if kept else _bytes_of(descriptor.fd, size)
         self.descriptor = descriptor if kept else None
         store.memories += kept
-
-    def _read(self, length: int) -> bytes:
-        if self._bytes is not None:
-            return self._bytes[:length]
-        assert self.descriptor is not None
-        return _bytes_of(self.descriptor.fd, length)
 
     def data(self, parcel: Parcel) -> bytes:
         """What a pipe gets for it."""
@@ -221,7 +208,8 @@ class Memory:
 
     def copied(self, parcel: Parcel) -> Batch:
         """The message itself."""
-        return parcel.copied(self._read(parcel.length))
+        data = self._bytes if self.descriptor is None else _bytes_of(self.descriptor.fd, parcel.length)
+        return parcel.copied(data[: parcel.length])
 
     def __del__(self) -> None:
         if getattr(self, "descriptor", None) is not None:
@@ -313,10 +301,6 @@ class Lender:
         memory = self._memories.pop(parcel.number, None)
         trap_points.reach("fetched memory")
         return None if memory is None or not fits(parcel.length, memory.size) else parcel._replace(hold=memory)
-
-    def routed(self, number: int) -> None:
-        """The message of this number is on its way, and does not count any more."""
-        self.tell(pack(ROUTED, 0, number))
 
     def retire(self, ring: Ring) -> None:
         """Nothing more will be read from it here."""

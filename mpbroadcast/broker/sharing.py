@@ -1,9 +1,12 @@
 """What publishers and readers send on the sockets beside their pipes, and when messages are copied out of a ring.
 
 References wait in backlogs as any other run does, and keep their chunks. A publisher that finds no free chunk asks for one.
-Quick readers free some within milliseconds; if none has come free then, what still waits in backlogs is copied out of the
-ring, once for all of them. A subscription for which messages were copied gets copies until it has read as much: so a reader
-that has stopped costs its publisher one such pause, and one that is slow a pause for each ring full that it reads.
+Quick readers free some within milliseconds; if none has come free then, what still waits is copied out of the ring, once for
+all readers that are not quick. A subscription for which messages were copied gets copies until it has read as much: so a
+reader that has stopped costs its publisher one such pause, and one that is slow a pause for each ring full that it reads.
+
+A quick reader under ``block`` is waited for instead. What is before the references in its backlog are copies, as when its
+channel was opened late; more copies behind them would be read no faster, and it would never come to references again.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from mpbroadcast.broker.loop import IN, Loop
 from mpbroadcast.broker.members import Subscription, new_socket
 from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.shared import Lender, Ring, Store
-from mpbroadcast.wire.packets import MAPPED, READ, REFUSED, PacketError, unpack
+from mpbroadcast.wire.packets import MAPPED, NONE, READ, REFUSED, PacketError, pack, unpack
 
+_QUICK: Final = 1 << 20  # bytes that a quick reader reads in that time, through its pipe alone
 _GRACE: Final = 0.01  # seconds to wait for a free chunk, or for a ring to be mapped, before messages are copied
 
 
@@ -64,20 +68,36 @@ class Sharing:
             for ring in list(lender.rings.values()):
                 for subscription in ring.readers:
                     subscription.refresh()
-            if not lender.watched:
+            if lender.rings and not lender.watched:
                 lender.watched = True
-                before = {ring: ring.freed for ring in lender.rings.values()}
-                self._loop.later(_GRACE, lambda: self._copy_out(lender, before))
+                self._watch_ring(lender, list(lender.rings.values())[-1])
 
-    def _copy_out(self, lender: Lender, before: dict[Ring, int]) -> None:
-        """Copy what waits in rings of which no chunk has come free."""
-        lender.watched = False
-        for ring, freed in before.items():
-            if ring.freed == freed:
-                for subscription in ring.readers:
-                    if subscription.window is not None:
-                        subscription.window.to_read += subscription.outbox.copy_out(ring)
-                    self._mark(subscription)
+    def _watch_ring(self, lender: Lender, ring: Ring) -> None:
+        """See what has been read of a ring in a moment, as its publisher waits for a chunk."""
+        moved = {subscription: subscription.window.moved for subscription in ring.readers if subscription.window is not None}
+        freed = ring.freed
+        self._loop.later(_GRACE, lambda: self._look(lender, ring, freed, moved))
+
+    def _look(self, lender: Lender, ring: Ring, freed: int, moved: dict[Subscription, int]) -> None:
+        """If no chunk has come free, copy what waits for readers that are not quick; tell when that is of no use, either."""
+        lender.watched = ring.freed == freed and not ring.retired
+        if not lender.watched:
+            return
+        waits = False
+        for subscription, before in moved.items():
+            window, outbox = subscription.window, subscription.outbox
+            if window is None or not outbox.refers_to(ring):
+                continue
+            if outbox.policy == "block" and window.moved - before >= _QUICK:
+                waits = True
+                continue
+            window.copies_until = window.moved + outbox.copy_out(ring)
+            self._mark(subscription)
+        if ring.freed == freed and not waits:
+            lender.watched = False
+            lender.tell(pack(NONE, ring.name))
+        else:
+            self._watch_ring(lender, ring)
 
     def close(self, publisher: Publisher) -> None:
         """All that it has written has been taken in, and nothing more will be."""
@@ -142,7 +162,7 @@ class Sharing:
             ring.readers.add(subscription)
             window.offer(ring)
             self._loop.later(_GRACE, lambda: self._answers_late(subscription, ring))
-        return not window.to_read and window.rings[ring] is not None
+        return window.moved >= window.copies_until and window.rings[ring] is not None
 
     def _answers_late(self, subscription: Subscription, ring: Ring) -> None:
         """A reader that does not read does not answer to an offer, either: let nothing wait for that."""

@@ -25,6 +25,7 @@ from mpbroadcast.broker.router import Router, matches
 from mpbroadcast.broker.sharing import Sharing
 from mpbroadcast.broker.stalls import Stalls
 from mpbroadcast.wire.frames import Batch, FrameError, Item, Parcel, References
+from mpbroadcast.wire.packets import ROUTED, pack
 from mpbroadcast.wire.runs import Run, SharedRun, run_of
 
 log = logging.getLogger("mpbroadcast.broker")
@@ -297,7 +298,7 @@ class Traffic:
     def _routed(item: Item, publisher: Publisher) -> None:
         """It is on its way, or dropped: its publisher may go on."""
         if isinstance(item, Parcel) and publisher.lender is not None:
-            publisher.lender.routed(item.number)
+            publisher.lender.tell(pack(ROUTED, 0, item.number))
 
     def replay(self, subscription: Subscription, topics: list[str], count: int) -> None:
         """Put the last ``count`` messages that are for it into its backlog."""

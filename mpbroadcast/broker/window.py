@@ -31,7 +31,8 @@ class Window:
         self.beside = beside
         self.unread: Unread[RingHold] = Unread()
         self.rings: dict[Ring, bool | None] = {}  # whether each is mapped; None: it is not, and nothing waits for that
-        self.to_read = 0  # bytes, until references may wait for its reader again, as messages were copied for it
+        self.moved = 0  # bytes that its reader has read, or made room for in the pipe
+        self.copies_until = 0  # it has moved so many: until then its reader gets copies, as what waited was copied
         self._unanswered: set[int] = set()  # the numbers of rings that were sent, and that no answer has come to
         self._notes: list[tuple[int, Ring]] = []  # to be written between two runs
         self._sent = 0  # the last message whose memory was
@@ -109,11 +110,7 @@ class Window:
         """The reader has read so many, of all references and memories that were ever written."""
         before = self.unread.bytes
         self.unread.read(count)
-        self.moved(before - self.unread.bytes)
-
-    def moved(self, size: int) -> None:
-        """The reader has read so many bytes, or has made room for them in the pipe."""
-        self.to_read = max(0, self.to_read - size)
+        self.moved += before - self.unread.bytes
 
     @property
     def must_be_read(self) -> bool:

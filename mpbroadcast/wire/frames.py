@@ -117,10 +117,6 @@ class Batch(NamedTuple):
         """What it counts in a backlog."""
         return len(self.frames) + len(self.sizes) * OVERHEAD
 
-    def charge_of(self, size: int) -> int:
-        """What a frame of ``size`` counts."""
-        return size + OVERHEAD
-
     def fitting(self, room: int) -> int:
         """How many of its first messages fit into ``room`` of charge."""
         return _fitting(self.sizes, room)
@@ -195,10 +191,6 @@ class Parcel(NamedTuple):
     def charge(self) -> int:
         """What it counts in a backlog."""
         return len(self.head) + self.length + OVERHEAD
-
-    def charge_of(self, size: int) -> int:
-        """What a frame of ``size`` counts."""
-        return size + OVERHEAD
 
     def fitting(self, room: int) -> int:
         """Whether it fits into ``room`` of charge."""

@@ -7,6 +7,7 @@ Between a publisher and the broker::
     REFUSED   <-  they will not
     FREE      <-  chunks of ring ``number`` are free again; value: a bit for each
     WANTED    ->  no chunk is free
+    NONE      <-  none of ring ``number`` will be soon: readers that have stopped keep them
     MEMORY    ->  the memory of message ``value`` (descriptor), whose frame comes in the pipe
     ROUTED    <-  message ``value`` is on its way: its memory does not count any more
 
@@ -33,6 +34,7 @@ MEMORY: Final = 6
 ROUTED: Final = 7
 MAPPED: Final = 8
 READ: Final = 9
+NONE: Final = 10
 
 _PACKET: Final = Struct("<BxxxIQ")
 
@@ -63,6 +65,6 @@ def unpack(data: bytes) -> Packet:
         packet = Packet(*_PACKET.unpack(data))
     except error as cause:
         raise PacketError(f"a packet of {len(data)} bytes") from cause
-    if not RING <= packet.kind <= READ:
+    if not RING <= packet.kind <= NONE:
         raise PacketError(f"a packet of kind {packet.kind}")
     return packet

@@ -23,14 +23,14 @@ from mpbroadcast.wire.frames import memory_frame, reference_frame
 from mpbroadcast.wire.link import CONNECT_TIMEOUT, send_notes
 from mpbroadcast.wire.memory import available, keep_freed_memory, ring_memory
 from mpbroadcast.wire.outlet import Outlet
-from mpbroadcast.wire.packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, ROUTED, WANTED, pack, unpack
+from mpbroadcast.wire.packets import ACCEPTED, FREE, MEMORY, NONE, REFUSED, RING, ROUTED, WANTED, pack, unpack
 from mpbroadcast.wire.payload import Payload
 from mpbroadcast.wire.pool import MemoryPool
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, LONGEST, Ring
 
 SHARED_FROM: Final = 2048  # bytes of a message from which on it goes this way
 MEMORY_FROM: Final = 1 << 18  # bytes from which on memory of its own is better than the pipe
-_PATIENCE: Final = 0.05  # seconds to wait for a free chunk
+_PATIENCE: Final = 1.0  # seconds to wait for a free chunk, or for the answer that there will be none
 _AGAIN: Final = 1.0  # seconds from one try to get a ring to the next
 _MOST_UNROUTED: Final = 8  # messages in memory of their own that the broker has not routed yet
 _MOST_BYTES: Final = 64 << 20  # in those, unless it is a single one
@@ -127,6 +127,8 @@ class SharedOutlet:
         if kind == FREE and ring is not None and number == ring.number:
             ring.room.is_free(value)
             self._dry = False
+        elif kind == NONE and ring is not None and number == ring.number:
+            self._dry = True
         elif kind == ROUTED:
             self._unrouted.pop(value, None)
         elif kind == ACCEPTED and offered is not None and number == offered.number:
