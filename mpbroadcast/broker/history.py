@@ -17,7 +17,7 @@ class _Topic:
     __slots__ = ("batches", "charge", "count")
 
     def __init__(self) -> None:
-        self.batches: deque[tuple[int, Batch | Parcel]] = deque()  # with the place of the first message in the order of all
+        self.batches: deque[tuple[int, Batch | Parcel]] = deque()  # each with its place in the order of all
         self.count = 0
         self.charge = 0
 
@@ -40,10 +40,6 @@ class History:
 
     def add(self, position: int, batch: Batch | Parcel) -> None:
         """These were routed; ``position`` is the place of the first in the order of all."""
-        surplus = len(batch.sizes) - self.length
-        if surplus > 0:
-            batch = batch.cut(surplus)[1]
-            position += surplus
         topic = self._topics.get(batch.topic)
         if topic is None:
             topic = self._topics[batch.topic] = _Topic()
@@ -58,7 +54,7 @@ class History:
             _, oldest = self._topics.popitem(last=False)
             self.charge -= oldest.charge
             self.forgotten += 1
-        while self.charge > self._most_bytes and topic.count:
+        while self.charge > self._most_bytes:
             self._drop_first(topic, 1)
 
     def _drop_first(self, topic: _Topic, most: int) -> None:
@@ -67,7 +63,7 @@ class History:
         charge = first.charge
         if dropped < len(first.sizes):
             first = first.cut(dropped)[1]
-            topic.batches.appendleft((position + dropped, first))
+            topic.batches.appendleft((position, first))
             charge -= first.charge
         topic.count -= dropped
         topic.charge -= charge
@@ -90,7 +86,7 @@ class History:
                 batches.append(batch.cut(len(batch.sizes) - fits)[1])
                 capacity -= batches[-1].charge
                 count -= fits
-            if fits < len(batch.sizes) or not count:
+            if fits < len(batch.sizes):
                 break
         batches.reverse()
         return batches
