@@ -136,6 +136,7 @@ def test_a_replay_is_cut_at_the_capacity() -> None:
     assert places(history.last(["*"], 9, 3 * charge)) == [5]
     publisher.add("a", 100)
     assert places(history.last(["*"], 9, 3 * charge)) == [6]
+    assert places(history.last(["*"], 9, 6000)) == [4, 5, 6]
 
 
 def test_topics_published_to_the_longest_ago_are_forgotten() -> None:
@@ -160,7 +161,8 @@ def test_too_many_bytes_are_not_kept() -> None:
     publisher = Publisher(history)
     publisher.add("a", 1000, 1000)
     publisher.add("b", 1000, 1000)
-    publisher.add("c", 3000)
+    publisher.add("c", 4705)
+    assert history.charge == 10_000
     assert places(history.last(["*"], 99, ALL)) == [0, 1, 2, 3, 4]
     publisher.add("a", 1000, 1000)
     assert places(history.last(["*"], 99, ALL)) == [0, 1, 4, 5, 6]
@@ -172,12 +174,13 @@ def test_too_many_bytes_are_not_kept() -> None:
 
 def test_a_message_larger_than_all_leaves_nothing() -> None:
     """It is not kept, the bound holds, and history goes on with the next."""
-    history = History(100, most_bytes=10_000)
+    history = History(100, most_bytes=359)
     publisher = Publisher(history)
-    publisher.add("a", 100, 20_000)
+    publisher.add("a", 50, 20_000)
     assert history.last(["*"], 99, ALL) == []
     assert history.charge == 0
     publisher.add("a", 100)
+    assert history.charge == 359
     assert places(history.last(["*"], 99, ALL)) == [2]
 
 

@@ -190,7 +190,10 @@ def test_room_is_taken_where_it_was_used_last() -> None:
     assert room.take(CHUNK) == 0  # of five chunks, this is the first that is free: the next one is not there
     assert room.take(1) == CHUNK  # behind it
     assert room.take(CHUNK) is None
+    assert [room.fits_behind(CHUNK - 64), room.fits_behind(CHUNK - 63)] == [True, False]
     assert room.take(CHUNK - 64) == CHUNK + 64
+    room.is_free(0b110000)
+    assert room.take(2 * CHUNK) == 4 * CHUNK  # in just as many as are free
 
 
 # ------------------------------------------------------------------------------------------------------------ holds
@@ -426,7 +429,8 @@ def test_only_packets_are_packets(data: bytes, kind: int, number: int) -> None:
         else:
             assert RING <= packet.kind <= READ
             assert unpack(pack(*packet)) == packet
-    assert unpack(pack(FREE, number, 2**64 - 1)) == Packet(FREE, number, 2**64 - 1)
+    for known in (RING, FREE, READ):
+        assert unpack(pack(known, number, 2**64 - 1)) == Packet(known, number, 2**64 - 1)
 
 
 # ------------------------------------------------------------------------------------------- frames in shared memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import time
 from array import array
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,10 +13,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from mpbroadcast.arguments import MAX_ADDRESS, Deadline, check_address, check_authkey, check_timeout
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.outbox import Outbox
 from mpbroadcast.broker.rings import Holds, Unread
 from mpbroadcast.broker.router import Router
+from mpbroadcast.errors import AddressError
 from mpbroadcast.wire import frames
 from mpbroadcast.wire.frames import PIPE_BUF, Batch, FrameError, Parcel, Splitter, frame_head, pieces
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, Ring
@@ -25,11 +28,11 @@ from mpbroadcast.wire.runs import GAP, MESSAGES, Run, SharedRun, memory_run, rea
 def test_nothing_is_left_of_patterns_that_nobody_has() -> None:
     """Patterns that came and went leave nothing behind, however many there were."""
     router: Router[int] = Router()
-    empty = {name: value.copy() for name, value in vars(router).items() if isinstance(value, dict)}
+    empty = {name: dict(value) for name, value in vars(router).items() if isinstance(value, dict)}
     router.add(0, ["a*", "a?", "ab*", "b"])
     router.drop(0, ["a*", "ab*"])
     router.remove(0)
-    assert {name: value for name, value in vars(router).items() if isinstance(value, dict)} == empty
+    assert {name: dict(value) for name, value in vars(router).items() if isinstance(value, dict)} == empty
 
 
 # -------------------------------------------------------------------------------------------------------------- backlogs
@@ -132,6 +135,24 @@ def test_unfinished_messages_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> No
         splitter.split(next(pieces(frame, 6)))
 
 
+# ------------------------------------------------------------------------------------------------------------- arguments
+
+
+def test_arguments_at_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are rounded up, and never too long for a system call; an address is made absolute, and can use all of its room."""
+    monkeypatch.setattr(time, "monotonic", lambda: 5.0)
+    assert [Deadline(left).milliseconds() for left in (None, 0, 0.0005, 1, 1e7)] == [None, 0, 1, 1001, 2**31 - 1]
+    assert (check_timeout(1e300), check_timeout(0)) == (None, 0)
+    assert check_address("here") == os.path.abspath("here")
+    longest = "/" + "x" * (MAX_ADDRESS - 1)
+    assert check_address(longest) == longest
+    with pytest.raises(AddressError):
+        check_address(longest + "x")
+    with os.scandir(b"/") as entries, pytest.raises(TypeError, match="str path"):
+        check_address(next(entries))
+    assert check_authkey(bytearray(b"key")) == b"key"
+
+
 # ----------------------------------------------------------------------------------------------------------- who is dead
 
 
@@ -149,7 +170,7 @@ def ended() -> Iterator[int]:
 def test_nobody_asks_of_a_process_elsewhere() -> None:
     """Process 0 is one that this system has no number for: nothing is known of it, and it is no error."""
     peer = PeerProcess(0)
-    assert (peer.fd, peer.must_be_asked, peer.dead()) == (-1, False, False)
+    assert (peer.pid, peer.fd, peer.must_be_asked, peer.dead()) == (0, -1, False, False)
     peer.close()
 
 
@@ -175,10 +196,14 @@ def test_an_answer_that_cannot_be_had(error: Exception, dead: bool, monkeypatch:
 
 
 def test_a_number_is_given_back_once() -> None:
-    """A second ``close`` does not close what has got the number since."""
-    peer = PeerProcess(os.getpid())
+    """A second ``close`` does not close what has got the number since; the first one does, of any process."""
+    peer = PeerProcess(1)
+    fd = peer.fd
+    assert (fd >= 0) == hasattr(os, "pidfd_open") != peer.must_be_asked
     peer.close()
     assert peer.fd == -1
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(fd)
     reader, writer = os.pipe()
     peer.close()
     os.close(reader)
@@ -191,11 +216,13 @@ def test_a_number_is_given_back_once() -> None:
 def test_a_chunk_that_is_free_is_not_freed_again() -> None:
     """Only what messages have come in can become free, and once for that."""
     holds = Holds(4, 100)
+    holds.hold([0])
+    assert holds.release([0]) == 0, "no message has come in it"
     assert holds.arrived([(0, 10)]) == ((0,), 0)
     assert holds.release([0]) == 0, "the publisher may be writing to it"
     assert holds.arrived([(100, 10)]) == ((1,), 1)
-    holds.hold([0])
-    assert holds.release([0]) == 0
+    holds.hold([0, 2])
+    assert holds.release([0, 2]) == 0
     assert holds.held == 1
 
 
@@ -221,6 +248,7 @@ def test_a_full_pipe_costs_no_room() -> None:
         ring.room.take(100)
         assert ring.put(b"fits", writer)
         place = ring.room.next
+        assert (place, bytes(ring._view[128:132])) == (192, b"fits")
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.write(writer, bytes(PIPE_BUF))
