@@ -368,7 +368,7 @@ def test_a_child_lets_go_at_a_fork(unhurried: None) -> None:
     assert content(there.memory([b"x" * SIZE], SIZE))[:SIZE] == b"x" * SIZE
 
 
-@pytest.mark.parametrize("moment", ["mapping", "unmapping"])
+@pytest.mark.parametrize("moment", ["mapping kept memory", "unmapping kept memory"])
 def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child has no map while memory is being made, or let go of: a fork waits until that is done, or comes before."""
     forked: list[Background] = []
@@ -382,7 +382,7 @@ def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: No
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def reach(name: str, subject: object = None) -> None:
-        if name == f"{moment} kept memory" and not forked:  # else it is the child that lets go of it
+        if name == moment and not forked:  # else it is the child that lets go of it
             forked.append(Background(fork))
             about_to.wait(DEADLINE)
             forked[0].wait_until_blocked("fork")

@@ -227,7 +227,7 @@ class DescriptorSocket(socket.socket):
         with contextlib.suppress(BlockingIOError), fork_lock():
             self.receive(received)
             packet, numbers, _ = taken_apart(received[0])
-            owned = [OwnedDescriptor(number) for number in numbers]  # nobody sends more than one
+            owned = list(map(OwnedDescriptor, numbers))  # nobody sends more than one; no loop under a lock
             return packet, owned[0] if owned else None
         return None
 
