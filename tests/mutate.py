@@ -69,7 +69,6 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     "then psutil says that there is no such process, but for a number that is used again": (
         "PeerProcess.dead: not self._process.is_running() -> False",
     ),
-    "0 is always the standard input": ("PeerProcess.close: fd >= 0 -> fd > 0", "PeerProcess.close: fd >= 0 -> fd >= 1"),
     "only what was taken is given back, and once": (
         "Room.__init__: self._before = (0, 0, 0) -> pass",
         "Room.__init__: (0, 0, 0) -> ",

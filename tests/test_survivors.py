@@ -171,7 +171,6 @@ def test_nobody_asks_of_a_process_elsewhere() -> None:
     """Process 0 is one that this system has no number for: nothing is known of it, and it is no error."""
     peer = PeerProcess(0)
     assert (peer.pid, peer.fd, peer.must_be_asked, peer.dead()) == (0, -1, False, False)
-    peer.close()
 
 
 def test_a_zombie_is_dead(ended: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,21 +192,6 @@ def test_an_answer_that_cannot_be_had(error: Exception, dead: bool, monkeypatch:
     peer = PeerProcess(os.getpid())
     monkeypatch.setattr(psutil.Process, "status", status)
     assert peer.dead() is dead
-
-
-def test_a_number_is_given_back_once() -> None:
-    """A second ``close`` does not close what has got the number since; the first one does, of any process."""
-    peer = PeerProcess(1)
-    fd = peer.fd
-    assert (fd >= 0) == hasattr(os, "pidfd_open") != peer.must_be_asked
-    peer.close()
-    assert peer.fd == -1
-    with pytest.raises(OSError, match="descriptor"):
-        os.fstat(fd)
-    reader, writer = os.pipe()
-    peer.close()
-    os.close(reader)
-    os.close(writer)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rings

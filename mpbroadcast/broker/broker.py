@@ -52,6 +52,7 @@ def new_identity() -> str:
 log = logging.getLogger("mpbroadcast.broker")
 
 _LAST_WORDS: Final = 1 << 14  # characters
+DRAIN_TIMEOUT: Final = 5.0  # seconds, when nobody says how long
 _LAST: Final = 0.1  # seconds, after the time for draining is over
 
 
@@ -142,6 +143,13 @@ class Broker:
             }
             self._journal.put(entry)
 
+    def end_with(self, starter: int) -> None:
+        """Stop when this process has ended.
+
+        :raises ProcessLookupError: it has already.
+        """
+        self._reception.peer(starter).is_starter = True
+
     def run(self) -> None:
         """Serve until stopped, and all has been drained or the time for it is over."""
         while not self.finished:
@@ -184,6 +192,8 @@ class Broker:
         """All that was its own goes; what it had published is still delivered."""
         for subscription in list(peer.subscriptions):
             self._remove_for(subscription, "its process has ended")
+        if peer.is_starter:
+            self.stop(DRAIN_TIMEOUT)
 
     def new_session(self, client: Client) -> Session:
         session = Session(self.number(), client.peer)

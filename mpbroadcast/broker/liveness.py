@@ -65,8 +65,3 @@ class PeerProcess:
             return True
         except (psutil.Error, OSError):  # it cannot be asked, as no descriptor is left
             return False
-
-    def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)

@@ -67,6 +67,7 @@ class Peer:
 
     def __init__(self, process: PeerProcess) -> None:
         self.process = process
+        self.is_starter = False  # of the broker, which ends with it
         self.clients: set[Client] = set()
         self.subscriptions: set[Subscription] = set()
 
@@ -76,7 +77,7 @@ class Peer:
 
     @property
     def unused(self) -> bool:
-        return not self.clients and not self.subscriptions
+        return not (self.is_starter or self.clients or self.subscriptions)
 
 
 class Session:

@@ -36,11 +36,10 @@ import psutil
 
 from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
-from mpbroadcast.broker.broker import READY, STOPPING, Broker, Succession, new_identity
+from mpbroadcast.broker.broker import DRAIN_TIMEOUT, READY, STOPPING, Broker, Succession, new_identity
 from mpbroadcast.broker.journal import Journal
 from mpbroadcast.broker.keeper import keep
 from mpbroadcast.broker.listening import Listening, identity, remove_forgotten_folders, remove_leftovers, why_not
-from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.logs import set_up
 from mpbroadcast.broker.loop import IN
 from mpbroadcast.broker.requests import answer
@@ -49,9 +48,7 @@ from mpbroadcast.wire.descriptors import on_fork, without_heirs
 
 log = logging.getLogger("mpbroadcast.broker")
 
-DRAIN_TIMEOUT: Final = 5.0  # seconds, when nobody says how long
 _GRACE: Final = 3.0  # seconds for what comes behind the draining
-_SWEEP: Final = 1.0
 _PAUSE: Final = 0.01
 
 _GUARD: Final = (
@@ -310,15 +307,6 @@ def _serve(
     signals = _take_over_signals()
     broker: Broker | None = None
     try:
-        try:
-            starter = PeerProcess(settings.starter)
-        except ProcessLookupError as error:
-            if ready is not None:
-                _report(ready, why_not(error, settings.address, settings.temporary), error)
-            return
-        except OSError as error:
-            _report(ready, why_not(error, settings.address, settings.temporary), error)
-            return
         broker = Broker(
             listening.socket,
             settings.keys,
@@ -327,7 +315,13 @@ def _serve(
             stall_timeout=settings.stall_timeout,
             succession=succession,
         )
-        _watch(broker, starter, signals)
+        _watch(broker, signals)
+        try:
+            broker.end_with(settings.starter)
+        except ProcessLookupError as error:
+            if ready is not None:
+                _report(ready, why_not(error, settings.address, settings.temporary), error)
+            return
         if ready is not None:
             try:
                 ready.send_bytes(json.dumps({"address": listening.address}).encode())
@@ -364,15 +358,23 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _take_over_signals() -> tuple[int, int]:
-    """A pipe that tells of SIGTERM."""
+def _take_over_signals() -> int:
+    """A pipe's end that tells of SIGTERM."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    return reader, writer
+    return reader
+
+
+def _watch(broker: Broker, signals: int) -> None:
+    def terminated(events: int) -> None:
+        if signal.SIGTERM in os.read(signals, 4096):
+            broker.stop(DRAIN_TIMEOUT)
+
+    broker.loop.watch(signals, IN, terminated)
 
 
 def _let_go_of_descriptors(inherited: frozenset[tuple[int, int, int]]) -> None:
@@ -386,25 +388,3 @@ def _let_go_of_descriptors(inherited: frozenset[tuple[int, int, int]]) -> None:
         if standard is not None and not standard.closed:
             os.dup2(nowhere, standard.fileno(), inheritable=False)
     os.close(nowhere)
-
-
-def _watch(broker: Broker, starter: PeerProcess, signals: tuple[int, int]) -> None:
-    def terminated(events: int) -> None:
-        if signal.SIGTERM in os.read(signals[0], 4096):
-            broker.stop(DRAIN_TIMEOUT)
-
-    def starter_died(events: int) -> None:
-        broker.loop.close(starter.fd)
-        broker.stop(DRAIN_TIMEOUT)
-
-    def ask() -> None:
-        if starter.dead():
-            broker.stop(DRAIN_TIMEOUT)
-        else:
-            broker.loop.later(_SWEEP, ask)
-
-    broker.loop.watch(signals[0], IN, terminated)
-    if starter.fd >= 0:
-        broker.loop.watch(starter.fd, IN, starter_died)
-    else:
-        ask()
