@@ -79,6 +79,20 @@ def keeper_of(bus: Bus) -> psutil.Process:
     return keeper
 
 
+@contextlib.contextmanager
+def without_a_broker(bus: Bus) -> Iterator[psutil.Process]:
+    """Meanwhile the broker is dead, and its keeper, which is given, stopped."""
+    keeper, broker = keeper_of(bus), psutil.Process(bus.stats().pid)
+    keeper.suspend()
+    try:
+        broker.kill()
+        wait_until(lambda: broker.status() == psutil.STATUS_ZOMBIE)
+        yield keeper
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            keeper.resume()
+
+
 # --- what users see
 
 
@@ -455,18 +469,18 @@ def test_no_descriptor_for_a_moment_is_not_the_end(kept: Bus) -> None:
 
 
 def test_a_broker_that_dies_again_and_again_is_given_up(kept: Bus) -> None:
-    """Then everybody hears that it is lost, at once, and nothing is left."""
+    """Then everybody hears that it is lost, at once, also who waits for the next one; and nothing is left."""
     channel = kept.subscribe()
     channel.poll()
     for _ in range(4):
         kill_broker(kept)
-    keeper = keeper_of(kept)
-    os.kill(kept.stats().pid, signal.SIGKILL)
-    for _ in range(2):  # for all deaths that it has not heard of, one gap
-        with contextlib.suppress(BrokerRestarted):
-            with pytest.raises(BrokerLost):
-                channel.recv(timeout=DEADLINE)
-            break
+    gap(channel)
+    with without_a_broker(kept) as keeper:
+        waiting = Background(connect, kept.address), Background(channel.recv)
+        waiting[0].wait_until_blocked("connect")
+        waiting[1].wait_until_blocked("recv")
+    for one in waiting:
+        assert isinstance(one.error(timeout=5), BrokerLost)
     wait_until(lambda: not keeper.is_running() or keeper.status() == psutil.STATUS_ZOMBIE)
     with pytest.raises(BrokerLost):
         kept.publish(1)
@@ -572,35 +586,6 @@ def test_ctrl_c_ends_neither_keeper_nor_broker(kept: Bus) -> None:
     assert channel.recv(timeout=DEADLINE) == 1
 
 
-def test_a_chosen_address(temporary_folder: Path) -> None:
-    """The next broker listens at the same one, and the file is gone at the end."""
-    address = temporary_folder / "chosen"
-    with start_broadcaster(address=address, restart=True) as bus:
-        channel = bus.subscribe()
-        channel.poll()
-        kill_broker(bus)
-        assert bus.address == str(address)
-        gap(channel)
-        with connect(address) as other:
-            other.publish(1)
-        assert channel.recv(timeout=DEADLINE) == 1
-    assert not address.exists()
-
-
-@contextlib.contextmanager
-def without_a_broker(bus: Bus) -> Iterator[psutil.Process]:
-    """Meanwhile the broker is dead, and its keeper, which is given, stopped."""
-    keeper, broker = keeper_of(bus), psutil.Process(bus.stats().pid)
-    keeper.suspend()
-    try:
-        broker.kill()
-        wait_until(lambda: broker.status() == psutil.STATUS_ZOMBIE)
-        yield keeper
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            keeper.resume()
-
-
 at_each_address = pytest.mark.parametrize("chosen", [False, True])
 
 
@@ -618,22 +603,6 @@ def test_connect_waits_for_the_next_broker(temporary_folder: Path, chosen: bool)
             waiting.wait_until_blocked("connect")
             keeper.kill()
             assert isinstance(waiting.error(timeout=5), BrokerLost)
-
-
-def test_who_waits_for_a_broker_that_is_given_up(kept: Bus) -> None:
-    """It hears so at once, in ``connect`` and in ``recv``."""
-    channel = kept.subscribe()
-    channel.poll()
-    for _ in range(4):
-        kill_broker(kept)
-    gap(channel)
-    with without_a_broker(kept):
-        waiting = Background(connect, kept.address), Background(channel.recv)
-        waiting[0].wait_until_blocked("connect")
-        waiting[1].wait_until_blocked("recv")
-    for one in waiting:
-        assert isinstance(one.error(timeout=5), BrokerLost)
-    assert not os.path.exists(kept.address)
 
 
 @at_each_address
