@@ -24,7 +24,7 @@ from mpbroadcast import Channel, start_broadcaster
 
 _SHARED_FROM = (
     "mpbroadcast.broadcaster.SHARED_FROM",
-    "mpbroadcast.sender.SHARED_FROM",
+    "mpbroadcast.wire.shared_outlet.SHARED_FROM",
     "mpbroadcast.broadcaster.SHORT",  # the quick way into the pipe
 )
 _LONGEST = "mpbroadcast.wire.shared_outlet.LONGEST"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 from weakref import WeakSet
@@ -19,15 +19,13 @@ from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_t
 from mpbroadcast.broker.outbox import POLICIES
 from mpbroadcast.broker.process import BrokerProcess
 from mpbroadcast.channel import Channel
-from mpbroadcast.errors import BroadcastError, TimedOut
-from mpbroadcast.sender import Sender, framed
+from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
 from mpbroadcast.stats import BrokerStats, SubscriberStats
-from mpbroadcast.wire.attachment import Attachment
 from mpbroadcast.wire.descriptors import on_fork
-from mpbroadcast.wire.frames import PIPE_BUF, frame_head
-from mpbroadcast.wire.link import Answer, Link, dropped
+from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, frame_head
+from mpbroadcast.wire.link import Answer, Link, Session, for_answer
 from mpbroadcast.wire.payload import PROTOCOL, LargeBuffer, Payload, dumps, gather, keep_in_band
-from mpbroadcast.wire.shared_outlet import SHARED_FROM
+from mpbroadcast.wire.shared_outlet import SHARED_FROM, SharedOutlet, framed
 
 M = TypeVar("M")
 
@@ -53,17 +51,11 @@ class Broadcaster(Generic[M]):
     Used with ``with``, it is closed at the end.
     """
 
-    def __init__(
-        self,
-        address: str,
-        broker: str,
-        restarts: bool = False,
-        link: Link | None = None,
-        process: BrokerProcess | None = None,
-    ) -> None:
-        # Without a link, it attaches when it is first used: unpickling must not fail, or wait.
-        self._attachment = Attachment(address, broker, link, restarts)
-        self._sender = Sender(self._attachment)
+    def __init__(self, link: Link, process: BrokerProcess | None = None) -> None:
+        self._link = link
+        self._outlet: SharedOutlet | None = None  # until something is published
+        self._outlets: dict[Session, SharedOutlet] = {}
+        self._gap = False  # whether something was published to a broker that has died since
         self._process = process  # in its starter
         self._large = False  # whether the last message was, and so perhaps the next
         self._closed = False
@@ -74,7 +66,7 @@ class Broadcaster(Generic[M]):
     @property
     def address(self) -> str:
         """The path of the broker's socket: what :func:`connect` takes."""
-        return self._attachment.address
+        return self._link.address
 
     @property
     def closed(self) -> bool:
@@ -105,48 +97,27 @@ class Broadcaster(Generic[M]):
             deadline = Deadline(check_timeout(timeout))
             self._publish(self._pickled(message), way, deadline, [])
             return
-        if topic != "":
-            self._publish_to(encoded_topic(topic), message)
-            return
+        encoded = encoded_topic(topic) if topic != "" else b""
         try:
             payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
         except LargeBuffer:
-            self._publish(self._gathered(message), (b"", 0), Deadline(None), [])
+            self._publish(self._gathered(message), (encoded, 0), Deadline(None), [])
             return
-        try:
-            _write(self._sender.pipe.fd, _HEADS[len(payload)] + payload)
-        except IndexError:
-            if len(payload) < SHORT:  # not from the table of heads
-                raise
-            self._large = len(payload) >= _GATHER_FROM
-        except OSError as error:
-            # Full, closed, broken or not there yet: _send finds out. Anything else has not come from this write.
-            if error.errno not in _NOT_WRITTEN:
-                raise
-        else:
-            return
-        shared = self._sender.shared
-        if shared is not None and len(payload) >= SHORT:
+        size = len(payload)
+        outlet = self._outlet
+        if outlet is not None:
             try:
-                if shared.send_quickly(payload):
+                if size < SHORT:
+                    _write(outlet.pipe.fd, (frame_head(size, encoded) if encoded else _HEADS[size]) + payload)
+                    return
+                self._large = size >= _GATHER_FROM
+                if outlet.send_quickly(payload, encoded):
                     return
             except OSError as error:
+                # Full, closed or broken: _publish finds out. Anything else has not come from this write.
                 if error.errno not in _NOT_WRITTEN:
                     raise
-        self._publish(Payload((payload,), len(payload), False), (b"", 0), Deadline(None), [])
-
-    def _publish_to(self, topic: bytes, message: M) -> None:
-        payload = self._pickled(message)
-        if payload.size < SHORT:
-            frame = framed(payload, (topic, 0))
-            try:
-                _write(self._sender.pipe.fd, frame)
-            except OSError as error:
-                if error.errno not in _NOT_WRITTEN:
-                    raise
-            else:
-                return
-        self._publish(payload, (topic, 0), Deadline(None), [])
+        self._publish(Payload((payload,), size, False), (encoded, 0), Deadline(None), [])
 
     def publish_many(
         self,
@@ -192,7 +163,7 @@ class Broadcaster(Generic[M]):
                 failure = error  # those before it are sent first
             if waiting and (failure or not frame or size + len(frame) > PIPE_BUF):
                 counts.append(len(waiting))
-                self._sender.send(b"".join(waiting), deadline, done)
+                self._deliver(deadline, SharedOutlet.send, b"".join(waiting), deadline, done)
                 waiting, size = [], 0
             if failure is None and (not frame or len(frame) > PIPE_BUF):
                 counts.append(1)
@@ -204,7 +175,7 @@ class Broadcaster(Generic[M]):
             raise failure
         if waiting:
             counts.append(len(waiting))
-            self._sender.send(b"".join(waiting), deadline, done)
+            self._deliver(deadline, SharedOutlet.send, b"".join(waiting), deadline, done)
 
     def _way(self, topic: str, exclude: Channel[M] | None) -> tuple[bytes, int]:
         encoded = encode_topic(topic)
@@ -215,7 +186,7 @@ class Broadcaster(Generic[M]):
     def _own_channel(self, channel: Channel[M], name: str) -> Channel[M]:
         if not isinstance(channel, Channel):
             raise TypeError(f"{name} must be a Channel, not {type(channel).__name__}")
-        if channel.broker != self._attachment.broker:
+        if channel.broker != self._link.broker:
             raise ValueError(f"{name} is a channel of another broker, not of the one at {self.address!r}")
         return channel
 
@@ -235,19 +206,59 @@ class Broadcaster(Generic[M]):
         return payload
 
     def _publish(self, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]) -> None:
+        if payload.size + 16 + len(way[0]) > MAX_FRAME:
+            raise ValueError(f"a message of {payload.size} bytes is too long: with its topic, the limit is {MAX_FRAME - 16}")
+        self._deliver(deadline, SharedOutlet.publish, payload, way, deadline, done)
+
+    def _deliver(self, deadline: Deadline, send: Callable[..., None], *arguments: Any) -> None:
+        """Call ``send`` with the way to the broker, and again if another one takes over meanwhile."""
+        while True:
+            self._check_open()
+            outlet = self._outlet or self._make(deadline)
+            try:
+                send(outlet, *arguments)
+                return
+            except TimedOut:
+                raise
+            except OSError as error:
+                self._check_open()
+                if not self._link.restarts:
+                    raise self._link.lost_error(error)  # noqa: B904, it has its cause
+                self._link.lose(outlet.session)
+                self._follow()
+
+    def _make(self, deadline: Deadline) -> SharedOutlet:
+        answer = self._ask("publisher", for_answer(deadline))
+        if answer.end is None:
+            raise self._link.lost_error()
+        made = SharedOutlet(self._link, answer.session, answer.end, answer.said["publisher"])
+        # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
+        self._outlet = outlet = self._outlets.setdefault(answer.session, made)
+        if self._closed:  # meanwhile, by another thread
+            outlet.pipe.close()
         self._check_open()
-        self._sender.publish(payload, way, deadline, done)
+        return outlet
+
+    def _follow(self) -> None:
+        """To the broker that has taken over, if the last one has died.
+
+        :raises BrokerLost: there is none.
+        """
+        outlet = self._outlet
+        if outlet is not None and outlet.session is not self._link.session():
+            self._gap = True
+            self._outlet = None
+            self._outlets.pop(outlet.session, None)
 
     def _check_open(self) -> None:
         if self._closed:
-            raise self._sender.closed_error()
+            raise ClosedError("this broadcaster was closed in this process: start or connect() another") from None
 
-    def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> tuple[Link, Answer]:
+    def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Answer:
         self._check_open()
-        shared = self._sender.shared
-        if shared is not None:
-            shared.rest()
-        return self._attachment.ask(do, deadline, **fields)
+        if self._outlet is not None:
+            self._outlet.rest()
+        return self._link.request(do, deadline=deadline, **fields)
 
     # --- subscribing
 
@@ -289,10 +300,10 @@ class Broadcaster(Generic[M]):
         room = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
         check_count(replay, "replay", 0)
         self._check_open()
-        attachment, outlet = self._attachment, self._sender.outlet
+        outlet = self._outlet
         number = int.from_bytes(os.urandom(6)) or 1
         # The channel exists before the subscription does: if an interrupt comes, its finaliser drops that.
-        channel: Channel[M] = Channel(self.address, attachment.broker, number, with_topic=with_topic, link=attachment.link())
+        channel: Channel[M] = Channel(self._link, number, with_topic, subscriber=True)
         try:
             self._ask(
                 "subscribe",
@@ -301,11 +312,11 @@ class Broadcaster(Generic[M]):
                 overflow=overflow,
                 capacity=room,
                 replay=replay,
-                publisher=outlet.number if outlet is not None else None,  # a former broker's is unknown to the next one
+                publisher=None if outlet is None else outlet.number,  # a former broker's is unknown to the next one
             )
             self._channels.add(channel)
         except BaseException:
-            dropped[attachment.broker].add(number)  # if a second interrupt stops the finaliser, the next request does it
+            self._link.dropped.add(number)  # if a second interrupt stops the finaliser, the next request does it
             del channel
             raise
         return channel
@@ -336,12 +347,14 @@ class Broadcaster(Generic[M]):
         if not isinstance(delivered, bool):
             raise TypeError(f"delivered must be True or False, not {type(delivered).__name__}")
         self._check_open()
-        sender, outlet = self._sender, self._sender.outlet
+        outlet = self._outlet
         if outlet is not None:
             what = "all to leave its backlog" if delivered else "the broker to route all"
             self._ask_and_wait(limit, what, "flush", publisher=outlet.number, delivered=delivered)
-        sender.follow()
-        sender.say_gap()
+        self._follow()
+        if self._gap:
+            self._gap = False
+            raise BrokerRestarted("the broker has died: what this handle had published before may not have reached everybody")
 
     def wait_for_subscribers(self, count: int, *, topic: str | None = None, timeout: float | None = None) -> None:
         """Wait until there are ``count`` subscriptions; with ``topic``, that would get what is published to it.
@@ -358,7 +371,7 @@ class Broadcaster(Generic[M]):
         # Who does not wait for what is asked for does wait for the answer.
         deadline = Deadline(_ANSWER_TIMEOUT if timeout == 0 else timeout)
         try:
-            done = bool(self._ask(do, deadline, now=timeout == 0, **fields)[1].said["done"])
+            done = bool(self._ask(do, deadline, now=timeout == 0, **fields).said["done"])
         except TimedOut:
             done = False
         if not done:
@@ -369,7 +382,7 @@ class Broadcaster(Generic[M]):
 
         :raises BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """
-        reply = self._ask("stats")[1].said
+        reply = self._ask("stats").said
         rows = tuple(
             SubscriberStats(**{**row, "topics": tuple(row["topics"]), "stalls": tuple(row["stalls"])})
             for row in reply.pop("subscribers")
@@ -391,28 +404,28 @@ class Broadcaster(Generic[M]):
         timeout = check_timeout(timeout)
         if self._ended:
             return
-        process, attachment = self._process, self._attachment
-        link = attachment.current
+        process, link, outlet = self._process, self._link, self._outlet
         if process is not None:
             for channel in list(self._channels):
                 with contextlib.suppress(BroadcastError, OSError):
                     channel.open_if_own()
         self._closed = True
-        outlet = self._sender.close()
-        if outlet is not None and process is None and link is not None:
+        if outlet is not None:
+            outlet.pipe.close()
+        if outlet is not None and process is None:
             # A publish that waits in another thread is woken when the broker closes its end.
             with contextlib.suppress(BroadcastError, OSError):
-                link.request("retire", publisher=outlet.number, deadline=Deadline(CLOSE_TIMEOUT))
+                deadline = Deadline(CLOSE_TIMEOUT)
+                link.request("retire", session=outlet.session, publisher=outlet.number, deadline=deadline)
         if process is not None:
             told = 0
             with contextlib.suppress(BroadcastError, OSError):
-                link, answer = attachment.ask("stop", Deadline(CLOSE_TIMEOUT), timeout=timeout)
-                told = answer.said["pid"]
+                told = link.request("stop", deadline=Deadline(CLOSE_TIMEOUT), timeout=timeout).said["pid"]
             process.end(timeout, told=told)
-            if link is not None:
-                link.close()
-        attachment.current = None
-        self._sender.forget()
+            link.close()
+        self._outlet = None
+        self._outlets.clear()
+        self._link = Link(link.address, link.broker)  # the session ends when nothing else here needs it
         self._ended = True
 
     def __enter__(self) -> Self:
@@ -423,12 +436,13 @@ class Broadcaster(Generic[M]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_open()
-        return Broadcaster, (self.address, self._attachment.broker, self._attachment.restarts)
+        return Broadcaster, (self._link,)
 
     def __repr__(self) -> str:
         return f"<mpbroadcast.Broadcaster at {self.address!r}{', closed' if self._closed else ''}>"
 
     def _in_child(self) -> None:
-        self._attachment.current = None
-        self._sender = Sender(self._attachment)
+        self._outlet = None
+        self._outlets = {}
+        self._gap = False
         self._process = None

@@ -23,13 +23,12 @@ from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut
-from mpbroadcast.wire.attachment import Attachment
 from mpbroadcast.wire.descriptors import PipeEnd, on_fork
-from mpbroadcast.wire.link import Answer, Link, drop, for_answer
+from mpbroadcast.wire.link import Answer, Link, for_answer
 from mpbroadcast.wire.memory import available
 from mpbroadcast.wire.payload import Failure
 from mpbroadcast.wire.shared_inlet import SharedInlet
-from mpbroadcast.wire.stream import END_OF_MESSAGES, LOST, End, Stream, follow, take_in
+from mpbroadcast.wire.stream import END_OF_MESSAGES, LOST, LOST_FOR_GOOD, End, Stream, follow, take_in
 from mpbroadcast.wire.tasks import Tasks
 
 M = TypeVar("M")
@@ -54,20 +53,11 @@ class Channel(Generic[M]):
     Used with ``with``, it is closed at the end. An iteration ends where the messages end.
     """
 
-    def __init__(
-        self,
-        address: str,
-        broker: str,
-        number: int,
-        *,
-        with_topic: bool = False,
-        link: Link | None = None,
-        restarts: bool = False,
-    ) -> None:
-        self._attachment = Attachment(address, broker, link, restarts)
+    def __init__(self, link: Link, number: int, with_topic: bool, *, subscriber: bool = False) -> None:
+        self._link = link
         self._number = number
         self._with_topic = with_topic
-        self._subscriber = link is not None  # whether this process has subscribed
+        self._subscriber = subscriber  # whether this process has subscribed
         self._handed_on = False
         self._pipe: PipeEnd | None = None
         self._shared: SharedInlet | None = None
@@ -244,7 +234,7 @@ class Channel(Generic[M]):
 
         :raises EOFError, BrokerLost: nothing comes any more.
         """
-        if end is not LOST or not self._attachment.restarts:
+        if end is not LOST or not self._link.restarts:
             raise self._end(end)
         if self._former is None:  # else it was interrupted, or had no descriptor
             self._former = self._pipe, self._shared
@@ -256,7 +246,8 @@ class Channel(Generic[M]):
         except (BrokerLost, ChannelInUse, ClosedError):
             lost = not self._closed
         if lost:
-            self._attachment.restarts, self._owner = False, 0
+            self._stream.ready[0] = LOST_FOR_GOOD
+            self._owner = 0
             (self._pipe, self._shared), self._opened, self._former = self._former, True, None
             raise self._end(end)
         self._stream = Stream()
@@ -271,7 +262,7 @@ class Channel(Generic[M]):
         if end is END_OF_MESSAGES:
             return self._about_this(EOFError("nothing more comes: this channel was unsubscribed, or its broadcaster closed"))
         lost = BrokerLost("the broker has ended without delivering all to this channel")
-        lost.__cause__ = self._attachment.lost().__cause__
+        lost.__cause__ = self._link.lost_error().__cause__
         return self._about_this(lost)
 
     def _about_this(self, error: E) -> E:
@@ -355,7 +346,7 @@ class Channel(Generic[M]):
             self._pipe = None
 
     def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Answer:
-        return self._attachment.ask(do, deadline, subscription=self._number, **fields)[1]
+        return self._link.request(do, deadline=deadline, subscription=self._number, **fields)
 
     def subscribe(self, *topics: str) -> None:
         """Hear these topics or patterns, too. What is published from when this returns on reaches the channel.
@@ -419,7 +410,7 @@ class Channel(Generic[M]):
             with contextlib.suppress(BroadcastError, OSError):
                 self._ask("close", Deadline(_CLOSE_TIMEOUT))
         self._told = True
-        self._attachment.current = None
+        self._link = Link(self._link.address, self._link.broker)  # the session ends when nothing else here needs it
 
     def __enter__(self) -> Self:
         return self
@@ -431,13 +422,12 @@ class Channel(Generic[M]):
         # An open pipe closes itself, which tells the broker; nobody can open what nobody has.
         if getattr(self, "_told", True) or self._owner:
             return
-        to = self._attachment
-        if (self._opened and to.restarts) or (self._subscriber and not (self._handed_on or self._opened)):
-            drop(to.current, to.address, to.broker, self._number)
+        if (self._opened and self._link.restarts) or (self._subscriber and not (self._handed_on or self._opened)):
+            self._link.drop(self._number)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._opened else "not open here"
-        return f"<mpbroadcast.Channel {self._number} at {self._attachment.address!r}, {state}>"
+        return f"<mpbroadcast.Channel {self._number} at {self._link.address!r}, {state}>"
 
     # --- handing on
 
@@ -449,8 +439,7 @@ class Channel(Generic[M]):
         if self._pipe is not None:
             raise self._in_use(os.getpid())
         self._handed_on = True
-        to = self._attachment
-        return _handed_on, (to.address, to.broker, self._number, self._with_topic, to.restarts)
+        return Channel, (self._link, self._number, self._with_topic)
 
     def _in_parent(self) -> None:
         if not self._opened:
@@ -486,13 +475,9 @@ class Channel(Generic[M]):
     @property
     def broker(self) -> str:
         """Which broker it belongs to."""
-        return self._attachment.broker
+        return self._link.broker
 
     def open_if_own(self) -> None:
         """Open it, if it was made here and nobody else was given it."""
         if self._subscriber and not (self._handed_on or self._opened or self._closed):
             self._open(Deadline(_CLOSE_TIMEOUT))
-
-
-def _handed_on(address: str, broker: str, number: int, with_topic: bool, restarts: bool) -> Channel[Any]:
-    return Channel(address, broker, number, with_topic=with_topic, restarts=restarts)

@@ -12,7 +12,7 @@ from mpbroadcast.broadcaster import Broadcaster
 from mpbroadcast.broker.process import BrokerProcess
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
-from mpbroadcast.wire.link import Link, remember_key
+from mpbroadcast.wire.link import Link
 
 M = TypeVar("M")
 
@@ -80,7 +80,8 @@ def start_broadcaster(
             context, path, authkey, timeout, history=history, stall_timeout=stall, log_config=log_config, restart=restart
         )
         link = Link(process.address)
-        bus: Broadcaster[Any] = Broadcaster(process.address, link.broker, link=link, process=process)
+        link.session()
+        bus: Broadcaster[Any] = Broadcaster(link, process)
         process.end_at_exit(bus.close)
     except BaseException as error:
         if process is not None:
@@ -104,11 +105,9 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
     path = check_address(address)
     if not os.path.isdir(os.path.dirname(path)):
         raise AddressError(f"there is no folder {os.path.dirname(path)!r}: pass what the broadcaster's `address` says")
-    key = check_authkey(authkey)
-    link = Link.found(path, key)
-    if key is not None:
-        remember_key(path, key)
-    return Broadcaster(path, link.broker, link=link)
+    link = Link(path, authkey=check_authkey(authkey))
+    link.session()
+    return Broadcaster(link)
 
 
 def publish(bus: Broadcaster[M], message: M, **options: Any) -> None:

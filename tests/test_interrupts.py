@@ -672,7 +672,7 @@ def test_an_interrupted_subscribe_that_is_interrupted_again(bus: Bus, monkeypatc
     "moment",
     [
         "waiting for the broker",
-        Link.__init__,
+        Link.session,
         Broadcaster.__init__,
         BrokerProcess.end_at_exit,
     ],

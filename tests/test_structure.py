@@ -26,7 +26,6 @@ LAYERS = [
     "cli",
     "functions",
     "broadcaster",
-    "sender",
     "channel",
     "selector",
     "broker",

@@ -231,17 +231,17 @@ def test_a_full_pipe_costs_no_room() -> None:
     try:
         os.set_blocking(writer, False)
         ring.room.take(100)
-        assert ring.put(b"fits", writer)
+        assert ring.put(b"fits", b"", writer)
         place = ring.room.next
         assert (place, memory[128:132]) == (192, b"fits")
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.write(writer, bytes(PIPE_BUF))
-        assert not ring.put(b"full", writer)
+        assert not ring.put(b"full", b"", writer)
         assert ring.room.next == place
         left = ring.room.end - place
         os.read(reader, 4 * PIPE_BUF)
-        assert not ring.put(bytes(left + 1), writer)
+        assert not ring.put(bytes(left + 1), b"", writer)
         assert ring.room.next == place
     finally:
         ring.close()

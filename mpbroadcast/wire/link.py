@@ -1,9 +1,13 @@
 """The control connection and the pipe, as a user's process holds them.
 
-A process is known to the broker by a :class:`Link`: a *lifeline*, a control connection that is only held open, and a pool of
-control connections for requests. Each request has one of these to itself, so a request that waits for long holds up no
-other, and one that is interrupted by an exception is thrown away with its connection: no lock, no reply that meets the wrong
-question, in threads and in signal handlers.
+A process has one :class:`Link` to a broker, and to each that takes over from it. A :class:`Session` is what one of these
+knows the process by: a *lifeline*, a control connection that is only held open, and a pool of control connections for
+requests. Each request has one of these to itself, so a request that waits for long holds up no other, and one that is
+interrupted by an exception is thrown away with its connection: no lock, no reply that meets the wrong question, in threads and
+in signal handlers.
+
+A finaliser sends *notes*, which have no answer: at once if there is room, without a lock. Those that had none go ahead of the
+next request, or while a publish waits.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ import os
 import select
 import socket
 import time
-from collections import deque
 from types import NoneType
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
@@ -49,21 +52,13 @@ _TRIES: Final = 5  # of connecting: so many brokers in a row are replaced
 _READ: Final = 1 << 16
 
 
-class Answer(NamedTuple):
-    """What the broker says, and what came with that: a pipe's end, and the socket beside it."""
-
-    said: dict[str, Any]
-    end: PipeEnd | None = None
-    beside: DescriptorSocket | None = None
-
-
 class _Control:
     """A control connection of this process, behind its handshake."""
 
     def __init__(self, address: str, authkey: bytes, deadline: Deadline) -> None:
         self._address = address
         self._inbox = Inbox(MAX_HANDSHAKE)
-        self.last_notes = b""  # to be sent before it is closed
+        self._crash: BrokerCrashed | None = None
         self._numbers: list[int] = []  # of descriptors that have come, and that nothing else has taken over yet
         with fork_lock():
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -108,20 +103,21 @@ class _Control:
                 "its start_broadcaster() as connect(address, authkey=...)"
             ) from error
 
-    def request(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> Answer:
-        """Ask; ``notes`` go ahead of it, so they have been handled when the answer comes."""
+    def ask(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> dict[str, Any]:
+        """The broker's answer; ``notes`` go ahead of the question, so they have been handled when it comes."""
         data = encode(message)
         if len(data) > MAX_REQUEST:
             raise ValueError(f"a request of {len(data)} bytes is too long: name fewer topics in one call")
         self._send(notes + data, deadline)
         trap_points.reach("waiting for a reply", (message["do"], self._socket))
-        said = decode(self._receive(deadline))
+        return decode(self._receive(deadline))
+
+    def end_and_beside(self, said: dict[str, Any]) -> tuple[PipeEnd | None, DescriptorSocket | None]:
+        """What came with an answer."""
         numbers = self._numbers
-        if not numbers:
-            return Answer(said)
         with fork_lock():
-            beside = DescriptorSocket(numbers.pop()) if said.get("beside") else None
-            return Answer(said, PipeEnd(numbers.pop(0)) if numbers else None, beside)
+            beside = DescriptorSocket(numbers.pop()) if numbers and said.get("beside") else None
+            return PipeEnd(numbers.pop(0)) if numbers else None, beside
 
     def _send(self, data: bytes, deadline: Deadline) -> None:
         view = memoryview(data)
@@ -172,35 +168,27 @@ class _Control:
     def _lost(self) -> BrokerLost:
         return BrokerLost(f"the broker at {self._address!r} has ended")
 
-    def last_words(self) -> str | None:
-        """What the broker has said without being asked, if it has."""
+    def crash(self) -> BrokerCrashed | None:
+        """What the broker has said of its crash, if that is how it ended."""
         with contextlib.suppress(OSError, ControlError):
             self._inbox.feed(self._read())
             body = self._inbox.next()
             if body is not None:
-                return str(decode(body).get("crashed", ""))
-        return None
+                self._crash = BrokerCrashed(str(decode(body).get("crashed", "")))
+        return self._crash
 
-    def write_now(self, note: bytes) -> None:
-        """Send a short note without an answer. From a finaliser, too: it takes no lock.
+    def write_now(self, notes: bytes) -> bytes:
+        """Send what there is room for; what is left, if the broker is there.
 
-        A note is sent whole or not at all, also when threads send at once: Linux puts so few bytes into one buffer, and the
-        BSDs take less than a request only when there is room for ``SO_SNDLOWAT``, 1,024 bytes or more.
-
-        :raises BlockingIOError: there is no room.
-        :raises OSError: the other end is gone.
+        A single note is sent whole or not at all, also when threads send at once: Linux puts so few bytes into one buffer, and
+        the BSDs take less than a request only when there is room for ``SO_SNDLOWAT``, 1,024 bytes or more.
         """
-        self._socket.send(note)
-
-    def send_last_notes(self) -> bool:
-        """Send what is left of ``last_notes``, without blocking; whether nothing is left."""
         try:
-            self.last_notes = self.last_notes[self._socket.send(self.last_notes) :]
+            return notes[self._socket.send(notes) :]
         except BlockingIOError:
-            return False
-        except OSError:  # the broker has ended
-            return True
-        return not self.last_notes
+            return notes
+        except OSError:
+            return b""
 
     def close(self) -> None:
         self._socket.close()
@@ -212,195 +200,218 @@ class _Control:
             self.close()
 
 
-class Link:
-    """This process, as the broker at ``address`` knows it. It lasts until nothing refers to it any more.
+class Session:
+    """What one broker knows this process by, for as long as the lifeline is open; ``id`` is the broker's name for it."""
 
-    :raises BrokerLost: there is no broker.
-    :raises AuthenticationFailed: it has another key.
-    :raises TimedOut: it did not answer within ``CONNECT_TIMEOUT`` seconds.
+    __slots__ = ("id", "idle", "lifeline", "lost", "number")
+
+    def __init__(self, lifeline: _Control, said: dict[str, Any]) -> None:
+        self.lifeline = lifeline
+        self.id = int(said["session"])
+        self.number = int(said["number"])  # of the brokers that follow each other
+        self.idle: list[_Control] = []
+        self.lost = False  # whether the broker is known to have ended
+
+
+class Answer(NamedTuple):
+    """What the broker says, in which session, and what came with that: a pipe's end, and the socket beside it."""
+
+    session: Session
+    said: dict[str, Any]
+    end: PipeEnd | None
+    beside: DescriptorSocket | None
+
+
+class Link:
+    """This process, as the broker of this identity at ``address`` knows it, and each that takes over from it.
+
+    It attaches when it is first used, and anew behind a fork. It lasts until nothing refers to it any more. ``restarts`` says
+    that another broker takes over when one dies; who is attached knows it from the broker.
     """
 
-    def __init__(self, address: str, authkey: bytes | None = None) -> None:
+    def __init__(self, address: str, broker: str = "", restarts: bool = False, authkey: bytes | None = None) -> None:
         self.address = address
-        self._authkey = authkey or _keys.get(address) or bytes(multiprocessing.current_process().authkey)
-        self._idle: list[_Control] = []
-        self._crash: BrokerCrashed | None = None
-        self._dropped: set[int] = set()
-        self._sent: set[int] = set()  # those of them that a waiting publish need not send again
-        self.inherited = False  # made before a fork, and of no use in this process
-        deadline = Deadline(CONNECT_TIMEOUT)
-        self._lifeline = _Control(address, self._authkey, deadline)
-        said = self._lifeline.request({"do": "attach"}, deadline).said
-        self.session = int(said["session"])
-        self.broker = str(said["broker"])
-        self._dropped = dropped.setdefault(self.broker, set())
-        self.number = int(said["number"])  # of the brokers that follow each other
-        self.restarts = bool(said["restarts"])  # whether another one will follow
-        self.lost = False  # whether this one is known to have ended
+        self.broker = broker
+        self.restarts = restarts
+        self._authkey = authkey
+        self._session: Session | None = None  # the last one
+        self._sessions: dict[int, Session] = {}  # those that are not lost, by the broker's number
+        self._told: set[int] = set()  # dropped subscriptions that a waiting publish need not drop again
         on_fork(self, Link._in_child)
-        _links[address] = self
 
     @classmethod
-    def shared(cls, address: str, broker: str) -> Link:
-        """The one to ``broker`` that this process has already, or a new one to whatever listens there now."""
-        link = _links.get(address)
-        if link is not None and link.broker == broker and not link.lost:
-            return link
-        return cls.found(address)
+    def to(cls, address: str, broker: str, restarts: bool) -> Link:
+        """The one that this process has to this broker."""
+        return _links.get(broker) or _links.setdefault(broker, cls(address, broker, restarts))
 
-    @classmethod
-    def found(cls, address: str, authkey: bytes | None = None) -> Link:
-        """A new one to whatever listens there.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Link.to, (self.address, self.broker, self.restarts)
 
-        While a broker is being replaced, it waits in the queue of the socket. One that dies during the handshake may be
-        replaced as well, so that is tried again.
+    def session(self) -> Session:
+        """The last one, or that with the broker that takes over.
+
+        :raises BrokerLost: there is no broker.
+        :raises AuthenticationFailed: it has another key.
+        :raises TimedOut: it did not answer within ``CONNECT_TIMEOUT`` seconds.
+        """
+        session = self._session
+        return self._attach() if session is None or (session.lost and self.restarts) else session
+
+    def _attach(self) -> Session:
+        """While a broker is being replaced, it waits in the queue of the socket.
+
+        One that dies during the handshake may be replaced as well, so that is tried again.
         """
         tries = _TRIES
         while True:
+            deadline = Deadline(CONNECT_TIMEOUT)
             try:
-                return cls(address, authkey)
+                lifeline = _Control(self.address, self._key(), deadline)
+                said = lifeline.ask({"do": "attach"}, deadline)
+                break
             except BrokerLost as error:
                 tries -= 1
                 if not tries or not isinstance(error.__cause__, (ConnectionResetError, BrokenPipeError, NoneType)):
+                    self.restarts = False  # nobody needs to wait for another one again
+                    error.__cause__ = self._crash() or error.__cause__
                     raise
+        if self.broker not in ("", said["broker"]):
+            raise self.lost_error()
+        self.broker = str(said["broker"])
+        self.restarts = bool(said["restarts"])
+        if self._authkey is not None:
+            _keys[self.address] = self._authkey  # for handles of this process that come without a key
+        _links[self.broker] = self
+        made = Session(lifeline, said)
+        # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
+        self._session = session = self._sessions.setdefault(made.number, made)
+        return session
 
-    def request(self, do: str, *, deadline: Deadline | None = None, **fields: Any) -> Answer:
-        """Ask the broker. Waits until ``deadline``, or for ever.
+    def _key(self) -> bytes:
+        return self._authkey or _keys.get(self.address) or bytes(multiprocessing.current_process().authkey)
+
+    def request(self, do: str, *, deadline: Deadline | None = None, session: Session | None = None, **fields: Any) -> Answer:
+        """Ask the broker, or the one that takes over meanwhile, if it need not be in ``session``. Waits until ``deadline``.
 
         :raises BrokerLost: it has ended.
         :raises TimedOut: it did not answer in time.
         :raises ChannelInUse, ClosedError, ValueError, OSError: what it says.
         """
-        deadline = deadline or Deadline(None)
-        _send_last_notes()
-        to_drop = list(self._dropped)
+        self.send_notes()
+        while True:
+            asked = session or self.session()
+            try:
+                return self._ask(asked, deadline or Deadline(None), {"do": do, "session": asked.id, **fields})
+            except BrokerLost:
+                if session is not None or not (asked.lost and self.restarts):
+                    raise
+
+    def _ask(self, session: Session, deadline: Deadline, message: dict[str, Any]) -> Answer:
+        if session.lost:
+            raise self.lost_error()
+        to_drop = list(self.dropped)
         control = None
         with contextlib.suppress(IndexError):
-            control = self._idle.pop()
+            control = session.idle.pop()
         try:
             if control is None:
-                control = _Control(self.address, self._authkey, sooner(deadline, CONNECT_TIMEOUT))
-            answer = control.request(
-                {"do": do, "session": self.session, **fields}, deadline, b"".join(map(_drop_note, to_drop))
-            )
+                control = _Control(self.address, self._key(), sooner(deadline, CONNECT_TIMEOUT))
+            said = control.ask(message, deadline, b"".join(map(_drop_note, to_drop)))
+            if said.get("error") == "unknown":  # it was another broker that has answered
+                raise BrokerLost(str(said["text"]))
+            answer = Answer(session, said, *control.end_and_beside(said))
         except BaseException as error:
             if control is not None:
                 control.close()
             if isinstance(error, BrokerLost):
-                self.lost = True
-                error.__cause__ = self.crash or error.__cause__
+                self.lose(session)
+                error.__cause__ = self._crash() or error.__cause__
             raise
-        if answer.said.get("error") == "unknown":  # it was another broker that has answered
-            control.close()
-            self.lost = True
-            raise BrokerLost(str(answer.said["text"]))
-        self._idle.append(control)
-        for number in to_drop:
-            self._dropped.discard(number)
-        self._sent.clear()
-        if "error" in answer.said:
-            raise _error(answer.said)
+        session.idle.append(control)
+        self.dropped.difference_update(to_drop)
+        self._told.clear()
+        if "error" in said:
+            raise _error(said)
         return answer
 
-    @property
-    def crash(self) -> BrokerCrashed | None:
-        """What the broker has said of its crash, if that is how it ended."""
-        if self._crash is None and not self.inherited:
-            text = self._lifeline.last_words()
-            self._crash = BrokerCrashed(text) if text else None
-        return self._crash
+    def lose(self, session: Session) -> None:
+        """Its broker has ended."""
+        session.lost = True
+        self._sessions.pop(session.number, None)
 
-    def note(self, do: str, **fields: Any) -> None:
-        """Tell the broker, without an answer, without blocking: what a finaliser may do."""
-        with contextlib.suppress(OSError):
-            self._lifeline.write_now(encode({"do": do, **fields}))
+    def lost_error(self, cause: BaseException | None = None) -> BrokerLost:
+        """The error of who has no broker any more; its cause is what the broker has said at its end, or else ``cause``."""
+        error = BrokerLost(f"the broker at {self.address!r} has ended: start another one, and subscribe to it again")
+        error.__cause__ = self._crash() or cause
+        return error
+
+    def _crash(self) -> BrokerCrashed | None:
+        return self._session.lifeline.crash() if self._session is not None else None
+
+    @property
+    def dropped(self) -> set[int]:
+        """Subscriptions that nothing here holds any more, until an answer shows that the broker knows."""
+        return _dropped.setdefault(self.broker, set())
 
     def drop(self, number: int) -> bool:
-        """Drop a subscription, without blocking; whether there was room for the note.
-
-        A connection for requests takes it, if one is idle: so the lifeline has room for its last notes.
-        """
-        control = self._lifeline
-        with contextlib.suppress(IndexError):
-            control = self._idle.pop()
-        try:
-            control.write_now(_drop_note(number))
-            if self.restarts:  # this broker may die before it reads that: the next request repeats it
-                self._sent.add(number)
-            else:
-                self._dropped.discard(number)
-        except BlockingIOError:
+        """Drop a subscription with the next request, and now if there is room, which it returns. Each change is one step."""
+        self.dropped.add(number)
+        session = self._session
+        if session is None:
             return False
-        except OSError:  # the next request finds out what has happened
-            pass
-        finally:
-            if control is not self._lifeline:
-                self._idle.append(control)
-        return True
+        # A connection for requests takes it, if one is idle: so the lifeline has room for its last notes.
+        control = session.lifeline
+        with contextlib.suppress(IndexError):
+            control = session.idle.pop()
+        left = control.write_now(_drop_note(number))
+        if control is not session.lifeline:
+            session.idle.append(control)
+        if not left:
+            self._told.add(number)
+        return not left
+
+    def send_notes(self) -> None:
+        """Try again to send what finalisers could not. A publish calls it again and again while it waits."""
+        all(map(self.drop, self.dropped - self._told))
+        _send_last_notes()
 
     def _in_child(self) -> None:
-        self.inherited = True
-        self._idle.clear()
-        _links.clear()
+        self._session = None
+        self._sessions = {}
+        _dropped.clear()
         _leaving.clear()
-        dropped.clear()
 
     def close(self) -> None:
         """Let go of all connections: the broker has ended, or nothing here needs it any more."""
-        self.lost, self.restarts = True, False
-        self._lifeline.close()
-        while self._idle:
-            self._idle.pop().close()
+        self.restarts = False
+        if self._session is not None:
+            self.lose(self._session)
+            self._session.lifeline.close()
+            while self._session.idle:
+                self._session.idle.pop().close()
 
     def __del__(self) -> None:
-        if not self.inherited and hasattr(self, "_lifeline"):
-            self._lifeline.last_notes = b"".join(map(_drop_note, list(self._dropped))) + encode({"do": "detach"})
-            _leaving.append(self._lifeline)
+        session: Session | None = getattr(self, "_session", None)
+        if session is not None:
+            _leaving[session.lifeline] = b"".join(map(_drop_note, list(self.dropped))) + encode({"do": "detach"})
             _send_last_notes()
-
-
-def drop(link: Link | None, address: str, broker: str, number: int) -> None:
-    """Drop a subscription that nothing here holds any more; the next broker does, if this one has died. From a finaliser."""
-    if link is None or link.lost:
-        link = _links.get(address, link)
-    if link is None or not link.lost or link.restarts:
-        dropped.setdefault(broker, set()).add(number)
-        if link is not None and link.broker == broker:
-            link.drop(number)
-
-
-def send_notes() -> None:
-    """Try again to send what finalisers could not, without blocking. A publish calls it again and again while it waits."""
-    for reference in _links.valuerefs():
-        link = reference()
-        if link is not None and not link.lost:
-            all(map(link.drop, link._dropped - link._sent))
-    _send_last_notes()
-
-
-def _send_last_notes() -> None:
-    for _ in range(len(_leaving)):
-        with contextlib.suppress(IndexError):  # another thread has taken it out
-            lifeline = _leaving.popleft()
-            if not lifeline.send_last_notes():
-                _leaving.append(lifeline)
 
 
 def _drop_note(number: int) -> bytes:
     return encode({"do": "drop", "subscription": number})
 
 
-# For each broker, the subscriptions that nothing here holds any more, and that it may not have dropped yet. A finaliser may
-# come in at any moment, so each change is a single step.
-dropped: dict[str, set[int]] = {}
-_leaving: deque[_Control] = deque()  # lifelines of links that are gone, until there is room for their last notes
-_links: WeakValueDictionary[str, Link] = WeakValueDictionary()
-_keys: dict[str, bytes] = {}
+def _send_last_notes() -> None:
+    for lifeline, notes in list(_leaving.items()):
+        _leaving[lifeline] = left = lifeline.write_now(notes)
+        if not left:
+            _leaving.pop(lifeline, None)
 
 
-def remember_key(address: str, authkey: bytes) -> None:
-    """For handles of this process, and of those that it forks, that come without a key."""
-    _keys[address] = authkey
+_dropped: dict[str, set[int]] = {}  # of each broker, as the next one may be the first to hear of it
+_leaving: dict[_Control, bytes] = {}  # lifelines of links that are gone, until there is room for their last notes
+_links: WeakValueDictionary[str, Link] = WeakValueDictionary()  # by the broker's identity
+_keys: dict[str, bytes] = {}  # by address
 
 
 def for_answer(deadline: Deadline) -> Deadline:

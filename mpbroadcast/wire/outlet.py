@@ -1,4 +1,4 @@
-"""The pipe that a handle publishes through.
+"""The pipe that a handle publishes through, to one broker.
 
 It takes no lock while it waits. A frame is at most ``PIPE_BUF`` bytes, which the pipe takes whole or not at all; a longer
 message is pieces with its number. So threads, and signal handlers in the middle of a publish, write as they come, and the
@@ -18,18 +18,18 @@ from mpbroadcast.arguments import Deadline
 from mpbroadcast.errors import TimedOut
 from mpbroadcast.wire.descriptors import PipeEnd
 from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, abort, pieces
-from mpbroadcast.wire.link import send_notes, sooner
+from mpbroadcast.wire.link import Link, Session, sooner
 
 _SLICE: Final = 0.25  # seconds from one try to send what finalisers could not to the next
 _numbers: Final = itertools.count(1)  # of messages in pieces
 
 
 class Outlet:
-    """A publisher's end of a pipe; ``number`` is what the broker calls it."""
+    """A publisher's end of a pipe, that came in ``session``; ``number`` is what the broker calls it."""
 
-    __slots__ = ("_unsaid", "number", "pipe")
-
-    def __init__(self, pipe: PipeEnd, number: int) -> None:
+    def __init__(self, link: Link, session: Session, pipe: PipeEnd, number: int) -> None:
+        self._link = link
+        self.session = session
         self.pipe = pipe
         self.number = number
         self._unsaid: list[int] = []  # messages that were given up, and whose abort frames had no room in the pipe
@@ -109,7 +109,7 @@ class Outlet:
         while not self.pipe.wait(select.POLLOUT, sooner(deadline, _SLICE)):
             if deadline.left() == 0:
                 raise self.not_in_time()
-            send_notes()
+            self._link.send_notes()
 
     @staticmethod
     def not_in_time() -> TimedOut:

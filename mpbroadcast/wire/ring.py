@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.wire.descriptors import on_fork
-from mpbroadcast.wire.frames import plain_reference
+from mpbroadcast.wire.frames import plain_reference, reference_frame
 from mpbroadcast.wire.memory import populate
 
 CHUNK: Final = 1 << 18  # bytes
@@ -98,8 +98,8 @@ class Ring:
         self._there = 0  # a bit for each chunk that has got its memory
         on_fork(self, Ring.close)
 
-    def put(self, payload: bytes, pipe: int) -> bool:
-        """Copy and announce a message without a topic in one go, if it fits behind the one before it, and into the pipe.
+    def put(self, payload: bytes, topic: bytes, pipe: int) -> bool:
+        """Copy and announce a message in one go, if it fits behind the one before it, and into the pipe.
 
         What an interrupt keeps from being announced stays taken: nobody knows whether it was.
 
@@ -112,8 +112,9 @@ class Ring:
             return False
         room.next = aligned(start + length)
         self._view[start : start + length] = payload
+        frame = reference_frame(self.number, start, length, topic) if topic else plain_reference(self.number, start, length)
         try:
-            os.write(pipe, plain_reference(self.number, start, length))
+            os.write(pipe, frame)
             return True
         except BlockingIOError:
             room.next = start

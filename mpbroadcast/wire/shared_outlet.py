@@ -13,14 +13,13 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable
 from typing import Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
-from mpbroadcast.wire.descriptors import DescriptorSocket
-from mpbroadcast.wire.frames import memory_frame, reference_frame
-from mpbroadcast.wire.link import CONNECT_TIMEOUT, send_notes
+from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd
+from mpbroadcast.wire.frames import IMAGE, frame_head, memory_frame, reference_frame
+from mpbroadcast.wire.link import CONNECT_TIMEOUT, Link, Session, for_answer, sooner
 from mpbroadcast.wire.memory import available, keep_freed_memory, ring_memory
 from mpbroadcast.wire.outlet import Outlet
 from mpbroadcast.wire.packets import ACCEPTED, FREE, MEMORY, NONE, REFUSED, RING, ROUTED, WANTED, pack, unpack
@@ -41,53 +40,68 @@ _SLICE: Final = 0.05  # seconds: another thread may have heard what this one wai
 _ring_numbers: Final = itertools.count(1)
 
 
-class SharedOutlet:
-    """The way through shared memory beside an ``outlet``; ``ask`` asks the broker for the socket that it needs."""
+def framed(payload: Payload, way: tuple[bytes, int]) -> bytes:
+    """The frame of a message that goes through the pipe; ``way`` is its topic, and the channel that is left out."""
+    return b"".join((frame_head(payload.size, *way, IMAGE if payload.image else 0), *payload.parts))
 
-    def __init__(self, outlet: Outlet, ask: Callable[[Deadline], DescriptorSocket | None]) -> None:
-        self._outlet = outlet
-        self._ask = ask
+
+class SharedOutlet(Outlet):
+    """A pipe, with shared memory beside it; the socket that this needs is asked for when it is first needed."""
+
+    def __init__(self, link: Link, session: Session, pipe: PipeEnd, number: int) -> None:
+        super().__init__(link, session, pipe, number)
         self._beside: DescriptorSocket | None = None
         self._not_before = 0.0 if available() else float("inf")  # when to ask for it
+        self._inside: set[int] = set()  # threads that publish in shared memory: a signal's handler in one uses the pipe
         self._lock = threading.Lock()
-        self._holder = 0  # the thread that has it
         self._ring: Ring | None = None
         self._offered: Ring | None = None
         self._heard: list[bytes] = []  # what the broker has said, and is still to be handled
-        self._in_between: set[int] = set()  # threads that have a message in memory of its own on the way
         self._no_ring_before = 0.0
         self._dry = False  # no chunk was free for all of the time that it waited
         self._unrouted: dict[int, int] = {}  # bytes of each message in memory of its own
         self._pool = MemoryPool()
 
-    def send_quickly(self, payload: bytes) -> bool:
-        """Publish a message without a topic, where nothing more is needed than room in the ring and the pipe; whether it went.
+    def send_quickly(self, payload: bytes, topic: bytes) -> bool:
+        """Publish a message where nothing more is needed than room in the ring and the pipe; whether it went.
 
         :raises OSError: this end of the pipe, or the other, is closed.
         """
-        ring = self._ring
-        if ring is None or self._holder:
+        ring, inside = self._ring, self._inside
+        if ring is None or inside:
             return False
         me = threading.get_ident()
-        with self._lock:
-            self._holder = me  # no call before it, so that no signal's handler comes in between
-            try:
-                return ring.put(payload, self._outlet.pipe.fd)
-            finally:
-                self._holder = 0
+        try:
+            inside.add(me)
+            with self._lock:
+                return ring.put(payload, topic, self.pipe.fd)
+        finally:
+            inside.discard(me)
 
-    def send(self, payload: Payload, topic: bytes, exclude: int, deadline: Deadline, done: list[int]) -> bool:
-        """Publish it, or return ``False`` when it must go through the pipe; put a number into ``done`` when it went.
+    def publish(self, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]) -> None:
+        """Send one message of any length; put a number into ``done`` when it went.
 
         :raises TimedOut: it was not sent, and never will be.
         :raises OSError: this end of the pipe, or the other, is closed.
         """
-        beside = self._beside or self._begin(deadline)
-        if beside is None:
+        if payload.size < SHARED_FROM or not self._share(payload, way, deadline, done):
+            self.send(framed(payload, way), deadline, done)
+
+    def _share(self, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]) -> bool:
+        """Publish it in shared memory, or return ``False`` when it must go through the pipe."""
+        me = threading.get_ident()
+        if me in self._inside:
             return False
-        if payload.size <= LONGEST and self._through_ring(beside, payload, topic, exclude, deadline, done):
-            return True
-        return payload.size >= MEMORY_FROM and self._in_memory(beside, payload, topic, exclude, deadline, done)
+        try:
+            self._inside.add(me)
+            beside = self._beside or self._begin(deadline)
+            if beside is None:
+                return False
+            if payload.size <= LONGEST and self._through_ring(beside, payload, way, deadline, done):
+                return True
+            return payload.size >= MEMORY_FROM and self._in_memory(beside, payload, way, deadline, done)
+        finally:
+            self._inside.discard(me)
 
     def rest(self) -> None:
         """There is a moment to let go of what is not needed any more."""
@@ -99,7 +113,8 @@ class SharedOutlet:
             return None
         self._not_before = now + _ASKING  # no call since it was looked at, so only one thread comes here
         with contextlib.suppress(OSError):  # no descriptor is left, here or in the broker
-            self._beside = self._ask(deadline)
+            answer = self._link.request("beside", session=self.session, publisher=self.number, deadline=for_answer(deadline))
+            self._beside = answer.beside
         self._not_before = time.monotonic() + _AGAIN
         return self._beside
 
@@ -141,41 +156,33 @@ class SharedOutlet:
     # --- the ring
 
     def _through_ring(
-        self, beside: DescriptorSocket, payload: Payload, topic: bytes, exclude: int, deadline: Deadline, done: list[int]
+        self, beside: DescriptorSocket, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]
     ) -> bool:
-        me = threading.get_ident()
-        if self._holder == me:
-            return False
         before = len(done)
         patience: Deadline | None = None
         while True:
             with self._lock:
-                self._holder = me
-                try:
-                    dry = self._put(beside, payload, topic, exclude, done)
-                    if dry and (self._ring is None or self._dry):
-                        self._offer(beside)
-                        return False
-                finally:
-                    self._holder = 0
+                dry = self._put(beside, payload, way, done)
+                if dry and (self._ring is None or self._dry):
+                    self._offer(beside)
+                    return False
             if len(done) > before:
                 return True
             if not dry:
-                self._outlet.wait(deadline)
+                self.wait(deadline)
                 continue
             # Wait for a chunk, but not for long, and not again until one has come.
             if patience is None:
-                patience = Deadline(_PATIENCE)
+                patience = sooner(deadline, _PATIENCE)
                 with contextlib.suppress(OSError):
                     beside.tell(_WANTED)
-            left = deadline.left()
-            seconds = patience.left() or 0
-            if not seconds or left == 0:
+            left = patience.left()
+            if not left:
                 self._dry = True
                 return False
-            beside.wait(seconds if left is None else min(seconds, left))
+            beside.wait(left)
 
-    def _put(self, beside: DescriptorSocket, payload: Payload, topic: bytes, exclude: int, done: list[int]) -> bool:
+    def _put(self, beside: DescriptorSocket, payload: Payload, way: tuple[bytes, int], done: list[int]) -> bool:
         """Copy and announce it, if there is room, which ``done`` tells; whether it was the ring that had none."""
         ring = self._ring
         if ring is None or not ring.room.fits_behind(payload.size):
@@ -191,11 +198,11 @@ class SharedOutlet:
             if not ring.has(start, payload.size):
                 return True
             ring.write(start, payload.parts)
-            frame = reference_frame(ring.number, start, payload.size, topic, exclude, payload.image)
+            frame = reference_frame(ring.number, start, payload.size, *way, payload.image)
             with contextlib.suppress(BlockingIOError):
-                done.extend(map(os.write, (self._outlet.pipe.fd,), (frame,)))
+                done.extend(map(os.write, (self.pipe.fd,), (frame,)))
         finally:
-            if len(done) == before:
+            if not done[before:]:
                 ring.room.undo()
         return False
 
@@ -216,17 +223,12 @@ class SharedOutlet:
     # --- memory of its own
 
     def _in_memory(
-        self, beside: DescriptorSocket, payload: Payload, topic: bytes, exclude: int, deadline: Deadline, done: list[int]
+        self, beside: DescriptorSocket, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]
     ) -> bool:
-        me = threading.get_ident()
-        if self._holder == me or me in self._in_between:
-            return False  # a signal handler that has interrupted a publish: that one's credit would never come back
-        outlet = self._outlet
-        outlet.wait(deadline)  # else much memory could be filled in vain
+        self.wait(deadline)  # else much memory could be filled in vain
         before = len(done)
-        number = outlet.new_number()
+        number = self.new_number()
         try:
-            self._in_between.add(me)
             if not self._wait_for_credit(beside, payload.size, deadline):
                 return False
             try:
@@ -238,29 +240,23 @@ class SharedOutlet:
                 return False
             trap_points.reach("publishing memory")
             descriptor.close()
-            outlet.write(memory_frame(number, payload.size, topic, exclude, payload.image), deadline, done)
+            self.write(memory_frame(number, payload.size, *way, payload.image), deadline, done)
             return True
         finally:
-            if len(done) == before and self._unrouted.pop(number, None) is not None:
-                outlet.give_up(number)
-            self._in_between.discard(me)
+            if not done[before:] and number in self._unrouted:  # no call up to here, so no interrupt
+                del self._unrouted[number]
+                self.give_up(number)
 
     def _wait_for_credit(self, beside: DescriptorSocket, size: int, deadline: Deadline) -> bool:
-        me = threading.get_ident()
         while True:
             with self._lock:
-                self._holder = me
-                try:
-                    there = self._hear(beside)
-                finally:
-                    self._holder = 0
+                there = self._hear(beside)
             if not there:
                 return False
             unrouted = list(self._unrouted.values())
             if not unrouted or (len(unrouted) < _MOST_UNROUTED and sum(unrouted) + size <= _MOST_BYTES):
                 return True
-            left = deadline.left()
-            if left == 0:
-                raise self._outlet.not_in_time()
-            beside.wait(_SLICE if left is None else min(_SLICE, left))
-            send_notes()
+            if deadline.left() == 0:
+                raise self.not_in_time()
+            beside.wait(sooner(deadline, _SLICE).left() or 0)
+            self._link.send_notes()

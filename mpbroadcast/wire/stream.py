@@ -40,6 +40,7 @@ class End:
 
 END_OF_MESSAGES: Final = End()  # a clean end
 LOST: Final = End()  # the pipe has ended without one
+LOST_FOR_GOOD: Final = End()  # and no other broker goes on with it
 _FLAWS: Final = (End, Failure)
 _AT_ONCE: Final = 1 << 19  # bytes in shared memory: nor more than malloc keeps
 _SHARED: Final = (REFERENCES, IN_MEMORY)
