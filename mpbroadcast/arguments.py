@@ -8,6 +8,7 @@ from typing import Any
 
 from mpbroadcast.errors import AddressError
 
+POLICIES = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
 MAX_TOPIC = 1024  # bytes of UTF-8
 MAX_ADDRESS = 107  # bytes: what sun_path holds on Linux, less its NUL; macOS has four fewer and says so itself
 
@@ -53,6 +54,15 @@ def check_count(value: Any, name: str, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
     return value
+
+
+def check_overflow(overflow: Any) -> str:
+    """One of the policies."""
+    if not isinstance(overflow, str):
+        raise TypeError(f"overflow must be a str, not {type(overflow).__name__}")
+    if overflow not in POLICIES:
+        raise ValueError(f"overflow must be one of {', '.join(map(repr, POLICIES))}, not {overflow!r}")
+    return overflow
 
 
 def encode_topic(topic: Any) -> bytes:

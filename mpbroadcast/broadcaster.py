@@ -12,12 +12,10 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Final, Generic, Self, TypeVar
+from typing import Any, Final, Generic, Protocol, Self, TypeVar
 from weakref import WeakSet
 
-from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic, encoded_topic
-from mpbroadcast.broker.outbox import POLICIES
-from mpbroadcast.broker.process import BrokerProcess
+from mpbroadcast.arguments import Deadline, check_count, check_overflow, check_timeout, encode_topic, encoded_topic
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
 from mpbroadcast.stats import BrokerStats, SubscriberStats
@@ -42,6 +40,12 @@ _HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]
 _GATHER_FROM: Final = 1 << 18  # bytes of a message from which on its parts are better not put together
 
 
+class _Process(Protocol):
+    """The broker's, in its starter. (Handles and channels need no module of the broker.)"""
+
+    def end(self, timeout: float | None, *, told: int) -> None: ...
+
+
 class Broadcaster(Generic[M]):
     """A handle on a broker. :func:`start_broadcaster` and :func:`connect` make it.
 
@@ -51,7 +55,7 @@ class Broadcaster(Generic[M]):
     Used with ``with``, it is closed at the end.
     """
 
-    def __init__(self, link: Link, process: BrokerProcess | None = None) -> None:
+    def __init__(self, link: Link, process: _Process | None = None) -> None:
         self._link = link
         self._outlet: SharedOutlet | None = None  # until something is published
         self._outlets: dict[Session, SharedOutlet] = {}
@@ -291,10 +295,7 @@ class Broadcaster(Generic[M]):
         """
         for topic in topics:
             encode_topic(topic)
-        if not isinstance(overflow, str):
-            raise TypeError(f"overflow must be a str, not {type(overflow).__name__}")
-        if overflow not in POLICIES:
-            raise ValueError(f"overflow must be one of {', '.join(map(repr, POLICIES))}, not {overflow!r}")
+        check_overflow(overflow)
         if not isinstance(with_topic, bool):
             raise TypeError(f"with_topic must be True or False, not {type(with_topic).__name__}")
         room = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)

@@ -9,7 +9,6 @@ from typing import Any, Final, TypeVar
 
 from mpbroadcast.arguments import check_address, check_authkey, check_count, check_timeout
 from mpbroadcast.broadcaster import Broadcaster
-from mpbroadcast.broker.process import BrokerProcess
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
 from mpbroadcast.wire.link import Link
@@ -73,6 +72,8 @@ def start_broadcaster(
         path = None if address is None else check_address(address)
     except AddressError as error:
         raise StartError(str(error)) from error
+    from mpbroadcast.broker.process import BrokerProcess  # and with it psutil: whoever only connects needs neither
+
     process: BrokerProcess | None = None
     try:
         # An interrupt before it is assigned leaves a daemon process that multiprocessing ends with the program.

@@ -20,7 +20,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mpbroadcast.broker.outbox import POLICIES, Outbox
+from mpbroadcast.arguments import POLICIES
+from mpbroadcast.broker.outbox import Outbox
 from mpbroadcast.wire.frames import (
     FRAME_OVERHEAD,
     MOST_TOGETHER,

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, Channel, Lagged, Overflowed, TimedOut, connect, start_broadcaster
-from mpbroadcast.broker.outbox import POLICIES
+from mpbroadcast.arguments import POLICIES
 from mpbroadcast.wire.memory import available
 from tests import victims, workers
 from tests.helpers import (

@@ -238,6 +238,14 @@ def test_the_broker_never_unpickles_through_others() -> None:
     assert "mpbroadcast.wire.payload" not in seen
 
 
+def test_an_import_loads_no_broker() -> None:
+    """Who only connects, publishes and subscribes needs neither psutil nor any module of the broker."""
+    code = "import sys, mpbroadcast; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert "mpbroadcast.wire.link" in loaded
+    assert not [name for name in loaded if name == "psutil" or name.startswith("mpbroadcast.broker")]
+
+
 def test_all_is_exactly_the_public_names() -> None:
     """``mpbroadcast.__all__`` has the public names, each of them, and nothing else."""
     assert sorted(name for name in mpbroadcast.__all__ if not name.startswith("__")) == sorted(PUBLIC)

@@ -24,8 +24,6 @@ from typing import Final, Protocol
 from mpbroadcast.wire.frames import FRAME_OVERHEAD, PIPE_BUF
 from mpbroadcast.wire.runs import END, GAP, OVERFLOWED, RUN, SKIPPED, Run, SharedRun, note_run
 
-POLICIES: Final = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
-
 _WRITE: Final = 1 << 18  # bytes to join for one write at the most: what the pipe can take
 _DROPPING: Final = ("drop_oldest", "drop_newest", "latest")
 
@@ -43,8 +41,8 @@ class Measured(Protocol):
 class Outbox:
     """A backlog of at most ``capacity``; a single message that is larger passes when nothing else is there.
 
-    ``policy`` says what happens when it is full: see :data:`POLICIES`. Under ``block`` the router asks :meth:`fitting`, and
-    puts no more; the others take everything, and drop by themselves.
+    ``policy`` says what happens when it is full: see ``arguments.POLICIES``. Under ``block`` the router asks :meth:`fitting`,
+    and puts no more; the others take everything, and drop by themselves.
     """
 
     def __init__(self, capacity: int, policy: str = "block") -> None:

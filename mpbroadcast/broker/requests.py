@@ -8,11 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from mpbroadcast.arguments import encode_topic
+from mpbroadcast.arguments import check_count, check_overflow, encode_topic
 from mpbroadcast.broker.broker import Broker
 from mpbroadcast.broker.clients import Client
 from mpbroadcast.broker.members import Session, Subscription
-from mpbroadcast.broker.outbox import POLICIES
 from mpbroadcast.broker.publisher import Publisher
 
 
@@ -96,13 +95,9 @@ def _flush(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     _refuse_when_stopping(broker)
     topics = _topics(message)
-    capacity = message.get("capacity")
-    if type(capacity) is not int or capacity < 1:
-        raise _Refused("value", f"capacity must be at least 1 byte, not {capacity!r}")
-    policy = message.get("overflow")
-    if policy not in POLICIES:
-        raise _Refused("value", f"overflow must be one of {', '.join(map(repr, POLICIES))}, not {policy!r}")
-    replay = _integer(message, "replay")
+    capacity = _checked(check_count, message.get("capacity"), "capacity", 1)
+    policy = _checked(check_overflow, message.get("overflow"))
+    replay = _checked(check_count, message.get("replay"), "replay", 0)
     if replay and broker.traffic.history is None:
         raise _Refused("value", "replay needs a broker that keeps a history: start_broadcaster(history=...)")
     session = _session(broker, client, message)
@@ -193,7 +188,7 @@ def _drop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 def _wait(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     count = _integer(message, "count")
     topic = message.get("topic")
-    encoded = None if topic is None else _encoded(topic)
+    encoded = None if topic is None else _checked(encode_topic, topic)
 
     def enough() -> bool:
         there = broker.live_subscriptions if encoded is None else len(broker.router.targets(encoded))
@@ -320,12 +315,12 @@ def _topics(message: dict[str, Any]) -> list[str]:
     if not isinstance(topics, list) or not topics:
         raise _Refused("value", "topics must be a list of at least one")
     for topic in topics:
-        _encoded(topic)
+        _checked(encode_topic, topic)
     return topics
 
 
-def _encoded(topic: object) -> bytes:
+def _checked(check: Callable[..., Any], *args: object) -> Any:
     try:
-        return encode_topic(topic)
+        return check(*args)
     except (TypeError, ValueError) as error:
         raise _Refused("value", str(error)) from None
