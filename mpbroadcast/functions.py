@@ -72,14 +72,12 @@ def start_broadcaster(
         path = None if address is None else check_address(address)
     except AddressError as error:
         raise StartError(str(error)) from error
-    from mpbroadcast.broker.process import BrokerProcess  # and with it psutil: whoever only connects needs neither
+    from mpbroadcast.broker.process import BrokerProcess, Settings  # and with it psutil: whoever only connects needs neither
 
     process: BrokerProcess | None = None
     try:
         # An interrupt before it is assigned leaves a daemon process that multiprocessing ends with the program.
-        process = BrokerProcess(
-            context, path, authkey, timeout, history=history, stall_timeout=stall, log_config=log_config, restart=restart
-        )
+        process = BrokerProcess(context, timeout, Settings(path, authkey, history, stall, log_config, restart))
         link = Link(process.address)
         link.session()
         bus: Broadcaster[Any] = Broadcaster(link, process)

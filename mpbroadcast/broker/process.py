@@ -25,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -57,17 +57,20 @@ _GUARD: Final = (
 )
 
 
-@dataclass(frozen=True)
-class _Settings:
+@dataclass
+class Settings:
+    """What a broker process is to be; the arguments are those of ``start_broadcaster``."""
+
     address: str | None
-    keys: list[bytes]
-    starter: int
-    temporary: str
+    authkey: bytes | None
     history: int
     stall_timeout: float | None
     log_config: dict[str, Any] | None
     restart: bool
-    inherited: frozenset[tuple[int, int, int]]  # the starter's descriptors, each with the device and inode of its file
+    keys: list[bytes] = field(default_factory=list)
+    starter: int = field(default_factory=os.getpid)
+    temporary: str = field(default_factory=lambda: os.path.abspath(tempfile.gettempdir()))
+    inherited: frozenset[tuple[int, int, int]] = frozenset()  # its descriptors, each with the device and inode of its file
 
 
 # --- in the starter
@@ -79,18 +82,7 @@ class BrokerProcess:
     :raises StartError: it could not be started within ``timeout`` seconds; nothing is left of it.
     """
 
-    def __init__(
-        self,
-        context: BaseContext,
-        address: str | None,
-        authkey: bytes | None,
-        timeout: float | None,
-        *,
-        history: int,
-        stall_timeout: float | None,
-        log_config: dict[str, Any] | None,
-        restart: bool,
-    ) -> None:
+    def __init__(self, context: BaseContext, timeout: float | None, settings: Settings) -> None:
         current = multiprocessing.current_process()
         if current.daemon:
             raise StartError(
@@ -98,14 +90,12 @@ class BrokerProcess:
                 "the broadcaster on, or use connect() here"
             )
         own_key = bytes(current.authkey)
-        keys = [own_key] if authkey is None or authkey == own_key else [authkey, own_key]
-        temporary = os.path.abspath(tempfile.gettempdir())
+        settings.keys = [own_key] if settings.authkey is None else [settings.authkey, own_key]
         method = context.get_start_method()
-        # Taken before the start, so that the pipes by which multiprocessing watches its processes are not among them.
-        inherited = _open_descriptors() if method == "fork" else frozenset[tuple[int, int, int]]()
-        settings = _Settings(address, keys, os.getpid(), temporary, history, stall_timeout, log_config, restart, inherited)
-        self.starter = os.getpid()
-        self._restart = restart
+        if method == "fork":
+            # Taken before the start, so that the pipes by which multiprocessing watches its processes are not among them.
+            settings.inherited = _open_descriptors()
+        self._restart = settings.restart
         self._at_exit: Finalize | None = None
         on_fork(self, BrokerProcess._in_child)
         try:
@@ -249,7 +239,7 @@ def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadl
 # --- in the broker process
 
 
-def _main(settings: _Settings, ready: connection.Connection) -> None:
+def _main(settings: Settings, ready: connection.Connection) -> None:
     _let_go_of_descriptors(settings.inherited)
     _ignore_signals()
     _allow_descriptors()
@@ -278,7 +268,7 @@ def _main(settings: _Settings, ready: connection.Connection) -> None:
             listening.remove()
 
 
-def _keep_serving(settings: _Settings, ready: connection.Connection, listening: Listening, journal: Journal) -> None:
+def _keep_serving(settings: Settings, ready: connection.Connection, listening: Listening, journal: Journal) -> None:
     """Serve at this socket, in one child process after the other: what connects in between waits in the socket's queue."""
     name = new_identity()
 
@@ -302,7 +292,7 @@ def _report(ready: connection.Connection | None, text: str, error: OSError | Non
 
 
 def _serve(
-    settings: _Settings, ready: connection.Connection | None, listening: Listening, succession: Succession | None = None
+    settings: Settings, ready: connection.Connection | None, listening: Listening, succession: Succession | None = None
 ) -> None:
     signals = _take_over_signals()
     broker: Broker | None = None
