@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mpbroadcast import trap_points
 from mpbroadcast.broker.loop import ERROR, IN, OUT, Loop
 from mpbroadcast.broker.members import Peer, Session
-from mpbroadcast.wire.control import (
-    MAX_HANDSHAKE,
-    MAX_REQUEST,
-    ControlError,
-    Handshake,
-    Inbox,
-    decode,
-    encode,
-)
+from mpbroadcast.wire.control import MAX_HANDSHAKE, MAX_REQUEST, ControlError, Handshake, Inbox, decode, encode
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription

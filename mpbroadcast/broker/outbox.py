@@ -18,24 +18,13 @@ only when all of it has room for certain, and else in writes that the pipe takes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final
 
-from mpbroadcast.wire.frames import FRAME_OVERHEAD, PIPE_BUF
+from mpbroadcast.wire.frames import FRAME_OVERHEAD, PIPE_BUF, Item
 from mpbroadcast.wire.runs import END, GAP, OVERFLOWED, RUN, SKIPPED, Run, SharedRun, note_run
 
 _WRITE: Final = 1 << 18  # bytes to join for one write at the most: what the pipe can take
 _DROPPING: Final = ("drop_oldest", "drop_newest", "latest")
-
-
-class Measured(Protocol):
-    """Messages that are to be routed."""
-
-    @property
-    def sizes(self) -> Sequence[int]: ...
-
-    def fitting(self, room: int) -> int:
-        """How many of the first fit into ``room`` of charge."""
 
 
 class Outbox:
@@ -85,7 +74,7 @@ class Outbox:
         """Whether it takes that much without dropping anything, as far as is known."""
         return self.waiting_charge + self.pipe + self.referred + charge <= self.capacity
 
-    def fitting(self, item: Measured, charge: int) -> int:
+    def fitting(self, item: Item, charge: int) -> int:
         """How many of the first messages of ``item`` it takes without dropping any, as far as is known."""
         if self.takes(charge):
             return len(item.sizes)

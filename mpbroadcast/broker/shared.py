@@ -20,17 +20,7 @@ from mpbroadcast.broker.rings import Holds, Overlap
 from mpbroadcast.wire.descriptors import DescriptorSocket, OwnedDescriptor
 from mpbroadcast.wire.frames import MAX_FRAME, Batch, FrameError, Parcel, References
 from mpbroadcast.wire.memory import MemoryRefused, check_message, check_ring, fits, map_for_reading
-from mpbroadcast.wire.packets import (
-    ACCEPTED,
-    FREE,
-    MEMORY,
-    REFUSED,
-    RING,
-    WANTED,
-    PacketError,
-    pack,
-    unpack,
-)
+from mpbroadcast.wire.packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, WANTED, PacketError, pack, unpack
 from mpbroadcast.wire.runs import Account, memory_run, references_run
 
 if TYPE_CHECKING:
