@@ -175,7 +175,7 @@ class Subscription:
                 outbox.pipe = unread(self.fd)
                 if outbox.must_wait:
                     return True
-            if outbox.between and not self._write_notes():
+            if window is not None and window.notes and outbox.between and not self._write_notes(window):
                 return True
             data = outbox.to_write()
             run = outbox.shared
@@ -198,12 +198,19 @@ class Subscription:
                     outbox.referred = window.unread.bytes
             if size < len(data):
                 return True
-        return not self._write_notes()
+        return window is not None and bool(window.notes) and not self._write_notes(window)
 
-    def _write_notes(self) -> bool:
-        written = 0 if self.window is None else self.window.write_notes(self.fd)
-        self.outbox.pipe += written or 0
-        return written is not None
+    def _write_notes(self, window: Window) -> bool:
+        """Write the notes of its window, between two runs; whether the pipe had room for all of them."""
+        while window.notes:
+            data = note(*window.notes[0])
+            try:
+                os.write(self.fd, data)
+            except BlockingIOError:
+                return False
+            self.outbox.pipe += len(data)
+            del window.notes[0]
+        return True
 
     def _prepare(self, run: SharedRun) -> bool | None:
         """Whether the pipe can have this run now; ``None`` when a packet from its reader comes before that."""

@@ -8,7 +8,6 @@ of the ring, as the chunks in between cannot be written again.
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Final
 
 from mpbroadcast import trap_points
@@ -17,7 +16,7 @@ from mpbroadcast.broker.shared import Memory, Ring, RingHold
 from mpbroadcast.wire.descriptors import DescriptorSocket
 from mpbroadcast.wire.packets import MEMORY, RING, pack
 from mpbroadcast.wire.ring import CHUNK
-from mpbroadcast.wire.runs import GONE, OFFER, SharedRun, note
+from mpbroadcast.wire.runs import GONE, OFFER, SharedRun
 
 _MOST_UNREAD: Final = 64  # messages in memory of their own, each with a descriptor on its way
 _MOST_OFFERS: Final = 4  # rings that were sent and are not mapped: what is on its way nobody counts
@@ -34,7 +33,7 @@ class Window:
         self.moved = 0  # bytes that its reader has read, or made room for in the pipe
         self.copies_until = 0  # it has moved so many: until then its reader gets copies, as what waited was copied
         self._unanswered: set[int] = set()  # the numbers of rings that were sent, and that no answer has come to
-        self._notes: list[tuple[int, Ring]] = []  # to be written between two runs
+        self.notes: list[tuple[int, int]] = []  # kinds and numbers, to be written between two runs
         self._sent = 0  # the last message whose memory was
 
     def offer(self, ring: Ring) -> None:
@@ -45,7 +44,7 @@ class Window:
                 if self.beside.tell(pack(RING, ring.number), ring.descriptor.fd):
                     self.rings[ring] = False
                     self._unanswered.add(ring.number)
-                    self._notes.append((OFFER, ring))
+                    self.notes.append((OFFER, ring.number))
 
     def answered(self, number: int, *, mapped: bool) -> None:
         """The reader has mapped the ring of this number, or cannot."""
@@ -58,19 +57,7 @@ class Window:
     def retire(self, ring: Ring) -> None:
         """Nothing more will refer to this ring."""
         if self.rings.pop(ring, None) is not None:
-            self._notes.append((GONE, ring))
-
-    def write_notes(self, fd: int) -> int | None:
-        """Write the notes, between two runs: how many bytes; ``None`` when the pipe has no room for all of them."""
-        written = 0
-        while self._notes:
-            kind, ring = self._notes[0]
-            try:
-                written += os.write(fd, note(kind, ring.number))
-            except BlockingIOError:
-                return None
-            del self._notes[0]
-        return written
+            self.notes.append((GONE, ring.number))
 
     # --- what a pipe gets
 
