@@ -79,14 +79,11 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     "no clock is so exact": ("Patience.pause: self._last[0] < now - self._seconds -> self._last[0] <=",),
 }
 
-OTHER: Final[dict[type[ast.AST], type[Any]]] = dict(
-    pair
-    for one, two in (
-        *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn)),
-        *((ast.Add, ast.Sub), (ast.Mult, ast.FloorDiv), (ast.BitAnd, ast.BitOr), (ast.LShift, ast.RShift)),
-    )
-    for pair in ((one, two), (two, one))
-)
+Swaps = dict[type[ast.AST], Any]
+COMPARED: Swaps = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn}
+COMPUTED: Swaps = {ast.Add: ast.Sub, ast.Mult: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.LShift: ast.RShift}
+OTHER: Final = COMPARED | COMPUTED
+OTHER.update([(new, old) for old, new in OTHER.items()])
 NAMES: Final = {"min": "max", "max": "min", "any": "all", "all": "any"}
 UNTOUCHED: Final = (ast.Raise, ast.Assert, ast.JoinedStr, ast.arguments, ast.expr_context)
 UNTOUCHED_FIELDS: Final = ("decorator_list", "annotation", "returns", "simple")
@@ -163,8 +160,7 @@ def parsed(file: str) -> tuple[ast.Module, dict[str, ast.FunctionDef]]:
     return tree, dict(definitions(tree))
 
 
-Place = tuple[str, str]
-"""The file of a function, and its qualified name."""
+Place = tuple[str, str]  # the file of a function, and its qualified name
 
 
 def place_of(code: CodeType) -> Place:
@@ -331,7 +327,7 @@ class Plugin:
         for test in self.tests:
             if mutant.place in test.reached:
                 signal.setitimer(signal.ITIMER_PROF, 2 + 4 * test.seconds)
-                signal.alarm(60 + int(10 * test.seconds))
+                signal.alarm(20 + int(20 * test.seconds))  # if it waits for something
                 if failure := self.failure(test.place):
                     return failure
         return ""

@@ -67,7 +67,7 @@ from mpbroadcast.wire.frames import (
 )
 from mpbroadcast.wire.link import Link
 from mpbroadcast.wire.memory import MemoryRefused, available, check_message, check_ring, message_memory, ring_memory
-from mpbroadcast.wire.packets import ACCEPTED, MAPPED, MEMORY, READ, REFUSED, RING, WANTED, PacketError, pack, unpack
+from mpbroadcast.wire.packets import ACCEPTED, MAPPED, MEMORY, READ, REFUSED, RING, WANTED, pack, unpack
 from mpbroadcast.wire.payload import gather, load_image
 from tests.conftest import descriptors as open_files
 from tests.helpers import DEADLINE, Background, Children, keyed_connection, stopped, wait_until
@@ -320,25 +320,7 @@ def goes_on(side: Handshake, body: bytes, seen: list[bytes]) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------- packets, images, memory, descriptors
-
-
-@STEADY
-@given(data=st.binary(max_size=64) | st.builds(lambda a, b: a + b, st.integers(0, 255).map(lambda n: bytes([n])), st.binary()))
-def test_any_packet(data: bytes) -> None:
-    """Bytes are a packet of a known kind, which packs to what it was but for the filling, or ``PacketError``."""
-    with contextlib.suppress(PacketError):
-        packet = unpack(data)
-        assert RING <= packet.kind <= READ
-        assert pack(*packet) == data[:1] + bytes(3) + data[4:]
-
-
-def test_damaged_packets() -> None:
-    """The same for packets that were good."""
-    seeds = [pack(kind, number, 1 << number) for kind in range(RING, READ + 1) for number in (0, 7, 60)]
-    for _, data in mutants("packets", seeds):
-        with contextlib.suppress(PacketError):
-            assert unpack(data).kind <= READ
+# -------------------------------------------------------------------------------------------------- images, memory, descriptors
 
 
 def image_of(message: object) -> bytes:
