@@ -19,8 +19,8 @@ import pytest
 
 from mpbroadcast import Broadcaster, BrokerLost, connect, start_broadcaster
 from tests import victims
-from tests.helpers import DEADLINE, Background, Children, answer, everything, fill, rest, take, wait_until
-from tests.victims import Counter, Program, alive, descriptors, receive_all
+from tests.helpers import DEADLINE, Children, answer, fill, rest, take, wait_until
+from tests.victims import Program, alive, descriptors, receive_all
 
 SMALL = 100_000  # bytes of a backlog that is soon full, its pipe included
 SOON = 5.0  # seconds: the promise is one; a busy machine gets more
@@ -83,26 +83,6 @@ def test_a_killed_subscriber_is_gone_and_the_others_get_everything(
     for ends in reports:
         for end in ends:
             end.close()
-
-
-def test_a_dead_readers_backlog_holds_up_nobody(
-    bus: Broadcaster[Any], fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
-) -> None:
-    """A publisher that waits for a subscriber goes on once that one has been killed, and its backlog is freed."""
-    go_on = Pipe()
-    with bus.subscribe() as other:
-        channel = bus.subscribe(capacity=SMALL)
-        victim = children(fork, victims.idle_reader, channel, pipe[1], go_on[1])
-        assert answer(pipe[0]) == "open"
-        published = fill(bus)
-        waiting = Background(bus.publish, (-1, bytes(1000)))
-        waiting.wait_until_blocked("publish")
-        victim.kill()
-        waiting.result(SOON)
-        assert [number for number, _ in take(other, len(published) + 1)] == [*published, -1]
-        wait_until(lambda: bus.stats().memory == 0, SOON)
-    for end in go_on:
-        end.close()
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="lists descriptors in /proc")
@@ -189,29 +169,6 @@ def test_what_publish_returned_for_is_delivered_though_the_publisher_is_killed_n
         assert channel.recv(DEADLINE) == "on"
 
 
-@pytest.mark.parametrize("size", [10, 3000, 300_000], ids=["small", "a page", "pieces"])
-def test_a_publisher_killed_at_any_moment_leaves_whole_messages(
-    size: int, bus: Broadcaster[Any], fork: BaseContext, children: Children
-) -> None:
-    """What was published before the kill comes whole and in order, what was not never comes, and others go on."""
-    publishers = bus.stats().publishers
-    for round_ in range(3):
-        counter = Counter()
-        with bus.subscribe(capacity=1 << 30) as channel:  # nothing of the dead victim has to wait for the reader
-            victim = children(fork, victims.publish_for_ever, bus, counter, size)
-            enough = 20 * (round_ + 1)
-            received: list[Any] = []
-            while len(received) < enough:
-                received.append(channel.recv(DEADLINE))
-            victim.kill()
-            victim.join(DEADLINE)
-            published = counter.value
-            wait_until(lambda: bus.stats().publishers == publishers)  # what was in its pipe has been read
-            received += everything(bus, channel)
-        assert all(message == ("victim", number, b"v" * size) for number, message in enumerate(received))
-        assert published <= len(received) <= published + 1
-
-
 def test_a_publisher_killed_in_the_middle_of_a_large_message(
     bus: Broadcaster[Any], fork: BaseContext, children: Children, pipe: tuple[Connection, Connection], inline: None
 ) -> None:
@@ -239,25 +196,6 @@ def test_a_publisher_killed_in_the_middle_of_a_large_message(
         assert take(channel, 100) == list(range(100))
         wait_until(lambda: bus.stats().memory == 0, SOON)
         wait_until(lambda: descriptors(broker) <= before)
-
-
-def test_what_a_publisher_had_published_before_it_waited_outlives_it(
-    bus: Broadcaster[Any], fork: BaseContext, children: Children
-) -> None:
-    """A publisher is killed while it waits for a full backlog: all that it had published comes in its turn."""
-    counter = Counter()
-    with bus.subscribe(capacity=SMALL) as channel:
-        bus.publish("before")
-        bus.flush(DEADLINE)
-        victim = children(fork, victims.publish_for_ever, bus, counter, 1000)
-        wait_until(lambda: counter.value > 10 and victims.stalled(pid_of(victim)))
-        published = counter.value
-        victim.kill()
-        victim.join(DEADLINE)
-        assert channel.recv(DEADLINE) == "before"
-        assert [message[:2] for message in take(channel, published)] == [("victim", n) for n in range(published)]
-        bus.publish("after")
-        assert channel.recv(DEADLINE) == "after"
 
 
 # --------------------------------------------------------------------------------------------------------------- broker
@@ -320,22 +258,6 @@ def test_who_waits_hears_of_the_brokers_death(
     stuck.close()
 
 
-def test_threads_that_wait_hear_of_the_brokers_death(bus: Broadcaster[Any]) -> None:
-    """``recv`` and ``publish`` that wait in threads of one process raise ``BrokerLost`` promptly."""
-    quiet = bus.subscribe("quiet")
-    full = bus.subscribe("full", capacity=SMALL)
-    fill(bus, topic="full")
-    broker = bus.stats().pid
-    waiting = [Background(quiet.recv), Background(bus.publish, b"v" * 1_000_000, topic="full")]
-    waiting[0].wait_until_blocked("recv")
-    waiting[1].wait_until_blocked("publish")
-    os.kill(broker, signal.SIGKILL)
-    for thread in waiting:
-        assert isinstance(thread.error(SOON), BrokerLost)
-    quiet.close()
-    full.close()
-
-
 def test_a_killed_brokers_folder_goes_with_its_starter_or_the_next(temporary_folder: Path) -> None:
     """No socket file of a killed broker stays: closing removes it."""
     bus: Broadcaster[Any] = start_broadcaster()
@@ -345,32 +267,6 @@ def test_a_killed_brokers_folder_goes_with_its_starter_or_the_next(temporary_fol
         other.publish("works")
         bus.close()
         assert not folder.exists()
-
-
-def test_sigterm_to_the_broker_drains(bus: Broadcaster[Any]) -> None:
-    """A broker that is told to end gives each channel what waits for it, then a clean end, and is gone."""
-    with bus.subscribe() as channel, bus.subscribe("other") as other:
-        other.poll(0)
-        for number in range(3000):
-            bus.publish((number, bytes(1000)))
-        broker = bus.stats().pid
-        os.kill(broker, signal.SIGTERM)
-        assert [number for number, _ in rest(channel)] == list(range(3000))
-        assert rest(other) == []
-        wait_until(lambda: not alive(broker))
-        with pytest.raises(BrokerLost):
-            bus.publish("late")
-
-
-def test_ctrl_c_does_not_end_the_broker(bus: Broadcaster[Any]) -> None:
-    """A SIGINT, as Ctrl-C sends it to the whole group, leaves the broker at work."""
-    broker = bus.stats().pid
-    for _ in range(3):
-        os.kill(broker, signal.SIGINT)
-    with bus.subscribe() as channel:
-        bus.publish("still there")
-        assert channel.recv(DEADLINE) == "still there"
-    assert bus.stats().pid == broker
 
 
 # -------------------------------------------------------------------------------------------------------------- starter
@@ -485,18 +381,3 @@ def test_a_stopped_broker_is_not_taken_for_dead(starter: Any) -> None:
     os.kill(broker, signal.SIGCONT)
     with connect(address, authkey=KEY) as other:
         assert other.stats().pid == broker
-
-
-def test_a_subscriber_of_a_killed_starter_hears_of_the_end(
-    fork: BaseContext, children: Children, starter: Any, pipe: tuple[Connection, Connection]
-) -> None:
-    """A waiting subscriber in another process gets a clean end when the starter is killed."""
-    program, address, _ = starter("fork")
-    with connect(address, authkey=KEY) as bus:
-        channel = bus.subscribe()
-        reader = children(fork, victims.slow_reader, channel, pipe[1])
-        assert answer(pipe[0]) == "open"
-        os.kill(program.pid, signal.SIGKILL)
-        assert answer(pipe[0]) == ([], "EOFError")
-        reader.join(DEADLINE)
-    wait_until(lambda: not Path(address).parent.exists())

@@ -24,9 +24,7 @@ from mpbroadcast import (
     Channel,
     Lagged,
     Overflowed,
-    SubscriberStats,
     TimedOut,
-    connect,
 )
 from tests import workers
 from tests.helpers import (
@@ -43,7 +41,6 @@ from tests.helpers import (
     readable,
     record,
     take,
-    wait_delivered,
     wait_until,
 )
 
@@ -250,28 +247,6 @@ def test_gaps_are_exact_whatever_the_size(bus: Bus, overflow: str, size: int, ma
     assert end(bus, channel) == []
 
 
-@pytest.mark.parametrize("overflow", DROPPING)
-def test_gaps_are_exact_for_mixed_sizes(bus: Bus, slow: MakeReader, overflow: str) -> None:
-    """Tiny, small, long, and larger than the whole backlog, in turn: each is received, or is in a gap of its place."""
-    channel = bus.subscribe(overflow=overflow, capacity=30_000)
-    reader = slow(channel)
-    sizes = [0, 100, 5_000, 10, 20_000, 0, 0, 3_000, 100_000, 50]
-    for number in range(200):
-        bus.publish((number, pattern(number, sizes[number % len(sizes)])), timeout=DEADLINE)
-        if number % 20 == 0:
-            check(None, bus.stats())
-    reader.go()
-    for number in range(200, 300):
-        bus.publish((number, pattern(number, sizes[number % len(sizes)])), timeout=DEADLINE)
-    bus.flush(timeout=DEADLINE)
-    check(None, bus.stats())
-    bus.unsubscribe(channel)
-    events, missed = reader.result()
-    numbers, place = in_place(events)
-    assert place == 300
-    assert missed == 300 - len(numbers) > 0
-
-
 # --- drop_oldest and drop_newest --------------------------------------------------------------------------------------
 
 
@@ -404,45 +379,7 @@ def test_iteration_goes_on_after_a_gap(bus: Bus, way: str) -> None:
     assert len(numbers) < 500
 
 
-@pytest.mark.parametrize("overflow", [*DROPPING, "latest", "disconnect"])
-def test_who_drops_never_makes_publish_wait(bus: Bus, children: Children, fork: BaseContext, overflow: str) -> None:
-    """However much is published to a stopped reader, every ``publish`` returns, and nobody is said to wait for it."""
-    channel = bus.subscribe(overflow=overflow, capacity=20_000)
-    reader = StoppedReader(channel, children, fork)
-    publishing = Background(bus.publish_many, numbered(0, 5000, 200), timeout=DEADLINE)
-    watch(bus, lambda stats: not publishing.is_alive())
-    assert publishing.result() == 5000
-    bus.flush(timeout=DEADLINE)
-    assert bus.stats().published == 5000
-    bus.unsubscribe(channel)
-    reader.go()
-    reader.result()
-
-
 # --- latest -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [0, 100, 5_000, 200_000])
-def test_latest_after_a_pause(bus: Bus, slow: MakeReader, size: int) -> None:
-    """Who comes back after a pause finds one old state at most, and then the newest of all; the others are counted."""
-    channel = bus.subscribe(overflow="latest", capacity=100_000)
-    reader = slow(channel)
-    for number, data in numbered(0, 100, size):
-        bus.publish((number, data), timeout=DEADLINE)
-    bus.flush(timeout=DEADLINE)
-    check(None, bus.stats())
-    row = only_subscriber(bus)
-    assert row.published == 100
-    assert row.delivered <= 1
-    bus.unsubscribe(channel)
-    reader.go()
-    events, missed = reader.result()
-    numbers = [number for kind, number in events if kind == "message"]
-    assert len(numbers) == len(events)
-    assert len(numbers) <= 2
-    assert numbers[-1] == 99
-    assert numbers == sorted(set(numbers))
-    assert len(numbers) + missed == 100
 
 
 def test_latest_after_each_of_many_pauses(bus: Bus) -> None:
@@ -507,23 +444,6 @@ def test_latest_raises_nothing_and_is_readable_in_time(bus: Bus) -> None:
 # --- disconnect -------------------------------------------------------------------------------------------------------
 
 
-def test_disconnect_gives_what_was_kept_and_then_says_so(bus: Bus, slow: MakeReader) -> None:
-    """The first message that does not fit ends the subscription: what was kept, ``Overflowed``, then ``EOFError``."""
-    channel = bus.subscribe(overflow="disconnect", capacity=40_000)
-    reader = slow(channel)
-    bus.publish_many(numbered(0, 1000, 500), timeout=DEADLINE)
-    bus.flush(timeout=DEADLINE)
-    assert bus.stats().subscribers == ()
-    reader.go()
-    events, missed = reader.result()
-    kept = len(events) - 1
-    assert 20 < kept <= 40_000 // 500
-    assert events == [*(("message", number) for number in range(kept)), ("overflowed", 0)]
-    assert missed in (0, 1)
-    bus.unsubscribe(channel)
-    wait_until(lambda: bus.stats().memory == 0)
-
-
 def test_overflowed_is_no_lag(bus: Bus) -> None:
     """``Overflowed`` names its channel, is readable in time, comes once, and is no ``Lagged``; ``EOFError`` stays."""
     assert not issubclass(Overflowed, Lagged)
@@ -558,17 +478,6 @@ def test_the_disconnected_is_not_waited_for(bus: Bus) -> None:
 
 
 # --- larger than the capacity -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("overflow", POLICIES)
-def test_a_message_larger_than_the_capacity_passes_alone(bus: Bus, overflow: str) -> None:
-    """When nothing else waits, one message that is larger than the whole backlog is received all the same."""
-    channel = bus.subscribe(overflow=overflow, capacity=10_000)
-    for number, size in enumerate([12_000, 1_000_000, 10_000, 9_760, 9_800, 300_000]):
-        bus.publish((number, pattern(number, size)), timeout=DEADLINE)
-        assert channel.recv(timeout=DEADLINE) == (number, pattern(number, size))
-    assert end(bus, channel) == []
-    assert channel.missed == 0
 
 
 @pytest.mark.parametrize("overflow", DROPPING)
@@ -657,26 +566,6 @@ def test_topics_and_exclude_count_for_whom_they_reach(bus: Bus) -> None:
     with pytest.raises(Lagged) as caught:
         channel.recv(timeout=DEADLINE)
     assert caught.value.missed == row.missed
-
-
-def test_a_gap_between_two_publishers(bus: Bus, slow: MakeReader) -> None:
-    """With several publishers each one's messages stay in order, and received + missed is what all have published."""
-    channel = bus.subscribe(overflow="drop_oldest", capacity=30_000)
-    reader = slow(channel)
-    with connect(bus.address) as second:
-        starts = ((bus, 0), (second, 5000))
-        threads = [Background(handle.publish_many, numbered(first, 1000, 100)) for handle, first in starts]
-        watch(bus, lambda stats: not any(thread.is_alive() for thread in threads))
-        second.flush(timeout=DEADLINE)
-    bus.flush(timeout=DEADLINE)
-    bus.unsubscribe(channel)
-    reader.go()
-    events, missed = reader.result()
-    numbers = [number for kind, number in events if kind == "message"]
-    assert len(numbers) + missed == 2000
-    for part in ([n for n in numbers if n < 5000], [n for n in numbers if n >= 5000]):
-        assert part == sorted(set(part))
-    assert {999, 5999} & {numbers[-1]}
 
 
 # --- bounded ----------------------------------------------------------------------------------------------------------
@@ -802,22 +691,6 @@ def test_giant_messages_to_who_drops(bus: Bus, children: Children, fork: BaseCon
     assert sum(kind == "message" for kind, _ in events) + missed == 12
 
 
-@pytest.mark.parametrize("overflow", ["block", *DROPPING, "latest"])
-def test_a_killed_reader_leaves_nothing(bus: Bus, children: Children, fork: BaseContext, overflow: str) -> None:
-    """A stopped reader with a full backlog is killed: its subscription and what was held for it are gone."""
-    channel = bus.subscribe(overflow=overflow, capacity=100_000)
-    reader = StoppedReader(channel, children, fork)
-    if overflow == "block":
-        fill(bus, timeout=0.2)
-    else:
-        bus.publish_many(numbered(0, 500, 1000), timeout=DEADLINE)
-        bus.flush(timeout=DEADLINE)
-    assert bus.stats().memory > 0
-    reader.signal(signal.SIGKILL)
-    wait_until(lambda: bus.stats().subscribers == ())
-    wait_until(lambda: bus.stats().memory == 0)
-
-
 # --- arguments, and what comes with the channel -----------------------------------------------------------------------
 
 
@@ -828,29 +701,6 @@ def test_an_unknown_policy_is_refused(bus: Bus) -> None:
             bus.subscribe(overflow=overflow)
         assert all(policy in str(caught.value) for policy in POLICIES)
     assert bus.stats().subscribers == ()
-
-
-def test_a_policy_of_a_wrong_type_is_refused(bus: Bus) -> None:
-    """Anything but a string is a ``TypeError``."""
-    wrong: list[Any] = [None, 1, True, b"block", ["block"]]
-    for overflow in wrong:
-        with pytest.raises(TypeError, match="overflow"):
-            bus.subscribe(overflow=overflow)
-    assert bus.stats().subscribers == ()
-
-
-def test_stats_say_what_was_asked_for(bus: Bus) -> None:
-    """Each subscription is listed with its policy and its capacity, and begins with nothing."""
-    channels = [bus.subscribe(overflow, overflow=overflow, capacity=1000 + n) for n, overflow in enumerate(POLICIES)]
-    rows: tuple[SubscriberStats, ...] = bus.stats().subscribers
-    assert [(row.topics, row.overflow, row.capacity) for row in rows] == [
-        ((overflow,), overflow, 1000 + n) for n, overflow in enumerate(POLICIES)
-    ]
-    for row in rows:
-        assert (row.published, row.delivered, row.missed, row.waiting, row.waiting_bytes) == (0, 0, 0, 0, 0)
-        assert row.stalls == ()
-        assert row.pid == os.getpid()
-    assert [channel.missed for channel in channels] == [0] * 5
 
 
 def test_with_topic_under_each_policy(bus: Bus) -> None:
@@ -874,16 +724,3 @@ def test_with_topic_under_each_policy(bus: Bus) -> None:
                 break
         assert {topic for topic, _ in got} == {"room:1"}
         assert len(got) + (channel.missed if overflow == "latest" else missed) == 200
-
-
-@pytest.mark.parametrize("overflow", POLICIES)
-def test_one_that_keeps_up_misses_nothing(bus: Bus, overflow: str) -> None:
-    """A reader that takes each message as it comes gets all of them, under every policy."""
-    channel = bus.subscribe(overflow=overflow, capacity=20_000)
-    for number, data in numbered(0, 300, 300):
-        bus.publish((number, data))
-        assert channel.recv(timeout=DEADLINE) == (number, data)
-    wait_delivered(bus, 300)
-    row = only_subscriber(bus)
-    assert (row.published, row.missed, row.waiting) == (300, 0, 0)
-    assert channel.missed == 0

@@ -89,12 +89,6 @@ def test_a_forgotten_close_still_delivers(method: str, script: Write) -> None:
         ends_well(program, "499500\n499500\n")
 
 
-def test_a_forgotten_close_without_strict_warnings(script: Write) -> None:
-    """The same under Python's own filter of warnings."""
-    with Program(script(FORGETFUL), "fork") as program:
-        ends_well(program, "499500\n499500\n")
-
-
 @pytest.mark.parametrize("opening", ["", "channel.poll(0)", "channel.recv()"], ids=["unopened", "opened", "half read"])
 def test_unread_channels_do_not_hold_up_the_end(opening: str, script: Write) -> None:
     """Messages that the ending program itself has not read hold up nothing, and are no error."""
@@ -360,21 +354,6 @@ signal.pause()
 
 
 # ---------------------------------------------------------------------------------------------------------------- close
-
-
-def test_close_drains_to_a_slow_reader(
-    context: BaseContext, children: Children, pipes: list[tuple[Connection, Connection]]
-) -> None:
-    """``close()`` waits until a slow reader has all of its backlog in its pipe; then it gets a clean end."""
-    bus: Broadcaster[Any] = start_broadcaster()
-    reader = children(context, victims.slow_reader, bus.subscribe(), pipes[0][1])
-    assert answer(pipes[0][0]) == "open"
-    for number in range(1500):
-        bus.publish((number, bytes(2000)))
-    bus.close(timeout=DEADLINE)
-    received, end = answer(pipes[0][0])
-    assert (received, end) == (list(range(1500)), "EOFError")
-    reader.join(DEADLINE)
 
 
 def test_close_waits_for_a_channel_that_was_handed_on(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import os
-import time
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -32,7 +31,6 @@ from tests.helpers import (
     answer,
     everything,
     finish,
-    only_subscriber,
     pattern,
     rest,
     take,
@@ -51,14 +49,6 @@ def test_every_subscriber_gets_every_message(bus: Bus) -> None:
     for message in messages:
         bus.publish(message)
     assert [take(channel, len(messages)) for channel in channels] == [messages] * 3
-
-
-def test_broker_starts_under_each_start_method(context: BaseContext) -> None:
-    """The broker runs under fork, spawn, and forkserver alike."""
-    with start_broadcaster(context=context) as bus:
-        channel = bus.subscribe()
-        bus.publish("hello")
-        assert channel.recv(timeout=DEADLINE) == "hello"
 
 
 def test_broadcasters_live_side_by_side(context: BaseContext) -> None:
@@ -106,100 +96,28 @@ def test_subscribing_twice_gives_two_copies(bus: Bus) -> None:
 
 def test_topics_select(bus: Bus) -> None:
     """A channel hears its topics and no others; one that names none hears everything."""
-    one, two, both, all_of_them = (
-        bus.subscribe("one"),
-        bus.subscribe("two"),
-        bus.subscribe("one", "two"),
-        bus.subscribe(),
-    )
+    one, two, empty = bus.subscribe("one"), bus.subscribe("two"), bus.subscribe("")
+    both, all_of_them = bus.subscribe("one", "two"), bus.subscribe()
     for number, topic in enumerate(["one", "two", "three", "", "one"]):
         bus.publish(number, topic=topic)
+    bus.publish(5)
     assert everything(bus, one) == [0, 4]
     assert everything(bus, two) == [1]
+    assert everything(bus, empty) == [3, 5]
     assert everything(bus, both) == [0, 1, 4]
-    assert everything(bus, all_of_them) == [0, 1, 2, 3, 4]
+    assert everything(bus, all_of_them) == [0, 1, 2, 3, 4, 5]
 
 
 def test_patterns_match_as_fnmatchcase_does(bus: Bus) -> None:
     """Topics with ``*``, ``?`` or ``[...]`` are patterns, with the very meaning of ``fnmatch.fnmatchcase``."""
-    patterns = [
-        "*",
-        "room:*",
-        "room:?",
-        "room:[12]",
-        "room:[!1]",
-        "room:[*]",
-        "*:1",
-        "ROOM:*",
-        "room:1",
-        "",
-        "[",
-        "a[]b",
-    ]
-    topics = [
-        "",
-        "room:",
-        "room:1",
-        "room:2",
-        "room:12",
-        "room:*",
-        "Room:1",
-        "hall:1",
-        "room",
-        "*",
-        "[",
-        "a[]b",
-        "a\n:1",
-    ]
+    patterns = ["*", "room:*", "room:?", "room:[12]", "room:[!1]", "room:[*]", "*:1", "ROOM:*", "room:1", "", "[", "a[]b"]
+    topics = ["", "room:", "room:1", "room:2", "room:12", "room:*", "Room:1", "hall:1", "room", "*", "[", "a[]b", "a\n:1"]
     channels = {wanted: bus.subscribe(wanted) for wanted in patterns}
     for topic in topics:
         bus.publish(topic, topic=topic)
     for wanted, channel in channels.items():
         expected = [topic for topic in topics if fnmatch.fnmatchcase(topic, wanted)]
         assert everything(bus, channel) == expected, wanted
-
-
-def test_escaped_star_is_literal(bus: Bus) -> None:
-    """``[*]`` in a pattern stands for a star itself."""
-    channel = bus.subscribe("room:[*]")
-    bus.publish("no", topic="room:1")
-    bus.publish("yes", topic="room:*")
-    assert everything(bus, channel) == ["yes"]
-
-
-def test_message_comes_once_though_several_topics_match(bus: Bus) -> None:
-    """However many of a channel's topics match, it gets one copy."""
-    channel = bus.subscribe("room:1", "room:*", "*", "room:[1]", "room:1")
-    bus.publish("once", topic="room:1")
-    bus.publish("as well once", topic="hall")
-    assert everything(bus, channel) == ["once", "as well once"]
-
-
-def test_no_topic_is_the_empty_topic(bus: Bus) -> None:
-    """What is published without a topic has the topic ``""``, which can be subscribed to."""
-    channel = bus.subscribe("")
-    bus.publish("without")
-    bus.publish("with", topic="x")
-    bus.publish("empty", topic="")
-    assert everything(bus, channel) == ["without", "empty"]
-
-
-def test_topics_need_not_be_ascii_and_may_be_long(bus: Bus) -> None:
-    """A topic is up to 1,024 bytes of UTF-8."""
-    for topic in ["Straße:*"[:-1] + "ü", "é" * 512, "x" * 1024]:
-        channel = bus.subscribe(topic, with_topic=True)
-        bus.publish("found", topic=topic)
-        assert everything(bus, channel) == [(topic, "found")]
-
-
-@pytest.mark.parametrize("topic", ["x" * 1025, "é" * 513, "a\0b"])
-def test_impossible_topics_are_refused(bus: Bus, topic: str) -> None:
-    """A topic that is too long or holds a NUL is a ``ValueError``, for publishers and for subscribers."""
-    with pytest.raises(ValueError, match="topic"):
-        bus.publish("message", topic=topic)
-    with pytest.raises(ValueError, match="topic"):
-        bus.subscribe(topic)
-    assert bus.stats().subscribers == ()
 
 
 def test_with_topic_gives_pairs_everywhere(bus: Bus) -> None:
@@ -212,16 +130,6 @@ def test_with_topic_gives_pairs_everywhere(bus: Bus) -> None:
     assert channel.recv_many(1, timeout=DEADLINE) == [("room:1", 1)]
     assert next(iter(channel)) == ("room:2", 2)
     assert everything(bus, channel) == [("room:3", 3), ("room:4", 4)]
-
-
-def test_excluded_channel_gets_no_copy(bus: Bus) -> None:
-    """``exclude`` leaves out the one channel, for this message only, whatever its topics."""
-    mine, others = bus.subscribe("a", "*"), [bus.subscribe(), bus.subscribe("a")]
-    bus.publish(1, topic="a", exclude=mine)
-    assert bus.publish_many([2, 3], topic="a", exclude=mine) == 2
-    bus.publish(4, topic="a")
-    assert everything(bus, mine) == [4]
-    assert [everything(bus, channel) for channel in others] == [[1, 2, 3, 4]] * 2
 
 
 def test_subscriber_hears_what_it_publishes_itself(bus: Bus, children: Children, context: BaseContext) -> None:
@@ -320,15 +228,6 @@ def test_publish_many_takes_any_iterable_and_counts(bus: Bus) -> None:
     assert everything(bus, channel) == list(range(1, 2001))
 
 
-def test_publish_many_says_how_many_were_sent_before_a_bad_message(bus: Bus) -> None:
-    """When a message cannot be pickled, those before it are published, ``.sent`` counts them, and none comes after."""
-    channel = bus.subscribe()
-    with pytest.raises(workers.Boom) as caught:
-        bus.publish_many([1, 2, workers.CannotBePickled(), 4])
-    assert caught.value.sent == 2  # type: ignore[attr-defined]
-    assert everything(bus, channel) == [1, 2]
-
-
 def test_publish_many_says_how_many_were_sent_before_its_iterable_failed(bus: Bus) -> None:
     """An error of the iterable itself comes out unchanged, with ``.sent``, and what it gave before is published."""
 
@@ -343,40 +242,7 @@ def test_publish_many_says_how_many_were_sent_before_its_iterable_failed(bus: Bu
     assert everything(bus, channel) == list(range(50))
 
 
-def test_publish_many_says_how_many_were_sent_before_the_time_ran_out(bus: Bus) -> None:
-    """When a full backlog outlasts the timeout, exactly the first ``.sent`` messages are delivered."""
-    channel = bus.subscribe(capacity=20_000)
-    with pytest.raises(TimeoutError) as caught:
-        bus.publish_many(((number, bytes(1000)) for number in range(5000)), timeout=0.5)
-    sent = caught.value.sent  # type: ignore[attr-defined]
-    assert 0 < sent < 5000
-    assert [number for number, _ in take(channel, sent)] == list(range(sent))
-    assert everything(bus, channel) == []
-
-
-def test_unpicklable_message_sends_nothing(bus: Bus) -> None:
-    """The pickling error comes out of ``publish``, and the handle goes on as if nothing had been."""
-    channel = bus.subscribe()
-    with pytest.raises(workers.Boom):
-        bus.publish(workers.CannotBePickled())
-    with pytest.raises(workers.Boom):
-        bus.publish([bytes(100_000), workers.CannotBePickled()])
-    bus.publish("good")
-    assert everything(bus, channel) == ["good"]
-
-
 # --- sizes ------------------------------------------------------------------------------------------------------------
-
-
-def exchange(bus: Bus, sizes: list[int]) -> None:
-    """Publish a bytes object of each size while another thread receives them all."""
-    channel = bus.subscribe()
-    received = Background(take, channel, len(sizes))
-    for size in sizes:
-        bus.publish(pattern(size, size))
-    for size, message in zip(sizes, received.result(3 * DEADLINE), strict=True):
-        assert len(message) == size
-        assert message == pattern(size, size)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +258,13 @@ def exchange(bus: Bus, sizes: list[int]) -> None:
 )
 def test_messages_of_every_size_arrive_unchanged(bus: Bus, sizes: list[int]) -> None:
     """Sizes from nothing to many MiB arrive whole, also where a frame just fits or just does not."""
-    exchange(bus, sizes)
+    channel = bus.subscribe()
+    received = Background(take, channel, len(sizes))
+    for size in sizes:
+        bus.publish(pattern(size, size))
+    for size, message in zip(sizes, received.result(3 * DEADLINE), strict=True):
+        assert len(message) == size
+        assert message == pattern(size, size)
 
 
 def test_topic_length_does_not_matter_where_a_frame_just_fits(bus: Bus) -> None:
@@ -402,15 +274,6 @@ def test_topic_length_does_not_matter_where_a_frame_just_fits(bus: Bus) -> None:
     for size in sizes:
         bus.publish(pattern(size, size), topic="x" * 1024)
     assert everything(bus, channel) == [("x" * 1024, pattern(size, size)) for size in sizes]
-
-
-def test_message_larger_than_the_capacity_passes(bus: Bus) -> None:
-    """A message larger than a subscription's whole capacity still passes when nothing else waits."""
-    channel = bus.subscribe(capacity=10_000)
-    received = Background(take, channel, 3)
-    for number in range(3):
-        bus.publish(pattern(number, 300_000), timeout=DEADLINE)
-    assert received.result() == [pattern(number, 300_000) for number in range(3)]
 
 
 # --- wait_for_subscribers ---------------------------------------------------------------------------------------------
@@ -473,16 +336,10 @@ def test_wait_for_subscribers_runs_out_of_time(bus: Bus, timeout: float) -> None
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-def assert_balanced(stats: BrokerStats) -> None:
-    """For each subscription: delivered + missed + waiting = published to it."""
-    for subscriber in stats.subscribers:
-        assert subscriber.delivered + subscriber.missed + subscriber.waiting == subscriber.published
-
-
 def test_stats_describe_broker_and_subscriptions(bus: Bus) -> None:
     """The statistics name the broker's process, what it has routed, and each live subscription with its settings."""
     channel = bus.subscribe("a", "b*", capacity=123_456)
-    other = bus.subscribe("z")
+    other = bus.subscribe("z", overflow="latest")
     for topic in ["a", "bb", "c"]:
         bus.publish("message", topic=topic)
     bus.flush(timeout=DEADLINE)
@@ -490,6 +347,7 @@ def test_stats_describe_broker_and_subscriptions(bus: Bus) -> None:
     assert psutil.Process(stats.pid).is_running()
     assert stats.pid != os.getpid()
     assert 0 <= stats.uptime < 10 * DEADLINE
+    wait_until(lambda: bus.stats().uptime > stats.uptime)
     assert stats.published == 3
     assert stats.publishers >= 1
     first, second = stats.subscribers
@@ -498,7 +356,7 @@ def test_stats_describe_broker_and_subscriptions(bus: Bus) -> None:
     assert sorted(first.topics) == ["a", "b*"]
     assert (first.published, first.delivered, first.missed, first.waiting) == (2, 0, 0, 2)
     assert first.waiting_bytes > 0
-    assert list(second.topics) == ["z"]
+    assert (list(second.topics), second.overflow) == (["z"], "latest")
     assert (second.published, second.waiting, second.waiting_bytes) == (0, 0, 0)
     assert second.capacity == 64 * 1_048_576
     assert stats.memory >= first.waiting_bytes
@@ -522,26 +380,6 @@ def test_stats_are_frozen_dataclasses(bus: Bus) -> None:
     channel.close()
 
 
-def test_stats_balance_at_every_moment(bus: Bus) -> None:
-    """Unopened, half read, or drained: delivered + missed + waiting = published, and in the end nothing is held."""
-    channel = bus.subscribe()
-    publishing = Background(bus.publish_many, (bytes(1000) for _ in range(5000)))
-    while publishing.is_alive():
-        assert_balanced(bus.stats())
-    publishing.result()
-    bus.flush(timeout=DEADLINE)
-    assert only_subscriber(bus).waiting == 5000
-    assert bus.stats().memory >= 5000 * 1000
-    reading = Background(take, channel, 5000)
-    while reading.is_alive():
-        assert_balanced(bus.stats())
-    reading.result()
-    wait_until(lambda: only_subscriber(bus).delivered == 5000)
-    assert_balanced(bus.stats())
-    assert only_subscriber(bus).missed == channel.missed == 0
-    wait_until(lambda: only_subscriber(bus).waiting_bytes == 0 and bus.stats().memory == 0)
-
-
 def test_stats_count_publishers(bus: Bus, fork: BaseContext, children: Children) -> None:
     """Each handle that publishes is counted, until it closes or its process ends."""
     bus.publish("mine")
@@ -559,13 +397,6 @@ def test_stats_count_publishers(bus: Bus, fork: BaseContext, children: Children)
     wait_until(lambda: bus.stats().publishers == before + 1)
     child.kill()
     wait_until(lambda: bus.stats().publishers == before)
-
-
-def test_uptime_grows(bus: Bus) -> None:
-    """``uptime`` counts the seconds of the broker."""
-    started, first = time.monotonic(), bus.stats().uptime
-    wait_until(lambda: bus.stats().uptime > first)
-    assert bus.stats().uptime - first <= time.monotonic() - started + 0.1
 
 
 def test_stats_forget_a_subscription_that_ended(bus: Bus) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, Lagged, TimedOut, connect, start_broadcaster
+from mpbroadcast import Broadcaster, TimedOut, connect, start_broadcaster
 from tests import workers
 from tests.helpers import (
     DEADLINE,
@@ -118,16 +118,6 @@ def test_each_topic_keeps_its_own(start: Start) -> None:
     assert everything(bus, channel) == ["quiet 2", "quiet 3"]
 
 
-def test_replay_with_topic(start: Start) -> None:
-    """With ``with_topic``, what is replayed comes with its topic, too."""
-    bus = start(10)
-    for number in range(6):
-        bus.publish(number, topic=f"room:{number % 2}")
-    channel = bus.subscribe("room:*", replay=4, with_topic=True)
-    bus.publish(6, topic="room:7")
-    assert everything(bus, channel) == [*((f"room:{number % 2}", number) for number in range(2, 6)), ("room:7", 6)]
-
-
 def test_what_excluded_another_channel_is_replayed(start: Start) -> None:
     """A message that was published with ``exclude`` is in the history like any other."""
     bus = start(10)
@@ -138,20 +128,6 @@ def test_what_excluded_another_channel_is_replayed(start: Start) -> None:
     channel = bus.subscribe(replay=10)
     assert everything(bus, channel) == ["for all", "not for the other", "last"]
     assert everything(bus, other) == ["for all", "last"]
-
-
-@pytest.mark.parametrize("size", [0, 3000, 5000, 300_000])
-def test_messages_of_any_size_are_replayed(start: Start, size: int) -> None:
-    """Short ones, and long ones that travel in pieces, are replayed whole."""
-    bus = start(5)
-    for number in range(12):
-        bus.publish((number, pattern(number, size)))
-    channel = bus.subscribe(replay=5)
-    for number in range(12, 15):
-        bus.publish((number, pattern(number, size)))
-    bus.flush(timeout=DEADLINE)
-    bus.unsubscribe(channel)
-    assert record(channel) == [("message", number) for number in range(7, 15)]
 
 
 def test_what_nobody_heard_is_replayed(start: Start) -> None:
@@ -360,18 +336,6 @@ def test_the_bytes_are_bounded_over_topics(start: Start) -> None:
     assert channel.recv(timeout=DEADLINE)[0] == stats.history_forgotten
 
 
-def test_the_bytes_are_bounded_in_one_topic(start: Start) -> None:
-    """A single topic with more than 64 MiB keeps the newest that fit."""
-    bus = start(100)
-    for number in range(70):
-        bus.publish((number, bytes(MEBIBYTE)), timeout=DEADLINE)
-    channel = bus.subscribe(replay=100, capacity=100 * MEBIBYTE)
-    kept = only_subscriber(bus).published
-    assert 60 <= kept <= 64
-    assert channel.recv(timeout=DEADLINE)[0] == 70 - kept
-    assert bus.stats().history_topics == 1
-
-
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
@@ -393,16 +357,3 @@ def test_impossible_numbers_are_refused(start: Start, value: Any) -> None:
         bus.subscribe(replay=value)
     with pytest.raises((TypeError, ValueError), match="history"):
         start_broadcaster(history=value)
-
-
-def test_a_gap_before_a_replay_is_none(start: Start) -> None:
-    """What was published before the replay's first message is not missed: it was not published to the channel."""
-    bus = start(5)
-    bus.publish_many(range(1000))
-    channel = bus.subscribe(replay=5, overflow="drop_oldest")
-    bus.flush(timeout=DEADLINE)
-    bus.unsubscribe(channel)
-    try:
-        assert rest(channel) == list(range(995, 1000))
-    except Lagged as error:
-        pytest.fail(f"{error.missed} were missed")

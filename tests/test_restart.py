@@ -628,23 +628,6 @@ def test_closed_is_closed(kept: Bus) -> None:
     assert not kept.stats().subscribers
 
 
-def test_without_restart_a_dead_broker_is_lost(bus: Bus) -> None:
-    """As ever."""
-    channel = bus.subscribe()
-    channel.poll()
-    os.kill(bus.stats().pid, signal.SIGKILL)
-    with pytest.raises(BrokerLost):
-        channel.recv(timeout=DEADLINE)
-    with pytest.raises(BrokerLost):
-        wait_until(lambda: bus.publish(1))
-
-
-def test_restart_must_be_a_bool() -> None:
-    """Anything else is refused before anything is started."""
-    with pytest.raises(TypeError, match="restart"):
-        start_broadcaster(restart=1)  # type: ignore[arg-type]
-
-
 # --- what is written down, and for how long it is tried
 
 
