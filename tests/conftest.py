@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,14 @@ def bus(leaves_nothing: None) -> Iterator[Broadcaster[Any]]:
     broadcaster: Broadcaster[Any] = start_broadcaster()
     yield broadcaster
     broadcaster.close(timeout=2.0)
+
+
+@pytest.fixture
+def pipe(leaves_nothing: None) -> Iterator[tuple[Connection, Connection]]:
+    """A pipe for what a child process says: this process's end, and the child's."""
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        yield ours, theirs
 
 
 @pytest.fixture

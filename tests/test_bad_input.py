@@ -56,12 +56,7 @@ BAD_TIMEOUTS: list[tuple[Any, type[Exception]]] = [
     (NAN, ValueError),
     (-math.inf, ValueError),
 ]
-BAD_COUNTS: list[tuple[Any, type[Exception]]] = [
-    ("1", TypeError),
-    (1.0, TypeError),
-    (True, TypeError),
-    (-1, ValueError),
-]
+BAD_COUNTS: list[tuple[Any, type[Exception]]] = [("1", TypeError), (1.0, TypeError), (True, TypeError), (-1, ValueError)]
 
 
 def outcome(call: Callable[..., Any], value: Any) -> Any:
@@ -330,6 +325,7 @@ def test_start_broadcaster_refuses(temporary_folder: Path) -> None:
     refused(lambda value: start_broadcaster(start_timeout=value), BAD_TIMEOUTS, says="start_timeout")
     refused(lambda value: start_broadcaster(history=value), BAD_COUNTS, says="history")
     refused(lambda value: start_broadcaster(stall_timeout=value), BAD_TIMEOUTS, says="stall_timeout")
+    refused(lambda value: start_broadcaster(restart=value), [(1, TypeError), (None, TypeError)], says="restart")
     assert not list(temporary_folder.glob("mpbroadcast-*"))
 
 

@@ -26,15 +26,6 @@ SMALL = 100_000  # bytes of a backlog that is soon full, its pipe included
 SOON = 5.0  # seconds: the promise is one; a busy machine gets more
 
 
-@pytest.fixture
-def pipe() -> Iterator[tuple[Connection, Connection]]:
-    """Two ends, for the reports of a process."""
-    ends = Pipe()
-    yield ends
-    for end in ends:
-        end.close()
-
-
 def pid_of(process: BaseProcess) -> int:
     assert process.pid is not None
     return process.pid
@@ -58,7 +49,7 @@ def test_a_killed_subscriber_is_gone_and_the_others_get_everything(
     bus: Broadcaster[Any], context: BaseContext, children: Children
 ) -> None:
     """A subscriber that is killed leaves neither subscription nor descriptor, and costs the others no message."""
-    reports: list[tuple[Connection, Connection]] = [Pipe() for _ in range(3)]
+    reports = [Pipe() for _ in range(2)]
     processes = [children(context, victims.subscriber, bus, reports[0][1])]
     answer(reports[0][0])
     broker = bus.stats().pid

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.util
 import os
 import threading
 from multiprocessing.connection import Connection
@@ -11,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, start_broadcaster
-from tests.helpers import DEADLINE, Background, Children, take
+from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, connect, start_broadcaster
+from tests import workers
+from tests.helpers import DEADLINE, Background, Children, answer, finish, take
 
 Bus = Broadcaster[Any]
 
@@ -22,9 +25,7 @@ def test_a_plain_forks_child_that_ends_leaves_its_parents_broker_alone(bus: Bus)
     pid = os.fork()
     if not pid:
         try:
-            from multiprocessing import util
-
-            util._exit_function()  # type: ignore[attr-defined]  # what the end of the child's program does
+            multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # what the end of the child's program does
         finally:
             os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
@@ -33,36 +34,20 @@ def test_a_plain_forks_child_that_ends_leaves_its_parents_broker_alone(bus: Bus)
         assert channel.recv(timeout=DEADLINE) == "still there"
 
 
-def receive_all(channel: Channel[Any], answers: Connection) -> None:
-    answers.send(list(channel))
-
-
-def test_an_empty_channel_that_was_handed_on_has_a_clean_end(fork: BaseContext, children: Children) -> None:
+def test_an_empty_channel_that_was_handed_on_has_a_clean_end(pipe: tuple[Connection, Connection], children: Children) -> None:
     """``close()`` waits for a channel that is not open yet also when nothing waits in it: its holder gets a clean end."""
-    spawn = __import__("multiprocessing").get_context("spawn")
-    mine, theirs = fork.Pipe()
     with start_broadcaster() as bus:
-        children(spawn, receive_all, bus.subscribe(), theirs)
-    assert mine.poll(DEADLINE)
-    assert mine.recv() == []
-    mine.close()
-    theirs.close()
-
-
-def close_it(channel: Channel[Any]) -> None:
-    channel.close()
+        children(multiprocessing.get_context("spawn"), workers.receive_until_end, bus.subscribe(), pipe[1])
+    assert answer(pipe[0]) == []
 
 
 def test_who_does_not_own_a_channel_cannot_close_it(bus: Bus, fork: BaseContext, children: Children) -> None:
     """``close()`` in a process that has not opened the channel lets go of that handle only."""
     channel = bus.subscribe()
-    process = fork.Process(target=close_it, args=(channel,))  # type: ignore[attr-defined]
     channel.poll(0)
-    process.start()
-    process.join(DEADLINE)
+    finish(children(fork, channel.close))
     bus.publish(1)
     assert channel.recv(timeout=DEADLINE) == 1
-    process.close()
     channel.close()
 
 
@@ -70,8 +55,6 @@ def test_who_waits_is_not_overtaken(bus: Bus) -> None:
     """A large message that waits for room gets it, however many small ones others publish."""
     channel = bus.subscribe(capacity=60_000)
     channel.poll(0)
-    from mpbroadcast import connect
-
     ended = threading.Event()
     other, small = connect(bus.address), connect(bus.address)
 
@@ -151,17 +134,13 @@ def use_each(pipe: Connection) -> None:
 
 
 def test_a_process_can_use_the_next_broker_at_the_same_address(
-    temporary_folder: Path, fork: BaseContext, children: Children
+    temporary_folder: Path, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
 ) -> None:
     """A process that still holds a handle on a broker that has ended can use the one that took its address over."""
-    mine, theirs = fork.Pipe()
-    children(fork, use_each, theirs)
+    children(fork, use_each, pipe[1])
     address = temporary_folder / "again"
     for _ in range(2):
         with start_broadcaster(address=address) as bus:
-            mine.send(bus)
-            assert mine.poll(DEADLINE)
-            assert mine.recv() == "published"
-    mine.send(None)
-    mine.close()
-    theirs.close()
+            pipe[0].send(bus)
+            assert answer(pipe[0]) == "published"
+    pipe[0].send(None)

@@ -39,7 +39,6 @@ from mpbroadcast import (
 from mpbroadcast.broker.journal import Journal, replayed
 from mpbroadcast.broker.keeper import Patience
 from tests.helpers import DEADLINE, Background, Children, answer, finish, rest, take, wait_until
-from tests.victims import alive
 
 Bus = Broadcaster[Any]
 
@@ -118,17 +117,6 @@ def test_under_each_start_method(context: BaseContext) -> None:
         bus.publish(1)
         gap(channel)
         assert channel.recv(timeout=DEADLINE) == 1
-
-
-def test_what_had_arrived_comes_first(kept: Bus) -> None:
-    """What was in the pipe when the broker died is received before the gap."""
-    channel = kept.subscribe()
-    channel.poll()
-    kept.publish_many(range(100))
-    kept.flush(timeout=DEADLINE, delivered=True)
-    kill_broker(kept)
-    assert take(channel, 100) == list(range(100))
-    gap(channel)
 
 
 @pytest.mark.parametrize("size", [10_000, 3 << 20])
@@ -505,18 +493,6 @@ def test_a_killed_keeper_changes_nothing(kept: Bus) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_close_after_the_keeper_was_killed(kept: Bus) -> None:
-    """All is drained, and the broker has ended when close returns."""
-    channel = kept.subscribe()
-    channel.poll()
-    broker = psutil.Process(kept.stats().pid)
-    keeper_of(kept).kill()
-    kept.publish_many(range(10))
-    kept.close()
-    assert not broker.is_running() or broker.status() == psutil.STATUS_ZOMBIE
-    assert rest(channel) == list(range(10))
-
-
 def _close_where_nobody_reaps(report: Connection) -> None:
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: an orphan is this process's, which does not ask for it
     starter = os.fork()
@@ -541,49 +517,6 @@ def test_close_where_nobody_reaps_the_orphans(fork: BaseContext, children: Child
         finish(process)
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_keeper_that_was_stopped_goes_on(kept: Bus, moment: str) -> None:
-    """It replaces the broker then; who waits for that meanwhile goes on with it, too."""
-    channel = kept.subscribe()
-    channel.poll()
-    keeper, pid = keeper_of(kept), kept.stats().pid
-    keeper.suspend()
-    if moment == "before":
-        keeper.resume()
-        os.kill(pid, signal.SIGKILL)
-        waiting = Background(channel.recv)
-    else:
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not alive(pid))
-        waiting = Background(channel.recv)
-        waiting.wait_until_blocked("recv")
-        keeper.resume()
-    assert isinstance(waiting.error(), BrokerRestarted)
-    kept.publish(1)
-    assert channel.recv(timeout=DEADLINE) == 1
-
-
-@pytest.mark.parametrize("what", ["broker", "keeper"])
-def test_sigterm_drains_and_ends_it(kept: Bus, what: str) -> None:
-    """To the broker or to its keeper: that is no death to be repaired."""
-    channel = kept.subscribe()
-    channel.poll()
-    kept.publish_many(range(10))
-    kept.flush(timeout=DEADLINE)
-    keeper = keeper_of(kept)
-    os.kill(kept.stats().pid if what == "broker" else keeper.pid, signal.SIGTERM)
-    assert rest(channel) == list(range(10))
-    with pytest.raises(BrokerLost):
-        wait_until(lambda: kept.publish_many([1]) == 0)
-
-
-def test_ctrl_c_ends_neither_keeper_nor_broker(kept: Bus) -> None:
-    """It goes to the whole group, and is the starter's to handle."""
-    for pid in (keeper_of(kept).pid, kept.stats().pid):
-        os.kill(pid, signal.SIGINT)
-    channel = kept.subscribe()
-    kept.publish(1)
-    assert channel.recv(timeout=DEADLINE) == 1
 
 
 at_each_address = pytest.mark.parametrize("chosen", [False, True])

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -51,14 +50,6 @@ POLICIES = ["block", "drop_oldest", "drop_newest", "latest", "disconnect"]
 def size(request: pytest.FixtureRequest) -> Size:
     """Each size in turn."""
     return SIZES[request.param]
-
-
-@pytest.fixture
-def pipe(leaves_nothing: None, fork: BaseContext) -> Iterator[tuple[Connection, Connection]]:
-    """A pipe for what a child process says: this process's end, and the child's."""
-    ours, theirs = fork.Pipe()
-    with ours, theirs:
-        yield ours, theirs
 
 
 def numbers(messages: list[Any]) -> list[int]:

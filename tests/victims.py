@@ -121,11 +121,11 @@ def changing_subscriber(bus: Broadcaster[Any], report: Connection) -> None:
     os.execv(sys.executable, [sys.executable, "-S", "-c", "import signal; signal.pause()"])
 
 
-def idle_reader(channel: Channel[Any], report: Connection, go_on: Connection) -> None:
+def idle_reader(channel: Channel[Any], report: Connection) -> None:
     """Opens the channel and does not read; when told to, reads all and reports how many came and how it ended."""
     channel.poll(0)
     report.send("open")
-    go_on.recv()
+    report.recv()
     messages, error = receive_all(channel)
     report.send((len(messages), type(error).__name__))
 
@@ -148,15 +148,6 @@ def publish_and_die(bus: Broadcaster[Any], count: int) -> None:
     for number in range(count):
         bus.publish(("victim", number))
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def publish_for_ever(bus: Broadcaster[Any], counter: Counter, size: int) -> None:
-    """Publishes numbered messages, and counts those whose ``publish`` has returned."""
-    number = 0
-    while True:
-        bus.publish(("victim", number, b"v" * size))
-        number += 1
-        counter.value = number
 
 
 def publish_large(bus: Broadcaster[Any], size: int, report: Connection) -> None:
