@@ -1,4 +1,6 @@
-"""Bytes that nobody should send, at every place where another process's bytes come in: parsers first, then a real broker.
+"""Bytes and objects that nobody should send, at every place where a broker takes in what another process has sent.
+
+What the parsers alone do with them is in ``test_frames.py``, ``test_ring_parts.py`` and ``test_control.py``.
 
 All is decided by ``MPBROADCAST_SEED``, which is printed; ``MPBROADCAST_SOAK=<seconds>`` lets the attacks on a broker go on for
 so long, all of them together.
@@ -12,7 +14,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import pickle
 import select
 import socket
 import struct
@@ -41,23 +42,16 @@ from mpbroadcast.broker.members import Peer, new_socket
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.wire.control import (
     MAX_HANDSHAKE,
-    MAX_REQUEST,
     ControlError,
-    Handshake,
     Inbox,
     client_handshake,
     decode,
     encode,
-    serve_handshake,
 )
 from mpbroadcast.wire.descriptors import DescriptorSocket, Received, receive, taken_apart
 from mpbroadcast.wire.frames import (
     PIPE_BUF,
-    Batch,
     FrameError,
-    Item,
-    Parcel,
-    References,
     Splitter,
     abort,
     frame_head,
@@ -68,14 +62,12 @@ from mpbroadcast.wire.frames import (
 from mpbroadcast.wire.link import Link
 from mpbroadcast.wire.memory import MemoryRefused, available, check_message, check_ring, message_memory, ring_memory
 from mpbroadcast.wire.packets import ACCEPTED, MAPPED, MEMORY, READ, REFUSED, RING, WANTED, pack, unpack
-from mpbroadcast.wire.payload import gather, load_image
 from tests.conftest import descriptors as open_files
 from tests.helpers import DEADLINE, Background, Children, keyed_connection, stopped, wait_until
 from tests.victims import Counter, descriptors
 
 SEED: Final = int(os.environ.get("MPBROADCAST_SEED", "1"))
 SOAK: Final = float(os.environ.get("MPBROADCAST_SOAK", "0"))
-PARSED: Final = 1000  # damaged streams for each parser
 GROWTH: Final = 48 << 20  # bytes by which a broker's memory may differ before an attack and after it
 PEAK: Final = 192 << 20  # and in the middle of it: what attackers do not read waits, up to their capacities
 TOPIC: Final = "the others' " + os.urandom(8).hex()  # that no attacker finds by chance
@@ -141,13 +133,6 @@ def cut(choose: Random, data: bytes) -> list[bytes]:
     return parts
 
 
-def mutants(name: str, seeds: Sequence[bytes], count: int = PARSED) -> Iterator[tuple[Random, bytes]]:
-    """So many damaged streams, each with what chooses further; the same ones for each seed."""
-    for number in range(count):
-        choose = Random(f"{SEED} {name} {number}")
-        yield choose, damaged(choose, choose.choice(seeds), seeds)
-
-
 # ------------------------------------------------------------------------------------------------------------- frames
 
 RING_SIZE: Final = 1 << 20
@@ -172,51 +157,6 @@ def written(topic: bytes = b"fuzz") -> list[bytes]:
         b"".join(parcels),
         b"".join([plain[0], references[0], parcels[0], abort(3), references[1], *second]),
     ]
-
-
-def check_items(items: Sequence[Item]) -> None:
-    """Each is what it says of itself."""
-    for item in items:
-        if isinstance(item, Batch):
-            assert sum(item.sizes) == len(item.frames)
-            assert item.charge >= len(item.frames)
-            assert min(item.sizes) >= item.skip
-        elif isinstance(item, References):
-            assert len(list(item.places())) == len(item.sizes)
-            assert len(item.frames) == len(item.sizes) * (item.skip + 12)
-        elif isinstance(item, Parcel):
-            assert item.sizes[0] == len(item.head) + item.length
-
-
-def feed(parts: Sequence[bytes]) -> None:
-    """Give them to a new splitter: it finds frames, or raises its own error, and keeps no more than has come."""
-    splitter, fed, found = Splitter(), 0, 0
-    for part in parts:
-        fed += len(part)
-        try:
-            items = splitter.split(part)
-        except FrameError:
-            return
-        check_items(items)
-        found += sum(len(item.frames) for item in items if isinstance(item, (Batch, References)))
-        assert 0 <= splitter.held <= fed + 512 * (fed // 18)  # for keeping each that has begun
-        assert found <= fed
-
-
-@STEADY
-@given(data=st.data(), stream=st.sampled_from(written()))
-def test_a_splitter_with_changed_fields(data: st.DataObject, stream: bytes) -> None:
-    """A number anywhere in a stream of any kind changed to one at a limit: frames, or ``FrameError``."""
-    place = data.draw(st.integers(0, len(stream) - 4))
-    value = data.draw(st.sampled_from(INTERESTING + INTERESTING_LONG[:6]) | st.integers(0, 0xFFFF_FFFF))
-    stream = stream[:place] + struct.pack("<I", value & 0xFFFF_FFFF) + stream[place + 4 :]
-    feed([stream[: place + 2], stream[place + 2 :]])
-
-
-def test_a_splitter_with_damaged_streams() -> None:
-    """Streams of all kinds, damaged and spliced, in any parts: frames, or ``FrameError``."""
-    for choose, stream in mutants("frames", written()):
-        feed(cut(choose, stream))
 
 
 # ------------------------------------------------------------------------------------------------------------ control
@@ -258,25 +198,6 @@ NONSENSE: Final[list[Any]] = [
 ]  # fmt: skip
 
 
-def test_an_inbox_with_damaged_streams() -> None:
-    """Requests, damaged and spliced: objects, or ``ControlError``; what is kept is no more than has come."""
-    each = [encode(request) for request in REQUESTS]
-    seeds = [*each, b"".join(each), b"".join(each[5:9])]
-    for choose, stream in mutants("control", seeds):
-        inbox, fed = Inbox(choose.choice([0, 30, MAX_HANDSHAKE, MAX_REQUEST])), 0
-        with contextlib.suppress(ControlError):
-            for part in cut(choose, stream):
-                inbox.feed(part)
-                fed += len(part)
-                while (body := inbox.next()) is not None:
-                    assert len(body) <= inbox.limit
-                    fed -= 4 + len(body)
-                    with contextlib.suppress(ControlError):
-                        assert isinstance(decode(body), dict)
-                assert bool(inbox) == (fed > 0)
-                assert fed <= max(4, inbox.limit + 4) + len(part)
-
-
 def body_of(data: bytes) -> bytes:
     """The only body in ``data``."""
     inbox = Inbox(MAX_HANDSHAKE)
@@ -286,64 +207,7 @@ def body_of(data: bytes) -> bytes:
     return body
 
 
-def test_handshakes_with_damaged_bodies() -> None:
-    """Either side goes on, or refuses with ``ControlError``; who gets a damaged body that it needs proves nothing."""
-    key = b"the key"
-    for number in range(PARSED):
-        choose = Random(f"{SEED} handshake {number}")
-        server, client = serve_handshake([b"another", key]), client_handshake(key)
-        next(client)
-        body, sides = body_of(next(server)), itertools.cycle((client, server))
-        seen, broken = [body], False
-        for side in itertools.islice(sides, 6):
-            if choose.random() < 0.4:
-                changed = damaged(choose, body, seen)
-                broken |= changed != body
-                body = changed
-            if not goes_on(side, body, seen):
-                break
-            body = seen[-1]
-        else:
-            raise AssertionError("a handshake of more than six steps")
-        assert broken or len(seen) == 7
-
-
-def goes_on(side: Handshake, body: bytes, seen: list[bytes]) -> bool:
-    """Whether a side has more to say; what it says is put into ``seen``."""
-    try:
-        seen.append(body_of(side.send(body)))
-    except StopIteration as done:
-        seen.append(body_of(done.value) if done.value else b"")
-        return bool(done.value)
-    except ControlError:
-        return False
-    return True
-
-
-# -------------------------------------------------------------------------------------------------- images, memory, descriptors
-
-
-def image_of(message: object) -> bytes:
-    """The bytes of a message with large buffers."""
-    payload = gather(message)
-    assert payload.image
-    return b"".join(bytes(part) for part in payload.parts)
-
-
-def test_images_with_damaged_heads() -> None:
-    """Wherever the buffers of a message are said to be, it is loaded, or an error of unpickling is raised."""
-    whole = image_of([pickle.PickleBuffer(bytearray(1 << 16)), "text", pickle.PickleBuffer(bytes(70_000))])
-    head, rest = whole[: 8 + 3 * 16], whole[8 + 3 * 16 :]
-    (start,) = struct.unpack_from("<Q", head, 8)
-    for choose, changed in mutants("images", [head], PARSED // 3):
-        data = changed[: len(head)].ljust(len(head), b"\0") + rest if choose.random() < 0.7 else changed + rest
-        if choose.random() < 0.2:
-            data = data[: choose.randrange(len(data))]
-        # Any other pickle might do anything: only where the good one stands is one read.
-        if len(data) > 24 and struct.unpack_from("<Q", data, 8)[0] not in (start, 1 << 63, (1 << 64) - 1):
-            data = data[:8] + struct.pack("<Q", start) + data[16:]
-        with contextlib.suppress(pickle.UnpicklingError, EOFError):
-            load_image(bytearray(data))
+# ------------------------------------------------------------------------------------------------ memory, descriptors
 
 
 SEALS: Final = [0, 2, 4, 8, 2 | 4, 2 | 4 | 8, 2 | 4 | 16, 1 | 2 | 4 | 16, 1 | 2 | 4 | 8]
@@ -459,12 +323,7 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
         listener.setblocking(False)
         broker = Broker(listener, [b"key"], answer, history=3)
         yield broker
-        for session in list(broker.sessions.values()):
-            broker.end_session(session, clean=False)
-        for subscription in list(broker.subscriptions.values()):
-            broker.remove(subscription)
-        broker.traffic.settle()
-        broker.loop.close_forgotten()
+        take_away(broker)
         assert not broker.sessions
         assert not broker.subscriptions
         assert not broker.traffic.publishers
@@ -473,6 +332,16 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
             if target == os.devnull:  # what it has until its process ends
                 os.close(number)
         vars(broker).clear()  # what closes itself when nothing refers to it any more
+
+
+def take_away(broker: Broker) -> None:
+    """End all that was made in this broker."""
+    for session in list(broker.sessions.values()):
+        broker.end_session(session, clean=False)
+    for subscription in list(broker.subscriptions.values()):
+        broker.remove(subscription)
+    broker.traffic.settle()
+    broker.loop.close_forgotten()
 
 
 JSON: Final = st.recursive(
@@ -523,12 +392,7 @@ def test_any_objects_as_requests(asked: list[dict[str, Any]], own_broker: Broker
         for asker in (one, other):
             for subscription in list(asker.opening):
                 own_broker.unopen(subscription)
-        for session in list(own_broker.sessions.values()):
-            own_broker.end_session(session, clean=False)
-        for subscription in list(own_broker.subscriptions.values()):
-            own_broker.remove(subscription)
-        own_broker.traffic.settle()
-        own_broker.loop.close_forgotten()
+        take_away(own_broker)
         fd, peer.process.fd = peer.process.fd, -1
         if fd >= 0:
             os.close(fd)

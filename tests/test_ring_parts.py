@@ -547,6 +547,7 @@ def test_anything_else_is_refused(messages: list[Sent], damage: list[tuple[int, 
             items = splitter.split(stream[:cut]) + splitter.split(stream[cut:])
         except FrameError:
             continue
+        assert 0 <= splitter.held <= len(stream) + 512 * (len(stream) // 18)  # for keeping each that has begun
         for item in items:
             assert item.charge > 0
         found(items)
