@@ -517,8 +517,6 @@ def test_close_where_nobody_reaps_the_orphans(fork: BaseContext, children: Child
         finish(process)
 
 
-
-
 at_each_address = pytest.mark.parametrize("chosen", [False, True])
 
 
