@@ -193,6 +193,7 @@ class Broker:
         for subscription in list(peer.subscriptions):
             self._remove_for(subscription, "its process has ended")
         if peer.is_starter:
+            peer.is_starter = False  # so that it is watched no more
             self.stop(DRAIN_TIMEOUT)
 
     def new_session(self, client: Client) -> Session:
