@@ -13,24 +13,11 @@ from itertools import islice
 from typing import Any, Final
 
 from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
+from mpbroadcast.wire import runs
 from mpbroadcast.wire.descriptors import PipeEnd
 from mpbroadcast.wire.frames import MOST_TOGETHER, topic_of
 from mpbroadcast.wire.payload import Failure, load_run
-from mpbroadcast.wire.runs import (
-    END,
-    GAP,
-    GONE,
-    IN_MEMORY,
-    MESSAGES,
-    OFFER,
-    OVERFLOWED,
-    REFERENCES,
-    RESTARTED,
-    RUN,
-    SKIPPED,
-    RunView,
-    read_run,
-)
+from mpbroadcast.wire.runs import RUN, RunView, read_run
 from mpbroadcast.wire.shared_inlet import SharedInlet
 
 
@@ -43,7 +30,7 @@ LOST: Final = End()  # the pipe has ended without one
 LOST_FOR_GOOD: Final = End()  # and no other broker goes on with it
 _FLAWS: Final = (End, Failure)
 _AT_ONCE: Final = 1 << 19  # bytes in shared memory: nor more than malloc keeps
-_SHARED: Final = (REFERENCES, IN_MEMORY)
+_SHARED: Final = (runs.REFERENCES, runs.IN_MEMORY)
 
 
 class Stream:
@@ -110,8 +97,8 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
         if room <= 0 or len(ready) >= MOST_TOGETHER:
             break
         kind = run.kind
-        if kind == MESSAGES or kind in _SHARED:
-            if kind == MESSAGES:
+        if kind == runs.MESSAGES or kind in _SHARED:
+            if kind == runs.MESSAGES:
                 messages, whole = load_run(data, run)
             elif shared is None:
                 raise RuntimeError("a message in shared memory, without a way to it")
@@ -124,15 +111,15 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
                 topic = topic_of(data[run.first : run.first + run.skip])
                 messages = [message if type(message) is Failure else (topic, message) for message in messages]
             ready.extend(messages)
-        elif kind == SKIPPED:
+        elif kind == runs.SKIPPED:
             skipped += run.messages
-        elif kind in (OFFER, GONE):
+        elif kind in (runs.OFFER, runs.GONE):
             if shared is not None:
                 shared.note(kind, run.messages)
         else:
             ready.append(_said(run))
             plain = False
-            if kind == END and shared is not None:
+            if kind == runs.END and shared is not None:
                 shared.ended()
         position += run.size
     need = RUN.size if run is None else run.size
@@ -174,16 +161,16 @@ def follow(
 
 
 def _said(run: RunView) -> End | Failure:
-    if run.kind == GAP:
+    if run.kind == runs.GAP:
         return Failure(Lagged(run.messages))
-    if run.kind == RESTARTED:
+    if run.kind == runs.RESTARTED:
         return Failure(
             BrokerRestarted(
                 "the broker has died, and another one has taken over: messages may be missing here, nobody knows how many; the "
                 "next receive goes on"
             )
         )
-    if run.kind == OVERFLOWED:
+    if run.kind == runs.OVERFLOWED:
         return Failure(
             Overflowed(
                 'the backlog was full under overflow="disconnect", and so this channel was unsubscribed; subscribe again, '
