@@ -368,38 +368,54 @@ def ask(broker: Broker, asker: Asker, message: dict[str, Any]) -> None:
     assert len(asker.replies) <= 1
 
 
-@settings(STEADY, max_examples=40)
-@given(asked=st.lists(ASKED | ASKED | ANYTHING, max_size=12))
-def test_any_objects_as_requests(asked: list[dict[str, Any]], own_broker: Broker) -> None:
-    """Whatever objects a broker is asked, it answers or refuses, and raises nothing; what they have made can be taken away."""
+NUMBERS: Final = ("session", "publisher", "subscription", "token")
+
+
+def numbered(message: dict[str, Any], session: int) -> dict[str, Any]:
+    """A message whose small numbers mean what there is: of this session, and made behind it."""
+    return {
+        name: session - 1 + value if name in NUMBERS and type(value) is int and 0 < value < 12 else value
+        for name, value in message.items()
+    }
+
+
+@contextlib.contextmanager
+def asking(broker: Broker) -> Iterator[tuple[Asker, Asker, int]]:
+    """Two connections of this process; the first has a session, whose number is given, a publisher, and a subscription."""
     peer = Peer(PeerProcess(os.getpid()))
     one, other = Asker(peer), Asker(peer)
     try:
-        ask(own_broker, one, {"do": "attach"})
-        number = one.replies[0]["session"]
-        ask(own_broker, one, {"do": "publisher", "session": number})
-        ask(own_broker, one, REQUESTS[7] | {"session": number, "publisher": number + 1})
-        for place, message in enumerate(asked):
-            if message.get("do") == "stop":
-                continue
-            # Small numbers mean what is there.
-            moved = {
-                name: number - 1 + value if name in NUMBERS and type(value) is int and 0 < value < 12 else value
-                for name, value in message.items()
-            }
-            ask(own_broker, other if place % 4 == 3 else one, moved)
+        ask(broker, one, {"do": "attach"})
+        session = one.replies[0]["session"]
+        for request in (REQUESTS[2], REQUESTS[7]):
+            ask(broker, one, numbered(request, session))
+        yield one, other, session
     finally:
         for asker in (one, other):
             for subscription in list(asker.opening):
-                own_broker.unopen(subscription)
-        take_away(own_broker)
+                broker.unopen(subscription)
+        take_away(broker)
         fd, peer.process.fd = peer.process.fd, -1
         if fd >= 0:
             os.close(fd)
 
 
-NUMBERS: Final = ("session", "publisher", "subscription", "token")
-NUMBERED: Final = [request for request in REQUESTS if len(request) > 1 and request["do"] != "stop"]
+def test_each_field_of_each_request_wrong(own_broker: Broker) -> None:
+    """Whatever stands in one field of a request, it is answered or refused, and nothing is raised."""
+    for request in REQUESTS[:-1]:
+        with asking(own_broker) as (one, _, session):
+            for field, value in itertools.product(request, NONSENSE):
+                ask(own_broker, one, numbered(request, session) | {field: value})
+
+
+@settings(STEADY, max_examples=40)
+@given(asked=st.lists(ASKED | ASKED | ANYTHING, max_size=12))
+def test_any_objects_as_requests(asked: list[dict[str, Any]], own_broker: Broker) -> None:
+    """Whatever objects a broker is asked, it answers or refuses, and raises nothing; what they have made can be taken away."""
+    with asking(own_broker) as (one, other, session):
+        for place, message in enumerate(asked):
+            if message.get("do") != "stop":
+                ask(own_broker, other if place % 4 == 3 else one, numbered(message, session))
 
 
 # --------------------------------------------------------------------------------------------------------- the real broker
