@@ -14,7 +14,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerLost, connect, start_broadcaster
@@ -366,7 +365,7 @@ def test_a_stopped_broker_is_not_taken_for_dead(starter: Any) -> None:
     """A broker that is stopped (SIGSTOP) for a moment still has its folder, and works when it goes on."""
     _, address, broker = starter("fork")
     os.kill(broker, signal.SIGSTOP)
-    wait_until(lambda: psutil.Process(broker).status() == psutil.STATUS_STOPPED)
+    wait_until(lambda: victims.stopped(broker))
     with start_broadcaster():
         assert Path(address).exists()
     os.kill(broker, signal.SIGCONT)

@@ -50,7 +50,7 @@ from mpbroadcast import (
 )
 from mpbroadcast.wire.memory import available
 from tests.helpers import DEADLINE, Background, Children, answer, finish, wait_until
-from tests.victims import alive, asleep, descriptors, receive_all
+from tests.victims import alive, asleep, descriptors, receive_all, shared_maps, stopped
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks at descriptors and maps in /proc")
 
@@ -575,16 +575,6 @@ def starting_victim(method: str, trap: Trap, orders: Connection) -> None:
 # ----------------------------------------------------------------------------------------------------------- the stage
 
 
-def memories(pid: int) -> int:
-    """How many maps of shared memory a process has."""
-    return Path(f"/proc/{pid}/maps").read_text().count("memfd:mpbroadcast")
-
-
-def stopped(pid: int) -> bool:
-    """Whether a process is stopped by SIGSTOP."""
-    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
-
-
 class Stage:
     """A broker, the test's own publisher and channel on it, and another process that hears everything."""
 
@@ -638,7 +628,7 @@ class Stage:
             self.publish(1, IN_RING)
             self.bus.flush(DEADLINE)
             self.catch_up()
-            return memories(self.broker) > 0
+            return shared_maps(self.broker) > 0
 
         wait_until(in_use)
 
@@ -647,7 +637,7 @@ class Stage:
         self.bus.flush(DEADLINE)
         self.catch_up()
         stats = self.bus.stats()
-        self._before = (descriptors(self.broker), memories(self.broker), stats.publishers)
+        self._before = (descriptors(self.broker), shared_maps(self.broker), stats.publishers)
 
     def wait_until_nothing_is_left_of(self, *pids: int) -> None:
         """Wait until the broker is as it was before the victim came, and does not know it any more."""
@@ -655,7 +645,7 @@ class Stage:
         def as_before() -> bool:
             self.channel.poll(0)  # rings are unmapped where their end is read
             stats = self.bus.stats()
-            now = (descriptors(self.broker), memories(self.broker), stats.publishers)
+            now = (descriptors(self.broker), shared_maps(self.broker), stats.publishers)
             return now == self._before and not {row.pid for row in stats.subscribers} & {*pids}
 
         wait_until(as_before)
@@ -706,7 +696,7 @@ class Stage:
         for handle in (getattr(self, "channel", None), getattr(self, "bus", None), *self._pipes):
             if handle is not None:
                 handle.close()
-        assert not memories(os.getpid())
+        assert not shared_maps(os.getpid())
 
 
 SHARED = ("mid-ring", "mid-memory", "memory in flight")  # moments that there are with shared memory only

@@ -37,14 +37,12 @@ from tests.test_faults import (
     check_it_goes_on,
     check_the_end,
     heard,
-    memories,
     provoke,
     read_to_the_end,
     staged,
-    stopped,
     trapping,
 )
-from tests.victims import alive, asleep, descriptors
+from tests.victims import alive, asleep, descriptors, shared_maps, stopped
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks at descriptors and maps in /proc")
 
@@ -244,7 +242,7 @@ class Before:
         self._hung_up = hung_up()
 
     def _count_maps(self, broker: int) -> list[int]:
-        return [memories(pid) for pid in (os.getpid(), self._witness, broker)]
+        return [shared_maps(pid) for pid in (os.getpid(), self._witness, broker)]
 
     def check_it_is_so_again(self, broker: int) -> None:
         """All that were subscribed still are; nothing of the broker that died is left, and this one has as much as that had."""

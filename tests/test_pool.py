@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import gc
@@ -31,6 +30,7 @@ from mpbroadcast.wire.memory import available, check_message, kept_memory, nobod
 from mpbroadcast.wire.pool import MemoryPool
 from tests.helpers import DEADLINE, Background, Children, answer, finish, pattern, wait_until
 from tests.large_workers import limited, lowest_free
+from tests.victims import memories
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no shared memory here, or it is forbidden")
 
@@ -54,15 +54,6 @@ def inodes(kind: str) -> list[int]:
     """Of the memory of messages that this process has mapped: ``"s"`` to write it for others, ``"p"`` privately."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return [int(line.split()[4]) for line in lines if "memfd:mpbroadcast" in line and f"rw-{kind} " in line]
-
-
-def memories() -> int:
-    """How many descriptors of memory this process has."""
-    found = 0
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found += "memfd:mpbroadcast" in os.readlink(f"/proc/self/fd/{name}")
-    return found
 
 
 def content(descriptor: OwnedDescriptor) -> bytes:
@@ -255,7 +246,7 @@ def test_what_is_no_stream_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(6):
         there.memory([bytes(SIZE)], SIZE)
         assert len(inodes("s")) == (number in (1, 2))
-    assert memories() == 0
+    assert memories(os.getpid()) == 0
 
 
 def test_it_lets_go_when_nothing_comes_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +261,7 @@ def test_it_lets_go_when_nothing_comes_any_more(monkeypatch: pytest.MonkeyPatch)
     now = 101.0
     there.rest()
     assert inodes("s") == []
-    assert memories() == 0
+    assert memories(os.getpid()) == 0
 
 
 def test_a_signals_handler_may_come_while_memory_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +354,7 @@ def test_a_child_lets_go_at_a_fork(unhurried: None) -> None:
         there.memory([bytes(SIZE)], SIZE)
     pid = os.fork()
     if not pid:
-        os._exit(len(inodes("s")) + memories())
+        os._exit(len(inodes("s")) + memories(os.getpid()))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert content(there.memory([b"x" * SIZE], SIZE))[:SIZE] == b"x" * SIZE
 
@@ -378,7 +369,7 @@ def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: No
         about_to.set()
         pid = os.fork()
         if not pid:
-            os._exit(len(inodes("s")) + memories())
+            os._exit(len(inodes("s")) + memories(os.getpid()))
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def reach(name: str, subject: object = None) -> None:

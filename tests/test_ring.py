@@ -12,7 +12,6 @@ from itertools import chain, count, islice
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from mpbroadcast.wire.memory import available
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, LONGEST, Ring
 from mpbroadcast.wire.shared_outlet import SHARED_FROM
 from tests.helpers import DEADLINE, Background, Children, answer, pattern, rest, take, wait_until
-from tests.victims import Counter, written
+from tests.victims import Counter, memories, shared_maps, stopped, written
 from tests.workers import signal_until_told
 
 Bus = Broadcaster[Any]
@@ -57,20 +56,6 @@ def numbers(received: Iterable[Any]) -> list[int]:
     return [number for _, number in checked(received)]
 
 
-def rings(pid: int) -> int:
-    """How many maps a process has of memory that is shared."""
-    return Path(f"/proc/{pid}/maps").read_text().count("memfd:mpbroadcast")
-
-
-def memories(pid: int) -> int:
-    """How many descriptors of such memory a process has."""
-    found = 0
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            found += "memfd:mpbroadcast" in os.readlink(f"/proc/{pid}/fd/{name}")
-    return found
-
-
 def prime(bus: Bus, *pids: int, channels: Iterable[Channel[Any]] = (), maps: int = 1, topic: str = "") -> None:
     """Publish until each of these processes has so many maps of rings; the channels, of this process, are read meanwhile.
 
@@ -81,7 +66,7 @@ def prime(bus: Bus, *pids: int, channels: Iterable[Channel[Any]] = (), maps: int
         bus.publish(message(0, source=PRIME), topic=topic)
         for channel in channels:
             drained(channel)
-        return all(rings(pid) >= maps for pid in pids)
+        return all(shared_maps(pid) >= maps for pid in pids)
 
     wait_until(ready)
     bus.publish(message(LAST, 10, PRIME), topic=topic)
@@ -138,7 +123,7 @@ class Reader(NamedTuple):
     def stop(self) -> None:
         """Stop it, and wait until it is."""
         self.signal(signal.SIGSTOP)
-        wait_until(lambda: Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        wait_until(lambda: stopped(self.pid))
 
     def numbers(self) -> list[int]:
         """All that it has read."""
@@ -253,7 +238,7 @@ def test_who_has_read_all_is_not_waited_for(bus: Bus) -> None:
                 handle.publish(message(0, size, PRIME), topic="all")
                 handle.flush(timeout=DEADLINE)
                 drained(channel)
-            return rings(os.getpid()) >= 4
+            return shared_maps(os.getpid()) >= 4
 
         for _ in range(3):
             wait_until(first)
@@ -399,7 +384,7 @@ def test_what_a_killed_publisher_had_published_is_delivered(
             counter, go = Counter(), Counter()
             child = children(fork, die_half_way if half_way else publish_for_ever, bus, counter, go, attempt)
             received: list[Any] = []
-            while not rings(os.getpid()):
+            while not shared_maps(os.getpid()):
                 received += drained(channel)
             go.value = 1
             if not half_way:
@@ -417,7 +402,8 @@ def test_what_a_killed_publisher_had_published_is_delivered(
             got = numbers(received)
             assert got == list(range(len(got)))
             assert published <= len(got) <= published + (not half_way)
-            wait_until(lambda: not drained(channel) and rings(os.getpid()) == rings(broker) == memories(broker) == 0)
+            wait_until(lambda: not drained(channel) and shared_maps(os.getpid()) == 0)
+            wait_until(lambda: shared_maps(broker) == memories(broker) == 0)
             assert memories(os.getpid()) == 0
 
 
@@ -429,7 +415,7 @@ def test_a_publisher_that_closes_takes_its_memory_along(bus: Bus, reader: Callab
         prime(other, *pids)
         for number, size in enumerate([SIZE, 2 * LONGEST, SIZE]):
             other.publish(message(number, size))
-    wait_until(lambda: [rings(pid) + memories(pid) for pid in pids] == [0, 0, 0])
+    wait_until(lambda: [shared_maps(pid) + memories(pid) for pid in pids] == [0, 0, 0])
     bus.unsubscribe(one.channel)
     assert one.numbers() == [0, 1, 2]
 
@@ -451,7 +437,7 @@ def publish_after_a_look(bus: Bus, channel: Channel[Any], source: str, amount: i
     except ChannelInUse as error:
         report.send(error.pid)
     publish_from(bus, source, amount)
-    report.send(rings(os.getpid()))
+    report.send(shared_maps(os.getpid()))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -46,6 +46,25 @@ def asleep(pid: int) -> bool:
     return psutil.Process(pid).status() == psutil.STATUS_SLEEPING
 
 
+def stopped(pid: int) -> bool:
+    """Whether a process is stopped by SIGSTOP."""
+    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+
+
+def shared_maps(pid: int) -> int:
+    """How many maps of shared memory a process has."""
+    return Path(f"/proc/{pid}/maps").read_text().count("memfd:mpbroadcast")
+
+
+def memories(pid: int) -> int:
+    """How many descriptors of such memory a process has."""
+    found = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found += "memfd:mpbroadcast" in os.readlink(f"/proc/{pid}/fd/{name}")
+    return found
+
+
 def written(pid: int) -> int:
     """How many bytes a process has written so far, pipes included."""
     return psutil.Process(pid).io_counters().write_chars
