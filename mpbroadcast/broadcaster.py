@@ -1,9 +1,4 @@
-"""What publishers and starters hold.
-
-Publishing takes no lock while it waits. A frame is at most ``PIPE_BUF`` bytes, which the pipe takes whole or not at all; a
-longer message is pieces with its number. So threads, and signal handlers in the middle of a publish, write as they come, and
-the broker puts together what belongs together.
-"""
+"""What publishers and starters hold. Publishing takes no lock while it waits (see ``wire/outlet.py``)."""
 
 from __future__ import annotations
 
@@ -33,7 +28,6 @@ _ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
 
 _write = os.write
 _NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
-_NO_MORE: Final = object()
 # The heads of short messages without a topic: to look one up costs less than to pack it.
 SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)
 _HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]
@@ -153,33 +147,30 @@ class Broadcaster(Generic[M]):
     ) -> None:
         waiting: list[bytes] = []
         size = 0
-        failure: Exception | None = None
-        iterator = iter(messages)
-        while failure is None:
-            frame = b""
-            try:
-                message: Any = next(iterator, _NO_MORE)
-                if message is _NO_MORE:
-                    break
+        try:
+            for message in messages:
                 payload = self._pickled(message)
                 frame = framed(payload, way) if payload.size < SHARED_FROM else b""
-            except Exception as error:
-                failure = error  # those before it are sent first
-            if waiting and (failure or not frame or size + len(frame) > PIPE_BUF):
-                counts.append(len(waiting))
-                self._deliver(deadline, SharedOutlet.send, b"".join(waiting), deadline, done)
-                waiting, size = [], 0
-            if failure is None and (not frame or len(frame) > PIPE_BUF):
-                counts.append(1)
-                self._publish(payload, way, deadline, done)
-            elif frame:
-                waiting.append(frame)
-                size += len(frame)
-        if failure is not None:
-            raise failure
+                if not frame or size + len(frame) > PIPE_BUF:
+                    self._send_all(waiting, deadline, counts, done)
+                    size = 0
+                if not frame or len(frame) > PIPE_BUF:
+                    counts.append(1)
+                    self._publish(payload, way, deadline, done)
+                else:
+                    waiting.append(frame)
+                    size += len(frame)
+        except Exception:
+            self._send_all(waiting, deadline, counts, done)  # what came before a message that cannot be sent
+            raise
+        self._send_all(waiting, deadline, counts, done)
+
+    def _send_all(self, waiting: list[bytes], deadline: Deadline, counts: list[int], done: list[int]) -> None:
         if waiting:
+            frames = b"".join(waiting)
             counts.append(len(waiting))
-            self._deliver(deadline, SharedOutlet.send, b"".join(waiting), deadline, done)
+            waiting.clear()
+            self._deliver(deadline, SharedOutlet.send, frames, deadline, done)
 
     def _way(self, topic: str, exclude: Channel[M] | None) -> tuple[bytes, int]:
         encoded = encode_topic(topic)
@@ -228,8 +219,7 @@ class Broadcaster(Generic[M]):
                 self._check_open()
                 if not self._link.restarts:
                     raise self._link.lost_error(error)  # noqa: B904, it has its cause
-                self._link.lose(outlet.session)
-                self._follow()
+                self._leave(outlet)
 
     def _make(self, deadline: Deadline) -> SharedOutlet:
         answer = self._ask("publisher", for_answer(deadline))
@@ -243,16 +233,12 @@ class Broadcaster(Generic[M]):
         self._check_open()
         return outlet
 
-    def _follow(self) -> None:
-        """To the broker that has taken over, if the last one has died.
-
-        :raises BrokerLost: there is none.
-        """
-        outlet = self._outlet
-        if outlet is not None and outlet.session is not self._link.session():
-            self._gap = True
+    def _leave(self, outlet: SharedOutlet) -> None:
+        """The broker that it leads to has died; the next publish makes one to that which has taken over."""
+        self._gap = True
+        self._outlets.pop(outlet.session, None)
+        if outlet is self._outlet:
             self._outlet = None
-            self._outlets.pop(outlet.session, None)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -261,7 +247,7 @@ class Broadcaster(Generic[M]):
     def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Answer:
         self._check_open()
         if self._outlet is not None:
-            self._outlet.rest()
+            self._outlet.pool.rest()
         return self._link.request(do, deadline=deadline, **fields)
 
     # --- subscribing
@@ -352,7 +338,8 @@ class Broadcaster(Generic[M]):
         if outlet is not None:
             what = "all to leave its backlog" if delivered else "the broker to route all"
             self._ask_and_wait(limit, what, "flush", publisher=outlet.number, delivered=delivered)
-        self._follow()
+            if outlet.session is not self._link.session():
+                self._leave(outlet)
         if self._gap:
             self._gap = False
             raise BrokerRestarted("the broker has died: what this handle had published before may not have reached everybody")

@@ -55,7 +55,7 @@ class Channel(Generic[M]):
 
     def __init__(self, link: Link, number: int, with_topic: bool, *, subscriber: bool = False) -> None:
         self._link = link
-        self._number = number
+        self.number = number  # what the broker calls it
         self._with_topic = with_topic
         self._subscriber = subscriber  # whether this process has subscribed
         self._handed_on = False
@@ -148,21 +148,15 @@ class Channel(Generic[M]):
                 # What was decoded before, and what has come since. No loop: with it, an interrupt may not let go of the lock.
                 if self._take(limit, box):
                     self._take(limit, box)
-                if box[0]:
-                    return box[0]
-                ready = self._stream.ready
-                if ready:
-                    if type(ready[0]) is End:
-                        self._go_on_behind(ready[0], deadline or Deadline(timeout))
-                        continue
-                    failure = ready.popleft()
-                    if not ready:
-                        self._let_tail_go()
-                    break
+                flawed = len(self._stream.ready) > 0
+            if box[0]:
+                return box[0]
             if deadline is None:
                 deadline = Deadline(timeout)
-            self._wait(deadline, timeout)
-        self._fail(failure)
+            if flawed:  # it is raised, or another broker has taken over, and there may be a message
+                box[0].extend(map(self.recv, (deadline.left(),)))
+            else:
+                self._wait(deadline, timeout)
 
     def _take(self, limit: int | None, box: list[list[M]]) -> bool:
         """Move what is decoded, or else comes, into ``box``; whether there was a message. Under the lock."""
@@ -310,26 +304,22 @@ class Channel(Generic[M]):
 
     def _open(self, deadline: Deadline) -> PipeEnd:
         """The pipe; the first call asks the broker for it."""
-        pipe = self._pipe
-        if self._opened and pipe is not None:
-            return pipe
-        with self._opening:
-            while True:
-                pipe = self._pipe
+        while True:
+            pipe = self._pipe
+            if self._opened and pipe is not None and not self._closed:
+                return pipe
+            with self._opening:
                 if self._closed:
                     raise self._closed_error()
-                if self._opened and pipe is not None:
-                    return pipe
                 if self._owner:
                     raise self._in_use(self._owner)
+                if self._opened:  # by another thread, meanwhile
+                    continue
                 try:
                     self._open_once(for_answer(deadline))
-                except ChannelInUse as error:
-                    self._pipe = None
-                    self._owner = error.pid
-                    error.channel = self
-                    raise
                 except BroadcastError as error:
+                    if isinstance(error, ChannelInUse):
+                        self._pipe, self._owner = None, error.pid
                     error.channel = self
                     raise
 
@@ -346,7 +336,7 @@ class Channel(Generic[M]):
             self._pipe = None
 
     def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Answer:
-        return self._link.request(do, deadline=deadline, subscription=self._number, **fields)
+        return self._link.request(do, deadline=deadline, subscription=self.number, **fields)
 
     def subscribe(self, *topics: str) -> None:
         """Hear these topics or patterns, too. What is published from when this returns on reaches the channel.
@@ -423,11 +413,11 @@ class Channel(Generic[M]):
         if getattr(self, "_told", True) or self._owner:
             return
         if (self._opened and self._link.restarts) or (self._subscriber and not (self._handed_on or self._opened)):
-            self._link.drop(self._number)
+            self._link.drop(self.number)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._opened else "not open here"
-        return f"<mpbroadcast.Channel {self._number} at {self._link.address!r}, {state}>"
+        return f"<mpbroadcast.Channel {self.number} at {self._link.address!r}, {state}>"
 
     # --- handing on
 
@@ -439,7 +429,7 @@ class Channel(Generic[M]):
         if self._pipe is not None:
             raise self._in_use(os.getpid())
         self._handed_on = True
-        return Channel, (self._link, self._number, self._with_topic)
+        return Channel, (self._link, self.number, self._with_topic)
 
     def _in_parent(self) -> None:
         if not self._opened:
@@ -466,11 +456,6 @@ class Channel(Generic[M]):
         return self._about_this(ChannelInUse(text + "first receive, or subscribe in each process", pid))
 
     # --- for the broadcaster
-
-    @property
-    def number(self) -> int:
-        """What the broker calls it."""
-        return self._number
 
     @property
     def broker(self) -> str:

@@ -106,7 +106,7 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
         raise AddressError(f"there is no folder {os.path.dirname(path)!r}: pass what the broadcaster's `address` says")
     link = Link(path, authkey=check_authkey(authkey))
     link.session()
-    return Broadcaster(link)
+    return Broadcaster(Link.to(path, link.broker, link.restarts))
 
 
 def publish(bus: Broadcaster[M], message: M, **options: Any) -> None:

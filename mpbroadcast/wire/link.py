@@ -266,7 +266,7 @@ class Link:
         while True:
             deadline = Deadline(CONNECT_TIMEOUT)
             try:
-                lifeline = _Control(self.address, self._key(), deadline)
+                lifeline = self._control(deadline)
                 said = lifeline.ask({"do": "attach"}, deadline)
                 break
             except BrokerLost as error:
@@ -281,14 +281,15 @@ class Link:
         self.restarts = bool(said["restarts"])
         if self._authkey is not None:
             _keys[self.address] = self._authkey  # for handles of this process that come without a key
-        _links[self.broker] = self
+        _links.setdefault(self.broker, self)
         made = Session(lifeline, said)
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
         self._session = session = self._sessions.setdefault(made.number, made)
         return session
 
-    def _key(self) -> bytes:
-        return self._authkey or _keys.get(self.address) or bytes(multiprocessing.current_process().authkey)
+    def _control(self, deadline: Deadline) -> _Control:
+        key = self._authkey or _keys.get(self.address) or bytes(multiprocessing.current_process().authkey)
+        return _Control(self.address, key, deadline)
 
     def request(self, do: str, *, deadline: Deadline | None = None, session: Session | None = None, **fields: Any) -> Answer:
         """Ask the broker, or the one that takes over meanwhile, if it need not be in ``session``. Waits until ``deadline``.
@@ -315,7 +316,7 @@ class Link:
             control = session.idle.pop()
         try:
             if control is None:
-                control = _Control(self.address, self._key(), sooner(deadline, CONNECT_TIMEOUT))
+                control = self._control(sooner(deadline, CONNECT_TIMEOUT))
             said = control.ask(message, deadline, b"".join(map(_drop_note, to_drop)))
             if said.get("error") == "unknown":  # it was another broker that has answered
                 raise BrokerLost(str(said["text"]))
@@ -324,7 +325,7 @@ class Link:
             if control is not None:
                 control.close()
             if isinstance(error, BrokerLost):
-                self.lose(session)
+                self._lose(session)
                 error.__cause__ = self._crash() or error.__cause__
             raise
         session.idle.append(control)
@@ -334,10 +335,11 @@ class Link:
             raise _error(said)
         return answer
 
-    def lose(self, session: Session) -> None:
-        """Its broker has ended."""
-        session.lost = True
+    def _lose(self, session: Session) -> None:
+        session.lost = True  # the lifeline stays open: who is being closed has not ended yet
         self._sessions.pop(session.number, None)
+        if not self.restarts:
+            _links.pop(self.broker, None)
 
     def lost_error(self, cause: BaseException | None = None) -> BrokerLost:
         """The error of who has no broker any more; its cause is what the broker has said at its end, or else ``cause``."""
@@ -378,6 +380,7 @@ class Link:
     def _in_child(self) -> None:
         self._session = None
         self._sessions = {}
+        _links.clear()
         _dropped.clear()
         _leaving.clear()
 
@@ -385,7 +388,7 @@ class Link:
         """Let go of all connections: the broker has ended, or nothing here needs it any more."""
         self.restarts = False
         if self._session is not None:
-            self.lose(self._session)
+            self._lose(self._session)
             self._session.lifeline.close()
             while self._session.idle:
                 self._session.idle.pop().close()
@@ -428,15 +431,8 @@ def sooner(deadline: Deadline, seconds: float) -> Deadline:
 
 def _error(reply: dict[str, Any]) -> Exception:
     kind, text = str(reply["error"]), str(reply.get("text", ""))
-    match kind:
-        case "in use":
-            return ChannelInUse(text, int(reply.get("pid", 0)))
-        case "closed":
-            return ClosedError(text)
-        case "value":
-            return ValueError(text)
-        case "system":
-            return OSError(int(reply.get("errno", 0)), text)
-        case "lost":
-            return BrokerLost(text)
-    return BroadcastError(text)
+    if kind == "in use":
+        return ChannelInUse(text, int(reply.get("pid", 0)))
+    if kind == "system":
+        return OSError(int(reply.get("errno", 0)), text)
+    return {"closed": ClosedError, "value": ValueError, "lost": BrokerLost}.get(kind, BroadcastError)(text)

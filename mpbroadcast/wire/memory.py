@@ -243,23 +243,19 @@ def map_for_reading(fd: int, size: int) -> mmap.mmap:
     return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ, **_NO_DESCRIPTOR)
 
 
-def map_privately(fd: int, size: int) -> Any:
-    """A buffer over the memory of a message that is this process's own: writable, seen by nobody else, not copied.
-
-    It lasts until nothing refers to it any more, and needs no descriptor.
-
-    :raises OSError: the system does not map it.
-    """
-    return _map_privately(fd, size)
-
-
 # mmap.mmap keeps a duplicate of the descriptor for as long as the map lives, unless it is told not to, from 3.13 on: who
 # keeps a thousand arrays would have no descriptor left. Before that, the system's own function has to do.
 _NO_DESCRIPTOR: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 if sys.version_info >= (3, 13):
 
-    def _map_privately(fd: int, size: int) -> Any:
+    def map_privately(fd: int, size: int) -> Any:
+        """A buffer over the memory of a message that is this process's own: writable, seen by nobody else, not copied.
+
+        It lasts until nothing refers to it any more, and needs no descriptor.
+
+        :raises OSError: the system does not map it.
+        """
         return mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, trackfd=False)
 
 else:
@@ -272,8 +268,8 @@ else:
         function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
         return function
 
-    def _map_privately(fd: int, size: int) -> Any:
-        # Mapped in the place of a map without a descriptor, which Python unmaps when nothing refers to it any more.
+    def map_privately(fd: int, size: int) -> Any:
+        """The same, in the place of a map without a descriptor, which Python unmaps when nothing refers to it any more."""
         buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         place = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         if _system_map()(place, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _IN_PLACE, fd, 0) != place:

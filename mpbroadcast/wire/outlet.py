@@ -1,6 +1,6 @@
 """The pipe that a handle publishes through, to one broker.
 
-It takes no lock while it waits. A frame is at most ``PIPE_BUF`` bytes, which the pipe takes whole or not at all; a longer
+It takes no lock. A frame is at most ``PIPE_BUF`` bytes, which the pipe takes whole or not at all; a longer
 message is pieces with its number. So threads, and signal handlers in the middle of a publish, write as they come, and the
 broker puts together what belongs together.
 """
@@ -17,11 +17,15 @@ from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.errors import TimedOut
 from mpbroadcast.wire.descriptors import PipeEnd
-from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, abort, pieces
+from mpbroadcast.wire.frames import PIPE_BUF, abort, pieces
 from mpbroadcast.wire.link import Link, Session, sooner
 
+NOT_IN_TIME: Final = (
+    "it was not published in time: a subscriber that would get a message of this process has a full backlog. stats() shows "
+    "whose; wait longer, or let it receive faster"
+)
 _SLICE: Final = 0.25  # seconds from one try to send what finalisers could not to the next
-_numbers: Final = itertools.count(1)  # of messages in pieces
+message_numbers: Final = itertools.count(1)  # of those that do not go in one write
 
 
 class Outlet:
@@ -43,9 +47,7 @@ class Outlet:
         if len(frame) <= PIPE_BUF:
             self.write(frame, deadline, done)
             return
-        if len(frame) > MAX_FRAME:
-            raise ValueError(f"a message of {len(frame)} bytes is too long: the limit is {MAX_FRAME}, with its topic and head")
-        number = self.new_number()
+        number = next(message_numbers)
         gone: list[int] = []
         try:
             last = b""
@@ -59,10 +61,6 @@ class Outlet:
             # If the last piece has gone after all, the broker does not know the number any more, and nothing happens.
             self.give_up(number)
             raise
-
-    def new_number(self) -> int:
-        """For a message that does not go in one write: no other has it."""
-        return next(_numbers)
 
     def give_up(self, number: int) -> None:
         """The rest of this message will not come: send an abort frame, now or before the next :meth:`write`.
@@ -108,13 +106,5 @@ class Outlet:
         trap_points.reach("waiting for room", self.pipe.fd)
         while not self.pipe.wait(select.POLLOUT, sooner(deadline, _SLICE)):
             if deadline.left() == 0:
-                raise self.not_in_time()
+                raise TimedOut(NOT_IN_TIME)
             self._link.send_notes()
-
-    @staticmethod
-    def not_in_time() -> TimedOut:
-        """The error of a message that was not sent."""
-        return TimedOut(
-            "it was not published in time: a subscriber that would get a message of this process has a full backlog. "
-            "stats() shows whose; wait longer, or let it receive faster"
-        )

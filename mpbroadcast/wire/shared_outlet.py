@@ -17,11 +17,12 @@ from typing import Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
+from mpbroadcast.errors import TimedOut
 from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd
 from mpbroadcast.wire.frames import IMAGE, frame_head, memory_frame, reference_frame
 from mpbroadcast.wire.link import CONNECT_TIMEOUT, Link, Session, for_answer, sooner
 from mpbroadcast.wire.memory import available, keep_freed_memory, ring_memory
-from mpbroadcast.wire.outlet import Outlet
+from mpbroadcast.wire.outlet import NOT_IN_TIME, Outlet, message_numbers
 from mpbroadcast.wire.packets import ACCEPTED, FREE, MEMORY, NONE, REFUSED, RING, ROUTED, WANTED, pack, unpack
 from mpbroadcast.wire.payload import Payload
 from mpbroadcast.wire.pool import MemoryPool
@@ -60,7 +61,7 @@ class SharedOutlet(Outlet):
         self._no_ring_before = 0.0
         self._dry = False  # no chunk was free for all of the time that it waited
         self._unrouted: dict[int, int] = {}  # bytes of each message in memory of its own
-        self._pool = MemoryPool()
+        self.pool = MemoryPool()
 
     def send_quickly(self, payload: bytes, topic: bytes) -> bool:
         """Publish a message where nothing more is needed than room in the ring and the pipe; whether it went.
@@ -103,10 +104,6 @@ class SharedOutlet(Outlet):
         finally:
             self._inside.discard(me)
 
-    def rest(self) -> None:
-        """There is a moment to let go of what is not needed any more."""
-        self._pool.rest()
-
     def _begin(self, deadline: Deadline) -> DescriptorSocket | None:
         now = time.monotonic()
         if now < self._not_before:
@@ -120,7 +117,7 @@ class SharedOutlet(Outlet):
 
     def _hear(self, beside: DescriptorSocket) -> bool:
         """Take in what the broker has said; ``False`` when it is gone. Under the lock."""
-        self._pool.rest()
+        self.pool.rest()
         heard = self._heard
         while True:
             while heard:
@@ -227,12 +224,12 @@ class SharedOutlet(Outlet):
     ) -> bool:
         self.wait(deadline)  # else much memory could be filled in vain
         before = len(done)
-        number = self.new_number()
+        number = next(message_numbers)
         try:
             if not self._wait_for_credit(beside, payload.size, deadline):
                 return False
             try:
-                descriptor = self._pool.memory(payload.parts, payload.size)
+                descriptor = self.pool.memory(payload.parts, payload.size)
                 self._unrouted[number] = payload.size
                 if not beside.tell(pack(MEMORY, 0, number), descriptor.fd):
                     return False
@@ -257,6 +254,6 @@ class SharedOutlet(Outlet):
             if not unrouted or (len(unrouted) < _MOST_UNROUTED and sum(unrouted) + size <= _MOST_BYTES):
                 return True
             if deadline.left() == 0:
-                raise self.not_in_time()
+                raise TimedOut(NOT_IN_TIME)
             beside.wait(sooner(deadline, _SLICE).left() or 0)
             self._link.send_notes()
