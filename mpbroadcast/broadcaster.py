@@ -17,8 +17,8 @@ from mpbroadcast.stats import BrokerStats, SubscriberStats
 from mpbroadcast.wire.descriptors import on_fork
 from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.wire.link import Answer, Link, Session, for_answer
+from mpbroadcast.wire.outlet import SHARED_FROM, Outlet, framed
 from mpbroadcast.wire.payload import PROTOCOL, LargeBuffer, Payload, dumps, gather, keep_in_band
-from mpbroadcast.wire.shared_outlet import SHARED_FROM, SharedOutlet, framed
 
 M = TypeVar("M")
 
@@ -51,8 +51,8 @@ class Broadcaster(Generic[M]):
 
     def __init__(self, link: Link, process: _Process | None = None) -> None:
         self._link = link
-        self._outlet: SharedOutlet | None = None  # until something is published
-        self._outlets: dict[Session, SharedOutlet] = {}
+        self._outlet: Outlet | None = None  # until something is published
+        self._outlets: dict[Session, Outlet] = {}
         self._gap = False  # whether something was published to a broker that has died since
         self._process = process  # in its starter
         self._large = False  # whether the last message was, and so perhaps the next
@@ -170,7 +170,7 @@ class Broadcaster(Generic[M]):
             frames = b"".join(waiting)
             counts.append(len(waiting))
             waiting.clear()
-            self._deliver(deadline, SharedOutlet.send, frames, deadline, done)
+            self._deliver(deadline, Outlet.send, frames, deadline, done)
 
     def _way(self, topic: str, exclude: Channel[M] | None) -> tuple[bytes, int]:
         encoded = encode_topic(topic)
@@ -203,7 +203,7 @@ class Broadcaster(Generic[M]):
     def _publish(self, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]) -> None:
         if payload.size + 16 + len(way[0]) > MAX_FRAME:
             raise ValueError(f"a message of {payload.size} bytes is too long: with its topic, the limit is {MAX_FRAME - 16}")
-        self._deliver(deadline, SharedOutlet.publish, payload, way, deadline, done)
+        self._deliver(deadline, Outlet.publish, payload, way, deadline, done)
 
     def _deliver(self, deadline: Deadline, send: Callable[..., None], *arguments: Any) -> None:
         """Call ``send`` with the way to the broker, and again if another one takes over meanwhile."""
@@ -221,11 +221,11 @@ class Broadcaster(Generic[M]):
                     raise self._link.lost_error(error)  # noqa: B904, it has its cause
                 self._leave(outlet)
 
-    def _make(self, deadline: Deadline) -> SharedOutlet:
+    def _make(self, deadline: Deadline) -> Outlet:
         answer = self._ask("publisher", for_answer(deadline))
         if answer.end is None:
             raise self._link.lost_error()
-        made = SharedOutlet(self._link, answer.session, answer.end, answer.said["publisher"])
+        made = Outlet(self._link, answer.session, answer.end, answer.said["publisher"])
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
         self._outlet = outlet = self._outlets.setdefault(answer.session, made)
         if self._closed:  # meanwhile, by another thread
@@ -233,7 +233,7 @@ class Broadcaster(Generic[M]):
         self._check_open()
         return outlet
 
-    def _leave(self, outlet: SharedOutlet) -> None:
+    def _leave(self, outlet: Outlet) -> None:
         """The broker that it leads to has died; the next publish makes one to that which has taken over."""
         self._gap = True
         self._outlets.pop(outlet.session, None)

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, start_broadcaster
-from mpbroadcast.wire import payload, shared_outlet
+from mpbroadcast.wire import outlet, payload
 from tests.helpers import Children, wait_until
 
 FAILED = pytest.StashKey[bool]()
@@ -202,8 +202,8 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """All messages from 2 KiB on go in memory of their own, their buffers uncopied, so that tests need not be large."""
-    monkeypatch.setattr(shared_outlet, "LONGEST", 0)
-    monkeypatch.setattr(shared_outlet, "MEMORY_FROM", 0)
+    monkeypatch.setattr(outlet, "LONGEST", 0)
+    monkeypatch.setattr(outlet, "MEMORY_FROM", 0)
     monkeypatch.setattr(payload, "OUT_OF_BAND", 2048)
 
 

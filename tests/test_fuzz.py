@@ -48,7 +48,7 @@ from mpbroadcast.wire.control import (
     decode,
     encode,
 )
-from mpbroadcast.wire.descriptors import DescriptorSocket, Received, receive, taken_apart
+from mpbroadcast.wire.descriptors import DescriptorSocket, receive, taken_apart
 from mpbroadcast.wire.frames import (
     PIPE_BUF,
     FrameError,
@@ -268,9 +268,7 @@ def test_descriptors_of_any_number() -> None:
         if choose.random() < 0.3:
             assert theirs.hear_plain() == data[:64]
         elif choose.random() < 0.5:
-            received: list[Received] = []
-            receive(theirs, 32, received)
-            came, numbers, lost = taken_apart(received[0])
+            came, numbers, lost = taken_apart(receive(theirs, 32))
             assert (came, lost) == (data[:32], len(fds) > len(numbers))
             assert len(numbers) <= len(fds)
             for fd in numbers:

@@ -20,8 +20,8 @@ import pytest
 from mpbroadcast import Broadcaster, BroadcastError, Channel, ChannelInUse, connect, start_broadcaster
 from mpbroadcast.wire.frames import PIPE_BUF
 from mpbroadcast.wire.memory import available
+from mpbroadcast.wire.outlet import SHARED_FROM
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, LONGEST, Ring
-from mpbroadcast.wire.shared_outlet import SHARED_FROM
 from tests.helpers import DEADLINE, Background, Children, answer, pattern, rest, take, wait_until
 from tests.victims import Counter, memories, shared_maps, stopped, written
 from tests.workers import signal_until_told

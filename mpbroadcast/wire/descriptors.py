@@ -158,14 +158,12 @@ class PipeEnd(OwnedDescriptor):
                 os.close(writer)
 
 
-def receive(connection: socket.socket, size: int, received: list[Received]) -> None:
-    """Append what is there, as ``recvmsg`` returns it: in one step, so that an interrupt comes before or after.
-
-    Under the same :func:`fork_lock`, ``received`` or what is in it gets an owner.
+def receive(connection: socket.socket, size: int) -> Received:
+    """What is there, with descriptors, which get an owner under the same :func:`fork_lock`.
 
     :raises BlockingIOError: nothing is there.
     """
-    received.extend(map(connection.recvmsg, (size,), (_SPACE,), (_CLOEXEC,)))
+    return connection.recvmsg(size, _SPACE, _CLOEXEC)
 
 
 def taken_apart(received: Received) -> tuple[bytes, list[int], bool]:
@@ -232,12 +230,12 @@ class DescriptorSocket(socket.socket):
         return None
 
     def receive(self, received: list[Received]) -> None:
-        """Append the next packet: see :func:`receive`."""
-        try:
-            receive(self, _PACKET, received)
-        except ConnectionResetError:
-            # The other end was closed before it had read all: that is said once, before what is still there.
-            receive(self, _PACKET, received)
+        """Append the next packet, as :func:`receive` returns it: in one step, so that an interrupt comes before or after."""
+        # When the other end was closed before it had read all, that is said once, before what is still there.
+        with contextlib.suppress(ConnectionResetError):
+            received.extend(map(self.recvmsg, (_PACKET,), (_SPACE,), (_CLOEXEC,)))
+            return
+        received.extend(map(self.recvmsg, (_PACKET,), (_SPACE,), (_CLOEXEC,)))
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # an interrupt came before it was made

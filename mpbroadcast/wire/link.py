@@ -45,7 +45,7 @@ from mpbroadcast.wire.control import (
     decode,
     encode,
 )
-from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd, Received, fork_lock, on_fork, receive, taken_apart
+from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd, fork_lock, on_fork, receive, taken_apart
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
 _TRIES: Final = 5  # of connecting: so many brokers in a row are replaced
@@ -150,10 +150,8 @@ class _Control:
 
     def _read(self) -> bytes:
         """What is there, at once; the descriptors that came with it are in ``_numbers``."""
-        received: list[Received] = []
         with fork_lock():
-            receive(self._socket, _READ, received)
-            data, numbers, lost = taken_apart(received[0])
+            data, numbers, lost = taken_apart(receive(self._socket, _READ))
             self._numbers += numbers
         if lost:
             raise OSError(errno.EMFILE, "no descriptor is left in this process for a pipe: close some, or raise `ulimit -n`")
@@ -255,13 +253,10 @@ class Link:
         :raises TimedOut: it did not answer within ``CONNECT_TIMEOUT`` seconds.
         """
         session = self._session
-        return self._attach() if session is None or (session.lost and self.restarts) else session
-
-    def _attach(self) -> Session:
-        """While a broker is being replaced, it waits in the queue of the socket.
-
-        One that dies during the handshake may be replaced as well, so that is tried again.
-        """
+        if session is not None and not (session.lost and self.restarts):
+            return session
+        # While a broker is being replaced, this waits in the queue of the socket. One that dies during the handshake may be
+        # replaced as well, so that is tried again.
         tries = _TRIES
         while True:
             deadline = Deadline(CONNECT_TIMEOUT)
@@ -390,8 +385,7 @@ class Link:
         if self._session is not None:
             self._lose(self._session)
             self._session.lifeline.close()
-            while self._session.idle:
-                self._session.idle.pop().close()
+            self._session.idle.clear()
 
     def __del__(self) -> None:
         session: Session | None = getattr(self, "_session", None)

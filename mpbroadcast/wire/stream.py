@@ -8,7 +8,7 @@ import os
 import termios
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
 
@@ -28,11 +28,20 @@ class End:
 END_OF_MESSAGES: Final = End()  # a clean end
 LOST: Final = End()  # the pipe has ended without one
 LOST_FOR_GOOD: Final = End()  # and no other broker goes on with it
+_RESTARTED: Final = (
+    "the broker has died, and another one has taken over: messages may be missing here, nobody knows how many; the next "
+    "receive goes on"
+)
+_OVERFLOWED: Final = (
+    'the backlog was full under overflow="disconnect", and so this channel was unsubscribed; subscribe again, receive faster, '
+    "or choose a larger capacity or another policy"
+)
 _FLAWS: Final = (End, Failure)
 _AT_ONCE: Final = 1 << 19  # bytes in shared memory: nor more than malloc keeps
 _SHARED: Final = (runs.REFERENCES, runs.IN_MEMORY)
 
 
+@dataclass(slots=True, eq=False)
 class Stream:
     """Decoded messages, and the chunks of bytes behind them, of which ``skip`` bytes are done with.
 
@@ -41,25 +50,13 @@ class Stream:
     memory so far.
     """
 
-    __slots__ = ("chunks", "need", "plain", "read", "ready", "skip", "skipped")
-
-    def __init__(
-        self,
-        ready: Iterable[Any] = (),
-        rest: bytes = b"",
-        skip: int = 0,
-        need: int = RUN.size,
-        plain: bool = True,
-        skipped: int = 0,
-        read: int = 0,
-    ) -> None:
-        self.ready = deque(ready)
-        self.chunks = [rest] if rest else []
-        self.skip = skip
-        self.need = need
-        self.plain = plain
-        self.skipped = skipped
-        self.read = read
+    ready: deque[Any] = field(default_factory=deque)
+    chunks: list[bytes] = field(default_factory=list)
+    skip: int = 0
+    need: int = RUN.size
+    plain: bool = True
+    skipped: int = 0
+    read: int = 0
 
     def decodable(self, held: bool) -> bool:
         """Whether there are as many bytes as the next run needs, with one more in the pipe if one is ``held`` there."""
@@ -74,9 +71,8 @@ class Stream:
 
     def without(self, count: int) -> Stream:
         """The same, less its first messages."""
-        rest = Stream(islice(self.ready, count, None), b"", self.skip, self.need, self.plain, 0, self.read)
-        rest.chunks = self.chunks
-        return rest
+        ready = deque(islice(self.ready, count, None))
+        return Stream(ready, self.chunks, self.skip, self.need, self.plain, 0, self.read)
 
 
 def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | None = None) -> Stream | None:
@@ -127,7 +123,8 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
         stream.need = need
         return None
     unused = 0 if position + need <= end else min(position, len(data))  # what is decoded next is not copied for that
-    return Stream(ready, data[unused:], position - unused, need, plain, skipped, read)
+    rest = data[unused:]
+    return Stream(deque(ready), [rest] if rest else [], position - unused, need, plain, skipped, read)
 
 
 def follow(
@@ -164,19 +161,9 @@ def _said(run: RunView) -> End | Failure:
     if run.kind == runs.GAP:
         return Failure(Lagged(run.messages))
     if run.kind == runs.RESTARTED:
-        return Failure(
-            BrokerRestarted(
-                "the broker has died, and another one has taken over: messages may be missing here, nobody knows how many; the "
-                "next receive goes on"
-            )
-        )
+        return Failure(BrokerRestarted(_RESTARTED))
     if run.kind == runs.OVERFLOWED:
-        return Failure(
-            Overflowed(
-                'the backlog was full under overflow="disconnect", and so this channel was unsubscribed; subscribe again, '
-                "receive faster, or choose a larger capacity or another policy"
-            )
-        )
+        return Failure(Overflowed(_OVERFLOWED))
     return END_OF_MESSAGES
 
 
