@@ -19,6 +19,7 @@ import os
 import select
 import socket
 import time
+from collections import deque
 from types import NoneType
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
@@ -234,6 +235,8 @@ class Link:
         self._authkey = authkey
         self._session: Session | None = None  # the last one
         self._sessions: dict[int, Session] = {}  # those that are not lost, by the broker's number
+        # Subscriptions that nothing here holds any more, until an answer shows that the broker knows.
+        self.dropped: set[int] = _dropped.setdefault(broker, set()) if broker else set()
         self._told: set[int] = set()  # dropped subscriptions that a waiting publish need not drop again
         on_fork(self, Link._in_child)
 
@@ -273,6 +276,7 @@ class Link:
         if self.broker not in ("", said["broker"]):
             raise self.lost_error()
         self.broker = str(said["broker"])
+        self.dropped = _dropped.setdefault(self.broker, self.dropped)
         self.restarts = bool(said["restarts"])
         if self._authkey is not None:
             _keys[self.address] = self._authkey  # for handles of this process that come without a key
@@ -345,15 +349,12 @@ class Link:
     def _crash(self) -> BrokerCrashed | None:
         return self._session.lifeline.crash() if self._session is not None else None
 
-    @property
-    def dropped(self) -> set[int]:
-        """Subscriptions that nothing here holds any more, until an answer shows that the broker knows."""
-        return _dropped.setdefault(self.broker, set())
-
     def drop(self, number: int) -> bool:
         """Drop a subscription with the next request, and now if there is room, which it returns. Each change is one step."""
-        self.dropped.add(number)
         session = self._session
+        if session is not None and session.lost and not self.restarts:
+            return True
+        self.dropped.add(number)
         if session is None:
             return False
         # A connection for requests takes it, if one is idle: so the lifeline has room for its last notes.
@@ -375,6 +376,7 @@ class Link:
     def _in_child(self) -> None:
         self._session = None
         self._sessions = {}
+        self.dropped = set()
         _links.clear()
         _dropped.clear()
         _leaving.clear()
@@ -390,7 +392,7 @@ class Link:
     def __del__(self) -> None:
         session: Session | None = getattr(self, "_session", None)
         if session is not None:
-            _leaving[session.lifeline] = b"".join(map(_drop_note, list(self.dropped))) + encode({"do": "detach"})
+            _leaving.append((session.lifeline, b"".join(map(_drop_note, list(self.dropped))) + encode({"do": "detach"})))
             _send_last_notes()
 
 
@@ -399,14 +401,15 @@ def _drop_note(number: int) -> bytes:
 
 
 def _send_last_notes() -> None:
-    for lifeline, notes in list(_leaving.items()):
-        _leaving[lifeline] = left = lifeline.write_now(notes)
-        if not left:
-            _leaving.pop(lifeline, None)
+    for _ in range(len(_leaving)):
+        with contextlib.suppress(IndexError):  # another thread, or a finaliser, has sent them
+            lifeline, notes = _leaving.popleft()
+            if left := lifeline.write_now(notes):
+                _leaving.append((lifeline, left))
 
 
 _dropped: dict[str, set[int]] = {}  # of each broker, as the next one may be the first to hear of it
-_leaving: dict[_Control, bytes] = {}  # lifelines of links that are gone, until there is room for their last notes
+_leaving: deque[tuple[_Control, bytes]] = deque()  # lifelines of links that are gone, until there is room for their last notes
 _links: WeakValueDictionary[str, Link] = WeakValueDictionary()  # by the broker's identity
 _keys: dict[str, bytes] = {}  # by address
 
