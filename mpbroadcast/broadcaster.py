@@ -91,8 +91,7 @@ class Broadcaster(Generic[M]):
         :raises Exception: whatever pickling the message raises; nothing was sent.
         """
         if exclude is not None or timeout is not None or self._large:
-            way = self._way(topic, exclude)
-            deadline = Deadline(check_timeout(timeout))
+            way, deadline = self._way(topic, exclude), Deadline(check_timeout(timeout))
             self._publish(self._pickled(message), way, deadline, [])
             return
         encoded = encoded_topic(topic) if topic != "" else b""
@@ -173,10 +172,7 @@ class Broadcaster(Generic[M]):
             self._deliver(deadline, Outlet.send, frames, deadline, done)
 
     def _way(self, topic: str, exclude: Channel[M] | None) -> tuple[bytes, int]:
-        encoded = encode_topic(topic)
-        if exclude is None:
-            return encoded, 0
-        return encoded, self._own_channel(exclude, "exclude").number
+        return encode_topic(topic), 0 if exclude is None else self._own_channel(exclude, "exclude").number
 
     def _own_channel(self, channel: Channel[M], name: str) -> Channel[M]:
         if not isinstance(channel, Channel):
@@ -400,7 +396,7 @@ class Broadcaster(Generic[M]):
         self._closed = True
         if outlet is not None:
             outlet.pipe.close()
-        if outlet is not None and process is None:
+        if process is None and outlet is not None:
             # A publish that waits in another thread is woken when the broker closes its end.
             with contextlib.suppress(BroadcastError, OSError):
                 deadline = Deadline(CLOSE_TIMEOUT)

@@ -60,21 +60,24 @@ class Channel(Generic[M]):
         self._subscriber = subscriber  # whether this process has subscribed
         self._handed_on = False
         self._pipe: PipeEnd | None = None
-        self._shared: SharedInlet | None = None
         self._former: tuple[PipeEnd | None, SharedInlet | None] | None = None  # of a broker that has died
         self._token = 0
         self._opened = False
         self._closed = False
         self._told = False  # whether the broker has been: an interrupted close() can be called again
         self._owner = 0  # another process that has opened it, as far as is known here
+        self._missed = 0
+        self._turn = 0
+        self._begin()
+        on_fork(self, Channel._in_child, Channel._in_parent)
+
+    def _begin(self) -> None:
         self._lock = threading.RLock()
         self._opening = threading.RLock()
         self._stream = Stream()
         self._held = False  # whether a byte was left in the pipe
-        self._missed = 0
+        self._shared: SharedInlet | None = None
         self._tasks = Tasks()
-        self._turn = 0
-        on_fork(self, Channel._in_child, Channel._in_parent)
 
     # --- receiving
 
@@ -234,12 +237,9 @@ class Channel(Generic[M]):
             self._former = self._pipe, self._shared
             self._pipe = self._shared = None
             self._opened = self._held = False
-        lost = False
-        try:
+        with contextlib.suppress(BrokerLost, ChannelInUse, ClosedError):
             self._open(deadline)
-        except (BrokerLost, ChannelInUse, ClosedError):
-            lost = not self._closed
-        if lost:
+        if not (self._opened or self._closed):
             self._stream.ready[0] = LOST_FOR_GOOD
             self._owner = 0
             (self._pipe, self._shared), self._opened, self._former = self._former, True, None
@@ -436,12 +436,7 @@ class Channel(Generic[M]):
             self._handed_on = True
 
     def _in_child(self) -> None:
-        self._lock = threading.RLock()
-        self._opening = threading.RLock()
-        self._stream = Stream()
-        self._held = False
-        self._shared = None
-        self._tasks = Tasks()
+        self._begin()
         self._subscriber = False
         if self._pipe is not None:
             self._owner = os.getppid()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from multiprocessing.context import BaseContext
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from mpbroadcast.arguments import check_address, check_authkey, check_count, check_timeout
 from mpbroadcast.broadcaster import Broadcaster
@@ -15,8 +15,6 @@ from mpbroadcast.wire.link import Link
 
 M = TypeVar("M")
 
-_STALL_TIMEOUT: Final = 30.0
-
 
 def start_broadcaster(
     *,
@@ -25,7 +23,7 @@ def start_broadcaster(
     authkey: bytes | None = None,
     start_timeout: float | None = 10.0,
     history: int = 0,
-    stall_timeout: float | None = _STALL_TIMEOUT,
+    stall_timeout: float | None = 30.0,
     log_config: dict[str, Any] | None = None,
     restart: bool = False,
 ) -> Broadcaster[Any]:
@@ -85,8 +83,8 @@ def start_broadcaster(
     except BaseException as error:
         if process is not None:
             process.end(0, told=0)
-        if process is not None and isinstance(error, BroadcastError):
-            raise StartError(f"the broker started, but did not answer: {error}") from error
+            if isinstance(error, BroadcastError):
+                raise StartError(f"the broker started, but did not answer: {error}") from error
         raise
     return bus
 

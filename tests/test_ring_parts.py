@@ -99,7 +99,7 @@ def test_room_is_handed_out_once(steps: list[tuple[str, int, Random]]) -> None:
         if step == "free":
             free = {chunk for chunk in range(CHUNKS) if chunk != current and random.random() < 0.5}
             taken -= {place for place in taken if place // CHUNK in free}
-            room.is_free(sum(1 << chunk for chunk in free))
+            room.free |= sum(1 << chunk for chunk in free)
             continue
         before, behind = room.free, room.fits_behind(length)
         start = room.take(length)
@@ -164,7 +164,7 @@ def test_an_interrupt_spoils_no_room() -> None:
             start = room.take(size)
             assert start is not None
             mine |= set(range(start, start + size))
-        room.is_free(sum(1 << chunk for chunk in free))
+        room.free |= sum(1 << chunk for chunk in free)
         mine -= {place for place in mine if place // CHUNK in free}
         if undone and room.take(length) is not None:
             interrupted(line, room.undo)
@@ -185,7 +185,7 @@ def test_room_is_taken_where_it_was_used_last() -> None:
     assert [room.take(100) for _ in range(2)] == [0, 128]
     assert room.take(200) == 256  # aligned, behind the second: at the beginning of the next chunk
     assert room.take(2 * CHUNK) == 512  # in all of the next two
-    room.is_free(0b11)
+    room.free |= 0b11
     assert room.take(CHUNK + 1) == 4 * CHUNK
     assert room.take(CHUNK) == 0  # of five chunks, this is the first that is free: the next one is not there
     assert room.take(1) == CHUNK  # behind it
@@ -301,7 +301,7 @@ class Shared(RuleBasedStateMachine):
         freed = self.to_free.popleft()
         assert not freed & self.room.free, "freed twice"
         assert not freed >> self.current & 1, "freed while it is written"
-        self.room.is_free(freed)
+        self.room.free |= freed
 
     @invariant()
     def all_is_free_in_the_end(self) -> None:

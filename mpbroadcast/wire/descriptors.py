@@ -208,13 +208,9 @@ class DescriptorSocket(socket.socket):
         return bool(poll.poll(math.ceil(seconds * 1000)))
 
     def hear_plain(self) -> bytes | None:
-        """The next packet where none has a descriptor; ``None`` when none is there; an empty one at the end.
-
-        :raises OSError: the other end is gone.
-        """
-        with contextlib.suppress(BlockingIOError):
-            return self.recv(_PACKET)
-        return None
+        """As :meth:`hear`, where no packet has a descriptor."""
+        heard = self.hear()
+        return None if heard is None else heard[0]
 
     def hear(self) -> tuple[bytes, OwnedDescriptor | None] | None:
         """The next packet and its descriptor; ``None`` when none is there; an empty one at the end.

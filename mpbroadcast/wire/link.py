@@ -20,6 +20,7 @@ import select
 import socket
 import time
 from collections import deque
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
@@ -199,17 +200,15 @@ class _Control:
             self.close()
 
 
+@dataclass(eq=False)
 class Session:
     """What one broker knows this process by, for as long as the lifeline is open; ``id`` is the broker's name for it."""
 
-    __slots__ = ("id", "idle", "lifeline", "lost", "number")
-
-    def __init__(self, lifeline: _Control, said: dict[str, Any]) -> None:
-        self.lifeline = lifeline
-        self.id = int(said["session"])
-        self.number = int(said["number"])  # of the brokers that follow each other
-        self.idle: list[_Control] = []
-        self.lost = False  # whether the broker is known to have ended
+    lifeline: _Control
+    id: int
+    number: int  # of the brokers that follow each other
+    idle: list[_Control] = field(default_factory=list)
+    lost: bool = False  # whether the broker is known to have ended
 
 
 class Answer(NamedTuple):
@@ -281,7 +280,7 @@ class Link:
         if self._authkey is not None:
             _keys[self.address] = self._authkey  # for handles of this process that come without a key
         _links.setdefault(self.broker, self)
-        made = Session(lifeline, said)
+        made = Session(lifeline, int(said["session"]), int(said["number"]))
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
         self._session = session = self._sessions.setdefault(made.number, made)
         return session

@@ -38,7 +38,6 @@ _AGAIN: Final = 1.0  # seconds from one try to get a ring to the next
 _MOST_UNROUTED: Final = 8  # messages in memory of their own that the broker has not routed yet
 _MOST_BYTES: Final = 64 << 20  # in those, unless it is a single one
 _ASKING: Final = CONNECT_TIMEOUT + 1.0  # seconds that the question for the socket may take
-_WANTED: Final = pack(WANTED)
 _SLICE: Final = 0.05  # seconds: another thread may have heard what this one waits for
 _TURN: Final = 0.25  # seconds from one try to send what finalisers could not to the next
 _NOT_IN_TIME: Final = (
@@ -225,7 +224,7 @@ class Outlet:
         kind, number, value = unpack(data)
         ring, offered = self._ring, self._offered
         if kind == FREE and ring is not None and number == ring.number:
-            ring.room.is_free(value)
+            ring.room.free |= value
             self._dry = False
         elif kind == NONE and ring is not None and number == ring.number:
             self._dry = True
@@ -260,7 +259,7 @@ class Outlet:
             if patience is None:
                 patience = sooner(deadline, _PATIENCE)
                 with contextlib.suppress(OSError):
-                    beside.tell(_WANTED)
+                    beside.tell(pack(WANTED))
             left = patience.left()
             if not left:
                 self._dry = True
@@ -273,11 +272,9 @@ class Outlet:
         if ring is None or not ring.room.fits_behind(payload.size):
             self._hear(beside)
             ring = self._ring
-            if ring is None:
-                return True
         before = len(done)
-        start = ring.room.take(payload.size)
-        if start is None:
+        start = ring.room.take(payload.size) if ring is not None else None
+        if ring is None or start is None:
             return True
         try:
             if not ring.has(start, payload.size):

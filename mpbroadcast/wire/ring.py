@@ -30,7 +30,7 @@ class Room:
     """
 
     def __init__(self, chunks: int, chunk: int) -> None:
-        self.free = (1 << chunks) - 1  # a bit for each chunk
+        self.free = (1 << chunks) - 1  # a bit for each chunk; the broker says when one is free again
         self.next = self.end = 0
         self._chunk = chunk
         self._before = (0, 0, 0)  # next and end before the last take(), and the chunks that it has taken
@@ -71,10 +71,6 @@ class Room:
         self.next, self.end, chunks = self._before
         self.free |= chunks
         self._before = (self.next, self.end, 0)
-
-    def is_free(self, chunks: int) -> None:
-        """The broker says so of these: a bit for each."""
-        self.free |= chunks
 
 
 def aligned(position: int) -> int:
