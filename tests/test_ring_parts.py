@@ -192,7 +192,7 @@ def test_room_is_taken_where_it_was_used_last() -> None:
     assert room.take(CHUNK) is None
     assert [room.fits_behind(CHUNK - 64), room.fits_behind(CHUNK - 63)] == [True, False]
     assert room.take(CHUNK - 64) == CHUNK + 64
-    room.is_free(0b110000)
+    room.free |= 0b110000
     assert room.take(2 * CHUNK) == 4 * CHUNK  # in just as many as are free
 
 
