@@ -443,10 +443,11 @@ def test_each_policy_does_what_a_plain_list_does(policy: str) -> None:
 
 def test_drop_oldest_keeps_the_newest() -> None:
     """Of ten messages, three fit: the last three come, behind a gap of seven."""
-    outbox = Outbox(3 * charge_of(0, 100), "drop_oldest")
+    outbox = Outbox(4 * charge_of(0, 100) - 1, "drop_oldest")
     for number in range(10):
         outbox.put(messages(number, 1))
-    assert (outbox.published, outbox.missed, outbox.waiting) == (10, 7, 3)
+        outbox.to_write()  # and the pipe takes nothing
+    assert (outbox.published, outbox.missed, outbox.left, outbox.waiting) == (10, 7, 7, 3)
     assert emptied(outbox) == [("gap", 7), *numbers(7, 10)]
 
 
@@ -544,13 +545,25 @@ def test_block_takes_what_fits() -> None:
     outbox.put(run_of(rest.cut(1)[0]))
     rest = rest.cut(1)[1]
     assert outbox.fitting(rest, rest.charge) == 0
-    assert emptied(outbox) == numbers(0, 3)
+    outbox.put(run_of(rest.cut(1)[0]))  # what is put nevertheless is not dropped
+    assert emptied(outbox) == numbers(0, 4)
+
+
+def test_another_policy_takes_over() -> None:
+    """The gap that has not been said is said by the same policy only."""
+    for policy, said in (("drop_oldest", [("gap", 2)]), ("drop_newest", [])):
+        outbox = Outbox(charge_of(0, 100), "drop_oldest")
+        outbox.put(messages(0, 3))
+        outbox.take_over(policy)
+        assert (outbox.policy, emptied(outbox)) == (policy, [*said, ("message", 2)])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_message_larger_than_the_capacity_passes_alone(policy: str) -> None:
     """When nothing else is there, or just a tail byte, it is neither dropped nor an overflow, and no gap is said."""
     outbox = Outbox(1000, policy)
+    outbox.pipe = 2
+    assert not outbox.clear
     outbox.pipe = 1
     batch = batch_of(0, [5000])
     assert outbox.fitting(batch, batch.charge) == 1

@@ -22,7 +22,7 @@ from mpbroadcast.errors import AddressError
 from mpbroadcast.wire import frames
 from mpbroadcast.wire.frames import PIPE_BUF, Batch, FrameError, Parcel, Splitter, frame_head, pieces
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, Ring
-from mpbroadcast.wire.runs import GAP, MESSAGES, Run, SharedRun, memory_run, read_run, run_of
+from mpbroadcast.wire.runs import GAP, MESSAGES, RUN, Run, SharedRun, memory_run, read_run, run_of
 
 
 def test_nothing_is_left_of_patterns_that_nobody_has() -> None:
@@ -53,27 +53,33 @@ def test_a_capacity_can_be_used_to_its_last_byte() -> None:
     outbox.pipe = 1
     assert not outbox.takes(run.charge)
     outbox.pipe, outbox.referred = 0, 1
-    assert not outbox.takes(run.charge)
+    assert (outbox.takes(run.charge), outbox.charge) == (False, 1)
 
 
 def test_many_tiny_messages_are_cut_to_what_the_pipe_takes_for_certain() -> None:
-    """Their heads and the table of their lengths count, too."""
-    outbox = Outbox(1 << 24, "drop_oldest")
-    outbox.pipe_size = 1 << 16
-    outbox.put(a_run(20_000, 1))
-    assert (1 << 15) < len(outbox.to_write()) <= outbox.pipe_size - 2 * PIPE_BUF
+    """Their heads and the table of their lengths count, too. What is never dropped need not be cut."""
+    run = a_run(20_000, 1)
+    for policy, least, most in (("drop_oldest", 1 << 15, (1 << 16) - 2 * PIPE_BUF), ("block", len(run.data), len(run.data))):
+        outbox = Outbox(1 << 24, policy)
+        outbox.pipe_size = 1 << 16
+        outbox.put(run)
+        assert least <= len(outbox.to_write()) <= most
 
 
 def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
-    """What is dropped while the note of a gap is half in the pipe gets a note of its own."""
+    """What is dropped while the note of a gap is half in the pipe gets one note of its own."""
     run = a_run()
     outbox = Outbox(run.charge, "drop_newest")
     outbox.put(run)
-    outbox.put(a_run(2))
-    written = bytes(outbox.to_write())[: len(run.data) + 5]
+    written = bytes(outbox.to_write())
     outbox.wrote(len(written))
     outbox.pipe = outbox.capacity
+    outbox.put(a_run(1))
+    outbox.put(a_run(1))
+    written += bytes(outbox.to_write())[:5]
+    outbox.wrote(5)
     outbox.put(a_run(3))
+    outbox.put(a_run(4))
     while not outbox.empty:
         data = bytes(outbox.to_write())
         outbox.wrote(len(data))
@@ -83,17 +89,22 @@ def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
     while (view := read_run(written, start)) is not None:
         said.append((view.kind, view.messages))
         start += view.size
-    assert said == [(MESSAGES, 1), (GAP, 2), (GAP, 3)]
+    assert said == [(MESSAGES, 1), (GAP, 2), (GAP, 7)]
     assert start == len(written)
+
+
+def in_memory(ring: int) -> SharedRun:
+    """The run of a message in shared memory, which may belong to a ring."""
+    copy = a_run().data[RUN.size : -1]
+    copied = Batch(copy, array("I", [len(copy)]), b"", 0, 8)
+    hold = SimpleNamespace(data=lambda parcel: memory_run(parcel, 1), copied=lambda _: copied, copies=None, ring=ring)
+    return SharedRun(Parcel(7, 100, b"", 0, frame_head(100, b""), False, hold))
 
 
 def test_a_message_in_memory_is_not_written_with_what_comes_before() -> None:
     """Its descriptor has to be sent before its run: so that is never joined to another one."""
     outbox = Outbox(1 << 20)
-    before, behind = a_run(), a_run()
-    parcel = Parcel(7, 1000, b"", 0, frame_head(1000, b""), False)
-    hold = SimpleNamespace(data=lambda parcel: memory_run(parcel, 1))
-    own = SharedRun(parcel._replace(hold=hold))
+    before, own, behind = a_run(), in_memory(1), a_run()
     for run in (before, own, behind):
         outbox.put(run)
     assert (outbox.to_write(), outbox.shared) == (before.data, None)
@@ -101,6 +112,24 @@ def test_a_message_in_memory_is_not_written_with_what_comes_before() -> None:
     assert (outbox.to_write(), outbox.shared) == (own.data, own)
     outbox.wrote(len(own.data))
     assert (outbox.to_write(), outbox.shared) == (behind.data, None)
+
+
+def test_what_is_copied_out_is_written_as_it_would_have_been() -> None:
+    """All that waits in one ring, or what comes next; nothing else."""
+    outbox, plain = Outbox(1 << 20), a_run()
+    for run in (plain, in_memory(1), in_memory(1), in_memory(2)):
+        outbox.put(run)
+    assert [outbox.refers_to(ring) for ring in (1, 2, 3)] == [True, True, False]
+    assert [outbox.copy_out(ring) for ring in (1, 3)] == [2 * plain.charge, 0]
+    assert [outbox.refers_to(ring) for ring in (1, 2, 3)] == [False, True, False]
+    outbox.copy_first()
+    assert (outbox.to_write(), outbox.between) == (plain.data * 3, True)
+    outbox.wrote(len(plain.data) * 3 - 1)
+    assert not outbox.between
+    outbox.wrote(1)
+    assert outbox.to_write() != plain.data
+    outbox.copy_first()
+    assert outbox.to_write() == plain.data
 
 
 # ---------------------------------------------------------------------------------------------------------------- frames
