@@ -631,6 +631,7 @@ def test_an_interrupted_close_of_the_broadcaster_can_be_done_again(moment: Calla
         bus.close()
 
 
+@pytest.mark.interrupted(100)
 def test_a_handle_whose_close_was_interrupted_publishes_no_more(bus: Bus) -> None:
     """After a second ``close`` there is no way to publish through the handle, and the broker does not wait for it."""
     handle = pickle.dumps(bus)
