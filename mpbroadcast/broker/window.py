@@ -56,7 +56,7 @@ class Window:
 
     def retire(self, ring: Ring) -> None:
         """Nothing more will refer to this ring."""
-        if self.rings.pop(ring, None) is not None:
+        if self.rings.pop(ring, None) is not None or ring.number in self._unanswered:
             self.notes.append((GONE, ring.number))
 
     # --- what a pipe gets
