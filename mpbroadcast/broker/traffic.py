@@ -31,9 +31,7 @@ from mpbroadcast.wire.runs import Run, SharedRun, run_of
 log = logging.getLogger("mpbroadcast.broker")
 
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
-_SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
-_LONGEST_NAP: Final = 400e-6
-_MUCH: Final = PIPE_SIZE // 4  # bytes in a pipe, which would soon be full
+_NAP: Final = 100e-6  # seconds
 
 
 class Traffic:
@@ -64,23 +62,15 @@ class Traffic:
         self._on_gone = on_gone
         self._on_overflow = on_overflow
         self._busy: dict[Publisher, None] = {}
-        self._nap = _SHORTEST_NAP
-        self._most = 0  # bytes that were in one of their pipes
         self._dirty: dict[Subscription, None] = {}
         self._resuming: list[Publisher] = []
         self._room = memoryview(mmap(-1, PIPE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS))  # not touched before it is needed
 
     def round(self) -> None:
         """Wait for what happens, and handle it."""
-        if self._busy:
-            self._loop.round(self._nap)
-            self._most = 0
-            for publisher in list(self._busy):
-                self._read(publisher)
-            self._nap = min(2 * self._nap, _LONGEST_NAP) if self._most < _MUCH else _SHORTEST_NAP
-        else:
-            self._nap = _SHORTEST_NAP
-            self._loop.round()
+        self._loop.round(_NAP if self._busy else None)
+        for publisher in list(self._busy):
+            self._read(publisher)
         self.settle()
 
     def settle(self) -> None:
@@ -115,7 +105,6 @@ class Traffic:
         if not chunk:
             self._close(publisher)
             return
-        self._most = max(self._most, len(chunk))
         self._take(publisher, chunk)
         trap_points.reach("routing")
         self._route(publisher)
