@@ -349,7 +349,7 @@ def _allow_descriptors() -> None:
 
 
 def _take_over_signals() -> int:
-    """A pipe's end that tells of SIGTERM."""
+    """The read end of a pipe that becomes readable with SIGTERM."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)

@@ -79,7 +79,7 @@ class Sharing:
         self._loop.later(_GRACE, lambda: self._look(lender, ring, freed, moved))
 
     def _look(self, lender: Lender, ring: Ring, freed: int, moved: dict[Subscription, int]) -> None:
-        """If no chunk has come free, copy what waits for readers that are not quick; tell when that is of no use, either."""
+        """If no chunk has come free, copy what waits for readers that are not quick; if none is free then, report that."""
         lender.watched = ring.freed == freed and not ring.retired
         if not lender.watched:
             return
