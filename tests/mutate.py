@@ -63,6 +63,8 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "Router.targets: self._found[topic] = found -> pass",
         "matches: is_pattern(own) -> True",
         "encoded_topic: ",
+        "Splitter.split: self._rest -> True",
+        "Splitter.split: way -> True",
         "Outbox.fitting: self.takes(charge) -> False",
         "Outbox.put: self.takes(run.charge) -> False",
         "Outbox._drop: run.charge <= excess -> run.charge < excess",
@@ -87,7 +89,12 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "Outbox.refers_to: isinstance(run, SharedRun) -> True",
         "Outbox.copy_out: isinstance(run, SharedRun) -> True",
     ),
-    "nothing is used before the first message": ("Holds.__init__: -1 ->",),
+    "nothing is used before the first message": ("Holds.__init__: -1 ->", "Holds.__init__: [0] -> [1] #2"),
+    "there is always one": ("Holds.arrived: -1 -> 0",),
+    "it is refused below": (
+        "Splitter.split: size < 8 -> size <",
+        "Splitter.split: tag > _WAY -> tag >= _WAY",
+    ),
     "a longer question is as good": ("serve_handshake: os.urandom(", "client_handshake: os.urandom("),
     "so much is for ever, too": ("check_timeout: timeout > _FOREVER -> timeout >= _FOREVER",),
     "then psutil says that there is no such process, but for a number that is used again": (

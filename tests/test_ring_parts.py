@@ -580,16 +580,15 @@ def test_references_are_cut_copied_and_written(way: tuple[bytes, int, bool], len
     assert [place for item in items for place in item.places()] == [*zip(offsets, lengths, strict=True)]
     for item in items:
         parts = item.cut(min(cut, len(item.sizes)))
-        assert parts[0].frames + parts[1].frames == item.frames
+        assert [place for part in parts for place in part.places()] == [*item.places()]
         assert parts[0].sizes + parts[1].sizes == item.sizes
         assert parts[0].charge + parts[1].charge == item.charge
         batch = item.copied(memoryview(memory))
         assert (batch.sizes, batch.charge, batch.image, batch.exclude) == (item.sizes, item.charge, image, exclude)
         assert run_of(batch).charge == item.charge
-        start = 0
-        for (offset, length), size in zip(item.places(), batch.sizes, strict=True):
-            assert batch.frames[start + batch.skip : start + size] == memory[offset : offset + length]
-            start += size
+        heads = [frame_head(length, topic, exclude, 1 << 17 if image else 0) for _, length in item.places()]
+        pairs = zip(heads, item.places(), strict=True)
+        assert batch.frames == b"".join(head + memory[offset : offset + length] for head, (offset, length) in pairs)
         data = b"before" + references_run(item, number) + b"behind"
         assert len(data) - 12 <= PIPE_BUF
         run = read_run(data, 6)

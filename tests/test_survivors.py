@@ -243,9 +243,10 @@ def test_unread_memories_are_counted() -> None:
     """Messages in memory of their own, until they are read."""
     unread: Unread[SimpleNamespace] = Unread()
     unread.wrote(1, 10, None)
-    unread.wrote(2, 10, SimpleNamespace(ring="ring", place=0))
+    hold = SimpleNamespace(ring="ring", place=0)
+    unread.wrote(2, 10, hold)
     unread.wrote(1, 10, None)
-    assert unread.memories == 2
+    assert (unread.memories, list(unread.holds())) == (2, [hold])
     unread.read(3)
     assert (unread.memories, unread.bytes) == (1, 10)
     unread.read(4)

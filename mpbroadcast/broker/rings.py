@@ -46,7 +46,7 @@ class Holds:
             end = offset + length
             first, last = offset // size, (end - 1) // size
             for chunk in range(first, last + 1):
-                if used >> chunk & 1 and (chunk > first or offset < ends[chunk]):
+                if used >> chunk & 1 and offset < ends[chunk]:
                     raise Overlap(f"a reference to {length} bytes at {offset}, before the end of an earlier message")
                 used |= 1 << chunk
                 ends[chunk] = end
