@@ -91,6 +91,12 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     ),
     "nothing is used before the first message": ("Holds.__init__: -1 ->", "Holds.__init__: [0] -> [1] #2"),
     "there is always one": ("Holds.arrived: -1 -> 0",),
+    "a run that fits, or a single message, is not cut, nor is one cut into all of it and nothing": (
+        "Outbox._split_to: len(run.data) <= room",
+        "Outbox._split_to: run.count <= 1 -> ",
+        "Outbox._split_to: fits < run.count -> ",
+    ),
+    "it is dropped as a run without messages": ("Outbox._unsay: del self._runs[place] -> pass",),
     "it is refused below": (
         "Splitter.split: size < 8 -> size <",
         "Splitter.split: tag > _WAY -> tag >= _WAY",

@@ -453,7 +453,7 @@ def test_drop_oldest_keeps_the_newest() -> None:
 
 def test_drop_oldest_drops_from_one_batch() -> None:
     """It makes no difference whether they come one by one or all at once."""
-    outbox = Outbox(3 * charge_of(0, 100), "drop_oldest")
+    outbox = Outbox(4 * charge_of(0, 100) - 1, "drop_oldest")
     outbox.put(messages(0, 10))
     assert (outbox.published, outbox.missed, outbox.waiting) == (10, 7, 3)
     assert emptied(outbox) == [("gap", 7), *numbers(7, 10)]

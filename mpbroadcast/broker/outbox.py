@@ -236,7 +236,7 @@ class Outbox:
         parts: list[bytes] = []
         for run in runs:
             total += len(run.data)
-            if (total > limit and parts) or run.hold:
+            if total > limit or run.hold:
                 break
             parts.append(run.data)
         return b"".join(parts) if len(parts) > 1 else parts[0]
