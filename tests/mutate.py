@@ -65,6 +65,7 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "encoded_topic: ",
         "Splitter.split: self._rest -> True",
         "Splitter.split: way -> True",
+        "_way: not tag -> False",
         "Outbox.fitting: self.takes(charge) -> False",
         "Outbox.put: self.takes(run.charge) -> False",
         "Outbox._drop: run.charge <= excess -> run.charge < excess",
@@ -73,7 +74,12 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "Outbox.to_write: len(runs[0].data) >= limit -> ",
         "Outbox.to_write: len(parts) > 1 -> ",
     ),
-    "how much is written at once need not be exact": (
+    "no message without a payload comes in pieces": (
+        "Splitter._piece: len(frame) < HEAD.size -> len(frame) <= HEAD.size",
+        "_way: skip > min(size, len(frame)) -> skip >=",
+    ),
+    "how much goes together need not be exact": (
+        "_references: room > 0 -> room > 1",
         "Outbox.to_write: 2 * self.pipe -> 3 * self.pipe",
         "Outbox.to_write: 2 * PIPE_BUF -> 3 * PIPE_BUF",
         "Outbox.to_write: total = 0 -> total = 1",
@@ -111,7 +117,10 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "Room.__init__: (0, 0, 0) -> ",
         "Room.undo: self._before = (self.next, self.end, 0) -> pass",
     ),
-    "that is the same number": ("Room._taken: chunks -> True",),
+    "that is the same number": (
+        "_way: min(size, len(frame)) -> max(size, len(frame))",
+        "Room._taken: chunks -> True",
+    ),
     "the slower way, which puts it in the same place, is taken": ("Ring.put: start + length > room.end -> start + length >=",),
     "no clock is so exact": ("Patience.pause: self._last[0] < now - self._seconds -> self._last[0] <=",),
 }

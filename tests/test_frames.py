@@ -28,6 +28,7 @@ from mpbroadcast.wire.frames import (
     abort,
     frame_head,
     pieces,
+    reference_frame,
     topic_of,
 )
 from mpbroadcast.wire.payload import Failure, load_run
@@ -343,7 +344,7 @@ def test_changed_bytes_are_refused_or_passed(stream: Written, changes: list[Chan
     [
         pytest.param(struct.pack("<II", 7, 0), id="shorter than its head"),
         pytest.param(struct.pack("<II", PIPE_BUF + 1, 0), id="longer than one write"),
-        pytest.param(struct.pack("<II", PIPE_BUF + 1, 6) + bytes(PIPE_BUF), id="longer than one write, after another"),
+        pytest.param(struct.pack("<II", PIPE_BUF + 1, 6) + b"room:1" + bytes(PIPE_BUF), id="longer than one write, whole"),
         pytest.param(struct.pack("<II", 10, 5) + b"xx", id="shorter than its topic"),
         pytest.param(struct.pack("<II", 12, 1 << 16) + b"xxxx", id="shorter than its exclusion"),
         pytest.param(struct.pack("<II", 8, 1 << 18), id="unknown flag"),
@@ -353,6 +354,11 @@ def test_changed_bytes_are_refused_or_passed(stream: Written, changes: list[Chan
         pytest.param(struct.pack("<IIQB", 17, 1 << 24, 1, 0), id="piece without content"),
         pytest.param(struct.pack("<IIQB", 20, 1 << 24, 1, 1) + b"xxx", id="message without a head"),
         pytest.param(struct.pack("<IIQBII", 25, 1 << 24, 1, 1, 9, 0), id="message shorter than it says"),
+        pytest.param(struct.pack("<IIQBII", 25, 1 << 24, 1, 1, 8, 5), id="message shorter than its topic"),
+        pytest.param(struct.pack("<IIQBII", 25, 1 << 24, 1, 1, 8, 1 << 18), id="message with an unknown flag"),
+        pytest.param(struct.pack("<IIQB", 18, 1 + (1 << 24), 1, 0) + b"x", id="piece of an unknown kind"),
+        pytest.param(struct.pack("<IIQ", 16, 1 << 24, 1), id="piece as long as an abort"),
+        pytest.param(reference_frame(1, 0, 5, b"x" * (PIPE_BUF - 60)), id="reference with too long a topic"),
         pytest.param(struct.pack("<IIQB", 17, 2 << 24, 1, 0), id="abort that is too long"),
         pytest.param(struct.pack("<II", 8, 2 << 24), id="abort without a number"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import struct
 import time
 from array import array
 from collections.abc import Iterator
@@ -148,19 +149,24 @@ def test_a_message_that_fills_its_pieces_exactly(count: int, more: int) -> None:
     room = len(next(pieces(bytes(2 * PIPE_BUF), 1))) - 17
     assert room == PIPE_BUF - 17
     size = count * room + more
-    frame = frame_head(size - 8, b"") + bytes(size - 8)
+    frame = frame_head(size - 8, b"", kind=frames.IMAGE) + bytes(size - 8)
     made = list(pieces(frame, 1))
     assert len(made) == count + (more > 0)
     splitter = Splitter()
     items = [item for piece in made for item in splitter.split(piece)]
     assert isinstance(items[-1], Batch)
-    assert items[-1].frames == frame
+    assert (items[-1].frames, items[-1].image) == (frame, True)
     assert splitter.held == 0
 
 
 def test_unfinished_messages_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who begins message after message and finishes none is stopped."""
-    monkeypatch.setattr(frames, "MAX_FRAME", 5 * (PIPE_BUF + 512))
+    begun = [struct.pack("<IIQB", 18, frames.PIECE, number, 0) + b"x" for number in range(4097)]
+    splitter = Splitter()
+    splitter.split(b"".join(begun[:4096]))
+    with pytest.raises(FrameError):
+        splitter.split(begun[4096])
+    monkeypatch.setattr(frames, "MAX_FRAME", 5 * (PIPE_BUF - 17 + 512))
     splitter = Splitter()
     frame = frame_head(3 * PIPE_BUF, b"") + bytes(3 * PIPE_BUF)
     for number in (1, 2, 3, 4):
