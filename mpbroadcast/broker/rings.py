@@ -97,9 +97,6 @@ class Unread(Generic[H]):
         self.memories = 0  # of those that are unread, the messages in memory of their own
         self._entries: deque[tuple[int, H | None, int]] = deque()  # count behind it, hold, bytes
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def wrote(self, count: int, size: int, hold: H | None) -> None:
         """So many references were, to messages of ``size`` bytes in all."""
         self.count += count

@@ -31,7 +31,9 @@ from mpbroadcast.wire.runs import Run, SharedRun, run_of
 log = logging.getLogger("mpbroadcast.broker")
 
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
-_NAP: Final = 100e-6  # seconds
+_NAP: Final = 400e-6  # seconds
+_SHORT_NAP: Final = 50e-6  # when pipes fill up so quickly that their publishers would soon wait
+_MUCH: Final = PIPE_SIZE // 16  # bytes that were in one of them
 
 
 class Traffic:
@@ -62,13 +64,16 @@ class Traffic:
         self._on_gone = on_gone
         self._on_overflow = on_overflow
         self._busy: dict[Publisher, None] = {}
+        self._most = 0  # bytes that were in one publisher's pipe, after the last nap
         self._dirty: dict[Subscription, None] = {}
         self._resuming: list[Publisher] = []
         self._room = memoryview(mmap(-1, PIPE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS))  # not touched before it is needed
 
     def round(self) -> None:
         """Wait for what happens, and handle it."""
-        self._loop.round(_NAP if self._busy else None)
+        nap = _SHORT_NAP if self._most > _MUCH else _NAP
+        self._loop.round(nap if self._busy else None)
+        self._most = 0
         for publisher in list(self._busy):
             self._read(publisher)
         self.settle()
@@ -105,6 +110,7 @@ class Traffic:
         if not chunk:
             self._close(publisher)
             return
+        self._most = max(self._most, len(chunk))
         self._take(publisher, chunk)
         trap_points.reach("routing")
         self._route(publisher)
