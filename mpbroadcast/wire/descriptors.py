@@ -209,8 +209,9 @@ class DescriptorSocket(socket.socket):
 
     def hear_plain(self) -> bytes | None:
         """As :meth:`hear`, where no packet has a descriptor."""
-        heard = self.hear()
-        return None if heard is None else heard[0]
+        with contextlib.suppress(BlockingIOError):
+            return self.recv(_PACKET)
+        return None
 
     def hear(self) -> tuple[bytes, OwnedDescriptor | None] | None:
         """The next packet and its descriptor; ``None`` when none is there; an empty one at the end.
