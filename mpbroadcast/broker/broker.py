@@ -340,10 +340,6 @@ class Broker:
         else:
             self._remove_for(subscription, "its reader has closed it" if subscription.live else "it was unsubscribed")
 
-    @property
-    def live_subscriptions(self) -> int:
-        return sum(subscription.live for subscription in self.subscriptions.values())
-
     def wait_for(self, client: Client, enough: Callable[[], bool]) -> None:
         """Answer it as soon as there are enough subscriptions."""
         self._waiting[client] = enough

@@ -191,7 +191,9 @@ def _wait(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     encoded = None if topic is None else _checked(encode_topic, topic)
 
     def enough() -> bool:
-        there = broker.live_subscriptions if encoded is None else len(broker.router.targets(encoded))
+        there = (
+            sum(one.live for one in broker.subscriptions.values()) if encoded is None else len(broker.router.targets(encoded))
+        )
         return there >= count
 
     if message.get("now"):

@@ -32,8 +32,9 @@ log = logging.getLogger("mpbroadcast.broker")
 
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
 _NAP: Final = 400e-6  # seconds
-_SHORT_NAP: Final = 50e-6  # when pipes fill up so quickly that their publishers would soon wait
-_MUCH: Final = PIPE_SIZE // 16  # bytes that were in one of them
+_SHORT_NAP: Final = 50e-6  # when pipes and rings fill up so quickly that their publishers would soon wait
+_MUCH: Final = PIPE_SIZE // 16  # bytes that came in between
+_LARGE: Final = PIPE_SIZE // 4  # bytes in one read, from which on it is busy with fewer messages, too
 
 
 class Traffic:
@@ -64,16 +65,16 @@ class Traffic:
         self._on_gone = on_gone
         self._on_overflow = on_overflow
         self._busy: dict[Publisher, None] = {}
-        self._most = 0  # bytes that were in one publisher's pipe, after the last nap
+        self._came = 0  # bytes since the last nap, in pipes and referred to
         self._dirty: dict[Subscription, None] = {}
         self._resuming: list[Publisher] = []
         self._room = memoryview(mmap(-1, PIPE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS))  # not touched before it is needed
 
     def round(self) -> None:
         """Wait for what happens, and handle it."""
-        nap = _SHORT_NAP if self._most > _MUCH else _NAP
+        nap = _SHORT_NAP if self._came > _MUCH else _NAP
         self._loop.round(nap if self._busy else None)
-        self._most = 0
+        self._came = 0
         for publisher in list(self._busy):
             self._read(publisher)
         self.settle()
@@ -101,7 +102,7 @@ class Traffic:
         self._loop.watch(publisher.fd, IN, lambda _: self._read(publisher))
 
     def _read(self, publisher: Publisher) -> None:
-        before = self.routed
+        before, came = self.routed, self._came
         try:
             chunk = publisher.read()
         except BlockingIOError:
@@ -110,11 +111,11 @@ class Traffic:
         if not chunk:
             self._close(publisher)
             return
-        self._most = max(self._most, len(chunk))
+        self._came += len(chunk)
         self._take(publisher, chunk)
         trap_points.reach("routing")
         self._route(publisher)
-        self._set_busy(publisher, self.routed - before > _BUSY)
+        self._set_busy(publisher, self.routed - before > _BUSY or self._came - came > _LARGE)
 
     def _set_busy(self, publisher: Publisher, busy: bool) -> None:
         """Whether its pipe is read after naps.
@@ -213,6 +214,7 @@ class Traffic:
                     self._refuse(publisher, "a reference into a ring that it has left")
                     continue
                 self.sharing.use(item.hold.ring, publisher)
+                self._came += item.charge
             try:
                 full, rest = self._deliver(item, publisher)
             except UnicodeDecodeError:
