@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mpbroadcast.broker")
 
 _MOST_RINGS: Final = 4  # of one publisher, with those that are only read any more
-_MOST_RING_BYTES: Final = 1 << 29  # of all
+_MOST_RING_BYTES: Final = 1 << 30  # of all
 _MOST_PENDING: Final = 64  # memories whose frames have not come: some threads' with 8 each
 _MOST_CHUNKS: Final = 64
 _LARGEST_RING: Final = 1 << 24  # bytes: what one read of a pipe may refer to

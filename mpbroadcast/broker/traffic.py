@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Final
 
@@ -25,6 +25,7 @@ from mpbroadcast.broker.router import Router, matches
 from mpbroadcast.broker.sharing import Sharing
 from mpbroadcast.broker.stalls import Stalls
 from mpbroadcast.wire.frames import Batch, FrameError, Item, Parcel, References
+from mpbroadcast.wire.memory import keep_freed_memory
 from mpbroadcast.wire.packets import ROUTED, pack
 from mpbroadcast.wire.runs import Run, SharedRun, run_of
 
@@ -69,6 +70,7 @@ class Traffic:
         self._dirty: dict[Subscription, None] = {}
         self._resuming: list[Publisher] = []
         self._room = memoryview(mmap(-1, PIPE_SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS))  # not touched before it is needed
+        keep_freed_memory(4 * PIPE_SIZE)  # what is read from a pipe, and what is written into others
 
     def round(self) -> None:
         """Wait for what happens, and handle it."""
@@ -323,11 +325,8 @@ class Traffic:
 
     def unblock(self, subscription: Subscription) -> None:
         """Let those go on who wait for it."""
-        self._resume(subscription.waiters)
+        self._resuming.extend(subscription.waiters)
         subscription.waiters.clear()
-
-    def _resume(self, publishers: Iterable[Publisher]) -> None:
-        self._resuming.extend(publishers)
 
     # --- writing
 

@@ -36,7 +36,7 @@ _IN_PLACE: Final = 0x10  # MAP_FIXED
 
 _FIXED: Final = _SEAL_SHRINK | _SEAL_GROW
 _POPULATE_WRITE: Final = 23  # MADV_POPULATE_WRITE, from Linux 5.14 on
-_LARGE_BLOCK: Final = 1 << 23  # bytes; of 32 MiB and more it takes no notice
+_LARGE_BLOCK: Final = 1 << 23  # bytes
 _MOST_PARTS: Final = 512  # in one call; the system takes 1,024
 _WRITE: Final = 1 << 30  # bytes; the system takes nearly twice that
 
@@ -191,13 +191,13 @@ def _opened_again(descriptor: OwnedDescriptor, how: int) -> OwnedDescriptor | No
         return None
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep more of what is freed.
+def keep_freed_memory(size: int = _LARGE_BLOCK) -> None:
+    """Let the C library keep up to twice ``size`` bytes of what is freed; ``size`` is less than 32 MiB.
 
     It gives memory back to the system when a large block is freed, and then each message costs its page faults again, several
     times what copying it takes. It does so less once it has seen a larger one.
     """
-    bytes(_LARGE_BLOCK)
+    bytes(size)
 
 
 def fits(length: int, size: int) -> bool:

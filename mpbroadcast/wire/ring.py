@@ -18,7 +18,7 @@ from mpbroadcast.wire.frames import plain_reference, reference_frame
 from mpbroadcast.wire.memory import populate
 
 CHUNK: Final = 1 << 18  # bytes
-CHUNKS: Final = 32
+CHUNKS: Final = 64
 LONGEST: Final = 1 << 21  # bytes of a message: a longer one gets memory of its own
 _ALIGNMENT: Final = 64
 
