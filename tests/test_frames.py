@@ -541,7 +541,7 @@ def test_long_runs_are_decoded_in_parts() -> None:
     stream, items, skipped = Stream(), list[Any](), 0
     stream.chunks.append(data)
     while (after := decode(stream, False, False)) is not None:
-        assert len(after.ready) < 128 + 125
+        assert len(after.ready) < MOST_TOGETHER + 125
         assert not after.decodable(False) or after.chunks[0] is data
         items += after.ready
         skipped += after.skipped

@@ -32,10 +32,9 @@ from mpbroadcast.wire.runs import Run, SharedRun, run_of
 log = logging.getLogger("mpbroadcast.broker")
 
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
-_NAP: Final = 400e-6  # seconds
-_SHORT_NAP: Final = 50e-6  # when pipes and rings fill up so quickly that their publishers would soon wait
-_MUCH: Final = PIPE_SIZE // 16  # bytes that came in between
-_LARGE: Final = PIPE_SIZE // 4  # bytes in one read, from which on it is busy with fewer messages, too
+_SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
+_LONGEST_NAP: Final = 400e-6
+_MUCH: Final = PIPE_SIZE // 4  # bytes that came in one read, or between two naps: with 400 µs, a publisher would soon wait
 
 
 class Traffic:
@@ -66,6 +65,7 @@ class Traffic:
         self._on_gone = on_gone
         self._on_overflow = on_overflow
         self._busy: dict[Publisher, None] = {}
+        self._nap = _SHORTEST_NAP
         self._came = 0  # bytes since the last nap, in pipes and referred to
         self._dirty: dict[Subscription, None] = {}
         self._resuming: list[Publisher] = []
@@ -74,9 +74,9 @@ class Traffic:
 
     def round(self) -> None:
         """Wait for what happens, and handle it."""
-        nap = _SHORT_NAP if self._came > _MUCH else _NAP
-        self._loop.round(nap if self._busy else None)
-        self._came = 0
+        much, self._came = self._came >= _MUCH, 0
+        self._nap = min(2 * self._nap, _LONGEST_NAP) if self._busy and not much else _SHORTEST_NAP
+        self._loop.round(self._nap if self._busy else None)
         for publisher in list(self._busy):
             self._read(publisher)
         self.settle()
@@ -117,7 +117,7 @@ class Traffic:
         self._take(publisher, chunk)
         trap_points.reach("routing")
         self._route(publisher)
-        self._set_busy(publisher, self.routed - before > _BUSY or self._came - came > _LARGE)
+        self._set_busy(publisher, self.routed - before > _BUSY or self._came - came > _MUCH)
 
     def _set_busy(self, publisher: Publisher, busy: bool) -> None:
         """Whether its pipe is read after naps.
