@@ -656,4 +656,4 @@ def test_dropping_one_by_one_does_not_go_through_everything_each_time(monkeypatc
     for _ in range(count):
         outbox.put(run_of(single))
     assert (outbox.missed, outbox.waiting) == (count, count)
-    assert looked_at < 150 * count
+    assert looked_at < 1.2 * MOST_TOGETHER * count
