@@ -39,7 +39,7 @@ _WAY: Final = IMAGE | EXCLUDE | TOPIC_LENGTH  # the bits of a tag that are not i
 # Neighbouring messages that go together, and that a channel unpickles in one go. More is no faster: it leaves a processor's
 # cache, and Python's garbage collector, which counts the objects that are alive, begins to look at all of them, and so, in a
 # forked process, to copy all of their memory. A policy that drops one by one goes through no more, either.
-MOST_TOGETHER: Final = 256
+MOST_TOGETHER: Final = 128
 HEAD: Final = Struct("<II")
 _EXCLUDED: Final = Struct("<Q")
 _STREAK: Final = 2  # frames of the same length as the one before, from which on it is worth looking for many more
