@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import tempfile
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster, Channel, Lagged, connect
+from mpbroadcast import Broadcaster, Channel, Lagged, connect, trap_points
 from mpbroadcast.broker.members import new_socket
 from mpbroadcast.wire import shared_inlet
 from mpbroadcast.wire.descriptors import DescriptorSocket
@@ -37,7 +38,7 @@ from mpbroadcast.wire.packets import MAPPED, MEMORY, READ, RING, WANTED, pack
 from mpbroadcast.wire.runs import memory_run, read_run
 from mpbroadcast.wire.shared_inlet import SharedInlet
 from tests import large_workers as workers
-from tests.helpers import DEADLINE, Children, answer, finish, only_subscriber, take, wait_until
+from tests.helpers import DEADLINE, Background, Children, answer, finish, only_subscriber, take, wait_until
 from tests.large_workers import Size, limited, maps, number_of, without_descriptors
 from tests.victims import descriptors
 
@@ -160,6 +161,34 @@ def test_memory_comes_in_another_order_than_messages(bus: Bus) -> None:
         bus.flush(timeout=DEADLINE)
         assert [number_of(message) for message in take(quick, 2)] == [1, 2]
         assert number_of(full.recv(timeout=DEADLINE)) == 2
+
+
+def test_many_threads_take_no_more_than_there_is(own_memory: None, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 threads that begin at once, few have memory on its way to a broker that routes nothing; all messages arrive."""
+    filling: list[int] = []
+    may_fill = threading.Event()
+
+    def reach(name: str, subject: object = None) -> None:
+        if name == "filling memory":
+            filling.append(threading.get_ident())
+            may_fill.wait(DEADLINE)
+
+    with bus.subscribe(capacity=1000) as channel:
+        channel.fileno()
+        bus.publish(bytes(3000))  # the socket beside the pipe is there
+        assert len(channel.recv(timeout=DEADLINE)) == 3000
+        bus.publish_many([b""] * 10)
+        wait_until(lambda: only_subscriber(bus).stalls)
+        monkeypatch.setattr(trap_points, "reach", reach)
+        threads = [Background(bus.publish, bytes([number]) * 3000) for number in range(80)]
+        for thread in threads:
+            thread.wait_until_blocked("wait")
+        assert len(filling) < 64  # the broker takes no more of a publisher that it does not read from
+        may_fill.set()
+        messages = take(channel, 90)
+        assert {message[0] for message in messages if message} == set(range(80))
+        for thread in threads:
+            thread.result()
 
 
 def test_memory_that_came_before_the_broker_let_go() -> None:

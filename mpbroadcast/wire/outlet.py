@@ -311,11 +311,11 @@ class Outlet:
         before = len(done)
         number = next(_numbers)
         try:
-            if not self._wait_for_credit(beside, payload.size, deadline):
+            if not self._wait_for_credit(beside, number, payload.size, deadline):
                 return False
+            trap_points.reach("filling memory")
             try:
                 descriptor = self.pool.memory(payload.parts, payload.size)
-                self._unrouted[number] = payload.size
                 if not beside.tell(pack(MEMORY, 0, number), descriptor.fd):
                     return False
             except OSError:  # no memory or no descriptor is left
@@ -329,15 +329,17 @@ class Outlet:
                 del self._unrouted[number]
                 self.give_up(number)
 
-    def _wait_for_credit(self, beside: DescriptorSocket, size: int, deadline: Deadline) -> bool:
+    def _wait_for_credit(self, beside: DescriptorSocket, number: int, size: int, deadline: Deadline) -> bool:
+        """Take the credit for this message; ``False`` when the broker is gone."""
         while True:
             with self._lock:
                 there = self._hear(beside)
+                unrouted = self._unrouted.values()
+                if there and (not unrouted or (len(unrouted) < _MOST_UNROUTED and sum(unrouted) + size <= _MOST_BYTES)):
+                    self._unrouted[number] = size  # under the same lock, as other threads look for credit, too
+                    return True
             if not there:
                 return False
-            unrouted = list(self._unrouted.values())
-            if not unrouted or (len(unrouted) < _MOST_UNROUTED and sum(unrouted) + size <= _MOST_BYTES):
-                return True
             if deadline.left() == 0:
                 raise TimedOut(_NOT_IN_TIME)
             beside.wait(sooner(deadline, _SLICE).left() or 0)
