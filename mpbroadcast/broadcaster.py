@@ -305,9 +305,10 @@ class Broadcaster(Generic[M]):
         return channel
 
     def unsubscribe(self, channel: Channel[M]) -> None:
-        """Let nothing more come to ``channel``, whoever holds it. What was routed can still be received, then ``EOFError``.
+        """Let nothing more come to ``channel``, whoever holds it.
 
-        Nothing happens if it was unsubscribed or closed before.
+        What anybody had published before can still be received, but for what a backlog that is full at that moment holds back;
+        then ``EOFError``. Nothing happens if it was unsubscribed or closed before.
 
         :raises ValueError: it is another broker's. BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """

@@ -348,7 +348,8 @@ class Channel(Generic[M]):
     def unsubscribe(self, *topics: str) -> None:
         """Do not hear these topics or patterns any more, named as they were subscribed to (``"*"`` for everything).
 
-        What had been routed can still be received. The channel lives on, even with no topic left.
+        What anybody had published before can still be received, but for what a backlog that is full at that moment holds back.
+        The channel lives on, even with no topic left.
 
         :raises ClosedError: it was closed or unsubscribed. BrokerLost: the broker has ended.
         """

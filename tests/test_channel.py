@@ -478,6 +478,42 @@ def test_unsubscribe_keeps_a_large_rest(bus: Bus) -> None:
     assert everything(bus, unopened) == expected
 
 
+def _publish_what_comes(bus: Bus, orders: Connection) -> None:
+    """Publish each message that comes through the pipe, and report that it was; the end is ``None``."""
+    while (message := answer(orders)) is not None:
+        bus.publish(message)
+        orders.send("published")
+
+
+@pytest.mark.parametrize("what", ["channel", "topic"])
+def test_unsubscribe_ends_behind_what_was_published_before(
+    what: str, bus: Bus, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+) -> None:
+    """By anybody, also when the broker has not noticed yet that the backlog that held it back has been read empty."""
+    child = children(fork, _publish_what_comes, bus, pipe[1])
+    for number in range(20):
+        with bus.subscribe(capacity=100_000) as slow, bus.subscribe() as channel:
+            slow.fileno()
+            bus.publish_many(range(5))
+            bus.flush(timeout=DEADLINE, delivered=False)
+            last = bytes(200_000)  # more than `slow` takes while something is there
+            if number % 2:
+                bus.publish(last)
+            else:
+                pipe[0].send(last)
+                assert answer(pipe[0]) == "published"
+            wait_until(lambda: any(row.stalls for row in bus.stats().subscribers))
+            assert take(slow, 5) == list(range(5))  # of which no event tells the broker
+            if what == "channel":
+                bus.unsubscribe(channel)
+            else:
+                channel.unsubscribe("*")
+            assert take(channel, 6) == [0, 1, 2, 3, 4, last]
+            assert slow.recv(timeout=DEADLINE) == last
+    pipe[0].send(None)
+    finish(child)
+
+
 def test_unsubscribe_ends_a_waiting_recv(bus: Bus) -> None:
     """A ``recv`` that waits in another thread gets the end."""
     channel = bus.subscribe()

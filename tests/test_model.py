@@ -753,13 +753,12 @@ class Driver:
             sub.load(1, charge)
         self.covered["replayed"] += len(kept)
 
-    def unrouted(self, certain: Handle | None = None) -> Iterator[Sent]:
-        """What the broker may not have routed yet; without what this handle has published."""
+    def unrouted(self) -> Iterator[Sent]:
+        """What the broker may not have routed yet."""
         for handle in [*self.handles.values(), *self.former.values()]:
-            if handle is not certain:
-                for sent in handle.pending:
-                    if sent.doubtful or sent.number > self.routed.get(handle.key, -1):
-                        yield sent
+            for sent in handle.pending:
+                if sent.doubtful or sent.number > self.routed.get(handle.key, -1):
+                    yield sent
 
     def topics(self) -> None:
         """A channel hears more topics, or fewer."""
@@ -772,13 +771,14 @@ class Driver:
         topics = tuple(self.random.sample(WANTED, self.random.choice([1, 2])))
         if not add and sub.topics and self.random.random() < 0.7:
             topics = (self.random.choice(list(sub.topics)), *topics)
+        crowded = any(one.full() for one in self.subs.values())
         if not self.do(place, "topics", sub.key, add, topics):
             assert sub.may_overflow, f"{sub} was unsubscribed by nobody"
             return
         for sent in self.unrouted():
             before = sub in sent.targets
             now = heard({**sub.topics, **dict.fromkeys(topics)} if add else without(sub.topics, topics), sent.topic)
-            if before and not now:
+            if before and not now and (crowded or sent.doubtful):
                 sent.targets[sub] = False
             elif now and not before:
                 sent.targets[sub] = False
@@ -800,8 +800,8 @@ class Driver:
         self.do(place, "unsubscribe", handle.key, sub.key)
         if self.random.random() < 0.1:
             self.do(place, "unsubscribe", handle.key, sub.key)
-        for sent in self.unrouted(None if crowded else handle):
-            if sub in sent.targets:
+        for sent in self.unrouted():
+            if sub in sent.targets and (crowded or sent.doubtful):
                 sent.targets[sub] = False
         sub.live = False
 

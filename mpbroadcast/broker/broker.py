@@ -239,9 +239,11 @@ class Broker:
         self._write_down(subscription)
         self.tell_waiting()
 
-    def drop_topics(self, subscription: Subscription, session: Session, topics: list[str]) -> None:
-        """Lead these topics to it no more, from behind what the session has published."""
-        self.traffic.take_in(session)
+    def drop_topics(self, subscription: Subscription, topics: list[str]) -> None:
+        """Lead these topics to it no more, from behind what has been published."""
+        self.traffic.take_in()
+        if subscription.number not in self.subscriptions:  # its reader was found to be gone
+            return
         self.router.drop(subscription, topics)
         self._write_down(subscription)
         self.traffic.unblock(subscription)  # what waits for it may not be for it any more

@@ -111,7 +111,7 @@ def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     if known is not None or not 0 < number <= _MOST:
         raise _Refused("value", f"subscription must be a new number of 48 bits, not {number}")
     if replay:
-        broker.traffic.take_in(session)  # so that it is in the history
+        broker.traffic.take_in()  # so that it is in the history
     subscription = broker.add_subscription(number, session, topics, capacity, policy)
     publisher = _find_publisher(broker, message)
     if replay:
@@ -130,7 +130,7 @@ def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> 
     if message["do"] == "add topics":
         broker.add_topics(subscription, session, topics)
     else:
-        broker.drop_topics(subscription, session, topics)
+        broker.drop_topics(subscription, topics)
     client.reply({})
 
 
@@ -162,7 +162,8 @@ def _opened(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 def _unsubscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     subscription = broker.subscriptions.get(_integer(message, "subscription"))
     if subscription is not None:
-        broker.traffic.take_in(_session(broker, client, message))
+        _session(broker, client, message)
+        broker.traffic.take_in()
         broker.unsubscribe(subscription)
     client.reply({})
 

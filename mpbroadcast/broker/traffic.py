@@ -147,16 +147,27 @@ class Traffic:
         log.warning("process %d sent %s, which is no frame: it cannot publish any more", publisher.pid, error)
         self._close(publisher)
 
-    def take_in(self, session: Session) -> None:
-        """Route what the session's publishers have written until now, as far as backlogs take it.
+    def take_in(self) -> None:
+        """Route what all publishers have written until now, as far as backlogs take it.
 
-        So that what it asks for next comes behind it.
+        So that what is asked for next comes behind it: a process may have learnt from another one that it has published.
         """
-        for publisher in list(session.publishers):
+        for publisher in list(self.publishers.values()):
             end = publisher.end_of_written()
+            self._look_again(publisher)
             while publisher.fd >= 0 and not publisher.blocked and publisher.position < end:
                 self._take(publisher, publisher.read(end - publisher.position))
                 self._route(publisher)
+                self._look_again(publisher)
+
+    def _look_again(self, publisher: Publisher) -> None:
+        """Let it go on if there is room by now: no event tells that a pipe has been read empty."""
+        full: Subscription | None = None
+        while publisher.blocked is not full:
+            full = publisher.blocked
+            if full is not None:
+                self.mark(full)
+                self.settle()
 
     def finish(self, publisher: Publisher) -> None:
         """Take in what it has written until now, whether it can be routed or not, and nothing more.
