@@ -398,8 +398,10 @@ class Channel(Generic[M]):
         self._tasks.wake()
         if not (self._owner or (self._subscriber and self._handed_on and not self._opened)):
             # A recv that waits in another thread is woken when the broker closes its end.
-            with contextlib.suppress(BroadcastError, OSError):
+            try:
                 self._ask("close", Deadline(_CLOSE_TIMEOUT))
+            except (BroadcastError, OSError):  # the broker may not have got it, and what nobody opens no event ends
+                self._link.drop(self.number)
         self._told = True
         self._link = Link(self._link.address, self._link.broker)  # the session ends when nothing else here needs it
 

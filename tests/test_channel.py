@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, BroadcastError, Channel, ClosedError, TimedOut, connect, start_broadcaster
+from mpbroadcast.wire import link
 from mpbroadcast.wire.link import Link
 from tests import workers
 from tests.helpers import (
@@ -603,6 +604,18 @@ def test_channels_that_are_dropped_while_the_broker_takes_nothing(restart: bool)
             channels.clear()
             gc.collect()
         assert not bus.stats().subscribers
+
+
+def test_a_channel_that_is_closed_while_the_broker_takes_nothing(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker did not answer in time, and did not even get the request: it goes ahead of the next one."""
+    monkeypatch.setattr(link, "CONNECT_TIMEOUT", 0.2)
+    channel = bus.subscribe()
+    with stopped(bus.stats().pid):
+        asking = Background(bus.stats)  # which has the one connection that there is
+        asking.wait_until_blocked("ask")
+        channel.close()
+    asking.result()
+    wait_until(lambda: not bus.stats().subscribers)
 
 
 def test_a_publish_that_waits_for_dropped_channels_goes_on(bus: Bus) -> None:
