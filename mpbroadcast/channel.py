@@ -92,7 +92,9 @@ class Channel(Generic[M]):
         :raises Overflowed: the backlog was full (``disconnect``); ``EOFError`` comes next.
         :raises ClosedError: this channel was closed, before or meanwhile.
         :raises ChannelInUse: another process receives from it.
-        :raises Exception: whatever unpickling this message raises; the next call goes on with the next message.
+        :raises Exception: whatever unpickling this message raises; the next call goes on with the next message. One that could
+            be taken for the channel's own (``EOFError``, ``StopIteration``, an error of this package) is the cause of a
+            ``RuntimeError``.
         """
         if timeout is not None:
             timeout = check_timeout(timeout)

@@ -17,7 +17,21 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, BroadcastError, Channel, ClosedError, TimedOut, connect, start_broadcaster
+from mpbroadcast import (
+    Broadcaster,
+    BroadcastError,
+    BrokerLost,
+    BrokerRestarted,
+    Channel,
+    ChannelInUse,
+    ClosedError,
+    Lagged,
+    Overflowed,
+    TimedOut,
+    channel_to_selector,
+    connect,
+    start_broadcaster,
+)
 from mpbroadcast.wire import link
 from mpbroadcast.wire.link import Link
 from tests import workers
@@ -232,6 +246,36 @@ def test_bad_message_raises_its_own_error_once(bus: Bus, padding: int) -> None:
         with pytest.raises(workers.Boom):
             channel.recv(timeout=DEADLINE)
         assert channel.recv(timeout=DEADLINE) == number
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(EOFError(), StopIteration(), StopAsyncIteration(), Lagged(7), Overflowed()),
+        *(BrokerLost(), BrokerRestarted(), TimedOut(), ClosedError(), ChannelInUse("?", 7)),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("padding", [0, 3000, 300_000])
+def test_no_error_of_a_message_is_taken_for_the_channels_own(padding: int, error: Exception, bus: Bus) -> None:
+    """Each comes as the cause of a ``RuntimeError``, in every way to receive, and nothing ends or is counted."""
+
+    async def first(channel: Channel[Any]) -> Any:
+        return await anext(channel)
+
+    with bus.subscribe() as channel:
+        selector = channel_to_selector(channel)
+        ways = [lambda: channel.recv(DEADLINE), lambda: channel.recv_many(1, DEADLINE), lambda: next(channel)]
+        ways += [lambda: asyncio.run(first(channel)), lambda: selector.receive(DEADLINE)]
+        for way in ways:
+            bus.publish([bytes(padding), workers.Raises(error)])
+            bus.publish("next")
+            with pytest.raises(RuntimeError) as raised:
+                way()
+            assert type(raised.value) is RuntimeError
+            assert type(raised.value.__cause__) is type(error)
+            assert way() in ("next", ["next"])
+        assert channel.missed == 0
 
 
 def test_bad_message_hurts_no_other_subscriber(bus: Bus) -> None:

@@ -34,6 +34,21 @@ class CannotBeUnpickled:
         return explode, ()
 
 
+def throw(error: Exception) -> NoReturn:
+    """Raise this, while something is unpickled."""
+    raise error
+
+
+class Raises:
+    """Pickles well, and raises this error when it is unpickled."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return throw, (self.error,)
+
+
 def describe(error: BaseException) -> tuple[str, Any]:
     """An error as something that can be compared: its type's name, and the PID that it carries."""
     return type(error).__name__, getattr(error, "pid", None)

@@ -19,6 +19,8 @@ from itertools import accumulate, islice, pairwise
 from struct import Struct, error
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from mpbroadcast.errors import BroadcastError
+
 if TYPE_CHECKING:
     from mpbroadcast.wire.runs import RunView
 
@@ -31,7 +33,8 @@ loads: Final = pickle.loads
 _COUNT: Final = Struct("<II")
 _PART: Final = Struct("<QQ")
 _ALIGNMENT: Final = 64
-_STOPPED: Final = "unpickling a message raised StopIteration"
+# What ends an iteration, or is the channel's own: of a message, it would be taken for that.
+_NOT_OF_A_MESSAGE: Final = (EOFError, StopIteration, StopAsyncIteration, BroadcastError)
 
 
 class Payload(NamedTuple):
@@ -186,10 +189,10 @@ def _failure(payload: memoryview, error: Exception, loader: Callable[[Any], Any]
     """What stands in the place of a message whose unpickling raised ``error``; if it does not again, that was an interrupt."""
     try:
         loader(payload)
-    except StopIteration as stop:
-        stopped = RuntimeError(_STOPPED)
-        stopped.__cause__ = stop
-        return Failure(stopped)
-    except Exception:
-        return Failure(error)
+    except _NOT_OF_A_MESSAGE as again:
+        wrapped = RuntimeError(f"unpickling a message raised {type(again).__name__}")
+        wrapped.__cause__ = again
+        return Failure(wrapped)
+    except Exception as again:
+        return Failure(again)
     raise error
