@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import multiprocessing
 import os
 import pickle
 import signal
@@ -29,8 +30,10 @@ from mpbroadcast import (
     publish,
     start_broadcaster,
     subscribe,
+    trap_points,
     unsubscribe,
 )
+from mpbroadcast.broker.listening import Listening
 from tests.helpers import DEADLINE, take, wait_until
 from tests.victims import Explodes, Program, alive
 
@@ -418,6 +421,62 @@ def test_start_where_something_else_lies(kind: str, temporary_folder: Path) -> N
         target.unlink(missing_ok=True)
 
 
+def test_start_where_a_socket_does_not_listen_yet(temporary_folder: Path) -> None:
+    """A socket of another program that is bound, and refuses as that of a dead broker does, is left alone."""
+    address = str(temporary_folder / "other")
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind(address)
+        os.chmod(address, 0o600)
+        with pytest.raises(StartError, match="no broker") as caught:
+            start_broadcaster(address=address)
+        assert address in str(caught.value)
+        server.listen()
+        client.connect(address)
+    os.unlink(address)
+
+
+def test_what_appears_at_the_address_during_the_start_stays(temporary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is put at the address when the broker has found it free is not replaced, and nothing else is left."""
+    address = temporary_folder / "late"
+
+    def reach(name: str, subject: object = None) -> None:
+        if name == "naming the socket":
+            address.write_text("precious")
+
+    monkeypatch.setattr(trap_points, "reach", reach)
+    with pytest.raises(StartError, match="late"):
+        start_broadcaster(context=multiprocessing.get_context("fork"), address=address)
+    assert address.read_text() == "precious"
+    address.unlink()
+    assert not [path for path in temporary_folder.iterdir() if "~" in path.name]
+
+
+def unfinished(path: Path) -> None:
+    """Leave what a broker leaves that is killed before its socket listens."""
+    with socket.socket(socket.AF_UNIX) as half:
+        before = os.umask(0o777)
+        half.bind(str(path))
+        os.umask(before)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_lies_beside_the_address(ours: bool, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the names that a socket has until it listens, a start removes what a killed broker has left, and nothing else."""
+    beside = temporary_folder / ".mpbroadcast-abc~"
+    address = temporary_folder / "chosen"
+    unfinished(beside) if ours else beside.write_text("precious")
+    monkeypatch.setattr(os, "getpid", lambda: 0xABC)
+    if ours:
+        Listening(str(address), "").remove()
+        assert not beside.exists()
+    else:
+        with pytest.raises(OSError, match="in use"):
+            Listening(str(address), "")
+        assert beside.read_text() == "precious"
+        beside.unlink()
+    assert not address.exists()
+
+
 def test_the_socket_file_of_a_dead_broker_is_taken_over(temporary_folder: Path) -> None:
     """The socket file that a killed broker left at a chosen address does not stand in the way of the next."""
     address = str(temporary_folder / "chosen")
@@ -452,8 +511,6 @@ def test_an_address_can_be_used_again(temporary_folder: Path) -> None:
 
 def test_a_start_that_takes_too_long(temporary_folder: Path) -> None:
     """A broker that is not ready within ``start_timeout`` is a ``StartError``, and leaves no process and no file."""
-    import multiprocessing
-
     with pytest.raises(StartError, match="start_timeout"):
         start_broadcaster(context=multiprocessing.get_context("spawn"), start_timeout=0.001)
     assert not list(temporary_folder.glob("mpbroadcast-*"))

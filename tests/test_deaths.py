@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from multiprocessing import Pipe
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerLost, connect, start_broadcaster
+from mpbroadcast.broker.listening import Listening
 from tests import victims
 from tests.helpers import DEADLINE, Children, answer, fill, rest, take, wait_until
 from tests.victims import Program, alive, descriptors, receive_all
@@ -359,6 +362,73 @@ def test_the_next_start_cleans_up_after_starter_and_broker_killed_at_once(starte
         with connect(kept, authkey=KEY) as other:
             assert other.stats().published == 0
     assert living.process.poll() is None
+
+
+def _dead_socket(path: Path) -> None:
+    listening = Listening(str(path), "")
+    listening.socket.close()  # as its end would be, by a kill
+
+
+OTHERS = {
+    "a source tree": ("mpbroadcast-0.1.0", "README.md"),
+    "a checkout": ("mpbroadcast-checkout", "src"),
+    "a folder of ours with a file": ("mpbroadcast-broker-12345678", "notes"),
+    "a file of the socket's name": ("mpbroadcast-broker-1234_678", "broker"),
+    "an empty folder": ("mpbroadcast-empty", ""),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_start_removes_no_folder_of_the_users(what: str, temporary_folder: Path) -> None:
+    """A folder is removed when it has a name as ours have, and nothing is in it but what a dead broker has left."""
+    name, content = OTHERS[what]
+    folder = temporary_folder / name
+    folder.mkdir(mode=0o700)
+    if content:
+        (folder / content).write_text("precious")
+    os.utime(folder, (0, 0))
+    with start_broadcaster():
+        assert folder.exists()
+        if content:
+            assert (folder / content).read_text() == "precious"
+    shutil.rmtree(folder)
+
+
+def test_a_start_removes_no_socket_that_may_be_anybodys(temporary_folder: Path) -> None:
+    """Neither one that is bound and does not listen yet, nor a dead broker's beside a file that no broker makes."""
+    folder, dead, other = (temporary_folder / f"mpbroadcast-broker-{number}234567_" for number in (1, 2, 3))
+    for one in (folder, dead, other):
+        one.mkdir(mode=0o700)
+    _dead_socket(dead / "broker")
+    _dead_socket(other / "broker")
+    (other / "notes").write_text("precious")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(folder / "broker"))
+        for one in (folder, dead, other):
+            os.utime(one, (0, 0))
+        with start_broadcaster():
+            assert not dead.exists()
+            assert (folder / "broker").is_socket()
+            assert (other / "broker").is_socket()
+            assert (other / "notes").read_text() == "precious"
+    shutil.rmtree(folder)
+    shutil.rmtree(other)
+
+
+def test_a_start_removes_what_a_start_has_left(temporary_folder: Path) -> None:
+    """A folder whose broker was killed before its socket listened is removed when it is a minute old, and not before."""
+    folders = [temporary_folder / f"mpbroadcast-broker-{number}234567_" for number in range(2)]
+    for folder in folders:
+        folder.mkdir(mode=0o700)
+        with socket.socket(socket.AF_UNIX) as half:
+            before = os.umask(0o777)
+            half.bind(str(folder / ".mpbroadcast-1a~"))
+            os.umask(before)
+    os.utime(folders[0], (0, 0))
+    with start_broadcaster():
+        assert not folders[0].exists()
+        assert folders[1].exists()
+    shutil.rmtree(folders[1])
 
 
 def test_a_stopped_broker_is_not_taken_for_dead(starter: Any) -> None:
