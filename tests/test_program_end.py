@@ -429,3 +429,32 @@ def test_a_worker_that_publishes_after_the_end_hears_of_it(
     worker.join(DEADLINE)
     with pytest.raises(ClosedError):
         bus.publish("late")
+
+
+# ------------------------------------------------------------------------------------------------------ SIGCHLD ignored
+
+UNREAPED = """
+import multiprocessing, os, signal, sys
+from mpbroadcast import start_broadcaster
+
+def refuse(pid, number):
+    raise AssertionError(f"signal {number} is sent to process {pid} by its number")
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    context = multiprocessing.get_context(sys.argv[1])
+    bus = start_broadcaster(context=context, restart=sys.argv[2] == "restart")
+    if sys.argv[2] == "killed":
+        os.kill(bus.stats().pid, signal.SIGKILL)
+    os.kill = refuse
+    bus.close()
+    print("closed", multiprocessing.active_children(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("what", ["closed", "restart", "killed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_starter_that_ignores_its_childrens_end(method: str, what: str, script: Write) -> None:
+    """With ``SIGCHLD`` ignored, ``close`` ends the broker and raises nothing, and no signal goes to a mere number."""
+    with Program(script(UNREAPED), method, what) as program:
+        ends_well(program, "closed []\n")

@@ -7,9 +7,18 @@ while its process is known to live. Elsewhere the loop asks :meth:`Process.dead`
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import signal
+import time
+from typing import Final
 
 import psutil
+
+from mpbroadcast.arguments import Deadline
+
+_PAUSE: Final = 0.01  # seconds, where a death is no event
 
 
 def birth(pid: int) -> float:
@@ -65,3 +74,30 @@ class PeerProcess:
             return True
         except (psutil.Error, OSError):  # it cannot be asked, as no descriptor is left
             return False
+
+    def wait(self, timeout: float | None) -> bool:
+        """Block until it is dead, for at most ``timeout`` seconds. Return True if it is."""
+        deadline = Deadline(timeout)
+        if self.fd >= 0:
+            poll = select.poll()
+            poll.register(self.fd, select.POLLIN)
+            return bool(poll.poll(deadline.milliseconds()))
+        while not self.dead():
+            if deadline.left() == 0:
+                return False
+            time.sleep(_PAUSE)
+        return True
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, and none to another process that has got its number."""
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if self.fd >= 0:
+                signal.pidfd_send_signal(self.fd, number)
+            elif self._process is not None:
+                self._process.send_signal(number)
+
+    def close(self) -> None:
+        """Close its descriptor."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -40,6 +40,7 @@ from mpbroadcast.broker.broker import DRAIN_TIMEOUT, READY, STOPPING, Broker, Su
 from mpbroadcast.broker.journal import Journal
 from mpbroadcast.broker.keeper import keep
 from mpbroadcast.broker.listening import Listening, identity, remove_forgotten_folders, remove_leftovers, why_not
+from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.logs import set_up
 from mpbroadcast.broker.loop import IN
 from mpbroadcast.broker.requests import answer
@@ -49,7 +50,6 @@ from mpbroadcast.wire.descriptors import on_fork, without_heirs
 log = logging.getLogger("mpbroadcast.broker")
 
 _GRACE: Final = 3.0  # seconds for what comes behind the draining
-_PAUSE: Final = 0.01
 
 _GUARD: Final = (
     "Under the start methods spawn and forkserver the main module is imported once more in the new process, so what starts "
@@ -97,6 +97,8 @@ class BrokerProcess:
             settings.inherited = _open_descriptors()
         self._restart = settings.restart
         self._at_exit: Finalize | None = None
+        # The process, whoever reaps it: where SIGCHLD is ignored, multiprocessing never knows that it has ended.
+        self._watched: PeerProcess | None = None
         on_fork(self, BrokerProcess._in_child)
         try:
             reader, writer = context.Pipe(duplex=False)
@@ -108,9 +110,11 @@ class BrokerProcess:
             )
             try:
                 _start(method, self._process)
-                writer.close()
+                writer.close()  # and so there is a descriptor for the next line
+                self._watched = _process(self._process.pid)
                 self.address = _wait_until_ready(self._process, reader, Deadline(timeout), "" if method == "fork" else _GUARD)
             except BaseException:
+                reader.close()  # a broker that cannot be watched ends when it cannot report
                 self._kill()
                 raise
 
@@ -125,10 +129,12 @@ class BrokerProcess:
         """Wait for it, if its process ``told`` was told to stop within ``timeout``, and end it if it has not."""
         trap_points.reach("ending the broker")
         kept = _process(told) if told and self._restart else None
-        if told:
-            self._process.join(None if timeout is None else timeout + _GRACE)
-        if kept is not None:  # its keeper may have died before
-            _end(kept, timeout)
+        if told and self._watched is not None:
+            self._watched.wait(None if timeout is None else timeout + _GRACE)
+        if kept is not None:  # its keeper may have died before. It may stay a zombie: that is up to whoever has to reap it
+            if not kept.wait(None if timeout is None else timeout + _GRACE):
+                kept.send_signal(signal.SIGKILL)
+            kept.close()
         self._kill()
         remove_leftovers(self.address)
         if self._at_exit is not None:
@@ -136,45 +142,49 @@ class BrokerProcess:
 
     def _in_child(self) -> None:
         # A child of a plain os.fork() takes its parent's processes for its own, and ends the daemons among them at its end.
+        self._forget()
+        if self._watched is not None:
+            self._watched.close()
+
+    def _forget(self) -> None:
         vars(multiprocessing.process).get("_children", set()).discard(self._process)
 
     def _kill(self) -> None:
-        process = self._process
+        process, watched = self._process, self._watched
         if process.pid is None:
             return
+        if watched is not None:
+            if not watched.wait(0):
+                watched.send_signal(signal.SIGTERM)
+            if not watched.wait(_GRACE):
+                below = _children(watched.pid) if self._restart else []
+                watched.send_signal(signal.SIGKILL)
+                watched.wait(None)
+                for broker in below:
+                    with contextlib.suppress(psutil.Error):
+                        broker.kill()
+            watched.close()
         if process.exitcode is None:
-            process.terminate()
-            process.join(_GRACE)
-        if process.exitcode is None:
-            kept = _process(process.pid) if self._restart else None
-            below = kept.children() if kept is not None else []
-            process.kill()
-            process.join()
-            for broker in below:
-                with contextlib.suppress(psutil.Error):
-                    broker.kill()
-        process.close()
+            connection.wait([process.sentinel], _GRACE)  # a fork server reports a moment later
+        try:
+            process.close()
+        except ValueError:  # somebody else has reaped it, so its exit code is not to be had
+            self._forget()
 
 
-def _process(pid: int) -> psutil.Process | None:
+def _process(pid: int | None) -> PeerProcess | None:
+    """The process, if it lives."""
     try:
-        return psutil.Process(pid)
-    except psutil.Error:
+        return PeerProcess(pid) if pid else None
+    except (OSError, psutil.Error):
         return None
 
 
-def _end(process: psutil.Process, timeout: float | None) -> None:
-    """Wait for the end of a broker that may be nobody's child any more, and end it if it does not come.
-
-    It may stay a zombie for as long as it likes: that is up to whoever has to reap it.
-    """
-    deadline = Deadline(None if timeout is None else timeout + _GRACE)
-    with contextlib.suppress(psutil.Error):
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            if deadline.left() == 0:
-                process.kill()
-                return
-            time.sleep(_PAUSE)
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children()
+    except psutil.Error:
+        return []
 
 
 def _open_descriptors() -> frozenset[tuple[int, int, int]]:
