@@ -7,12 +7,15 @@ import json
 import os
 import pickle
 import random
+import select
 import socket
 import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,8 @@ import psutil
 import pytest
 
 import mpbroadcast
-from mpbroadcast import AuthenticationFailed, Broadcaster, connect, start_broadcaster
-from tests.helpers import DEADLINE, keyed_connection, wait_until
+from mpbroadcast import AuthenticationFailed, Broadcaster, BrokerLost, connect, start_broadcaster, trap_points
+from tests.helpers import DEADLINE, Background, Children, answer, finish, keyed_connection, wait_until
 from tests.victims import Program, descriptors
 
 PACKAGE = Path(mpbroadcast.__file__).parent
@@ -131,6 +134,90 @@ def test_two_hundred_silent_clients(bus: Broadcaster[Any]) -> None:
         for _ in range(200):
             stack.enter_context(raw(bus))
         goes_on(bus)
+
+
+def stay_silent(address: str, count: int, report: Connection) -> None:
+    """Hold so many connections that say nothing, and make each anew that is closed, until this process is ended."""
+    poll = select.epoll()
+    strangers: dict[int, socket.socket] = {}
+    known = False
+    while True:
+        for _ in range(count - len(strangers)):
+            stranger = socket.socket(socket.AF_UNIX)
+            stranger.connect(address)
+            poll.register(stranger, select.EPOLLRDHUP)
+            strangers[stranger.fileno()] = stranger
+        if not known:
+            report.send("there")
+            known = True
+        for fd, _ in poll.poll():
+            strangers.pop(fd).close()
+
+
+def test_strangers_that_connect_again_and_again_throw_out_nobody(
+    bus: Broadcaster[Any], fork: BaseContext, children: Children
+) -> None:
+    """Several hundred without the key that take the place of each that is thrown out: who has the key gets in."""
+    for _ in range(2):
+        ours, theirs = fork.Pipe()
+        with ours, theirs:
+            children(fork, stay_silent, bus.address, 250, theirs)
+            assert answer(ours) == "there"
+    connecting = [Background(connect, bus.address) for _ in range(12)]
+    for one in connecting:
+        with one.result() as other:
+            assert other.stats().pid == bus.stats().pid
+
+
+def crowd(address: str, orders: Connection) -> None:
+    """For each order, connect 200 times and say nothing; report when the broker has thrown out the first of these."""
+    while orders.recv():
+        with contextlib.ExitStack() as stack:
+            strangers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(200)]
+            for stranger in strangers:
+                stranger.connect(address)
+            for stranger in strangers[:60]:
+                with contextlib.suppress(ConnectionResetError):
+                    while stranger.recv(100):
+                        pass
+            orders.send("thrown out")
+
+
+def test_strangers_do_not_take_the_place_of_who_has_the_key(
+    bus: Broadcaster[Any], fork: BaseContext, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that is about to answer stays, though more strangers have come since than the broker keeps."""
+    ours, theirs = fork.Pipe()
+    with ours, theirs:
+        process = children(fork, crowd, bus.address, theirs)
+        thrown_out = []
+
+        def reach(name: str, subject: object = None) -> None:
+            if name == "answering":
+                ours.send(True)
+                thrown_out.append(answer(ours))
+
+        monkeypatch.setattr(trap_points, "reach", reach)
+        with connect(bus.address):
+            assert len(thrown_out) == 3  # the challenge is answered once, and nothing was tried again
+        monkeypatch.undo()
+        ours.send(False)
+        finish(process)
+
+
+def test_a_connection_that_was_reset_is_tried_again(temporary_folder: Path) -> None:
+    """Who was thrown out before it could answer tries again, and again, and then hears that nobody answers."""
+    address = str(temporary_folder / "resets")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        server.settimeout(DEADLINE)
+        connecting = Background(connect, address)
+        for _ in range(7):
+            server.accept()[0].close()
+    with pytest.raises(BrokerLost):
+        raise connecting.error() or AssertionError
+    os.unlink(address)
 
 
 def endless(client: Any) -> int:

@@ -53,7 +53,8 @@ class Client:
         self.session: Session | None = None  # whose lifeline this is
         self.opening: set[Subscription] = set()  # what it has begun to open
         self.waiting = False  # a request is not answered yet
-        self.authenticated = False
+        self.has_key = False  # it has proved that
+        self.authenticated = False  # and so has the broker
         self.refused = False
         self._loop = loop
         self._handshake = handshake
@@ -145,6 +146,7 @@ class Client:
         trap_points.reach("checking a key")
         try:
             self._send(self._handshake.send(body))
+            self.has_key = True
         except StopIteration as done:
             self.authenticated = True
             self._inbox.limit = MAX_REQUEST

@@ -24,6 +24,7 @@ from mpbroadcast.arguments import MAX_ADDRESS
 _FOLDER: Final = "mpbroadcast-broker-"
 _OWN_FOLDER: Final = re.compile(_FOLDER + "[a-z0-9_]{8}")  # as tempfile.mkdtemp() completes it
 _SOCKET: Final = "broker"
+_QUEUE: Final = 4096  # connections: a client that waits in it keeps its turn, beside however many others
 _PASSING: Final = re.compile(r"\.mpbroadcast-[0-9a-f]+~")  # a socket's name until it listens
 _MARK: Final = 627_294_121  # nanoseconds in the time of a broker's socket; a connection to it changes the time of access only
 _FORGOTTEN: Final = 60.0  # seconds after which a folder without a socket is nobody's
@@ -81,7 +82,7 @@ class Listening:
             finally:
                 os.umask(before)
             try:
-                self.socket.listen(128)
+                self.socket.listen(_QUEUE)
                 marked = os.lstat(passing).st_mtime_ns // 10**9 * 10**9 + _MARK
                 os.utime(passing, ns=(marked, marked))
                 os.chmod(passing, 0o600)

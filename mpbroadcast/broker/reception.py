@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -20,7 +21,8 @@ from mpbroadcast.wire.control import serve_handshake
 log = logging.getLogger("mpbroadcast.broker")
 
 HANDSHAKE_TIMEOUT: Final = 5.0  # seconds
-_MOST_STRANGERS: Final = 128  # connections that have not shown a key; the oldest goes for one more
+_MOST_STRANGERS: Final = 128  # connections that have not shown a key; one of them goes for one more
+_LEAST_TIME: Final = 0.25  # seconds that each of them has at the least; meanwhile others wait in the socket's queue
 _AGAIN: Final = 0.2  # seconds, until there may be descriptors
 SWEEP: Final = 1.0  # seconds, where deaths are no events
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
@@ -65,6 +67,10 @@ class Reception:
 
     def _accept(self, events: int) -> None:
         trap_points.reach("accepting")
+        wait = self._make_room()
+        if wait > 0:
+            self._pause(wait)
+            return
         try:
             connection, _ = self._listener.accept()
         except BlockingIOError:
@@ -73,11 +79,30 @@ class Reception:
             if error.errno not in _NO_DESCRIPTORS:
                 return  # it has gone already
             log.warning("no descriptor is left in the broker: new processes wait until some are free")
-            self._loop.forget(self._listener.fileno())
-            self._loop.later(_AGAIN, lambda: self._loop.watch(self._listener.fileno(), IN, self._accept))
+            self._pause(_AGAIN)
             return
         connection.setblocking(False)
         self._admit(connection)
+
+    def _pause(self, seconds: float) -> None:
+        """Accept no connection for so long."""
+        self._loop.forget(self._listener.fileno())
+        self._loop.later(seconds, lambda: self._loop.watch(self._listener.fileno(), IN, self._accept))
+
+    def _make_room(self) -> float:
+        """Close a stranger if there are too many: the oldest of the process that has the most.
+
+        Return the seconds until it may be closed. A client that answers is none, and one that is slower tries again.
+        """
+        strangers = [client for client in self._strangers if not client.has_key]
+        if len(strangers) < _MOST_STRANGERS:
+            return 0.0
+        ((peer, _),) = Counter(client.peer for client in strangers).most_common(1)
+        oldest = next(client for client in strangers if client.peer is peer)
+        wait = self._strangers[oldest] - HANDSHAKE_TIMEOUT + _LEAST_TIME - time.monotonic()
+        if wait <= 0:
+            oldest.close("too many have connected without a key", refused=True)
+        return wait
 
     def _admit(self, connection: socket.socket) -> None:
         try:
@@ -103,8 +128,6 @@ class Reception:
         if not self._expiring:
             self._expiring = True
             self._loop.later(HANDSHAKE_TIMEOUT, self._expire)
-        if len(self._strangers) > _MOST_STRANGERS:
-            next(iter(self._strangers)).close("too many have connected without a key", refused=True)
 
     def _expire(self) -> None:
         self._expiring = False

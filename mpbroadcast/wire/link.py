@@ -20,9 +20,10 @@ import select
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 from mpbroadcast import trap_points
@@ -50,8 +51,12 @@ from mpbroadcast.wire.control import (
 from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd, fork_lock, on_fork, receive, taken_apart
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
-_TRIES: Final = 5  # of connecting: so many brokers in a row are replaced
+# Seconds before another try to connect, when a connection was reset: by a broker that has died and is replaced, or by one that
+# had more strangers than it keeps.
+_PAUSES: Final = [0.02 * 2**number for number in range(8)]
 _READ: Final = 1 << 16
+
+T = TypeVar("T")
 
 
 class _Control:
@@ -247,31 +252,23 @@ class Link:
     def __reduce__(self) -> tuple[Any, ...]:
         return Link.to, (self.address, self.broker, self.restarts)
 
-    def session(self) -> Session:
+    def session(self, deadline: Deadline | None = None) -> Session:
         """The last one, or that with the broker that takes over.
 
         :raises BrokerLost: there is no broker.
         :raises AuthenticationFailed: it has another key.
-        :raises TimedOut: it did not answer within ``CONNECT_TIMEOUT`` seconds.
+        :raises TimedOut: it did not answer by ``deadline``, or within ``CONNECT_TIMEOUT`` seconds.
         """
         session = self._session
         if session is not None and not (session.lost and self.restarts):
             return session
-        # While a broker is being replaced, this waits in the queue of the socket. One that dies during the handshake may be
-        # replaced as well, so that is tried again.
-        tries = _TRIES
-        while True:
-            deadline = Deadline(CONNECT_TIMEOUT)
-            try:
-                lifeline = self._control(deadline)
-                said = lifeline.ask({"do": "attach"}, deadline)
-                break
-            except BrokerLost as error:
-                tries -= 1
-                if not tries or not isinstance(error.__cause__, (ConnectionResetError, BrokenPipeError, NoneType)):
-                    self.restarts = False  # nobody needs to wait for another one again
-                    error.__cause__ = self._crash() or error.__cause__
-                    raise
+        # While a broker is being replaced, this waits in the queue of the socket.
+        try:
+            lifeline, said = self._connected(self._attach, sooner(deadline or Deadline(None), CONNECT_TIMEOUT))
+        except BrokerLost as error:
+            self.restarts = False  # nobody needs to wait for another one again
+            error.__cause__ = self._crash() or error.__cause__
+            raise
         if self.broker not in ("", said["broker"]):
             raise self.lost_error()
         self.broker = str(said["broker"])
@@ -284,6 +281,21 @@ class Link:
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
         self._session = session = self._sessions.setdefault(made.number, made)
         return session
+
+    def _connected(self, connect: Callable[[Deadline], T], deadline: Deadline) -> T:
+        for pause in _PAUSES:
+            try:
+                return connect(deadline)
+            except BrokerLost as error:
+                reset = isinstance(error.__cause__, (ConnectionResetError, BrokenPipeError, NoneType))
+                if deadline.left() == 0 or not reset:
+                    raise
+            time.sleep(sooner(deadline, pause).left() or 0.0)
+        return connect(deadline)
+
+    def _attach(self, deadline: Deadline) -> tuple[_Control, dict[str, Any]]:
+        lifeline = self._control(deadline)
+        return lifeline, lifeline.ask({"do": "attach"}, deadline)
 
     def _control(self, deadline: Deadline) -> _Control:
         key = self._authkey or _keys.get(self.address) or bytes(multiprocessing.current_process().authkey)
@@ -298,7 +310,7 @@ class Link:
         """
         self.send_notes()
         while True:
-            asked = session or self.session()
+            asked = session or self.session(deadline)
             try:
                 return self._ask(asked, deadline or Deadline(None), {"do": do, "session": asked.id, **fields})
             except BrokerLost:
@@ -314,7 +326,7 @@ class Link:
             control = session.idle.pop()
         try:
             if control is None:
-                control = self._control(sooner(deadline, CONNECT_TIMEOUT))
+                control = self._connected(self._control, sooner(deadline, CONNECT_TIMEOUT))
             said = control.ask(message, deadline, b"".join(map(_drop_note, to_drop)))
             if said.get("error") == "unknown":  # it was another broker that has answered
                 raise BrokerLost(str(said["text"]))
