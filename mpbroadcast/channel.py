@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import os
 import select
-import threading
 from collections.abc import Iterator
 from itertools import islice
 from types import TracebackType
@@ -23,6 +22,7 @@ from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut
+from mpbroadcast.wire import locks
 from mpbroadcast.wire.descriptors import PipeEnd, on_fork
 from mpbroadcast.wire.link import Answer, Link, for_answer
 from mpbroadcast.wire.memory import available
@@ -72,8 +72,8 @@ class Channel(Generic[M]):
         on_fork(self, Channel._in_child, Channel._in_parent)
 
     def _begin(self) -> None:
-        self._lock = threading.RLock()
-        self._opening = threading.RLock()
+        self._lock = locks.rlock()
+        self._opening = locks.rlock()
         self._stream = Stream()
         self._held = False  # whether a byte was left in the pipe
         self._shared: SharedInlet | None = None

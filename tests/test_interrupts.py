@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ import pytest
 import mpbroadcast
 from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, start_broadcaster, trap_points
 from mpbroadcast.broker.process import BrokerProcess
+from mpbroadcast.wire import locks
 from mpbroadcast.wire.descriptors import OwnedDescriptor, PipeEnd, _forks
 from mpbroadcast.wire.link import Link
 from mpbroadcast.wire.memory import available
@@ -589,6 +591,53 @@ def interrupt_after(count: int, function: Callable[[], Any]) -> bool:
     finally:
         sys.settrace(before)
     return False
+
+
+@pytest.mark.parametrize("make", [locks.lock, locks.rlock], ids=["lock", "rlock"])
+def test_an_interrupt_leaves_no_lock_held(make: Callable[[], Any], storm: Storm) -> None:
+    """Wherever a block under a lock is interrupted, its end releases the lock (a plain one stays held on Python 3.14)."""
+    lock = make()
+
+    def use() -> None:
+        for _ in range(100):
+            with lock:
+                os.getpid()
+
+    for _ in storm.moments():
+        storm.interrupts(2e-5, use)
+        with pytest.raises(RuntimeError):  # nobody holds it
+            lock.release()
+
+
+INTERRUPTED_FORK = """
+import asyncio, os, signal, threading
+from functools import partial
+
+def lock():
+    with fork_lock():
+        pass
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+# Two functions in C, which handle no signal: it arrives in the second, and is handled in the first hook of the package.
+os.register_at_fork(after_in_parent=partial(signal.setitimer, signal.ITIMER_REAL, 1e-6))
+os.register_at_fork(after_in_parent=partial(sum, range(1_000_000)))
+from mpbroadcast.wire.descriptors import fork_lock
+
+os.fork() or os._exit(0)
+os.wait()
+thread = threading.Thread(target=lock, daemon=True)
+thread.start()
+thread.join(5)
+print("held" if thread.is_alive() else "free")
+"""
+
+
+def test_an_interrupt_behind_a_fork_leaves_no_lock_held() -> None:
+    """What a signal's handler raises just behind ``os.fork`` comes up in a hook; other threads can use the library then."""
+    command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED_FORK]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "free\n"), done.stderr
+    assert "KeyboardInterrupt" in done.stderr
 
 
 @pytest.mark.parametrize("kind", [OwnedDescriptor, PipeEnd])

@@ -212,8 +212,7 @@ def _start(method: str, process: BaseProcess) -> None:
     else:
         forkserver.ensure_running()
     try:
-        with without_heirs():
-            process.start()
+        without_heirs(process.start)
     except Exception as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         bootstrapping = isinstance(error, RuntimeError) and "bootstrapping" in str(error)

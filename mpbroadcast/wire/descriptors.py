@@ -14,12 +14,15 @@ import socket
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
+from operator import methodcaller
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
 from mpbroadcast.arguments import Deadline
+from mpbroadcast.wire import locks
 
 _SPACE: Final = socket.CMSG_SPACE(2 * array("i").itemsize)
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
@@ -34,9 +37,13 @@ class _Forks:
     """Who wants to know of forks, with what to call; and the lock that keeps forks out."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # reentrant: a signal handler or finaliser may come in while its own thread has it
+        self.renew()
         self.heirless = 0  # a thread whose forks are the library's own, in which no handle is used
         self.hooks: WeakKeyDictionary[Any, tuple[Hook, Hook | None]] = WeakKeyDictionary()
+
+    def renew(self) -> None:
+        self.lock = locks.rlock()  # reentrant: a signal handler or finaliser may come in while its own thread has it
+        self.acquire, self.release = self.lock.acquire, self.lock.release
 
     def call(self, which: int) -> None:
         for something, hooks in list(self.hooks.items()):
@@ -66,34 +73,28 @@ def fork_lock(ending: Callable[[], bool] = sys.is_finalizing) -> AbstractContext
 _NO_LOCK: Final = contextlib.nullcontext()
 
 
-def _before_fork() -> None:
-    _forks.lock.acquire()
-
-
-@contextlib.contextmanager
-def without_heirs() -> Iterator[None]:
-    """What this thread forks meanwhile uses none of this process's handles."""
-    _forks.heirless = threading.get_ident()
+def without_heirs(call: Callable[[], None]) -> None:
+    """Call this; the processes that this thread forks meanwhile use none of this process's handles."""
     try:
-        yield
+        _forks.heirless = threading.get_ident()
+        call()
     finally:
         _forks.heirless = 0
 
 
 def _after_fork_in_parent() -> None:
-    try:
-        if _forks.heirless != threading.get_ident():
-            _forks.call(1)
-    finally:
-        _forks.lock.release()
+    if _forks.heirless != threading.get_ident():
+        _forks.call(1)
 
 
 def _after_fork_in_child() -> None:
-    _forks.lock = threading.RLock()
+    _forks.renew()
     _forks.call(0)
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+# The lock is taken and released by functions in C: an interrupt at the start of a hook in Python skips all of that hook.
+os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+os.register_at_fork(before=partial(methodcaller("acquire"), _forks), after_in_parent=partial(methodcaller("release"), _forks))
 
 
 class OwnedDescriptor:

@@ -22,6 +22,7 @@ from typing import Final
 from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.errors import TimedOut
+from mpbroadcast.wire import locks
 from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd
 from mpbroadcast.wire.frames import IMAGE, PIPE_BUF, abort, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.wire.link import CONNECT_TIMEOUT, Link, Session, for_answer, sooner
@@ -66,7 +67,7 @@ class Outlet:
         self._beside: DescriptorSocket | None = None  # what shared memory is agreed on through
         self._not_before = 0.0 if available() else float("inf")  # when to ask for it
         self._inside: set[int] = set()  # threads that publish in shared memory: a signal's handler in one uses the pipe
-        self._lock = threading.Lock()
+        self._lock = locks.lock()
         self._ring: Ring | None = None
         self._offered: Ring | None = None
         self._heard: list[bytes] = []  # what the broker has said, and is still to be handled

@@ -12,12 +12,12 @@ as there is no thread here that could do it by itself.
 from __future__ import annotations
 
 import errno
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Final
 
 from mpbroadcast import trap_points
+from mpbroadcast.wire import locks
 from mpbroadcast.wire.descriptors import OwnedDescriptor, fork_lock, on_fork
 from mpbroadcast.wire.memory import (
     fill_and_seal,
@@ -45,7 +45,7 @@ class MemoryPool:
     def __init__(self) -> None:
         # A signal handler may come in while its own thread has it. Nothing waits under it, and nothing loops: from Python 3.12
         # on, an interrupt at the end of a loop's turn does not let go of the lock around it.
-        self._lock = threading.RLock()
+        self._lock = locks.rlock()
         self._kept: list[_Kept] = []  # that no thread is about to write; what was used last is last
         self._possible = True
         self._patient = True  # to wait for memory helped, the last time
