@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -160,6 +161,29 @@ def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
     """Whatever is wrong with it, it is the one error that says so."""
     with pytest.raises(ControlError):
         decode(body)
+
+
+def nested(depth: int) -> Any:
+    """A list in a list, so deep."""
+    return [nested(depth - 1)] if depth > 1 else []
+
+
+def test_a_deep_body_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 levels are read, 33 are not; brackets in strings are no levels, whatever stands before them."""
+    rest = {
+        "many": [[], {}] * 50,
+        "texts": ["[" * 100, '"[' * 50, '\\"{', "\\", "[" * 100, '\\\\"', "{" * 100],
+        '"[[': ["["] * 100,
+    }
+    flat = rest | {"a": nested(15)}
+    assert decode(json.dumps(flat).encode()) == flat
+    assert decode(json.dumps(flat, ensure_ascii=False).encode()) == flat
+    deep = json.dumps(rest | {"a": nested(32)}).encode()
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(ControlError, match="deep"):
+        decode(deep)
+    with pytest.raises(ControlError, match="deep"):
+        decode(b'{"a": [' * 17 + b"]}" * 17)
 
 
 PARTS_OF_JSON = [b"{", b"}", b"[", b"]", b":", b",", b'"', b"\\", b"u12", b"d800", b"1", b"e99", b"-", b"null", b"NaN"]
