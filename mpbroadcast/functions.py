@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
@@ -29,7 +28,8 @@ def start_broadcaster(
 ) -> Broadcaster[Any]:
     """Start a broker process, and return a handle on it. Wait for it at most ``start_timeout`` seconds.
 
-    ``context`` is what ``multiprocessing.get_context()`` returns; the default start method if not given. ``address`` is the
+    ``context`` is what ``multiprocessing.get_context()`` returns. If not given, the broker is forked where that is the default
+    start method, and else started in a new interpreter, which does not import the main module. ``address`` is the
     path of the socket to listen at; if not given, one in a new folder that only this user can enter. ``authkey`` is a key
     that processes may show beside this process's own, which its children have.
 
@@ -51,9 +51,7 @@ def start_broadcaster(
 
     :raises StartError: it could not be started, and nothing is left behind; ``__cause__`` has the reason.
     """
-    if context is None:
-        context = multiprocessing.get_context()
-    elif not isinstance(context, BaseContext):
+    if context is not None and not isinstance(context, BaseContext):
         raise TypeError(
             f"context must be what multiprocessing.get_context() returns, not {type(context).__name__}: for a start method's "
             'name, multiprocessing.get_context("spawn")'

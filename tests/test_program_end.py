@@ -219,7 +219,7 @@ def test_ctrl_c_that_nobody_catches_shows_one_traceback(wait: str, script: Write
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_an_unguarded_main_module_is_told_what_to_write(method: str, script: Write) -> None:
-    """Under spawn a main module without a guard gets an error that says what to write, and nothing hangs."""
+    """With such a context a main module without a guard gets an error that says what to write, and nothing hangs."""
     text = f"""
 import multiprocessing
 from mpbroadcast import start_broadcaster
@@ -233,6 +233,48 @@ print("started")
         assert "StartError" in errors
         assert 'if __name__ == "__main__":' in errors
         wait_until(lambda: not program.processes())
+
+
+UNGUARDED = """
+import multiprocessing
+multiprocessing.set_start_method("{method}")
+from mpbroadcast import start_broadcaster
+print("main", flush=True)
+with start_broadcaster() as bus, bus.subscribe() as channel:
+    bus.publish("hello")
+    print(channel.recv())
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("how", ["file", "-", "-m", "-c"])
+def test_without_a_context_no_guard_is_needed(
+    how: str, method: str, script: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the default start method is, the broker imports nothing of the main module, however that was given."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    text = UNGUARDED.format(method=method)
+    commands = {"file": [script(text)], "-": ["-"], "-m": ["-m", "program"], "-c": ["-c", text]}
+    with Program("-W", "error", *commands[how], stdin=text if how == "-" else None) as program:
+        ends_well(program, "main\nhello\n")
+
+
+def test_a_log_config_that_needs_the_main_module_is_an_error_that_says_so(script: Write) -> None:
+    """Without a context, the broker cannot have what stands in the main module."""
+    text = """
+import logging, multiprocessing
+from mpbroadcast import StartError, start_broadcaster
+class Handler(logging.NullHandler): pass
+multiprocessing.set_start_method("spawn")
+try:
+    start_broadcaster(log_config={"version": 1, "handlers": {"own": {"()": Handler}}})
+except StartError as error:
+    print(error)
+"""
+    with Program(script(text)) as program:
+        code, printed, _ = program.end()
+    assert code == 0
+    assert "what log_config names must stand in another one" in printed
 
 
 SHORT = """

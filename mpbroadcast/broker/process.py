@@ -36,6 +36,7 @@ import psutil
 
 from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
+from mpbroadcast.broker.alone import AloneContext
 from mpbroadcast.broker.broker import DRAIN_TIMEOUT, READY, STOPPING, Broker, Succession, new_identity
 from mpbroadcast.broker.journal import Journal
 from mpbroadcast.broker.keeper import keep
@@ -54,6 +55,9 @@ _GRACE: Final = 3.0  # seconds for what comes behind the draining
 _GUARD: Final = (
     "Under the start methods spawn and forkserver the main module is imported once more in the new process, so what starts "
     'the program must stand under `if __name__ == "__main__":`, in a file that can be imported'
+)
+_NO_MAIN: Final = (
+    "Without a `context` the broker imports nothing of the main module: what log_config names must stand in another one"
 )
 
 
@@ -82,7 +86,7 @@ class BrokerProcess:
     :raises StartError: it could not be started within ``timeout`` seconds; nothing is left of it.
     """
 
-    def __init__(self, context: BaseContext, timeout: float | None, settings: Settings) -> None:
+    def __init__(self, context: BaseContext | None, timeout: float | None, settings: Settings) -> None:
         current = multiprocessing.current_process()
         if current.daemon:
             raise StartError(
@@ -91,8 +95,14 @@ class BrokerProcess:
             )
         own_key = bytes(current.authkey)
         settings.keys = [own_key] if settings.authkey is None else [settings.authkey, own_key]
+        hint = _GUARD
+        if context is None:
+            context = multiprocessing.get_context()
+            if context.get_start_method() != "fork":
+                context, hint = AloneContext(), _NO_MAIN
         method = context.get_start_method()
         if method == "fork":
+            hint = ""
             # Taken before the start, so that the pipes by which multiprocessing watches its processes are not among them.
             settings.inherited = _open_descriptors()
         self._restart = settings.restart
@@ -112,7 +122,7 @@ class BrokerProcess:
                 _start(method, self._process)
                 writer.close()  # and so there is a descriptor for the next line
                 self._watched = _process(self._process.pid)
-                self.address = _wait_until_ready(self._process, reader, Deadline(timeout), "" if method == "fork" else _GUARD)
+                self.address = _wait_until_ready(self._process, reader, Deadline(timeout), hint)
             except BaseException:
                 reader.close()  # a broker that cannot be watched ends when it cannot report
                 self._kill()
@@ -215,14 +225,18 @@ def _start(method: str, process: BaseProcess) -> None:
         without_heirs(process.start)
     except Exception as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # A fork server imports the main module first, and that may have ended it.
+        no_server = method == "forkserver" and isinstance(error, (ConnectionError, EOFError))
         bootstrapping = isinstance(error, RuntimeError) and "bootstrapping" in str(error)
-        raise StartError(_GUARD if bootstrapping else f"the broker process could not be started: {text}") from error
+        raise StartError(
+            _GUARD if bootstrapping or no_server else f"the broker process could not be started: {text}"
+        ) from error
     finally:
         if masked:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadline: Deadline, guard: str) -> str:
+def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadline: Deadline, hint: str) -> str:
     trap_points.reach("waiting for the broker")
     ready = connection.wait([reader, process.sentinel], deadline.left())
     if not ready:
@@ -238,7 +252,7 @@ def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadl
         process.join(1)
         raise StartError(
             f"the broker process ended before it was ready (exit code {process.exitcode}); what it wrote to standard error "
-            f"says why. {guard}".rstrip()
+            f"says why. {hint}".rstrip()
         ) from None
     if "error" in answer:
         raise StartError(answer["error"]) from (OSError(answer["errno"], answer["error"]) if answer["errno"] else None)
