@@ -21,7 +21,7 @@ from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
-from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut
+from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, concerns
 from mpbroadcast.wire import locks
 from mpbroadcast.wire.descriptors import PipeEnd, on_fork
 from mpbroadcast.wire.link import Answer, Link, for_answer
@@ -262,8 +262,7 @@ class Channel(Generic[M]):
         return self._about_this(lost)
 
     def _about_this(self, error: E) -> E:
-        with contextlib.suppress(Exception):  # a user's exception may have no room for it
-            error.channel = self  # type: ignore[attr-defined]
+        concerns(error, self)
         return error
 
     def _wait(self, deadline: Deadline, timeout: float | None) -> None:

@@ -8,8 +8,10 @@ whatever its pickling raises.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from mpbroadcast.channel import Channel
@@ -18,10 +20,35 @@ if TYPE_CHECKING:
 class BroadcastError(Exception):
     """The base of all exceptions of this package.
 
-    ``channel`` is the channel that the error concerns, or ``None``.
+    ``channel`` is the channel that the error concerns, or ``None``. Pickled, an error leaves its channel behind, and has a note
+    (``__notes__``) that names it, and the process.
     """
 
     channel: Channel[Any] | None = None
+
+    def __reduce__(self) -> Any:
+        made, arguments, *_ = cast(tuple[Any, ...], super().__reduce__())
+        return made, arguments, _without_channel(vars(self))
+
+
+def concerns(error: Exception, channel: Channel[Any]) -> None:
+    """Let an error carry a channel, and be pickled without it, also when it is none of this package's."""
+    with contextlib.suppress(Exception):  # a user's exception may have no room for it
+        if not isinstance(error, BroadcastError):
+            # As it is now: a reference to the error would make a cycle, and keep the channel until a collection.
+            made, arguments, *more = cast(tuple[Any, ...], error.__reduce_ex__(4))
+            reduced = made, arguments, _without_channel({**(more[0] if more else {}), "channel": channel}), *more[1:]
+            error.__reduce_ex__ = lambda protocol: reduced  # type: ignore[method-assign]
+        error.channel = channel  # type: ignore[attr-defined]
+
+
+def _without_channel(attributes: dict[str, Any]) -> dict[str, Any]:
+    """With a note that names it, and this process."""
+    state = dict(attributes)
+    channel = state.pop("channel", None)
+    if channel is not None:
+        state["__notes__"] = [*state.get("__notes__", ()), f"in process {os.getpid()}, from {channel!r}"]
+    return state
 
 
 class StartError(BroadcastError, RuntimeError):
