@@ -117,6 +117,7 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "Room.__init__: (0, 0, 0) -> ",
         "Room.undo: self._before = (self.next, self.end, 0) -> pass",
     ),
+    "a frame begins with its size, as a table of one would": ("Run.charges: self.count == 1 -> ",),
     "that is the same number": (
         "_way: min(size, len(frame)) -> max(size, len(frame))",
         "Room._taken: chunks -> True",

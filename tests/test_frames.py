@@ -24,24 +24,38 @@ from mpbroadcast.wire.frames import (
     Batch,
     FrameError,
     Item,
+    Parcel,
+    References,
     Splitter,
     abort,
     frame_head,
+    memory_frame,
     pieces,
     reference_frame,
+    references_in,
     topic_of,
 )
-from mpbroadcast.wire.payload import Failure, load_run
+from mpbroadcast.wire.payload import Failure, load_each, load_run, loads
 from mpbroadcast.wire.runs import (
     END,
     GAP,
+    GONE,
+    IN_MEMORY,
     MESSAGES,
+    OFFER,
     OVERFLOWED,
+    REFERENCES,
     RUN,
     SKIPPED,
     Run,
+    RunView,
+    memory_run,
+    note,
     note_run,
+    read_memory,
+    read_references,
     read_run,
+    references_run,
     run_of,
 )
 from mpbroadcast.wire.stream import END_OF_MESSAGES, Stream, decode
@@ -436,6 +450,8 @@ def test_a_run_is_read_as_far_as_it_is_there() -> None:
             view = read_run(run.data[:length], 0)
             assert (view is None) == (length < RUN.size)
             assert view is None or view.size == len(run.data)
+            assert view is None or (view.sizes is not None) == (run.count > 1 and length >= RUN.size + 4 * run.count)
+            assert view is None or run.count or view.messages == (run.missed if length >= len(run.data) - 1 else 0)
             assert read_run(run.data, len(run.data) - length) is None or length >= RUN.size
 
 
@@ -446,7 +462,8 @@ def test_a_note_says_its_kind_and_number(kind: int) -> None:
         run = note_run(kind, missed)
         view = read_run(run.data, 0)
         assert view is not None
-        assert (view.size, view.kind, view.messages) == (len(run.data), kind, missed)
+        assert view == (len(run.data), kind, missed, False, 0, None, RUN.size)
+        assert run.data == struct.pack("<QIBBHQ", len(run.data), 0, kind, 0, 0, missed) + b"\n"
         assert (run.count, run.charge, run.missed) == (0, 0, missed)
 
 
@@ -526,7 +543,8 @@ def received(parts: list[tuple[bytes, bool]], *, with_topic: bool = False) -> tu
             assert after.ready
             skipped += after.skipped
             items += after.ready
-            assert after.plain == (after.sound(None) == len(after.ready))
+            assert after.plain == (not any(isinstance(item, Failure) or item is END_OF_MESSAGES for item in after.ready))
+            assert not after.plain or after.sound(None) == len(after.ready)
             stream = after.without(len(after.ready))
             after = decode(stream, held, with_topic) if stream.decodable(held) else None
     return items, skipped
@@ -537,7 +555,7 @@ def test_long_runs_are_decoded_in_parts() -> None:
     values: list[Any] = list(range(1000))
     values[130] = Unloadable(ValueError)
     first = [run_of(batch_of(values[start : start + 125], b"t")).data for start in range(0, 1000, 125)]
-    data = b"".join((*first, note_run(SKIPPED, 3).data, *(run_of(batch_of(values[:10])).data for _ in range(30))))
+    data = b"".join((*first, note_run(SKIPPED, 3).data, *(run_of(batch_of(values[:10])).data for _ in range(27))))
     stream, items, skipped = Stream(), list[Any](), 0
     stream.chunks.append(data)
     while (after := decode(stream, False, False)) is not None:
@@ -549,7 +567,7 @@ def test_long_runs_are_decoded_in_parts() -> None:
     assert skipped == 3
     assert [place for place, item in enumerate(items) if isinstance(item, Failure)] == [130]
     assert [item for item in items if not isinstance(item, Failure)] == [
-        n for n in [*range(1000), *[*range(10)] * 30] if n != 130
+        n for n in [*range(1000), *[*range(10)] * 27] if n != 130
     ]
 
 
@@ -633,13 +651,22 @@ def test_nothing_is_given_before_it_is_whole(held: bool) -> None:
         assert said(items) == [item for own in whole for item in own]
 
 
-def test_bytes_are_not_looked_at_again_and_again() -> None:
+def test_bytes_are_not_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a run of known length is not whole, more bytes of it are taken in without being put together."""
     run = run_of(batch_of([bytes(100_000)]))
     stream = Stream()
+    looks = 0
+
+    def counted(data: bytes, start: int) -> RunView | None:
+        nonlocal looks
+        looks += 1
+        return read_run(data, start)
+
+    monkeypatch.setattr("mpbroadcast.wire.stream.read_run", counted)
     for start in range(0, len(run.data) - 1000, 1000):
         stream.chunks.append(run.data[start : start + 1000])
         assert decode(stream, True, False) is None
+    assert looks == 1
     assert stream.need == len(run.data)
     assert len(stream.chunks) > 90
     stream.chunks.append(run.data[sum(map(len, stream.chunks)) :])
@@ -647,6 +674,108 @@ def test_bytes_are_not_looked_at_again_and_again() -> None:
     assert after is not None
     assert list(after.ready) == [bytes(100_000)]
     assert not after.chunks
+
+
+class Beside:
+    """What a channel has beside its pipe: one piece of memory, for a ring and for single messages."""
+
+    def __init__(self, memory: bytes = b"", size: int = 0) -> None:
+        self.memory = memory
+        self.size = size  # what each run says that its messages have
+        self.noted: list[tuple[int, int]] = []
+        self.ends = 0
+
+    def load_run(self, data: bytes, run: RunView) -> tuple[list[Any], bool, int]:
+        places = [read_memory(data, run)] if run.kind == IN_MEMORY else []
+        if run.kind == REFERENCES:
+            places = [(offset, length) for _, offset, length in references_in(read_references(data, run)[1], run.skip)]
+        return *load_each([memoryview(self.memory)[start : start + size] for start, size in places], loads), self.size
+
+    def note(self, kind: int, ring: int) -> None:
+        self.noted.append((kind, ring))
+
+    def ended(self) -> None:
+        self.ends += 1
+
+
+def shared_run(kind: int, offset: int, length: int, count: int) -> bytes:
+    """A run of ``count`` times the same message in shared memory."""
+    if kind == IN_MEMORY:
+        (item,) = Splitter().split(memory_frame(1, length, b"t"))
+        assert isinstance(item, Parcel)
+        return memory_run(item, offset)
+    (item,) = Splitter().split(reference_frame(1, offset, length, b"t") * count)
+    assert isinstance(item, References)
+    return references_run(item, 1)
+
+
+@STEADY
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from([MESSAGES, MESSAGES, REFERENCES, REFERENCES, IN_MEMORY, OFFER, GONE, SKIPPED, GAP]),
+            st.integers(1, 3),
+            st.sampled_from([False, False, True]),
+        ),
+        max_size=8,
+    ),
+    last=st.sampled_from([END, OVERFLOWED]),
+    with_topic=st.booleans(),
+    before=st.integers(0, 9),
+)
+def test_messages_in_shared_memory_are_decoded_in_their_places(
+    steps: list[tuple[int, int, bool]], last: int, with_topic: bool, before: int
+) -> None:
+    """They are counted, what is said of rings is passed on in its order, and an end is; also without any shared memory."""
+    for shares in (True, False):
+        data = memory = b""
+        expected: list[Any] = []
+        noted: list[tuple[int, int]] = []
+        read = skipped = 0
+        for number, (kind, count, bad) in enumerate(steps):
+            value: Any = Unloadable(ValueError) if bad else number
+            pickled = pickle.dumps(value)
+            if kind in (OFFER, GONE):
+                data += note(kind, number)
+                noted += [(kind, number)]
+            elif kind in (SKIPPED, GAP):
+                data += note_run(kind, count).data
+                skipped += count * (kind == SKIPPED)
+                expected += [("Lagged", count)] * (kind == GAP)
+            else:
+                times = 1 if kind == IN_MEMORY else count
+                if kind == MESSAGES or not shares:
+                    data += run_of(batch_of([value] * times, b"t")).data
+                else:
+                    data += shared_run(kind, len(memory), len(pickled), times)
+                    memory += pickled
+                    read += times
+                expected += [("ValueError", 0) if bad else ("t", number) if with_topic else number] * times
+        beside: Any = Beside(memory) if shares else None
+        after = decode(Stream(chunks=[data + note_run(last).data], read=before), False, with_topic, beside)
+        assert after is not None
+        assert said([*after.ready]) == [*expected, "end" if last == END else ("Overflowed", 0)]
+        assert (after.read, after.skipped, after.plain) == (before + read, skipped, False)
+        assert beside is None or (beside.noted, beside.ends) == (noted, last == END)
+        after = decode(Stream(chunks=[data], read=before), False, with_topic, beside)
+        assert (after is None) == (not expected)
+        assert after is None or after.plain == (not any(isinstance(item, Failure) for item in after.ready))
+
+
+def test_as_much_is_decoded_at_once_as_is_soon_handed_out() -> None:
+    """Until 512 KiB in shared memory, or so many messages, are there: another run is left for later."""
+    runs = shared_run(REFERENCES, 0, 4, 1) * 10
+    for size, count in ((1 << 18, 2), ((1 << 19) - 1, 2), (1 << 19, 1), ((1 << 19) // 3, 4)):
+        shared: Any = Beside(pickle.dumps(None), size)
+        after = decode(Stream(chunks=[runs]), False, False, shared)
+        assert after is not None
+        assert len(after.ready) == count
+    runs = run_of(batch_of([0] * (MOST_TOGETHER // 2))).data * 5
+    after = decode(Stream(chunks=[runs]), False, False)
+    assert after is not None
+    assert len(after.ready) == MOST_TOGETHER
+    with pytest.raises(RuntimeError, match="shared memory"):
+        decode(Stream(chunks=[shared_run(IN_MEMORY, 0, 4, 1)]), False, False)
 
 
 def test_streams_of_many_chunks_cut_at_random() -> None:

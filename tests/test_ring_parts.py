@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from random import Random
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from mpbroadcast.broker.rings import Holds, Overlap, Unread
 from mpbroadcast.wire.frames import (
+    FRAME_OVERHEAD,
     PIPE_BUF,
     Batch,
     FrameError,
@@ -43,6 +44,8 @@ from mpbroadcast.wire.runs import (
     IN_MEMORY,
     OFFER,
     REFERENCES,
+    Account,
+    SharedRun,
     memory_run,
     note,
     read_memory,
@@ -599,6 +602,32 @@ def test_references_are_cut_copied_and_written(way: tuple[bytes, int, bool], len
         ring, body = read_references(data, run)
         assert (ring, body, run.skip) == (number, item.frames, item.skip)
         assert data[run.first : run.first + run.skip][-len(topic) :] == topic or not topic
+        check_shared_run(item, number, memory)
+
+
+def check_shared_run(item: References, ring: int, memory: bytes) -> None:
+    """Each part of it is a run of its own, and its copy counts once, however often it is asked for."""
+    account, copies = Account(), Account()
+    hold = SimpleNamespace(
+        data=lambda item: references_run(item, ring), copied=lambda item: item.copied(memoryview(memory)), copies=copies
+    )
+    run = SharedRun(item._replace(hold=hold), account)
+    plain = run_of(item.copied(memoryview(memory)))
+    places = [*item.places()]
+    assert (run.count, run.charge, run.missed, account.held) == (len(places), item.charge, 0, item.charge)
+    assert run.charges() == [size + FRAME_OVERHEAD - 8 for size in item.sizes]
+    for start in range(run.count):
+        for stop in {start + 1, run.count}:
+            part = run.part(start, stop)
+            assert isinstance(part, SharedRun)
+            assert isinstance(part.item, References)
+            assert [*part.item.places()] == places[start:stop]
+            assert (part is run) == (part.count == run.count)
+            assert part is run or account.held == item.charge + part.charge
+            assert part.copied().data == plain.part(start, stop).data
+    del part
+    assert run.copied() is run.copied()
+    assert (copies.held, account.held) == (plain.charge, item.charge)
 
 
 @STEADY

@@ -82,7 +82,7 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
     """
     if not stream.decodable(held):
         return None
-    data = stream.chunks[0] if len(stream.chunks) == 1 else b"".join(stream.chunks)
+    data = b"".join(stream.chunks)  # which does not copy a single one
     ready: list[Any] = []
     plain = True
     skipped = 0
