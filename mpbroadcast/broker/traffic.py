@@ -234,6 +234,10 @@ class Traffic:
                 log.warning("process %d published to a topic that is not UTF-8: dropped", publisher.pid)
                 self._routed(item, publisher)
                 continue
+            except Exception as error:  # an item that the broker cannot route costs its publisher, and nobody else
+                log.exception("what process %d published could not be routed", publisher.pid)
+                self._refuse(publisher, str(error))
+                continue
             if full is not None:
                 parked.appendleft(rest)
                 self._block(publisher, full, went_on=self.routed > before)

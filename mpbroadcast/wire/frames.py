@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from struct import Struct, iter_unpack
 from typing import Any, Final, NamedTuple
 
+from mpbroadcast.arguments import MAX_TOPIC
+
 PIPE_BUF: Final = select.PIPE_BUF
 MAX_FRAME: Final = 0xFFFF_FFFF
 EXCLUDE: Final = 1 << 16
@@ -222,7 +224,7 @@ class Splitter:
 
     def __init__(self) -> None:
         self._rest = b""
-        self._parts: dict[int, list[bytes]] = {}
+        self._parts: dict[int, bytearray] = {}
         self.held = 0  # bytes of messages that are not complete
         self.given_up: list[int] = []  # numbers of messages whose rest, or memory, will not be asked for
         self.shares = False  # whether references, messages in memory, or those numbers have come
@@ -259,7 +261,7 @@ class Splitter:
                     batches.append(_parcel(chunk[start:position]))
                 continue
             skip = 8 + (tag & TOPIC_LENGTH) + (8 if tag & EXCLUDE else 0)
-            if size < skip or size > PIPE_BUF or tag > _WAY:
+            if size < skip or size > PIPE_BUF or tag > _WAY or tag & TOPIC_LENGTH > MAX_TOPIC:
                 raise FrameError(f"a frame of {size} bytes with the tag {tag:#x}")
             if position + size > end:
                 break
@@ -303,11 +305,11 @@ class Splitter:
         part = piece[_PIECE.size :]
         parts = self._parts.get(number)
         if parts is None:
-            self._parts[number] = parts = []
+            self._parts[number] = parts = bytearray()
             if len(self._parts) > _MOST_UNFINISHED:
                 raise FrameError("more unfinished messages than a publisher can have")
             self.held += _UNFINISHED
-        parts.append(part)
+        parts += part  # a list of them would take many times the bytes of short ones
         self.held += len(part)
         if self.held > MAX_FRAME:
             raise FrameError("more of unfinished messages than one message may have")
@@ -321,9 +323,8 @@ class Splitter:
         parts = self._parts.pop(number, None)
         if parts is None:
             return b""
-        frame = b"".join(parts)
-        self.held -= len(frame) + _UNFINISHED
-        return frame
+        self.held -= len(parts) + _UNFINISHED
+        return bytes(parts)
 
 
 def _repeats(chunk: bytes, position: int, size: int, skip: int, most: int) -> int:
@@ -392,7 +393,7 @@ def _way(frame: bytes, size: int, kind: int = 0) -> tuple[int, bytes, int]:
         return HEAD.size, b"", 0
     start = HEAD.size + (_EXCLUDED.size if tag & EXCLUDE else 0)
     skip = start + (tag & TOPIC_LENGTH)
-    if tag & ~_WAY != kind or skip > min(size, len(frame)):
+    if tag & ~_WAY != kind or skip > min(size, len(frame)) or tag & TOPIC_LENGTH > MAX_TOPIC:
         raise FrameError(f"a frame of {size} bytes with the tag {tag:#x}")
     return skip, frame[start:skip], _EXCLUDED.unpack_from(frame, HEAD.size)[0] if tag & EXCLUDE else 0
 
