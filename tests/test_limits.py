@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import sys
 import tracemalloc
 from array import array
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpbroadcast import Broadcaster
 from mpbroadcast.arguments import MAX_TOPIC
 from mpbroadcast.broker.broker import Broker
+from mpbroadcast.broker.history import MOST_TOPICS, History
+from mpbroadcast.broker.patterns import is_pattern, matcher
 from mpbroadcast.wire.frames import Batch, FrameError, Splitter, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.wire.link import Link
 from tests.helpers import DEADLINE, wait_until
@@ -84,3 +93,48 @@ def test_short_pieces_are_kept_together() -> None:
         tracemalloc.stop()
     assert splitter.held > 200_000
     assert kept < 2 * splitter.held
+
+
+# ----------------------------------------------------------------------------------------------------- held up by nobody
+
+
+class TooManyCalls(Exception):
+    """More work than there may be."""
+
+
+@contextlib.contextmanager
+def at_most(calls: int) -> Iterator[None]:
+    """What happens within makes no more calls, so that it takes no longer when there is more of what it must not look at."""
+    made = itertools.count(1)
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event in ("call", "c_call") and next(made) > calls:
+            sys.setprofile(None)
+            raise TooManyCalls
+
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def test_a_replay_looks_names_up() -> None:
+    """A replay of 10,000 names does not try each of them with each of 4,096 topics."""
+    history = History(3)
+    for number in range(MOST_TOPICS):
+        history.add(number, Batch(bytes(8), array("I", (8,)), b"%d" % number, 0, 8))
+    names = [str(number) for number in range(10_000)]
+    with at_most(100_000):
+        found = history.last(names, 2, 1 << 20)
+    assert [batch.topic for batch in found] == [b"4094", b"4095"]
+
+
+@given(
+    st.text(alphabet="ab*?[]!-\n", max_size=9).filter(is_pattern),
+    st.lists(st.text(alphabet="ab[]*\n", max_size=9), min_size=1, max_size=20),
+)
+def test_patterns_match_as_in_the_standard_library(pattern: str, topics: list[str]) -> None:
+    """Each pattern matches what ``fnmatch.fnmatchcase`` says, also those that are matched without ``re``."""
+    for topic in topics:
+        assert bool(matcher(pattern).match(topic)) == fnmatchcase(topic, pattern)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
-from mpbroadcast.broker.router import matches
+from mpbroadcast.broker.patterns import Matcher, Patterns, is_pattern
 from mpbroadcast.wire.frames import OVERHEAD, Batch, Parcel
 
 MOST_TOPICS: Final = 4096
@@ -69,11 +70,22 @@ class History:
         topic.charge -= charge
         self.charge -= charge
 
-    def last(self, topics: Iterable[str], count: int, capacity: int) -> list[Batch | Parcel]:
+    def steps(self, topics: Iterable[str], made: Mapping[str, Matcher] | None = None) -> int:
+        """What finding the topics that these patterns match takes at the most; ``made`` are their matchers, if any."""
+        patterns = _patterns_of(topics, made)
+        return 0 if patterns is None else sum(patterns.steps(name.decode()) for name in self._topics)
+
+    def last(
+        self, topics: Iterable[str], count: int, capacity: int, made: Mapping[str, Matcher] | None = None
+    ) -> list[Batch | Parcel]:
         """The last ``count`` messages that these topics and patterns match, in the order of all, cut at ``capacity``."""
-        wanted = tuple(topics)
-        found = [entry for name, topic in self._topics.items() if matches(wanted, name) for entry in topic.batches]
-        found.sort(key=lambda entry: entry[0], reverse=True)
+        wanted = set(topics)
+        patterns = _patterns_of(wanted, made)
+        names = {topic.encode() for topic in wanted} & self._topics.keys()  # looked up; only patterns are tried
+        if patterns is not None:
+            names.update(name for name in self._topics if any(patterns.matching(name.decode())))
+        entries = (entry for name in names for entry in self._topics[name].batches)
+        found = heapq.nlargest(count, entries, key=lambda entry: entry[0])
         batches: list[Batch | Parcel] = []
         for _, batch in found:
             fits, room = 0, capacity
@@ -90,3 +102,11 @@ class History:
                 break
         batches.reverse()
         return batches
+
+
+def _patterns_of(topics: Iterable[str], made: Mapping[str, Matcher] | None) -> Patterns[None] | None:
+    patterns: Patterns[None] = Patterns()
+    found = [topic for topic in topics if is_pattern(topic)]
+    for pattern in found:
+        patterns.add(pattern, None, made.get(pattern) if made else None)
+    return patterns if found else None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase, translate
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Final, Generic, TypeVar
+
+from mpbroadcast.broker.patterns import Matcher, Patterns, is_pattern
 
 S = TypeVar("S")
 
 _LISTED: Final = 10
-_SPECIAL: Final = "*?["
 _CACHED_TOPICS: Final = 16384  # at most 1 KiB each; all are forgotten when there are more
 
 
@@ -21,26 +20,17 @@ class Router(Generic[S]):
     def __init__(self) -> None:
         self._topics: dict[S, dict[str, None]] = {}
         self._exact: dict[str, dict[S, None]] = {}
-        # By what a pattern begins with before its first special character: of many, a topic has to be compared with few.
-        self._patterns: dict[str, dict[str, tuple[re.Pattern[str], dict[S, None]]]] = {}
-        self._lengths: Counter[int] = Counter()  # of those beginnings
+        self._patterns: Patterns[S] = Patterns()
         self._found: dict[bytes, tuple[S, ...]] = {}
 
-    def add(self, subscription: S, topics: Iterable[str]) -> None:
-        """Lead these topics to it, too."""
+    def add(self, subscription: S, topics: Iterable[str], made: Mapping[str, Matcher] | None = None) -> None:
+        """Lead these topics to it, too; ``made`` are matchers of patterns that there are already."""
         self._found.clear()
         own = self._topics.setdefault(subscription, {})
         for topic in topics:
             own[topic] = None
             if is_pattern(topic):
-                beginning = _beginning(topic)
-                if beginning not in self._patterns:
-                    self._patterns[beginning] = {}
-                    self._lengths[len(beginning)] += 1
-                alike = self._patterns[beginning]
-                if topic not in alike:
-                    alike[topic] = (re.compile(translate(topic)), {})
-                alike[topic][1][subscription] = None
+                self._patterns.add(topic, subscription, made.get(topic) if made else None)
             else:
                 self._exact.setdefault(topic, {})[subscription] = None
 
@@ -53,17 +43,7 @@ class Router(Generic[S]):
                 continue
             del own[topic]
             if is_pattern(topic):
-                beginning = _beginning(topic)
-                alike = self._patterns[beginning]
-                members = alike[topic][1]
-                del members[subscription]
-                if not members:
-                    del alike[topic]
-                if not alike:
-                    del self._patterns[beginning]
-                    self._lengths[len(beginning)] -= 1
-                    if not self._lengths[len(beginning)]:
-                        del self._lengths[len(beginning)]
+                self._patterns.drop(topic, subscription)
             else:
                 members = self._exact[topic]
                 del members[subscription]
@@ -88,24 +68,13 @@ class Router(Generic[S]):
         if found is None:
             text = topic.decode()
             members = dict(self._exact.get(text, {}))
-            for length in self._lengths:
-                if length <= len(text):
-                    for pattern, subscriptions in self._patterns.get(text[:length], {}).values():
-                        if pattern.match(text):
-                            members.update(subscriptions)
+            for matching in self._patterns.matching(text):
+                members.update(matching)
             found = tuple(members)
             if len(self._found) >= _CACHED_TOPICS:
                 self._found.clear()
             self._found[topic] = found
         return found
-
-
-def is_pattern(topic: str) -> bool:
-    return any(character in topic for character in _SPECIAL)
-
-
-def _beginning(pattern: str) -> str:
-    return pattern[: min(pattern.index(character) for character in _SPECIAL if character in pattern)]
 
 
 def listed(topics: Sequence[str]) -> str:
