@@ -37,7 +37,7 @@ _GATHER_FROM: Final = 1 << 18  # bytes of a message from which on its parts are 
 class _Process(Protocol):
     """The broker's, in its starter. (Handles and channels need no module of the broker.)"""
 
-    def end(self, timeout: float | None, *, told: int) -> None: ...
+    def end(self, timeout: float | None, *, told: int, time_left: Callable[[], float]) -> None: ...
 
 
 class Broadcaster(Generic[M]):
@@ -406,12 +406,19 @@ class Broadcaster(Generic[M]):
             told = 0
             with contextlib.suppress(BroadcastError, OSError):
                 told = link.request("stop", deadline=Deadline(CLOSE_TIMEOUT), timeout=timeout).said["pid"]
-            process.end(timeout, told=told)
+            process.end(timeout, told=told, time_left=lambda: self._time_left(link, timeout))
             link.close()
         self._outlet = None
         self._outlets.clear()
         self._link = Link(link.address, link.broker)  # the session ends when nothing else here needs it
         self._ended = True
+
+    @staticmethod
+    def _time_left(link: Link, timeout: float | None) -> float:
+        """How many seconds the broker goes on draining, unless a reader makes progress; 0 when it does not answer."""
+        with contextlib.suppress(BroadcastError, OSError):
+            return float(link.request("stop", deadline=Deadline(1.0), timeout=timeout).said["left"])
+        return 0.0
 
     def __enter__(self) -> Self:
         return self

@@ -292,7 +292,7 @@ class Channel(Generic[M]):
             self._stream, self._held = after, held
             self._missed += after.skipped
         if shared is not None:
-            shared.settle(self._stream.read)
+            shared.settle(self._stream.read, after is not None)
 
     def _let_tail_go(self) -> None:
         """Nothing decoded is left: let the descriptor tell what is behind it. Under the lock."""

@@ -441,3 +441,47 @@ def test_a_stopped_broker_is_not_taken_for_dead(starter: Any) -> None:
     os.kill(broker, signal.SIGCONT)
     with connect(address, authkey=KEY) as other:
         assert other.stats().pid == broker
+
+
+BEFORE_ITS_WORKER = """
+import multiprocessing, os, signal, sys
+from mpbroadcast import start_broadcaster
+
+def work(channel):
+    multiprocessing.parent_process().join()
+    count = 0
+    for _ in channel:
+        count += 1
+    print(count, flush=True)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    bus = start_broadcaster(restart=sys.argv[2] == "restart")
+    worker = multiprocessing.Process(target=work, args=(bus.subscribe(),))
+    worker.start()
+    bus.publish_many(bytes(100) for _ in range(5000))
+    bus.flush()
+    if sys.argv[3] == "exit":
+        os._exit(0)
+    os.kill(os.getpid(), int(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fork", "once", str(signal.SIGKILL.value)),
+        ("spawn", "once", str(signal.SIGTERM.value)),
+        ("fork", "once", "exit"),
+        ("fork", "restart", str(signal.SIGKILL.value)),
+    ],
+    ids=" ".join,
+)
+def test_what_a_dead_starter_handed_on_is_delivered(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Its worker opens the channel only when the starter is dead, and gets all, and a clean end."""
+    script = tmp_path / "program.py"
+    script.write_text(BEFORE_ITS_WORKER)
+    with Program(str(script), *arguments) as program:
+        _, printed, errors = program.end()
+        assert (printed, errors) == ("5000\n", "")
+        wait_until(lambda: not program.processes())

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerLost, ClosedError, StartError, connect, start_broadcaster
+from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, StartError, connect, start_broadcaster
 from tests import victims
-from tests.helpers import DEADLINE, Children, answer, take, wait_until
+from tests.helpers import DEADLINE, Children, answer, finish, take, wait_until
 from tests.victims import Program, receive_all
 
 METHODS = ["fork", "spawn", "forkserver"]
@@ -430,6 +430,31 @@ def test_close_gives_up_on_a_reader_that_never_reads(
         process.join(DEADLINE)
     ours.close()
     theirs.close()
+
+
+def _read_slowly(channel: Channel[Any], report: Connection) -> None:
+    received = 0
+    while True:
+        try:
+            channel.recv(DEADLINE)
+        except (EOFError, BrokerLost) as error:
+            report.send((received, type(error).__name__))
+            return
+        received += 1
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_close_waits_for_a_reader_that_goes_on_reading(
+    restart: bool, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+) -> None:
+    """Its timeout counts from the last progress: all is read, though that takes several times as long."""
+    bus: Broadcaster[Any] = start_broadcaster(restart=restart)
+    reader = children(fork, _read_slowly, bus.subscribe(), pipe[1])
+    count = bus.publish_many(bytes(1000) for _ in range(3000))
+    bus.close(timeout=1.0)
+    assert answer(pipe[0]) == (count, "EOFError")
+    finish(reader)
 
 
 def test_close_with_timeout_zero(bus: Broadcaster[Any]) -> None:

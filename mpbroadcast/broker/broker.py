@@ -54,6 +54,7 @@ log = logging.getLogger("mpbroadcast.broker")
 _LAST_WORDS: Final = 1 << 14  # characters
 DRAIN_TIMEOUT: Final = 5.0  # seconds, when nobody says how long
 _LAST: Final = 0.1  # seconds, after the time for draining is over
+_LOOK: Final = 0.1  # seconds from one look at what readers have read to the next, while stopping
 
 
 class Broker:
@@ -97,6 +98,9 @@ class Broker:
         self._waiting: dict[Client, Callable[[], bool]] = {}
         self._undelivered: dict[Client, dict[Subscription, int]] = {}
         self._stopped_by: Peer | None = None
+        self._patience = 0.0  # seconds without progress, while stopping
+        self._progress: dict[Subscription, tuple[int, ...]] = {}
+        self._progress_at = 0.0
         if self._journal is not None:
             self._restore(self._journal)
 
@@ -189,9 +193,10 @@ class Broker:
         self._undelivered.pop(client, None)
 
     def _died(self, peer: Peer) -> None:
-        """All that was its own goes; what it had published is still delivered."""
+        """All that was its own goes, but for what the starter may have handed on; what it had published is still delivered."""
         for subscription in list(peer.subscriptions):
-            self._remove_for(subscription, "its process has ended")
+            if subscription.opened or not peer.is_starter:
+                self._remove_for(subscription, "its process has ended")
         if peer.is_starter:
             peer.is_starter = False  # so that it is watched no more
             self.stop(DRAIN_TIMEOUT)
@@ -203,12 +208,15 @@ class Broker:
         return session
 
     def end_session(self, session: Session, *, clean: bool, why: str = "it has detached") -> None:
-        """Its publishers are done, and what it has open goes; also what nobody has opened yet, unless it has detached."""
+        """Its publishers are done, and what it has open goes; also what nobody has opened yet, unless it has detached.
+
+        The end of the broker decides what becomes of what its starter has not opened: it may have been handed on.
+        """
         self.sessions.pop(session.number, None)
         for publisher in list(session.publishers):
             self.traffic.finish(publisher)
         for subscription in list(session.subscriptions):
-            if subscription.opened or not clean:
+            if subscription.opened or not (clean or session.peer.is_starter):
                 self._remove_for(subscription, why)
 
     # --- subscriptions
@@ -379,19 +387,19 @@ class Broker:
     # --- the end
 
     def stop(self, timeout: float, by: Peer | None = None) -> None:
-        """Drain for at most ``timeout`` seconds, then end. What ``by`` has open is not waited for."""
+        """Drain until no reader makes progress for ``timeout`` seconds, then end. What ``by`` has open is not waited for."""
         if self.stopping:
             return
         self.stopping = True
         if self._journal is not None:
             self._journal.put({"number": STOPPING, "it": True})
         self._stopped_by = by
-        self.loop.later(timeout, self._time_is_over)
+        self._patience, self._progress_at = timeout, time.monotonic()
+        self.loop.later(min(timeout, _LOOK), self._look_for_progress)
         for subscription in list(self.subscriptions.values()):
             subscription.not_waited_for = subscription.session.peer is by
-            unsubscribed = not (subscription.live or subscription.opened or subscription.outbox.waiting)
-            if unsubscribed or (subscription.not_waited_for and subscription.reserved):
-                self.remove(subscription)  # nobody who opens it would miss anything, or nobody will open it
+            if subscription.not_waited_for and subscription.reserved:
+                self.remove(subscription)  # nobody will open it
         for publisher in list(self.traffic.publishers.values()):
             self.traffic.finish(publisher)
         self._no_publisher_left()
@@ -404,8 +412,25 @@ class Broker:
 
     def _end_all(self) -> None:
         for subscription in list(self.subscriptions.values()):
+            if subscription.nothing_to_open_for:
+                self.remove(subscription)
+                continue
             self.unsubscribe(subscription)
             self.traffic.mark(subscription)  # who was unsubscribed before does not keep anything from being written any more
+
+    @property
+    def time_left(self) -> float:
+        """Seconds until draining is given up, if no reader makes progress until then."""
+        return max(0.0, self._progress_at + self._patience - time.monotonic())
+
+    def _look_for_progress(self) -> None:
+        before, self._progress = self._progress, {one: one.progress for one in self.subscriptions.values()}
+        if self._progress != before:
+            self._progress_at = time.monotonic()
+        if self.time_left:
+            self.loop.later(min(self.time_left, _LOOK), self._look_for_progress)
+        else:
+            self._time_is_over()
 
     def _time_is_over(self) -> None:
         self.traffic.settle()

@@ -132,6 +132,17 @@ class Subscription:
         self.outbox.take_over(self.policy)
         self.restored, self.reserved = False, 0
 
+    @property
+    def nothing_to_open_for(self) -> bool:
+        """Whether nobody has opened it, and there is no message for the process that would."""
+        return not (self.opened or self.opening or self.reserved or self.outbox.waiting)
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """Numbers that change when its reader opens it or reads."""
+        there = unread(self.fd) if self.fd >= 0 else 0
+        return self.opened, self.outbox.left, there, self.window.heard if self.window is not None else 0
+
     def make_pipe(self) -> int:
         """Its pipe: the descriptor for its reader.
 

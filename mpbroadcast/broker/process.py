@@ -135,14 +135,17 @@ class BrokerProcess:
         """
         self._at_exit = Finalize(None, close, args, exitpriority=10)
 
-    def end(self, timeout: float | None, *, told: int) -> None:
-        """Wait for it, if its process ``told`` was told to stop within ``timeout``, and end it if it has not."""
+    def end(self, timeout: float | None, *, told: int, time_left: Callable[[], float]) -> None:
+        """Wait for it, if its process ``told`` was told to stop within ``timeout``, and end it if it has not.
+
+        Readers that go on reading give it more time: how much is left then, it says itself.
+        """
         trap_points.reach("ending the broker")
         kept = _process(told) if told and self._restart else None
         if told and self._watched is not None:
-            self._watched.wait(None if timeout is None else timeout + _GRACE)
+            _wait(self._watched, timeout, time_left)
         if kept is not None:  # its keeper may have died before. It may stay a zombie: that is up to whoever has to reap it
-            if not kept.wait(None if timeout is None else timeout + _GRACE):
+            if not _wait(kept, timeout, time_left):
                 kept.send_signal(signal.SIGKILL)
             kept.close()
         self._kill()
@@ -188,6 +191,16 @@ def _process(pid: int | None) -> PeerProcess | None:
         return PeerProcess(pid) if pid else None
     except (OSError, psutil.Error):
         return None
+
+
+def _wait(process: PeerProcess, timeout: float | None, time_left: Callable[[], float]) -> bool:
+    """Wait for a broker that drains: whether it has ended."""
+    left = timeout
+    while not process.wait(None if left is None else left + _GRACE):
+        left = left and time_left()
+        if not left:
+            return False
+    return True
 
 
 def _children(pid: int) -> list[psutil.Process]:

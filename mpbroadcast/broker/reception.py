@@ -184,11 +184,15 @@ class Reception:
         for client in list(peer.clients):
             client.close("its process has ended")
         self._on_death(peer)
-        self.drop_unused(peer)
+        self._forget(peer)
 
     def drop_unused(self, peer: Peer) -> None:
         """Watch it no more, if nothing is its own."""
-        if peer.unused and self._peers.get(peer.pid, peer) is peer:
+        if peer.unused:
+            self._forget(peer)
+
+    def _forget(self, peer: Peer) -> None:
+        if self._peers.get(peer.pid, peer) is peer:
             self._peers.pop(peer.pid, None)
             fd, peer.process.fd = peer.process.fd, -1
             self._loop.close(fd)

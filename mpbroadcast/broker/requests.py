@@ -241,8 +241,8 @@ def _stop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     timeout = message.get("timeout")
     if timeout is not None and (type(timeout) not in (int, float) or not 0 <= timeout <= _FOREVER):
         raise _Refused("value", f"timeout must be 0 or more seconds, not {timeout!r}")
-    client.reply({"pid": os.getpid()})
     broker.stop(_FOREVER if timeout is None else float(timeout), client.peer)
+    client.reply({"pid": os.getpid(), "left": broker.time_left})  # asked again, it is what is left now
 
 
 _FOREVER: Final = 1e9

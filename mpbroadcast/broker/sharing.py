@@ -143,6 +143,7 @@ class Sharing:
             while (packet := window.beside.hear_plain()) is not None:
                 if not packet:
                     raise ConnectionError("it has closed its socket")
+                window.heard += 1
                 kind, number, value = unpack(packet)
                 if kind == READ:
                     subscription.has_read(value)

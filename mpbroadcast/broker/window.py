@@ -30,6 +30,7 @@ class Window:
         self.beside = beside
         self.unread: Unread[RingHold] = Unread()
         self.rings: dict[Ring, bool | None] = {}  # whether each is mapped; None: it is not, and nothing waits for that
+        self.heard = 0  # packets from its reader
         self.moved = 0  # bytes that its reader has read, or made room for in the pipe
         self.copies_until = 0  # it has moved so many: until then its reader gets copies, as what waited was copied
         self._unanswered: set[int] = set()  # the numbers of rings that were sent, and that no answer has come to

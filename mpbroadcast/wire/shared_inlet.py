@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from typing import Any, Final
 
 from mpbroadcast import trap_points
@@ -20,6 +21,7 @@ from mpbroadcast.wire.payload import Failure, load_copied_image, load_each, load
 from mpbroadcast.wire.ring import CHUNK
 from mpbroadcast.wire.runs import OFFER, REFERENCES, RunView, read_memory, read_references
 
+_SELDOM: Final = 1.0  # seconds, until the broker is told though little was read
 SAY_EVERY: Final = 2 * CHUNK  # bytes read, until the broker is told; an empty pipe tells it, too
 
 
@@ -34,6 +36,7 @@ class SharedInlet:
         self._memories: dict[int, int] = {}  # descriptors; -1: it was lost, as none was left
         self._loaded = 0  # the last message in memory of its own that was decoded
         self._unsaid = 0  # bytes read, and not told of
+        self._said_at = time.monotonic()
         on_fork(self, SharedInlet.close)
 
     def _hear(self, wanted: int) -> None:
@@ -103,8 +106,12 @@ class SharedInlet:
             return Failure(OSError(errno.ENOMEM, f"a large message could not be taken in: {error}"))
         return load_each([memoryview(buffer).cast("B")], load_image if image else loads)[0][0]
 
-    def settle(self, read: int) -> None:
-        """What was decoded is kept: ``read`` references so far. Let go of what it needed, and tell the broker."""
+    def settle(self, read: int, came: bool = False) -> None:
+        """What was decoded is kept: ``read`` references so far. Let go of what it needed, and tell the broker.
+
+        ``came``: something was decoded. What has been read of a pipe lasts a slow reader for long, and the broker, when it is
+        being closed, must see that it goes on.
+        """
         if self._loaded:
             if self._loaded in self._memories:
                 come = list(self._memories)  # in this order, which is that of the pipe; the numbers' is another one
@@ -112,10 +119,12 @@ class SharedInlet:
             self._loaded = 0
         while self._gone:
             self._rings.pop(self._gone.pop(), None)
-        if self._unsaid >= SAY_EVERY:
+        now = time.monotonic() if came else 0.0
+        if self._unsaid >= SAY_EVERY or now - self._said_at >= _SELDOM:
             with contextlib.suppress(OSError):
                 if self._beside.tell(pack(READ, 0, read)):
                     self._unsaid = 0
+                    self._said_at = now or self._said_at
 
     def ended(self) -> None:
         """Nothing more comes: the broker is to know what has been read, as it waits for that."""
