@@ -23,7 +23,7 @@ from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, concerns
 from mpbroadcast.wire import locks
-from mpbroadcast.wire.descriptors import PipeEnd, on_fork
+from mpbroadcast.wire.descriptors import PipeEnd, forked, living, on_fork
 from mpbroadcast.wire.link import Answer, Link, for_answer
 from mpbroadcast.wire.memory import available
 from mpbroadcast.wire.payload import Failure
@@ -58,7 +58,8 @@ class Channel(Generic[M]):
         self.number = number  # what the broker calls it
         self._with_topic = with_topic
         self._subscriber = subscriber  # whether this process has subscribed
-        self._handed_on = False
+        self._pickled = False
+        self._heirs: list[PipeEnd] = []  # processes that were forked while it was not open
         self._pipe: PipeEnd | None = None
         self._former: tuple[PipeEnd | None, SharedInlet | None] | None = None  # of a broker that has died
         self._token = 0
@@ -397,7 +398,9 @@ class Channel(Generic[M]):
                 self._shared.close()
                 self._shared = None
         self._tasks.wake()
-        if not (self._owner or (self._subscriber and self._handed_on and not self._opened)):
+        if self._subscriber and not self._opened and self._handed_on:
+            self._leave_to_heirs()
+        elif not self._owner:
             # A recv that waits in another thread is woken when the broker closes its end.
             try:
                 self._ask("close", Deadline(_CLOSE_TIMEOUT))
@@ -416,8 +419,14 @@ class Channel(Generic[M]):
         # An open pipe closes itself, which tells the broker; nobody can open what nobody has.
         if getattr(self, "_told", True) or self._owner:
             return
-        if (self._opened and self._link.restarts) or (self._subscriber and not (self._handed_on or self._opened)):
+        if self._subscriber and not self._opened and self._handed_on:
+            self._leave_to_heirs()
+        elif (self._opened and self._link.restarts) or (self._subscriber and not self._opened):
             self._link.drop(self.number)
+
+    def _leave_to_heirs(self) -> None:
+        if not (self._pickled or self._owner):
+            self._link.inherited[self.number] = self._heirs
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._opened else "not open here"
@@ -432,16 +441,26 @@ class Channel(Generic[M]):
             raise self._in_use(self._owner)
         if self._pipe is not None:
             raise self._in_use(os.getpid())
-        self._handed_on = True
+        self._pickled = True
         return Channel, (self._link, self.number, self._with_topic)
 
+    @property
+    def _handed_on(self) -> bool:
+        """Whether another process may open it: one that it was pickled for, or that was forked since, and lives."""
+        self._heirs = living(self._heirs)
+        return self._pickled or bool(self._heirs)
+
     def _in_parent(self) -> None:
-        if not self._opened:
-            self._handed_on = True
+        process = forked()
+        if process is None:
+            self._pickled = self._pickled or not self._opened  # nobody will know when that has ended
+        elif not self._opened:
+            self._heirs.append(process)
 
     def _in_child(self) -> None:
         self._begin()
         self._subscriber = False
+        self._heirs = []
         if self._pipe is not None:
             self._owner = os.getppid()
             self._pipe = None
@@ -462,6 +481,6 @@ class Channel(Generic[M]):
         return self._link.broker
 
     def open_if_own(self) -> None:
-        """Open it, if it was made here and nobody else was given it."""
+        """Open it, if it was made here and nobody else can."""
         if self._subscriber and not (self._handed_on or self._opened or self._closed):
             self._open(Deadline(_CLOSE_TIMEOUT))

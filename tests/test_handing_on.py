@@ -9,6 +9,8 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,57 @@ def test_close_does_not_wait_for_the_closers_own_channels(bus: Bus) -> None:
     assert len(received) < count
 
 
+def _hold(orders: Connection) -> None:
+    answer(orders)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_what_no_forked_process_can_open_any_more_is_dropped(
+    how: str, when: str, bus: Bus, children: Children, fork: BaseContext, pipe: tuple[Connection, Connection]
+) -> None:
+    """A process that was forked while the channel was not open could open it until it ended: then its backlog goes."""
+    channel = bus.subscribe()
+    child = children(fork, _hold, pipe[1])
+    bus.publish_many(bytes(1000) for _ in range(100))
+    bus.unsubscribe(channel)
+    if when == "before":
+        pipe[0].send("end")
+        finish(child)
+    if how == "close":
+        channel.close()
+    del channel
+    if when == "after":
+        assert bus.stats().memory > 100_000
+        pipe[0].send("end")
+        finish(child)
+    wait_until(lambda: not bus.stats().memory)
+
+
+@pytest.mark.parametrize("why", ["nothing waits", "its processes have ended"])
+def test_close_does_not_wait_for_what_nobody_will_open(why: str, children: Children, fork: BaseContext) -> None:
+    """It would wait for as long as its timeout; so it would when an exception leaves the block."""
+    orders, theirs = fork.Pipe()
+    begun = []
+
+    def fail() -> None:
+        with start_broadcaster() as bus:
+            channel = bus.subscribe("a")
+            child = children(fork, _hold, theirs)
+            if why == "nothing waits":
+                pickle.dumps(channel)
+            else:
+                bus.publish("message", topic="a")
+                orders.send("end")
+                finish(child)
+            begun.append(time.monotonic())
+            raise workers.Boom
+
+    with pytest.raises(workers.Boom):
+        fail()
+    assert time.monotonic() - begun[0] < 4.0
+
+
 # --- a broadcaster for a child ----------------------------------------------------------------------------------------
 
 
@@ -322,6 +375,8 @@ def test_handle_survives_a_fork_while_another_thread_publishes(bus: Bus, childre
 
 STRANGER = """
 import sys
+import time
+from multiprocessing.connection import Connection
 import mpbroadcast
 bus = mpbroadcast.connect(sys.argv[1], authkey=bytes.fromhex(sys.argv[2]))
 with bus.subscribe("to the stranger") as channel:

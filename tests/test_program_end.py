@@ -441,7 +441,7 @@ def _read_slowly(channel: Channel[Any], report: Connection) -> None:
             report.send((received, type(error).__name__))
             return
         received += 1
-        time.sleep(0.002)
+        time.sleep(0.003)
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -451,8 +451,8 @@ def test_close_waits_for_a_reader_that_goes_on_reading(
     """Its timeout counts from the last progress: all is read, though that takes several times as long."""
     bus: Broadcaster[Any] = start_broadcaster(restart=restart)
     reader = children(fork, _read_slowly, bus.subscribe(), pipe[1])
-    count = bus.publish_many(bytes(1000) for _ in range(3000))
-    bus.close(timeout=1.0)
+    count = bus.publish_many(bytes(1900) for _ in range(2000))
+    bus.close(timeout=1.5)
     assert answer(pipe[0]) == (count, "EOFError")
     finish(reader)
 

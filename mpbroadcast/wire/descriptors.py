@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from operator import methodcaller
@@ -40,6 +40,8 @@ class _Forks:
         self.renew()
         self.heirless = 0  # a thread whose forks are the library's own, in which no handle is used
         self.hooks: WeakKeyDictionary[Any, tuple[Hook, Hook | None]] = WeakKeyDictionary()
+        self.ends: tuple[int, ...] = ()  # of a pipe whose write end only the process has that is being forked
+        self.forked: PipeEnd | None = None  # its read end, while the hooks in the parent are called
 
     def renew(self) -> None:
         self.lock = locks.rlock()  # reentrant: a signal handler or finaliser may come in while its own thread has it
@@ -73,6 +75,12 @@ def fork_lock(ending: Callable[[], bool] = sys.is_finalizing) -> AbstractContext
 _NO_LOCK: Final = contextlib.nullcontext()
 
 
+def _before_fork() -> None:
+    if _forks.heirless != threading.get_ident() and any(in_parent for _, in_parent in list(_forks.hooks.values())):
+        with contextlib.suppress(OSError):
+            _forks.ends = os.pipe()
+
+
 def without_heirs(call: Callable[[], None]) -> None:
     """Call this; the processes that this thread forks meanwhile use none of this process's handles."""
     try:
@@ -84,16 +92,34 @@ def without_heirs(call: Callable[[], None]) -> None:
 
 def _after_fork_in_parent() -> None:
     if _forks.heirless != threading.get_ident():
+        ends, _forks.ends = _forks.ends, ()
+        if ends:
+            os.close(ends[1])
+            _forks.forked = PipeEnd(ends[0])
         _forks.call(1)
+        _forks.forked = None
 
 
 def _after_fork_in_child() -> None:
     _forks.renew()
+    ends, _forks.ends = _forks.ends, ()
+    if ends:
+        os.close(ends[0])  # and the other is closed by the end of this process, and of all that it forks
     _forks.call(0)
 
 
-# The lock is taken and released by functions in C: an interrupt at the start of a hook in Python skips all of that hook.
-os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+def forked() -> PipeEnd | None:
+    """The process that is forked, for :func:`living`, in a hook in its parent; ``None``: there was no descriptor for it."""
+    return _forks.forked
+
+
+def living(processes: Iterable[PipeEnd]) -> list[PipeEnd]:
+    """Those of them, as :func:`forked` gave them, that have not ended, or from which another one descends that has not."""
+    return [process for process in processes if not process.wait(0, Deadline(0))]
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+# The lock is taken before that, and released after it, by functions in C: an interrupt at the start of a hook in Python skips it.
 os.register_at_fork(before=partial(methodcaller("acquire"), _forks), after_in_parent=partial(methodcaller("release"), _forks))
 
 
