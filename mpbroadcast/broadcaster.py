@@ -16,7 +16,7 @@ from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, Tim
 from mpbroadcast.stats import BrokerStats, SubscriberStats
 from mpbroadcast.wire.descriptors import on_fork
 from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, frame_head
-from mpbroadcast.wire.link import Answer, Link, Session, for_answer
+from mpbroadcast.wire.link import Answer, Link, Session, for_answer, sooner
 from mpbroadcast.wire.outlet import SHARED_FROM, Outlet, framed
 from mpbroadcast.wire.payload import PROTOCOL, LargeBuffer, Payload, dumps, gather, keep_in_band
 
@@ -24,7 +24,7 @@ M = TypeVar("M")
 
 DEFAULT_CAPACITY: Final = 64 << 20
 CLOSE_TIMEOUT: Final = 5.0
-_ANSWER_TIMEOUT: Final = 10.0  # seconds for an answer that needs no waiting
+_MARGIN: Final = 0.6  # seconds that a broker's answers and end may take longer than the timeout of close()
 
 _write = os.write
 _NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
@@ -354,7 +354,7 @@ class Broadcaster(Generic[M]):
 
     def _ask_and_wait(self, timeout: float | None, what: str, do: str, **fields: Any) -> None:
         # Who does not wait for what is asked for does wait for the answer.
-        deadline = Deadline(_ANSWER_TIMEOUT if timeout == 0 else timeout)
+        deadline = for_answer(Deadline(0)) if timeout == 0 else Deadline(timeout)
         try:
             done = bool(self._ask(do, deadline, now=timeout == 0, **fields).said["done"])
         except TimedOut:
@@ -390,23 +390,22 @@ class Broadcaster(Generic[M]):
         if self._ended:
             return
         process, link, outlet = self._process, self._link, self._outlet
+        limit = Deadline(None if timeout is None else timeout + _MARGIN)  # also when the broker is stopped
         if process is not None:
-            for channel in list(self._channels):
-                with contextlib.suppress(BroadcastError, OSError):
-                    channel.open_if_own()
+            self._open_own(sooner(limit, CLOSE_TIMEOUT))
         self._closed = True
         if outlet is not None:
             outlet.pipe.close()
         if process is None and outlet is not None:
             # A publish that waits in another thread is woken when the broker closes its end.
             with contextlib.suppress(BroadcastError, OSError):
-                deadline = Deadline(CLOSE_TIMEOUT)
+                deadline = sooner(limit, CLOSE_TIMEOUT)
                 link.request("retire", session=outlet.session, publisher=outlet.number, deadline=deadline)
         if process is not None:
             told = 0
             with contextlib.suppress(BroadcastError, OSError):
-                told = link.request("stop", deadline=Deadline(CLOSE_TIMEOUT), timeout=timeout).said["pid"]
-            process.end(timeout, told=told, time_left=lambda: self._time_left(link, timeout))
+                told = link.request("stop", deadline=sooner(limit, CLOSE_TIMEOUT), timeout=timeout).said["pid"]
+            process.end(limit.left(), told=told, time_left=lambda: self._time_left(link, timeout))
             link.close()
         self._outlet = None
         self._outlets.clear()
@@ -419,6 +418,15 @@ class Broadcaster(Generic[M]):
         with contextlib.suppress(BroadcastError, OSError):
             return float(link.request("stop", deadline=Deadline(1.0), timeout=timeout).said["left"])
         return 0.0
+
+    def _open_own(self, deadline: Deadline) -> None:
+        for channel in list(self._channels):
+            try:
+                channel.open_if_own(deadline)
+            except TimedOut:
+                return  # so will the next ones
+            except (BroadcastError, OSError):
+                continue
 
     def __enter__(self) -> Self:
         return self

@@ -273,7 +273,12 @@ class Channel(Generic[M]):
     def _arrive(self, deadline: Deadline) -> bool:
         """Wait until there is something to hand out: whether it came."""
         while True:
-            pipe = self._open(deadline)
+            try:
+                pipe = self._open(deadline)
+            except TimedOut:
+                if deadline.left() == 0:
+                    return False
+                raise
             with self._lock:
                 if not self._stream.ready:
                     self._fill()
@@ -480,7 +485,7 @@ class Channel(Generic[M]):
         """Which broker it belongs to."""
         return self._link.broker
 
-    def open_if_own(self) -> None:
+    def open_if_own(self, deadline: Deadline) -> None:
         """Open it, if it was made here and nobody else can."""
         if self._subscriber and not (self._handed_on or self._opened or self._closed):
-            self._open(Deadline(_CLOSE_TIMEOUT))
+            self._open(deadline)

@@ -50,7 +50,8 @@ from mpbroadcast.wire.descriptors import on_fork, without_heirs
 
 log = logging.getLogger("mpbroadcast.broker")
 
-_GRACE: Final = 3.0  # seconds for what comes behind the draining
+_GRACE: Final = 3.0  # seconds until a broker ends, where no timeout limits that
+_SHORT_GRACE: Final = 0.3  # seconds for what comes behind a timeout
 
 _GUARD: Final = (
     "Under the start methods spawn and forkserver the main module is imported once more in the new process, so what starts "
@@ -125,7 +126,7 @@ class BrokerProcess:
                 self.address = _wait_until_ready(self._process, reader, Deadline(timeout), hint)
             except BaseException:
                 reader.close()  # a broker that cannot be watched ends when it cannot report
-                self._kill()
+                self._kill(_GRACE)
                 raise
 
     def end_at_exit(self, close: Callable[..., None], *args: Any) -> None:
@@ -136,19 +137,21 @@ class BrokerProcess:
         self._at_exit = Finalize(None, close, args, exitpriority=10)
 
     def end(self, timeout: float | None, *, told: int, time_left: Callable[[], float]) -> None:
-        """Wait for it, if its process ``told`` was told to stop within ``timeout``, and end it if it has not.
+        """Wait for it, for at most ``timeout`` seconds, and end it then. Process ``told``, if any, was told to stop.
 
-        Readers that go on reading give it more time: how much is left then, it says itself.
+        Readers that go on reading give it more time: how much is left then, ``time_left`` asks it.
         """
         trap_points.reach("ending the broker")
         kept = _process(told) if told and self._restart else None
+        deadline = Deadline(timeout)
         if told and self._watched is not None:
-            _wait(self._watched, timeout, time_left)
+            _wait(self._watched, deadline, time_left)
         if kept is not None:  # its keeper may have died before. It may stay a zombie: that is up to whoever has to reap it
-            if not _wait(kept, timeout, time_left):
+            if not _wait(kept, deadline, time_left):
                 kept.send_signal(signal.SIGKILL)
             kept.close()
-        self._kill()
+        left = deadline.left()
+        self._kill(_GRACE if left is None else max(left, _SHORT_GRACE))
         remove_leftovers(self.address)
         if self._at_exit is not None:
             self._at_exit.cancel()
@@ -162,20 +165,21 @@ class BrokerProcess:
     def _forget(self) -> None:
         vars(multiprocessing.process).get("_children", set()).discard(self._process)
 
-    def _kill(self) -> None:
+    def _kill(self, grace: float) -> None:
         process, watched = self._process, self._watched
         if process.pid is None:
             return
         if watched is not None:
             if not watched.wait(0):
                 watched.send_signal(signal.SIGTERM)
-            if not watched.wait(_GRACE):
+            if not watched.wait(grace):
                 below = _children(watched.pid) if self._restart else []
                 watched.send_signal(signal.SIGKILL)
                 watched.wait(None)
                 for broker in below:
-                    with contextlib.suppress(psutil.Error):
-                        broker.kill()
+                    broker.send_signal(signal.SIGKILL)
+                    broker.wait(_GRACE)
+                    broker.close()
             watched.close()
         if process.exitcode is None:
             connection.wait([process.sentinel], _GRACE)  # a fork server reports a moment later
@@ -193,21 +197,21 @@ def _process(pid: int | None) -> PeerProcess | None:
         return None
 
 
-def _wait(process: PeerProcess, timeout: float | None, time_left: Callable[[], float]) -> bool:
+def _wait(process: PeerProcess, deadline: Deadline, time_left: Callable[[], float]) -> bool:
     """Wait for a broker that drains: whether it has ended."""
-    left = timeout
-    while not process.wait(None if left is None else left + _GRACE):
-        left = left and time_left()
+    left = deadline.left()
+    while not process.wait(left):
+        left = time_left()
         if not left:
             return False
+        left += _SHORT_GRACE
     return True
 
 
-def _children(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children()
-    except psutil.Error:
-        return []
+def _children(pid: int) -> list[PeerProcess]:
+    with contextlib.suppress(psutil.Error):
+        return [found for child in psutil.Process(pid).children() if (found := _process(child.pid)) is not None]
+    return []
 
 
 def _open_descriptors() -> frozenset[tuple[int, int, int]]:

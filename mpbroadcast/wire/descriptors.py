@@ -119,7 +119,7 @@ def living(processes: Iterable[PipeEnd]) -> list[PipeEnd]:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
-# The lock is taken before that, and released after it, by functions in C: an interrupt at the start of a hook in Python skips it.
+# The lock is taken before, and released after it, by functions in C: an interrupt at the start of a hook in Python skips it.
 os.register_at_fork(before=partial(methodcaller("acquire"), _forks), after_in_parent=partial(methodcaller("release"), _forks))
 
 

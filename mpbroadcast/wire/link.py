@@ -54,6 +54,7 @@ CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a bro
 # Seconds before another try to connect, when a connection was reset: by a broker that has died and is replaced, or by one that
 # had more strangers than it keeps.
 _PAUSES: Final = [0.02 * 2**number for number in range(8)]
+_LEAST_TIME: Final = 0.6  # seconds for an answer that needs no waiting, whatever the caller's timeout
 _READ: Final = 1 << 16
 
 T = TypeVar("T")
@@ -434,9 +435,12 @@ _keys: dict[str, bytes] = {}  # by address
 
 
 def for_answer(deadline: Deadline) -> Deadline:
-    """For asking something that is answered at once, on the way to what ``deadline`` is for: 0 does not forbid to ask."""
+    """For asking something that is answered at once, on the way to what ``deadline`` is for: 0 does not forbid to ask.
+
+    A broker that is stopped makes a call longer than its timeout by less than a second.
+    """
     left = deadline.left()
-    return Deadline(None if left is None else max(left, CONNECT_TIMEOUT))
+    return Deadline(None if left is None else max(left, _LEAST_TIME))
 
 
 def sooner(deadline: Deadline, seconds: float) -> Deadline:
