@@ -39,6 +39,7 @@ from mpbroadcast import (
 from mpbroadcast.broker.journal import Journal, replayed
 from mpbroadcast.broker.keeper import Patience
 from tests.helpers import DEADLINE, Background, Children, answer, finish, rest, take, wait_until
+from tests.large_workers import limited
 
 Bus = Broadcaster[Any]
 
@@ -594,6 +595,58 @@ def test_a_journal_gives_back_what_was_put(journal: Callable[[], Journal]) -> No
     assert journal().entries == first.entries
     assert len(first.entries) >= 4
     assert sum(os.fstat(file).st_size for file in first.files) < 300_000
+
+
+def test_a_journal_that_may_not_grow(journal: Callable[[], Journal]) -> None:
+    """It raises nothing; what it gives back was so at a time, and all is there again when there is room for it."""
+    first = journal()
+    states: list[dict[int, Any]] = [{}]
+    with limited(resource.RLIMIT_FSIZE, 2000):
+        for number in range(100):
+            first.put({"number": number, "topics": ["x" * 50]})
+            states.append(dict(first.entries))
+        assert 10 < len(journal().entries) < 30
+        assert journal().entries in states
+        for number in range(5, 100):
+            first.drop(number)
+        first.put({"number": 100, "topics": []})
+        for number in range(300):
+            first.put({"number": 101, "topics": [], "turn": number})
+        assert set(journal().entries) == {*range(5), 100, 101}
+    first.put({"number": 102, "topics": []})
+    assert journal().entries == first.entries
+
+
+@pytest.mark.parametrize("size", [0, 10, 17, 20])
+def test_a_journal_without_room(size: int) -> None:
+    """Not even its first lines can be written: it is empty for the next broker."""
+    with limited(resource.RLIMIT_FSIZE, size):
+        first = Journal()
+        first.put({"number": 1, "topics": []})
+        assert first.entries == {1: {"number": 1, "topics": []}}
+        assert Journal(first.files).entries == {}
+    for file in first.files:
+        os.close(file)
+
+
+def test_a_limit_on_the_size_of_files(fork: BaseContext) -> None:
+    """However many subscribe, all works; a broker that takes over knows those that could be written down."""
+    with limited(resource.RLIMIT_FSIZE, 20_000):
+        bus: Bus = start_broadcaster(context=fork, restart=True)
+    with bus:
+        channels = [bus.subscribe(f"{number}:" + "x" * 500) for number in range(100)]
+        for number in range(100):
+            bus.publish(number, topic=f"{number}:" + "x" * 500)
+            assert channels[number].recv(timeout=DEADLINE) == number
+        kill_broker(bus)
+        with pytest.raises(BrokerRestarted):
+            channels[0].recv(timeout=DEADLINE)
+        with pytest.raises(BrokerLost):
+            channels[99].recv(timeout=DEADLINE)
+        bus.publish(5, topic="0:" + "x" * 500)
+        assert channels[0].recv(timeout=DEADLINE) == 5
+        for channel in channels:
+            channel.close()
 
 
 def test_a_journal_whose_last_line_was_cut(journal: Callable[[], Journal]) -> None:
