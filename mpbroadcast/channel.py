@@ -326,7 +326,7 @@ class Channel(Generic[M]):
                     self._open_once(for_answer(deadline))
                 except BroadcastError as error:
                     if isinstance(error, ChannelInUse):
-                        self._pipe, self._owner = None, error.pid
+                        self._pipe, self._owner = None, error.pid or -1
                     error.channel = self
                     raise
 
@@ -475,7 +475,8 @@ class Channel(Generic[M]):
         return self._about_this(ClosedError("this channel was closed in this process: subscribe again for another"))
 
     def _in_use(self, pid: int) -> ChannelInUse:
-        text = f"process {pid} has opened this channel, and only that one can receive from it: hand a channel on before its "
+        process = f"process {pid}" if pid > 0 else "a process of another PID namespace"
+        text = f"{process} has opened this channel, and only that one can receive from it: hand a channel on before its "
         return self._about_this(ChannelInUse(text + "first receive, or subscribe in each process", pid))
 
     # --- for the broadcaster

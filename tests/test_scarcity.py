@@ -33,7 +33,8 @@ import pytest
 from psutil import _pslinux
 
 import mpbroadcast
-from mpbroadcast import Broadcaster, Channel, StartError, broadcaster, connect, start_broadcaster
+from mpbroadcast import Broadcaster, BrokerRestarted, Channel, StartError, broadcaster, connect, start_broadcaster
+from mpbroadcast.broker import broker as broker_module
 from mpbroadcast.broker import reception
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.wire import link, ring
@@ -930,6 +931,84 @@ def test_a_number_that_comes_again(pidfds: bool, newcomer: bool) -> None:
         f"live_with_numbers_that_come_again({pidfds}, {newcomer})", *namespace("--pid", "--fork", "--mount-proc")
     )
     assert result == {"own": 2, "alive": True} | ({"newcomer": "hello"} if newcomer else {})
+
+
+# ---------------------------------------------------------------------------------------------------- other PID namespaces
+
+
+def serve_from_another_namespace(address: str) -> None:
+    """A broadcaster whose broker sees no process of the test's; it is killed, and replaced, as standard input has it."""
+    broker_module.UNCLAIMED = 1.0  # type: ignore[misc]
+    with start_broadcaster(address=address, authkey=b"shared", restart=True) as bus:
+        print("ready", flush=True)
+        broker = bus.stats().pid
+        for order in sys.stdin:
+            os.kill(broker, signal.SIGKILL if order == "kill\n" else signal.SIGSTOP)
+            if order == "kill\n":
+                wait_until(lambda: bus.stats().pid != broker)
+            print("done", flush=True)
+
+
+@contextlib.contextmanager
+def another_namespace(address: str) -> Iterator[Callable[[str], None]]:
+    """Orders to a program whose processes are in a PID namespace of their own."""
+    code = f"from tests import test_scarcity; test_scarcity.serve_from_another_namespace({address!r})"
+    command = [*namespace("--pid", "--fork", "--mount-proc"), sys.executable, "-c", code]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+
+        def order(text: str) -> None:
+            assert program.stdin is not None
+            assert program.stdout is not None
+            print(text, file=program.stdin, flush=True)
+            assert program.stdout.readline() == "done\n"
+
+        yield order
+        program.stdin.close()
+
+
+def subscribe_and_wait(address: str, report: Connection) -> None:
+    bus: Bus = connect(address, authkey=b"shared")
+    channel = bus.subscribe("victim")
+    channel.fileno()
+    report.send("there")
+    signal.pause()
+
+
+def test_processes_of_another_pid_namespace(temporary_folder: Path, fork: BaseContext, children: Children) -> None:
+    """Who has no number where the broker is gets all, is not taken for another such one, and ends with its connection.
+
+    A broker that takes over keeps what it has open, and for a while only, as no end of it would be seen.
+    """
+    address = str(temporary_folder / "shared")
+    with another_namespace(address) as order, connect(address, authkey=b"shared") as bus:
+        channel = bus.subscribe("own")
+        bus.publish(1, topic="own")
+        assert channel.recv(timeout=DEADLINE) == 1
+        assert [row.pid for row in bus.stats().subscribers] == [0]
+        victims_ = []
+        for _ in range(2):
+            ours, theirs = fork.Pipe()
+            with ours, theirs:
+                victims_.append(children(fork, subscribe_and_wait, address, theirs))
+                assert answer(ours) == "there"
+        victims_[0].kill()
+        wait_until(lambda: [row.topics for row in bus.stats().subscribers] == [("own",), ("victim",)])
+        waiting = Background(channel.recv, DEADLINE)
+        order("stop")
+        victims_[1].kill()
+        victims_[1].join()
+        order("kill")
+        assert isinstance(waiting.error(), BrokerRestarted)
+        bus.publish(2, topic="own")
+        assert channel.recv(timeout=DEADLINE) == 2
+        wait_until(lambda: [row.topics for row in bus.stats().subscribers] == [("own",)])
+        bus.publish(3, topic="own")
+        assert channel.recv(timeout=DEADLINE) == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------- clocks

@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from mpbroadcast import trap_points
@@ -53,6 +54,7 @@ log = logging.getLogger("mpbroadcast.broker")
 
 _LAST_WORDS: Final = 1 << 14  # characters
 DRAIN_TIMEOUT: Final = 5.0  # seconds, when nobody says how long
+UNCLAIMED: Final = 60.0  # seconds for a process that cannot be watched to go on with what the last broker had for it
 _LAST: Final = 0.1  # seconds, after the time for draining is over
 _LOOK: Final = 0.1  # seconds from one look at what readers have read to the next, while stopping
 
@@ -124,7 +126,7 @@ class Broker:
             outbox = Outbox(entry["capacity"], "drop_oldest" if waits else policy)
             subscription = Subscription(number, Session(self.number(), peer), outbox)
             subscription.policy, subscription.restored = policy, True
-            subscription.reserved = peer.pid if entry["opened"] else 0
+            subscription.reserved = bool(entry["opened"])
             self.subscriptions[number] = subscription
             peer.subscriptions.add(subscription)
             if entry["live"]:
@@ -132,6 +134,12 @@ class Broker:
             else:
                 subscription.live, subscription.said_topics = False, tuple(entry["topics"])
                 outbox.end()
+            if not entry["birth"]:  # nothing will show that its process has ended, until that connects
+                self.loop.later(UNCLAIMED, partial(self._remove_unclaimed, subscription))
+
+    def _remove_unclaimed(self, subscription: Subscription) -> None:
+        if subscription.restored:
+            self._remove_for(subscription, "its process, of another PID namespace, has not come back")
 
     def _write_down(self, subscription: Subscription) -> None:
         if self._journal is not None:
@@ -142,7 +150,7 @@ class Broker:
                 "topics": list(subscription.said_topics or self.router.topics(subscription)),
                 "capacity": subscription.outbox.capacity,
                 "policy": subscription.policy,
-                "opened": bool(subscription.owner),
+                "opened": subscription.owner is not None,
                 "live": subscription.live,
             }
             self._journal.put(entry)
@@ -453,6 +461,6 @@ class Broker:
             subscription.pid,
             listed(subscription.said_topics or self.router.topics(subscription)),
             subscription.outbox.waiting,
-            "was not read in time" if subscription.owner else "was never opened",
+            "was never opened" if subscription.owner is None else "was not read in time",
         )
         self.remove(subscription)

@@ -22,8 +22,12 @@ _PAUSE: Final = 0.01  # seconds, where a death is no event
 
 
 def birth(pid: int) -> float:
-    """When the process began, by which it can be told from a later one with its number; 0 if that cannot be said."""
+    """When the process began, by which it can be told from a later one with its number; 0 if that is not known."""
+    if pid <= 0:
+        return 0.0
     try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return 0.0  # it shows another PID namespace, in which the number is another process's
         with open(f"/proc/{pid}/stat", "rb") as file:
             return float(file.read().rpartition(b")")[2].split()[19])
     except OSError:

@@ -100,7 +100,7 @@ class Subscription:
         self.said_topics: tuple[str, ...] = ()  # when it was unsubscribed
         self.live = True
         self.restored = False  # from the broker before this one, and not open since
-        self.reserved = 0  # for the process that had it open there
+        self.reserved = False  # for the process that had it open there
         self.policy = outbox.policy  # as it was subscribed; while it is reserved, nobody waits for it
         self.not_waited_for = False  # when its pipe is full, it goes
         self.fd = -1
@@ -120,9 +120,9 @@ class Subscription:
         return self.session.peer.pid
 
     @property
-    def owner(self) -> int:
-        """The process that has it open, or is the only one that may; 0 while any may."""
-        return self.pid if self.opened else self.reserved
+    def owner(self) -> int | None:
+        """The process that has it open, or is the only one that may; ``None`` while any may."""
+        return self.pid if self.opened or self.reserved else None
 
     def say_restarted(self) -> None:
         """Tell its reader, in its new pipe, that something may be missing in this place."""
@@ -130,7 +130,7 @@ class Subscription:
         os.write(self.fd, data)
         self.outbox.pipe += len(data)
         self.outbox.take_over(self.policy)
-        self.restored, self.reserved = False, 0
+        self.restored = self.reserved = False
 
     @property
     def nothing_to_open_for(self) -> bool:

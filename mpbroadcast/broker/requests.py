@@ -141,8 +141,8 @@ def _open(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     if subscription.opened or subscription.opening is not None:
         owner = subscription.pid if subscription.opened or subscription.opening is None else subscription.opening.peer.pid
         raise _in_use(owner)
-    if subscription.owner not in (0, client.peer.pid):
-        raise _in_use(subscription.owner)
+    if subscription.owner not in (None, client.peer.pid):
+        raise _in_use(subscription.pid)
     _session(broker, client, message)
     ends = broker.open(subscription, client, shared=bool(message.get("shared")))
     subscription.token = broker.number()
@@ -170,7 +170,7 @@ def _unsubscribe(broker: Broker, client: Client, message: dict[str, Any]) -> Non
 
 def _close(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     subscription = broker.subscriptions.get(_integer(message, "subscription"))
-    if subscription is not None and subscription.owner in (0, client.peer.pid):
+    if subscription is not None and subscription.owner in (None, client.peer.pid):
         broker.remove(subscription)
     client.reply({})
 
@@ -181,7 +181,7 @@ def _drop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     subscription = broker.subscriptions.get(number)
     if subscription is None:
         broker.dropped_early.append(number)
-    elif subscription.owner in (0, client.peer.pid):
+    elif subscription.owner in (None, client.peer.pid):
         broker.remove(subscription)
     client.no_reply()
 
@@ -309,7 +309,8 @@ def _find_subscription(broker: Broker, client: Client, message: dict[str, Any]) 
 
 
 def _in_use(pid: int) -> _Refused:
-    text = f"process {pid} has opened this channel, and only that one can receive from it: subscribe here for another"
+    process = f"process {pid}" if pid > 0 else "a process of another PID namespace"
+    text = f"{process} has opened this channel, and only that one can receive from it: subscribe here for another"
     return _Refused("in use", text, pid=pid)
 
 
