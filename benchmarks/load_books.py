@@ -15,7 +15,7 @@ from array import array
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from mpbroadcast import Broadcaster, BrokerLost, Channel, Lagged, Overflowed, TimedOut
 
@@ -120,7 +120,7 @@ class Account:
     def opened(bus: Broadcaster[Message], board: Board, wish: Wish) -> Account:
         """Subscribe."""
         before = board.numbers(board.flushed, wish.topics)
-        channel = bus.subscribe(*wish.names, overflow=wish.overflow, capacity=wish.capacity)
+        channel = bus.subscribe(*wish.names, overflow=cast(Any, wish.overflow), capacity=wish.capacity)
         return Account(wish, channel, before, board.numbers(board.begun, wish.topics), board.publishers)
 
     def take(self, message: Message) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mpbroadcast.errors import AddressError
 
-POLICIES = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
+Policy = Literal["block", "drop_oldest", "drop_newest", "latest", "disconnect"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 MAX_TOPIC = 1024  # bytes of UTF-8
 MAX_ADDRESS = 107  # bytes: what sun_path holds on Linux, less its NUL; macOS has four fewer and says so itself
 

@@ -7,10 +7,10 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Final, Generic, Protocol, Self, TypeVar
+from typing import Any, Final, Generic, Literal, Protocol, Self, TypeVar, overload
 from weakref import WeakSet
 
-from mpbroadcast.arguments import Deadline, check_count, check_overflow, check_timeout, encode_topic, encoded_topic
+from mpbroadcast.arguments import Deadline, Policy, check_count, check_overflow, check_timeout, encode_topic, encoded_topic
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
 from mpbroadcast.stats import BrokerStats, SubscriberStats
@@ -58,7 +58,7 @@ class Broadcaster(Generic[M]):
         self._large = False  # whether the last message was, and so perhaps the next
         self._closed = False
         self._ended = False  # whether close() has been done: an interrupted one can be called again
-        self._channels: WeakSet[Channel[M]] = WeakSet()
+        self._channels: WeakSet[Channel[Any]] = WeakSet()
         on_fork(self, Broadcaster._in_child)
 
     @property
@@ -73,7 +73,9 @@ class Broadcaster(Generic[M]):
 
     # --- publishing
 
-    def publish(self, message: M, *, topic: str = "", exclude: Channel[M] | None = None, timeout: float | None = None) -> None:
+    def publish(
+        self, message: M, *, topic: str = "", exclude: Channel[Any] | None = None, timeout: float | None = None
+    ) -> None:
         """Send ``message`` to every channel that is subscribed to ``topic``, except ``exclude``.
 
         When this returns, the message has left this process: it is delivered even if this process is killed the next
@@ -121,7 +123,7 @@ class Broadcaster(Generic[M]):
         messages: Iterable[M],
         *,
         topic: str = "",
-        exclude: Channel[M] | None = None,
+        exclude: Channel[Any] | None = None,
         timeout: float | None = None,
     ) -> int:
         """Send each of ``messages``, in order, several in one write: how many were sent.
@@ -171,10 +173,10 @@ class Broadcaster(Generic[M]):
             waiting.clear()
             self._deliver(deadline, Outlet.send, frames, deadline, done)
 
-    def _way(self, topic: str, exclude: Channel[M] | None) -> tuple[bytes, int]:
+    def _way(self, topic: str, exclude: Channel[Any] | None) -> tuple[bytes, int]:
         return encode_topic(topic), 0 if exclude is None else self._own_channel(exclude, "exclude").number
 
-    def _own_channel(self, channel: Channel[M], name: str) -> Channel[M]:
+    def _own_channel(self, channel: Channel[Any], name: str) -> Channel[Any]:
         if not isinstance(channel, Channel):
             raise TypeError(f"{name} must be a Channel, not {type(channel).__name__}")
         if channel.broker != self._link.broker:
@@ -248,9 +250,31 @@ class Broadcaster(Generic[M]):
 
     # --- subscribing
 
+    @overload
     def subscribe(
-        self, *topics: str, overflow: str = "block", capacity: int | None = None, replay: int = 0, with_topic: bool = False
-    ) -> Channel[M]:
+        self,
+        *topics: str,
+        overflow: Policy = "block",
+        capacity: int | None = None,
+        replay: int = 0,
+        with_topic: Literal[False] = False,
+    ) -> Channel[M]: ...
+    @overload
+    def subscribe(
+        self,
+        *topics: str,
+        overflow: Policy = "block",
+        capacity: int | None = None,
+        replay: int = 0,
+        with_topic: Literal[True],
+    ) -> Channel[tuple[str, M]]: ...
+    @overload
+    def subscribe(
+        self, *topics: str, overflow: Policy = "block", capacity: int | None = None, replay: int = 0, with_topic: bool
+    ) -> Channel[M] | Channel[tuple[str, M]]: ...
+    def subscribe(
+        self, *topics: str, overflow: Policy = "block", capacity: int | None = None, replay: int = 0, with_topic: bool = False
+    ) -> Channel[Any]:
         """A new channel that hears ``topics``; everything, when none is named.
 
         A topic with ``*``, ``?`` or ``[`` is a pattern (``fnmatch.fnmatchcase``; ``[*]`` is a literal star). From when this
@@ -286,7 +310,7 @@ class Broadcaster(Generic[M]):
         outlet = self._outlet
         number = int.from_bytes(os.urandom(6)) or 1
         # The channel exists before the subscription does: if an interrupt comes, its finaliser drops that.
-        channel: Channel[M] = Channel(self._link, number, with_topic, subscriber=True)
+        channel: Channel[Any] = Channel(self._link, number, with_topic, subscriber=True)
         try:
             self._ask(
                 "subscribe",
@@ -304,7 +328,7 @@ class Broadcaster(Generic[M]):
             raise
         return channel
 
-    def unsubscribe(self, channel: Channel[M]) -> None:
+    def unsubscribe(self, channel: Channel[Any]) -> None:
         """Let nothing more come to ``channel``, whoever holds it.
 
         What anybody had published before can still be received, but for what a backlog that is full at that moment holds back;

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from multiprocessing.context import BaseContext
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
-from mpbroadcast.arguments import check_address, check_authkey, check_count, check_timeout
+from mpbroadcast.arguments import Policy, check_address, check_authkey, check_count, check_timeout
 from mpbroadcast.broadcaster import Broadcaster
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
@@ -105,17 +105,53 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
     return Broadcaster(Link.to(path, link.broker, link.restarts))
 
 
-def publish(bus: Broadcaster[M], message: M, **options: Any) -> None:
+def publish(
+    bus: Broadcaster[M], message: M, *, topic: str = "", exclude: Channel[Any] | None = None, timeout: float | None = None
+) -> None:
     """:meth:`Broadcaster.publish`, as a function."""
-    _checked(bus).publish(message, **options)
+    _checked(bus).publish(message, topic=topic, exclude=exclude, timeout=timeout)
 
 
-def subscribe(bus: Broadcaster[M], *topics: str, **options: Any) -> Channel[M]:
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: Literal[False] = False,
+) -> Channel[M]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: Literal[True],
+) -> Channel[tuple[str, M]]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: bool,
+) -> Channel[M] | Channel[tuple[str, M]]: ...
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: bool = False,
+) -> Channel[Any]:
     """:meth:`Broadcaster.subscribe`, as a function."""
-    return _checked(bus).subscribe(*topics, **options)
+    return _checked(bus).subscribe(*topics, overflow=overflow, capacity=capacity, replay=replay, with_topic=with_topic)
 
 
-def unsubscribe(bus: Broadcaster[M], channel: Channel[M]) -> None:
+def unsubscribe(bus: Broadcaster[Any], channel: Channel[Any]) -> None:
     """:meth:`Broadcaster.unsubscribe`, as a function."""
     _checked(bus).unsubscribe(channel)
 

@@ -13,9 +13,13 @@ from mpbroadcast.arguments import Deadline, check_timeout
 from mpbroadcast.errors import BrokerLost, ClosedError, TimedOut
 
 if TYPE_CHECKING:
+    import typing_extensions  # which each type checker knows; nothing needs it when this runs
+
     from mpbroadcast.channel import Channel
 
-M = TypeVar("M")
+    M = typing_extensions.TypeVar("M", default=Any)
+else:
+    M = TypeVar("M")
 N = TypeVar("N")
 
 _FAIR = 64  # messages taken from sources that are known to have some, before the others are looked at

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, Overflowed, TimedOut, connect
+from mpbroadcast.arguments import Policy
 from tests import workers
 from tests.helpers import DEADLINE, Background, Children, answer, fill, only_subscriber, take, wait_until
 
@@ -143,7 +144,7 @@ def test_it_returns_when_the_owner_is_killed(bus: Bus, children: Children, fork:
 
 
 @pytest.mark.parametrize("overflow", ["drop_oldest", "latest"])
-def test_it_returns_when_the_policy_drops_what_it_waits_for(bus: Bus, overflow: str) -> None:
+def test_it_returns_when_the_policy_drops_what_it_waits_for(bus: Bus, overflow: Policy) -> None:
     """What newer messages, of anybody, push out of a backlog has left it."""
     channel = bus.subscribe(overflow=overflow, capacity=20_000)
     bus.publish("message")

@@ -28,6 +28,7 @@ import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, Channel, Lagged, connect, trap_points
+from mpbroadcast.arguments import Policy
 from mpbroadcast.broker.members import new_socket
 from mpbroadcast.wire import shared_inlet
 from mpbroadcast.wire.descriptors import DescriptorSocket
@@ -341,7 +342,7 @@ def test_maps_that_fail(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("overflow", ["drop_oldest", "drop_newest", "latest"])
-def test_who_does_not_read_keeps_little(overflow: str, bus: Bus) -> None:
+def test_who_does_not_read_keeps_little(overflow: Policy, bus: Bus) -> None:
     """Large messages that are dropped are freed, also when the pipe is full to the last byte."""
     channel = bus.subscribe(overflow=overflow, capacity=8 << 20)
     channel.fileno()

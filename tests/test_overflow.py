@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -27,6 +27,7 @@ from mpbroadcast import (
     Overflowed,
     TimedOut,
 )
+from mpbroadcast.arguments import Policy
 from tests import workers
 from tests.helpers import (
     DEADLINE,
@@ -48,7 +49,7 @@ from tests.helpers import (
 Bus = Broadcaster[Any]
 Events = list[tuple[str, int]]
 MEBIBYTE = 1 << 20
-POLICIES = ["block", "drop_oldest", "drop_newest", "latest", "disconnect"]
+POLICIES: tuple[Policy, ...] = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
 DROPPING = ["drop_oldest", "drop_newest"]
 
 
@@ -180,7 +181,7 @@ def end(bus: Bus, channel: Channel[Any]) -> Events:
 
 
 @pytest.mark.parametrize("overflow", POLICIES)
-def test_all_is_accounted_for_at_every_moment(bus: Bus, slow: MakeReader, overflow: str) -> None:
+def test_all_is_accounted_for_at_every_moment(bus: Bus, slow: MakeReader, overflow: Policy) -> None:
     """Delivered + missed + waiting = published in each snapshot under traffic; the reader counts the same."""
     channel = bus.subscribe(overflow=overflow, capacity=40_000)
     reader = slow(channel)
@@ -223,7 +224,7 @@ def test_all_is_accounted_for_at_every_moment(bus: Bus, slow: MakeReader, overfl
 @pytest.mark.parametrize("many", [False, True], ids=["publish", "publish_many"])
 @pytest.mark.parametrize("size", [0, 100, 5_000, 200_000])
 @pytest.mark.parametrize("overflow", DROPPING)
-def test_gaps_are_exact_whatever_the_size(bus: Bus, overflow: str, size: int, many: bool) -> None:
+def test_gaps_are_exact_whatever_the_size(bus: Bus, overflow: Policy, size: int, many: bool) -> None:
     """What was received and what was missed fill all places from the first to the last, before and after a pause."""
     capacity = 12 * (size + 300)
     channel = bus.subscribe(overflow=overflow, capacity=capacity)
@@ -464,7 +465,7 @@ def test_the_disconnected_is_not_waited_for(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize("overflow", DROPPING)
-def test_of_many_larger_than_the_capacity_one_is_kept(bus: Bus, slow: MakeReader, overflow: str) -> None:
+def test_of_many_larger_than_the_capacity_one_is_kept(bus: Bus, slow: MakeReader, overflow: Policy) -> None:
     """Of messages that are each larger than the backlog one waits at a time; the others are in the gap."""
     channel = bus.subscribe(overflow=overflow, capacity=10_000)
     reader = slow(channel)
@@ -556,7 +557,7 @@ def test_topics_and_exclude_count_for_whom_they_reach(bus: Bus) -> None:
 
 @pytest.mark.parametrize("size", [0, 100, 5_000])
 @pytest.mark.parametrize("overflow", ["block", *DROPPING])
-def test_what_is_unread_in_the_pipe_counts_as_backlog(bus: Bus, overflow: str, size: int) -> None:
+def test_what_is_unread_in_the_pipe_counts_as_backlog(bus: Bus, overflow: Policy, size: int) -> None:
     """What waits in the broker, with 256 bytes for each message, and what is unread in the pipe are one capacity."""
     capacity = 60_000
     channel = bus.subscribe(overflow=overflow, capacity=capacity)
@@ -615,7 +616,7 @@ def warm(bus: Bus) -> int:
 
 
 @pytest.mark.parametrize("overflow", ["block", "drop_oldest", "drop_newest", "disconnect"])
-def test_tiny_messages_are_counted_with_their_overhead(bus: Bus, overflow: str) -> None:
+def test_tiny_messages_are_counted_with_their_overhead(bus: Bus, overflow: Policy) -> None:
     """Tiny messages for a channel that nobody opens take little more of the broker's memory than its capacity."""
     before = warm(bus)
     channel = bus.subscribe(overflow=overflow, capacity=MEBIBYTE)
@@ -655,7 +656,7 @@ def test_a_giant_message_again_and_again_to_a_full_channel(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize("overflow", [*DROPPING, "latest"])
-def test_giant_messages_to_who_drops(bus: Bus, children: Children, fork: BaseContext, overflow: str) -> None:
+def test_giant_messages_to_who_drops(bus: Bus, children: Children, fork: BaseContext, overflow: Policy) -> None:
     """Large messages, one after the other, leave a few of them in the broker's memory, and no more with each."""
     size = 4 * MEBIBYTE
     before = warm(bus)
@@ -681,7 +682,7 @@ def test_an_unknown_policy_is_refused(bus: Bus) -> None:
     """An unknown policy is a ``ValueError`` that names those that there are."""
     for overflow in ("", "drop", "BLOCK", "drop-oldest", "latest "):
         with pytest.raises(ValueError, match="drop_oldest") as caught:
-            bus.subscribe(overflow=overflow)
+            bus.subscribe(overflow=cast(Policy, overflow))
         assert all(policy in str(caught.value) for policy in POLICIES)
     assert bus.stats().subscribers == ()
 

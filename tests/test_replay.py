@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, TimedOut, connect, start_broadcaster
+from mpbroadcast.arguments import Policy
 from tests import workers
 from tests.helpers import (
     DEADLINE,
@@ -199,7 +200,7 @@ def test_what_waits_for_a_full_channel_comes_once(start: Start) -> None:
 
 
 @pytest.mark.parametrize("overflow", ["block", "drop_oldest", "drop_newest", "disconnect"])
-def test_a_replay_counts_as_published(start: Start, overflow: str) -> None:
+def test_a_replay_counts_as_published(start: Start, overflow: Policy) -> None:
     """What is replayed counts as published to the channel, and as waiting until it is in its pipe."""
     bus = start(10)
     bus.publish_many(range(10))
@@ -216,7 +217,7 @@ def test_a_replay_counts_as_published(start: Start, overflow: str) -> None:
 
 
 @pytest.mark.parametrize("overflow", ["block", "drop_oldest", "drop_newest", "disconnect"])
-def test_a_replay_is_cut_at_the_capacity(start: Start, overflow: str) -> None:
+def test_a_replay_is_cut_at_the_capacity(start: Start, overflow: Policy) -> None:
     """Of more than the backlog takes the newest are kept, and what is cut off is neither published nor missed."""
     bus = start(100)
     bus.publish_many([(number, pattern(number, 1000)) for number in range(100)])
@@ -231,7 +232,7 @@ def test_a_replay_is_cut_at_the_capacity(start: Start, overflow: str) -> None:
 
 
 @pytest.mark.parametrize("overflow", ["block", "drop_oldest", "drop_newest", "disconnect"])
-def test_one_larger_than_the_capacity_is_replayed_alone(start: Start, overflow: str) -> None:
+def test_one_larger_than_the_capacity_is_replayed_alone(start: Start, overflow: Policy) -> None:
     """When the newest of all is larger than the whole backlog, it is replayed, and nothing else."""
     bus = start(10)
     bus.publish_many([(0, b""), (1, b""), (2, pattern(2, 50_000))])

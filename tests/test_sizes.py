@@ -21,6 +21,7 @@ from mpbroadcast import (
     connect,
     start_broadcaster,
 )
+from mpbroadcast.arguments import Policy
 from mpbroadcast.wire.memory import available
 from tests import large_workers as workers
 from tests.helpers import (
@@ -43,7 +44,7 @@ from tests.workers import Boom, CannotBePickled, CannotBeUnpickled
 
 Bus = Broadcaster[Any]
 LAST = 1 << 30  # the number of a message that says that no other comes
-POLICIES = ["block", "drop_oldest", "drop_newest", "latest", "disconnect"]
+POLICIES: tuple[Policy, ...] = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
 
 
 @pytest.fixture(params=SIZES)
@@ -159,7 +160,7 @@ def far_too_many(size: Size) -> int:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_overflow_counts_exactly(policy: str, size: Size, bus: Bus) -> None:
+def test_overflow_counts_exactly(policy: Policy, size: Size, bus: Bus) -> None:
     """For who does not read: delivered, missed and waiting are what was published, gaps are in their places, and the capacity
     counts the messages' real bytes, wherever these are."""
     capacity = capacity_for(size)

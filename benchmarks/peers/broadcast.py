@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from multiprocessing.context import BaseContext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from benchmarks.peers.base import TO_ALL, Endpoint, Peer, Shape, Source
 from mpbroadcast import Broadcaster, Channel, start_broadcaster
@@ -37,7 +37,7 @@ class _Endpoint(Endpoint):
     many: bool
 
     def open(self) -> Iterator[Any]:
-        channel: Channel[Any] = self.bus.subscribe(*self.topics, overflow=self.overflow, capacity=self.capacity)
+        channel: Channel[Any] = self.bus.subscribe(*self.topics, overflow=cast(Any, self.overflow), capacity=self.capacity)
         channel.poll(0)  # the first use opens it
         if self.many:
             return chain.from_iterable(iter(channel.recv_many, None))

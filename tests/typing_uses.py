@@ -1,0 +1,71 @@
+# pyright: strict, reportUnnecessaryTypeIgnoreComment=true, reportUnusedFunction=false
+"""Right and wrong uses of the interface, for type checkers: each line that must be an error has an ``ignore``, no other has.
+
+Nothing here is run. A checker that reports unused ``ignore`` comments, as strict mypy does, finds both kinds of mistakes.
+"""
+
+from __future__ import annotations
+
+from multiprocessing import Pipe, Process
+from typing import Any, assert_type
+
+import mpbroadcast
+from mpbroadcast import Broadcaster, Channel, Selector, channel_to_selector, connect, start_broadcaster
+
+
+def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
+    """What must be accepted, and as what."""
+    assert_type(start_broadcaster(), Broadcaster[Any])
+    assert_type(connect("address"), Broadcaster[Any])
+    strings: Broadcaster[str] = start_broadcaster(history=3)
+    strings.publish("text", topic="t")
+
+    channel = bus.subscribe("room", overflow="latest")
+    pairs = bus.subscribe("room:*", with_topic=True)
+    assert_type(channel, Channel[int])
+    assert_type(bus.subscribe(with_topic=False), Channel[int])
+    assert_type(pairs, Channel[tuple[str, int]])
+    assert_type(bus.subscribe(with_topic=with_topic), Channel[int] | Channel[tuple[str, int]])
+    assert_type(mpbroadcast.subscribe(bus, "room", overflow="disconnect", capacity=9, replay=1), Channel[int])
+    assert_type(mpbroadcast.subscribe(bus, with_topic=True), Channel[tuple[str, int]])
+
+    assert_type(channel.recv(), int)
+    assert_type(pairs.recv(timeout=1), tuple[str, int])
+    assert_type(channel.recv_many(limit=3), list[int])
+    for topic, number in pairs:
+        assert_type((topic, number), tuple[str, int])
+
+    bus.publish(3, topic="room", exclude=pairs, timeout=1.5)
+    mpbroadcast.publish(bus, 3, topic="room", exclude=channel, timeout=None)
+    assert_type(bus.publish_many([1, 2], exclude=pairs), int)
+    bus.unsubscribe(pairs)
+    mpbroadcast.unsubscribe(bus, channel)
+
+    assert_type(channel_to_selector(channel), Selector[int])
+    assert_type(channel_to_selector(pairs).receive(), tuple[str, int])
+    selector = Selector()
+    selector.select(channel).select(process, lambda ended: ended.exitcode).select(Pipe()[0])
+    assert_type(selector.receive(), Any)
+    assert_type(channel_to_selector(channel).map(str).receive(timeout=0), str)
+    numbers = Selector[int]().select(channel)
+    assert_type(numbers.receive(), int)
+
+
+def wrong(bus: Broadcaster[int], channel: Channel[int]) -> None:
+    """What must not be accepted."""
+    bus.publish("text")  # type: ignore[arg-type]
+    bus.publish(1, "room")  # type: ignore[call-arg]
+    bus.subscribe(3)  # type: ignore[call-overload]
+    bus.subscribe(["room"])  # type: ignore[call-overload]
+    bus.subscribe(overflow="drop")  # type: ignore[call-overload]
+    bus.subscribe(capacity="1 MB")  # type: ignore[call-overload]
+    bus.unsubscribe("room")  # type: ignore[arg-type]
+    mpbroadcast.publish(bus, "text")  # type: ignore[misc]
+    mpbroadcast.publish(bus, 1, to="room")  # type: ignore[call-arg]
+    mpbroadcast.subscribe(bus, overflow="drop")  # type: ignore[call-overload]
+    mpbroadcast.subscribe(bus, with_topics=True)  # type: ignore[call-overload]
+    mpbroadcast.unsubscribe(bus, "room")  # type: ignore[arg-type]
+    start_broadcaster(context="spawn")  # type: ignore[arg-type]
+    channel_to_selector(bus)  # type: ignore[arg-type]
+    channel.recv(timeout="1")  # type: ignore[arg-type]
+    _: str = channel.recv()  # type: ignore[assignment]
