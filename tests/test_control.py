@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
 import os
 import sys
@@ -347,13 +348,22 @@ def test_random_bodies_prove_nothing(received: list[bytes]) -> None:
         assert goes_on(server, received) == "refused" or (steps and received[2 - steps] == b"#WELCOME#")
 
 
-def test_a_challenge_that_is_too_short_is_not_answered() -> None:
-    """One may not be made to sign what somebody else could know."""
-    for question in (b"", b"x" * 15):
-        client = client_handshake(KEY)
-        next(client)
-        with pytest.raises(ControlError):
-            client.send(b"#CHALLENGE#" + question)
+@pytest.mark.parametrize("question", [b"", b"x" * 15, b"{sha256}" + bytes(7), b"{sha256}" + bytes(238), b"{md5}" + bytes(32)])
+def test_a_challenge_of_another_length_or_kind_is_not_answered(question: bytes) -> None:
+    """One may not be made to sign what somebody else could know, nor with a digest that is not chosen here."""
+    client = client_handshake(KEY)
+    next(client)
+    with pytest.raises(ControlError):
+        client.send(b"#CHALLENGE#" + question)
+
+
+@pytest.mark.parametrize("length", [8, 237])
+def test_a_challenge_of_any_length_between_is_answered(length: int) -> None:
+    """The shortest, and the longest that fits into a message of the handshake."""
+    client = client_handshake(KEY)
+    next(client)
+    question = b"{sha256}" + bytes(length)
+    assert bodies(client.send(b"#CHALLENGE#" + question)) == [b"{sha256}" + hmac.digest(KEY, question, "sha256")]
 
 
 # ------------------------------------------------------------------------------------------ the standard library's side
