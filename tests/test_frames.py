@@ -358,7 +358,8 @@ def test_changed_bytes_are_refused_or_passed(stream: Written, changes: list[Chan
     [
         pytest.param(struct.pack("<II", 7, 0), id="shorter than its head"),
         pytest.param(struct.pack("<II", PIPE_BUF + 1, 0), id="longer than one write"),
-        pytest.param(struct.pack("<II", PIPE_BUF + 1, 6) + b"room:1" + bytes(PIPE_BUF), id="longer than one write, whole"),
+        pytest.param(struct.pack("<II", PIPE_BUF + 1, 6) + b"room:1" + bytes(PIPE_BUF - 13), id="longer than one write, whole"),
+        pytest.param(struct.pack("<II", 13, 6) + b"room:1", id="shorter than its topic, which is whole"),
         pytest.param(struct.pack("<II", 10, 5) + b"xx", id="shorter than its topic"),
         pytest.param(struct.pack("<II", 12, 1 << 16) + b"xxxx", id="shorter than its exclusion"),
         pytest.param(struct.pack("<II", 8, 1 << 18), id="unknown flag"),
