@@ -21,7 +21,7 @@ from mpbroadcast.broker.rings import Holds, Unread
 from mpbroadcast.broker.router import Router
 from mpbroadcast.errors import AddressError
 from mpbroadcast.wire import frames
-from mpbroadcast.wire.frames import PIPE_BUF, Batch, FrameError, Parcel, Splitter, frame_head, pieces
+from mpbroadcast.wire.frames import MOST_TOGETHER, PIPE_BUF, Batch, FrameError, Parcel, Splitter, frame_head, pieces
 from mpbroadcast.wire.ring import CHUNK, CHUNKS, Ring
 from mpbroadcast.wire.runs import GAP, MESSAGES, RUN, Run, SharedRun, memory_run, read_run, run_of
 
@@ -157,6 +157,24 @@ def test_a_message_that_fills_its_pieces_exactly(count: int, more: int) -> None:
     assert isinstance(items[-1], Batch)
     assert (items[-1].frames, items[-1].image) == (frame, True)
     assert splitter.held == 0
+
+
+def test_a_row_of_one_size_is_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third neighbour of one size on, all the others are found at once, whatever is in them."""
+    looks = 0
+
+    def counted(data: bytes, start: int = 0) -> tuple[int, int]:
+        nonlocal looks
+        looks += 1
+        return struct.unpack_from("<II", data, start)
+
+    short = frame_head(1, b"t") + b"x"
+    row = [frame_head(4, b"t") + struct.pack("<I", number * 0x01010101) for number in range(MOST_TOGETHER - 2)]
+    monkeypatch.setattr(frames, "HEAD", SimpleNamespace(size=8, unpack_from=counted))
+    (batch,) = Splitter().split(b"".join((short, short, *row)))
+    assert isinstance(batch, Batch)
+    assert len(batch.sizes) == MOST_TOGETHER
+    assert looks == 2 + 3
 
 
 def test_unfinished_messages_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
