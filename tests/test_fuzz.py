@@ -295,6 +295,7 @@ class Asker:
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.session: Any = None
+        self.closed = False
         self.opening: set[Any] = set()
         self.replies: list[dict[str, Any]] = []
 
@@ -303,6 +304,9 @@ class Asker:
             os.close(fd)
         json.dumps(message)
         self.replies.append(message)
+
+    def reply_encoded(self, data: bytes) -> None:
+        self.reply(decode(data[4:]))
 
     def no_reply(self) -> None:
         self.replies.append({})

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import struct
 import sys
 import tracemalloc
 from array import array
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,12 +21,16 @@ from hypothesis import strategies as st
 from mpbroadcast import Broadcaster
 from mpbroadcast.arguments import MAX_TOPIC
 from mpbroadcast.broker.broker import Broker
+from mpbroadcast.broker.clients import Client
 from mpbroadcast.broker.history import MOST_TOPICS, History
+from mpbroadcast.broker.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION, Cost
 from mpbroadcast.broker.patterns import is_pattern, matcher
+from mpbroadcast.broker.requests import answer
+from mpbroadcast.wire.control import MAX_REQUEST
 from mpbroadcast.wire.frames import Batch, FrameError, Splitter, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.wire.link import Link
 from tests.helpers import DEADLINE, wait_until
-from tests.test_fuzz import Lent, asking, own_broker
+from tests.test_fuzz import Asker, Lent, Rude, asking, own_broker
 
 __all__ = ["own_broker"]
 
@@ -138,3 +144,161 @@ def test_patterns_match_as_in_the_standard_library(pattern: str, topics: list[st
     """Each pattern matches what ``fnmatch.fnmatchcase`` says, also those that are matched without ``re``."""
     for topic in topics:
         assert bool(matcher(pattern).match(topic)) == fnmatchcase(topic, pattern)
+
+
+def in_rounds(broker: Broker, asker: Asker, message: dict[str, Any], most: int) -> dict[str, Any]:
+    """The reply to a request, after as many rounds of the loop as it takes, none of which makes more than ``most`` calls."""
+    asker.replies.clear()
+    with at_most(most):
+        answer(broker, cast("Client", asker), message)
+    while not asker.replies:
+        with at_most(most):
+            broker.loop.round(0)
+    (reply,) = asker.replies
+    return reply
+
+
+def subscribing(session: int, number: int, *topics: str) -> dict[str, Any]:
+    """The request for a subscription."""
+    fields = {"capacity": 1 << 16, "overflow": "drop_oldest", "replay": 0, "publisher": None}
+    return {"do": "subscribe", "session": session, "subscription": number, "topics": [*topics], **fields}
+
+
+def test_statistics_of_many_subscriptions_come_in_parts(own_broker: Broker) -> None:
+    """Statistics of 5,000 subscriptions hold nobody up: between two parts the loop goes on."""
+    with asking(own_broker) as (one, other, session):
+        for number in range(1000, 6000):
+            own_broker.add_subscription(number, own_broker.sessions[session], [str(number)], 1 << 16, "drop_oldest")
+        rows = in_rounds(own_broker, one, {"do": "stats"}, 8000)["subscribers"]
+        assert {row["id"] for row in rows} > set(range(1000, 6000))
+        assert in_rounds(own_broker, other, {"do": "wait", "count": 5001, "now": True}, 100) == {"done": True}
+
+
+def test_many_waits_and_many_subscriptions(own_broker: Broker) -> None:
+    """All who wait for subscriptions are looked at once in a round, at no more cost when there are many subscriptions."""
+    with asking(own_broker) as (one, other, session):
+        for number in range(1000, 1400):
+            waits = Asker(one.peer)
+            answer(own_broker, cast("Client", waits), {"do": "wait", "count": 5000, "topic": None})
+            own_broker.add_subscription(number, own_broker.sessions[session], ["*"], 1 << 16, "drop_oldest")
+        with at_most(20_000):
+            for number in range(2000, 2100):
+                answer(own_broker, cast("Client", other), subscribing(session, number, "fuzz"))
+            own_broker.loop.round(0)
+
+
+def test_an_honest_session_has_room(own_broker: Broker) -> None:
+    """A session can have 16,000 subscriptions, or 20,000 topics and 10,000 patterns, also of those that need ``re``."""
+    with asking(own_broker) as (one, _, session):
+        for number in range(1000, 17_000):
+            own_broker.add_subscription(number, own_broker.sessions[session], ["*"], 1 << 16, "block")
+        other = own_broker.new_session(cast("Client", one)).number
+        names = [f"a quite ordinary name of a topic: {number}" for number in range(20_000)]
+        patterns = [f"room:{number}:{'*:user:*' if number % 10 else '[ab]?'}" for number in range(10_000)]
+        assert in_rounds(own_broker, one, subscribing(other, 20_000, *names), 400_000) == {}
+        assert in_rounds(own_broker, one, subscribing(other, 20_001, *patterns), 400_000) == {}
+
+
+@pytest.mark.parametrize(
+    ("topics", "what"),
+    [
+        ([f"{number}" for number in range(40_000)], "topics and patterns"),
+        ([f"*[ab]{'?' * 900}{number}" for number in range(4000)], "steps"),
+        ([f"*{'a' * 900}*{number}" for number in range(4000)], "steps"),
+        ([f"{'é' * 500}{number}" for number in range(26_000)], "bytes"),
+    ],
+    ids=["topics", "patterns that need re", "patterns of stars", "bytes"],
+)
+def test_more_than_a_session_may_have(topics: list[str], what: str, own_broker: Broker) -> None:
+    """What would be too much is refused at once, with an error that says of what; the session goes on, all is given back."""
+    with asking(own_broker) as (one, other, session):
+        spent = own_broker.budget.spent
+        reply = in_rounds(own_broker, one, subscribing(session, 1000, *topics), 200_000)
+        assert (reply["error"], what in reply["text"]) == ("value", True)
+        assert own_broker.budget.spent == spent
+        assert in_rounds(own_broker, one, subscribing(session, 1000, "fuzz:*", "fuzz"), 1000) == {}
+        changes = {"session": session, "subscription": 1000}
+        for do, names in (("add topics", ["more", "fuzz", "m?"]), ("drop topics", ["fuzz", "none"]), ("add topics", topics)):
+            reply = in_rounds(own_broker, other, {"do": do, "topics": names, **changes}, 300_000)
+        assert what in reply["text"]
+        in_rounds(own_broker, one, {"do": "close", **changes}, 1000)
+        assert own_broker.budget.spent == spent
+    assert own_broker.budget.spent == Cost()
+
+
+def test_a_session_with_too_many_subscriptions(own_broker: Broker) -> None:
+    """One subscription more than there may be is refused, until another one is closed."""
+    with asking(own_broker) as (one, _, session):
+        for number in range(1000, 999 + SESSION.subscriptions):
+            own_broker.add_subscription(number, own_broker.sessions[session], ["*"], 1 << 16, "block")
+        assert "subscriptions" in in_rounds(own_broker, one, subscribing(session, 1, "*"), 1000)["text"]
+        in_rounds(own_broker, one, {"do": "close", "subscription": 1000, "session": session}, 1000)
+        assert in_rounds(own_broker, one, subscribing(session, 1, "*"), 1000) == {}
+
+
+def test_sessions_are_bounded_together(own_broker: Broker) -> None:
+    """Sessions that end, and leave what nobody has opened, do not make the broker grow: together they have a budget, too."""
+    with asking(own_broker) as (one, _, _):
+        topics = [f"{'x' * 1000}{number}" for number in range(20_000)]
+        replies = []
+        for number in (1001, 1002, 1003, 1004):
+            session = own_broker.new_session(cast("Client", one)).number
+            replies.append(in_rounds(own_broker, one, subscribing(session, number, *topics), 400_000))
+            own_broker.end_session(own_broker.sessions[session], clean=True)
+        assert ["together" in reply.get("text", "") for reply in replies] == [False, False, False, True]
+        assert own_broker.held > 60_000_000
+        for number in (1001, 1002, 1003):
+            own_broker.remove(own_broker.subscriptions[number])
+        assert own_broker.held == 0
+
+
+def test_a_process_with_too_many_connections(own_broker: Broker) -> None:
+    """What a process asks that has too many connections is answered with an error."""
+    with asking(own_broker) as (one, _, _):
+        others: set[Any] = {object() for _ in range(MOST_CONNECTIONS + 1)}
+        one.peer.clients |= others
+        assert "connections" in in_rounds(own_broker, one, {"do": "stats"}, 1000)["text"]
+        one.peer.clients -= others
+        assert "error" not in in_rounds(own_broker, one, {"do": "stats"}, 1000)
+
+
+def test_a_replay_of_many_patterns(own_broker: Broker) -> None:
+    """A replay whose patterns would be tried for seconds is refused; one whose patterns begin differently is not."""
+    history = own_broker.traffic.history
+    assert history is not None
+    for number in range(MOST_TOPICS):
+        history.add(number, Batch(bytes(8), array("I", (8,)), b"room:%d" % number, 0, 8))
+    with asking(own_broker) as (one, _, session):
+        alike = subscribing(session, 1000, *(f"*m*{number}" for number in range(5000))) | {"replay": 1}
+        assert "begin" in in_rounds(own_broker, one, alike, 400_000)["text"]
+        different = subscribing(session, 1000, *(f"room:{number}*" for number in range(5000))) | {"replay": 1}
+        assert in_rounds(own_broker, one, different, 400_000) == {}
+        assert own_broker.subscriptions[1000].outbox.waiting == 1
+
+
+def test_an_error_of_too_many_topics(bus: Broadcaster[Any]) -> None:
+    """An honest program that names too many topics has an error in that call, and goes on; what it has counts as memory."""
+    with pytest.raises(ValueError, match="topics and patterns"):
+        bus.subscribe(*map(str, range(40_000)))
+    with bus.subscribe(*map(str, range(5000))) as channel:
+        bus.publish("one", topic="77")
+        assert channel.recv(DEADLINE) == "one"
+        assert bus.stats().memory > 2_000_000
+    assert bus.stats().memory == 0
+
+
+def test_requests_that_are_never_whole(bus: Broadcaster[Any]) -> None:
+    """Half requests are counted, and beyond what a process may have of them their connection is closed."""
+    memory = psutil.Process(bus.stats().pid).memory_info
+    before = memory().rss
+    half = struct.pack("!i", MAX_REQUEST) + bytes(MAX_REQUEST - 1)
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(MOST_ASKED // MAX_REQUEST + 8):
+            clients.append(Rude(bus.address))
+            stack.callback(clients[-1].close)
+            clients[-1].send(half)
+        wait_until(lambda: MOST_ASKED - 9 * MAX_REQUEST < bus.stats().memory <= MOST_ASKED)
+        assert sum(client.hear(0) is None for client in clients) == len(clients)
+        assert memory().rss - before < 1.5 * MOST_ASKED
+    wait_until(lambda: bus.stats().memory == 0)

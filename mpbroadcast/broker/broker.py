@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -21,10 +21,12 @@ from mpbroadcast import trap_points
 from mpbroadcast.broker.clients import Client
 from mpbroadcast.broker.history import History
 from mpbroadcast.broker.journal import Journal
+from mpbroadcast.broker.limits import TOGETHER, Budget, Cost, cost_of
 from mpbroadcast.broker.liveness import birth
 from mpbroadcast.broker.loop import Loop
 from mpbroadcast.broker.members import Peer, Session, Subscription, new_socket
 from mpbroadcast.broker.outbox import Outbox
+from mpbroadcast.broker.patterns import Matcher
 from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.reception import Reception
 from mpbroadcast.broker.router import Router, listed
@@ -74,6 +76,7 @@ class Broker:
     ) -> None:
         self.loop = Loop()
         self.router: Router[Subscription] = Router()
+        self.budget = Budget(TOGETHER)
         self.subscriptions: dict[int, Subscription] = {}
         self.sessions: dict[int, Session] = {}
         self.dropped_early: deque[int] = deque(maxlen=1024)  # subscriptions whose request may still come, if it was interrupted
@@ -98,6 +101,7 @@ class Broker:
         )
         self._numbers = iter(range((self.number_of_broker << 40) + 1, 1 << 63))  # none has been used before
         self._waiting: dict[Client, Callable[[], bool]] = {}
+        self._telling = False  # whether those are looked at in this round
         self._undelivered: dict[Client, dict[Subscription, int]] = {}
         self._stopped_by: Peer | None = None
         self._patience = 0.0  # seconds without progress, while stopping
@@ -124,10 +128,11 @@ class Broker:
             policy = entry["policy"]
             waits = entry["opened"] and policy in ("block", "disconnect")  # nobody knows whether it will ever be opened
             outbox = Outbox(entry["capacity"], "drop_oldest" if waits else policy)
-            subscription = Subscription(number, Session(self.number(), peer), outbox)
+            subscription = Subscription(number, Session(self.number(), peer, self.budget), outbox)
             subscription.policy, subscription.restored = policy, True
             subscription.reserved = bool(entry["opened"])
             self.subscriptions[number] = subscription
+            self._spend(subscription, cost_of(entry["topics"], 1))
             peer.subscriptions.add(subscription)
             if entry["live"]:
                 self.router.add(subscription, entry["topics"])
@@ -182,8 +187,9 @@ class Broker:
 
     @property
     def held(self) -> int:
-        """Bytes of messages that are here, and of what somebody still has to read of publishers' rings."""
-        return self.traffic.sharing.held + sum(one.held for one in self.traffic.publishers.values())
+        """Bytes of messages that are here, of what somebody still has to read of publishers' rings, and of what is asked."""
+        messages = self.traffic.sharing.held + sum(one.held for one in self.traffic.publishers.values())
+        return messages + self.budget.memory + self._reception.asked
 
     # --- sessions
 
@@ -210,7 +216,7 @@ class Broker:
             self.stop(DRAIN_TIMEOUT)
 
     def new_session(self, client: Client) -> Session:
-        session = Session(self.number(), client.peer)
+        session = Session(self.number(), client.peer, self.budget)
         client.session = session
         self.sessions[session.number] = session
         return session
@@ -229,15 +235,35 @@ class Broker:
 
     # --- subscriptions
 
-    def add_subscription(self, number: int, session: Session, topics: list[str], capacity: int, policy: str) -> Subscription:
+    def add_subscription(
+        self,
+        number: int,
+        session: Session,
+        topics: list[str],
+        capacity: int,
+        policy: str,
+        made: Mapping[str, Matcher] | None = None,
+    ) -> Subscription:
+        """``made`` are matchers of its patterns.
+
+        :raises OverBudget: the session has no room for it.
+        """
+        cost = cost_of(set(topics), 1)
+        session.budget.check(cost)
         subscription = Subscription(number, session, Outbox(capacity, policy))
+        self._spend(subscription, cost)
         self.subscriptions[number] = subscription
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
-        self.router.add(subscription, topics)
+        self.router.add(subscription, topics, made)
         self._write_down(subscription)
         self.tell_waiting()
         return subscription
+
+    @staticmethod
+    def _spend(subscription: Subscription, cost: Cost) -> None:
+        subscription.session.budget.spend(cost)
+        subscription.cost = Cost(*map(sum, zip(subscription.cost, cost, strict=True)))
 
     def begin_behind(self, publisher: Publisher, subscription: Subscription, before: tuple[str, ...] = ()) -> None:
         """Let it have nothing that this publisher has written until now, but for its topics from ``before``."""
@@ -246,12 +272,20 @@ class Broker:
             publisher.not_yet.append(entry)
             publisher.after_written(lambda: publisher.not_yet.remove(entry))
 
-    def add_topics(self, subscription: Subscription, session: Session, topics: list[str]) -> None:
-        """Lead these topics to it, too, from behind what the session has published."""
+    def add_topics(
+        self, subscription: Subscription, session: Session, topics: list[str], made: Mapping[str, Matcher] | None = None
+    ) -> None:
+        """Lead these topics to it, too, from behind what the session has published; ``made`` are matchers of its patterns.
+
+        :raises OverBudget: its session has no room for them.
+        """
         before = self.router.topics(subscription)
+        cost = cost_of(set(topics).difference(before), 0)
+        subscription.session.budget.check(cost)
+        self._spend(subscription, cost)
         for publisher in session.publishers:
             self.begin_behind(publisher, subscription, before)
-        self.router.add(subscription, topics)
+        self.router.add(subscription, topics, made)
         self._write_down(subscription)
         self.tell_waiting()
 
@@ -260,6 +294,8 @@ class Broker:
         self.traffic.take_in()
         if subscription.number not in self.subscriptions:  # its reader was found to be gone
             return
+        dropped = cost_of(set(topics).intersection(self.router.topics(subscription)), 0)
+        self._spend(subscription, Cost(*(-value for value in dropped)))
         self.router.drop(subscription, topics)
         self._write_down(subscription)
         self.traffic.unblock(subscription)  # what waits for it may not be for it any more
@@ -303,6 +339,8 @@ class Broker:
         subscription.session.subscriptions.discard(subscription)
         subscription.session.peer.subscriptions.discard(subscription)
         self._reception.drop_unused(subscription.session.peer)
+        subscription.session.budget.release(subscription.cost)
+        session.budget.spend(subscription.cost)
         subscription.session = session
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
@@ -343,6 +381,7 @@ class Broker:
         self._close_ends(subscription)
         subscription.session.subscriptions.discard(subscription)
         subscription.session.peer.subscriptions.discard(subscription)
+        subscription.session.budget.release(subscription.cost)
         self._reception.drop_unused(subscription.session.peer)
         subscription.outbox.discard()
         self.traffic.drop(subscription)
@@ -364,7 +403,13 @@ class Broker:
         self.tell_waiting()
 
     def tell_waiting(self) -> None:
-        """Subscriptions or their topics have changed: answer those that have waited for it."""
+        """Subscriptions or their topics have changed: answer those that have waited for it, once in this round."""
+        if self._waiting and not self._telling:
+            self._telling = True
+            self.loop.later(0, self._tell_waiting)
+
+    def _tell_waiting(self) -> None:
+        self._telling = False
         for client, enough in list(self._waiting.items()):
             # An answer can fail, and who is gone then has let others go on already.
             if client in self._waiting and enough():

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from mpbroadcast import trap_points
+from mpbroadcast.broker.limits import MOST_ASKED
 from mpbroadcast.broker.loop import ERROR, IN, OUT, Loop
 from mpbroadcast.broker.members import Peer, Session
 from mpbroadcast.wire.control import MAX_HANDSHAKE, MAX_REQUEST, ControlError, Handshake, Inbox, decode, encode
@@ -61,7 +62,8 @@ class Client:
         self._on_request = on_request
         self._on_gone = on_gone
         self._inbox = Inbox(MAX_HANDSHAKE)
-        self._out = b""
+        self._held = 0  # bytes in it, as the peer counts them
+        self._out: bytes | memoryview = b""
         self._descriptors: tuple[int, ...] = ()
         self._socket = connection
         self._fd = connection.fileno()
@@ -72,10 +74,14 @@ class Client:
     def reply(self, message: dict[str, Any], *descriptors: int) -> None:
         """Answer the request; ``descriptors`` go with it, and are closed here."""
         self._descriptors = descriptors
-        self.no_reply()
-        self._send(encode(message))
+        self.reply_encoded(encode(message))
         if descriptors:
             trap_points.reach("replied with descriptors")
+
+    def reply_encoded(self, data: bytes) -> None:
+        """Answer the request with what :func:`encode` makes."""
+        self.no_reply()
+        self._send(data)
 
     def no_reply(self) -> None:
         """Be done with a request that has no answer."""
@@ -97,6 +103,7 @@ class Client:
             self.refused = refused
             fd, self._fd = self._fd, -1
             self._socket.detach()
+            self._count(0)
             self._loop.close(fd)
             self._drop_descriptors()
             self._on_gone(self, why)
@@ -140,7 +147,15 @@ class Client:
             if len(error.args) > 1 and self._fd >= 0:
                 self._send(error.args[1])
             self.close(f"it sent {error.args[0]}" if self.authenticated else f"no handshake: {error.args[0]}", refused=True)
+        if self._fd >= 0:
+            self._count(len(self._inbox))
+        if self._held and self.peer.asked > MOST_ASKED:
+            self.close("too much that its process asks is not whole", refused=True)
         self._set_events()
+
+    def _count(self, held: int) -> None:
+        self.peer.asked += held - self._held
+        self._held = held
 
     def _shake_hands(self, body: bytes) -> None:
         trap_points.reach("checking a key")
@@ -153,7 +168,7 @@ class Client:
             self._send(done.value)
 
     def _send(self, data: bytes) -> None:
-        self._out += data
+        self._out = bytes(self._out) + data if self._out else data
         try:
             while self._out and self._fd >= 0:
                 if self._descriptors:
@@ -162,7 +177,7 @@ class Client:
                     self._drop_descriptors()
                 else:
                     sent = self._socket.send(self._out)
-                self._out = self._out[sent:]
+                self._out = memoryview(self._out)[sent:]  # a long reply is not copied with each part that is sent
         except BlockingIOError:
             pass
         except OSError as error:

@@ -15,6 +15,7 @@ from array import array
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from mpbroadcast.broker.limits import SESSION, Budget, Cost
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.outbox import Outbox
 from mpbroadcast.broker.window import Window
@@ -69,6 +70,7 @@ class Peer:
         self.process = process
         self.is_starter = False  # of the broker, which ends with it
         self.clients: set[Client] = set()
+        self.asked = 0  # bytes of their requests that are not whole
         self.subscriptions: set[Subscription] = set()
 
     @property
@@ -83,9 +85,10 @@ class Peer:
 class Session:
     """A link of a process: what belongs to it ends when its lifeline does."""
 
-    def __init__(self, number: int, peer: Peer) -> None:
+    def __init__(self, number: int, peer: Peer, whole: Budget) -> None:
         self.number = number
         self.peer = peer
+        self.budget = Budget(SESSION, whole)
         self.publishers: set[Publisher] = set()
         self.subscriptions: set[Subscription] = set()
 
@@ -97,6 +100,7 @@ class Subscription:
         self.number = number
         self.session = session  # of the subscriber; of the opener once it is open
         self.outbox = outbox
+        self.cost = Cost()  # of its session's budget
         self.said_topics: tuple[str, ...] = ()  # when it was unsubscribed
         self.live = True
         self.restored = False  # from the broker before this one, and not open since

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import translate
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from mpbroadcast.arguments import MAX_TOPIC
 
 S = TypeVar("S")
 
-_SPECIAL: Final = "*?["
+_SPECIAL: Final = re.compile(r"[*?[]")
 _CALL: Final = 100
 _FIND: Final = 10  # characters that str.find compares in the time of a step
 
@@ -49,7 +49,7 @@ class _Parts:
 
 
 def is_pattern(topic: str) -> bool:
-    return any(character in topic for character in _SPECIAL)
+    return "*" in topic or "?" in topic or "[" in topic
 
 
 def matcher(pattern: str) -> Matcher:
@@ -57,17 +57,22 @@ def matcher(pattern: str) -> Matcher:
     return re.compile(translate(pattern)) if "?" in pattern or "[" in pattern else _Parts(pattern)
 
 
-def steps(pattern: str, length: int = MAX_TOPIC) -> int:
-    """What comparing a topic of this length with it takes at the most."""
+def steps(pattern: str) -> int:
+    """What comparing the longest topic with it takes at the most, beside the call."""
     star = pattern.find("*")
     if star < 0:
-        return _CALL + len(pattern)
-    scan = length * len(pattern[star:].strip("*"))
-    return _CALL + (scan if "?" in pattern or "[" in pattern else scan // _FIND)
+        return len(pattern)
+    scan = MAX_TOPIC * len(pattern[star:].strip("*"))
+    return scan if "?" in pattern or "[" in pattern else scan // _FIND
+
+
+def steps_of_all(topics: Iterable[str]) -> int:
+    """What comparing the longest topic with the patterns in these takes at the most."""
+    return sum(_CALL + steps(topic) for topic in topics if is_pattern(topic))
 
 
 def _beginning(pattern: str) -> str:
-    return pattern[: min(pattern.index(character) for character in _SPECIAL if character in pattern)]
+    return _SPECIAL.split(pattern, maxsplit=1)[0]
 
 
 class Patterns(Generic[S]):
@@ -75,7 +80,7 @@ class Patterns(Generic[S]):
 
     def __init__(self) -> None:
         self._alike: dict[str, dict[str, tuple[Matcher, dict[S, None]]]] = {}  # by their beginnings
-        self._steps: dict[str, tuple[int, int]] = {}  # of those that begin so: of a topic of no length, and of the longest
+        self._steps: Counter[str] = Counter()  # of those that begin so
         self._lengths: Counter[int] = Counter()  # of the beginnings
 
     def add(self, pattern: str, member: S, made: Matcher | None = None) -> None:
@@ -87,7 +92,7 @@ class Patterns(Generic[S]):
         alike = self._alike[beginning]
         if pattern not in alike:
             alike[pattern] = (made or matcher(pattern), {})
-            self._count(beginning, pattern, 1)
+            self._steps[beginning] += steps(pattern)
         alike[pattern][1][member] = None
 
     def drop(self, pattern: str, member: S) -> None:
@@ -98,16 +103,12 @@ class Patterns(Generic[S]):
         del members[member]
         if not members:
             del alike[pattern]
-            self._count(beginning, pattern, -1)
+            self._steps[beginning] -= steps(pattern)
         if not alike:
             del self._alike[beginning], self._steps[beginning]
             self._lengths[len(beginning)] -= 1
             if not self._lengths[len(beginning)]:
                 del self._lengths[len(beginning)]
-
-    def _count(self, beginning: str, pattern: str, sign: int) -> None:
-        least, most = self._steps.get(beginning, (0, 0))
-        self._steps[beginning] = (least + sign * steps(pattern, 0), most + sign * steps(pattern))
 
     def _begin_as(self, text: str) -> Iterator[str]:
         return (text[:length] for length in self._lengths if length <= len(text) and text[:length] in self._alike)
@@ -116,8 +117,7 @@ class Patterns(Generic[S]):
         """What finding those that match this topic takes at the most."""
         total = len(self._lengths)
         for beginning in self._begin_as(text):
-            least, most = self._steps[beginning]
-            total += least + (most - least) * len(text) // MAX_TOPIC
+            total += _CALL * len(self._alike[beginning]) + self._steps[beginning] * len(text) // MAX_TOPIC
         return total
 
     def matching(self, text: str) -> Iterator[dict[S, None]]:

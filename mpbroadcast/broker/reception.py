@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.clients import Client, peer_of
+from mpbroadcast.broker.limits import MOST_CONNECTIONS
 from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.loop import IN, Loop
 from mpbroadcast.broker.members import Peer
@@ -57,6 +58,11 @@ class Reception:
         for peer in list(self._peers.values()):
             for client in list(peer.clients):
                 client.close("the broker has ended")
+
+    @property
+    def asked(self) -> int:
+        """Bytes of requests that are not whole."""
+        return sum(peer.asked for peer in self._peers.values())
 
     def tell(self, message: dict[str, Any]) -> None:
         """Say something to each process, without being asked: on its lifeline."""
@@ -117,6 +123,10 @@ class Reception:
                 self._loop.later(_AGAIN, lambda: self._admit(connection))
             else:  # it has gone already
                 connection.close()
+            return
+        if len(peer.clients) >= 2 * MOST_CONNECTIONS:  # it has been told, by the answers to what these ask
+            log.warning("refused process %d: it has %d connections already", pid, len(peer.clients))
+            connection.close()
             return
         handshake = serve_handshake(self._keys)
         client = Client(self._loop, connection, peer, handshake, self._request, self._client_gone)

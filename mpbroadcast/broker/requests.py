@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final
 
 from mpbroadcast.arguments import check_count, check_overflow, encode_topic
 from mpbroadcast.broker.broker import Broker
 from mpbroadcast.broker.clients import Client
+from mpbroadcast.broker.limits import MOST_CONNECTIONS, MOST_STEPS, SESSION, OverBudget, cost_of
 from mpbroadcast.broker.members import Session, Subscription
+from mpbroadcast.broker.patterns import Matcher, is_pattern, matcher
 from mpbroadcast.broker.publisher import Publisher
+from mpbroadcast.wire.control import frame
 
 
 class _Refused(Exception):
@@ -26,10 +31,31 @@ def answer(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     """Do what is asked, and reply to it, now or later."""
     do = message.get("do")
     handler = _HANDLERS.get(do) if isinstance(do, str) else None
-    try:
+    with _errors_to(client):
         if handler is None:
             raise _Refused("value", f"the broker does not know how to {do!r}: is it of another version?")
-        handler(broker, client, message)
+        if len(client.peer.clients) > MOST_CONNECTIONS:
+            raise _Refused(
+                "value", f"this process has more than {MOST_CONNECTIONS} connections to the broker: use fewer handles"
+            )
+        parts = handler(broker, client, message)
+        if parts is not None:
+            _go_on(broker, client, parts)
+
+
+def _go_on(broker: Broker, client: Client, parts: Iterator[None]) -> None:
+    """Do the next part of what takes long; others have a round of the loop between two parts."""
+    with _errors_to(client):
+        if not client.closed and next(parts, True) is None:
+            broker.loop.later(0, lambda: _go_on(broker, client, parts))
+
+
+@contextlib.contextmanager
+def _errors_to(client: Client) -> Iterator[None]:
+    try:
+        yield
+    except OverBudget as error:
+        client.fail("value", str(error))
     except _Refused as refused:
         client.fail(refused.kind, str(refused), **refused.more)
     except OSError as error:
@@ -92,9 +118,11 @@ def _flush(broker: Broker, client: Client, message: dict[str, Any]) -> None:
         publisher.after_written(lambda: client.reply({"done": True}))  # one that has gone meanwhile takes it quietly
 
 
-def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
-    _refuse_when_stopping(broker)
+def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> Iterator[None]:
     topics = _topics(message)
+    _session(broker, client, message).budget.check(cost_of(set(topics), 1))
+    made = yield from _matchers(topics)
+    _refuse_when_stopping(broker)
     capacity = _checked(check_count, message.get("capacity"), "capacity", 1)
     policy = _checked(check_overflow, message.get("overflow"))
     replay = _checked(check_count, message.get("replay"), "replay", 0)
@@ -112,23 +140,29 @@ def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
         raise _Refused("value", f"subscription must be a new number of 48 bits, not {number}")
     if replay:
         broker.traffic.take_in()  # so that it is in the history
-    subscription = broker.add_subscription(number, session, topics, capacity, policy)
+        if broker.traffic.history is not None and broker.traffic.history.steps(topics, made) > MOST_STEPS:
+            raise _Refused("value", "replay of so many patterns takes too long: name topics, or begin patterns differently")
+    subscription = broker.add_subscription(number, session, topics, capacity, policy, made)
     publisher = _find_publisher(broker, message)
     if replay:
-        broker.traffic.replay(subscription, topics, replay)
+        broker.traffic.replay(subscription, topics, replay, made)
     elif publisher is not None:
         broker.begin_behind(publisher, subscription)
     client.reply({})
 
 
-def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> Iterator[None]:
+    topics = _topics(message)
+    made: dict[str, Matcher] = {}
+    if message["do"] == "add topics":
+        _find_subscription(broker, client, message).session.budget.check(cost_of(set(topics), 0))
+        made = yield from _matchers(topics)
     subscription = _find_subscription(broker, client, message)
     if not subscription.live:
         raise _Refused("closed", "this channel was unsubscribed: subscribe again for a new one")
-    topics = _topics(message)
     session = _session(broker, client, message)
     if message["do"] == "add topics":
-        broker.add_topics(subscription, session, topics)
+        broker.add_topics(subscription, session, topics, made)
     else:
         broker.drop_topics(subscription, topics)
     client.reply({})
@@ -192,9 +226,7 @@ def _wait(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     encoded = None if topic is None else _checked(encode_topic, topic)
 
     def enough() -> bool:
-        there = (
-            sum(one.live for one in broker.subscriptions.values()) if encoded is None else len(broker.router.targets(encoded))
-        )
+        there = broker.router.count if encoded is None else len(broker.router.targets(encoded))
         return there >= count
 
     if message.get("now"):
@@ -203,21 +235,27 @@ def _wait(broker: Broker, client: Client, message: dict[str, Any]) -> None:
         broker.wait_for(client, enough)
 
 
-def _stats(broker: Broker, client: Client, message: dict[str, Any]) -> None:
-    subscriptions = broker.subscriptions.values()
+def _stats(broker: Broker, client: Client, message: dict[str, Any]) -> Iterator[None]:
     history = broker.traffic.history
-    client.reply(
-        {
-            "pid": os.getpid(),
-            "uptime": time.monotonic() - broker.started,
-            "published": broker.traffic.routed,
-            "publishers": len(broker.traffic.publishers),
-            "memory": broker.held,
-            "history_topics": history.topics if history is not None else 0,
-            "history_forgotten": history.forgotten if history is not None else 0,
-            "subscribers": [_row(broker, subscription) for subscription in subscriptions if subscription.live],
-        }
-    )
+    head = {
+        "pid": os.getpid(),
+        "uptime": time.monotonic() - broker.started,
+        "published": broker.traffic.routed,
+        "publishers": len(broker.traffic.publishers),
+        "memory": broker.held,
+        "history_topics": history.topics if history is not None else 0,
+        "history_forgotten": history.forgotten if history is not None else 0,
+    }
+    rows: list[str] = []
+    room = 16 * _PART
+    for subscription in list(broker.subscriptions.values()):
+        if subscription.live:
+            rows.append(json.dumps(_row(broker, subscription)))
+            room -= len(rows[-1])
+        if room < 0:
+            room = 16 * _PART
+            yield
+    client.reply_encoded(frame(f'{json.dumps(head)[:-1]}, "subscribers": [{", ".join(rows)}]}}'.encode()))
 
 
 def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
@@ -248,7 +286,9 @@ def _stop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 _FOREVER: Final = 1e9
 _MOST: Final = (1 << 48) - 1
 
-_HANDLERS: Final[dict[str, Callable[[Broker, Client, dict[str, Any]], None]]] = {
+_PART: Final = 2048  # characters of patterns to compile, or a 16th of those of statistics: some milliseconds
+
+_HANDLERS: Final[dict[str, Callable[[Broker, Client, dict[str, Any]], Iterator[None] | None]]] = {
     "attach": _attach,
     "detach": _detach,
     "publisher": _publisher,
@@ -318,9 +358,24 @@ def _topics(message: dict[str, Any]) -> list[str]:
     topics = message.get("topics")
     if not isinstance(topics, list) or not topics:
         raise _Refused("value", "topics must be a list of at least one")
+    if len(topics) > SESSION.topics:
+        raise _Refused("value", f"a session may have {SESSION.topics} topics and patterns, and these are {len(topics)}")
     for topic in topics:
         _checked(encode_topic, topic)
     return topics
+
+
+def _matchers(topics: list[str]) -> Generator[None, None, dict[str, Matcher]]:
+    """The matchers of the patterns in these, made in parts."""
+    made: dict[str, Matcher] = {}
+    room = _PART
+    for pattern in filter(is_pattern, topics):
+        made[pattern] = matcher(pattern)
+        room -= len(pattern)
+        if room < 0:
+            room = _PART
+            yield
+    return made
 
 
 def _checked(check: Callable[..., Any], *args: object) -> Any:

@@ -55,6 +55,11 @@ class Router(Generic[S]):
         self.drop(subscription, self.topics(subscription))
         self._topics.pop(subscription, None)
 
+    @property
+    def count(self) -> int:
+        """How many subscriptions there are."""
+        return len(self._topics)
+
     def topics(self, subscription: S) -> tuple[str, ...]:
         """What leads to it, in the order in which it was added."""
         return tuple(self._topics.get(subscription, ()))

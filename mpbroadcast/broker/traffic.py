@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Final
 
@@ -20,6 +20,7 @@ from mpbroadcast import trap_points
 from mpbroadcast.broker.history import History
 from mpbroadcast.broker.loop import IN, OUT, Loop
 from mpbroadcast.broker.members import LONGEST_RETRY, PIPE_SIZE, SHORTEST_RETRY, Session, Subscription, new_pipe
+from mpbroadcast.broker.patterns import Matcher
 from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.router import Router, matches
 from mpbroadcast.broker.sharing import Sharing
@@ -314,12 +315,12 @@ class Traffic:
         if isinstance(item, Parcel) and publisher.lender is not None:
             publisher.lender.tell(pack(ROUTED, 0, item.number))
 
-    def replay(self, subscription: Subscription, topics: list[str], count: int) -> None:
-        """Put the last ``count`` messages that are for it into its backlog."""
+    def replay(self, subscription: Subscription, topics: list[str], count: int, made: Mapping[str, Matcher]) -> None:
+        """Put the last ``count`` messages that are for it into its backlog; ``made`` are the matchers of its patterns."""
         outbox = subscription.outbox
         if self.history is not None and count:
             most = 1 if outbox.policy == "latest" else count
-            for batch in self.history.last(topics, most, outbox.capacity):
+            for batch in self.history.last(topics, most, outbox.capacity, made):
                 outbox.put(self._run_of(batch))
             self._dirty[subscription] = None
 

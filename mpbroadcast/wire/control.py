@@ -43,9 +43,9 @@ class Inbox:
     def feed(self, data: bytes) -> None:
         self._data += data
 
-    def __bool__(self) -> bool:
-        """Whether something has come that was not taken out."""
-        return bool(self._data)
+    def __len__(self) -> int:
+        """How many bytes have come that were not taken out."""
+        return len(self._data)
 
     def next(self) -> bytes | None:
         """The first body, taken out, or ``None`` while it is not whole.
