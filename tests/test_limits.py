@@ -104,7 +104,7 @@ def test_short_pieces_are_kept_together() -> None:
 # ----------------------------------------------------------------------------------------------------- held up by nobody
 
 
-class TooManyCalls(Exception):
+class TooManyCalls(BaseException):
     """More work than there may be."""
 
 
@@ -302,3 +302,48 @@ def test_requests_that_are_never_whole(bus: Broadcaster[Any]) -> None:
         assert sum(client.hear(0) is None for client in clients) == len(clients)
         assert memory().rss - before < 1.5 * MOST_ASKED
     wait_until(lambda: bus.stats().memory == 0)
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["a living publisher", "a dead publisher"])
+def test_publishers_have_turns(gone: bool, own_broker: Broker) -> None:
+    """What one publisher has written for many subscriptions takes many rounds, and in each the others have their turn."""
+    with asking(own_broker) as (_, _, number):
+        session, traffic = own_broker.sessions[number], own_broker.traffic
+        subscriptions = [
+            own_broker.add_subscription(number, session, ["turn*"], 1 << 16, "drop_newest") for number in range(1000, 1500)
+        ]
+        one, one_pipe = traffic.add(own_broker.number(), session)
+        other, other_pipe = traffic.add(own_broker.number(), session)
+        os.write(one_pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 100)
+        if gone:
+            traffic.finish(one)
+        for _ in range(5):
+            os.write(other_pipe, frame_head(0, b"turn 3"))
+            with at_most(200_000):
+                traffic.round()
+            assert one.parked
+            assert other.all_routed
+        while one.parked:
+            traffic.round()
+        assert [one.outbox.published for one in subscriptions] == [205] * 500
+        assert (one.number in traffic.publishers) != gone
+        os.write(other_pipe, frame_head(0, b"turn 3"))
+        traffic.round()
+        assert traffic.routed == 206
+        for pipe in (one_pipe, other_pipe):
+            os.close(pipe)
+
+
+def test_what_waits_for_its_turn_comes_before_what_is_asked_next(own_broker: Broker) -> None:
+    """Who unsubscribes gets all that was written before, also what was left for the next round."""
+    with asking(own_broker) as (one, _, number):
+        session, traffic = own_broker.sessions[number], own_broker.traffic
+        for subscription in range(1000, 1500):
+            own_broker.add_subscription(subscription, session, ["turn*"], 1 << 16, "drop_newest")
+        publisher, pipe = traffic.add(own_broker.number(), session)
+        os.write(pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 50)
+        traffic.finish(publisher)
+        assert publisher.parked
+        in_rounds(own_broker, one, {"do": "unsubscribe", "session": number, "subscription": 1000}, 1_000_000)
+        assert own_broker.subscriptions[1000].outbox.waiting == 100
+        os.close(pipe)

@@ -486,6 +486,7 @@ class Broker:
             self._time_is_over()
 
     def _time_is_over(self) -> None:
+        self.traffic.catch_up()
         self.traffic.settle()
         for subscription in list(self.subscriptions.values()):
             if not subscription.outbox.empty:

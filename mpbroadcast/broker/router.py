@@ -21,6 +21,7 @@ class Router(Generic[S]):
         self._topics: dict[S, dict[str, None]] = {}
         self._exact: dict[str, dict[S, None]] = {}
         self._patterns: Patterns[S] = Patterns()
+        self.steps = 0  # what trying patterns has taken so far
         self._found: dict[bytes, tuple[S, ...]] = {}
 
     def add(self, subscription: S, topics: Iterable[str], made: Mapping[str, Matcher] | None = None) -> None:
@@ -73,6 +74,7 @@ class Router(Generic[S]):
         if found is None:
             text = topic.decode()
             members = dict(self._exact.get(text, {}))
+            self.steps += self._patterns.steps(text)
             for matching in self._patterns.matching(text):
                 members.update(matching)
             found = tuple(members)

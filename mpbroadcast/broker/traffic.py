@@ -35,6 +35,8 @@ log = logging.getLogger("mpbroadcast.broker")
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
 _SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
 _LONGEST_NAP: Final = 400e-6
+_TURN: Final = 1 << 13  # puts into backlogs, of one publisher's messages in a round: some 20 ms
+_STEPS: Final = 1 << 10  # of trying patterns, in the time of a put
 _MUCH: Final = PIPE_SIZE // 4  # bytes that came in one read, or between two naps: with 400 µs, a publisher would soon wait
 
 
@@ -66,7 +68,9 @@ class Traffic:
         self._on_gone = on_gone
         self._on_overflow = on_overflow
         self._busy: dict[Publisher, None] = {}
+        self._behind: dict[Publisher, None] = {}  # those whose turn was over: the rest has one in the next round
         self._nap = _SHORTEST_NAP
+        self._puts = 0
         self._came = 0  # bytes since the last nap, in pipes and referred to
         self._dirty: dict[Subscription, None] = {}
         self._resuming: list[Publisher] = []
@@ -77,9 +81,11 @@ class Traffic:
         """Wait for what happens, and handle it."""
         much, self._came = self._came >= _MUCH, 0
         self._nap = min(2 * self._nap, _LONGEST_NAP) if self._busy and not much else _SHORTEST_NAP
-        self._loop.round(self._nap if self._busy else None)
+        self._loop.round(0.0 if self._behind else self._nap if self._busy else None)
         for publisher in list(self._busy):
             self._read(publisher)
+        for publisher in list(self._behind):
+            self._route(publisher, _TURN)
         self.settle()
 
     def settle(self) -> None:
@@ -117,7 +123,7 @@ class Traffic:
         self._came += len(chunk)
         self._take(publisher, chunk)
         trap_points.reach("routing")
-        self._route(publisher)
+        self._route(publisher, _TURN)
         self._set_busy(publisher, self.routed - before > _BUSY or self._came - came > _MUCH)
 
     def _set_busy(self, publisher: Publisher, busy: bool) -> None:
@@ -126,7 +132,7 @@ class Traffic:
         A publisher that finds the broker waiting for its pipe pays for waking it, with each message; one whose pipe nobody
         waits for pays nothing. What else happens ends a nap at once.
         """
-        if busy == (publisher in self._busy) or publisher.fd < 0 or publisher.blocked:
+        if busy == (publisher in self._busy) or publisher.fd < 0 or publisher.blocked or publisher in self._behind:
             return
         if busy:
             self._busy[publisher] = None
@@ -153,6 +159,7 @@ class Traffic:
 
         So that what is asked for next comes behind it: a process may have learnt from another one that it has published.
         """
+        self.catch_up()
         for publisher in list(self.publishers.values()):
             end = publisher.end_of_written()
             self._look_again(publisher)
@@ -170,6 +177,11 @@ class Traffic:
                 self.mark(full)
                 self.settle()
 
+    def catch_up(self) -> None:
+        """Route what was left for the next round, also of publishers that are gone."""
+        for publisher in list(self._behind):
+            self._route(publisher)
+
     def finish(self, publisher: Publisher) -> None:
         """Take in what it has written until now, whether it can be routed or not, and nothing more.
 
@@ -181,7 +193,7 @@ class Traffic:
         while publisher.fd >= 0 and publisher.position < end:
             self._take(publisher, publisher.read(end - publisher.position))
             if not publisher.blocked:
-                self._route(publisher)
+                self._route(publisher, _TURN)
         # Who waited for room has perhaps gone on when there was some: that is published, too, but what comes now is not.
         with contextlib.suppress(BlockingIOError):
             if publisher.fd >= 0:
@@ -203,7 +215,7 @@ class Traffic:
         publisher.close()
         publisher.session.publishers.discard(publisher)
         if not publisher.blocked:
-            self._route(publisher)
+            self._route(publisher, _TURN)
 
     def _forget(self, publisher: Publisher) -> None:
         if self.publishers.pop(publisher.number, None) is None:
@@ -214,11 +226,18 @@ class Traffic:
 
     # --- routing
 
-    def _route(self, publisher: Publisher) -> None:
-        """Route what is parked, as far as the backlogs take it."""
+    def _route(self, publisher: Publisher, turn: int | None = None) -> None:
+        """Route what is parked, as far as the backlogs take it, and as far as that is done in this ``turn``."""
         parked = publisher.parked
         before = self.routed
+        last = None if turn is None else self._work + turn
+        waited = publisher in self._behind
         while parked:
+            if last is not None and self._work > last:
+                self._behind[publisher] = self._behind.pop(publisher, None)
+                self._leave(publisher)
+                publisher.blocked, publisher.warned = None, False
+                return
             item = parked.popleft()
             if callable(item):
                 item()
@@ -241,15 +260,27 @@ class Traffic:
                 continue
             if full is not None:
                 parked.appendleft(rest)
+                self._behind.pop(publisher, None)
                 self._block(publisher, full, went_on=self.routed > before)
                 return
-        if publisher.blocked:
+        self._behind.pop(publisher, None)
+        if publisher.blocked or waited:
             publisher.blocked = None
             publisher.warned = False
             if publisher.fd >= 0:
                 self._watch(publisher)
         if publisher.fd < 0:
             self._forget(publisher)
+
+    def _leave(self, publisher: Publisher) -> None:
+        """Do not read it, not even for errors: that its writers are gone would be reported again and again."""
+        self._loop.forget(publisher.fd)
+        self._busy.pop(publisher, None)
+
+    @property
+    def _work(self) -> int:
+        """How many puts into backlogs there were, about."""
+        return self._puts + self._router.steps // _STEPS
 
     def _targets(self, item: Item, publisher: Publisher) -> tuple[Subscription, ...]:
         targets = self._router.targets(item.topic)
@@ -261,6 +292,7 @@ class Traffic:
     def _deliver(self, item: Item, publisher: Publisher) -> tuple[Subscription | None, Item]:
         """Put as much as all its targets take into their backlogs: who is full, if one is, and what is left."""
         targets = self._targets(item, publisher)
+        self._puts += 1 + len(targets)
         fits, full = len(item.sizes), None
         charge = item.charge
         for subscription in targets:
@@ -326,9 +358,7 @@ class Traffic:
 
     def _block(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:
         if not publisher.blocked:
-            # Not even for errors: that its writers are gone would be reported again and again.
-            self._loop.forget(publisher.fd)
-            self._busy.pop(publisher, None)
+            self._leave(publisher)
         if went_on or not publisher.blocked:
             publisher.blocked_since = time.monotonic()
             publisher.warned = False
@@ -379,7 +409,7 @@ class Traffic:
         resuming, self._resuming = self._resuming, []
         for publisher in resuming:
             if publisher.parked or publisher.blocked:
-                self._route(publisher)
+                self._route(publisher, _TURN)
 
     def _write(self, subscription: Subscription) -> None:
         try:
