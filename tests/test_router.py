@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpbroadcast.broker.router import Router, is_pattern, matches
+from mpbroadcast.broker.patterns import is_pattern
+from mpbroadcast.broker.router import Router, matches
 
 PLAIN = ["", "a", "b", "room:1", "a[", "]", "a\nb", "ü", "\\", "."]
 PARTS = [*PLAIN, "*", "?", "a*", "*:1", "[*]", "[?]", "[[]", "[ab]", "[!a]"]
