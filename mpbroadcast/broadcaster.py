@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, Protocol, Self, TypeVar, overload
@@ -14,7 +15,7 @@ from mpbroadcast.arguments import Deadline, Policy, check_count, check_overflow,
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
 from mpbroadcast.stats import BrokerStats, SubscriberStats
-from mpbroadcast.wire.descriptors import on_fork
+from mpbroadcast.wire.descriptors import PipeEnd, forked, living, on_fork
 from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.wire.link import Answer, Link, Session, for_answer, sooner
 from mpbroadcast.wire.outlet import SHARED_FROM, Outlet, framed
@@ -37,6 +38,8 @@ _GATHER_FROM: Final = 1 << 18  # bytes of a message from which on its parts are 
 class _Process(Protocol):
     """The broker's, in its starter. (Handles and channels need no module of the broker.)"""
 
+    def leave(self) -> bool: ...
+
     def end(self, timeout: float | None, *, told: int, time_left: Callable[[], float]) -> None: ...
 
 
@@ -46,7 +49,8 @@ class Broadcaster(Generic[M]):
     It can be pickled into any child process of the starter, and used in any number of threads and signal handlers, and after a
     fork; each process and each handle has its own order of messages (FIFO), and all channels see all messages in one order.
 
-    Used with ``with``, it is closed at the end.
+    Used with ``with``, it is closed at the end. One that its starter drops without closing it is a ``ResourceWarning``: its
+    broker ends when no channel of this process and no other process needs it, at the latest with the program.
     """
 
     def __init__(self, link: Link, process: _Process | None = None) -> None:
@@ -59,7 +63,9 @@ class Broadcaster(Generic[M]):
         self._closed = False
         self._ended = False  # whether close() has been done: an interrupted one can be called again
         self._channels: WeakSet[Channel[Any]] = WeakSet()
-        on_fork(self, Broadcaster._in_child)
+        self._handed_on = False
+        self._heirs: list[PipeEnd] = []  # processes that were forked, while they live
+        on_fork(self, Broadcaster._in_child, Broadcaster._in_parent)
 
     @property
     def address(self) -> str:
@@ -460,7 +466,15 @@ class Broadcaster(Generic[M]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_open()
+        self._handed_on = True
         return Broadcaster, (self._link,)
+
+    def __del__(self) -> None:
+        process: _Process | None = getattr(self, "_process", None)
+        if process is not None and not self._closed and process.leave():
+            if not (self._handed_on or living(self._heirs)):  # else there may be a process that will connect
+                self._link.ends_broker = True
+            warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, stacklevel=2, source=self)
 
     def __repr__(self) -> str:
         return f"<mpbroadcast.Broadcaster at {self.address!r}{', closed' if self._closed else ''}>"
@@ -470,3 +484,12 @@ class Broadcaster(Generic[M]):
         self._outlets = {}
         self._gap = False
         self._process = None
+        self._heirs = []
+
+    def _in_parent(self) -> None:
+        process = forked()
+        self._heirs = living(self._heirs)
+        if process is None:
+            self._handed_on = True  # nobody will know when that has ended
+        else:
+            self._heirs.append(process)

@@ -143,6 +143,65 @@ def test_an_error_in_the_main_program_still_ends_it(script: Write) -> None:
         wait_until(lambda: not program.processes())
 
 
+DROPPED = """
+import multiprocessing, sys
+from mpbroadcast import connect, start_broadcaster
+
+def use(address, orders):
+    with connect(address) as bus, bus.subscribe() as channel:
+        orders.send("connected")
+        orders.recv()
+
+if __name__ == "__main__":
+    bus = start_broadcaster(restart=sys.argv[2] == "restart")
+    address = bus.address
+    channel = ours = None
+    match sys.argv[1]:
+        case "channel":
+            channel = bus.subscribe()
+        case "process":
+            ours, theirs = multiprocessing.Pipe()
+            other = multiprocessing.get_context("spawn").Process(target=use, args=(address, theirs))
+            other.start()
+            ours.recv()
+        case "forked":
+            ours, theirs = multiprocessing.Pipe()
+            other = multiprocessing.get_context("fork").Process(target=lambda bus: theirs.recv(), args=(bus,))
+            other.start()
+        case "forgotten":
+            other = multiprocessing.get_context("fork").Process(target=bus.stats)
+            other.start()
+            other.join()
+    broker = multiprocessing.active_children()
+    del bus
+    if sys.argv[1] in ("channel", "process", "forked"):
+        print(connect(address).stats().published, flush=True)
+        if ours is not None:
+            ours.send("end")
+            other.join()
+        channel = None
+    if sys.argv[1] != "forked":
+        for process in broker:
+            process.join()
+    print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("needed_by", "restart"),
+    [(what, "once") for what in ("nothing", "channel", "process", "forked", "forgotten")] + [("nothing", "restart")],
+)
+def test_a_dropped_broadcaster_ends_its_broker(needed_by: str, restart: str, script: Write) -> None:
+    """Once nothing needs it any more, at the latest with the program; and a ``ResourceWarning`` says that it was dropped."""
+    with Program("-W", "always::ResourceWarning", script(DROPPED), needed_by, restart) as program:
+        code, printed, errors = program.end()
+        assert code == 0
+        assert printed == ("0\nended\n" if needed_by in ("channel", "process", "forked") else "ended\n")
+        assert errors.count("was dropped without close()") == 1
+        assert "Traceback" not in errors
+        wait_until(lambda: not program.processes())
+
+
 # --------------------------------------------------------------------------------------------------------------- Ctrl-C
 
 INTERRUPTED = """

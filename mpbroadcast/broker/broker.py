@@ -87,6 +87,7 @@ class Broker:
         self._journal = succession.journal if succession is not None else None
         self.started = time.monotonic()
         self.stopping = False
+        self.ends_unneeded = False  # its starter has dropped it: it ends with the last session and subscription
         self.traffic = Traffic(
             self.loop,
             self.router,
@@ -173,6 +174,8 @@ class Broker:
             self.traffic.round()
             if self._undelivered:
                 self._tell_delivered()
+            if self.ends_unneeded and not (self.sessions or self.subscriptions):
+                self.stop(DRAIN_TIMEOUT)
             self.loop.close_forgotten()
         self._reception.close()
         self.loop.close_forgotten()

@@ -31,6 +31,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, Final
+from weakref import WeakMethod
 
 import psutil
 
@@ -129,12 +130,22 @@ class BrokerProcess:
                 self._kill(_GRACE)
                 raise
 
-    def end_at_exit(self, close: Callable[..., None], *args: Any) -> None:
-        """Call ``close`` at the end of the program, while the other processes still run.
+    def end_at_exit(self, close: Callable[[], None]) -> None:
+        """Call this method at the end of the program, if its object is still there, while the other processes still run.
 
         That is before multiprocessing terminates daemons and joins the others, which may wait for what is to be delivered.
         """
-        self._at_exit = Finalize(None, close, args, exitpriority=10)
+        self._at_exit = Finalize(None, _call, (WeakMethod(close),), exitpriority=10)
+
+    def leave(self) -> bool:
+        """Let it end by itself, or else when multiprocessing terminates daemons at the end of the program.
+
+        Return whether it has still to end.
+        """
+        at_exit, self._at_exit = self._at_exit, None
+        if at_exit is not None:
+            at_exit.cancel()
+        return at_exit is not None
 
     def end(self, timeout: float | None, *, told: int, time_left: Callable[[], float]) -> None:
         """Wait for it, for at most ``timeout`` seconds, and end it then. Process ``told``, if any, was told to stop.
@@ -153,8 +164,7 @@ class BrokerProcess:
         left = deadline.left()
         self._kill(_GRACE if left is None else max(left, _SHORT_GRACE))
         remove_leftovers(self.address)
-        if self._at_exit is not None:
-            self._at_exit.cancel()
+        self.leave()
 
     def _in_child(self) -> None:
         # A child of a plain os.fork() takes its parent's processes for its own, and ends the daemons among them at its end.
@@ -187,6 +197,12 @@ class BrokerProcess:
             process.close()
         except ValueError:  # somebody else has reaped it, so its exit code is not to be had
             self._forget()
+
+
+def _call(method: WeakMethod[Callable[[], None]]) -> None:
+    close = method()
+    if close is not None:
+        close()
 
 
 def _process(pid: int | None) -> PeerProcess | None:

@@ -80,6 +80,8 @@ def _attach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
 
 def _detach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     session, client.session = client.session, None
+    if message.get("end"):
+        broker.ends_unneeded = True
     if session is not None:
         broker.end_session(session, clean=True)
     client.no_reply()

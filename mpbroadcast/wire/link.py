@@ -244,6 +244,7 @@ class Link:
         self.dropped: set[int] = _dropped.setdefault(broker, set()) if broker else set()
         # Subscriptions that only these processes, forked from this one, can still open.
         self.inherited: dict[int, list[PipeEnd]] = {}
+        self.ends_broker = False  # whether nothing needs the broker when nothing here does, and no other process
         self._told: set[int] = set()  # dropped subscriptions that a waiting publish need not drop again
         on_fork(self, Link._in_child)
 
@@ -412,7 +413,8 @@ class Link:
     def __del__(self) -> None:
         session: Session | None = getattr(self, "_session", None)
         if session is not None:
-            _leaving.append((session.lifeline, b"".join(map(_drop_note, list(self.dropped))) + encode({"do": "detach"})))
+            notes = b"".join(map(_drop_note, list(self.dropped))) + encode({"do": "detach", "end": self.ends_broker})
+            _leaving.append((session.lifeline, notes))
             _send_last_notes()
 
 
