@@ -409,10 +409,11 @@ class Broadcaster(Generic[M]):
     def close(self, timeout: float | None = CLOSE_TIMEOUT) -> None:
         """In the process that has started the broker: end it. Elsewhere: let go of this handle; its channels live on.
 
-        The broker takes in what has been published, and moves all backlogs into the channels' pipes, for at most ``timeout``
-        seconds (``None``: as long as that takes). It waits for channels that were handed on and are not open yet, but not for
-        those that this process has open. Who has got all has a clean end (``EOFError``); who has not gets ``BrokerLost``, and
-        the broker's log names it. A ``publish`` that comes later raises ``BrokerLost``.
+        The broker takes in what has been published, and moves all backlogs into the channels' pipes, until no reader has made
+        progress for ``timeout`` seconds (``None``: as long as that takes). It waits for a channel that is not open yet while
+        there is a message for it and a process that could open it: one that it was pickled for, or that was forked since; not
+        for those that this process has open. Who has got all has a clean end (``EOFError``); who has not gets ``BrokerLost``,
+        and the broker's log names it. A ``publish`` that comes later raises ``BrokerLost``.
 
         It can be called again.
         """

@@ -387,8 +387,9 @@ class Channel(Generic[M]):
     def close(self) -> None:
         """Unsubscribe, and let go of the pipe: what waits is dropped. It can be called again.
 
-        In the process that has subscribed, a channel that was handed on (pickled, or not open at a fork) stays what it is for
-        whoever opens it: only this handle is dropped. ``Broadcaster.unsubscribe`` ends it from anywhere.
+        In the process that has subscribed, a channel that was handed on (pickled, or not open at the fork of a process that
+        lives) stays what it is for whoever opens it: only this handle is dropped. ``Broadcaster.unsubscribe`` ends it from
+        anywhere.
         """
         with self._lock:
             if self._closed and self._told:

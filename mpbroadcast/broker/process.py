@@ -143,6 +143,8 @@ class BrokerProcess:
         Return whether it has still to end.
         """
         at_exit, self._at_exit = self._at_exit, None
+        if self._watched is not None:
+            self._watched.close()
         if at_exit is not None:
             at_exit.cancel()
         return at_exit is not None
