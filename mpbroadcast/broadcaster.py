@@ -15,7 +15,7 @@ from mpbroadcast.arguments import Deadline, Policy, check_count, check_overflow,
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
 from mpbroadcast.stats import BrokerStats, SubscriberStats
-from mpbroadcast.wire.descriptors import PipeEnd, forked, living, on_fork
+from mpbroadcast.wire.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.wire.link import Answer, Link, Session, for_answer, sooner
 from mpbroadcast.wire.outlet import SHARED_FROM, Outlet, framed
@@ -64,8 +64,8 @@ class Broadcaster(Generic[M]):
         self._ended = False  # whether close() has been done: an interrupted one can be called again
         self._channels: WeakSet[Channel[Any]] = WeakSet()
         self._handed_on = False
-        self._heirs: list[PipeEnd] = []  # processes that were forked, while they live
-        on_fork(self, Broadcaster._in_child, Broadcaster._in_parent)
+        self._heirs = descendants()
+        on_fork(self, Broadcaster._in_child)
 
     @property
     def address(self) -> str:
@@ -441,6 +441,7 @@ class Broadcaster(Generic[M]):
         self._outlet = None
         self._outlets.clear()
         self._link = Link(link.address, link.broker)  # the session ends when nothing else here needs it
+        self._heirs = Descendants()  # nobody asks any more
         self._ended = True
 
     @staticmethod
@@ -473,7 +474,7 @@ class Broadcaster(Generic[M]):
     def __del__(self) -> None:
         process: _Process | None = getattr(self, "_process", None)
         if process is not None and not self._closed and process.leave():
-            if not (self._handed_on or living(self._heirs)):  # else there may be a process that will connect
+            if not (self._handed_on or self._heirs.live()):  # else there may be a process that will connect
                 self._link.ends_broker = True
             warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, stacklevel=2, source=self)
 
@@ -485,12 +486,3 @@ class Broadcaster(Generic[M]):
         self._outlets = {}
         self._gap = False
         self._process = None
-        self._heirs = []
-
-    def _in_parent(self) -> None:
-        process = forked()
-        self._heirs = living(self._heirs)
-        if process is None:
-            self._handed_on = True  # nobody will know when that has ended
-        else:
-            self._heirs.append(process)

@@ -23,7 +23,7 @@ from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, concerns
 from mpbroadcast.wire import locks
-from mpbroadcast.wire.descriptors import PipeEnd, forked, living, on_fork
+from mpbroadcast.wire.descriptors import Descendants, PipeEnd, descendants, on_fork
 from mpbroadcast.wire.link import Answer, Link, for_answer
 from mpbroadcast.wire.memory import available
 from mpbroadcast.wire.payload import Failure
@@ -59,7 +59,7 @@ class Channel(Generic[M]):
         self._with_topic = with_topic
         self._subscriber = subscriber  # whether this process has subscribed
         self._pickled = False
-        self._heirs: list[PipeEnd] = []  # processes that were forked while it was not open
+        self._heirs = descendants()  # which could open it, too
         self._pipe: PipeEnd | None = None
         self._former: tuple[PipeEnd | None, SharedInlet | None] | None = None  # of a broker that has died
         self._token = 0
@@ -70,7 +70,7 @@ class Channel(Generic[M]):
         self._missed = 0
         self._turn = 0
         self._begin()
-        on_fork(self, Channel._in_child, Channel._in_parent)
+        on_fork(self, Channel._in_child)
 
     def _begin(self) -> None:
         self._lock = locks.rlock()
@@ -339,6 +339,7 @@ class Channel(Generic[M]):
         said = self._ask("opened", deadline, token=self._token).said
         if said["opened"]:
             self._opened = True
+            self._heirs = Descendants()  # nobody asks any more
         elif not self._opened:
             self._pipe = None
 
@@ -413,6 +414,7 @@ class Channel(Generic[M]):
             except (BroadcastError, OSError):  # the broker may not have got it, and what nobody opens no event ends
                 self._link.drop(self.number)
         self._told = True
+        self._heirs = Descendants()
         self._link = Link(self._link.address, self._link.broker)  # the session ends when nothing else here needs it
 
     def __enter__(self) -> Self:
@@ -453,20 +455,11 @@ class Channel(Generic[M]):
     @property
     def _handed_on(self) -> bool:
         """Whether another process may open it: one that it was pickled for, or that was forked since, and lives."""
-        self._heirs = living(self._heirs)
-        return self._pickled or bool(self._heirs)
-
-    def _in_parent(self) -> None:
-        process = forked()
-        if process is None:
-            self._pickled = self._pickled or not self._opened  # nobody will know when that has ended
-        elif not self._opened:
-            self._heirs.append(process)
+        return self._pickled or self._heirs.live()
 
     def _in_child(self) -> None:
         self._begin()
         self._subscriber = False
-        self._heirs = []
         if self._pipe is not None:
             self._owner = os.getppid()
             self._pipe = None

@@ -14,12 +14,12 @@ import socket
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from operator import methodcaller
 from typing import Any, Final, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.wire import locks
@@ -39,29 +39,76 @@ class _Forks:
     def __init__(self) -> None:
         self.renew()
         self.heirless = 0  # a thread whose forks are the library's own, in which no handle is used
-        self.hooks: WeakKeyDictionary[Any, tuple[Hook, Hook | None]] = WeakKeyDictionary()
+        self.hooks: WeakKeyDictionary[Any, Hook] = WeakKeyDictionary()
         self.ends: tuple[int, ...] = ()  # of a pipe whose write end only the process has that is being forked
-        self.forked: PipeEnd | None = None  # its read end, while the hooks in the parent are called
+        self.next = Descendants()
+        self.last: WeakSet[Descendants] = WeakSet()  # those before it
 
     def renew(self) -> None:
         self.lock = locks.rlock()  # reentrant: a signal handler or finaliser may come in while its own thread has it
         self.acquire, self.release = self.lock.acquire, self.lock.release
 
-    def call(self, which: int) -> None:
-        for something, hooks in list(self.hooks.items()):
-            hook = hooks[which]
-            if hook is not None:
-                with contextlib.suppress(Exception):  # one handle's error stops no other
-                    hook(something)
+    def call(self) -> None:
+        for something, hook in list(self.hooks.items()):
+            with contextlib.suppress(Exception):  # one handle's error stops no other
+                hook(something)
+
+    def note(self) -> None:
+        """One has been forked."""
+        ends, self.ends = self.ends, ()
+        for one in list(self.last):  # so that nothing is kept of those that have ended
+            one.live()
+        before, self.next = self.next, Descendants()
+        self.last.add(before)
+        if ends:
+            os.close(ends[1])
+        before.begin(OwnedDescriptor(ends[0]) if ends else None, self.next)
+
+
+class Descendants:
+    """The processes that are forked from now on, and those that they fork.
+
+    Each fork has a pipe of its own: the new process, and what that forks, keep its write end for as long as they live. What is
+    forked later is in a chain of these, which is as long as something in front of it is held.
+    """
+
+    __slots__ = ("__weakref__", "_end", "_later")
+
+    def __init__(self) -> None:
+        self._end: OwnedDescriptor | None = None  # of the first one's pipe; None: no descriptor was left for it
+        self._later: Descendants | None = None  # None: nothing has been forked since
+
+    def begin(self, end: OwnedDescriptor | None, later: Descendants) -> None:
+        """The first one has been forked."""
+        self._end, self._later = end, later
+
+    def live(self) -> bool:
+        """Whether one of them may live."""
+        while (later := self._later) is not None:
+            if self._end is None:
+                return True
+            poll = select.poll()
+            poll.register(self._end.fd, 0)
+            if not poll.poll(0):
+                return True
+            if later._later is None:
+                return False
+            self._end, self._later = later._end, later._later  # the first has ended
+        return False
+
+
+def descendants() -> Descendants:
+    """Those of this process from now on."""
+    return _forks.next
 
 
 _forks = _Forks()
 
 
-def on_fork(something: T, in_child: Callable[[T], None], in_parent: Callable[[T], None] | None = None) -> None:
-    """From each fork on, while ``something`` lives: call these with it, in the thread that forked. They must not block."""
+def on_fork(something: T, in_child: Callable[[T], None]) -> None:
+    """From each fork on, while ``something`` lives: call this with it in the child, in the thread that forked."""
     with _forks.lock:
-        _forks.hooks[something] = (in_child, in_parent)
+        _forks.hooks[something] = in_child
 
 
 def fork_lock(ending: Callable[[], bool] = sys.is_finalizing) -> AbstractContextManager[Any]:
@@ -76,7 +123,7 @@ _NO_LOCK: Final = contextlib.nullcontext()
 
 
 def _before_fork() -> None:
-    if _forks.heirless != threading.get_ident() and any(in_parent for _, in_parent in list(_forks.hooks.values())):
+    if _forks.heirless != threading.get_ident() and _forks.hooks:
         with contextlib.suppress(OSError):
             _forks.ends = os.pipe()
 
@@ -92,12 +139,7 @@ def without_heirs(call: Callable[[], None]) -> None:
 
 def _after_fork_in_parent() -> None:
     if _forks.heirless != threading.get_ident():
-        ends, _forks.ends = _forks.ends, ()
-        if ends:
-            os.close(ends[1])
-            _forks.forked = PipeEnd(ends[0])
-        _forks.call(1)
-        _forks.forked = None
+        _forks.note()
 
 
 def _after_fork_in_child() -> None:
@@ -105,17 +147,8 @@ def _after_fork_in_child() -> None:
     ends, _forks.ends = _forks.ends, ()
     if ends:
         os.close(ends[0])  # and the other is closed by the end of this process, and of all that it forks
-    _forks.call(0)
-
-
-def forked() -> PipeEnd | None:
-    """The process that is forked, for :func:`living`, in a hook in its parent; ``None``: there was no descriptor for it."""
-    return _forks.forked
-
-
-def living(processes: Iterable[PipeEnd]) -> list[PipeEnd]:
-    """Those of them, as :func:`forked` gave them, that have not ended, or from which another one descends that has not."""
-    return [process for process in processes if not process.wait(0, Deadline(0))]
+    _forks.next = Descendants()
+    _forks.call()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

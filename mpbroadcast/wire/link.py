@@ -48,7 +48,7 @@ from mpbroadcast.wire.control import (
     decode,
     encode,
 )
-from mpbroadcast.wire.descriptors import DescriptorSocket, PipeEnd, fork_lock, living, on_fork, receive, taken_apart
+from mpbroadcast.wire.descriptors import Descendants, DescriptorSocket, PipeEnd, fork_lock, on_fork, receive, taken_apart
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
 # Seconds before another try to connect, when a connection was reset: by a broker that has died and is replaced, or by one that
@@ -243,7 +243,7 @@ class Link:
         # Subscriptions that nothing here holds any more, until an answer shows that the broker knows.
         self.dropped: set[int] = _dropped.setdefault(broker, set()) if broker else set()
         # Subscriptions that only these processes, forked from this one, can still open.
-        self.inherited: dict[int, list[PipeEnd]] = {}
+        self.inherited: dict[int, Descendants] = {}
         self.ends_broker = False  # whether nothing needs the broker when nothing here does, and no other process
         self._told: set[int] = set()  # dropped subscriptions that a waiting publish need not drop again
         on_fork(self, Link._in_child)
@@ -386,7 +386,7 @@ class Link:
     def send_notes(self) -> None:
         """Try again to send what finalisers could not. A publish calls it again and again while it waits."""
         for number, processes in list(self.inherited.items()):
-            if not living(processes):
+            if not processes.live():
                 self.dropped.add(number)
                 self.inherited.pop(number, None)
         all(map(self.drop, self.dropped - self._told))
