@@ -265,6 +265,26 @@ def test_what_no_forked_process_can_open_any_more_is_dropped(
     wait_until(lambda: not bus.stats().memory)
 
 
+@quiet_forks
+def test_many_forks_leave_little(bus: Bus, children: Children, fork: BaseContext, pipe: tuple[Connection, Connection]) -> None:
+    """Of the processes that have ended nothing is kept, and one that lives is noticed among them."""
+    channel = bus.subscribe()
+    bus.publish(bytes(1000))
+    before = len(os.listdir("/dev/fd"))
+    child = children(fork, _hold, pipe[1])
+    for _ in range(50):
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    assert len(os.listdir("/dev/fd")) < before + 10
+    channel.close()
+    assert bus.stats().memory > 1000
+    pipe[0].send("end")
+    finish(child)
+    wait_until(lambda: not bus.stats().memory)
+
+
 @pytest.mark.parametrize("why", ["nothing waits", "its processes have ended"])
 def test_close_does_not_wait_for_what_nobody_will_open(why: str, children: Children, fork: BaseContext) -> None:
     """It would wait for as long as its timeout; so it would when an exception leaves the block."""
