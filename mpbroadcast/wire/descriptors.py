@@ -147,7 +147,7 @@ def _after_fork_in_child() -> None:
     ends, _forks.ends = _forks.ends, ()
     if ends:
         os.close(ends[0])  # and the other is closed by the end of this process, and of all that it forks
-    _forks.next = Descendants()
+    _forks.next, _forks.last = Descendants(), WeakSet()
     _forks.call()
 
 
