@@ -424,7 +424,7 @@ def test_nothing_leaks(bus: Bus, fork: BaseContext, children: Children, pipe: tu
     own.close()
     wait_until(lambda: not bus.stats().subscribers and bus.stats().memory == 0)
     wait_until(lambda: descriptors(pid) <= held)
-    assert maps(pid) == 0
+    wait_until(lambda: maps(pid) == 0)
     wait_until(lambda: maps(os.getpid()) <= mapped)
     wait_until(lambda: shared_memory() <= before + TOLERANCE)
 
