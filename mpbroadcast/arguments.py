@@ -81,6 +81,14 @@ def encode_topic(topic: Any) -> bytes:
     return encoded
 
 
+def check_topics(topics: tuple[Any, ...]) -> None:
+    """Each of them is one that :func:`encode_topic` takes."""
+    for topic in topics:
+        if isinstance(topic, (list, tuple, set, frozenset)):
+            raise TypeError(f"each topic is an argument of its own, not one of a {type(topic).__name__}: pass *topics")
+        encode_topic(topic)
+
+
 def encoded_topic(topic: Any) -> bytes:
     """What :func:`encode_topic` says, kept for the next time."""
     try:

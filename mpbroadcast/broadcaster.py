@@ -11,7 +11,16 @@ from types import TracebackType
 from typing import Any, Final, Generic, Literal, Protocol, Self, TypeVar, overload
 from weakref import WeakSet
 
-from mpbroadcast.arguments import Deadline, Policy, check_count, check_overflow, check_timeout, encode_topic, encoded_topic
+from mpbroadcast.arguments import (
+    Deadline,
+    Policy,
+    check_count,
+    check_overflow,
+    check_timeout,
+    check_topics,
+    encode_topic,
+    encoded_topic,
+)
 from mpbroadcast.channel import Channel
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
 from mpbroadcast.stats import BrokerStats, SubscriberStats
@@ -19,13 +28,14 @@ from mpbroadcast.wire.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.wire.link import Answer, Link, Session, for_answer, sooner
 from mpbroadcast.wire.outlet import SHARED_FROM, Outlet, framed
-from mpbroadcast.wire.payload import PROTOCOL, LargeBuffer, Payload, dumps, gather, keep_in_band
+from mpbroadcast.wire.payload import PROTOCOL, LargeBuffer, Payload, dumps, explain, gather, keep_in_band
 
 M = TypeVar("M")
 
 DEFAULT_CAPACITY: Final = 64 << 20
 CLOSE_TIMEOUT: Final = 5.0
 _MARGIN: Final = 0.6  # seconds that a broker's answers and end may take longer than the timeout of close()
+_COUNT_TIMEOUT: Final = 0.5  # seconds for what only an error's text is made of
 
 _write = os.write
 _NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
@@ -84,6 +94,8 @@ class Broadcaster(Generic[M]):
     ) -> None:
         """Send ``message`` to every channel that is subscribed to ``topic``, except ``exclude``.
 
+        ``topic`` is taken as it is: ``"room:*"`` is the name of one topic here, not a pattern.
+
         When this returns, the message has left this process: it is delivered even if this process is killed the next
         moment, as long as the broker lives and is not being closed. It does not mean that anybody has received it, or
         that the broker has routed it: :meth:`flush` waits for that. Without subscribers it is discarded. The message may be
@@ -100,14 +112,18 @@ class Broadcaster(Generic[M]):
         """
         if exclude is not None or timeout is not None or self._large:
             way, deadline = self._way(topic, exclude), Deadline(check_timeout(timeout))
-            self._publish(self._pickled(message), way, deadline, [])
+            self._publish(self._pickled(message, topic), way, deadline, [])
             return
         encoded = encoded_topic(topic) if topic != "" else b""
         try:
             payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
         except LargeBuffer:
-            self._publish(self._gathered(message), (encoded, 0), Deadline(None), [])
+            self._large = True
+            self._publish(self._pickled(message, topic), (encoded, 0), Deadline(None), [])
             return
+        except Exception as error:
+            explain(error, message, topic)
+            raise
         size = len(payload)
         outlet = self._outlet
         if outlet is not None:
@@ -142,7 +158,7 @@ class Broadcaster(Generic[M]):
         done: list[int] = []  # one for each write that was done
         try:
             way = self._way(topic, exclude)
-            self._publish_all(messages, way, Deadline(check_timeout(timeout)), counts, done)
+            self._publish_all(messages, topic, way, Deadline(check_timeout(timeout)), counts, done)
         except BaseException as error:
             with contextlib.suppress(AttributeError):
                 error.sent = sum(counts[: len(done)])  # type: ignore[attr-defined]
@@ -150,13 +166,19 @@ class Broadcaster(Generic[M]):
         return sum(counts)
 
     def _publish_all(
-        self, messages: Iterable[M], way: tuple[bytes, int], deadline: Deadline, counts: list[int], done: list[int]
+        self,
+        messages: Iterable[M],
+        topic: str,
+        way: tuple[bytes, int],
+        deadline: Deadline,
+        counts: list[int],
+        done: list[int],
     ) -> None:
         waiting: list[bytes] = []
         size = 0
         try:
             for message in messages:
-                payload = self._pickled(message)
+                payload = self._pickled(message, topic)
                 frame = framed(payload, way) if payload.size < SHARED_FROM else b""
                 if not frame or size + len(frame) > PIPE_BUF:
                     self._send_all(waiting, deadline, counts, done)
@@ -184,18 +206,23 @@ class Broadcaster(Generic[M]):
 
     def _own_channel(self, channel: Channel[Any], name: str) -> Channel[Any]:
         if not isinstance(channel, Channel):
-            raise TypeError(f"{name} must be a Channel, not {type(channel).__name__}")
+            hint = "; channel.unsubscribe(topic) drops a topic" if isinstance(channel, str) and name == "channel" else ""
+            raise TypeError(f"{name} must be a Channel, not {type(channel).__name__}{hint}")
         if channel.broker != self._link.broker:
             raise ValueError(f"{name} is a channel of another broker, not of the one at {self.address!r}")
         return channel
 
-    def _pickled(self, message: M) -> Payload:
-        if self._large:
-            return self._gathered(message)
+    def _pickled(self, message: M, topic: str) -> Payload:
         try:
+            if self._large:
+                return self._gathered(message)
             payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
         except LargeBuffer:
-            return self._gathered(message)
+            self._large = True
+            return self._pickled(message, topic)
+        except Exception as error:
+            explain(error, message, topic)
+            raise
         self._large = len(payload) >= _GATHER_FROM
         return Payload((payload,), len(payload), False)
 
@@ -267,12 +294,7 @@ class Broadcaster(Generic[M]):
     ) -> Channel[M]: ...
     @overload
     def subscribe(
-        self,
-        *topics: str,
-        overflow: Policy = "block",
-        capacity: int | None = None,
-        replay: int = 0,
-        with_topic: Literal[True],
+        self, *topics: str, overflow: Policy = "block", capacity: int | None = None, replay: int = 0, with_topic: Literal[True]
     ) -> Channel[tuple[str, M]]: ...
     @overload
     def subscribe(
@@ -305,8 +327,7 @@ class Broadcaster(Generic[M]):
         :raises ValueError: an argument that is out of range; ``replay`` without a history.
         :raises BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """
-        for topic in topics:
-            encode_topic(topic)
+        check_topics(topics)
         check_overflow(overflow)
         if not isinstance(with_topic, bool):
             raise TypeError(f"with_topic must be True or False, not {type(with_topic).__name__}")
@@ -380,7 +401,15 @@ class Broadcaster(Generic[M]):
         if topic is not None:
             encode_topic(topic)
         what = f"{count} subscription(s)" + ("" if topic is None else f" to {topic!r}")
-        self._ask_and_wait(check_timeout(timeout), what, "wait", count=count, topic=topic)
+        limit = check_timeout(timeout)
+        try:
+            self._ask_and_wait(limit, what, "wait", count=count, topic=topic)
+        except TimedOut as error:
+            there = "no answer comes"
+            with contextlib.suppress(TimedOut):
+                said = self._ask("wait", Deadline(_COUNT_TIMEOUT), now=True, count=count, topic=topic).said
+                there = f"there are {said['there']}"
+            raise TimedOut(f"{error}. Now {there}") from None
 
     def _ask_and_wait(self, timeout: float | None, what: str, do: str, **fields: Any) -> None:
         # Who does not wait for what is asked for does wait for the answer.

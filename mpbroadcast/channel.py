@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 from mpbroadcast import trap_points
-from mpbroadcast.arguments import Deadline, check_count, check_timeout, encode_topic
+from mpbroadcast.arguments import Deadline, check_count, check_timeout, check_topics
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, concerns
 from mpbroadcast.wire import locks
 from mpbroadcast.wire.descriptors import Descendants, PipeEnd, descendants, on_fork
@@ -258,9 +258,7 @@ class Channel(Generic[M]):
         """What stands behind all messages, and stays there."""
         if end is END_OF_MESSAGES:
             return self._about_this(EOFError("nothing more comes: this channel was unsubscribed, or its broadcaster closed"))
-        lost = BrokerLost("the broker has ended without delivering all to this channel")
-        lost.__cause__ = self._link.lost_error().__cause__
-        return self._about_this(lost)
+        return self._about_this(self._link.lost_error())
 
     def _about_this(self, error: E) -> E:
         concerns(error, self)
@@ -366,8 +364,7 @@ class Channel(Generic[M]):
     def _change_topics(self, do: str, topics: tuple[str, ...]) -> None:
         if not topics:
             raise ValueError("name at least one topic")
-        for topic in topics:
-            encode_topic(topic)
+        check_topics(topics)
         if self._closed:
             raise self._closed_error()
         self._ask(do, topics=topics)

@@ -306,7 +306,12 @@ def _main(settings: Settings, ready: connection.Connection) -> None:
         set_up(log, settings.log_config)
     except Exception as error:
         set_up(log, None)
-        _report(ready, f"log_config is no dictionary that logging.config can use: {error}")
+        causes = [str(error)]
+        cause = error.__cause__ or error.__context__
+        while cause is not None:
+            causes.append(f"{type(cause).__name__}: {cause}")
+            cause = cause.__cause__ or cause.__context__
+        _report(ready, f"log_config is no dictionary that logging.config can use: {'; '.join(causes)}")
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})  # until somebody waits for them
     listening: Listening | None = None

@@ -227,14 +227,13 @@ def _wait(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     topic = message.get("topic")
     encoded = None if topic is None else _checked(encode_topic, topic)
 
-    def enough() -> bool:
-        there = broker.router.count if encoded is None else len(broker.router.targets(encoded))
-        return there >= count
+    def there() -> int:
+        return broker.router.count if encoded is None else len(broker.router.targets(encoded))
 
     if message.get("now"):
-        client.reply({"done": enough()})
+        client.reply({"done": there() >= count, "there": there()})
     else:
-        broker.wait_for(client, enough)
+        broker.wait_for(client, lambda: there() >= count)
 
 
 def _stats(broker: Broker, client: Client, message: dict[str, Any]) -> Iterator[None]:
@@ -326,7 +325,10 @@ def _integer(message: dict[str, Any], name: str) -> int:
 def _session(broker: Broker, client: Client, message: dict[str, Any]) -> Session:
     session = broker.sessions.get(_integer(message, "session"))
     if session is None or session.peer.pid != client.peer.pid:
-        raise _Refused("unknown", "the broker does not know this process: it is another one, or has thrown it out")
+        raise _Refused(
+            "unknown",
+            "the broker does not know this process any more: connect() again",
+        )
     return session
 
 
@@ -346,7 +348,7 @@ def _find_subscription(broker: Broker, client: Client, message: dict[str, Any]) 
         owner = broker.former_owners.get(number, client.peer.pid)
         if owner != client.peer.pid:
             raise _in_use(owner)
-        raise _Refused("closed", "this channel was closed, or the process that subscribed has ended: subscribe again")
+        raise _Refused("closed", "this channel was unsubscribed or closed, or its process has ended: subscribe again")
     return subscription
 
 

@@ -56,6 +56,9 @@ CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a bro
 _PAUSES: Final = [0.02 * 2**number for number in range(8)]
 _LEAST_TIME: Final = 0.6  # seconds for an answer that needs no waiting, whatever the caller's timeout
 _READ: Final = 1 << 16
+_ENDED: Final = (
+    "the broker at {!r} has ended: start another one, or connect() to the one that is there now, and subscribe again"
+)
 
 T = TypeVar("T")
 
@@ -172,7 +175,7 @@ class _Control:
             raise TimedOut("the broker did not answer in time")
 
     def _lost(self) -> BrokerLost:
-        return BrokerLost(f"the broker at {self._address!r} has ended")
+        return BrokerLost(_ENDED.format(self._address))
 
     def crash(self) -> BrokerCrashed | None:
         """What the broker has said of its crash, if that is how it ended."""
@@ -271,7 +274,10 @@ class Link:
             lifeline, said = self._connected(self._attach, sooner(deadline or Deadline(None), CONNECT_TIMEOUT))
         except BrokerLost as error:
             self.restarts = False  # nobody needs to wait for another one again
-            error.__cause__ = self._crash() or error.__cause__
+            cause = self._crash() or error.__cause__
+            if self.broker:  # it was there before
+                raise self.lost_error(cause) from cause
+            error.__cause__ = cause
             raise
         if self.broker not in ("", said["broker"]):
             raise self.lost_error()
@@ -357,7 +363,7 @@ class Link:
 
     def lost_error(self, cause: BaseException | None = None) -> BrokerLost:
         """The error of who has no broker any more; its cause is what the broker has said at its end, or else ``cause``."""
-        error = BrokerLost(f"the broker at {self.address!r} has ended: start another one, and subscribe to it again")
+        error = BrokerLost(_ENDED.format(self.address))
         error.__cause__ = self._crash() or cause
         return error
 

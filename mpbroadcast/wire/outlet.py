@@ -42,8 +42,9 @@ _ASKING: Final = CONNECT_TIMEOUT + 1.0  # seconds that the question for the sock
 _SLICE: Final = 0.05  # seconds: another thread may have heard what this one waits for
 _TURN: Final = 0.25  # seconds from one try to send what finalisers could not to the next
 _NOT_IN_TIME: Final = (
-    "it was not published in time: a subscriber that would get a message of this process has a full backlog. stats() shows "
-    "whose; wait longer, or let it receive faster"
+    "it was not published in time, as the pipe to the broker is full: either a subscriber that would get a message of this "
+    "handle has a full backlog (in stats(), it has this process among its `stalls`), or the broker has not read yet what was "
+    "published before. Wait longer, or let that subscriber receive faster"
 )
 
 _numbers: Final = itertools.count(1)  # of messages that do not go in one write

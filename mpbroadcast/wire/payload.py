@@ -12,6 +12,7 @@ messages with large parts.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
@@ -93,6 +94,13 @@ def gather(message: object) -> Payload:
         whole += (bytes(offset - end), raw)
         end = offset + raw.nbytes
     return Payload(whole, end, True)
+
+
+def explain(error: Exception, message: object, topic: str) -> None:
+    """Add to an error of pickling that it is about a message, and which."""
+    with contextlib.suppress(Exception):  # a user's exception
+        kind = type(message).__name__
+        error.add_note(f"publish() could not pickle this message, a {kind}, for topic {topic!r}: nothing was sent of it")
 
 
 def _aligned(position: int) -> int:
