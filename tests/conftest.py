@@ -35,6 +35,9 @@ _FIRST_HALF = {
     *("test_stall", "test_structure", "test_threads_signals"),
 }
 
+# Tests change what the broker does by what it inherits. What the default is without them, whole programs show.
+multiprocessing.set_start_method("fork")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """In two halves, all tests take half the time: mostly they wait, and not for the CPU."""
