@@ -171,10 +171,12 @@ def test_a_row_of_one_size_is_not_looked_at_one_by_one(monkeypatch: pytest.Monke
     short = frame_head(1, b"t") + b"x"
     row = [frame_head(4, b"t") + struct.pack("<I", number * 0x01010101) for number in range(MOST_TOGETHER - 2)]
     monkeypatch.setattr(frames, "HEAD", SimpleNamespace(size=8, unpack_from=counted))
-    (batch,) = Splitter().split(b"".join((short, short, *row)))
-    assert isinstance(batch, Batch)
-    assert len(batch.sizes) == MOST_TOGETHER
-    assert looks == 2 + 3
+    for before in ([], [short, short]):
+        looks = 0
+        (batch,) = Splitter().split(b"".join([*before, *row]))
+        assert isinstance(batch, Batch)
+        assert len(batch.sizes) == len(before) + len(row)
+        assert looks == len(before) + 3
 
 
 def test_unfinished_messages_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
