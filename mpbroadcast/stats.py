@@ -33,8 +33,9 @@ class BrokerStats:
 
     Its process, its seconds of life, messages routed, publishers that have published or can, live subscriptions, and the bytes
     that are held in backlogs, those that several hold counted once, with what somebody still has to read of publishers' rings,
-    in chunks of 256 KiB. Of the history: how many topics have one now, and how many were forgotten so far, because there were
-    too many or they held too much.
+    in chunks of 256 KiB, and with what is subscribed to or asked beyond 256 KiB. Of many subscriptions, not all are of the same
+    moment. Of the history: how many topics have one now, and how many were forgotten so far, because there were too many or
+    they held too much.
     """
 
     pid: int

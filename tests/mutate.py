@@ -71,7 +71,7 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "Outbox._drop: run.charge <= excess -> run.charge < excess",
         "Outbox._drop: run.count == 1 -> ",
         "Outbox.to_write: len(runs) == 1 -> ",
-        "Outbox.to_write: len(runs[0].data) >= limit -> ",
+        "Outbox.to_write: runs[0].size >= limit -> ",
         "Outbox.to_write: len(parts) > 1 -> ",
     ),
     "no message without a payload comes in pieces": (
@@ -98,7 +98,7 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     "nothing is used before the first message": ("Holds.__init__: -1 ->", "Holds.__init__: [0] -> [1] #2"),
     "there is always one": ("Holds.arrived: -1 -> 0",),
     "a run that fits, or a single message, is not cut, nor is one cut into all of it and nothing": (
-        "Outbox._split_to: len(run.data) <= room",
+        "Outbox._split_to: run.size <= room",
         "Outbox._split_to: run.count <= 1 -> ",
         "Outbox._split_to: fits < run.count -> ",
     ),

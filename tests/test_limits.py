@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
+import select
 import struct
 import sys
 import tracemalloc
@@ -29,8 +31,11 @@ from mpbroadcast.broker.requests import answer
 from mpbroadcast.wire.control import MAX_REQUEST
 from mpbroadcast.wire.frames import Batch, FrameError, Splitter, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.wire.link import Link
-from tests.helpers import DEADLINE, wait_until
-from tests.test_fuzz import Asker, Lent, Rude, asking, own_broker
+from mpbroadcast.wire.memory import message_memory
+from mpbroadcast.wire.packets import MEMORY, pack
+from mpbroadcast.wire.runs import MESSAGES, RUN, TAIL
+from tests.helpers import DEADLINE, pattern, wait_until
+from tests.test_fuzz import Asker, Lent, Rude, asking, own_broker, shares_memory
 
 __all__ = ["own_broker"]
 
@@ -285,6 +290,72 @@ def test_an_error_of_too_many_topics(bus: Broadcaster[Any]) -> None:
         assert channel.recv(DEADLINE) == "one"
         assert bus.stats().memory > 2_000_000
     assert bus.stats().memory == 0
+
+
+@contextlib.contextmanager
+def through_its_pipe(link: Link) -> Iterator[int]:
+    """A subscription whose reader shares no memory: its pipe."""
+    fields: dict[str, Any] = {"capacity": 1 << 32, "overflow": "block", "replay": 0, "publisher": None}
+    link.request("subscribe", subscription=7, topics=["large"], **fields)
+    reply = link.request("open", subscription=7, shared=False)
+    link.request("opened", subscription=7, token=reply.said["token"])
+    assert reply.end is not None
+    yield reply.end.fd
+    reply.end.close()
+    link.request("close", subscription=7)
+
+
+def read_all(fd: int, size: int) -> Iterator[bytes]:
+    """What comes in a pipe, until so many bytes have."""
+    while size:
+        assert select.select([fd], [], [], DEADLINE)[0]
+        data = os.read(fd, size)
+        assert data
+        size -= len(data)
+        yield data
+
+
+@shares_memory
+def test_a_long_message_through_a_pipe(bus: Broadcaster[Any]) -> None:
+    """A message in memory of its own comes whole to a reader that shares none, also to one that is quick."""
+    link = Link(bus.address)
+    payload = pattern(1, 6 << 20)
+    with through_its_pipe(link) as fd:
+        lent = Lent(link, beside=True)
+        descriptor = message_memory([payload])
+        lent.tell(pack(MEMORY, 0, 1), descriptor.fd)
+        descriptor.close()
+        lent.write(memory_frame(1, len(payload), b"large") + frame_head(2, b"large") + b"ok")
+        lent.close()
+        head = frame_head(len(payload), b"large")
+        size = RUN.size + len(head) + len(payload) + len(TAIL)
+        wanted = RUN.pack(size, 1, MESSAGES, 0, len(head)) + head + payload + TAIL
+        assert b"".join(read_all(fd, size)) == wanted
+        assert b"".join(read_all(fd, RUN.size + 13 + 2 + 1)).endswith(b"largeok" + TAIL)
+    link.close()
+
+
+@shares_memory
+def test_sparse_memory_through_a_pipe(bus: Broadcaster[Any]) -> None:
+    """Memory of 1 GiB that was never written, for a reader that shares none, takes nothing of the broker, and no time."""
+    rss = psutil.Process(bus.stats().pid).memory_info
+    link = Link(bus.address)
+    with through_its_pipe(link) as fd, bus.subscribe("other") as channel:
+        before = rss().rss
+        lent = Lent(link, beside=True)
+        memory = os.memfd_create("sparse", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(memory, 1 << 30)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
+        lent.tell(pack(MEMORY, 0, 1), memory)
+        os.close(memory)
+        lent.write(memory_frame(1, 1 << 30, b"large"))
+        for data in itertools.islice(read_all(fd, 1 << 30), 50):
+            assert data
+            bus.publish(len(data), topic="other")
+            assert channel.recv(DEADLINE) == len(data)
+            assert rss().rss - before < 64 << 20
+        lent.close()
+    link.close()
 
 
 def test_requests_that_are_never_whole(bus: Broadcaster[Any]) -> None:

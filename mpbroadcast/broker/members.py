@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mpbroadcast.broker")
 
 PIPE_SIZE: Final = 1 << 18  # bytes, when the system gives so much
+_MOST_AT_ONCE: Final = 16 * PIPE_SIZE  # bytes, into a pipe whose reader is as quick as the broker
 SHORTEST_RETRY: Final = 0.003  # seconds, for a full backlog that no event tells of; it doubles while nothing is read
 LONGEST_RETRY: Final = 0.1
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
@@ -180,11 +181,12 @@ class Subscription:
         return there and self.outbox.policy != "latest" and self.outbox.capacity >= _SMALLEST
 
     def write(self) -> bool:
-        """Move from the backlog into the pipe; whether the pipe is full and there is more.
+        """Move from the backlog into the pipe; whether the pipe is full, or has had much in this round, and there is more.
 
         :raises OSError: its reader is gone.
         """
         outbox, window = self.outbox, self.window
+        room = _MOST_AT_ONCE
         while not outbox.empty:
             if outbox.drops:
                 outbox.pipe = unread(self.fd)
@@ -211,7 +213,8 @@ class Subscription:
                 if run is not None:
                     window.wrote(run)
                     outbox.referred = window.unread.bytes
-            if size < len(data):
+            room -= size
+            if size < len(data) or (room < 0 and not outbox.empty):
                 return True
         return window is not None and bool(window.notes) and not self._write_notes(window)
 

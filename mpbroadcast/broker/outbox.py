@@ -221,7 +221,7 @@ class Outbox:
         """What comes next in the pipe; not empty unless :attr:`empty`."""
         runs = self._runs
         if self._offset:
-            return memoryview(runs[0].data)[self._offset :]
+            return runs[0].rest(self._offset)
         limit = _WRITE
         if self.policy in _DROPPING:
             if self._gap:
@@ -230,12 +230,12 @@ class Outbox:
             # A page of the pipe may be half empty, so what is unread counts twice.
             limit = max(PIPE_BUF, self.pipe_size - 2 * self.pipe - 2 * PIPE_BUF)
             self._split_to(limit)
-        if len(runs) == 1 or len(runs[0].data) >= limit or runs[0].hold:
+        if len(runs) == 1 or runs[0].size >= limit or runs[0].hold:
             return runs[0].data
         total = 0
         parts: list[bytes] = []
         for run in runs:
-            total += len(run.data)
+            total += run.size
             if total > limit or run.hold:
                 break
             parts.append(run.data)
@@ -277,7 +277,7 @@ class Outbox:
             return
         run = self._runs[place]
         room = limit - len(self._runs[0].data) * place
-        if len(run.data) <= room or run.count <= 1:
+        if run.size <= room or run.count <= 1:
             return
         room -= RUN.size + 1
         fits = 0
@@ -295,9 +295,9 @@ class Outbox:
         self.pipe += size
         size += self._offset
         runs = self._runs
-        while runs and size >= len(runs[0].data):
+        while runs and size >= runs[0].size:
             run = runs.popleft()
-            size -= len(run.data)
+            size -= run.size
             self.delivered += run.count
             self.left += run.count + self._later
             self._later = 0

@@ -198,17 +198,22 @@ class Memory:
 
     def copied(self, parcel: Parcel) -> Batch:
         """The message itself."""
-        data = self._bytes if self.descriptor is None else _bytes_of(self.descriptor.fd, parcel.length)
-        return parcel.copied(data[: parcel.length])
+        return parcel.copied(self.read(0, parcel.length))
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Some of its bytes."""
+        if self.descriptor is None:
+            return self._bytes[offset : offset + size]
+        return _bytes_of(self.descriptor.fd, size, offset)
 
     def __del__(self) -> None:
         if getattr(self, "descriptor", None) is not None:
             self._store.memories -= 1
 
 
-def _bytes_of(fd: int, size: int) -> bytes:
+def _bytes_of(fd: int, size: int, offset: int = 0) -> bytes:
     data = b""
-    while size > len(data) and (more := os.pread(fd, size - len(data), len(data))):
+    while size > len(data) and (more := os.pread(fd, size - len(data), offset + len(data))):
         data = data + more if data else more
     return data
 

@@ -33,6 +33,7 @@ from mpbroadcast.wire.frames import OVERHEAD, REFERENCE_SIZE, Batch, Parcel, Ref
 RUN: Final = Struct("<QIBBH")
 _NOTE: Final = Struct("<QIBBHQ")
 TAIL: Final = b"\n"
+PART: Final = 1 << 18  # bytes of a long message to read at once: what a pipe can take
 MESSAGES: Final = 0
 END: Final = 1
 GAP: Final = 2
@@ -61,12 +62,13 @@ class Account:
 class Run:
     """Messages on their way to channels: ``data`` is what a pipe gets, shared by all backlogs that the run is in."""
 
-    __slots__ = ("account", "charge", "count", "data", "missed")
+    __slots__ = ("account", "charge", "count", "data", "missed", "size")
 
     hold: Any = None  # what keeps the messages, if they are in shared memory, for which a reader must be prepared
 
     def __init__(self, data: bytes, count: int, charge: int, missed: int = 0, account: Account | None = None) -> None:
         self.data = data
+        self.size = len(data)  # bytes that a pipe gets
         self.count = count
         self.charge = charge  # what it counts in a backlog
         self.missed = missed  # what a note says of that
@@ -77,6 +79,10 @@ class Run:
     def __del__(self) -> None:
         if self.account is not None:
             self.account.held -= self.charge
+
+    def rest(self, offset: int) -> bytes | memoryview:
+        """Some of what a pipe gets from this byte on, at least one."""
+        return memoryview(self.data)[offset:]
 
     def charges(self) -> list[int]:
         """What each of its messages counts in a backlog."""
@@ -129,8 +135,33 @@ class SharedRun(Run):
     def copied(self) -> Run:
         """The messages in no shared memory: the same run for all that ask."""
         if self._copy is None:
-            self._copy = run_of(self.hold.copied(self.item), self.hold.copies)
+            if isinstance(self.item, Parcel) and self.item.length > PART:
+                self._copy = LongRun(self.item, self.hold)
+            else:
+                self._copy = run_of(self.hold.copied(self.item), self.hold.copies)
         return self._copy
+
+
+class LongRun(Run):
+    """A long message in memory of its own, for a pipe that gets the message itself: read part by part, as the pipe takes it.
+
+    Copied at once, it would hold up all others, and take its size once more in the broker.
+    """
+
+    __slots__ = ("_item", "_memory")
+
+    def __init__(self, item: Parcel, memory: Any) -> None:
+        self._item = item
+        self._memory = memory
+        size = RUN.size + len(item.head) + item.length + len(TAIL)
+        super().__init__(RUN.pack(size, 1, MESSAGES, item.image, len(item.head)) + item.head, 1, item.charge, 0, memory.copies)
+        self.size = size
+
+    def rest(self, offset: int) -> bytes | memoryview:
+        if offset < len(self.data):
+            return super().rest(offset)
+        offset -= len(self.data)
+        return self._memory.read(offset, min(PART, self._item.length - offset)) or TAIL
 
 
 def references_run(references: References, ring: int) -> bytes:
