@@ -7,12 +7,14 @@ import fcntl
 import itertools
 import os
 import select
+import socket
 import struct
 import sys
 import tracemalloc
 from array import array
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, cast
 
 import psutil
@@ -28,7 +30,7 @@ from mpbroadcast.broker.history import MOST_TOPICS, History
 from mpbroadcast.broker.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION, Cost
 from mpbroadcast.broker.patterns import is_pattern, matcher
 from mpbroadcast.broker.requests import answer
-from mpbroadcast.wire.control import MAX_REQUEST
+from mpbroadcast.wire.control import MAX_REQUEST, client_handshake, encode
 from mpbroadcast.wire.frames import Batch, FrameError, Splitter, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.wire.link import Link
 from mpbroadcast.wire.memory import message_memory
@@ -177,6 +179,33 @@ def test_statistics_of_many_subscriptions_come_in_parts(own_broker: Broker) -> N
         rows = in_rounds(own_broker, one, {"do": "stats"}, 8000)["subscribers"]
         assert {row["id"] for row in rows} > set(range(1000, 6000))
         assert in_rounds(own_broker, other, {"do": "wait", "count": 5001, "now": True}, 100) == {"done": True}
+
+
+def test_many_requests_at_once(own_broker: Broker, tmp_path: Path) -> None:
+    """Thousands of notes of one connection, as when thousands of channels are dropped, are not handled in one round."""
+    with asking(own_broker) as (_, _, session), socket.socket(socket.AF_UNIX) as client:
+        for number in range(1000, 3000):
+            own_broker.add_subscription(number, own_broker.sessions[session], [str(number)], 1 << 16, "drop_oldest")
+        client.connect(str(tmp_path / "s"))
+        handshake = client_handshake(b"key")
+        next(handshake)
+        own_broker.loop.round(0)
+        client.sendall(handshake.send(client.recv(1000)[4:]))
+        own_broker.loop.round(0)
+        client.sendall(handshake.send(client.recv(1000)[4:]))
+        own_broker.loop.round(0)
+        with pytest.raises(StopIteration) as done:
+            handshake.send(client.recv(1000)[4:])
+        client.sendall(done.value.value)
+        client.sendall(b"".join(encode({"do": "drop", "subscription": number}) for number in range(1000, 3000)))
+        for _ in range(10):
+            own_broker.loop.round(0)
+            with at_most(40_000):
+                own_broker.loop.round(0)
+        assert own_broker.router.count == 1
+        client.close()
+        own_broker.loop.round(0)
+        own_broker.loop.close_forgotten()
 
 
 def test_many_waits_and_many_subscriptions(own_broker: Broker) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
 
 _READ: Final = 1 << 16
+_MOST_REQUESTS: Final = 256  # of one connection in a round: thousands of notes come at once when channels are dropped
 _SOL_LOCAL: Final = 0  # macOS: level and names of what SO_PEERCRED is on Linux, from its sys/un.h
 _LOCAL_PEERCRED: Final = 1
 _LOCAL_PEERPID: Final = 2
@@ -54,6 +55,8 @@ class Client:
         self.session: Session | None = None  # whose lifeline this is
         self.opening: set[Subscription] = set()  # what it has begun to open
         self.waiting = False  # a request is not answered yet
+        self._going = False  # through what has come
+        self._resting = False  # until the next round
         self.has_key = False  # it has proved that
         self.authenticated = False  # and so has the broker
         self.refused = False
@@ -86,7 +89,7 @@ class Client:
     def no_reply(self) -> None:
         """Be done with a request that has no answer."""
         self.waiting = False
-        if self._inbox:
+        if self._inbox and not self._going:
             self._loop.later(0, self._go_on)
 
     def fail(self, kind: str, text: str, **more: Any) -> None:
@@ -112,7 +115,7 @@ class Client:
         if events & OUT:
             self._send(b"")
             self._go_on()
-        if events & IN and not self.waiting and not self._out:
+        if events & IN and not self.waiting and not self._resting and not self._out:
             self._read()
         elif events & ERROR:
             self.close("it has closed its connection")
@@ -132,9 +135,11 @@ class Client:
         self._go_on()
 
     def _go_on(self) -> None:
-        """Handle what has come, as far as the answers go out."""
+        """Handle what has come, as far as the answers go out, and some in this round."""
+        self._going, left = True, _MOST_REQUESTS
         try:
-            while self._fd >= 0 and not self.waiting and not self._out:
+            while left and self._fd >= 0 and not self.waiting and not self._out:
+                left -= 1
                 body = self._inbox.next()
                 if body is None:
                     break
@@ -147,6 +152,9 @@ class Client:
             if len(error.args) > 1 and self._fd >= 0:
                 self._send(error.args[1])
             self.close(f"it sent {error.args[0]}" if self.authenticated else f"no handshake: {error.args[0]}", refused=True)
+        self._going, self._resting = False, not left
+        if self._resting:
+            self._loop.later(0, self._go_on)
         if self._fd >= 0:
             self._count(len(self._inbox))
         if self._held and self.peer.asked > MOST_ASKED:
@@ -191,7 +199,7 @@ class Client:
             self._loop.close(descriptor)
 
     def _set_events(self) -> None:
-        events = OUT if self._out else 0 if self.waiting else IN
+        events = OUT if self._out else 0 if self.waiting or self._resting else IN
         if self._fd >= 0 and events != self._events:
             self._events = events
             self._loop.change(self._fd, events)

@@ -35,7 +35,7 @@ log = logging.getLogger("mpbroadcast.broker")
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
 _SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
 _LONGEST_NAP: Final = 400e-6
-_TURN: Final = 1 << 13  # puts into backlogs, of one publisher's messages in a round: some 20 ms
+_TURN: Final = 1 << 12  # puts into backlogs, of one publisher's messages in a round: some 20 ms
 _STEPS: Final = 1 << 10  # of trying patterns, in the time of a put
 _MUCH: Final = PIPE_SIZE // 4  # bytes that came in one read, or between two naps: with 400 µs, a publisher would soon wait
 
