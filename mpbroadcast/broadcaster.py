@@ -21,9 +21,9 @@ from mpbroadcast.arguments import (
     encode_topic,
     encoded_topic,
 )
-from mpbroadcast.channel import Channel
+from mpbroadcast.channel import Channel, open_own
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
-from mpbroadcast.stats import BrokerStats, SubscriberStats
+from mpbroadcast.stats import BrokerStats, snapshot
 from mpbroadcast.wire.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.wire.frames import MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.wire.link import Answer, Link, Session, for_answer, sooner
@@ -35,7 +35,6 @@ M = TypeVar("M")
 DEFAULT_CAPACITY: Final = 64 << 20
 CLOSE_TIMEOUT: Final = 5.0
 _MARGIN: Final = 0.6  # seconds that a broker's answers and end may take longer than the timeout of close()
-_COUNT_TIMEOUT: Final = 0.5  # seconds for what only an error's text is made of
 
 _write = os.write
 _NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
@@ -401,13 +400,13 @@ class Broadcaster(Generic[M]):
         if topic is not None:
             encode_topic(topic)
         what = f"{count} subscription(s)" + ("" if topic is None else f" to {topic!r}")
-        limit = check_timeout(timeout)
+        timeout = check_timeout(timeout)
         try:
-            self._ask_and_wait(limit, what, "wait", count=count, topic=topic)
+            self._ask_and_wait(timeout, what, "wait", count=count, topic=topic)
         except TimedOut as error:
             there = "no answer comes"
             with contextlib.suppress(TimedOut):
-                said = self._ask("wait", Deadline(_COUNT_TIMEOUT), now=True, count=count, topic=topic).said
+                said = self._ask("wait", Deadline(0.3), now=True, count=count, topic=topic).said
                 there = f"there are {said['there']}"
             raise TimedOut(f"{error}. Now {there}") from None
 
@@ -426,14 +425,7 @@ class Broadcaster(Generic[M]):
 
         :raises BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """
-        reply = self._ask("stats").said
-        rows = tuple(
-            SubscriberStats(**{**row, "topics": tuple(row["topics"]), "stalls": tuple(row["stalls"])})
-            for row in reply.pop("subscribers")
-        )
-        return BrokerStats(subscribers=rows, **reply)
-
-    # --- the end
+        return snapshot(self._ask("stats").said)
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT) -> None:
         """In the process that has started the broker: end it. Elsewhere: let go of this handle; its channels live on.
@@ -452,7 +444,7 @@ class Broadcaster(Generic[M]):
         process, link, outlet = self._process, self._link, self._outlet
         limit = Deadline(None if timeout is None else timeout + _MARGIN)  # also when the broker is stopped
         if process is not None:
-            self._open_own(sooner(limit, CLOSE_TIMEOUT))
+            open_own(self._channels, sooner(limit, CLOSE_TIMEOUT))
         self._closed = True
         if outlet is not None:
             outlet.pipe.close()
@@ -479,15 +471,6 @@ class Broadcaster(Generic[M]):
         with contextlib.suppress(BroadcastError, OSError):
             return float(link.request("stop", deadline=Deadline(1.0), timeout=timeout).said["left"])
         return 0.0
-
-    def _open_own(self, deadline: Deadline) -> None:
-        for channel in list(self._channels):
-            try:
-                channel.open_if_own(deadline)
-            except TimedOut:
-                return  # so will the next ones
-            except (BroadcastError, OSError):
-                continue
 
     def __enter__(self) -> Self:
         return self

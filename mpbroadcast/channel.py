@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar
@@ -481,3 +481,14 @@ class Channel(Generic[M]):
         """Open it, if it was made here and nobody else can."""
         if self._subscriber and not (self._handed_on or self._opened or self._closed):
             self._open(deadline)
+
+
+def open_own(channels: Iterable[Channel[Any]], deadline: Deadline) -> None:
+    """Open those of them that nobody else can open, as far as there is time."""
+    for channel in list(channels):
+        try:
+            channel.open_if_own(deadline)
+        except TimedOut:
+            return  # so will the next ones
+        except (BroadcastError, OSError):
+            continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,12 @@ class BrokerStats:
     memory: int
     history_topics: int
     history_forgotten: int
+
+
+def snapshot(reply: dict[str, Any]) -> BrokerStats:
+    """What the broker has replied."""
+    rows = tuple(
+        SubscriberStats(**{**row, "topics": tuple(row["topics"]), "stalls": tuple(row["stalls"])})
+        for row in reply.pop("subscribers")
+    )
+    return BrokerStats(subscribers=rows, **reply)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import socket
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -30,27 +28,9 @@ from mpbroadcast.broker.patterns import Matcher
 from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.reception import Reception
 from mpbroadcast.broker.router import Router, listed
+from mpbroadcast.broker.succession import STOPPING, Succession
 from mpbroadcast.broker.traffic import Traffic
 from mpbroadcast.broker.window import Window
-
-
-@dataclass(frozen=True)
-class Succession:
-    """What brokers that follow each other have in common; ``number`` counts them from 0 on."""
-
-    identity: str
-    number: int
-    journal: Journal
-
-
-# What a broker writes down beside its subscriptions.
-READY: Final = -1
-STOPPING: Final = -2
-
-
-def new_identity() -> str:
-    return secrets.token_hex(8)
-
 
 log = logging.getLogger("mpbroadcast.broker")
 

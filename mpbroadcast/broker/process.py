@@ -38,7 +38,7 @@ import psutil
 from mpbroadcast import trap_points
 from mpbroadcast.arguments import Deadline
 from mpbroadcast.broker.alone import AloneContext
-from mpbroadcast.broker.broker import DRAIN_TIMEOUT, READY, STOPPING, Broker, Succession, new_identity
+from mpbroadcast.broker.broker import DRAIN_TIMEOUT, Broker
 from mpbroadcast.broker.journal import Journal
 from mpbroadcast.broker.keeper import keep
 from mpbroadcast.broker.listening import Listening, identity, remove_forgotten_folders, remove_leftovers, why_not
@@ -46,6 +46,7 @@ from mpbroadcast.broker.liveness import PeerProcess
 from mpbroadcast.broker.logs import set_up
 from mpbroadcast.broker.loop import IN
 from mpbroadcast.broker.requests import answer
+from mpbroadcast.broker.succession import READY, STOPPING, Succession, new_identity
 from mpbroadcast.errors import StartError
 from mpbroadcast.wire.descriptors import on_fork, without_heirs
 
