@@ -28,7 +28,7 @@ from mpbroadcast.broker.patterns import Matcher
 from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.reception import Reception
 from mpbroadcast.broker.router import Router, listed
-from mpbroadcast.broker.succession import STOPPING, Succession
+from mpbroadcast.broker.succession import STOPPING, Succession, new_identity
 from mpbroadcast.broker.traffic import Traffic
 from mpbroadcast.broker.window import Window
 
