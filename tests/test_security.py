@@ -158,15 +158,18 @@ def test_strangers_that_connect_again_and_again_throw_out_nobody(
     bus: Broadcaster[Any], fork: BaseContext, children: Children
 ) -> None:
     """Several hundred without the key that take the place of each that is thrown out: who has the key gets in."""
+    crowds = []
     for _ in range(2):
         ours, theirs = fork.Pipe()
         with ours, theirs:
-            children(fork, stay_silent, bus.address, 250, theirs)
+            crowds.append(children(fork, stay_silent, bus.address, 250, theirs))
             assert answer(ours) == "there"
     connecting = [Background(connect, bus.address) for _ in range(12)]
     for one in connecting:
         with one.result() as other:
             assert other.stats().pid == bus.stats().pid
+    for process in crowds:
+        process.kill()
 
 
 def crowd(address: str, orders: Connection) -> None:
