@@ -23,7 +23,9 @@ import psutil
 import pytest
 
 import mpbroadcast
-from mpbroadcast import AuthenticationFailed, Broadcaster, BrokerLost, connect, start_broadcaster, trap_points
+from mpbroadcast import AuthenticationFailed, Broadcaster, BrokerLost, TimedOut, connect, start_broadcaster, trap_points
+from mpbroadcast.arguments import Deadline
+from mpbroadcast.wire.link import Link
 from tests.helpers import DEADLINE, Background, Children, answer, finish, keyed_connection, wait_until
 from tests.victims import Program, descriptors
 
@@ -220,6 +222,25 @@ def test_a_connection_that_was_reset_is_tried_again(temporary_folder: Path) -> N
             server.accept()[0].close()
     with pytest.raises(BrokerLost):
         raise connecting.error() or AssertionError
+    os.unlink(address)
+
+
+def test_a_connection_that_was_reset_when_the_time_is_over(temporary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be a broker all the same, so it is not taken for lost."""
+    address = str(temporary_folder / "resets")
+    deadline = Deadline(0.1)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+
+        def reach(name: str, subject: object = None) -> None:
+            if name == "connected":
+                server.accept()[0].close()
+                wait_until(lambda: deadline.left() == 0)
+
+        monkeypatch.setattr(trap_points, "reach", reach)
+        with pytest.raises(TimedOut):
+            Link(address).session(deadline)
     os.unlink(address)
 
 

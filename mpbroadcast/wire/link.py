@@ -297,9 +297,10 @@ class Link:
             try:
                 return connect(deadline)
             except BrokerLost as error:
-                reset = isinstance(error.__cause__, (ConnectionResetError, BrokenPipeError, NoneType))
-                if deadline.left() == 0 or not reset:
+                if not isinstance(error.__cause__, (ConnectionResetError, BrokenPipeError, NoneType)):
                     raise
+                if deadline.left() == 0:  # there may be a broker all the same
+                    raise TimedOut(f"the broker at {self.address!r} took no connection in time") from error
             time.sleep(sooner(deadline, pause).left() or 0.0)
         return connect(deadline)
 
