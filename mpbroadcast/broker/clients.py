@@ -176,7 +176,8 @@ class Client:
             self._send(done.value)
 
     def _send(self, data: bytes) -> None:
-        self._out = bytes(self._out) + data if self._out else data
+        if data:
+            self._out = bytes(self._out) + data if self._out else data
         try:
             while self._out and self._fd >= 0:
                 if self._descriptors:
