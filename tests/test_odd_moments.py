@@ -18,7 +18,6 @@ import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, connect, start_broadcaster
-from tests import workers
 from tests.helpers import DEADLINE, Background, Children, answer, finish, stopped, take, wait_until
 
 Bus = Broadcaster[Any]
@@ -36,13 +35,6 @@ def test_a_plain_forks_child_that_ends_leaves_its_parents_broker_alone(bus: Bus)
     with bus.subscribe() as channel:
         bus.publish("still there")
         assert channel.recv(timeout=DEADLINE) == "still there"
-
-
-def test_an_empty_channel_that_was_handed_on_has_a_clean_end(pipe: tuple[Connection, Connection], children: Children) -> None:
-    """``close()`` waits for a channel that is not open yet also when nothing waits in it: its holder gets a clean end."""
-    with start_broadcaster() as bus:
-        children(multiprocessing.get_context("spawn"), workers.receive_until_end, bus.subscribe(), pipe[1])
-    assert answer(pipe[0]) == []
 
 
 def test_who_does_not_own_a_channel_cannot_close_it(bus: Bus, fork: BaseContext, children: Children) -> None:
