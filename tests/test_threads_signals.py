@@ -526,13 +526,13 @@ def test_slow_subscriber_does_not_hold_up_a_quick_one(bus: Bus) -> None:
 
 
 def test_broker_does_not_grow_under_a_subscriber_that_does_not_read(bus: Bus) -> None:
-    """A full backlog stops the publisher after little more than the capacity, and the broker's memory stays bounded."""
+    """A full backlog stops the publisher after little more than the capacity and its ring; the broker's memory is bounded."""
     channel = bus.subscribe(capacity=MEBIBYTE)
     channel.fileno()
     broker = psutil.Process(bus.stats().pid)
     before = broker.memory_info().rss
     published = fill(bus, size=16_000)
-    assert len(published) * 16_000 < 16 * MEBIBYTE
+    assert len(published) * 16_000 < 20 * MEBIBYTE
     for _ in range(200):
         with pytest.raises(TimeoutError):
             bus.publish((-1, bytes(16_000)), timeout=0)
