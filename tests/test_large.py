@@ -609,7 +609,7 @@ def until(channel: Channel[Any], last: object) -> list[Exception]:
                 return errors
         except TimeoutError:
             raise
-        except (pickle.UnpicklingError, OSError, EOFError) as error:
+        except (pickle.UnpicklingError, OSError, RuntimeError) as error:
             errors.append(error)
 
 
