@@ -323,7 +323,7 @@ class Broadcaster(Generic[M]):
 
         With ``with_topic`` the channel gives ``(topic, message)``.
 
-        :raises ValueError: an argument that is out of range; ``replay`` without a history.
+        :raises ValueError: an argument that is out of range; ``replay`` without a history; more than one process may have.
         :raises BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """
         check_topics(topics)

@@ -57,7 +57,6 @@ TESTS: Final = (
 EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     "it is only slower, or quicker": (
         "Router.targets: found is None -> True",
-        "Router.targets: length <= len(text) -> True",
         "Router.targets: len(self._found) >= _CACHED_TOPICS -> True",
         "Router.targets: len(self._found) >= _CACHED_TOPICS -> len(self._found) > _CACHED_TOPICS",
         "Router.targets: self._found[topic] = found -> pass",
