@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import sys
 import textwrap
 from collections.abc import Callable
@@ -49,7 +50,9 @@ def isolated() -> Callable[[str], object]:
 def test_a_handle_in_an_isolated_interpreter() -> None:
     """It connects, publishes and subscribes there, where psutil cannot be imported; large messages, too."""
     run = isolated()
-    with start_broadcaster(authkey=KEY) as bus, bus.subscribe("from the other") as channel:
+    # A process that Python 3.15 forks beside another interpreter is killed by SIGSEGV.
+    spawn = multiprocessing.get_context("spawn")
+    with start_broadcaster(context=spawn, authkey=KEY) as bus, bus.subscribe("from the other") as channel:
         code = EXCHANGE.format(address=bus.address, key=KEY, count=COUNT, deadline=DEADLINE)
         running = Background(run, code)
         assert channel.recv(DEADLINE) == "ready"
