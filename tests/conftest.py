@@ -35,8 +35,10 @@ _FIRST_HALF = {
     *("test_stall", "test_structure", "test_threads_signals"),
 }
 
-# Tests change what the broker does by what it inherits. What the default is without them, whole programs show.
-multiprocessing.set_start_method("fork")
+
+def pytest_configure() -> None:
+    """Fork by default: tests change what the broker does by what it inherits. Whole programs show Python's own default."""
+    multiprocessing.set_start_method("fork")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
