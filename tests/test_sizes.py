@@ -156,7 +156,7 @@ def warm_up(bus: Bus, channel: Channel[Any], topic: str = "") -> None:
 
 def far_too_many(size: Size) -> int:
     """How many messages are more than that capacity takes, with the publisher's pipe and ring before it."""
-    return (capacity_for(size) + (16 << 20)) // size.length + 3000
+    return (capacity_for(size) + (24 << 20)) // size.length + 3000
 
 
 @pytest.mark.parametrize("policy", POLICIES)
