@@ -434,9 +434,7 @@ class Broadcaster(Generic[M]):
         progress for ``timeout`` seconds (``None``: as long as that takes). It waits for a channel that is not open yet while
         there is a message for it and a process that could open it: one that it was pickled for, or that was forked since; not
         for those that this process has open. Who has got all has a clean end (``EOFError``); who has not gets ``BrokerLost``,
-        and the broker's log names it. A ``publish`` that comes later raises ``BrokerLost``.
-
-        It can be called again.
+        and the broker's log names it. A ``publish`` that comes later raises ``BrokerLost``. It can be called again.
         """
         timeout = check_timeout(timeout)
         if self._ended:
@@ -463,6 +461,8 @@ class Broadcaster(Generic[M]):
         self._outlets.clear()
         self._link = Link(link.address, link.broker)  # the session ends when nothing else here needs it
         self._heirs = Descendants()  # nobody asks any more
+        if process is not None:
+            all(map(Channel.broker_has_ended, self._channels))
         self._ended = True
 
     @staticmethod

@@ -477,6 +477,11 @@ class Channel(Generic[M]):
         """Which broker it belongs to."""
         return self._link.broker
 
+    def broker_has_ended(self) -> bool:
+        """Nobody can open it any more: release what shows who could. Return True."""
+        self._heirs = Descendants()
+        return True
+
     def open_if_own(self, deadline: Deadline) -> None:
         """Open it, if it was made here and nobody else can."""
         if self._subscriber and not (self._handed_on or self._opened or self._closed):

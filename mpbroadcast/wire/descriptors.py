@@ -87,13 +87,15 @@ class Descendants:
         while (later := self._later) is not None:
             if self._end is None:
                 return True
-            poll = select.poll()
-            poll.register(self._end.fd, 0)
-            if not poll.poll(0):
-                return True
+            if self._end.fd >= 0:
+                poll = select.poll()
+                poll.register(self._end.fd, 0)
+                if not poll.poll(0):
+                    return True
+                self._end.close()  # the first has ended
             if later._later is None:
                 return False
-            self._end, self._later = later._end, later._later  # the first has ended
+            self._end, self._later = later._end, later._later
         return False
 
 
