@@ -180,7 +180,7 @@ def test_many_threads_take_no_more_than_there_is(own_memory: None, bus: Bus, mon
         channel.fileno()
         bus.publish(bytes(3000))  # the socket beside the pipe is there
         assert len(channel.recv(timeout=DEADLINE)) == 3000
-        bus.publish_many([b""] * 10)
+        bus.publish_many([bytes(200)] * 10)
         wait_until(lambda: only_subscriber(bus).stalls)
         monkeypatch.setattr(trap_points, "reach", reach)
         threads = [Background(bus.publish, bytes([number]) * 3000) for number in range(80)]
