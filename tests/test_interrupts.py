@@ -311,7 +311,8 @@ class BehindCalls:
         if event in ("return", "c_return") and PACKAGE in Path(at.f_code.co_filename).parents:
             frame: FrameType | None = at
             while frame is not None:
-                if frame.f_code.co_name == "__del__":  # where an interrupt is Python's to tell of
+                # No signal is looked for where a lock is taken, and one in a finaliser is Python's to report.
+                if frame.f_code.co_name == "__del__" or frame.f_code.co_filename == locks.__file__:
                     return
                 frame = frame.f_back
             self.left -= 1
