@@ -207,8 +207,13 @@ class Background(threading.Thread):
         return self._error
 
     def wait_until_blocked(self, function: str) -> None:
-        """Wait until the thread sleeps in the kernel somewhere below the function of this name."""
-        wait_until(lambda: function in self._stack() and self._state() == "S")
+        """Wait until the thread sleeps in the kernel somewhere below the function of this name.
+
+        It is looked at several times: once, it may wait for the interpreter's lock only.
+        """
+        for _ in range(5):
+            wait_until(lambda: function in self._stack() and self._state() == "S")
+            time.sleep(0.002)
 
     def _stack(self) -> set[str]:
         frame = sys._current_frames().get(self.ident or 0)

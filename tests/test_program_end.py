@@ -575,6 +575,7 @@ if __name__ == "__main__":
     os.kill = refuse
     bus.close()
     print("closed", multiprocessing.active_children(), flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # from Python 3.13 on, multiprocessing waits for its tracker at the end
 """
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
+import pickle
 import re
 import signal
 from collections.abc import Callable
@@ -119,11 +119,11 @@ def test_an_old_handle_at_a_new_broker_is_told_to_connect_again(tmp_path: Path) 
     first = start_broadcaster(address=address)
     used: Bus = connect(address)
     used.publish(1)
-    unused = multiprocessing.reduction.ForkingPickler.dumps(used)
+    unused = pickle.dumps(used)
     first.close()
     with start_broadcaster(address=address):
         assert "connect()" in text_of(BrokerLost, used.stats)
-        assert "connect()" in text_of(BrokerLost, multiprocessing.reduction.ForkingPickler.loads(unused).stats)
+        assert "connect()" in text_of(BrokerLost, pickle.loads(unused).stats)
 
 
 @pytest.mark.parametrize("topics", [["a"], ("a", "b"), {"a"}], ids=["list", "tuple", "set"])
