@@ -49,7 +49,7 @@ class _Process(Protocol):
 
     def leave(self) -> bool: ...
 
-    def end(self, timeout: float | None, *, told: int, time_left: Callable[[], float]) -> None: ...
+    def end(self, timeout: float | None, *, asked: int, time_left: Callable[[], float]) -> None: ...
 
 
 class Broadcaster(Generic[M]):
@@ -452,10 +452,10 @@ class Broadcaster(Generic[M]):
                 deadline = sooner(limit, CLOSE_TIMEOUT)
                 link.request("retire", session=outlet.session, publisher=outlet.number, deadline=deadline)
         if process is not None:
-            told = 0
+            asked = 0
             with contextlib.suppress(BroadcastError, OSError):
-                told = link.request("stop", deadline=sooner(limit, CLOSE_TIMEOUT), timeout=timeout).said["pid"]
-            process.end(limit.left(), told=told, time_left=lambda: self._time_left(link, timeout))
+                asked = link.request("stop", deadline=sooner(limit, CLOSE_TIMEOUT), timeout=timeout).said["pid"]
+            process.end(limit.left(), asked=asked, time_left=lambda: self._time_left(link, timeout))
             link.close()
         self._outlet = None
         self._outlets.clear()

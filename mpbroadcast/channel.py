@@ -478,7 +478,7 @@ class Channel(Generic[M]):
         return self._link.broker
 
     def broker_has_ended(self) -> bool:
-        """Nobody can open it any more: release what shows who could. Return True."""
+        """Release what shows which processes could open it: none can any more. Return True."""
         self._heirs = Descendants()
         return True
 

@@ -80,7 +80,7 @@ def start_broadcaster(
         process.end_at_exit(bus.close)
     except BaseException as error:
         if process is not None:
-            process.end(0, told=0, time_left=float)
+            process.end(0, asked=0, time_left=float)
             if isinstance(error, BroadcastError):
                 raise StartError(f"the broker started, but did not answer: {error}") from error
         raise

@@ -246,7 +246,7 @@ class Broker:
     @staticmethod
     def _spend(subscription: Subscription, cost: Cost) -> None:
         subscription.session.budget.spend(cost)
-        subscription.cost = Cost(*map(sum, zip(subscription.cost, cost, strict=True)))
+        subscription.cost = subscription.cost.plus(cost)
 
     def begin_behind(self, publisher: Publisher, subscription: Subscription, before: tuple[str, ...] = ()) -> None:
         """Let it have nothing that this publisher has written until now, but for its topics from ``before``."""
@@ -278,7 +278,7 @@ class Broker:
         if subscription.number not in self.subscriptions:  # its reader was found to be gone
             return
         dropped = cost_of(set(topics).intersection(self.router.topics(subscription)), 0)
-        self._spend(subscription, Cost(*(-value for value in dropped)))
+        self._spend(subscription, dropped.negated())
         self.router.drop(subscription, topics)
         self._write_down(subscription)
         self.traffic.unblock(subscription)  # what waits for it may not be for it any more

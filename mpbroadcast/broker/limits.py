@@ -32,6 +32,14 @@ class Cost(NamedTuple):
     bytes: int = 0
     steps: int = 0
 
+    def plus(self, more: Cost) -> Cost:
+        """Return the sum, field by field."""
+        return Cost(*map(sum, zip(self, more, strict=True)))
+
+    def negated(self) -> Cost:
+        """Return it with each field negated."""
+        return Cost(*(-value for value in self))
+
 
 def cost_of(topics: Collection[str], subscriptions: int) -> Cost:
     """Of different topics and patterns."""
@@ -65,13 +73,13 @@ class Budget:
 
     def spend(self, cost: Cost) -> None:
         """Count it, whether there is so much left or not."""
-        self.spent = Cost(*map(sum, zip(self.spent, cost, strict=True)))
+        self.spent = self.spent.plus(cost)
         if self._whole is not None:
             self._whole.spend(cost)
 
     def release(self, cost: Cost) -> None:
         """It is there no more."""
-        self.spend(Cost(*(-value for value in cost)))
+        self.spend(cost.negated())
 
     @property
     def memory(self) -> int:

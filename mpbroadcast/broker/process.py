@@ -5,7 +5,7 @@ copies of all its starter's descriptors; it puts ``/dev/null`` in their places b
 of the user's lives on in it. (It does not close them: objects of the user's that are collected later would close whatever
 has got these numbers.)
 
-It ends when it is told to, on SIGTERM, and when its starter is dead, however that came about; each time it drains first. A
+It ends when it is asked to, on SIGTERM, and when its starter is dead, however that came about; each time it drains first. A
 Ctrl-C goes to the whole group and is the starter's to handle: the broker ignores it from before its first instruction on.
 """
 
@@ -150,15 +150,15 @@ class BrokerProcess:
             at_exit.cancel()
         return at_exit is not None
 
-    def end(self, timeout: float | None, *, told: int, time_left: Callable[[], float]) -> None:
-        """Wait for it, for at most ``timeout`` seconds, and end it then. Process ``told``, if any, was told to stop.
+    def end(self, timeout: float | None, *, asked: int, time_left: Callable[[], float]) -> None:
+        """Wait for it, for at most ``timeout`` seconds, and end it then. Process ``asked``, if any, was requested to stop.
 
-        Readers that go on reading give it more time: how much is left then, ``time_left`` asks it.
+        Readers that go on reading give it more time: ``time_left`` requests from it how many seconds are left.
         """
         trap_points.reach("ending the broker")
-        kept = _process(told) if told and self._restart else None
+        kept = _process(asked) if asked and self._restart else None
         deadline = Deadline(timeout)
-        if told and self._watched is not None:
+        if asked and self._watched is not None:
             _wait(self._watched, deadline, time_left)
         if kept is not None:  # its keeper may have died before. It may stay a zombie: that is up to whoever has to reap it
             if not _wait(kept, deadline, time_left):
@@ -351,7 +351,7 @@ def _report(ready: connection.Connection | None, text: str, error: OSError | Non
     if ready is None:
         log.error("%s", text)
         sys.exit(1)
-    with contextlib.suppress(BrokenPipeError):  # the starter has died before it could be told
+    with contextlib.suppress(BrokenPipeError):  # the starter has died before it could read this
         ready.send_bytes(json.dumps({"error": text, "errno": (error and error.errno) or 0}).encode())
 
 
@@ -379,7 +379,7 @@ def _serve(
         if ready is not None:
             try:
                 ready.send_bytes(json.dumps({"address": listening.address}).encode())
-            except BrokenPipeError:  # the starter has died before it could be told
+            except BrokenPipeError:  # the starter has died before it could read this
                 return
             ready.close()
         if succession is not None:

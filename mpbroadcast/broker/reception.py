@@ -124,7 +124,7 @@ class Reception:
             else:  # it has gone already
                 connection.close()
             return
-        if len(peer.clients) >= 2 * MOST_CONNECTIONS:  # it has been told, by the answers to what these ask
+        if len(peer.clients) >= 2 * MOST_CONNECTIONS:  # its requests on half of these were answered with an error
             log.warning("refused process %d: it has %d connections already", pid, len(peer.clients))
             connection.close()
             return

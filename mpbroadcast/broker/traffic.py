@@ -169,7 +169,7 @@ class Traffic:
                 self._look_again(publisher)
 
     def _look_again(self, publisher: Publisher) -> None:
-        """Let it go on if there is room by now: no event tells that a pipe has been read empty."""
+        """Let it go on if there is room by now: a pipe that has been read empty makes no event."""
         full: Subscription | None = None
         while publisher.blocked is not full:
             full = publisher.blocked

@@ -274,10 +274,9 @@ class Link:
             lifeline, said = self._connected(self._attach, sooner(deadline or Deadline(None), CONNECT_TIMEOUT))
         except BrokerLost as error:
             self.restarts = False  # nobody needs to wait for another one again
-            cause = self._crash() or error.__cause__
             if self.broker:  # it was there before
-                raise self.lost_error(cause) from cause
-            error.__cause__ = cause
+                raise self.lost_error(error.__cause__)  # noqa: B904, it has its cause
+            error.__cause__ = self._crash() or error.__cause__
             raise
         if self.broker not in ("", said["broker"]):
             raise self.lost_error()

@@ -21,7 +21,7 @@ from mpbroadcast.wire.payload import Failure, load_copied_image, load_each, load
 from mpbroadcast.wire.ring import CHUNK
 from mpbroadcast.wire.runs import OFFER, REFERENCES, RunView, read_memory, read_references
 
-_SELDOM: Final = 0.25  # seconds, until the broker is told though little was read
+_SELDOM: Final = 0.25  # seconds, until an acknowledgement is sent although little was read
 SAY_EVERY: Final = 2 * CHUNK  # bytes read, until the broker is told; an empty pipe tells it, too
 
 
