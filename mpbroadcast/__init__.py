@@ -5,8 +5,10 @@ import sys
 if sys.platform == "win32":
     raise ImportError("mpbroadcast needs the pipes, sockets and signals of a POSIX system, such as Linux or macOS: not Windows")
 
-from mpbroadcast.broadcaster import Broadcaster
-from mpbroadcast.channel import Channel
+from mpbroadcast.client.api import connect, publish, start_broadcaster, subscribe, unsubscribe
+from mpbroadcast.client.broadcaster import Broadcaster
+from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.selector import Selector, channel_to_selector
 from mpbroadcast.errors import (
     AddressError,
     AuthenticationFailed,
@@ -21,8 +23,6 @@ from mpbroadcast.errors import (
     StartError,
     TimedOut,
 )
-from mpbroadcast.functions import connect, publish, start_broadcaster, subscribe, unsubscribe
-from mpbroadcast.selector import Selector, channel_to_selector
 from mpbroadcast.stats import BrokerStats, SubscriberStats
 
 __all__ = [

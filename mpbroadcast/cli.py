@@ -31,11 +31,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from mpbroadcast.broadcaster import Broadcaster
-from mpbroadcast.channel import Channel
+from mpbroadcast.client.api import start_broadcaster
+from mpbroadcast.client.broadcaster import Broadcaster
+from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.selector import Selector
 from mpbroadcast.errors import BroadcastError
-from mpbroadcast.functions import start_broadcaster
-from mpbroadcast.selector import Selector
 
 # Small, so that the slowest worker sets the pace and memory stays bounded, however large the tree is.
 _CAPACITY = 1 << 20

@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from mpbroadcast.channel import Channel
+    from mpbroadcast.client.channel import Channel
 
 
 class BroadcastError(Exception):

@@ -23,8 +23,9 @@ import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, start_broadcaster
-from mpbroadcast.wire import outlet, payload
-from tests.helpers import Children, wait_until
+from mpbroadcast.client import pipe_writer
+from mpbroadcast.protocol import pickling
+from tests.support.helpers import Children, wait_until
 
 FAILED = pytest.StashKey[bool]()
 # What some of these measure is of the whole machine, so they must not run beside each other; the rest is half of the time.
@@ -92,7 +93,7 @@ def temporary_folder() -> Iterator[Path]:
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     # these two live as long as this process: started here, they belong to no test
     multiprocessing.resource_tracker.ensure_running()
-    multiprocessing.forkserver.set_forkserver_preload(["tests.workers"])
+    multiprocessing.forkserver.set_forkserver_preload(["tests.support.workers"])
     multiprocessing.forkserver.ensure_running()
     # What the run itself has allocated stays: each test's collection need not go through it.
     gc.collect()
@@ -207,9 +208,9 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """All messages from 2 KiB on go in memory of their own, their buffers uncopied, so that tests need not be large."""
-    monkeypatch.setattr(outlet, "LONGEST", 0)
-    monkeypatch.setattr(outlet, "MEMORY_FROM", 0)
-    monkeypatch.setattr(payload, "OUT_OF_BAND", 2048)
+    monkeypatch.setattr(pipe_writer, "LONGEST", 0)
+    monkeypatch.setattr(pipe_writer, "MEMORY_FROM", 0)
+    monkeypatch.setattr(pickling, "OUT_OF_BAND", 2048)
 
 
 @pytest.fixture(params=["fork", "spawn", "forkserver"])

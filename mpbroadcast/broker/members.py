@@ -15,15 +15,15 @@ from array import array
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from mpbroadcast.broker.limits import SESSION, Budget, Cost
-from mpbroadcast.broker.liveness import PeerProcess
-from mpbroadcast.broker.outbox import Outbox
-from mpbroadcast.broker.window import Window
-from mpbroadcast.wire.descriptors import DescriptorSocket
-from mpbroadcast.wire.runs import RESTARTED, SharedRun, note
+from mpbroadcast.broker.core.backlog import Outbox
+from mpbroadcast.broker.core.limits import SESSION, Budget, Cost
+from mpbroadcast.broker.reference_window import Window
+from mpbroadcast.posix.descriptors import DescriptorSocket
+from mpbroadcast.posix.processes import PeerProcess
+from mpbroadcast.protocol.runs import RESTARTED, SharedRun, note
 
 if TYPE_CHECKING:
-    from mpbroadcast.broker.clients import Client
+    from mpbroadcast.broker.control_clients import Client
     from mpbroadcast.broker.publisher import Publisher
 
 log = logging.getLogger("mpbroadcast.broker")

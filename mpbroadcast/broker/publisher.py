@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mpbroadcast.broker.members import Session, unread
-from mpbroadcast.broker.shared import Lender
-from mpbroadcast.wire.frames import Batch, FrameError, Item, Parcel, References, Splitter
+from mpbroadcast.broker.memory import Lender
+from mpbroadcast.protocol.frames import Batch, FrameError, Item, Parcel, References, Splitter
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription

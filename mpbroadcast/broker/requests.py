@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final
 
-from mpbroadcast.arguments import check_count, check_overflow, encode_topic
-from mpbroadcast.broker.broker import Broker
-from mpbroadcast.broker.clients import Client
-from mpbroadcast.broker.limits import MOST_CONNECTIONS, MOST_STEPS, SESSION, OverBudget, cost_of
+from mpbroadcast.broker.control_clients import Client
+from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, MOST_STEPS, SESSION, OverBudget, cost_of
+from mpbroadcast.broker.core.patterns import Matcher, is_pattern, matcher
 from mpbroadcast.broker.members import Session, Subscription
-from mpbroadcast.broker.patterns import Matcher, is_pattern, matcher
 from mpbroadcast.broker.publisher import Publisher
-from mpbroadcast.wire.control import frame
+from mpbroadcast.broker.server import Broker
+from mpbroadcast.protocol.control import frame
+from mpbroadcast.validation import check_count, check_overflow, encode_topic
 
 
 class _Refused(Exception):

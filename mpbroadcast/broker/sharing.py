@@ -15,11 +15,11 @@ import errno
 from collections.abc import Callable
 from typing import Final
 
-from mpbroadcast.broker.loop import IN, Loop
 from mpbroadcast.broker.members import Subscription, new_socket
+from mpbroadcast.broker.memory import Lender, Ring, Store
 from mpbroadcast.broker.publisher import Publisher
-from mpbroadcast.broker.shared import Lender, Ring, Store
-from mpbroadcast.wire.packets import MAPPED, NONE, READ, REFUSED, PacketError, pack, unpack
+from mpbroadcast.posix.poller import IN, Loop
+from mpbroadcast.protocol.fd_packets import MAPPED, NONE, READ, REFUSED, PacketError, pack, unpack
 
 _QUICK: Final = 1 << 20  # bytes that a quick reader reads in that time, through its pipe alone
 _GRACE: Final = 0.01  # seconds to wait for a free chunk, or for a ring to be mapped, before messages are copied

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 
-from mpbroadcast.broker.loop import Loop
+from mpbroadcast.broker.core.router import Router, listed
 from mpbroadcast.broker.members import Subscription
 from mpbroadcast.broker.publisher import Publisher
-from mpbroadcast.broker.router import Router, listed
+from mpbroadcast.posix.poller import Loop
 
 log = logging.getLogger("mpbroadcast.broker")
 

@@ -17,18 +17,18 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.broker.history import History
-from mpbroadcast.broker.loop import IN, OUT, Loop
+from mpbroadcast.broker.core.history import History
+from mpbroadcast.broker.core.patterns import Matcher
+from mpbroadcast.broker.core.router import Router, matches
 from mpbroadcast.broker.members import LONGEST_RETRY, PIPE_SIZE, SHORTEST_RETRY, Session, Subscription, new_pipe
-from mpbroadcast.broker.patterns import Matcher
 from mpbroadcast.broker.publisher import Publisher
-from mpbroadcast.broker.router import Router, matches
 from mpbroadcast.broker.sharing import Sharing
 from mpbroadcast.broker.stalls import Stalls
-from mpbroadcast.wire.frames import Batch, FrameError, Item, Parcel, References
-from mpbroadcast.wire.memory import keep_freed_memory
-from mpbroadcast.wire.packets import ROUTED, pack
-from mpbroadcast.wire.runs import Run, SharedRun, run_of
+from mpbroadcast.posix.poller import IN, OUT, Loop
+from mpbroadcast.posix.shared_memory import keep_freed_memory
+from mpbroadcast.protocol.fd_packets import ROUTED, pack
+from mpbroadcast.protocol.frames import Batch, FrameError, Item, Parcel, References
+from mpbroadcast.protocol.runs import Run, SharedRun, run_of
 
 log = logging.getLogger("mpbroadcast.broker")
 

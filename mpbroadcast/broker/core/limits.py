@@ -1,0 +1,89 @@
+"""What one session may have of the broker, and all sessions together. Pure: no descriptor, no clock.
+
+A session is one link of one process. What it subscribes to is refused beyond its budget, by an error in that call; what only
+a program that does not use this package sends (half requests, connections without end) closes the connection. Messages are
+not counted here: backlogs have a capacity each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final, NamedTuple
+
+from mpbroadcast.broker.core.patterns import steps_of_all
+
+MOST_CONNECTIONS: Final = 1024  # of a process: a lifeline for each link, and one for each request at the same moment
+MOST_ASKED: Final = 128 << 20  # bytes of a process's requests that are not whole
+MOST_STEPS: Final = 1 << 25  # some 0.1 s, of a session's patterns against one topic, or of a replay's against the history
+_PER_SUBSCRIPTION: Final = 4096  # bytes, about
+_PER_TOPIC: Final = 512
+_UNCOUNTED: Final = 1 << 18  # bytes, of all sessions: what an ordinary program subscribes to does not show in the statistics
+
+
+class OverBudget(Exception):
+    """More than there may be."""
+
+
+class Cost(NamedTuple):
+    """What subscriptions cost: how many they are, their topics and patterns, the bytes of these, and the steps of matching."""
+
+    subscriptions: int = 0
+    topics: int = 0
+    bytes: int = 0
+    steps: int = 0
+
+    def plus(self, more: Cost) -> Cost:
+        """Return the sum, field by field."""
+        return Cost(*map(sum, zip(self, more, strict=True)))
+
+    def negated(self) -> Cost:
+        """Return it with each field negated."""
+        return Cost(*(-value for value in self))
+
+
+def cost_of(topics: Collection[str], subscriptions: int) -> Cost:
+    """Of different topics and patterns."""
+    return Cost(subscriptions, len(topics), sum(map(len, map(str.encode, topics))), steps_of_all(topics))
+
+
+SESSION: Final = Cost(1 << 14, 1 << 15, 24 << 20, MOST_STEPS)
+TOGETHER: Final = Cost(1 << 17, 1 << 18, 1 << 26, 8 * MOST_STEPS)
+_NAMES: Final = ("subscriptions", "topics and patterns", "bytes of topics", "steps of matching its patterns")
+
+
+class Budget:
+    """What is spent of ``limit``, and with it of ``whole``, of which it is a part."""
+
+    def __init__(self, limit: Cost, whole: Budget | None = None) -> None:
+        self.limit = limit
+        self.spent = Cost()
+        self._whole = whole
+
+    def check(self, cost: Cost) -> None:
+        """Whether there is so much left.
+
+        :raises OverBudget: there is not.
+        """
+        for name, spent, more, most in zip(_NAMES, self.spent, cost, self.limit, strict=True):
+            if spent + more > most:
+                owner = "this session" if self._whole is not None else "all sessions together"
+                raise OverBudget(f"{owner} would have {spent + more} {name}, and may have {most}: close some channels first")
+        if self._whole is not None:
+            self._whole.check(cost)
+
+    def spend(self, cost: Cost) -> None:
+        """Count it, whether there is so much left or not."""
+        self.spent = self.spent.plus(cost)
+        if self._whole is not None:
+            self._whole.spend(cost)
+
+    def release(self, cost: Cost) -> None:
+        """It is there no more."""
+        self.spend(cost.negated())
+
+    @property
+    def memory(self) -> int:
+        """The bytes that it takes, about, but for a little."""
+        spent = self.spent
+        taken = spent.subscriptions * _PER_SUBSCRIPTION + spent.topics * _PER_TOPIC + spent.bytes
+        return max(0, taken - _UNCOUNTED)

@@ -1,0 +1,128 @@
+"""Patterns of topics: ``fnmatch.fnmatchcase``, and what matching them costs. Pure: no descriptor, no clock.
+
+A **step** is what comparing one character takes, some nanoseconds; a call of a matcher counts as ``_CALL`` of them.
+Many patterns differ in how they begin, before their first special character: a topic is compared with those only that begin
+as it does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from fnmatch import translate
+from typing import Final, Generic, Protocol, TypeVar
+
+from mpbroadcast.validation import MAX_TOPIC
+
+S = TypeVar("S")
+
+_SPECIAL: Final = re.compile(r"[*?[]")
+_CALL: Final = 100
+_FIND: Final = 10  # characters that str.find compares in the time of a step
+
+
+class Matcher(Protocol):
+    """What :func:`matcher` makes of a pattern."""
+
+    def match(self, text: str, /) -> object:
+        """Something that is true, if the text matches."""
+
+
+class _Parts:
+    """A pattern without special characters but stars: in the time that ``re`` needs to compile one, it is matched 100 times."""
+
+    def __init__(self, pattern: str) -> None:
+        self._first, *self._middle, self._last = pattern.split("*")
+        self._least = len(pattern) - pattern.count("*")
+
+    def match(self, text: str) -> bool:
+        if len(text) < self._least or not (text.startswith(self._first) and text.endswith(self._last)):
+            return False
+        position, end = len(self._first), len(text) - len(self._last)
+        for part in self._middle:
+            position = text.find(part, position, end)
+            if position < 0:
+                return False
+            position += len(part)
+        return True
+
+
+def is_pattern(topic: str) -> bool:
+    return "*" in topic or "?" in topic or "[" in topic
+
+
+def matcher(pattern: str) -> Matcher:
+    """Matches as ``fnmatch.fnmatchcase`` does."""
+    return re.compile(translate(pattern)) if "?" in pattern or "[" in pattern else _Parts(pattern)
+
+
+def steps(pattern: str) -> int:
+    """What comparing the longest topic with it takes at the most, beside the call."""
+    star = pattern.find("*")
+    if star < 0:
+        return len(pattern)
+    scan = MAX_TOPIC * len(pattern[star:].strip("*"))
+    return scan if "?" in pattern or "[" in pattern else scan // _FIND
+
+
+def steps_of_all(topics: Iterable[str]) -> int:
+    """What comparing the longest topic with the patterns in these takes at the most."""
+    return sum(_CALL + steps(topic) for topic in topics if is_pattern(topic))
+
+
+def _beginning(pattern: str) -> str:
+    return _SPECIAL.split(pattern, maxsplit=1)[0]
+
+
+class Patterns(Generic[S]):
+    """Patterns, each with members."""
+
+    def __init__(self) -> None:
+        self._alike: dict[str, dict[str, tuple[Matcher, dict[S, None]]]] = {}  # by their beginnings
+        self._steps: Counter[str] = Counter()  # of those that begin so
+        self._lengths: Counter[int] = Counter()  # of the beginnings
+
+    def add(self, pattern: str, member: S, made: Matcher | None = None) -> None:
+        """One more member; ``made`` is the pattern's matcher, if there is one already."""
+        beginning = _beginning(pattern)
+        if beginning not in self._alike:
+            self._alike[beginning] = {}
+            self._lengths[len(beginning)] += 1
+        alike = self._alike[beginning]
+        if pattern not in alike:
+            alike[pattern] = (made or matcher(pattern), {})
+            self._steps[beginning] += steps(pattern)
+        alike[pattern][1][member] = None
+
+    def drop(self, pattern: str, member: S) -> None:
+        """One less."""
+        beginning = _beginning(pattern)
+        alike = self._alike[beginning]
+        members = alike[pattern][1]
+        del members[member]
+        if not members:
+            del alike[pattern]
+            self._steps[beginning] -= steps(pattern)
+        if not alike:
+            del self._alike[beginning], self._steps[beginning]
+            self._lengths[len(beginning)] -= 1
+            if not self._lengths[len(beginning)]:
+                del self._lengths[len(beginning)]
+
+    def _begin_as(self, text: str) -> Iterator[str]:
+        return (text[:length] for length in self._lengths if length <= len(text) and text[:length] in self._alike)
+
+    def steps(self, text: str) -> int:
+        """What finding those that match this topic takes at the most."""
+        total = len(self._lengths)
+        for beginning in self._begin_as(text):
+            total += _CALL * len(self._alike[beginning]) + self._steps[beginning] * len(text) // MAX_TOPIC
+        return total
+
+    def matching(self, text: str) -> Iterator[dict[S, None]]:
+        """The members of each that matches this topic."""
+        for beginning in self._begin_as(text):
+            for made, members in self._alike[beginning].values():
+                if made.match(text):
+                    yield members

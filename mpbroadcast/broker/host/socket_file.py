@@ -1,0 +1,206 @@
+"""The socket that the broker listens at: its file, its folder, and what others have left there.
+
+The file gets its name, and a mark in its time, only when the socket listens. So a socket that has the mark and refuses is that
+of a dead broker, and one without it may be anybody's: it is left alone. What is done about it is done under a lock on the
+folder, which leaves nothing behind. No folder is removed with anything in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import socket
+import stat
+import tempfile
+import time
+from typing import Final
+
+from mpbroadcast import trap_points
+from mpbroadcast.validation import MAX_ADDRESS
+
+_FOLDER: Final = "mpbroadcast-broker-"
+_OWN_FOLDER: Final = re.compile(_FOLDER + "[a-z0-9_]{8}")  # as tempfile.mkdtemp() completes it
+_SOCKET: Final = "broker"
+_QUEUE: Final = 4096  # connections: a client that waits in it keeps its turn, beside however many others
+_PASSING: Final = re.compile(r"\.mpbroadcast-[0-9a-f]+~")  # a socket's name until it listens
+_MARK: Final = 627_294_121  # nanoseconds in the time of a broker's socket; a connection to it changes the time of access only
+_FORGOTTEN: Final = 60.0  # seconds after which a folder without a socket is nobody's
+
+
+def why_not(error: OSError, address: str | None, temporary: str) -> str:
+    where = address or f"a folder in {temporary!r}"
+    if isinstance(error, ProcessLookupError):
+        return "its starter has ended"
+    if error.errno == errno.EADDRINUSE:
+        return f"the address {where!r} is in use: {error.strerror}"
+    return f"the broker cannot listen at {where!r}: {error.strerror or error}"
+
+
+class Listening:
+    """The socket, and its file, which nobody but this user can open.
+
+    :raises OSError: it cannot be; :func:`why_not` says why.
+    """
+
+    def __init__(self, address: str | None, temporary: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.setblocking(False)
+        self._made = ""  # its folder, if it is its own
+        try:
+            if address is None:
+                self._made = _make_folder(temporary)
+                address = os.path.join(self._made, _SOCKET)
+            self.address = address
+            folder, name = os.path.split(address)
+            os.chdir(folder)  # so that no name that is bound is longer than the address itself
+            self._listen(name)
+            self._identity = identity(address)
+        except BaseException:
+            self.socket.close()
+            if self._made:
+                os.rmdir(self._made)
+            raise
+        finally:
+            os.chdir("/")
+
+    def _listen(self, name: str) -> None:
+        passing = f".mpbroadcast-{os.getpid():x}~"
+        lock = os.open(".", os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            _make_way(name)
+            with contextlib.suppress(FileNotFoundError):
+                if _is_unfinished(passing):
+                    os.unlink(passing)
+            before = os.umask(0o777)  # a socket of mode 0 is one that has not come to listen
+            try:
+                self.socket.bind(passing)
+            finally:
+                os.umask(before)
+            try:
+                self.socket.listen(_QUEUE)
+                marked = os.lstat(passing).st_mtime_ns // 10**9 * 10**9 + _MARK
+                os.utime(passing, ns=(marked, marked))
+                os.chmod(passing, 0o600)
+                trap_points.reach("naming the socket")
+                os.link(passing, name)  # unlike a renaming, it replaces nothing
+            except FileExistsError:
+                raise OSError(errno.EADDRINUSE, "something has just been put there; choose another address") from None
+            finally:
+                os.unlink(passing)
+        finally:
+            os.close(lock)
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(OSError):
+            # While the socket is open, nobody takes the address over, and no other file gets the inode's number.
+            if identity(self.address) == self._identity:
+                os.unlink(self.address)
+            if self._made:
+                os.rmdir(self._made)
+        self.socket.close()
+
+
+def identity(file: str | int) -> tuple[int, int]:
+    status = os.fstat(file) if isinstance(file, int) else os.lstat(file)
+    return status.st_dev, status.st_ino
+
+
+def _short(temporary: str) -> str:
+    longest = MAX_ADDRESS - len("/" + _FOLDER + "12345678/" + _SOCKET)
+    return temporary if len(os.fsencode(temporary)) <= longest else "/tmp"  # socket paths are short, and TMPDIR may be long
+
+
+def _make_folder(temporary: str) -> str:
+    return tempfile.mkdtemp(prefix=_FOLDER, dir=_short(temporary))  # it makes folders with mode 0700
+
+
+def _make_way(path: str) -> None:
+    """Remove the socket of a dead broker, if there is one.
+
+    :raises OSError: EADDRINUSE.
+    """
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise OSError(errno.EADDRINUSE, "there is a file that is no socket, which is left alone; choose another address")
+    if _answers(path):
+        raise OSError(errno.EADDRINUSE, "another process listens there; end it, or choose another address")
+    if not _is_brokers(status):
+        text = "there is a socket that no broker of this user has left; if nothing needs it, remove it, or choose another"
+        raise OSError(errno.EADDRINUSE, text)
+    if identity(path) == (status.st_dev, status.st_ino):
+        os.unlink(path)
+
+
+def _is_brokers(status: os.stat_result) -> bool:
+    """True for a socket at which a broker of this user has listened."""
+    return _is_own_socket(status, 0o600) and status.st_mtime_ns % 10**9 == _MARK
+
+
+def _is_own_socket(status: os.stat_result, mode: int) -> bool:
+    return status.st_mode == stat.S_IFSOCK | mode and status.st_uid == os.geteuid()
+
+
+def _is_dead(path: str) -> bool:
+    return _is_brokers(os.lstat(path)) and not _answers(path)
+
+
+def _is_unfinished(path: str) -> bool:
+    """True for a socket of a broker that was killed before the socket had its name."""
+    return _is_own_socket(os.lstat(path), 0) or _is_dead(path)
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True  # its queue is full, or it is not ours to look at
+        return True
+
+
+def remove_forgotten_folders(temporary: str) -> None:
+    """Of brokers that were killed together with their starters."""
+    with contextlib.suppress(OSError), os.scandir(_short(temporary)) as entries:
+        for entry in entries:
+            if _OWN_FOLDER.fullmatch(entry.name):
+                with contextlib.suppress(OSError):
+                    _remove_if_forgotten(entry.path)
+
+
+def _remove_if_forgotten(folder: str) -> None:
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o777 != 0o700 or status.st_uid != os.geteuid():
+        return
+    old = time.time() - status.st_mtime > _FORGOTTEN  # else it may be one that is being made
+    paths = [os.path.join(folder, name) for name in os.listdir(folder)]
+    if all(_is_forgotten(path, old) for path in paths) and (paths or old):
+        for path in paths:
+            os.unlink(path)
+        os.rmdir(folder)
+
+
+def _is_forgotten(path: str, old: bool) -> bool:
+    name = os.path.basename(path)
+    return _is_dead(path) if name == _SOCKET else old and _PASSING.fullmatch(name) is not None and _is_unfinished(path)
+
+
+def remove_leftovers(address: str) -> None:
+    """Of a broker that has ended, if it was killed."""
+    with contextlib.suppress(OSError):
+        if _is_dead(address):
+            os.unlink(address)
+            folder, name = os.path.split(address)
+            if name == _SOCKET and _OWN_FOLDER.fullmatch(os.path.basename(folder)):
+                os.rmdir(folder)

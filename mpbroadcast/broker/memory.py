@@ -1,0 +1,319 @@
+"""The memory that publishers share: rings, and single messages in memory of their own, as the broker has them.
+
+What comes from a publisher is checked before it is used, so that nothing it says makes this process, or a subscriber, read
+where nothing is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+from mpbroadcast import trap_points
+from mpbroadcast.broker.core.ring_holds import Holds, Overlap
+from mpbroadcast.posix.descriptors import DescriptorSocket, OwnedDescriptor
+from mpbroadcast.posix.shared_memory import MemoryRefused, check_message, check_ring, fits, map_for_reading
+from mpbroadcast.protocol.fd_packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, WANTED, PacketError, pack, unpack
+from mpbroadcast.protocol.frames import MAX_FRAME, Batch, FrameError, Parcel, References
+from mpbroadcast.protocol.runs import Account, memory_run, references_run
+
+if TYPE_CHECKING:
+    from mpbroadcast.broker.members import Subscription
+
+log = logging.getLogger("mpbroadcast.broker")
+
+_MOST_RINGS: Final = 4  # of one publisher, with those that are only read any more
+_MOST_RING_BYTES: Final = 1 << 30  # of all
+_MOST_PENDING: Final = 64  # memories whose frames have not come: some threads' with 8 each
+_MOST_CHUNKS: Final = 64
+_LARGEST_RING: Final = 1 << 24  # bytes: what one read of a pipe may refer to
+_SMALLEST_CHUNK: Final = 1 << 12
+
+
+class Store:
+    """What there is of it in all, and how much there may be."""
+
+    def __init__(self) -> None:
+        self.account = Account()  # of all runs but those that refer to rings
+        self.rings: set[Ring] = set()
+        self.memories = 0  # messages in memory of their own, each with a descriptor
+        self._numbers = itertools.count(1)
+        self._reserve = -1
+        self._most_memories = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._keep_reserve()
+
+    def number(self) -> int:
+        """Of a ring or a message, which nothing else has."""
+        return next(self._numbers)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more descriptors should be kept for messages."""
+        return self.memories >= self._most_memories
+
+    def may_have(self, size: int) -> bool:
+        """Whether there may be another ring of this size."""
+        return sum(ring.size for ring in self.rings) + size <= _MOST_RING_BYTES
+
+    def _keep_reserve(self) -> None:
+        with contextlib.suppress(OSError):
+            self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    @contextlib.contextmanager
+    def a_descriptor(self) -> Iterator[bool]:
+        """In here, there is room for one more descriptor; whether it can be kept."""
+        try:
+            os.close(os.dup(self._reserve))
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.EBADF):
+                raise
+        else:
+            yield True
+            return
+        with contextlib.suppress(OSError):
+            os.close(self._reserve)
+        self._reserve = -1
+        try:
+            yield False
+        finally:
+            self._keep_reserve()
+
+
+class Ring:
+    """A publisher's ring; ``name`` is the publisher's number for it, ``number`` what channels know it by."""
+
+    def __init__(self, store: Store, lender: Lender, name: int, descriptor: OwnedDescriptor, chunk: int) -> None:
+        size = check_ring(descriptor.fd)
+        chunks = size // chunk if chunk >= _SMALLEST_CHUNK else 0
+        if not 1 <= chunks <= _MOST_CHUNKS or size % chunk or size > _LARGEST_RING:
+            raise MemoryRefused(f"a ring of {size} bytes in chunks of {chunk}")
+        self.number = store.number()
+        self.name = name
+        self.size = size
+        self.descriptor = descriptor
+        self.place = 0  # bytes that have come in it so far
+        self.account = Account()  # of the runs that refer to it
+        self.copies = store.account  # of those that were copied out of it
+        self.freed = 0  # how often chunks have become free
+        self.readers: set[Subscription] = set()  # to which it was offered
+        self.retired = False  # nothing of it will be written again
+        self._users = 0  # holds that there are
+        self._lender = lender
+        self._chunk = chunk
+        self._holds = Holds(chunks, chunk)
+        self.view = memoryview(map_for_reading(descriptor.fd, size))
+
+    def arrived(self, references: References) -> RingHold:
+        """Messages have come: the hold on their chunks.
+
+        :raises FrameError: they are not in the ring, or lie over earlier ones.
+        """
+        places = list(references.places())
+        for offset, length in places:
+            if not 0 < length <= self.size - offset:
+                raise FrameError(f"a reference to {length} bytes at {offset} of a ring of {self.size}")
+            self.place += length
+        try:
+            chunks, freed = self._holds.arrived(places)
+        except Overlap as error:
+            raise FrameError(str(error)) from None
+        self._users += 1
+        self._tell(freed)
+        return RingHold(self, chunks)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the chunks that are held, or of the runs that refer to them, if that is more."""
+        return max(self._holds.held * self._chunk, self.account.held)
+
+    def release(self, chunks: Sequence[int]) -> None:
+        """A hold on these is gone."""
+        self._users -= 1
+        self._tell(self._holds.release(chunks))
+
+    def retire(self) -> None:
+        """Nothing refers to it any more, but for what readers have: they have maps of their own."""
+        self.retired = True
+        self.view.release()
+        self.descriptor.close()
+        self._tell(0)
+
+    def _tell(self, freed: int) -> None:
+        if self.retired:
+            if not self._users:
+                self._lender.forget(self)
+        elif freed:
+            self.freed += 1
+            self._lender.tell(pack(FREE, self.name, freed))
+
+
+class RingHold:
+    """Keeps chunks of a ring from being written again while it exists: in items, runs, and what a pipe has unread."""
+
+    __slots__ = ("chunks", "copies", "place", "ring")
+
+    def __init__(self, ring: Ring, chunks: Sequence[int]) -> None:
+        self.ring = ring
+        self.chunks = chunks
+        self.copies = ring.copies
+        self.place = ring.place
+
+    def __del__(self) -> None:
+        self.ring.release(self.chunks)
+
+    def data(self, references: References) -> bytes:
+        """What a pipe gets for these references."""
+        return references_run(references, self.ring.number)
+
+    def copied(self, references: References) -> Batch:
+        """The messages themselves."""
+        return references.copied(self.ring.view)
+
+
+class Memory:
+    """The memory of one message; or, when no descriptor could be kept for it, its bytes."""
+
+    def __init__(self, store: Store, descriptor: OwnedDescriptor, kept: bool) -> None:
+        size = os.fstat(descriptor.fd).st_size
+        check_message(descriptor.fd, size)
+        if size > MAX_FRAME:
+            raise MemoryRefused(f"a message of {size} bytes")
+        self.number = store.number()
+        self.size = size
+        self.copies = store.account
+        self._store = store
+        self._bytes = b"" if kept else _bytes_of(descriptor.fd, size)
+        self.descriptor = descriptor if kept else None
+        store.memories += kept
+
+    def data(self, parcel: Parcel) -> bytes:
+        """What a pipe gets for it."""
+        return memory_run(parcel, self.number)
+
+    def copied(self, parcel: Parcel) -> Batch:
+        """The message itself."""
+        return parcel.copied(self.read(0, parcel.length))
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Some of its bytes."""
+        if self.descriptor is None:
+            return self._bytes[offset : offset + size]
+        return _bytes_of(self.descriptor.fd, size, offset)
+
+    def __del__(self) -> None:
+        if getattr(self, "descriptor", None) is not None:
+            self._store.memories -= 1
+
+
+def _bytes_of(fd: int, size: int, offset: int = 0) -> bytes:
+    data = b""
+    while size > len(data) and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data = data + more if data else more
+    return data
+
+
+class Lender:
+    """What one publisher shares, and says beside its pipe. ``wanted`` says that it has found no free chunk."""
+
+    def __init__(self, store: Store, beside: DescriptorSocket, pid: int) -> None:
+        self.beside = beside
+        self.current: Ring | None = None  # from which something was routed last
+        self.rings: dict[int, Ring] = {}  # that it may refer to
+        self._rings = 0  # and those that are still read
+        self.wanted = False
+        self.watched = False  # whether it is being seen whether chunks come free
+        self._memories: dict[int, Memory] = {}
+        self._store = store
+        self._pid = pid
+        self._closed = False
+        self._there = True
+
+    def hear(self) -> bool:
+        """Take in what it has said; ``False`` when there will be nothing more."""
+        try:
+            more = True
+            while more:
+                with self._store.a_descriptor() as kept:
+                    # In a call of its own, so that no variable keeps a descriptor when the reserve is made again.
+                    more = self._hear_one(kept)
+            return self._there
+        except (OSError, PacketError, MemoryError) as error:
+            log.debug("process %d: %s", self._pid, error)
+            return False
+
+    def _hear_one(self, kept: bool) -> bool:
+        heard = self.beside.hear()
+        if heard is None:
+            return False
+        packet, descriptor = heard
+        if not packet:
+            self._there = False
+            return False
+        kind, number, value = unpack(packet)
+        if kind == RING:
+            self._take_ring(number, descriptor if kept else None, value)
+        elif kind == WANTED:
+            self.wanted = True
+        elif kind == MEMORY and descriptor is not None:
+            self._take_memory(value, descriptor, kept)
+        return True
+
+    def _take_ring(self, name: int, descriptor: OwnedDescriptor | None, chunk: int) -> None:
+        answer = REFUSED
+        try:
+            if descriptor is not None and self._rings < _MOST_RINGS and name not in self.rings:
+                ring = Ring(self._store, self, name, descriptor, chunk)
+                if self._store.may_have(ring.size):
+                    self.rings[name] = ring
+                    self._rings += 1
+                    self._store.rings.add(ring)
+                    answer = ACCEPTED
+        except (MemoryRefused, OSError) as error:
+            log.warning("the ring of process %d is not used: %s", self._pid, error)
+        self.tell(pack(answer, name))
+
+    def _take_memory(self, number: int, descriptor: OwnedDescriptor, kept: bool) -> None:
+        if len(self._memories) >= _MOST_PENDING:
+            raise PacketError("too many messages in memory of their own, without their frames")
+        with contextlib.suppress(MemoryRefused):  # then it has not come
+            self._memories[number] = Memory(self._store, descriptor, kept and not self._store.full)
+
+    def give_up(self, number: int) -> None:
+        """A message is not published after all."""
+        self.hear()
+        self._memories.pop(number, None)
+
+    def fetch(self, parcel: Parcel) -> Parcel | None:
+        """The message with its memory; ``None`` when that has not come, or is not what was announced."""
+        if parcel.number not in self._memories:
+            self.hear()
+        memory = self._memories.pop(parcel.number, None)
+        trap_points.reach("fetched memory")
+        return None if memory is None or not fits(parcel.length, memory.size) else parcel._replace(hold=memory)
+
+    def retire(self, ring: Ring) -> None:
+        """Nothing more will be read from it here."""
+        self.rings.pop(ring.name, None)
+        ring.retire()
+
+    def forget(self, ring: Ring) -> None:
+        """Nobody reads from it any more."""
+        self._store.rings.discard(ring)
+        self._rings -= 1
+
+    def close(self) -> None:
+        """Say nothing more: what it would write again from now on, somebody may still read, and nobody will be told of."""
+        self._closed = True
+        self._memories.clear()  # what was not announced by now never will be
+
+    def tell(self, packet: bytes) -> None:
+        """Tell the publisher, if it is still there."""
+        if not self._closed:
+            with contextlib.suppress(OSError):
+                self.beside.tell(packet)

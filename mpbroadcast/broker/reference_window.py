@@ -1,0 +1,106 @@
+"""What the reader of a pipe was given in shared memory, and what of that it has not read yet.
+
+References into a ring follow the ring itself: its memory is sent on the socket beside the pipe, an offer is written into the
+pipe, and the reader answers on the socket that it has mapped it. All of the references that it has not read lie within a part
+of the ring, as the chunks in between cannot be written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Final
+
+from mpbroadcast import trap_points
+from mpbroadcast.broker.core.ring_holds import Unread
+from mpbroadcast.broker.memory import Memory, Ring, RingHold
+from mpbroadcast.posix.descriptors import DescriptorSocket
+from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
+from mpbroadcast.protocol.ring_allocator import CHUNK
+from mpbroadcast.protocol.runs import GONE, OFFER, SharedRun
+
+_MOST_UNREAD: Final = 64  # messages in memory of their own, each with a descriptor on its way
+_MOST_OFFERS: Final = 4  # rings that were sent and are not mapped: what is on its way nobody counts
+_PART: Final = 2  # of a ring, 1/2: in it lie the references that one pipe may have unread
+
+
+class Window:
+    """Of one pipe, through the socket ``beside`` it."""
+
+    def __init__(self, beside: DescriptorSocket) -> None:
+        self.beside = beside
+        self.unread: Unread[RingHold] = Unread()
+        self.rings: dict[Ring, bool | None] = {}  # whether each is mapped; None: it is not, and nothing waits for that
+        self.heard = 0  # packets from its reader
+        self.moved = 0  # bytes that its reader has read, or made room for in the pipe
+        self.copies_until = 0  # it has moved so many: until then its reader gets copies, as what waited was copied
+        self._unanswered: set[int] = set()  # the numbers of rings that were sent, and that no answer has come to
+        self.notes: list[tuple[int, int]] = []  # kinds and numbers, to be written between two runs
+        self._sent = 0  # the last message whose memory was
+
+    def offer(self, ring: Ring) -> None:
+        """Send the ring's memory to the reader."""
+        self.rings[ring] = None
+        if len(self._unanswered) < _MOST_OFFERS:
+            with contextlib.suppress(OSError):
+                if self.beside.tell(pack(RING, ring.number), ring.descriptor.fd):
+                    self.rings[ring] = False
+                    self._unanswered.add(ring.number)
+                    self.notes.append((OFFER, ring.number))
+
+    def answered(self, number: int, *, mapped: bool) -> None:
+        """The reader has mapped the ring of this number, or cannot."""
+        if number in self._unanswered:
+            self._unanswered.remove(number)
+            for ring in self.rings:
+                if ring.number == number:
+                    self.rings[ring] = True if mapped else None
+
+    def retire(self, ring: Ring) -> None:
+        """Nothing more will refer to this ring."""
+        if self.rings.pop(ring, None) is not None or ring.number in self._unanswered:
+            self.notes.append((GONE, ring.number))
+
+    # --- what a pipe gets
+
+    def prepare(self, run: SharedRun) -> bool | None:
+        """Whether the reader has all that it needs for this run; ``None`` when it must read, or answer, before that."""
+        hold = run.hold
+        if isinstance(hold, Memory):
+            return self._send_memory(hold)
+        mapped = self.rings.get(hold.ring)
+        if not mapped:
+            return None if mapped is False else False
+        oldest = self.unread.oldest(hold.ring)
+        return True if oldest is None or hold.place - oldest <= hold.ring.size // _PART else None
+
+    def _send_memory(self, memory: Memory) -> bool | None:
+        if self._sent == memory.number:
+            return True
+        if self.unread.memories >= _MOST_UNREAD:
+            return None
+        with contextlib.suppress(OSError):  # the reader is gone, or too many descriptors are on their way already
+            if memory.descriptor is not None and self.beside.tell(pack(MEMORY, 0, memory.number), memory.descriptor.fd):
+                self._sent = memory.number
+                trap_points.reach("sent memory")
+                return True
+        return False
+
+    @property
+    def expects(self) -> bool:
+        """Whether a packet will come from the reader, if it goes on reading: an answer, or how much it has read."""
+        return self.unread.bytes > 2 * CHUNK or self.unread.memories > 0 or bool(self._unanswered)
+
+    def wrote(self, run: SharedRun) -> None:
+        """A run that was prepared is in the pipe."""
+        self.unread.wrote(run.count, run.charge, None if isinstance(run.hold, Memory) else run.hold)
+
+    def has_read(self, count: int) -> None:
+        """The reader has read so many, of all references and memories that were ever written."""
+        before = self.unread.bytes
+        self.unread.read(count)
+        self.moved += before - self.unread.bytes
+
+    @property
+    def must_be_read(self) -> bool:
+        """Whether it refers to memory that would be written again if it were forgotten."""
+        return any(not hold.ring.retired for hold in self.unread.holds())

@@ -1,0 +1,165 @@
+"""The functions of the interface: how a broadcaster is come by, and the names of the original."""
+
+from __future__ import annotations
+
+import os
+from multiprocessing.context import BaseContext
+from typing import Any, Literal, TypeVar, overload
+
+from mpbroadcast.client.broadcaster import Broadcaster
+from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.session import Link
+from mpbroadcast.errors import AddressError, BroadcastError, StartError
+from mpbroadcast.validation import Policy, check_address, check_authkey, check_count, check_timeout
+
+M = TypeVar("M")
+
+
+def start_broadcaster(
+    *,
+    context: BaseContext | None = None,
+    address: str | os.PathLike[str] | None = None,
+    authkey: bytes | None = None,
+    start_timeout: float | None = 10.0,
+    history: int = 0,
+    stall_timeout: float | None = 30.0,
+    log_config: dict[str, Any] | None = None,
+    restart: bool = False,
+) -> Broadcaster[Any]:
+    """Start a broker process, and return a handle on it. Wait for it at most ``start_timeout`` seconds.
+
+    ``context`` is what ``multiprocessing.get_context()`` returns. If not given, the broker is forked where that is the default
+    start method, and else started in a new interpreter, which does not import the main module. ``address`` is the
+    path of the socket to listen at; if not given, one in a new folder that only this user can enter. ``authkey`` is a key
+    that processes may show beside this process's own, which its children have.
+
+    ``history`` is how many messages of each topic are kept for :meth:`Broadcaster.subscribe` with ``replay``: of at most 4,096
+    topics, and at most 64 MiB in all; the topics that were published to the longest ago are forgotten first. When a ``publish``
+    has waited ``stall_timeout`` seconds, the broker logs a warning to standard error, once, that names whom it waits for;
+    ``None`` for never.
+
+    The broker logs to the logger ``mpbroadcast.broker``, in its own process: warnings to standard error, or, with a dictionary
+    ``log_config`` for ``logging.config.dictConfig``, where that says; at ``INFO``, also who was removed and why. It logs at
+    most 20 lines a second.
+
+    With ``restart``, a small keeper process starts another broker at the same address when the broker dies: handles and
+    channels go on with that one. A channel gets one :class:`BrokerRestarted` in the place of what may be missing. What was in
+    the broker, and its history, is lost. A broker that dies 5 times in 30 seconds is given up.
+
+    The broker ends with :meth:`Broadcaster.close`, at the end of this program, on SIGTERM, and when this process dies; each
+    time it drains first.
+
+    :raises StartError: it could not be started, and nothing is left behind; ``__cause__`` has the reason.
+    """
+    if context is not None and not isinstance(context, BaseContext):
+        raise TypeError(
+            f"context must be what multiprocessing.get_context() returns, not {type(context).__name__}: for a start method's "
+            'name, multiprocessing.get_context("spawn")'
+        )
+    authkey = check_authkey(authkey)
+    timeout = check_timeout(start_timeout, "start_timeout")
+    check_count(history, "history", 0)
+    stall = check_timeout(stall_timeout, "stall_timeout")
+    if log_config is not None and not isinstance(log_config, dict):
+        raise TypeError(f"log_config must be a dictionary for logging.config.dictConfig, not {type(log_config).__name__}")
+    if not isinstance(restart, bool):
+        raise TypeError(f"restart must be True or False, not {type(restart).__name__}")
+    try:
+        path = None if address is None else check_address(address)
+    except AddressError as error:
+        raise StartError(str(error)) from error
+    from mpbroadcast.broker.host.launcher import (  # and with it psutil: whoever only connects needs neither
+        BrokerProcess,
+        Settings,
+    )
+
+    process: BrokerProcess | None = None
+    try:
+        # An interrupt before it is assigned leaves a daemon process that multiprocessing ends with the program.
+        process = BrokerProcess(context, timeout, Settings(path, authkey, history, stall, log_config, restart))
+        link = Link(process.address)
+        link.session()
+        bus: Broadcaster[Any] = Broadcaster(link, process)
+        process.end_at_exit(bus.close)
+    except BaseException as error:
+        if process is not None:
+            process.end(0, asked=0, time_left=float)
+            if isinstance(error, BroadcastError):
+                raise StartError(f"the broker started, but did not answer: {error}") from error
+        raise
+    return bus
+
+
+def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) -> Broadcaster[Any]:
+    """A handle on the broker at ``address``, from any process of the same user. It has its own pipe, and its own order.
+
+    ``authkey`` is the broker's key; if not given, this process's own, which is right in the starter's children. While a broker
+    is being replaced this waits for the next one, 10 seconds at the most.
+
+    :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) it is not the broker's key.
+    :raises BrokerLost: no broker answers there.
+    :raises AddressError: this cannot be an address.
+    """
+    path = check_address(address)
+    if not os.path.isdir(os.path.dirname(path)):
+        raise AddressError(f"there is no folder {os.path.dirname(path)!r}: pass what the broadcaster's `address` says")
+    link = Link(path, authkey=check_authkey(authkey))
+    link.session()
+    return Broadcaster(Link.to(path, link.broker, link.restarts))
+
+
+def publish(
+    bus: Broadcaster[M], message: M, *, topic: str = "", exclude: Channel[Any] | None = None, timeout: float | None = None
+) -> None:
+    """:meth:`Broadcaster.publish`, as a function."""
+    _checked(bus).publish(message, topic=topic, exclude=exclude, timeout=timeout)
+
+
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: Literal[False] = False,
+) -> Channel[M]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: Literal[True],
+) -> Channel[tuple[str, M]]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: bool,
+) -> Channel[M] | Channel[tuple[str, M]]: ...
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: bool = False,
+) -> Channel[Any]:
+    """:meth:`Broadcaster.subscribe`, as a function."""
+    return _checked(bus).subscribe(*topics, overflow=overflow, capacity=capacity, replay=replay, with_topic=with_topic)
+
+
+def unsubscribe(bus: Broadcaster[Any], channel: Channel[Any]) -> None:
+    """:meth:`Broadcaster.unsubscribe`, as a function."""
+    _checked(bus).unsubscribe(channel)
+
+
+def _checked(bus: Broadcaster[M]) -> Broadcaster[M]:
+    if not isinstance(bus, Broadcaster):
+        raise TypeError(f"bus must be a Broadcaster, not {type(bus).__name__}")
+    return bus

@@ -1,0 +1,197 @@
+"""Many sources, one receive."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeGuard, TypeVar, cast
+
+from mpbroadcast.errors import BrokerLost, ClosedError, TimedOut
+from mpbroadcast.validation import Deadline, check_timeout
+
+if TYPE_CHECKING:
+    import typing_extensions  # which each type checker knows; nothing needs it when this runs
+
+    from mpbroadcast.client.channel import Channel
+
+    M = typing_extensions.TypeVar("M", default=Any)
+else:
+    M = TypeVar("M")
+N = TypeVar("N")
+
+_FAIR = 64  # messages taken from sources that are known to have some, before the others are looked at
+
+
+class _HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
+Source = Connection | BaseProcess | _HasFileno
+Handler = Callable[[Any], Any]
+
+
+class Selector(Generic[M]):
+    """Receives from whichever of its sources has something, fair to all of them.
+
+    A source is a :class:`Channel`, a ``multiprocessing`` connection, a process, or anything with ``fileno()``. Its handler is
+    called with the channel's or connection's message, with the process that has ended, or with the readable object itself,
+    and what it returns is what :meth:`receive` returns; without a handler that is the value itself.
+
+    It holds no descriptor of its own. It is meant for one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[Source, Handler | None] = {}
+        self._ready: deque[Source] = deque()
+        self._since_wait = 0
+
+    def select(self, source: Source, handler: Callable[[Any], M] | None = None) -> Self:
+        """Receive from ``source``, too; selected again, it gets the new handler. Returns this selector.
+
+        This opens a channel: it can no longer be handed to another process.
+
+        :raises TypeError: it cannot be waited for. ClosedError, ChannelInUse, BrokerLost: as ``Channel.fileno``.
+        """
+        if handler is not None and not callable(handler):
+            raise TypeError(f"handler must be callable, not {type(handler).__name__}")
+        if isinstance(source, BaseProcess):
+            _ = source.sentinel  # ValueError from multiprocessing: it was not started, or is closed
+        elif callable(getattr(source, "fileno", None)):
+            source.fileno()
+        else:
+            raise TypeError(
+                f"a source must be a Channel, a Connection, a process, or have fileno(); {type(source).__name__} does not"
+            )
+        self._handlers[source] = handler
+        return self
+
+    def deselect(self, source: Source) -> Self:
+        """Do not receive from ``source`` any more; nothing if it was not selected. Returns this selector."""
+        self._handlers.pop(source, None)
+        return self
+
+    def merge(self, other: Selector[M]) -> Self:
+        """Receive from all that ``other`` has selected now, too, with its handlers. Returns this selector."""
+        if not isinstance(other, Selector):
+            raise TypeError(f"only a Selector can be merged, not {type(other).__name__}")
+        self._handlers.update(other._handlers)
+        return self
+
+    def map(self, function: Callable[[M], N]) -> Selector[N]:
+        """Pass what the sources that are selected now give through ``function``. Returns this selector."""
+        if not callable(function):
+            raise TypeError(f"function must be callable, not {type(function).__name__}")
+        for source, handler in self._handlers.items():
+            self._handlers[source] = _composed(handler, function)
+        return cast("Selector[N]", self)
+
+    def receive(self, timeout: float | None = None) -> M:
+        """What the next source that has something gives. Waits at most ``timeout`` seconds; ``None`` waits for ever.
+
+        A channel's or connection's end removes it. A process is reported once, joined, and removed.
+
+        :raises EOFError: no source is left.
+        :raises TimedOut: (a ``TimeoutError``) nothing came in time.
+        :raises Exception: what receiving from a source raises, with the channel as ``.channel``, and what a handler raises. A
+            channel whose broker is lost is removed.
+        """
+        deadline = Deadline(check_timeout(timeout))
+        while True:
+            if not self._handlers:
+                raise EOFError("no source is left to receive from: all have ended, or none was selected")
+            if not self._ready or self._since_wait >= _FAIR:
+                self._look(deadline if not self._ready else Deadline(0))
+                if not self._ready:
+                    if self._handlers:
+                        raise TimedOut(f"no source had anything within {timeout} s")
+                    continue
+            source = self._ready.popleft()
+            if source not in self._handlers:
+                continue
+            self._since_wait += 1
+            handler = self._handlers[source]
+            try:
+                value = self._take(source)
+            except _Nothing:
+                continue
+            return cast(M, value if handler is None else handler(value))
+
+    def close(self) -> None:
+        """Deselect all. The sources stay as they are: whoever made them closes them."""
+        self._handlers.clear()
+        self._ready.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _look(self, deadline: Deadline) -> None:
+        """Wait for sources that have something, and put them behind those that are known to."""
+        self._since_wait = 0
+        waitables: dict[Any, Source] = {}
+        for source in list(self._handlers):
+            try:
+                waitables[source.sentinel if isinstance(source, BaseProcess) else source.fileno()] = source
+            except (OSError, ValueError):
+                del self._handlers[source]  # closed by its owner: it has ended
+        if not waitables:
+            return
+        known = set(self._ready)
+        self._ready.extend(
+            source for fd in wait(list(waitables), deadline.left()) if (source := waitables[cast(int, fd)]) not in known
+        )
+
+    def _take(self, source: Source) -> Any:
+        """What ``source`` gives.
+
+        :raises _Nothing: it has nothing after all, or has ended.
+        """
+        if _is_channel(source):
+            try:
+                value = source.recv(0)
+            except TimedOut:
+                raise _Nothing from None
+            except (EOFError, ClosedError):
+                self._handlers.pop(source, None)
+                raise _Nothing from None
+            except BrokerLost:
+                self._handlers.pop(source, None)
+                raise
+            except Exception:
+                self._ready.append(source)
+                raise
+            self._ready.append(source)  # it may have more; to ask it costs less than to wait
+            return value
+        if isinstance(source, Connection):
+            try:
+                return source.recv()
+            except (EOFError, ConnectionError):
+                self._handlers.pop(source, None)
+                raise _Nothing from None
+        if isinstance(source, BaseProcess):
+            source.join()
+            self._handlers.pop(source, None)
+        return source
+
+
+def _is_channel(source: Source) -> TypeGuard[Channel[Any]]:
+    # By what it can do: a selector is below the channels, and knows nothing else of them.
+    return hasattr(source, "recv_many")
+
+
+class _Nothing(Exception):
+    pass
+
+
+def _composed(handler: Handler | None, function: Callable[[Any], Any]) -> Handler:
+    return function if handler is None else lambda value: function(handler(value))
+
+
+def channel_to_selector(channel: Channel[M]) -> Selector[M]:
+    """A selector with this channel selected."""
+    return Selector[M]().select(channel)

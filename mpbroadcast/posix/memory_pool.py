@@ -1,0 +1,176 @@
+"""Memory that messages of one publisher had, to be written again.
+
+New memory is dear: the system finds each of its pages, and takes it back when the last reader is gone. A stream of large
+messages needs less: each is written into memory that one before it had, once nobody has that any more. That is for the system
+to say, who knows of every descriptor and every map, of whatever process; and so nothing is held up or lost by one that was
+killed, and a message is its reader's own for as long as the reader likes.
+
+A publisher that sends such messages only now and then keeps nothing. What a stream has left is let go of at the next occasion,
+as there is no thread here that could do it by itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from mpbroadcast import trap_points
+from mpbroadcast.posix import locks
+from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock, on_fork
+from mpbroadcast.posix.shared_memory import (
+    fill_and_seal,
+    fits,
+    kept_memory,
+    map_for_writing,
+    message_memory,
+    nobody_has,
+    populate,
+    reader_of,
+)
+
+_MOST: Final = 4  # memories: one that is read, one that waits, one on its way to them, and one to be written
+MOST_KEPT: Final = 1 << 26  # bytes of them, but two there may be at any rate
+LARGEST: Final = 9 << 25  # bytes of a message that is kept: beyond that, it is much to have for the next one
+STREAM: Final = 1.0  # seconds between two messages that belong to one
+PATIENCE: Final = 1e-10  # seconds for each byte: a part of what new memory takes
+_PAUSE: Final = 5e-5  # seconds
+_SLICE: Final = 1 << 22  # bytes to go through at once: other threads, and signals, have their turn in between
+
+
+class MemoryPool:
+    """The memory for messages: new or not, as it comes. Several threads may ask at once."""
+
+    def __init__(self) -> None:
+        # A signal handler may come in while its own thread has it. Nothing waits under it, and nothing loops: from Python 3.12
+        # on, an interrupt at the end of a loop's turn does not let go of the lock around it.
+        self._lock = locks.rlock()
+        self._kept: list[_Kept] = []  # that no thread is about to write; what was used last is last
+        self._possible = True
+        self._patient = True  # to wait for memory helped, the last time
+        self._when = -STREAM  # that the last message came
+
+    def memory(self, parts: Sequence[Any], size: int) -> OwnedDescriptor:
+        """A descriptor to send, of memory with these bytes, ``size`` in all. Nobody who gets it can change them.
+
+        :raises OSError: the system has none to give.
+        """
+        now = time.monotonic()
+        follows = self._possible and size <= LARGEST and now < self._when + STREAM
+        self._when = now
+        if not follows:
+            self._let_go()
+        return (self._in_kept(parts, size, now) if follows else None) or message_memory(parts)
+
+    def rest(self) -> None:
+        """Let go of all, if no large message has come for a while."""
+        if self._kept and time.monotonic() >= self._when + STREAM:
+            self._let_go()
+
+    def _in_kept(self, parts: Sequence[Any], size: int, now: float) -> OwnedDescriptor | None:
+        try:
+            kept = self._wait(size, now) or self._make(size)
+            reader = reader_of(kept.descriptor) if kept is not None else None
+            if kept is not None and reader is not None:
+                kept.fill(parts)
+                self._keep(kept)
+                return reader
+        except OSError as error:  # what is not to be kept may need less
+            self._possible = error.errno != errno.EINVAL  # a seal that the system does not know
+        return None
+
+    def _wait(self, size: int, now: float) -> _Kept | None:
+        """Memory that was kept and that nobody has: who reads quickly is waited for, if there is enough for a stream."""
+        while True:
+            with self._lock:
+                found = _taken(self._kept, size)
+            if found is not None:
+                self._patient = True
+                return found
+            there = self._kept
+            enough = any(fits(size, kept.size) for kept in there) and _too_much([*(kept.size for kept in there), size])
+            if not (enough and self._patient):
+                return None
+            if time.monotonic() > now + size * PATIENCE:
+                self._patient = False
+                return None
+            time.sleep(_PAUSE)
+
+    def _make(self, size: int) -> _Kept | None:
+        made = kept_memory(size)
+        self._possible = made is not None
+        return _Kept(made) if made is not None else None
+
+    def _keep(self, kept: _Kept) -> None:
+        with self._lock:
+            let_go, self._kept = self._kept, _without_excess([*self._kept, kept])
+        del let_go  # not under the lock: it takes its time
+
+    def _let_go(self) -> None:
+        with self._lock:
+            let_go, self._kept = self._kept, []
+        del let_go
+
+
+class _Kept:
+    """Memory and the map by which it is written. A child lets go of both at a fork."""
+
+    def __init__(self, descriptor: OwnedDescriptor) -> None:
+        self.descriptor = descriptor
+        self._fills = 0
+        with fork_lock():  # a child has the map only if it has the hook
+            self._map = map_for_writing(descriptor)
+            trap_points.reach("mapping kept memory")
+            on_fork(self, _Kept.close)
+        self.size = len(self._map)
+
+    def fill(self, parts: Sequence[Any]) -> None:
+        """Write the parts of a message, one behind the other.
+
+        :raises OSError: the system has no memory for it.
+        """
+        self._fills += 1
+        if self._fills == 1:
+            fill_and_seal(self.descriptor, parts)
+            return
+        if self._fills == 2:
+            for start in range(0, self.size, _SLICE):
+                populate(self._map, start, min(_SLICE, self.size - start))
+        place = 0
+        for part in parts:
+            view = memoryview(part).cast("B")
+            for start in range(0, len(view), _SLICE):
+                piece = view[start : start + _SLICE]
+                self._map[place : place + len(piece)] = piece
+                place += len(piece)
+
+    def close(self) -> None:
+        """Unmap and close it."""
+        with fork_lock():  # so that a child has a copy only while this knows of it
+            trap_points.reach("unmapping kept memory")
+            self._map.close()
+        self.descriptor.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_map"):
+            self.close()
+
+
+def _taken(there: list[_Kept], size: int) -> _Kept | None:
+    """Memory for a message of this size that nobody has, taken out of these."""
+    for kept in reversed(there):
+        if fits(size, kept.size) and nobody_has(kept.descriptor):
+            there.remove(kept)
+            return kept
+    return None
+
+
+def _without_excess(there: list[_Kept]) -> list[_Kept]:
+    while _too_much([one.size for one in there]):
+        del there[0]
+    return there
+
+
+def _too_much(sizes: Sequence[int]) -> bool:
+    return len(sizes) > _MOST or (len(sizes) > 2 and sum(sizes) > MOST_KEPT)

@@ -1,0 +1,107 @@
+"""Which processes are dead.
+
+Where the kernel has pidfds, a death is an event in the loop's own poll. A process ID alone is not an identity: a pidfd is taken
+while its process is known to live. Elsewhere the loop asks :meth:`Process.dead` once a second, which compares the process ID
+*and* the start time, and counts a zombie as dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from typing import Final
+
+import psutil
+
+from mpbroadcast.validation import Deadline
+
+_PAUSE: Final = 0.01  # seconds, where a death is no event
+
+
+def birth(pid: int) -> float:
+    """When the process began, by which it can be told from a later one with its number; 0 if that is not known."""
+    if pid <= 0:
+        return 0.0
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return 0.0  # it shows another PID namespace, in which the number is another process's
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return float(file.read().rpartition(b")")[2].split()[19])
+    except OSError:
+        pass
+    try:
+        return psutil.Process(pid).create_time()
+    except (psutil.Error, ValueError):
+        return 0.0
+
+
+class PeerProcess:
+    """A process that the broker has to do with. ``pid`` 0 is one in another PID namespace: only its descriptors tell.
+
+    :raises ProcessLookupError: it is dead already.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.fd = -1  # readable from the moment of its death; -1 where that is not to be had
+        self._process: psutil.Process | None = None
+        if pid <= 0:
+            return
+        if hasattr(os, "pidfd_open"):
+            try:
+                self.fd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                raise
+            except OSError:  # forbidden, not there, or no descriptor left: ask instead
+                pass
+            else:
+                return
+        try:
+            self._process = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            raise ProcessLookupError(f"process {pid} has ended") from None
+
+    @property
+    def must_be_asked(self) -> bool:
+        return self._process is not None
+
+    def dead(self) -> bool:
+        """Whether it is dead, for one that must be asked."""
+        if self._process is None:
+            return False
+        try:
+            return not self._process.is_running() or self._process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except (psutil.Error, OSError):  # it cannot be asked, as no descriptor is left
+            return False
+
+    def wait(self, timeout: float | None) -> bool:
+        """Block until it is dead, for at most ``timeout`` seconds. Return True if it is."""
+        deadline = Deadline(timeout)
+        if self.fd >= 0:
+            poll = select.poll()
+            poll.register(self.fd, select.POLLIN)
+            return bool(poll.poll(deadline.milliseconds()))
+        while not self.dead():
+            if deadline.left() == 0:
+                return False
+            time.sleep(_PAUSE)
+        return True
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, and none to another process that has got its number."""
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if self.fd >= 0:
+                signal.pidfd_send_signal(self.fd, number)
+            elif self._process is not None:
+                self._process.send_signal(number)
+
+    def close(self) -> None:
+        """Close its descriptor."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,277 @@
+"""Sealed anonymous memory: made, checked and mapped. Where the system has none, nothing here is used.
+
+A **ring** is written by its publisher as long as that lives; everybody else maps it for reading. The **memory of a message**
+is written once and then sealed, or kept by its publisher, who alone can write it, and does not before nobody else has it any
+more. Who receives it maps it privately, so that what is written there is seen by nobody else.
+
+Neither can shrink, so no map of it ever ends in SIGBUS. What comes from another process is checked for that before it is
+mapped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import functools
+import mmap
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any, Final
+
+from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock
+
+# As Linux has them in its fcntl.h, memfd.h and mman.h; Python has not all of them before 3.13.
+_SEAL_SEAL: Final = 0x1
+_SEAL_SHRINK: Final = 0x2
+_SEAL_GROW: Final = 0x4
+_SEAL_WRITE: Final = 0x8
+_SEAL_FUTURE_WRITE: Final = 0x10
+_NO_EXECUTION: Final = 0x8  # MFD_NOEXEC_SEAL, from Linux 6.3 on
+_IN_PLACE: Final = 0x10  # MAP_FIXED
+
+_FIXED: Final = _SEAL_SHRINK | _SEAL_GROW
+_POPULATE_WRITE: Final = 23  # MADV_POPULATE_WRITE, from Linux 5.14 on
+_LARGE_BLOCK: Final = 1 << 23  # bytes
+_MOST_PARTS: Final = 512  # in one call; the system takes 1,024
+_WRITE: Final = 1 << 30  # bytes; the system takes nearly twice that
+
+# Taken, and given back. SIGURG is what nobody notices who does not ask for it; without it, it would be one that kills.
+_LEASE: Final = tuple(getattr(fcntl, name, -1) for name in ("F_SETSIG", "F_SETLEASE", "F_SETLEASE"))
+_LEASED: Final = (signal.SIGURG, fcntl.F_WRLCK, fcntl.F_UNLCK)
+
+
+class MemoryRefused(Exception):
+    """Memory of another process that is not what it should be: it could shrink, or change, or is too small."""
+
+
+def available() -> bool:
+    """Whether memory can be shared here, and ``MPBROADCAST_INLINE=1`` does not forbid it."""
+    possible = hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
+    return possible and os.environ.get("MPBROADCAST_INLINE", "0") in ("", "0")
+
+
+def _create() -> OwnedDescriptor:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    with fork_lock():
+        try:
+            return OwnedDescriptor(os.memfd_create("mpbroadcast", flags | _NO_EXECUTION))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return OwnedDescriptor(os.memfd_create("mpbroadcast", flags))
+
+
+def ring_memory(size: int) -> tuple[OwnedDescriptor, mmap.mmap]:
+    """Memory that only this map can write.
+
+    :raises OSError: the system has none to give.
+    """
+    descriptor = _create()
+    os.ftruncate(descriptor.fd, size)
+    mapped = mmap.mmap(descriptor.fd, size, **_NO_DESCRIPTOR)
+    fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _FIXED | _SEAL_FUTURE_WRITE | _SEAL_SEAL)
+    return descriptor, mapped
+
+
+def message_memory(parts: Sequence[Any]) -> OwnedDescriptor:
+    """Memory with these bytes, which nobody can change any more.
+
+    :raises OSError: the system has none to give.
+    """
+    descriptor = _create()
+    _fill(descriptor.fd, parts)
+    fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _FIXED | _SEAL_WRITE | _SEAL_SEAL)
+    return descriptor
+
+
+def _fill(fd: int, parts: Sequence[Any]) -> int:
+    views = [memoryview(part).cast("B") for part in parts if len(part)]
+    whole = sum(map(len, views))
+    # Written, not mapped and copied: half the time, as no page is zeroed first.
+    while views:
+        total = count = 0
+        for view in views[:_MOST_PARTS]:
+            if total + len(view) > _WRITE and count:
+                break
+            total += len(view)
+            count += 1
+        written = os.writev(fd, [view[:_WRITE] for view in views[:count]])
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if written:
+            views[0] = views[0][written:]
+    return whole
+
+
+def kept_memory(size: int) -> OwnedDescriptor | None:
+    """Memory for messages of about ``size``, to be written more than once; ``None`` where the system does not say who has it.
+
+    Others get what :func:`reader_of` opens. While there is such a descriptor, or a map of it, anywhere, :func:`nobody_has` says
+    no. Nothing is in it yet, so that little is lost if something is missing.
+
+    :raises OSError: the system has none to give.
+    """
+    made = _create()
+    size += size // 32  # the next message may be longer
+    os.ftruncate(made.fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+    # The system counts who has a file open for writing, but not the one that made it.
+    descriptor = _opened_again(made, os.O_RDWR)
+    made.close()
+    return descriptor if descriptor is not None and nobody_has(descriptor) else None
+
+
+def map_for_writing(kept: OwnedDescriptor) -> mmap.mmap:
+    """A map of memory that is kept.
+
+    :raises OSError: the system does not map it.
+    """
+    return mmap.mmap(kept.fd, 0, **_NO_DESCRIPTOR)
+
+
+def fill_and_seal(kept: OwnedDescriptor, parts: Sequence[Any]) -> None:
+    """Write the first message into memory that is kept; from then on only maps that are there can write it.
+
+    All of the memory is there then, so that no later write can fail for want of it.
+
+    :raises OSError: the system has no memory for it, or cannot seal it.
+    """
+    written = _fill(kept.fd, parts)
+    size = os.fstat(kept.fd).st_size
+    if written < size:
+        os.posix_fallocate(kept.fd, written, size - written)
+    fcntl.fcntl(kept.fd, fcntl.F_ADD_SEALS, _FIXED | _SEAL_FUTURE_WRITE | _SEAL_SEAL)
+
+
+def populate(mapped: mmap.mmap, start: int, length: int) -> bool:
+    """Have all pages there and in the map, as far as the system can do that; whether it had the memory.
+
+    To enter them one by one, when they are written, takes longer; and if there is no memory then, the process is ended.
+    """
+    try:
+        mapped.madvise(_POPULATE_WRITE, start, length)
+    except OSError as error:
+        return error.errno not in (errno.EFAULT, errno.ENOMEM)
+    return True
+
+
+def reader_of(kept: OwnedDescriptor) -> OwnedDescriptor | None:
+    """A descriptor that can only be read, of memory that is kept.
+
+    :raises OSError: no descriptor is left.
+    """
+    return _opened_again(kept, os.O_RDONLY)
+
+
+def nobody_has(kept: OwnedDescriptor) -> bool:
+    """Whether nobody, in any process, has this memory open or mapped, except through ``kept``.
+
+    Just then the system gives a lease for writing. It is given back at once; whoever would be kept from opening it meanwhile
+    makes the system send a signal, one that is ignored if nobody wants it.
+    """
+    try:
+        # In one step, as far as an interrupt can see: under a lease that is not given back, no open() would return. (Where it
+        # is seen, as audit hooks may run, the next call here gives it back.)
+        deque(map(fcntl.fcntl, repeat(kept.fd), _LEASE, _LEASED), maxlen=0)
+    except OSError:
+        return False
+    return True
+
+
+def _opened_again(descriptor: OwnedDescriptor, how: int) -> OwnedDescriptor | None:
+    """A descriptor with an open file of its own; ``None`` where there is no way to that."""
+    try:
+        with fork_lock():
+            return OwnedDescriptor(os.open(f"/proc/self/fd/{descriptor.fd}", how | os.O_CLOEXEC | os.O_NONBLOCK))
+    except FileNotFoundError:
+        return None
+
+
+def keep_freed_memory(size: int = _LARGE_BLOCK) -> None:
+    """Let the C library keep up to twice ``size`` bytes of what is freed; ``size`` is less than 32 MiB.
+
+    It gives memory back to the system when a large block is freed, and then each message costs its page faults again, several
+    times what copying it takes. It does so less once it has seen a larger one.
+    """
+    bytes(size)
+
+
+def fits(length: int, size: int) -> bool:
+    """Whether memory of this size may carry a message of this length: it may be a little larger, as it may have had another."""
+    return 0 <= size - length <= length // 16 + mmap.PAGESIZE
+
+
+def check_ring(fd: int) -> int:
+    """The size of a ring's memory.
+
+    :raises MemoryRefused: it is not one.
+    """
+    return _checked(fd, _SEAL_FUTURE_WRITE, 1)
+
+
+def check_message(fd: int, size: int) -> None:
+    """See that this is the memory of a message of so many bytes.
+
+    :raises MemoryRefused: it is not.
+    """
+    _checked(fd, _SEAL_WRITE | _SEAL_FUTURE_WRITE, size)
+
+
+def _checked(fd: int, writing: int, size: int) -> int:
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        there = os.fstat(fd).st_size
+    except OSError as error:
+        raise MemoryRefused(f"no sealed memory ({error.strerror})") from error
+    if seals & _FIXED != _FIXED or not seals & writing:
+        raise MemoryRefused(f"memory with the seals {seals:#x}, without {_FIXED:#x} and one of {writing:#x}")
+    if there < size:
+        raise MemoryRefused(f"memory of {there} bytes where {size} were announced")
+    return there
+
+
+def map_for_reading(fd: int, size: int) -> mmap.mmap:
+    """A map of a ring: what its publisher writes is seen in it.
+
+    :raises OSError: the system does not map it.
+    """
+    return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ, **_NO_DESCRIPTOR)
+
+
+# mmap.mmap keeps a duplicate of the descriptor for as long as the map lives, unless it is told not to, from 3.13 on: who
+# keeps a thousand arrays would have no descriptor left. Before that, the system's own function has to do.
+_NO_DESCRIPTOR: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
+if sys.version_info >= (3, 13):
+
+    def map_privately(fd: int, size: int) -> Any:
+        """A buffer over the memory of a message that is this process's own: writable, seen by nobody else, not copied.
+
+        It lasts until nothing refers to it any more, and needs no descriptor.
+
+        :raises OSError: the system does not map it.
+        """
+        return mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, trackfd=False)
+
+else:
+
+    @functools.cache
+    def _system_map() -> Any:
+        """``mmap`` of the C library, looked up when it is first needed."""
+        function = ctypes.CDLL(None, use_errno=True).mmap
+        function.restype = ctypes.c_void_p
+        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+        return function
+
+    def map_privately(fd: int, size: int) -> Any:
+        """The same, in the place of a map without a descriptor, which Python unmaps when nothing refers to it any more."""
+        buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        place = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        if _system_map()(place, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _IN_PLACE, fd, 0) != place:
+            number = ctypes.get_errno()
+            raise OSError(number, f"{os.strerror(number)}: no map for a message of {size} bytes")
+        return buffer

@@ -1,0 +1,403 @@
+"""Frames: what a publisher writes to the broker. Sans-IO: bytes in, bytes out.
+
+A frame is one published message::
+
+    size u32 | tag u32 | [excluded subscription u64] | topic | payload
+
+``size`` counts the whole frame. ``tag`` has the topic's length in its low 16 bits, then ``EXCLUDE``, and the kind in its high
+byte. All that decides where a frame goes stands in front of the payload, so neighbours that go the same way are told by
+comparing bytes.
+
+Every write to the broker is whole frames of at most ``PIPE_BUF`` bytes, which a pipe takes all or not at all. A frame that is
+longer travels as **pieces**, each a frame of its own with the message's number, so that no kill, timeout, interrupt or other
+thread ever tears one: pieces of several messages may be mixed, and a message whose last piece never comes does not exist.
+
+A message in shared memory is a frame of the kind ``REFERENCE`` (into the publisher's ring: ring u32, offset u32, length u32)
+or ``MEMORY`` (in memory of its own: number u64, length u64), instead of its payload. ``IMAGE`` says of a payload, wherever it
+is, that it is no plain pickle; the broker does not look at it.
+"""
+
+from __future__ import annotations
+
+import select
+from array import array
+from collections.abc import Iterator
+from struct import Struct, iter_unpack
+from typing import Any, Final, NamedTuple
+
+from mpbroadcast.validation import MAX_TOPIC
+
+PIPE_BUF: Final = select.PIPE_BUF
+MAX_FRAME: Final = 0xFFFF_FFFF
+EXCLUDE: Final = 1 << 16
+IMAGE: Final = 1 << 17
+TOPIC_LENGTH: Final = 0xFFFF
+PIECE: Final = 1 << 24
+ABORT: Final = 2 << 24
+REFERENCE: Final = 3 << 24
+MEMORY: Final = 4 << 24
+_WAY: Final = IMAGE | EXCLUDE | TOPIC_LENGTH  # the bits of a tag that are not its kind
+
+# Neighbouring messages that go together, and that a channel unpickles in one go. More is no faster: it leaves a processor's
+# cache, and Python's garbage collector, which counts the objects that are alive, begins to look at all of them, and so, in a
+# forked process, to copy all of their memory. A policy that drops one by one goes through no more, either.
+MOST_TOGETHER: Final = 128
+HEAD: Final = Struct("<II")
+_EXCLUDED: Final = Struct("<Q")
+_STREAK: Final = 2  # frames of the same length as the one before, from which on it is worth looking for many more
+_PIECE: Final = Struct("<IIQB")  # size, PIECE, message number, last?
+_MOST_UNFINISHED: Final = 4096  # one for each thread that publishes
+_UNFINISHED: Final = 512  # bytes that one takes beside its own
+_ABORT: Final = Struct("<IIQ")
+_ROOM: Final = PIPE_BUF - _PIECE.size
+_REFERENCE: Final = Struct("<III")  # ring, offset, length
+_RING: Final = Struct("<I")
+_PLAIN: Final = Struct("<IIIII")  # head and reference, without a topic
+REFERENCE_SIZE: Final = _REFERENCE.size  # bytes behind the head
+_MOST_REFERRED: Final = 1 << 20  # bytes that they refer to, so that a reader is given no more at once than it soon reads
+_MOST_REFERENCES: Final = PIPE_BUF - 64  # bytes of them that go together, so that their run is one whole write, too
+_MEMORY: Final = Struct("<QQ")  # number, length
+
+# A message counts in a backlog as its pickled bytes, its topic's, and this: the frame's head, the run's object with its
+# header, and its place in a queue, rounded up.
+FRAME_OVERHEAD: Final = 256
+OVERHEAD: Final = FRAME_OVERHEAD - HEAD.size  # what comes to a whole frame
+
+
+class FrameError(Exception):
+    """Bytes that no publisher of this package writes."""
+
+
+def frame_head(size: int, topic: bytes, exclude: int = 0, kind: int = 0) -> bytes:
+    """The head of a frame with ``size`` bytes of payload; ``exclude`` is a subscription's number, 0 for none."""
+    if not exclude:
+        return HEAD.pack(size + 8 + len(topic), len(topic) | kind) + topic
+    head = HEAD.pack(size + 16 + len(topic), len(topic) | EXCLUDE | kind)
+    return head + _EXCLUDED.pack(exclude) + topic
+
+
+def reference_frame(ring: int, offset: int, length: int, topic: bytes, exclude: int = 0, image: bool = False) -> bytes:
+    """The frame of a message in the publisher's ring of this number."""
+    head = frame_head(_REFERENCE.size, topic, exclude, REFERENCE | IMAGE if image else REFERENCE)
+    return head + _REFERENCE.pack(ring, offset, length)
+
+
+def plain_reference(ring: int, offset: int, length: int) -> bytes:
+    """:func:`reference_frame`, without a topic."""
+    return _PLAIN.pack(_PLAIN.size, REFERENCE, ring, offset, length)
+
+
+def memory_frame(number: int, length: int, topic: bytes, exclude: int = 0, image: bool = False) -> bytes:
+    """The frame of a message in memory of its own, which the broker has been sent under this number."""
+    return frame_head(_MEMORY.size, topic, exclude, MEMORY | IMAGE if image else MEMORY) + _MEMORY.pack(number, length)
+
+
+def pieces(frame: bytes, number: int) -> Iterator[bytes]:
+    """A frame that is too long for one write, as frames that are not. ``number`` differs from any other message's."""
+    view = memoryview(frame)
+    for start in range(0, len(frame), _ROOM):
+        part = view[start : start + _ROOM]
+        yield _PIECE.pack(_PIECE.size + len(part), PIECE, number, start + _ROOM >= len(frame)) + part
+
+
+def abort(number: int) -> bytes:
+    """Says that the rest of message ``number`` will not come."""
+    return _ABORT.pack(_ABORT.size, ABORT, number)
+
+
+class Batch(NamedTuple):
+    """Neighbouring frames that go the same way."""
+
+    frames: bytes
+    sizes: array[int]
+    topic: bytes
+    exclude: int
+    skip: int
+    image: bool = False
+
+    @property
+    def charge(self) -> int:
+        """What it counts in a backlog."""
+        return len(self.frames) + len(self.sizes) * OVERHEAD
+
+    def fitting(self, room: int) -> int:
+        """How many of its first messages fit into ``room`` of charge."""
+        return _fitting(self.sizes, room)
+
+    def cut(self, count: int) -> tuple[Batch, Batch]:
+        """Its first ``count`` messages, and the others."""
+        middle = sum(self.sizes[:count])
+        return (
+            self._replace(frames=self.frames[:middle], sizes=self.sizes[:count]),
+            self._replace(frames=self.frames[middle:], sizes=self.sizes[count:]),
+        )
+
+
+class References(NamedTuple):
+    """Neighbouring references into one ring that go the same way. ``sizes`` are of the frames that they stand for."""
+
+    frames: bytes
+    sizes: array[int]
+    topic: bytes
+    exclude: int
+    skip: int
+    image: bool
+    ring: int
+    hold: Any = None  # what keeps the messages in the ring
+
+    @property
+    def charge(self) -> int:
+        """What its messages count in a backlog."""
+        return sum(self.sizes) + len(self.sizes) * OVERHEAD
+
+    def fitting(self, room: int) -> int:
+        """How many of its first messages fit into ``room`` of charge."""
+        return _fitting(self.sizes, room)
+
+    def cut(self, count: int) -> tuple[References, References]:
+        """Its first ``count`` messages, and the others."""
+        middle = count * (self.skip + _REFERENCE.size)
+        return (
+            self._replace(frames=self.frames[:middle], sizes=self.sizes[:count]),
+            self._replace(frames=self.frames[middle:], sizes=self.sizes[count:]),
+        )
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Offset and length of each message in the ring."""
+        return ((offset, length) for _, offset, length in references_in(self.frames, self.skip))
+
+    def copied(self, ring: memoryview) -> Batch:
+        """The messages themselves, out of the ring."""
+        frames: list[Any] = []
+        for offset, length in self.places():
+            frames += (frame_head(length, self.topic, self.exclude, IMAGE if self.image else 0), ring[offset : offset + length])
+        return Batch(b"".join(frames), self.sizes, self.topic, self.exclude, self.skip, self.image)
+
+
+class Parcel(NamedTuple):
+    """A message in memory of its own, which comes beside the pipe under ``number``, or has come."""
+
+    number: int
+    length: int
+    topic: bytes
+    exclude: int
+    head: bytes
+    image: bool
+    hold: Any = None  # what has the memory
+
+    @property
+    def sizes(self) -> array[int]:
+        """That of the frame that it stands for."""
+        return array("I", (len(self.head) + self.length,))
+
+    @property
+    def charge(self) -> int:
+        """What it counts in a backlog."""
+        return len(self.head) + self.length + OVERHEAD
+
+    def fitting(self, room: int) -> int:
+        """Whether it fits into ``room`` of charge."""
+        return int(self.charge <= room)
+
+    def cut(self, count: int) -> tuple[Parcel, Parcel]:
+        """It cannot be: it is all that follows its first 0 messages."""
+        return self, self
+
+    def copied(self, payload: bytes) -> Batch:
+        """The message itself."""
+        return Batch(self.head + payload, self.sizes, self.topic, self.exclude, len(self.head), self.image)
+
+
+def _fitting(sizes: array[int], room: int) -> int:
+    for index, size in enumerate(sizes):
+        room -= size + OVERHEAD
+        if room < 0:
+            return index
+    return len(sizes)
+
+
+Item = Batch | References | Parcel
+
+
+class Splitter:
+    """Finds the frames in what one publisher wrote, and puts its long messages together."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._parts: dict[int, bytearray] = {}
+        self.held = 0  # bytes of messages that are not complete
+        self.given_up: list[int] = []  # numbers of messages whose rest, or memory, will not be asked for
+        self.shares = False  # whether references, messages in memory, or those numbers have come
+
+    def split(self, chunk: bytes) -> list[Item]:
+        """The frames that ``chunk`` completes, in order, neighbours of one way together, but no more than ``MOST_TOGETHER``.
+
+        :raises FrameError: it is no such stream; the splitter is then of no more use.
+        """
+        if self._rest:
+            chunk = self._rest + chunk
+        unpack = HEAD.unpack_from
+        batches: list[Item] = []
+        position, end = 0, len(chunk)
+        while position + 8 <= end:
+            start = position
+            size, tag = unpack(chunk, position)
+            if tag >= PIECE:
+                if size > PIPE_BUF or size < 8:
+                    raise FrameError(f"a piece of {size} bytes")
+                if position + size > end:
+                    break
+                if tag < REFERENCE:
+                    position += size
+                    self._piece(chunk[start:position], tag, batches)
+                elif tag < MEMORY:
+                    self.shares = True
+                    references = _references(chunk, position, end)
+                    batches.append(references)
+                    position += len(references.frames)
+                else:
+                    self.shares = True
+                    position += size
+                    batches.append(_parcel(chunk[start:position]))
+                continue
+            skip = 8 + (tag & TOPIC_LENGTH) + (8 if tag & EXCLUDE else 0)
+            if size < skip or size > PIPE_BUF or tag > _WAY or tag & TOPIC_LENGTH > MAX_TOPIC:
+                raise FrameError(f"a frame of {size} bytes with the tag {tag:#x}")
+            if position + size > end:
+                break
+            sizes = array("I", (size,))
+            add = sizes.append
+            same = chunk.startswith
+            way = chunk[start + 8 : start + skip]
+            position += size
+            last, streak = size, 0
+            while position + 8 <= end and len(sizes) < MOST_TOGETHER:
+                size, other = unpack(chunk, position)
+                if other != tag or not skip <= size <= PIPE_BUF or position + size > end:
+                    break
+                if way and not same(way, position + 8):
+                    break
+                add(size)
+                position += size
+                if size != last:
+                    last, streak = size, 0
+                elif (streak := streak + 1) == _STREAK:
+                    more = _repeats(chunk, position, size, skip, MOST_TOGETHER - len(sizes))
+                    sizes.extend(array("I", (size,)) * more)
+                    position += more * size
+            topic, exclude = way, 0
+            if tag & EXCLUDE:
+                topic, exclude = way[_EXCLUDED.size :], _EXCLUDED.unpack_from(way)[0]
+            batches.append(Batch(chunk[start:position], sizes, topic, exclude, skip, bool(tag & IMAGE)))
+        self._rest = chunk[position:]
+        return batches
+
+    def _piece(self, piece: bytes, tag: int, batches: list[Item]) -> None:
+        if tag == ABORT and len(piece) == _ABORT.size:
+            number = _ABORT.unpack(piece)[2]
+            self._drop(number)
+            self.given_up.append(number)
+            self.shares = True
+            return
+        if tag != PIECE or len(piece) <= _PIECE.size:
+            raise FrameError(f"a piece with the tag {tag:#x}")
+        _, _, number, last = _PIECE.unpack_from(piece)
+        part = piece[_PIECE.size :]
+        parts = self._parts.get(number)
+        if parts is None:
+            self._parts[number] = parts = bytearray()
+            if len(self._parts) > _MOST_UNFINISHED:
+                raise FrameError("more unfinished messages than a publisher can have")
+            self.held += _UNFINISHED
+        parts += part  # a list of them would take many times the bytes of short ones
+        self.held += len(part)
+        if self.held > MAX_FRAME:
+            raise FrameError("more of unfinished messages than one message may have")
+        if last:
+            frame = self._drop(number)
+            if len(frame) < HEAD.size or HEAD.unpack_from(frame)[0] != len(frame):
+                raise FrameError(f"a message of {len(frame)} bytes that says something else")
+            batches.append(_batch(frame, array("I", (len(frame),))))
+
+    def _drop(self, number: int) -> bytes:
+        parts = self._parts.pop(number, None)
+        if parts is None:
+            return b""
+        self.held -= len(parts) + _UNFINISHED
+        return bytes(parts)
+
+
+def _repeats(chunk: bytes, position: int, size: int, skip: int, most: int) -> int:
+    """How many frames from ``position`` on, ``most`` at the most, have the head of the one before it, of ``size`` bytes.
+
+    Compares a byte of all their heads at once, in slices: a fraction of what a loop over frames costs.
+    """
+    alike = min(most, (len(chunk) - position) // size)
+    for index, byte in enumerate(chunk[position - size : position - size + skip]):
+        column = chunk[position + index : position + alike * size : size]
+        alike -= len(column.lstrip(bytes((byte,))))
+    return alike
+
+
+def _references(chunk: bytes, start: int, end: int) -> References:
+    """The references from ``start`` on that go the same way, into the same ring."""
+    size, tag = HEAD.unpack_from(chunk, start)
+    skip, topic, exclude = _way(chunk[start : start + size], size, REFERENCE)
+    if size != skip + _REFERENCE.size:
+        raise FrameError(f"a reference of {size} bytes")
+    same = chunk[start : start + skip + 4]  # with the ring's number
+    position = start
+    last = min(end, start + _MOST_REFERENCES) - size
+    sizes = array("I")
+    room = _MOST_REFERRED
+    while room > 0 and position <= last and chunk.startswith(same, position):
+        length = _REFERENCE.unpack_from(chunk, position + skip)[2]
+        if skip + length > MAX_FRAME:
+            raise FrameError(f"a reference to {length} bytes")
+        sizes.append(skip + length)
+        room -= length
+        position += size
+    if not sizes:
+        raise FrameError("a reference with too long a topic")
+    frames = chunk[start:position]
+    (ring,) = _RING.unpack_from(chunk, start + skip)
+    return References(frames, sizes, topic, exclude, skip, bool(tag & IMAGE), ring)
+
+
+def references_in(frames: bytes | memoryview, skip: int) -> Iterator[tuple[int, int, int]]:
+    """Ring, offset and length of each of these references, whose heads are ``skip`` bytes long."""
+    return iter_unpack(f"<{skip}xIII", frames)
+
+
+def _parcel(frame: bytes) -> Parcel:
+    size, tag = HEAD.unpack_from(frame)
+    skip, topic, exclude = _way(frame, size, MEMORY)
+    if size != skip + _MEMORY.size:
+        raise FrameError(f"the frame of {size} bytes of a message in memory")
+    number, length = _MEMORY.unpack_from(frame, skip)
+    if skip + length > MAX_FRAME:
+        raise FrameError(f"a message of {length} bytes in memory")
+    image = bool(tag & IMAGE)
+    return Parcel(number, length, topic, exclude, frame_head(length, topic, exclude, IMAGE if image else 0), image)
+
+
+def _batch(frames: bytes, sizes: array[int]) -> Batch:
+    skip, topic, exclude = _way(frames, sizes[0])
+    return Batch(frames, sizes, topic, exclude, skip, bool(frames[6] & (IMAGE >> 16)))
+
+
+def _way(frame: bytes, size: int, kind: int = 0) -> tuple[int, bytes, int]:
+    """How long the head of a frame of this kind is, its topic, and who is excluded."""
+    tag = HEAD.unpack_from(frame)[1]
+    if not tag:
+        return HEAD.size, b"", 0
+    start = HEAD.size + (_EXCLUDED.size if tag & EXCLUDE else 0)
+    skip = start + (tag & TOPIC_LENGTH)
+    if tag & ~_WAY != kind or skip > min(size, len(frame)) or tag & TOPIC_LENGTH > MAX_TOPIC:
+        raise FrameError(f"a frame of {size} bytes with the tag {tag:#x}")
+    return skip, frame[start:skip], _EXCLUDED.unpack_from(frame, HEAD.size)[0] if tag & EXCLUDE else 0
+
+
+def topic_of(head: bytes) -> str:
+    """The topic in what stands before a payload."""
+    return head[16 if HEAD.unpack_from(head)[1] & EXCLUDE else 8 :].decode()

@@ -1,0 +1,206 @@
+"""A message and the bytes that carry it.
+
+Most messages are one pickle. Large buffers that pickle protocol 5 leaves out of it (those of numpy, pandas, PyArrow, and what
+is wrapped in a ``PickleBuffer``) come behind it, uncopied, in an **image**::
+
+    parts u32 | 0 u32 | for each part: offset u64, length u64 | the pickle | the buffers, each at a multiple of 64 bytes
+
+So that small messages do not pay for it, a message is expected to be like the one before it: :func:`dumps` with
+:func:`keep_in_band` for small ones, which raises :class:`LargeBuffer` when it meets one that is not, and :func:`gather` for
+messages with large parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
+from itertools import accumulate, islice, pairwise
+from struct import Struct, error
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from mpbroadcast.errors import BroadcastError
+
+if TYPE_CHECKING:
+    from mpbroadcast.protocol.runs import RunView
+
+PROTOCOL: Final = 5
+OUT_OF_BAND: Final = 1 << 16  # bytes of a buffer from which on it is left out of the pickle
+
+dumps = pickle.dumps
+loads: Final = pickle.loads
+
+_COUNT: Final = Struct("<II")
+_PART: Final = Struct("<QQ")
+_ALIGNMENT: Final = 64
+# What ends an iteration, or is the channel's own: of a message, it would be taken for that.
+_NOT_OF_A_MESSAGE: Final = (EOFError, StopIteration, StopAsyncIteration, BroadcastError)
+
+
+class Payload(NamedTuple):
+    """The bytes of a message, in parts; whether they are an image, not a pickle."""
+
+    parts: Sequence[Any]
+    size: int
+    image: bool
+
+
+class LargeBuffer(Exception):
+    """A message has a buffer that should not be copied into a pickle."""
+
+
+def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
+    """For :func:`dumps`: small buffers go into the pickle.
+
+    :raises LargeBuffer: this one is not small.
+    """
+    with memoryview(buffer) as view:
+        if view.nbytes >= OUT_OF_BAND and view.contiguous:
+            raise LargeBuffer
+    return True
+
+
+class _Parts(list[Any]):
+    write = list.append
+
+
+def gather(message: object) -> Payload:
+    """Pickle a message, and leave its large buffers where they are, and its large ``bytes`` and ``bytearray``, too."""
+    parts = _Parts()
+    buffers: list[memoryview] = []
+
+    def keep(buffer: pickle.PickleBuffer) -> bool:
+        with memoryview(buffer) as view:
+            if view.nbytes < OUT_OF_BAND or not view.contiguous:
+                return True
+        buffers.append(buffer.raw())
+        return False
+
+    pickle.dump(message, parts, PROTOCOL, buffer_callback=keep)
+    # A bytearray cannot change its size while something looks at it.
+    pickled = [memoryview(part) if type(part) is bytearray else part for part in parts]
+    size = sum(map(len, pickled))
+    if not buffers:
+        return Payload(pickled, size, False)
+    lengths = [size, *(raw.nbytes for raw in buffers)]
+    start = _COUNT.size + len(lengths) * _PART.size
+    # Where each part ends is where the next begins, but for what fills it up.
+    offsets = list(accumulate(lengths[:-1], lambda at, length: _aligned(at + length), initial=_aligned(start)))
+    head = _COUNT.pack(len(lengths), 0) + b"".join(map(_PART.pack, offsets, lengths))
+    whole: list[Any] = [head, bytes(offsets[0] - start), *pickled]
+    end = offsets[0] + size
+    for offset, raw in zip(offsets[1:], buffers, strict=True):
+        whole += (bytes(offset - end), raw)
+        end = offset + raw.nbytes
+    return Payload(whole, end, True)
+
+
+def explain(error: Exception, message: object, topic: str) -> None:
+    """Add to an error of pickling that it is about a message, and which."""
+    with contextlib.suppress(Exception):  # a user's exception
+        kind = type(message).__name__
+        error.add_note(f"publish() could not pickle this message, a {kind}, for topic {topic!r}: nothing was sent of it")
+
+
+def _aligned(position: int) -> int:
+    return -(-position // _ALIGNMENT) * _ALIGNMENT
+
+
+def load_image(buffer: Any) -> Any:
+    """The message of an image; its buffers stay where they are, so ``buffer`` must be the message's own.
+
+    :raises pickle.UnpicklingError: it is no image.
+    """
+    view = memoryview(buffer).cast("B")
+    try:
+        count, _ = _COUNT.unpack_from(view)
+        places = list(_PART.iter_unpack(view[_COUNT.size : _COUNT.size + count * _PART.size]))
+    except error:
+        places = []
+    parts = [view[offset : offset + length] for offset, length in places]
+    if not parts or len(parts) != count or any(len(part) != length for part, (_, length) in zip(parts, places, strict=True)):
+        raise pickle.UnpicklingError("a message whose buffers are not where it says")
+    return loads(parts[0], buffers=parts[1:])
+
+
+class Failure:
+    """Stands in the place of a message: ``error`` is raised when its turn comes."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
+    """The messages of a run whose frames are all in ``data``, and whether all could be unpickled.
+
+    One that could not is a :class:`Failure` in its place. An interrupt, which is what raises once and not again, goes
+    through, and the run can be loaded again.
+    """
+    start = run.first + run.skip
+    view = memoryview(data)
+    loader = load_copied_image if run.image else loads
+    if run.sizes is None:
+        return load_each([view[start:]], loader)
+    messages: list[Any] = []
+    failed: Exception | None = None
+    if not run.image:
+        stream = BytesIO(data)  # each read is a payload and the next frame's head: no loop in Python
+        stream.seek(start)
+        failed = _extend(messages, map(loads, map(stream.read, run.sizes)), run.messages)
+        if failed is None:
+            return messages, True
+    ends = accumulate(run.sizes, initial=start)
+    return load_each([view[a : b - run.skip] for a, b in pairwise(ends)], loader, messages, failed)
+
+
+def load_each(
+    payloads: list[memoryview],
+    loader: Callable[[Any], Any],
+    messages: list[Any] | None = None,
+    failed: Exception | None = None,
+) -> tuple[list[Any], bool]:
+    """The messages in these, and whether all could be unpickled; otherwise as :func:`load_run`.
+
+    ``messages`` are those that were unpickled before, and ``failed`` is what the next one raised.
+    """
+    messages = [] if messages is None else messages
+    whole = True
+    while True:
+        if failed is None:
+            failed = _extend(messages, map(loader, islice(payloads, len(messages), None)), len(payloads))
+        if failed is None:
+            return messages, whole
+        messages.append(_failure(payloads[len(messages)], failed, loader))
+        failed, whole = None, False
+
+
+def _extend(messages: list[Any], more: Iterable[Any], count: int) -> Exception | None:
+    """Add what ``more`` gives, until there are ``count``; what it raised before that."""
+    try:
+        messages.extend(more)
+    except Exception as raised:  # extend has kept those before it
+        if len(messages) == count:
+            raise
+        return raised
+    return None if len(messages) == count else StopIteration()  # of a message: it has ended the map
+
+
+def load_copied_image(payload: memoryview) -> Any:
+    """The message of an image in memory that will not stay as it is."""
+    return load_image(bytearray(payload))
+
+
+def _failure(payload: memoryview, error: Exception, loader: Callable[[Any], Any]) -> Failure:
+    """What stands in the place of a message whose unpickling raised ``error``; if it does not again, that was an interrupt."""
+    try:
+        loader(payload)
+    except _NOT_OF_A_MESSAGE as again:
+        wrapped = RuntimeError(f"unpickling a message raised {type(again).__name__}")
+        wrapped.__cause__ = again
+        return Failure(wrapped)
+    except Exception as again:
+        return Failure(again)
+    raise error

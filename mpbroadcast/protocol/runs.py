@@ -1,0 +1,232 @@
+"""Runs: what the broker writes to a channel. Sans-IO: bytes in, bytes out.
+
+A run is neighbouring frames, untouched, behind a table of their lengths::
+
+    size u64 | count u32 | kind u8 | image u8 | skip u16 | count lengths u32 (none for a single frame) | frames | tail byte
+
+or, for messages in a ring, the broker's number for that, and the frames that refer to them::
+
+    size u64 | count u32 | REFERENCES u8 | image u8 | skip u16 | ring u32 | frames | tail byte
+
+or, for a message in memory of its own, which is sent beside the pipe::
+
+    size u64 | 1 u32 | IN_MEMORY u8 | image u8 | skip u16 | number u64 | length u64 | its head | tail byte
+
+or a **note**, which stands in the place of messages::
+
+    size u64 | 0 u32 | kind u8 | 0 u8 | 0 u16 | number u64 | tail byte
+
+``skip`` is the length of what stands before each payload. The channel reads ``length`` bytes from behind the first frame's
+head on: each read is one payload and the next frame's head, which unpickling ignores. The tail byte stays in the pipe until
+the last message of the run has been handed out, so that the descriptor stays readable while there is something to receive;
+and so an empty pipe says that all references in it have been read.
+"""
+
+from __future__ import annotations
+
+from array import array
+from struct import Struct
+from typing import Any, Final, NamedTuple
+
+from mpbroadcast.protocol.frames import OVERHEAD, REFERENCE_SIZE, Batch, Parcel, References
+
+RUN: Final = Struct("<QIBBH")
+_NOTE: Final = Struct("<QIBBHQ")
+TAIL: Final = b"\n"
+PART: Final = 1 << 18  # bytes of a long message to read at once: what a pipe can take
+MESSAGES: Final = 0
+END: Final = 1
+GAP: Final = 2
+SKIPPED: Final = 3
+OVERFLOWED: Final = 4
+OFFER: Final = 5  # a ring can be mapped
+GONE: Final = 6  # nothing refers to a ring any more
+REFERENCES: Final = 7
+IN_MEMORY: Final = 8
+RESTARTED: Final = 9  # the broker is another one: what is missing here, nobody knows
+_NOTES: Final = (END, GAP, SKIPPED, OVERFLOWED, OFFER, GONE, RESTARTED)
+
+_RING: Final = Struct("<I")
+_MEMORY: Final = Struct("<QQ")
+
+
+class Account:
+    """The bytes of all runs that there are, each once, however many backlogs it is in."""
+
+    __slots__ = ("held",)
+
+    def __init__(self) -> None:
+        self.held = 0
+
+
+class Run:
+    """Messages on their way to channels: ``data`` is what a pipe gets, shared by all backlogs that the run is in."""
+
+    __slots__ = ("account", "charge", "count", "data", "missed", "size")
+
+    hold: Any = None  # what keeps the messages, if they are in shared memory, for which a reader must be prepared
+
+    def __init__(self, data: bytes, count: int, charge: int, missed: int = 0, account: Account | None = None) -> None:
+        self.data = data
+        self.size = len(data)  # bytes that a pipe gets
+        self.count = count
+        self.charge = charge  # what it counts in a backlog
+        self.missed = missed  # what a note says of that
+        self.account = account
+        if account is not None:
+            account.held += charge
+
+    def __del__(self) -> None:
+        if self.account is not None:
+            self.account.held -= self.charge
+
+    def rest(self, offset: int) -> bytes | memoryview:
+        """Some of what a pipe gets from this byte on, at least one."""
+        return memoryview(self.data)[offset:]
+
+    def charges(self) -> list[int]:
+        """What each of its messages counts in a backlog."""
+        if self.count == 1:
+            return [self.charge]
+        return [size + OVERHEAD for size in array("I", self.data[RUN.size : RUN.size + 4 * self.count])]
+
+    def part(self, start: int, stop: int) -> Run:
+        """Its messages from ``start`` to before ``stop``, as a run of their own."""
+        if start == 0 and stop == self.count:
+            return self
+        _, _, _, image, skip = RUN.unpack_from(self.data)
+        sizes = array("I", self.data[RUN.size : RUN.size + 4 * self.count])
+        first = RUN.size + 4 * self.count + sum(sizes[:start])
+        sizes = sizes[start:stop]
+        return _pack(self.data[first : first + sum(sizes)], sizes, skip, image, self.account)
+
+
+def run_of(batch: Batch, account: Account | None = None) -> Run:
+    """The run that carries a batch."""
+    return _pack(batch.frames, batch.sizes, batch.skip, batch.image, account)
+
+
+def _pack(frames: bytes, sizes: array[int], skip: int, image: bool, account: Account | None) -> Run:
+    count = len(sizes)
+    table = sizes.tobytes() if count > 1 else b""
+    head = RUN.pack(RUN.size + len(table) + len(frames) + len(TAIL), count, MESSAGES, image, skip)
+    return Run(b"".join((head, table, frames, TAIL)), count, len(frames) + count * OVERHEAD, 0, account)
+
+
+class SharedRun(Run):
+    """Messages in a ring, or one in memory of its own; ``hold`` keeps them there. Its data is one whole write."""
+
+    __slots__ = ("_copy", "hold", "item")
+
+    def __init__(self, item: References | Parcel, account: Account | None = None) -> None:
+        self.item = item
+        self.hold = item.hold
+        self._copy: Run | None = None
+        super().__init__(self.hold.data(item), len(item.sizes), item.charge, 0, account)
+
+    def charges(self) -> list[int]:
+        return [size + OVERHEAD for size in self.item.sizes]
+
+    def part(self, start: int, stop: int) -> Run:
+        if start == 0 and stop == self.count:
+            return self
+        return SharedRun(self.item.cut(stop)[0].cut(start)[1], self.account)
+
+    def copied(self) -> Run:
+        """The messages in no shared memory: the same run for all that ask."""
+        if self._copy is None:
+            if isinstance(self.item, Parcel) and self.item.length > PART:
+                self._copy = LongRun(self.item, self.hold)
+            else:
+                self._copy = run_of(self.hold.copied(self.item), self.hold.copies)
+        return self._copy
+
+
+class LongRun(Run):
+    """A long message in memory of its own, for a pipe that gets the message itself: read part by part, as the pipe takes it.
+
+    Copied at once, it would hold up all others, and take its size once more in the broker.
+    """
+
+    __slots__ = ("_item", "_memory")
+
+    def __init__(self, item: Parcel, memory: Any) -> None:
+        self._item = item
+        self._memory = memory
+        size = RUN.size + len(item.head) + item.length + len(TAIL)
+        super().__init__(RUN.pack(size, 1, MESSAGES, item.image, len(item.head)) + item.head, 1, item.charge, 0, memory.copies)
+        self.size = size
+
+    def rest(self, offset: int) -> bytes | memoryview:
+        if offset < len(self.data):
+            return super().rest(offset)
+        offset -= len(self.data)
+        return self._memory.read(offset, min(PART, self._item.length - offset)) or TAIL
+
+
+def references_run(references: References, ring: int) -> bytes:
+    """What a pipe gets for messages in the ring that the broker knows by this number: one whole write."""
+    size = RUN.size + _RING.size + len(references.frames) + len(TAIL)
+    head = RUN.pack(size, len(references.sizes), REFERENCES, references.image, references.skip)
+    return b"".join((head, _RING.pack(ring), references.frames, TAIL))
+
+
+def memory_run(parcel: Parcel, number: int) -> bytes:
+    """What a pipe gets for a message in memory of its own, which is sent beside the pipe under this number."""
+    size = RUN.size + _MEMORY.size + len(parcel.head) + len(TAIL)
+    head = RUN.pack(size, 1, IN_MEMORY, parcel.image, len(parcel.head))
+    return b"".join((head, _MEMORY.pack(number, parcel.length), parcel.head, TAIL))
+
+
+def note_run(kind: int, missed: int = 0) -> Run:
+    """Says something in the place of messages: ``END`` (a clean end), ``GAP`` (so many were dropped here), ``SKIPPED`` (so many
+    states were, which nobody wants to hear of), ``OVERFLOWED`` (what came next did not fit)."""
+    return Run(note(kind, missed), 0, 0, missed)
+
+
+def note(kind: int, number: int) -> bytes:
+    """A note as a pipe gets it. Of ``OFFER`` and ``GONE``, the number is the ring's."""
+    return _NOTE.pack(_NOTE.size + len(TAIL), 0, kind, 0, 0, number) + TAIL
+
+
+class RunView(NamedTuple):
+    """What the head of a run says about the bytes behind it. Of a note, ``messages`` is the number that it says."""
+
+    size: int
+    kind: int
+    messages: int
+    image: bool
+    skip: int
+    sizes: array[int] | None  # of the frames; None for a single one
+    first: int  # where the first frame starts
+
+
+def read_run(data: bytes, start: int) -> RunView | None:
+    """The run at ``start``, or ``None`` while its head is not whole. The frames may not be there yet."""
+    if len(data) - start < RUN.size:
+        return None
+    size, count, kind, image, skip = RUN.unpack_from(data, start)
+    first = start + RUN.size
+    if kind in _NOTES:
+        number = _NOTE.unpack_from(data, start)[5] if len(data) - start >= _NOTE.size else 0
+        return RunView(size, kind, number, False, skip, None, first)
+    if kind == MESSAGES and count > 1 and len(data) - first >= 4 * count:
+        return RunView(size, kind, count, bool(image), skip, array("I", data[first : first + 4 * count]), first + 4 * count)
+    if kind == REFERENCES:
+        first += _RING.size
+    elif kind == IN_MEMORY:
+        first += _MEMORY.size
+    return RunView(size, kind, count, bool(image), skip, None, first)
+
+
+def read_references(data: bytes, run: RunView) -> tuple[int, bytes]:
+    """The ring, and the frames that refer to it, of a run that is all in ``data``."""
+    (ring,) = _RING.unpack_from(data, run.first - _RING.size)
+    each = run.skip + REFERENCE_SIZE
+    return ring, data[run.first : run.first + run.messages * each]
+
+
+def read_memory(data: bytes, run: RunView) -> tuple[int, int]:
+    """The number and the length of the message in memory of its own, of a run that is all in ``data``."""
+    number, length = _MEMORY.unpack_from(data, run.first - _MEMORY.size)
+    return number, length

@@ -1,1 +1,0 @@
-"""What crosses a process boundary, used by both sides."""

@@ -1,0 +1,587 @@
+"""How programs end: forgotten ``close()``, Ctrl-C, unguarded main modules, and what ``close()`` itself promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, StartError, connect, start_broadcaster
+from tests.support import victims
+from tests.support.helpers import DEADLINE, Children, answer, finish, take, wait_until
+from tests.support.victims import Program, receive_all
+
+METHODS = ["fork", "spawn", "forkserver"]
+PROMPTLY = 10.0  # seconds for a whole program with its processes, on a busy machine
+
+Write = Callable[[str], str]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Write:
+    """Writes a program into a file; gives its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "program.py"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def ends_well(program: Program, out: str, *, log: bool = False) -> None:
+    """The program ends by itself with success, prints that, and says nothing on standard error; no process is left.
+
+    With ``log`` the broker may name a channel that was not read to its end.
+    """
+    code, printed, errors = program.end()
+    if log:
+        errors = re.sub(r"^mpbroadcast broker \d+: WARNING: channel \d+ .*\n", "", errors, flags=re.MULTILINE)
+    assert (code, printed, errors) == (0, out, "")
+    wait_until(lambda: not program.processes())
+
+
+# ------------------------------------------------------------------------------------------------------ without close()
+
+FORGETFUL = """
+import multiprocessing, sys
+from mpbroadcast import start_broadcaster
+
+def work(channel):
+    total = 0
+    for message in channel:
+        total += message
+    print(total, flush=True)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    bus = start_broadcaster()
+    for _ in range(2):
+        multiprocessing.Process(target=work, args=(bus.subscribe(),)).start()
+    for number in range(1000):
+        bus.publish(number)
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_forgotten_close_still_delivers(method: str, script: Write) -> None:
+    """A program that never calls ``close()`` delivers all to its workers, warns of nothing, and exits by itself."""
+    with Program("-W", "error", script(FORGETFUL), method) as program:
+        ends_well(program, "499500\n499500\n")
+
+
+@pytest.mark.parametrize("opening", ["", "channel.poll(0)", "channel.recv()"], ids=["unopened", "opened", "half read"])
+def test_unread_channels_do_not_hold_up_the_end(opening: str, script: Write) -> None:
+    """Messages that the ending program itself has not read hold up nothing, and are no error."""
+    text = f"""
+        from mpbroadcast import start_broadcaster
+        bus = start_broadcaster()
+        channel = bus.subscribe()
+        for number in range(3000):
+            bus.publish(bytes(1000))
+        {opening}
+        """
+    lines = [line.strip().replace("bus.publish", "    bus.publish") for line in text.strip().splitlines()]
+    start = time.monotonic()
+    with Program("-W", "error", script("\n".join(lines))) as program:
+        ends_well(program, "", log=True)
+    assert time.monotonic() - start < PROMPTLY / 2
+
+
+def test_a_worker_that_never_reads_does_not_hang_the_end(script: Write) -> None:
+    """A worker that has stopped reading costs the end of the program a bounded time, and is named in the log."""
+    text = """
+import multiprocessing, signal
+import mpbroadcast.broadcaster
+from mpbroadcast import start_broadcaster
+
+mpbroadcast.broadcaster.CLOSE_TIMEOUT = 1.5
+
+def work(channel, opened):
+    channel.poll(0)
+    opened.send(True)
+    signal.pause()
+
+if __name__ == "__main__":
+    bus = start_broadcaster()
+    mine, theirs = multiprocessing.Pipe()
+    worker = multiprocessing.Process(target=work, args=(bus.subscribe(), theirs), daemon=True)
+    worker.start()
+    print(worker.pid)
+    mine.recv()
+    for number in range(3000):
+        bus.publish(bytes(1000))
+"""
+    start = time.monotonic()
+    with Program(script(text)) as program:
+        code, printed, errors = program.end()
+        assert code == 0
+        assert printed.strip() in errors
+        assert "Traceback" not in errors
+        wait_until(lambda: not program.processes())
+    assert time.monotonic() - start < 1.5 + PROMPTLY
+
+
+def test_an_error_in_the_main_program_still_ends_it(script: Write) -> None:
+    """A program that fails shows its own traceback only; what it had published is delivered, and it ends."""
+    text = FORGETFUL + "    raise SystemError('the program has failed')\n"
+    with Program("-W", "error", script(text), "fork") as program:
+        code, printed, errors = program.end()
+        assert code == 1
+        assert printed == "499500\n499500\n"
+        assert errors.count("Traceback") == 1
+        assert errors.endswith("SystemError: the program has failed\n")
+        wait_until(lambda: not program.processes())
+
+
+DROPPED = """
+import multiprocessing, sys
+from mpbroadcast import connect, start_broadcaster
+
+def use(address, orders):
+    with connect(address) as bus, bus.subscribe() as channel:
+        orders.send("connected")
+        orders.recv()
+
+if __name__ == "__main__":
+    bus = start_broadcaster(restart=sys.argv[2] == "restart")
+    address = bus.address
+    channel = ours = None
+    match sys.argv[1]:
+        case "channel":
+            channel = bus.subscribe()
+        case "process":
+            ours, theirs = multiprocessing.Pipe()
+            other = multiprocessing.get_context("spawn").Process(target=use, args=(address, theirs))
+            other.start()
+            ours.recv()
+        case "forked":
+            ours, theirs = multiprocessing.Pipe()
+            other = multiprocessing.get_context("fork").Process(target=lambda bus: theirs.recv(), args=(bus,))
+            other.start()
+        case "forgotten":
+            other = multiprocessing.get_context("fork").Process(target=bus.stats)
+            other.start()
+            other.join()
+    broker = multiprocessing.active_children()
+    del bus
+    if sys.argv[1] in ("channel", "process", "forked"):
+        print(connect(address).stats().published, flush=True)
+        if ours is not None:
+            ours.send("end")
+            other.join()
+        channel = None
+    if sys.argv[1] != "forked":
+        for process in broker:
+            process.join()
+    print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("needed_by", "restart"),
+    [(what, "once") for what in ("nothing", "channel", "process", "forked", "forgotten")] + [("nothing", "restart")],
+)
+def test_a_dropped_broadcaster_ends_its_broker(needed_by: str, restart: str, script: Write) -> None:
+    """Once nothing needs it any more, at the latest with the program; and a ``ResourceWarning`` says that it was dropped."""
+    with Program("-W", "always::ResourceWarning", script(DROPPED), needed_by, restart) as program:
+        code, printed, errors = program.end()
+        assert code == 0
+        assert printed == ("0\nended\n" if needed_by in ("channel", "process", "forked") else "ended\n")
+        assert errors.count("was dropped without close()") == 1
+        assert "Traceback" not in errors
+        wait_until(lambda: not program.processes())
+
+
+# --------------------------------------------------------------------------------------------------------------- Ctrl-C
+
+INTERRUPTED = """
+import multiprocessing, sys
+from mpbroadcast import start_broadcaster
+
+def work(channel, opened):
+    try:
+        channel.poll(0)
+        opened.send(True)
+        for message in channel:
+            pass
+    except KeyboardInterrupt:
+        pass
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    bus = start_broadcaster()
+    mine, theirs = multiprocessing.Pipe()
+    for _ in range(2):
+        multiprocessing.Process(target=work, args=(bus.subscribe(), theirs)).start()
+        mine.recv()
+    channel = bus.subscribe("never")
+    try:
+        print("ready", flush=True)
+        {wait}
+    except KeyboardInterrupt:
+        {caught}
+"""
+WAITS = {
+    "recv": "channel.recv()",
+    "publish": "full = bus.subscribe(capacity=50_000)\n        while True: bus.publish(bytes(1000))",
+    "traffic": "while True: bus.publish(bytes(1000), topic='busy')",
+    "wait_for_subscribers": "bus.wait_for_subscribers(1000)",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ctrl_c_ends_all_without_a_word(method: str, script: Write) -> None:
+    """Ctrl-C reaches the whole group: where the user's code catches it, nothing is printed, and no process is left."""
+    with Program("-W", "error", script(INTERRUPTED.format(wait=WAITS["recv"], caught="print('caught')")), method) as program:
+        assert program.line() == "ready"
+        program.interrupt()
+        ends_well(program, "caught\n")
+
+
+@pytest.mark.parametrize("wait", ["publish", "traffic"])
+def test_ctrl_c_while_publishing(wait: str, script: Write) -> None:
+    """Ctrl-C in the middle of ``publish``, waiting or not, gives the user's ``KeyboardInterrupt`` and nothing else."""
+    with Program("-W", "error", script(INTERRUPTED.format(wait=WAITS[wait], caught="print('caught')")), "fork") as program:
+        assert program.line() == "ready"
+        if wait == "publish":
+            wait_until(lambda: victims.stalled(program.pid))
+        program.interrupt()
+        ends_well(program, "caught\n", log=True)
+
+
+@pytest.mark.parametrize("wait", ["recv", "publish", "wait_for_subscribers"])
+def test_ctrl_c_that_nobody_catches_shows_one_traceback(wait: str, script: Write) -> None:
+    """The only traceback after a Ctrl-C is the user's own ``KeyboardInterrupt``, without one of the library's before it."""
+    with Program(script(INTERRUPTED.format(wait=WAITS[wait], caught="raise")), "fork") as program:
+        assert program.line() == "ready"
+        wait_until(lambda: victims.stalled(program.pid))
+        program.interrupt()
+        code, _, errors = program.end()
+        assert code in (-signal.SIGINT, 128 + signal.SIGINT)
+        assert errors.count("Traceback") == 1
+        assert errors.rstrip().endswith("KeyboardInterrupt")
+        wait_until(lambda: not program.processes())
+
+
+# -------------------------------------------------------------------------------------------------------- main modules
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_an_unguarded_main_module_is_told_what_to_write(method: str, script: Write) -> None:
+    """With such a context a main module without a guard gets an error that says what to write, and nothing hangs."""
+    text = f"""
+import multiprocessing
+from mpbroadcast import start_broadcaster
+bus = start_broadcaster(context=multiprocessing.get_context("{method}"))
+print("started")
+"""
+    with Program(script(text)) as program:
+        code, printed, errors = program.end()
+        assert code != 0
+        assert printed == ""
+        assert "StartError" in errors
+        assert 'if __name__ == "__main__":' in errors
+        wait_until(lambda: not program.processes())
+
+
+UNGUARDED = """
+import multiprocessing
+multiprocessing.set_start_method("{method}")
+from mpbroadcast import start_broadcaster
+print("main", flush=True)
+with start_broadcaster() as bus, bus.subscribe() as channel:
+    bus.publish("hello")
+    print(channel.recv())
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("how", ["file", "-", "-m", "-c"])
+def test_without_a_context_no_guard_is_needed(
+    how: str, method: str, script: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the default start method is, the broker imports nothing of the main module, however that was given."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    text = UNGUARDED.format(method=method)
+    commands = {"file": [script(text)], "-": ["-"], "-m": ["-m", "program"], "-c": ["-c", text]}
+    with Program("-W", "error", *commands[how], stdin=text if how == "-" else None) as program:
+        ends_well(program, "main\nhello\n")
+
+
+def test_a_log_config_that_needs_the_main_module_is_an_error_that_says_so(script: Write) -> None:
+    """Without a context, the broker cannot have what stands in the main module."""
+    text = """
+import logging, multiprocessing
+from mpbroadcast import StartError, start_broadcaster
+class Handler(logging.NullHandler): pass
+multiprocessing.set_start_method("spawn")
+try:
+    start_broadcaster(log_config={"version": 1, "handlers": {"own": {"()": Handler}}})
+except StartError as error:
+    print(error)
+"""
+    with Program(script(text)) as program:
+        code, printed, _ = program.end()
+    assert code == 0
+    assert "what log_config names must stand in another one" in printed
+
+
+SHORT = """
+import multiprocessing
+from mpbroadcast import start_broadcaster
+with start_broadcaster({context}) as bus, bus.subscribe() as channel:
+    bus.publish("hello")
+    print(channel.recv())
+"""
+SPAWN = 'context=multiprocessing.get_context("spawn")'
+
+
+@pytest.mark.parametrize("context", ["", SPAWN], ids=["default", "spawn"])
+def test_a_program_given_by_c(context: str) -> None:
+    """``python -c`` has no main module that could be imported again, and needs none."""
+    with Program("-W", "error", "-c", SHORT.format(context=context)) as program:
+        ends_well(program, "hello\n")
+
+
+def test_a_program_from_standard_input() -> None:
+    """A script that is piped into Python works as one in a file does."""
+    with Program("-W", "error", "-", stdin=SHORT.format(context="")) as program:
+        ends_well(program, "hello\n")
+
+
+def test_a_program_from_standard_input_under_spawn() -> None:
+    """Where the main module cannot be imported again, the broker starts all the same, or the error says why not."""
+    with Program("-W", "error", "-", stdin=SHORT.format(context=SPAWN)) as program:
+        code, printed, errors = program.end()
+        if code == 0:
+            assert (printed, errors) == ("hello\n", "")
+        else:
+            assert "StartError" in errors
+            assert "main" in errors.splitlines()[-1]
+        wait_until(lambda: not program.processes())
+
+
+def test_a_program_whose_standard_streams_are_closed(tmp_path: Path, script: Write) -> None:
+    """A program with descriptors 0, 1 and 2 closed works: its sockets take these numbers, and stay its own."""
+    result = tmp_path / "result"
+    text = f"""
+from mpbroadcast import start_broadcaster
+with start_broadcaster() as bus, bus.subscribe() as channel:
+    bus.publish("hello")
+    text = channel.recv(10)
+with open({str(result)!r}, "w") as file:
+    file.write(text)
+"""
+    bare = "import os, sys; os.closerange(0, 3); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    with Program("-c", bare, script(text)) as program:
+        assert program.process.wait(DEADLINE) == 0
+        assert result.read_text() == "hello"
+        wait_until(lambda: not program.processes())
+
+
+def test_a_daemonic_process_cannot_start_but_can_connect(
+    bus: Broadcaster[Any], fork: BaseContext, pipe: tuple[Connection, Connection]
+) -> None:
+    """A daemonic process gets a ``StartError`` that says why, and can still attach to a broker that runs."""
+    with bus.subscribe() as channel:
+        process = fork.Process(target=victims.start_in_daemon, args=(pipe[1], bus.address), daemon=True)  # type: ignore[attr-defined]
+        process.start()
+        name, text = answer(pipe[0])
+        assert name == StartError.__name__
+        assert "daemon" in text
+        assert "connect" in text
+        assert answer(pipe[0]) == "connected"
+        assert channel.recv(DEADLINE) == "from the daemon"
+        process.join(DEADLINE)
+        assert process.exitcode == 0
+        process.close()
+
+
+def test_the_broker_keeps_no_descriptor_of_its_starter(tmp_path: Path, fork: BaseContext) -> None:
+    """A forked broker lets go of what it inherited: a pipe of the user's ends when the user closes it."""
+    reader, writer = os.pipe()
+    try:
+        with start_broadcaster(context=fork) as bus:
+            os.close(writer)
+            writer = -1
+            wait_until(lambda: os.get_blocking(reader) and _at_end(reader))
+            bus.publish("works")
+    finally:
+        os.close(reader)
+        if writer >= 0:
+            os.close(writer)
+
+
+def _at_end(reader: int) -> bool:
+    os.set_blocking(reader, False)
+    try:
+        return os.read(reader, 1) == b""
+    except BlockingIOError:
+        return False
+    finally:
+        os.set_blocking(reader, True)
+
+
+def test_the_programs_output_ends_with_the_program(script: Write) -> None:
+    """A broker does not keep the standard output of a killed starter open: who reads it gets its end."""
+    text = """
+import signal
+from mpbroadcast import start_broadcaster
+bus = start_broadcaster()
+print("ready", flush=True)
+signal.pause()
+"""
+    with Program(script(text)) as program:
+        assert program.line() == "ready"
+        os.kill(program.pid, signal.SIGKILL)
+        assert program.end() == (-signal.SIGKILL, "", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------- close
+
+
+def test_close_waits_for_a_channel_that_was_handed_on(
+    context: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+) -> None:
+    """A worker that starts slowly still gets what was published and closed behind its back."""
+    bus: Broadcaster[Any] = start_broadcaster()
+    reader = children(context, victims.slow_reader, bus.subscribe(), pipe[1])
+    for number in range(10):
+        bus.publish((number, b""))
+    bus.close(timeout=DEADLINE)
+    assert answer(pipe[0]) == "open"
+    assert answer(pipe[0]) == (list(range(10)), "EOFError")
+    reader.join(DEADLINE)
+
+
+def test_close_gives_up_on_a_reader_that_never_reads(
+    fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+) -> None:
+    """``close()`` returns within its timeout; a channel that was not drained gets ``BrokerLost``, no clean end."""
+    bus: Broadcaster[Any] = start_broadcaster()
+    ours, theirs = Pipe()
+    other = children(fork, victims.slow_reader, bus.subscribe("all", "other"), theirs)
+    reader = children(fork, victims.idle_reader, bus.subscribe("all"), pipe[1])
+    assert answer(pipe[0]) == "open"
+    assert answer(ours) == "open"
+    for number in range(1000):
+        bus.publish((number, bytes(3500)), topic="all" if number % 10 else "other")
+    start = time.monotonic()
+    bus.close(timeout=2.0)
+    took = time.monotonic() - start
+    assert 1.0 < took < 2.0 + 4.0
+    assert answer(ours) == (list(range(1000)), "EOFError"), "the others are drained, and end cleanly"
+    pipe[0].send("go on")
+    count, end = answer(pipe[0])
+    assert end == BrokerLost.__name__
+    assert 0 < count < 900
+    for process in (reader, other):
+        process.join(DEADLINE)
+    ours.close()
+    theirs.close()
+
+
+def _read_slowly(channel: Channel[Any], report: Connection) -> None:
+    received = 0
+    while True:
+        try:
+            channel.recv(DEADLINE)
+        except (EOFError, BrokerLost) as error:
+            report.send((received, type(error).__name__))
+            return
+        received += 1
+        time.sleep(0.003)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_close_waits_for_a_reader_that_goes_on_reading(
+    restart: bool, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+) -> None:
+    """Its timeout counts from the last progress: all is read, though that takes several times as long."""
+    bus: Broadcaster[Any] = start_broadcaster(restart=restart)
+    reader = children(fork, _read_slowly, bus.subscribe(), pipe[1])
+    count = bus.publish_many(bytes(1900) for _ in range(2000))
+    bus.close(timeout=1.5)
+    assert answer(pipe[0]) == (count, "EOFError")
+    finish(reader)
+
+
+def test_close_with_timeout_zero(bus: Broadcaster[Any]) -> None:
+    """``close(timeout=0)`` does not wait for readers."""
+    channel = bus.subscribe()
+    channel.poll(0)
+    for _ in range(3000):
+        bus.publish(bytes(1000))
+    start = time.monotonic()
+    bus.close(timeout=0)
+    assert time.monotonic() - start < 4.0
+    received, end = receive_all(channel)
+    assert len(received) < 3000
+    assert isinstance(end, BrokerLost)
+    channel.close()
+
+
+def test_closing_an_attached_handle_leaves_the_rest_alone(bus: Broadcaster[Any]) -> None:
+    """``close()`` of a handle that did not start the broker detaches it; its channels live on."""
+    with connect(bus.address) as other:
+        channel = other.subscribe()
+    with pytest.raises(ClosedError):
+        other.publish("never")
+    bus.publish("on")
+    assert take(channel, 1) == ["on"]
+    channel.close()
+
+
+def test_a_worker_that_publishes_after_the_end_hears_of_it(
+    fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+) -> None:
+    """Publishing to a closed broker raises ``BrokerLost`` in other processes, ``ClosedError`` in the closing one."""
+    bus: Broadcaster[Any] = start_broadcaster()
+    worker = children(fork, victims.report_error_of, "publish", bus, pipe[1])
+    assert answer(pipe[0]) == "waiting"
+    wait_until(lambda: bus.stats().published > 10)
+    bus.close(timeout=DEADLINE)
+    assert answer(pipe[0])[0] == BrokerLost.__name__
+    worker.join(DEADLINE)
+    with pytest.raises(ClosedError):
+        bus.publish("late")
+
+
+# ------------------------------------------------------------------------------------------------------ SIGCHLD ignored
+
+UNREAPED = """
+import multiprocessing, os, signal, sys
+from mpbroadcast import start_broadcaster
+
+def refuse(pid, number):
+    raise AssertionError(f"signal {number} is sent to process {pid} by its number")
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    context = multiprocessing.get_context(sys.argv[1])
+    bus = start_broadcaster(context=context, restart=sys.argv[2] == "restart")
+    if sys.argv[2] == "killed":
+        os.kill(bus.stats().pid, signal.SIGKILL)
+    os.kill = refuse
+    bus.close()
+    print("closed", multiprocessing.active_children(), flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # from Python 3.13 on, multiprocessing waits for its tracker at the end
+"""
+
+
+@pytest.mark.parametrize("what", ["closed", "restart", "killed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_starter_that_ignores_its_childrens_end(method: str, what: str, script: Write) -> None:
+    """With ``SIGCHLD`` ignored, ``close`` ends the broker and raises nothing, and no signal goes to a mere number."""
+    with Program(script(UNREAPED), method, what) as program:
+        ends_well(program, "closed []\n")

@@ -1,0 +1,1130 @@
+"""Scarcity: with too few descriptors or processes, or too little memory or room, all is slower or says why, and never wrong.
+
+What is short is short for one process, or for one user for a moment: nothing here changes a setting of the system.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import errno
+import fcntl
+import gc
+import json
+import mmap
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from psutil import _pslinux
+
+import mpbroadcast
+from mpbroadcast import Broadcaster, BrokerRestarted, Channel, StartError, connect, start_broadcaster
+from mpbroadcast.broker import acceptor
+from mpbroadcast.broker import server as broker_module
+from mpbroadcast.client import broadcaster, ring, session
+from mpbroadcast.client.ring import Ring
+from mpbroadcast.posix.processes import PeerProcess
+from mpbroadcast.posix.shared_memory import available
+from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS
+from tests.conftest import descriptors as open_files
+from tests.support import victims
+from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, take, wait_until
+from tests.support.large_workers import SIZES, Size, limited, number_of, numbers_until_end, report_numbers
+from tests.support.victims import ROOT, Counter, alive, asleep, descriptors
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and namespaces are looked at as Linux has them")
+
+Bus = Broadcaster[Any]
+EVERY_SIZE = [Size(0), Size(100), Size(2100), Size(4090), Size(60_000), Size(300_000), Size(3 << 20), Size(3 << 20, True)]
+NOBODY = 61_234  # a user that nobody is
+CANNOT = 77  # exit code of a program that cannot do here what it is for
+_pidfd_open = getattr(os, "pidfd_open", None)
+
+
+# --------------------------------------------------------------------------------------------------------------- helpers
+
+
+def room_for(count: int, pid: int) -> int:
+    """The limit on descriptors with which a process can get so many more, and none after that."""
+    folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY)
+    try:
+        there = {int(name) for name in os.listdir(folder)}
+    finally:
+        os.close(folder)
+    if pid == os.getpid():
+        # Two descriptors were open only to find this out.
+        there -= {number for number in there if not _is_open(number)}
+    limit = 0
+    while count or limit in there:
+        count -= limit not in there
+        limit += 1
+    return limit
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def descriptors_left(count: int, pid: int = 0) -> Iterator[None]:
+    """A process can get so many descriptors more, within."""
+    with limited(resource.RLIMIT_NOFILE, room_for(count, pid or os.getpid()), pid or os.getpid()):
+        yield
+
+
+def said(call: Callable[[], Any]) -> str:
+    """``""`` when the call goes well, else the name of its error and what that says."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__} {getattr(error, 'errno', None)}: {str(error) or 'it does not say why'}"
+    return ""
+
+
+def no_descriptor(outcome: str) -> bool:
+    """Whether this is success, or the error of one that had no descriptor left, here or in the broker."""
+    return not outcome or outcome.startswith(f"OSError {errno.EMFILE}:")
+
+
+def late(outcome: str) -> bool:
+    """Whether this is success, or one of the errors of who needs a broker that has no descriptor left."""
+    return no_descriptor(outcome) or outcome.startswith("TimedOut")
+
+
+def check_all_works(bus: Bus) -> None:
+    """A new client of the broker can publish and subscribe, with messages of all ways."""
+    with connect(bus.address) as other, other.subscribe("works") as channel:
+        for number, size in enumerate(SIZES.values()):
+            other.publish(size.message(number), topic="works")
+            assert number_of(channel.recv(timeout=DEADLINE)) == number
+
+
+def report(results: Connection, call: Callable[..., Any], *args: Any) -> None:
+    """Send home what a call returns, or its error's name and text."""
+    try:
+        results.send(call(*args))
+    except BaseException as error:
+        results.send(f"{type(error).__name__}: {error}")
+
+
+def in_child(children: Children, call: Callable[..., Any], *args: Any) -> Any:
+    """What a call returns in a forked process."""
+    ours, theirs = Pipe()
+    with ours, theirs:
+        process = children(multiprocessing.get_context("fork"), report, theirs, call, *args)
+        value = answer(ours)
+        finish(process)
+    return value
+
+
+def unprivileged(children: Children, call: Callable[..., Any], *args: Any) -> Any:
+    """What a call returns in a forked process of a user without any privilege, whose temporary folder is its first argument."""
+    problem = in_child(children, said, _become_nobody)
+    if problem:
+        pytest.skip(f"root cannot become another user here ({problem})")
+    with tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
+        if os.geteuid() == 0:
+            os.chown(folder, NOBODY, NOBODY)
+        value = in_child(children, _as_nobody, call, folder, *args)
+        for leaf in Path(folder).iterdir():
+            leaf.chmod(0o700)
+        return value
+
+
+def _become_nobody() -> None:
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def _as_nobody(call: Callable[..., Any], folder: str, *args: Any) -> Any:
+    _become_nobody()
+    tempfile.tempdir = folder
+    return call(folder, *args)
+
+
+def start_in(folder: str) -> str:
+    """Start a broadcaster whose temporary folder is this one, and try it; the error, which must be a ``StartError``."""
+    tempfile.tempdir = folder
+    try:
+        bus = start_broadcaster()
+    except StartError as error:
+        return f"{getattr(error.__cause__, 'errno', None)}: {error}"
+    with bus, bus.subscribe() as channel:
+        bus.publish("works")
+        return str(channel.recv(timeout=DEADLINE))
+
+
+def run_program(call: str, *prefix: str) -> Any:
+    """What a function of this module returns in an interpreter of its own, which the command ``prefix`` starts."""
+    code = f"import json; from tests import test_scarcity; print(json.dumps(test_scarcity.{call}))"
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [*prefix, sys.executable, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=2 * DEADLINE, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
+    if done.returncode == CANNOT:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def namespace(*kinds: str) -> list[str]:
+    """The command that runs another one in namespaces of its own, or skip the test."""
+    if shutil.which("unshare") is None:
+        pytest.skip("the command `unshare` is not installed")
+    for user in ([], ["--user", "--map-root-user"]):
+        command = ["unshare", *user, *kinds]
+        if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
+            return command
+    pytest.skip("this user may make no namespaces")
+
+
+# ------------------------------------------------------------------------------------------------ descriptors: the broker
+
+
+def test_who_connects_waits_until_the_broker_has_descriptors(bus: Bus) -> None:
+    """Without a single descriptor left in the broker a newcomer waits, the others go on, and then it is served."""
+    with bus.subscribe() as channel:
+        bus.publish(0)
+        assert channel.recv(timeout=DEADLINE) == 0
+        with descriptors_left(0, bus.stats().pid):
+            newcomer = Background(connect, bus.address)
+            newcomer.wait_until_blocked("connect")
+            for number in range(1, 100):
+                bus.publish(number)
+                assert channel.recv(timeout=DEADLINE) == number
+            assert newcomer.is_alive()
+        with newcomer.result() as other:
+            other.publish(100)
+            assert channel.recv(timeout=DEADLINE) == 100
+
+
+def attach_and_use(address: str, patience: float) -> list[str]:
+    """What comes of each step of a client that cannot wait for long; what it could publish arrives, and nothing else."""
+    session.CONNECT_TIMEOUT = patience  # type: ignore[misc]
+    handles: list[Bus] = []
+    channels: list[Channel[Any]] = []
+    outcomes = [said(lambda: handles.append(connect(address)))]
+    for bus in handles:
+        outcomes.append(said(lambda: channels.append(bus.subscribe("newcomer"))))  # noqa: B023
+    opened = False
+    for channel in channels:
+        outcomes.append(said(channel.fileno))
+        opened = not outcomes[-1]
+    for bus in handles:
+        published = []
+        for size in (100, 100_000):
+            outcomes.append(said(lambda: bus.publish(bytes(size), topic="newcomer")))  # noqa: B023
+            published += [] if outcomes[-1] else [bytes(size)]
+        if opened:
+            assert take(channels[0], len(published)) == published
+            assert not channels[0].poll(0)
+    return outcomes
+
+
+@pytest.mark.parametrize("count", [0, 1, *range(2, 12, 2), 11])
+def test_so_many_descriptors_left_in_the_broker(count: int, bus: Bus, children: Children) -> None:
+    """However few descriptors the broker has left, a newcomer is served or told what is wrong, and harms nobody."""
+    with bus.subscribe("old") as channel:
+        bus.publish(0, topic="old")
+        assert channel.recv(timeout=DEADLINE) == 0
+        broker = bus.stats().pid
+        patience = 2.0 if count in (1, 11) else 0.1  # how long whoever is not served waits
+        with descriptors_left(count, broker):
+            outcomes = in_child(children, attach_and_use, bus.address, patience)
+            bus.publish(1, topic="old")
+            assert channel.recv(timeout=DEADLINE) == 1
+        assert isinstance(outcomes, list), outcomes
+        assert all(map(late, outcomes)), outcomes
+        assert count < 11 or not any(outcomes)
+        bus.publish(2, topic="old")
+        assert channel.recv(timeout=DEADLINE) == 2
+        check_all_works(bus)
+        assert bus.stats().pid == broker
+
+
+def test_subscribers_until_the_broker_is_full(bus: Bus) -> None:
+    """Who cannot open a channel any more is told so, loses nothing, and can as soon as another has been closed."""
+    with contextlib.ExitStack() as stack:
+        bus.publish("nobody hears this, but it makes this process's pipe")
+        bus.flush()
+        channels: list[Channel[Any]] = []
+        outcome = ""
+        with descriptors_left(25, bus.stats().pid):
+            while not outcome:
+                channels.append(stack.enter_context(bus.subscribe()))
+                outcome = said(channels[-1].fileno)
+            assert no_descriptor(outcome)
+            assert "broker" in outcome
+            assert len(channels) > 10
+            bus.publish(1)
+            bus.publish(bytes(100_000))
+            for channel in channels[:-1]:
+                assert take(channel, 2) == [1, bytes(100_000)]
+            assert no_descriptor(said(channels[-1].fileno))
+            channels[0].close()
+            wait_until(lambda: not said(channels[-1].fileno))
+            assert take(channels[-1], 2) == [1, bytes(100_000)]
+        bus.publish(2)
+        assert [channel.recv(timeout=DEADLINE) for channel in channels[1:]] == [2] * (len(channels) - 1)
+        check_all_works(bus)
+
+
+def test_publishers_until_the_broker_is_full(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who cannot publish any more is told so, or in time; those that can go on, and the others can later."""
+    monkeypatch.setattr(session, "CONNECT_TIMEOUT", 0.5)
+    with bus.subscribe() as channel, contextlib.ExitStack() as stack:
+        channel.fileno()
+        bus.publish("own")
+        assert channel.recv(timeout=DEADLINE) == "own"
+        handles: list[Bus] = []
+        outcome = ""
+        with descriptors_left(20, bus.stats().pid):
+            while not outcome:
+                outcome = said(lambda: handles.append(stack.enter_context(connect(bus.address))))
+                outcome = outcome or said(lambda: handles[-1].publish(len(handles)))
+                if not outcome:
+                    assert channel.recv(timeout=DEADLINE) == len(handles)
+                assert late(outcome)
+            assert len(handles) > 4
+            first = handles[:4]
+            for handle in first:
+                handle.publish("still")
+            assert take(channel, 4) == ["still"] * 4
+        for handle in handles:
+            handle.publish("later")
+        assert take(channel, len(handles)) == ["later"] * len(handles)
+        assert not channel.poll(0)
+
+
+def test_large_messages_that_take_all_descriptors(bus: Bus) -> None:
+    """When large messages that wait for a channel to be opened have all descriptors of the broker, none of them is lost."""
+    with bus.subscribe(capacity=1 << 30) as channel, bus.subscribe() as neighbour:
+        large = Size(3 << 20)
+        bus.publish(large.message(0))
+        assert number_of(neighbour.recv(timeout=DEADLINE)) == 0
+        with descriptors_left(8, bus.stats().pid):
+            for number in range(1, 12):
+                bus.publish(large.message(number))
+                assert number_of(neighbour.recv(timeout=DEADLINE)) == number
+            assert no_descriptor(said(channel.fileno))
+        assert [number_of(message) for message in take(channel, 12)] == list(range(12))
+        check_all_works(bus)
+
+
+def refuse_pidfds(*_: int) -> int:
+    """What can stand for ``os.pidfd_open`` where the system has none, or forbids it."""
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def test_a_broker_without_descriptors_and_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that has to ask whether others live goes on when it has no descriptor left for that."""
+    monkeypatch.setattr(os, "pidfd_open", refuse_pidfds, raising=False)
+    monkeypatch.setattr(acceptor, "SWEEP", 0.05)
+    with start_broadcaster() as bus, bus.subscribe() as channel:
+        channel.fileno()
+        bus.publish(0)
+        assert channel.recv(timeout=DEADLINE) == 0
+        asked = Background(bus.wait_for_subscribers, 2)  # its answer comes after many times of asking who lives
+        asked.wait_until_blocked("wait_for_subscribers")
+        pid = bus.stats().pid
+        with descriptors_left(0, pid):
+            before = psutil.Process(pid).num_ctx_switches().voluntary
+            wait_until(lambda: not alive(pid) or psutil.Process(pid).num_ctx_switches().voluntary > before + 10)
+            assert alive(pid)
+            bus.publish(1)
+            assert channel.recv(timeout=DEADLINE) == 1
+        with bus.subscribe():
+            asked.result()
+
+
+# ------------------------------------------------------------------------------------------------ descriptors: the others
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_so_many_descriptors_left_in_a_subscriber(count: int, bus: Bus) -> None:
+    """Opening a channel without descriptors says so, and takes nothing away: it can be opened later, and has all."""
+    with bus.subscribe() as neighbour, bus.subscribe() as channel:
+        bus.publish(0)
+        assert neighbour.recv(timeout=DEADLINE) == 0
+        with descriptors_left(count):
+            outcomes = [said(channel.fileno) for _ in range(3)]
+            bus.publish(1)
+        assert all(map(no_descriptor, outcomes)), outcomes
+        assert not any(outcomes) or count < 4
+        assert neighbour.recv(timeout=DEADLINE) == 1
+        for number, size in enumerate(SIZES.values()):
+            bus.publish(size.message(number))
+        for each, first in ((neighbour, []), (channel, [0, 1])):
+            assert take(each, len(first)) == first
+            assert [number_of(message) for message in take(each, len(SIZES))] == list(range(len(SIZES)))
+
+
+@pytest.mark.parametrize("size", [100, 3 << 20])
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_so_many_descriptors_left_in_a_publisher(count: int, size: int, bus: Bus) -> None:
+    """A first publish without descriptors goes or says why not, and then was not published; the next ones go when it can."""
+    with connect(bus.address) as other, bus.subscribe() as channel:
+        channel.fileno()
+        published = []
+        outcomes = []
+        with descriptors_left(count):
+            for number in range(3):
+                outcomes.append(said(lambda number=number: other.publish(Size(size).message(number))))  # type: ignore[misc]
+                if not outcomes[-1]:
+                    published.append(number)
+        assert all(map(no_descriptor, outcomes)), outcomes
+        assert not any(outcomes) or count < 4
+        for number in range(3, 6):
+            other.publish(Size(size).message(number))
+            published.append(number)
+        assert [number_of(message) for message in everything(other, channel)] == published
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_so_many_descriptors_left_for_connect(count: int, bus: Bus) -> None:
+    """``connect`` without descriptors says so, and leaves nothing, here and in the broker."""
+    with bus.subscribe() as channel:
+        channel.fileno()
+        bus.publish(0)
+        handles: list[Bus] = []
+        before = bus.stats()
+        with descriptors_left(count):
+            outcome = said(lambda: handles.append(connect(bus.address)))
+        assert no_descriptor(outcome)
+        assert bool(outcome) == (count < 1)
+        for handle in handles:
+            handle.publish(1)
+            handle.close()
+        assert take(channel, 1 + len(handles)) == [0, *(1 for _ in handles)]
+        assert bus.stats().pid == before.pid
+        check_all_works(bus)
+
+
+def start_with(count: int, method: str) -> tuple[str, int, list[str]]:
+    """Start a broadcaster with so many descriptors left: the error, how many are lost by that, and the files that are left."""
+    session.CONNECT_TIMEOUT = 2.0  # type: ignore[misc]
+    broadcaster.CLOSE_TIMEOUT = 0.1  # type: ignore[misc]
+    temporary = tempfile.tempdir = tempfile.mkdtemp()
+    context = multiprocessing.get_context(method)
+    open_before = descriptors(os.getpid())
+    outcome = ""
+    try:
+        with descriptors_left(count):
+            try:
+                bus: Bus | None = start_broadcaster(context=context)
+            except StartError as error:
+                outcome, bus = str(error), None
+        gc.collect()
+        if bus is not None:
+            bus.close(timeout=0)
+        assert not multiprocessing.active_children()
+        return outcome, descriptors(os.getpid()) - open_before, os.listdir(temporary)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def test_so_many_descriptors_left_for_the_start(children: Children) -> None:
+    """``start_broadcaster`` works, or is a ``StartError`` that says why and leaves no file, with few descriptors."""
+    outcomes = []
+    for count in range(15):
+        outcome, _, left = in_child(children, start_with, count, "fork")
+        assert not outcome or any(text in outcome for text in (os.strerror(errno.EMFILE), "standard error", "in time"))
+        assert not left
+        outcomes.append(outcome)
+    assert os.strerror(errno.EMFILE) in outcomes[0]
+    assert not outcomes[-1]
+
+
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_so_many_descriptors_left_to_spawn(count: int, children: Children) -> None:
+    """The same under another start method, and nothing is left there."""
+    outcome, lost, left = in_child(children, start_with, count, "spawn")
+    assert not outcome or count < 20
+    assert outcome or count > 1
+    assert (lost, left) == (0, [])
+
+
+def live_with_few(limit: int, workers: int) -> list[Any]:
+    """A program of some workers, and its own channel, with no more descriptors in any process: what the workers got."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    results = []
+    processes = []
+    context = multiprocessing.get_context("fork")
+    with start_broadcaster(history=10) as bus, bus.subscribe() as own:
+        for _ in range(workers):
+            ours, theirs = Pipe()
+            process = context.Process(target=report_numbers, args=(bus.subscribe(), theirs))
+            process.start()
+            theirs.close()
+            assert answer(ours) == "open"
+            processes.append((process, ours))
+        for number in range(2 * len(EVERY_SIZE)):
+            bus.publish(EVERY_SIZE[number % len(EVERY_SIZE)].message(number))
+            assert number_of(own.recv(timeout=DEADLINE)) == number
+    for process, ours in processes:
+        results.append(ours.recv())
+        process.join()
+    return results
+
+
+def test_a_program_with_few_descriptors() -> None:
+    """With few descriptors in any process, and so in the broker, a small program works as ever."""
+    results = run_program("live_with_few(64, 4) + test_scarcity.live_with_few(32, 1)")
+    assert results == [[list(range(2 * len(EVERY_SIZE))), "EOFError"]] * 5
+
+
+# ------------------------------------------------------------------------------------------------------- memory of pipes
+
+
+def no_pipe_size(how: str) -> Callable[..., Any]:
+    """What can stand for ``fcntl.fcntl`` where all memory for pipes is used up."""
+    real = fcntl.fcntl
+
+    def call(fd: int, command: int, argument: int = 0) -> Any:
+        if command == fcntl.F_SETPIPE_SZ:
+            if how == "refused":
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+            return real(fd, command, os.sysconf("SC_PAGESIZE"))
+        return real(fd, command, argument)
+
+    return call
+
+
+def in_order(bus: Bus, rounds: int) -> None:
+    """Messages of every size to a quick subscriber, one with a small backlog, and a state: all in order, or counted."""
+    count = rounds * len(EVERY_SIZE)
+    with bus.subscribe() as quick, bus.subscribe(capacity=5000) as small, bus.subscribe(overflow="latest") as state:
+        readers = [Background(take, channel, count) for channel in (quick, small)]
+        for number in range(count):
+            bus.publish(EVERY_SIZE[number % len(EVERY_SIZE)].message(number), timeout=DEADLINE)
+        for reader in readers:
+            assert [number_of(message) for message in reader.result()] == list(range(count))
+        seen = [number_of(state.recv(timeout=DEADLINE))]
+        while seen[-1] < count - 1:
+            seen.append(number_of(state.recv(timeout=DEADLINE)))
+        assert seen == sorted(set(seen))
+        assert state.missed == count - len(seen)
+
+
+@pytest.mark.parametrize("inline", [False, True], ids=["shared", "inline"])
+@pytest.mark.parametrize("how", ["refused", "one page"])
+def test_small_pipes(how: str, inline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pipes of a page, or of the size that the system gives, messages of every size arrive in order."""
+    monkeypatch.setattr(fcntl, "fcntl", no_pipe_size(how))
+    monkeypatch.setenv("MPBROADCAST_INLINE", str(int(inline)))
+    with start_broadcaster() as bus:
+        in_order(bus, 1)
+
+
+def test_small_pipes_that_are_opened_late(monkeypatch: pytest.MonkeyPatch, fork: BaseContext, children: Children) -> None:
+    """A worker that opens its channel while the broadcaster is being closed still gets all, however small its pipe is."""
+    monkeypatch.setattr(fcntl, "fcntl", no_pipe_size("one page"))
+    ours, theirs = Pipe()
+    with ours, theirs, start_broadcaster() as bus, connect(bus.address) as other:
+        process = children(fork, open_when_told, bus.subscribe(), theirs)
+        bus.publish_many(Size(100).message(number) for number in range(1000))
+        bus.flush()
+        closing = Background(bus.close)
+        wait_until(lambda: said(lambda: other.subscribe().close()))  # it has begun
+        ours.send("open")
+        assert answer(ours) == (list(range(1000)), "EOFError")
+        closing.result()
+        finish(process)
+
+
+def open_when_told(channel: Channel[Any], orders: Connection) -> None:
+    """Open a channel when that is said, and send home the numbers of all that comes, and how it ends."""
+    orders.recv()
+    orders.send(numbers_until_end(channel))
+
+
+def use_up_pipes(folder: str) -> list[int]:
+    """Use messages of every size while this user may have no more memory for pipes; the sizes of a new pipe and of ours."""
+    pipes = []
+    try:
+        while True:
+            pipes.append(os.pipe())
+            if fcntl.fcntl(pipes[-1][0], fcntl.F_GETPIPE_SZ) < 1 << 16:
+                break
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(pipes[-1][0], fcntl.F_SETPIPE_SZ, 1 << 20)
+        with start_broadcaster() as bus:
+            before = open_files()
+            bus.publish("nobody hears this, but it makes the pipe")
+            (fd,) = (number for number, target in open_files() - before if target.startswith("pipe:"))
+            size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+            in_order(bus, 2)
+        return [fcntl.fcntl(pipes[-1][0], fcntl.F_GETPIPE_SZ), size]
+    finally:
+        for pipe in pipes:
+            os.close(pipe[0])
+            os.close(pipe[1])
+
+
+def test_a_user_whose_memory_for_pipes_is_used_up(children: Children) -> None:
+    """A user without privileges, who has used up what the system gives for pipes, has all messages in order."""
+    limit = int(Path("/proc/sys/fs/pipe-user-pages-soft").read_text())
+    if not 0 < limit <= 1 << 16:
+        pytest.skip("there is no limit on the memory for pipes here, or a very high one")
+    left, ours = unprivileged(children, use_up_pipes)
+    assert left < 1 << 16
+    assert ours < 1 << 16
+
+
+# ------------------------------------------------------------------------------------------------------------- processes
+
+
+def start_without_fork(number: int, method: str) -> tuple[Any, ...]:
+    """Start a broadcaster where no process can be made."""
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fork", fail)
+        patch.setattr("multiprocessing.util.spawnv_passfds", fail)
+        open_before = descriptors(os.getpid())
+        try:
+            start_broadcaster(context=multiprocessing.get_context(method))
+        except StartError as error:
+            outcome = (str(error), getattr(error.__cause__, "errno", None))
+        left = multiprocessing.active_children()
+        gc.collect()
+        lost = descriptors(os.getpid()) - open_before
+    with start_broadcaster(context=multiprocessing.get_context(method)) as bus, bus.subscribe() as channel:
+        bus.publish("works")
+        works = channel.recv(timeout=DEADLINE)
+    return *outcome, works, left, lost
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_no_process_to_be_had(method: str, number: int, children: Children, temporary_folder: Path) -> None:
+    """When the system makes no process, that is a ``StartError`` with the cause; nothing is left, and a later start works."""
+    text, cause, works, left, lost = in_child(children, start_without_fork, number, method)
+    assert os.strerror(number) in text
+    assert (cause, works, left) == (number, "works", [])
+    assert method == "fork" or lost == 0
+    assert not list(temporary_folder.glob("mpbroadcast-*"))
+
+
+def outside(user: int) -> int:
+    """Who a user of this user namespace is outside of it; -1 when that is not known."""
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        first, there, count = map(int, line.split())
+        if first <= user < first + count:
+            return there + user - first
+    return -1
+
+
+def start_with_few_processes(folder: str) -> list[str]:
+    """Start a broadcaster while this user may have no process more, and again when it may."""
+    with limited(resource.RLIMIT_NPROC, 1):
+        first = start_in(folder)
+    return [first, start_in(folder), *os.listdir(folder)]
+
+
+def test_a_user_with_too_many_processes(children: Children) -> None:
+    """A user's limit on processes is a ``StartError``, and nothing is left."""
+    first, later, *left = unprivileged(children, start_with_few_processes)
+    if first == "works" and outside(os.geteuid()) == 0:
+        pytest.skip("this user is root outside of its namespace, and root has as many processes as it likes")
+    assert first.startswith(f"{errno.EAGAIN}: the broker process could not be started")
+    assert (later, left) == ("works", [])
+
+
+# ------------------------------------------------------------------------------------------------- the temporary folder
+
+
+def test_a_missing_temporary_folder(children: Children, tmp_path: Path) -> None:
+    """A temporary folder that is not there, or none, is a ``StartError`` that names it."""
+    missing = str(tmp_path / "missing")
+    (tmp_path / "file").touch()
+    for folder, number in ((missing, errno.ENOENT), (str(tmp_path / "file"), errno.ENOTDIR)):
+        outcome = in_child(children, start_in, folder)
+        if len(folder) <= 72:
+            assert outcome.startswith(f"{number}: ")
+            assert folder in outcome
+        else:
+            assert outcome == "works"  # it is too long, and so /tmp is taken
+
+
+def start_in_read_only(folder: str) -> list[str]:
+    os.mkdir(f"{folder}/r", 0o555)
+    return [start_in(f"{folder}/r"), *os.listdir(f"{folder}/r")]
+
+
+def test_a_temporary_folder_that_cannot_be_written(children: Children) -> None:
+    """A temporary folder of somebody else, or that is read-only, is a ``StartError`` that names it."""
+    outcome, *left = unprivileged(children, start_in_read_only)
+    assert outcome.startswith(f"{errno.EACCES}: ")
+    assert "/r'" in outcome
+    assert not left
+
+
+def start_in_each(folder: str) -> list[str]:
+    """Start a broadcaster in folders with paths of all lengths near to the longest that a socket may have."""
+    outcomes = []
+    for length in [*range(79, 84), 107, 200]:
+        path = folder + "/" + "x" * (length - len(folder) - 1)
+        os.mkdir(path)
+        outcomes.append(start_in(path))
+        outcomes += os.listdir(path)
+    return outcomes
+
+
+def test_a_temporary_folder_with_a_long_path(children: Children, temporary_folder: Path) -> None:
+    """However long the path of the temporary folder is, a broadcaster starts, and leaves nothing there."""
+    assert set(in_child(children, start_in_each, str(temporary_folder))) == {"works"}
+    for path in temporary_folder.glob("x*"):
+        path.rmdir()
+
+
+def start_in_full_folders(folder: str) -> list[list[str]]:
+    """Start a broadcaster in file systems that have room for so many files only."""
+    outcomes = []
+    for files in range(1, 5):
+        mount = ["mount", "-t", "tmpfs", "-o", f"nr_inodes={files},size=4k", "none", folder]
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print("no file system can be mounted here", file=sys.stderr)
+            sys.exit(CANNOT)
+        outcomes.append([start_in(folder), *os.listdir(folder)])
+        subprocess.run(["umount", folder], check=True)
+    return outcomes
+
+
+def test_a_full_temporary_folder() -> None:
+    """Without room for its folder, or for the socket in it, it is a ``StartError``, and nothing is left there."""
+    with tempfile.TemporaryDirectory(prefix="full-", dir="/tmp") as folder:
+        outcomes = run_program(f"start_in_full_folders({folder!r})", *namespace("--mount"))
+    for outcome, *left in outcomes[:2]:
+        assert outcome.startswith(f"{errno.ENOSPC}: ")
+        assert folder in outcome
+        assert not left
+    assert outcomes[-1] == ["works"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+def receive_with_little_memory(channel: Channel[Any], orders: Connection, room: int) -> None:
+    """Receive twice with only so much address space more, then all up to the end; send home numbers, and the errors' names."""
+    channel.fileno()
+    assert number_of(channel.recv(timeout=DEADLINE)) == 0
+    orders.send("open")
+    orders.recv()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    came: list[int | str] = []
+    with limited(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGESIZE") + room):
+        for _ in range(2):
+            try:
+                came.append(number_of(channel.recv(timeout=DEADLINE)))
+            except (MemoryError, OSError) as error:
+                came.append(type(error).__name__)
+    with contextlib.suppress(EOFError):
+        while True:
+            came.append(number_of(channel.recv(timeout=DEADLINE)))
+    orders.send(came)
+
+
+@pytest.mark.parametrize(
+    ("room", "inline"),
+    [(1 << 20, False), (50 << 20, False), (1 << 20, True), (400 << 20, True)],
+    ids=["none", "one copy", "none, inline", "enough, inline"],
+)
+def test_a_subscriber_without_memory(room: int, inline: bool, children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subscriber without memory for a message has an error for that, at the most, and its neighbour none; it goes on."""
+    monkeypatch.setenv("MPBROADCAST_INLINE", str(int(inline)))
+    ours, theirs = Pipe()
+    with ours, theirs, start_broadcaster() as bus, bus.subscribe() as neighbour:
+        # Spawned, so that it has not what this process has let go of, and its C library has kept.
+        process = children(multiprocessing.get_context("spawn"), receive_with_little_memory, bus.subscribe(), theirs, room)
+        bus.publish(Size(100).message(0))
+        assert answer(ours) == "open"
+        ours.send("go")
+        for number, size in enumerate([34 << 20, 100, 60_000, 100], 1):
+            bus.publish(Size(size).message(number))
+            assert number_of(neighbour.recv(timeout=DEADLINE)) == number - 1
+        assert number_of(neighbour.recv(timeout=DEADLINE)) == 4
+        bus.flush()
+        bus.close()
+        came = answer(ours)
+        finish(process)
+    errors = [one for one in came if isinstance(one, str)]
+    numbers = [one for one in came if isinstance(one, int)]
+    assert set(errors) <= {"MemoryError", "OSError"}
+    assert errors or room > 1 << 20
+    assert not errors or room < 400 << 20
+    # In the place of the message, or before it, if that is still in the pipe.
+    assert numbers == [1, 2, 3, 4] or (numbers == [2, 3, 4] and came[0] == errors[0] and len(errors) == 1)
+
+
+@pytest.mark.skipif(not available(), reason="there is no memory to share here")
+def test_a_system_without_memory_for_a_ring(monkeypatch: pytest.MonkeyPatch, bus: Bus) -> None:
+    """Who writes to a page that cannot be had would be ended: so it is asked for before, and the message goes another way."""
+    fd = os.memfd_create("short")
+    os.ftruncate(fd, CHUNK * CHUNKS)
+    short = Ring(1, mmap.mmap(fd, CHUNK * CHUNKS))
+    os.ftruncate(fd, CHUNK)  # what lies behind cannot be had any more
+    os.close(fd)
+    assert short.has(0, CHUNK)
+    assert not short.has(CHUNK - 1, 2)
+    short.close()
+    asked: list[int] = []
+
+    def populate(mapped: mmap.mmap, start: int, length: int) -> bool:
+        asked.append(length)
+        return False
+
+    monkeypatch.setattr(ring, "populate", populate)
+    with bus.subscribe() as channel:
+        channel.fileno()
+        for number, size in enumerate([3000, 20_000, 400_000] * 3):
+            bus.publish(Size(size).message(number), timeout=DEADLINE)
+            bus.flush(timeout=DEADLINE)
+            assert number_of(channel.recv(timeout=DEADLINE)) == number
+    assert asked
+
+
+# ---------------------------------------------------------------------------------------- process IDs that come again
+
+
+def test_another_process_of_the_same_number_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no pidfds, a process with the same number, but started at another time, means that the first is dead."""
+    monkeypatch.setattr(os, "pidfd_open", refuse_pidfds, raising=False)
+    peer = PeerProcess(os.getpid())
+    assert peer.must_be_asked
+    assert not peer.dead()
+    started = _pslinux.Process.create_time
+
+    def later(self: Any, *args: Any, **keywords: Any) -> float:
+        return float(started(self, *args, **keywords)) + 100.0
+
+    monkeypatch.setattr(_pslinux.Process, "create_time", later)
+    assert peer.dead()
+
+
+def test_a_process_that_has_ended_is_no_peer(monkeypatch: pytest.MonkeyPatch, fork: BaseContext, children: Children) -> None:
+    """With and without pidfds a process that has ended is refused, and one that ends while it is looked at is dead."""
+    monkeypatch.setattr(os, "pidfd_open", refuse_pidfds, raising=False)
+    process = children(fork, signal.pause)
+    assert process.pid is not None
+    peer = PeerProcess(process.pid)
+    assert not peer.dead()
+    process.kill()
+    wait_until(peer.dead)  # a zombie still
+    process.join()
+    assert peer.dead()
+    with pytest.raises(ProcessLookupError):
+        PeerProcess(process.pid)
+    monkeypatch.undo()
+    with pytest.raises(ProcessLookupError):
+        PeerProcess(process.pid)
+
+
+def again(pid: int, call: Callable[[], None]) -> int:
+    """Start a process with this number."""
+    for _ in range(100):
+        try:
+            Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        except OSError:
+            print("the number of a process cannot be chosen here", file=sys.stderr)
+            sys.exit(CANNOT)
+        child = os.fork()
+        if child == 0:
+            if os.getpid() == pid:
+                call()
+                signal.pause()
+            os._exit(0)
+        if child == pid:
+            return child
+        os.waitpid(child, 0)
+    print("another process takes the number each time", file=sys.stderr)
+    sys.exit(CANNOT)
+
+
+def live_with_numbers_that_come_again(pidfds: bool, newcomer: bool) -> dict[str, Any]:
+    """In a PID namespace: a subscriber is killed, whose pipes a child of its own keeps open, and its number is used again.
+
+    The broker is stopped meanwhile, so that who has the number then comes before the broker can have noticed.
+    """
+    if not pidfds:
+        os.pidfd_open = refuse_pidfds  # type: ignore[assignment]
+    acceptor.SWEEP = 0.3  # type: ignore[misc]
+    bus: Bus = start_broadcaster()
+    own = bus.subscribe("own")
+    own.fileno()
+    ours, theirs = Pipe()
+    victim = multiprocessing.get_context("fork").Process(target=victims.held_subscriber, args=(bus, theirs))
+    victim.start()
+    bus.wait_for_subscribers(2, timeout=DEADLINE)
+    bus.publish(1)
+    keeper = answer(ours)
+    time.sleep(0.02)  # so that the next process has another start time, which the system counts in hundredths of a second
+    assert victim.pid is not None
+    pid = victim.pid
+    broker = bus.stats().pid
+    os.kill(broker, signal.SIGSTOP)
+    victim.kill()
+    victim.join()
+
+    def subscribe_and_stay() -> None:
+        """Use the broker before it has found out about the victim, and after that."""
+        outcome = "harmed"
+        with contextlib.suppress(BaseException):
+            theirs.send("comes")
+            channel = bus.subscribe("newcomer")
+            channel.fileno()
+            bus.wait_for_subscribers(3, topic="gone", timeout=DEADLINE)
+            bus.publish("hello", topic="newcomer")
+            outcome = str(channel.recv(timeout=DEADLINE))
+        theirs.send(outcome)
+
+    other = again(pid, subscribe_and_stay if newcomer else lambda: None)
+    if newcomer:
+        assert answer(ours) == "comes"
+        wait_until(lambda: asleep(other))  # it has connected, and waits for the broker
+    os.kill(broker, signal.SIGCONT)
+    wait_until(lambda: not any("*" in row.topics for row in bus.stats().subscribers))
+    bus.publish(2, topic="own")
+    result: dict[str, Any] = {"own": own.recv(timeout=DEADLINE), "alive": alive(other)}
+    if newcomer:
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(bus.subscribe("gone"))
+            result["newcomer"] = answer(ours)
+    for process in (keeper, other):
+        os.kill(process, signal.SIGKILL)
+    os.waitpid(other, 0)
+    bus.close()
+    return result
+
+
+@pytest.mark.parametrize(("pidfds", "newcomer"), [(False, False), (True, True), (False, True)])
+def test_a_number_that_comes_again(pidfds: bool, newcomer: bool) -> None:
+    """The subscription of a dead process goes although its number is another's, who is not taken for it."""
+    if pidfds and _pidfd_open is None:
+        pytest.skip("there are no pidfds here")
+    result = run_program(
+        f"live_with_numbers_that_come_again({pidfds}, {newcomer})", *namespace("--pid", "--fork", "--mount-proc")
+    )
+    assert result == {"own": 2, "alive": True} | ({"newcomer": "hello"} if newcomer else {})
+
+
+# ---------------------------------------------------------------------------------------------------- other PID namespaces
+
+
+def serve_from_another_namespace(address: str) -> None:
+    """A broadcaster whose broker sees no process of the test's; it is killed, and replaced, as standard input has it."""
+    broker_module.UNCLAIMED = 1.0  # type: ignore[misc]
+    with start_broadcaster(address=address, authkey=b"shared", restart=True) as bus:
+        print("ready", flush=True)
+        broker = bus.stats().pid
+        for order in sys.stdin:
+            os.kill(broker, signal.SIGKILL if order == "kill\n" else signal.SIGSTOP)
+            if order == "kill\n":
+                wait_until(lambda: bus.stats().pid != broker)
+            print("done", flush=True)
+
+
+@contextlib.contextmanager
+def another_namespace(address: str) -> Iterator[Callable[[str], None]]:
+    """Orders to a program whose processes are in a PID namespace of their own."""
+    code = f"from tests import test_scarcity; test_scarcity.serve_from_another_namespace({address!r})"
+    command = [*namespace("--pid", "--fork", "--mount-proc"), sys.executable, "-c", code]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+
+        def order(text: str) -> None:
+            assert program.stdin is not None
+            assert program.stdout is not None
+            print(text, file=program.stdin, flush=True)
+            assert program.stdout.readline() == "done\n"
+
+        yield order
+        program.stdin.close()
+
+
+def subscribe_and_wait(address: str, report: Connection) -> None:
+    bus: Bus = connect(address, authkey=b"shared")
+    channel = bus.subscribe("victim")
+    channel.fileno()
+    report.send("there")
+    signal.pause()
+
+
+def test_processes_of_another_pid_namespace(temporary_folder: Path, fork: BaseContext, children: Children) -> None:
+    """Who has no number where the broker is gets all, is not taken for another such one, and ends with its connection.
+
+    A broker that takes over keeps what it has open, and for a while only, as no end of it would be seen.
+    """
+    address = str(temporary_folder / "shared")
+    with another_namespace(address) as order, connect(address, authkey=b"shared") as bus:
+        channel = bus.subscribe("own")
+        bus.publish(1, topic="own")
+        assert channel.recv(timeout=DEADLINE) == 1
+        assert [row.pid for row in bus.stats().subscribers] == [0]
+        victims_ = []
+        for _ in range(2):
+            ours, theirs = fork.Pipe()
+            with ours, theirs:
+                victims_.append(children(fork, subscribe_and_wait, address, theirs))
+                assert answer(ours) == "there"
+        victims_[0].kill()
+        wait_until(lambda: [row.topics for row in bus.stats().subscribers] == [("own",), ("victim",)])
+        waiting = Background(channel.recv, DEADLINE)
+        order("stop")
+        victims_[1].kill()
+        victims_[1].join()
+        order("kill")
+        assert isinstance(waiting.error(), BrokerRestarted)
+        bus.publish(2, topic="own")
+        assert channel.recv(timeout=DEADLINE) == 2
+        wait_until(lambda: [row.topics for row in bus.stats().subscribers] == [("own",)])
+        bus.publish(3, topic="own")
+        assert channel.recv(timeout=DEADLINE) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------- clocks
+
+
+def uses_of_the_wall_clock(path: Path) -> list[str]:
+    """The name of the module, for each place where it asks what time it is."""
+    found = []
+    for outer in ast.parse(path.read_text()).body:
+        for node in ast.walk(outer):
+            name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            if isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime"):
+                name = f"{node.module}.{node.names[0].name}"
+            if name in ("time.time", "time.time_ns", "time.localtime", "time.gmtime", "time.ctime") or "datetime" in name:
+                found.append(path.name)
+    return found
+
+
+def test_nothing_waits_by_the_wall_clock() -> None:
+    """Only the age of a file is told by the clock that can be set; all else by the one that cannot."""
+    modules = Path(mpbroadcast.__file__).parent.rglob("*.py")
+    assert [use for path in modules for use in uses_of_the_wall_clock(path)] == ["listening.py"]
+
+
+def test_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch, fork: BaseContext, children: Children) -> None:
+    """A clock that says something else each time, a day on or a year back, changes nothing, in the broker and outside."""
+    jumps = Counter()
+    real = time.time
+
+    def jumping() -> float:
+        jumps.value += 1
+        return real() + (86400.0, -365 * 86400.0, 1e9)[jumps.value % 3]
+
+    monkeypatch.setattr(time, "time", jumping)
+    count = 2 * len(EVERY_SIZE)
+    ours, theirs = Pipe()
+    with ours, theirs:
+        with start_broadcaster() as bus, bus.subscribe(capacity=10_000) as channel:
+            process = children(fork, report_numbers, bus.subscribe(), theirs)
+            assert answer(ours) == "open"
+            channel.fileno()
+            start = time.monotonic()
+            with pytest.raises(TimeoutError):
+                channel.recv(timeout=0.1)
+            with pytest.raises(TimeoutError):
+                bus.wait_for_subscribers(5, timeout=0.1)
+            assert 0.2 <= time.monotonic() - start < DEADLINE
+            reader = Background(take, channel, count)
+            for number in range(count):
+                bus.publish(EVERY_SIZE[number % len(EVERY_SIZE)].message(number), timeout=DEADLINE)
+            assert [number_of(message) for message in reader.result()] == list(range(count))
+            bus.flush(timeout=DEADLINE)
+            assert time.time() != pytest.approx(real(), abs=10_000)
+        assert answer(ours) == (list(range(count)), "EOFError")
+        finish(process)
+
+
+def test_a_clock_that_was_set_back_leaves_folders_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that seems to come from the future is not taken for one that was forgotten."""
+    with start_broadcaster() as bus:
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        with start_broadcaster() as other, other.subscribe() as channel:
+            assert Path(bus.address).exists()
+            other.publish(1)
+            assert channel.recv(timeout=DEADLINE) == 1
+        bus.flush()
+
+
+# ----------------------------------------------------------------------------------------------------------------- one core
+
+
+def work_on_one_core() -> list[Any]:
+    """Three subscribers, two publishers, and one subscriber that does not read for a while, all on one core."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    context = multiprocessing.get_context("fork")
+    results: list[Any] = []
+    with start_broadcaster() as bus:
+        workers = []
+        for _ in range(3):
+            ours, theirs = Pipe()
+            process = context.Process(target=report_numbers, args=(bus.subscribe("all"), theirs))
+            process.start()
+            assert answer(ours) == "open"
+            workers.append((process, ours))
+        slow = bus.subscribe("all", capacity=100_000)
+        slow.fileno()
+        small = 5000
+        publishing = Background(_publish_all, bus, small)
+        wait_until(lambda: any(row.stalls for row in bus.stats().subscribers))
+        assert publishing.is_alive()
+        with connect(bus.address) as free, bus.subscribe("free") as quick:  # another publisher goes on
+            for number in range(20):
+                free.publish(EVERY_SIZE[number % len(EVERY_SIZE)].message(number), topic="free")
+                assert number_of(quick.recv(timeout=DEADLINE)) == number
+        start = time.monotonic()
+        count = small + 2 * len(EVERY_SIZE)
+        results.append([number_of(message) for message in take(slow, count)] == list(range(count)))
+        publishing.result()
+        results.append(time.monotonic() - start)
+    for process, ours in workers:
+        numbers, end = ours.recv()
+        results.append([numbers == list(range(count)), end])
+        process.join()
+    return results
+
+
+def _publish_all(bus: Bus, small: int) -> None:
+    bus.publish_many((Size(50).message(number) for number in range(small)), topic="all")
+    for number in range(small, small + 2 * len(EVERY_SIZE)):
+        bus.publish(EVERY_SIZE[number % len(EVERY_SIZE)].message(number), topic="all")
+
+
+def test_one_core() -> None:
+    """Broker, publishers and subscribers on one core: all arrives in order, at a good rate, also when one has to wait."""
+    in_order_there, seconds, *workers = run_program("work_on_one_core()")
+    assert in_order_there
+    assert workers == [[True, "EOFError"]] * 3
+    assert seconds < DEADLINE

@@ -1,0 +1,253 @@
+"""What several test modules need: waiting with deadlines, receiving until the end, threads that return a result."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.connection
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mpbroadcast import Broadcaster, Channel, Lagged, Overflowed, SubscriberStats
+from mpbroadcast.protocol.control import client_handshake
+
+DEADLINE = 20.0
+"""How long a test waits for what must happen, in seconds. No test needs it when all is well."""
+
+
+def wait_until(predicate: Callable[[], Any], timeout: float = 10.0) -> Any:
+    """Return the first true value of ``predicate``, or fail once ``timeout`` seconds have passed."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = predicate()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"still {value!r} after {timeout} s"
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Meanwhile the broker does nothing, so that all that happens is there at once when it goes on."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def take(channel: Channel[Any], count: int) -> list[Any]:
+    """The next ``count`` messages."""
+    return [channel.recv(timeout=DEADLINE) for _ in range(count)]
+
+
+def rest(channel: Channel[Any]) -> list[Any]:
+    """All messages up to the clean end, which must come."""
+    messages = []
+    while True:
+        try:
+            messages.append(channel.recv(timeout=DEADLINE))
+        except EOFError:
+            return messages
+
+
+def record(channel: Channel[Any]) -> list[tuple[str, int]]:
+    """All that a channel of ``(number, pattern)`` messages gives up to its clean end, by kind.
+
+    ``("message", number)``, ``("lagged", how many)`` and ``("overflowed", 0)``.
+    """
+    events = []
+    while True:
+        try:
+            number, data = channel.recv(timeout=DEADLINE)
+        except Lagged as error:
+            events.append(("lagged", error.missed))
+        except Overflowed:
+            events.append(("overflowed", 0))
+        except EOFError:
+            return events
+        else:
+            assert data == pattern(number, len(data))
+            events.append(("message", number))
+
+
+def in_place(events: list[tuple[str, int]]) -> tuple[list[int], int]:
+    """The numbers that were received, each where those before it and the gaps say; and the one that would come next."""
+    numbers = []
+    place = 0
+    for kind, value in events:
+        if kind == "lagged":
+            assert value > 0
+            place += value
+        elif kind == "message":
+            assert value == place, f"{value} came in the place of {place}"
+            numbers.append(value)
+            place += 1
+    return numbers, place
+
+
+def everything(bus: Broadcaster[Any], channel: Channel[Any]) -> list[Any]:
+    """End the subscription behind what ``bus`` has published, and return all that the channel was given."""
+    bus.flush(timeout=DEADLINE)
+    bus.unsubscribe(channel)
+    return rest(channel)
+
+
+def only_subscriber(bus: Broadcaster[Any]) -> SubscriberStats:
+    """The statistics of the one subscription that there is."""
+    (subscriber,) = bus.stats().subscribers
+    return subscriber
+
+
+def wait_delivered(bus: Broadcaster[Any], count: int) -> None:
+    """Wait until ``count`` messages in all have been written into the pipe of the only subscription."""
+    wait_until(lambda: only_subscriber(bus).delivered == count)
+
+
+def fill(bus: Broadcaster[Any], *, topic: str = "", size: int = 1000, timeout: float = 0.5) -> list[int]:
+    """Publish ``(number, bytes)`` until one has to wait too long; return the numbers that were published."""
+    published: list[int] = []
+    for number in range(1_000_000):
+        try:
+            bus.publish((number, bytes(size)), topic=topic, timeout=timeout)
+        except TimeoutError:
+            return published
+        published.append(number)
+    raise AssertionError("a full backlog never made publish wait")
+
+
+def pattern(number: int, size: int) -> bytes:
+    """``size`` bytes that no other number has (from 5 bytes on) and that show a piece in the wrong place."""
+    step = b"".join((number * 1009 + index).to_bytes(5, "big") for index in range(min(251, size // 5 + 1)))
+    return (step * (size // len(step) + 1))[:size]
+
+
+def wait_for(waitables: list[Any], timeout: float = 0.0) -> list[Any]:
+    """``multiprocessing.connection.wait``, whose declared types leave out what merely has ``fileno()``."""
+    return multiprocessing.connection.wait(waitables, timeout)
+
+
+def readable(waitable: Any) -> bool:
+    """Whether the waitable is ready right now, as ``multiprocessing.connection.wait`` sees it."""
+    return bool(wait_for([waitable]))
+
+
+def keyed_connection(address: str) -> Connection:
+    """A control connection on which this process has proved that it has the key, as any program could make it."""
+    with socket.socket(socket.AF_UNIX) as connected:
+        connected.connect(address)
+        connection = Connection(connected.detach())
+    handshake = client_handshake(bytes(multiprocessing.current_process().authkey))
+    next(handshake)  # the broker speaks first
+    try:
+        while True:
+            connection.send_bytes(handshake.send(connection.recv_bytes())[4:])  # which adds the length itself
+    except StopIteration as done:
+        connection.send_bytes(done.value[4:])
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def answer(pipe: Connection, timeout: float = DEADLINE) -> Any:
+    """What the other end of ``pipe`` sends next."""
+    assert pipe.poll(timeout), f"no answer within {timeout} s"
+    return pipe.recv()
+
+
+def finish(process: BaseProcess) -> None:
+    """Wait for the end of a process, which must be a success."""
+    process.join(DEADLINE)
+    assert process.exitcode == 0
+
+
+class Background(threading.Thread):
+    """A thread that calls a function and keeps what comes of it."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> None:
+        super().__init__(daemon=True)
+        self._call = (function, args, keywords)
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Call the function."""
+        function, args, keywords = self._call
+        try:
+            self._value = function(*args, **keywords)
+        except BaseException as error:
+            self._error = error
+
+    def result(self, timeout: float = DEADLINE) -> Any:
+        """Wait for the end of the call; return its value or raise its error."""
+        self.join(timeout)
+        assert not self.is_alive(), f"still running after {timeout} s"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def error(self, timeout: float = DEADLINE) -> BaseException | None:
+        """Wait for the end of the call; return the error that it raised, or ``None``."""
+        self.join(timeout)
+        assert not self.is_alive(), f"still running after {timeout} s"
+        return self._error
+
+    def wait_until_blocked(self, function: str) -> None:
+        """Wait until the thread sleeps in the kernel somewhere below the function of this name.
+
+        It is looked at several times: once, it may wait for the interpreter's lock only.
+        """
+        for _ in range(5):
+            wait_until(lambda: function in self._stack() and self._state() == "S")
+            time.sleep(0.002)
+
+    def _stack(self) -> set[str]:
+        frame = sys._current_frames().get(self.ident or 0)
+        names = set()
+        while frame is not None:
+            names.add(frame.f_code.co_name)
+            frame = frame.f_back
+        return names
+
+    def _state(self) -> str:
+        stat = Path(f"/proc/{os.getpid()}/task/{self.native_id}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0]
+
+
+class Children:
+    """Starts processes, and ends those that are left."""
+
+    def __init__(self) -> None:
+        self._started: list[BaseProcess] = []
+
+    def __call__(self, context: BaseContext, target: Callable[..., Any], *args: Any) -> BaseProcess:
+        """Start a process that calls ``target(*args)``."""
+        process: BaseProcess = context.Process(target=target, args=args)  # type: ignore[attr-defined]
+        process.start()
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Join all; kill those that are still there after a moment."""
+        deadline = time.monotonic() + 2.0
+        for process in self._started:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join(DEADLINE)
+            process.close()
+        self._started.clear()

@@ -1,0 +1,304 @@
+"""What the tests on deaths, ends and attacks start, kill and look at: process targets, whole programs, and probes."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+import uuid
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import mpbroadcast
+from mpbroadcast import Broadcaster, Channel
+from tests.support.helpers import DEADLINE
+
+ROOT = Path(mpbroadcast.__file__).parent.parent
+MARK = "MPBROADCAST_TEST_MARK"
+
+
+# -------------------------------------------------------------------------------------------------------------- probes
+
+
+def descriptors(pid: int) -> int:
+    """How many descriptors a process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: a zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def asleep(pid: int) -> bool:
+    """Whether a process waits in a system call."""
+    return psutil.Process(pid).status() == psutil.STATUS_SLEEPING
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process is stopped by SIGSTOP."""
+    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+
+
+def shared_maps(pid: int) -> int:
+    """How many maps of shared memory a process has."""
+    return Path(f"/proc/{pid}/maps").read_text().count("memfd:mpbroadcast")
+
+
+def memories(pid: int) -> int:
+    """How many descriptors of such memory a process has."""
+    found = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found += "memfd:mpbroadcast" in os.readlink(f"/proc/{pid}/fd/{name}")
+    return found
+
+
+def written(pid: int) -> int:
+    """How many bytes a process has written so far, pipes included."""
+    return psutil.Process(pid).io_counters().write_chars
+
+
+def stalled(pid: int) -> bool:
+    """Whether a process that wrote without pause does so no more, and sleeps."""
+    before = written(pid)
+    time.sleep(0.2)
+    return written(pid) == before and asleep(pid)
+
+
+class Counter:
+    """A number that processes made by fork share with the test; only one of them writes it."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8)
+
+    @property
+    def value(self) -> int:
+        return int.from_bytes(self._memory[:8], "little")
+
+    @value.setter
+    def value(self, value: int) -> None:
+        self._memory[:8] = value.to_bytes(8, "little")
+
+
+def receive_all(channel: Channel[Any], timeout: float = DEADLINE) -> tuple[list[Any], BaseException]:
+    """What a channel still has, and the error that ended it."""
+    messages = []
+    while True:
+        try:
+            messages.append(channel.recv(timeout))
+        except (EOFError, mpbroadcast.BroadcastError) as error:
+            return messages, error
+
+
+# ------------------------------------------------------------------------------------------------------------- targets
+
+
+def subscriber(bus: Broadcaster[Any], report: Connection) -> None:
+    """Subscribes, says so, and at the message ``None`` reports all that came before it."""
+    channel = bus.subscribe()
+    channel.poll(0)
+    report.send(os.getpid())
+    report.send(list(iter(channel.recv, None)))
+    report.close()
+
+
+def held_subscriber(bus: Broadcaster[Any], report: Connection) -> None:
+    """Subscribes and receives one message; then a child of its own keeps each pipe and socket that it has open."""
+    channel = bus.subscribe()
+    channel.recv(DEADLINE)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            mode = os.fstat(int(name)).st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+                os.set_inheritable(os.dup(int(name)), True)
+    os.set_inheritable(os.dup(channel.fileno()), True)
+    child = os.fork()
+    if child == 0:
+        while True:
+            signal.pause()
+    report.send(child)
+    while True:
+        signal.pause()
+
+
+def changing_subscriber(bus: Broadcaster[Any], report: Connection) -> None:
+    """Subscribes and receives one message, then becomes another program, which lives on."""
+    channel = bus.subscribe()
+    report.send(channel.recv(DEADLINE))
+    os.execv(sys.executable, [sys.executable, "-S", "-c", "import signal; signal.pause()"])
+
+
+def idle_reader(channel: Channel[Any], report: Connection) -> None:
+    """Opens the channel and does not read; when told to, reads all and reports how many came and how it ended."""
+    channel.poll(0)
+    report.send("open")
+    report.recv()
+    messages, error = receive_all(channel)
+    report.send((len(messages), type(error).__name__))
+
+
+def slow_reader(channel: Channel[Any], report: Connection) -> None:
+    """Reads with pauses to the end, and reports what came and how it ended."""
+    channel.poll(0)
+    report.send("open")
+    messages = []
+    try:
+        while True:
+            messages.append(channel.recv(DEADLINE)[0])
+            time.sleep(0.0005)
+    except (EOFError, mpbroadcast.BroadcastError) as error:
+        report.send((messages, type(error).__name__))
+
+
+def publish_and_die(bus: Broadcaster[Any], count: int) -> None:
+    """Publishes, and is killed the moment that the last ``publish`` returns."""
+    for number in range(count):
+        bus.publish(("victim", number))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def publish_large(bus: Broadcaster[Any], size: int, report: Connection) -> None:
+    """Publishes one large message behind a small one, and reports how much it had written before the large one."""
+    bus.publish(("victim", bytes(2000)))
+    report.send(written(os.getpid()))
+    bus.publish(b"v" * size)
+    report.send("published")
+
+
+def report_error_of(action: str, bus: Broadcaster[Any], report: Connection) -> None:
+    """Reports the error with which a call that waits ends."""
+    try:
+        if action in ("recv", "select"):
+            channel = bus.subscribe("quiet")
+            channel.poll(0)
+            report.send("waiting")
+            if action == "recv":
+                channel.recv()
+            else:
+                mpbroadcast.channel_to_selector(channel).receive()
+        elif action == "publish":
+            report.send("waiting")
+            while True:
+                bus.publish(b"v" * 10_000, topic="full")
+        else:
+            report.send("waiting")
+            bus.wait_for_subscribers(1000)
+    except BaseException as error:
+        report.send((type(error).__name__, str(error)))
+
+
+def start_in_daemon(report: Connection, address: str) -> None:
+    """A daemonic process may start no process, but may attach to a broker."""
+    try:
+        mpbroadcast.start_broadcaster()
+    except BaseException as error:
+        report.send((type(error).__name__, str(error)))
+    with mpbroadcast.connect(address) as bus:
+        bus.publish("from the daemon")
+    report.send("connected")
+
+
+def boom(text: str) -> None:
+    raise LookupError(text)
+
+
+class Explodes:
+    """Can be pickled; unpickling it fails."""
+
+    def __init__(self, text: str, ballast: bytes = b"") -> None:
+        self.text = text
+        self.ballast = ballast
+
+    def __reduce__(self) -> Any:
+        return boom, (self.text,), self.ballast
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+
+class Program:
+    """A whole program of its own, in its own session, whose every process can be found by a mark in its environment."""
+
+    def __init__(self, *command: str, stdin: str | None = None) -> None:
+        self.mark = uuid.uuid4().hex
+        self.started = time.monotonic()
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+            | {"PYTHONPATH": path, MARK: self.mark},
+        )
+        if stdin is not None:
+            assert self.process.stdin
+            self.process.stdin.write(stdin)
+            self.process.stdin.close()
+            self.process.stdin = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def line(self) -> str:
+        """The next line that the program prints."""
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise AssertionError(f"the program has ended: {self.end()}")
+        return line.rstrip("\n")
+
+    def end(self, timeout: float = 1.5 * DEADLINE) -> tuple[int, str, str]:
+        """(exit code, standard output, standard error) once it and all that hold its output have ended."""
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            left = [process.cmdline() for process in self.processes()]
+            self.kill()
+            out, err = self.process.communicate(timeout=timeout)
+            raise AssertionError(f"the program hangs; processes: {left}; it said {out!r} and {err!r}") from None
+        return self.process.returncode, out, err
+
+    def processes(self) -> list[psutil.Process]:
+        """Its processes that still run, children and grandchildren included."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def interrupt(self) -> None:
+        """Ctrl-C in its terminal: every process of the group gets it."""
+        os.killpg(self.pid, signal.SIGINT)
+
+    def kill(self) -> None:
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
+        self.process.wait(DEADLINE)
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if stream:
+                with contextlib.suppress(OSError):
+                    stream.close()

@@ -1,0 +1,190 @@
+"""What child processes of the tests run. It stands in a module, so that every start method can import it."""
+
+from __future__ import annotations
+
+import os
+import time
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from mpbroadcast import Broadcaster, Channel
+from tests.support.helpers import DEADLINE, answer, pattern, record, rest, take
+
+
+class Boom(Exception):
+    """Raised on purpose, by objects that cannot be pickled or unpickled."""
+
+
+class CannotBePickled:
+    """Its pickling raises."""
+
+    def __reduce__(self) -> NoReturn:
+        raise Boom("this cannot be pickled")
+
+
+def explode() -> NoReturn:
+    """Raise, while something is unpickled."""
+    raise Boom("this cannot be unpickled")
+
+
+class CannotBeUnpickled:
+    """Pickles well, and raises when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return explode, ()
+
+
+def throw(error: Exception) -> NoReturn:
+    """Raise this, while something is unpickled."""
+    raise error
+
+
+class Raises:
+    """Pickles well, and raises this error when it is unpickled."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return throw, (self.error,)
+
+
+def describe(error: BaseException) -> tuple[str, Any]:
+    """An error as something that can be compared: its type's name, and the PID that it carries."""
+    return type(error).__name__, getattr(error, "pid", None)
+
+
+def receive(channel: Channel[Any], results: Connection, count: int) -> None:
+    """Send home the next ``count`` messages."""
+    results.send(take(channel, count))
+
+
+def receive_until_end(channel: Channel[Any], results: Connection) -> None:
+    """Send home all messages up to the clean end, or what came instead of it."""
+    try:
+        results.send(rest(channel))
+    except BaseException as error:
+        results.send(describe(error))
+
+
+def receive_when_told(channel: Channel[Any], orders: Connection) -> None:
+    """Say that the process runs, leave the channel alone until told, then receive up to the end."""
+    orders.send("started")
+    answer(orders)
+    receive_until_end(channel, orders)
+
+
+def receive_from_pipe(orders: Connection, count: int) -> None:
+    """Receive from a channel that comes through a pipe."""
+    channel = orders.recv()
+    orders.send(take(channel, count))
+
+
+def receive_numbered(channel: Channel[Any], results: Connection) -> None:
+    """Check ``(source, number, bytes)`` messages up to the source "stop"; send home the sources, numbers, and sizes."""
+    results.send("open" if channel.fileno() >= 0 else "?")
+    seen = []
+    while True:
+        source, number, data = channel.recv(timeout=DEADLINE)
+        if source == "stop":
+            break
+        seen.append((source, number, len(data) if data == pattern(number, len(data)) else -1))
+    results.send(seen)
+
+
+def open_and_hold(channel: Channel[Any], orders: Connection) -> None:
+    """Open the channel, say so, and hold it until told."""
+    channel.fileno()
+    orders.send(os.getpid())
+    answer(orders, 3 * DEADLINE)
+
+
+def record_channel(channel: Channel[Any], results: Connection) -> None:
+    """Open the channel, say so, and send home all that it gives up to the clean end, and its ``missed``."""
+    channel.fileno()
+    results.send("open")
+    try:
+        results.send((record(channel), channel.missed))
+    except BaseException as error:
+        results.send(describe(error))
+
+
+def publish_patterns(bus: Broadcaster[Any], orders: Connection, topic: str, size: int) -> None:
+    """Publish ``(number, pattern)`` without end, until told to stop; then send home how many."""
+    orders.send("started")
+    number = 0
+    while not orders.poll(0):
+        bus.publish((number, pattern(number, size)), topic=topic)
+        number += 1
+    bus.flush(timeout=DEADLINE)
+    orders.send(number)
+
+
+def try_to_receive(channel: Channel[Any], results: Connection) -> None:
+    """Send home what ``recv`` gives or raises."""
+    try:
+        results.send(("message", channel.recv(timeout=DEADLINE)))
+    except BaseException as error:
+        results.send(describe(error))
+
+
+def publish_numbers(bus: Broadcaster[Any], name: str, count: int) -> None:
+    """Publish ``(name, number)``, in order."""
+    for number in range(count):
+        bus.publish((name, number))
+
+
+def publish_when_told(bus: Broadcaster[Any], orders: Connection) -> None:
+    """Publish each thing that comes through the pipe, say so, and end at ``None``."""
+    orders.send("started")
+    while (message := orders.recv()) is not None:
+        bus.publish(message)
+        orders.send("published")
+
+
+def subscribe_when_told(bus: Broadcaster[Any], topics: tuple[str, ...], orders: Connection) -> None:
+    """Subscribe once told to, and hold the channel until told again."""
+    answer(orders)
+    with bus.subscribe(*topics):
+        answer(orders, 3 * DEADLINE)
+
+
+def subscribe_and_send_away(bus: Broadcaster[Any], orders: Connection) -> None:
+    """Subscribe for whoever is at the other end, close the broadcaster's handle, and live on until told."""
+    orders.send(bus.subscribe())
+    bus.close()
+    orders.send("detached")
+    answer(orders, 3 * DEADLINE)
+
+
+def hear_itself(bus: Broadcaster[Any], results: Connection) -> None:
+    """Subscribe and publish in one process: once heard, once excluded; send home what was heard."""
+    channel = bus.subscribe()
+    bus.publish("to all")
+    bus.publish("to all others", exclude=channel)
+    bus.publish("last")
+    results.send(take(channel, 2))
+    channel.close()
+
+
+def publish_one(bus: Broadcaster[Any], message: Any) -> int:
+    """Publish one message; return the PID of this process."""
+    bus.publish(message)
+    return os.getpid()
+
+
+def exit_with(code: int) -> NoReturn:
+    """End with this exit code."""
+    raise SystemExit(code)
+
+
+def exit_when_told(orders: Connection) -> None:
+    """End once told to."""
+    answer(orders, 3 * DEADLINE)
+
+
+def signal_until_told(pid: int, number: int, orders: Connection) -> None:
+    """Send a signal again and again, until told to stop."""
+    while not orders.poll(0):
+        os.kill(pid, number)
+        time.sleep(0.0001)

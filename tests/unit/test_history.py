@@ -1,0 +1,264 @@
+"""The last messages of each topic: which are kept, which are forgotten, and which a replay gets."""
+
+from __future__ import annotations
+
+from array import array
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpbroadcast.broker.core.history import History
+from mpbroadcast.protocol.frames import FRAME_OVERHEAD, Batch, Parcel, frame_head
+
+ALL = 1 << 40
+
+
+class Message(NamedTuple):
+    """One that was published, with its place in the order of all."""
+
+    place: int
+    topic: str
+    size: int
+
+    @property
+    def payload(self) -> bytes:
+        return b"%d." % self.place + bytes(self.size)
+
+    @property
+    def charge(self) -> int:
+        return len(self.payload) + len(self.topic.encode()) + FRAME_OVERHEAD
+
+
+def batch_of(messages: list[Message]) -> Batch:
+    """These messages, which have one topic, as a batch."""
+    topic = messages[0].topic.encode()
+    frames = [frame_head(len(message.payload), topic) + message.payload for message in messages]
+    batch = Batch(b"".join(frames), array("I", map(len, frames)), topic, 0, 8 + len(topic))
+    assert batch.charge == sum(message.charge for message in messages)
+    return batch
+
+
+def places(batches: list[Batch | Parcel]) -> list[int]:
+    """Where the messages of these batches stood in the order of all."""
+    found = []
+    for batch in batches:
+        assert isinstance(batch, Batch)
+        start = 0
+        for size in batch.sizes:
+            found.append(int(batch.frames[start + batch.skip : start + size].partition(b".")[0]))
+            start += size
+        assert start == len(batch.frames)
+    return found
+
+
+class Publisher:
+    """Adds messages to a history, numbered one by one."""
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.messages: list[Message] = []
+
+    def add(self, topic: str, *sizes: int) -> list[Message]:
+        """Publish messages of these sizes, as one batch."""
+        place = len(self.messages)
+        added = [Message(number, topic, size) for number, size in enumerate(sizes, place)]
+        self.history.add(place, batch_of(added))
+        self.messages += added
+        return added
+
+
+def test_the_last_of_a_topic() -> None:
+    """As many as were asked for come, or what there is of them, oldest first."""
+    history = History(5)
+    publisher = Publisher(history)
+    assert history.last(["a"], 3, ALL) == []
+    publisher.add("a", 0, 0)
+    assert places(history.last(["a"], 3, ALL)) == [0, 1]
+    publisher.add("a", 0, 0, 0, 0)
+    assert places(history.last(["a"], 3, ALL)) == [3, 4, 5]
+    assert places(history.last(["a"], 99, ALL)) == [1, 2, 3, 4, 5]
+    assert history.last(["a"], 0, ALL) == []
+    assert history.last(["b"], 9, ALL) == []
+    assert history.last([], 9, ALL) == []
+
+
+def test_each_topic_has_its_own() -> None:
+    """A busy topic does not push out what a quiet one has kept."""
+    history = History(2)
+    publisher = Publisher(history)
+    publisher.add("quiet", 0)
+    for _ in range(10):
+        publisher.add("busy", 0, 0, 0)
+    assert places(history.last(["*"], 9, ALL)) == [0, 29, 30]
+    assert history.topics == 2
+
+
+def test_several_topics_are_in_the_order_of_all() -> None:
+    """What matches comes as it was published, whatever topic it is of, and each message once."""
+    history = History(10)
+    publisher = Publisher(history)
+    for topic in ("a:1", "b", "a:2", "a:1", "", "a:2"):
+        publisher.add(topic, 0, 0)
+    assert places(history.last(["a:1", "a:*", "a:1"], 9, ALL)) == [0, 1, 4, 5, 6, 7, 10, 11]
+    assert places(history.last(["a:*", "b"], 5, ALL)) == [5, 6, 7, 10, 11]
+    assert places(history.last(["*"], 5, ALL)) == [7, 8, 9, 10, 11]
+    assert places(history.last([""], 5, ALL)) == [8, 9]
+    assert places(history.last(["a:[*]"], 5, ALL)) == []
+
+
+def test_a_batch_longer_than_the_history() -> None:
+    """Its last messages are kept, in their right places."""
+    history = History(3)
+    publisher = Publisher(history)
+    publisher.add("a", *[0] * 10)
+    publisher.add("b", 0)
+    publisher.add("a", 0)
+    assert places(history.last(["*"], 9, ALL)) == [8, 9, 10, 11]
+    assert history.charge == sum(publisher.messages[place].charge for place in (8, 9, 10, 11))
+
+
+def test_a_replay_is_cut_at_the_capacity() -> None:
+    """The newest that fit into a backlog come; a single one that is larger than all of it comes alone."""
+    history = History(10)
+    publisher = Publisher(history)
+    publisher.add("a", 100, 100, 100)
+    publisher.add("b", 100)
+    publisher.add("a", 100)
+    charge = publisher.messages[0].charge
+    assert places(history.last(["*"], 9, 3 * charge)) == [2, 3, 4]
+    assert places(history.last(["*"], 9, 3 * charge - 1)) == [3, 4]
+    assert places(history.last(["*"], 2, 3 * charge)) == [3, 4]
+    assert places(history.last(["*"], 9, 1)) == [4]
+    publisher.add("a", 5000)
+    assert places(history.last(["*"], 9, 3 * charge)) == [5]
+    publisher.add("a", 100)
+    assert places(history.last(["*"], 9, 3 * charge)) == [6]
+    assert places(history.last(["*"], 9, 6000)) == [4, 5, 6]
+
+
+def test_topics_published_to_the_longest_ago_are_forgotten() -> None:
+    """When there are too many topics; publishing to one again keeps it, reading does not."""
+    history = History(5, most_topics=3)
+    publisher = Publisher(history)
+    for topic in ("a", "b", "c", "a"):
+        publisher.add(topic, 0)
+    history.last(["b"], 1, ALL)
+    assert (history.topics, history.forgotten) == (3, 0)
+    publisher.add("d", 0)
+    assert (history.topics, history.forgotten) == (3, 1)
+    assert places(history.last(["*"], 9, ALL)) == [0, 2, 3, 4]
+    publisher.add("b", 0)
+    assert places(history.last(["*"], 9, ALL)) == [0, 3, 4, 5]
+    assert (history.topics, history.forgotten) == (3, 2)
+
+
+def test_too_many_bytes_are_not_kept() -> None:
+    """Other topics go first, the one that was published to the longest ago before the others; then its own oldest."""
+    history = History(100, most_bytes=10_000)
+    publisher = Publisher(history)
+    publisher.add("a", 1000, 1000)
+    publisher.add("b", 1000, 1000)
+    publisher.add("c", 4705)
+    assert history.charge == 10_000
+    assert places(history.last(["*"], 99, ALL)) == [0, 1, 2, 3, 4]
+    publisher.add("a", 1000, 1000)
+    assert places(history.last(["*"], 99, ALL)) == [0, 1, 4, 5, 6]
+    publisher.add("a", *[1000] * 6)
+    assert places(history.last(["*"], 99, ALL)) == [6, 7, 8, 9, 10, 11, 12]
+    assert history.charge == sum(message.charge for message in publisher.messages[6:])
+    assert (history.topics, history.forgotten) == (1, 2)
+
+
+def test_a_message_larger_than_all_leaves_nothing() -> None:
+    """It is not kept, the bound holds, and history goes on with the next."""
+    history = History(100, most_bytes=359)
+    publisher = Publisher(history)
+    publisher.add("a", 50, 20_000)
+    assert history.last(["*"], 99, ALL) == []
+    assert history.charge == 0
+    publisher.add("a", 100)
+    assert history.charge == 359
+    assert places(history.last(["*"], 99, ALL)) == [2]
+
+
+class Plain:
+    """What a history should keep, in the simplest way: a list of messages."""
+
+    def __init__(self, length: int, most_topics: int, most_bytes: int) -> None:
+        self.length, self.most_topics, self.most_bytes = length, most_topics, most_bytes
+        self.kept: list[Message] = []
+        self.recent: list[str] = []  # topics, the one published to the longest ago first
+        self.forgotten = 0
+
+    @property
+    def charge(self) -> int:
+        return sum(message.charge for message in self.kept)
+
+    def add(self, added: list[Message]) -> None:
+        topic = added[0].topic
+        self.recent = [other for other in self.recent if other != topic] + [topic]
+        self.kept += added
+        own = [message for message in self.kept if message.topic == topic]
+        for message in own[: max(0, len(own) - self.length)]:
+            self.kept.remove(message)
+        while len(self.recent) > self.most_topics or (self.charge > self.most_bytes and len(self.recent) > 1):
+            gone = self.recent.pop(0)
+            self.forgotten += 1
+            self.kept = [message for message in self.kept if message.topic != gone]
+        while self.charge > self.most_bytes:
+            self.kept.pop(0)
+
+    def last(self, topics: list[str], count: int, capacity: int) -> list[int]:
+        matching = [message for message in self.kept if any(fnmatchcase(message.topic, own) for own in topics)]
+        found: list[Message] = []
+        for message in reversed(matching):
+            total = sum(other.charge for other in found) + message.charge
+            if len(found) == count or (found and total > capacity):
+                break
+            found.append(message)
+        return [message.place for message in reversed(found)]
+
+
+TOPIC = st.sampled_from(["", "a", "b", "a:1", "a:2", "*"])
+ASKED = st.lists(st.sampled_from(["", "a", "b", "a*", "a:?", "*", "[*]", "nobody"]), max_size=3)
+
+
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
+@given(
+    length=st.integers(1, 12),
+    most_topics=st.integers(1, 5),
+    most_bytes=st.sampled_from([1, 1000, 5000, 20_000, ALL]),
+    batches=st.lists(st.tuples(TOPIC, st.lists(st.integers(0, 2000), min_size=1, max_size=8)), max_size=15),
+    replays=st.lists(
+        st.tuples(ASKED, st.integers(0, 30), st.sampled_from([1, 600, 3000, 10_000, ALL])), min_size=1, max_size=4
+    ),
+)
+def test_a_history_keeps_what_a_plain_list_keeps(
+    length: int,
+    most_topics: int,
+    most_bytes: int,
+    batches: list[tuple[str, list[int]]],
+    replays: list[tuple[list[str], int, int]],
+) -> None:
+    """Whatever was published, each replay gets what the list has for it, and the bounds hold all the time."""
+    history, plain = History(length, most_topics, most_bytes), Plain(length, most_topics, most_bytes)
+    publisher = Publisher(history)
+    for topic, sizes in batches:
+        plain.add(publisher.add(topic, *sizes))
+        assert history.charge == plain.charge <= most_bytes
+        assert history.topics == len(plain.recent) <= most_topics
+        assert history.forgotten == plain.forgotten
+        for topics, count, capacity in replays:
+            assert places(history.last(topics, count, capacity)) == plain.last(topics, count, capacity)
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_what_is_kept_holds_no_larger_bytes(length: int) -> None:
+    """A message that is kept does not keep the batch that it came in."""
+    history = History(length)
+    Publisher(history).add("a", *[1000] * 200)
+    kept = history.last(["a"], 1000, ALL)
+    assert sum(len(batch.frames) for batch in kept if isinstance(batch, Batch)) < length * 1100

@@ -1,0 +1,449 @@
+"""What one session can make the broker hold, and do: each lie is sent as it would be, and costs nobody but its sender."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import select
+import socket
+import struct
+import sys
+import tracemalloc
+from array import array
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpbroadcast import Broadcaster
+from mpbroadcast.broker.control_clients import Client
+from mpbroadcast.broker.core.history import MOST_TOPICS, History
+from mpbroadcast.broker.core.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION, Cost
+from mpbroadcast.broker.core.patterns import is_pattern, matcher
+from mpbroadcast.broker.requests import answer
+from mpbroadcast.broker.server import Broker
+from mpbroadcast.client.session import Link
+from mpbroadcast.posix.shared_memory import message_memory
+from mpbroadcast.protocol.control import MAX_REQUEST, client_handshake, encode
+from mpbroadcast.protocol.fd_packets import MEMORY, pack
+from mpbroadcast.protocol.frames import Batch, FrameError, Splitter, frame_head, memory_frame, pieces, reference_frame
+from mpbroadcast.protocol.runs import MESSAGES, RUN, TAIL
+from mpbroadcast.validation import MAX_TOPIC
+from tests.properties.test_fuzz import Asker, Lent, Rude, asking, own_broker, shares_memory
+from tests.support.helpers import DEADLINE, pattern, wait_until
+
+__all__ = ["own_broker"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "excluded", "pieces", "reference", "memory"])
+def test_no_frame_has_a_longer_topic_than_a_user_can_give(kind: str) -> None:
+    """1,024 bytes of topic pass in each kind of frame, and one more does not."""
+    made = {
+        "plain": lambda topic: frame_head(0, topic),
+        "excluded": lambda topic: frame_head(0, topic, 7),
+        "pieces": lambda topic: b"".join(pieces(frame_head(5000, topic) + bytes(5000), 1)),
+        "reference": lambda topic: reference_frame(1, 0, 100, topic),
+        "memory": lambda topic: memory_frame(1, 100, topic),
+    }[kind]
+    (item,) = Splitter().split(made(b"x" * MAX_TOPIC))
+    assert item.topic == b"x" * MAX_TOPIC
+    with pytest.raises(FrameError):
+        Splitter().split(made(b"x" * (MAX_TOPIC + 1)))
+
+
+def test_a_topic_that_no_run_can_carry(bus: Broadcaster[Any]) -> None:
+    """A topic of 65,530 bytes, in pieces, ends its publisher; others go on."""
+    with bus.subscribe() as channel:
+        pid = bus.stats().pid
+        link = Link(bus.address)
+        lent = Lent(link, beside=False)
+        for piece in pieces(frame_head(0, b"x" * 65530), 1):
+            lent.write(piece)
+        wait_until(lambda: bus.stats().publishers == 0)
+        bus.publish("another's")
+        assert channel.recv(DEADLINE) == "another's"
+        assert bus.stats().pid == pid
+        lent.close()
+        link.close()
+
+
+def test_an_item_that_cannot_be_routed_costs_its_publisher(own_broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever routing an item raises, its publisher is closed, and others' messages go on."""
+    with asking(own_broker) as (_, _, number):
+        session = own_broker.sessions[number]
+        subscription = own_broker.add_subscription(1 << 40, session, ["topic"], 1 << 16, "drop_oldest")
+        bad, bad_pipe = own_broker.traffic.add(own_broker.number(), session)
+        _, good_pipe = own_broker.traffic.add(own_broker.number(), session)
+        bad.parked.append(Batch(bytes(8), array("I", (8,)), b"topic", 0, 1 << 16))  # its head is longer than a run can tell
+        for pipe in (bad_pipe, good_pipe):
+            os.write(pipe, frame_head(0, b"topic"))
+            os.close(pipe)
+        own_broker.traffic.round()
+        assert (bad.fd < 0, subscription.outbox.waiting) == (True, 2)
+    caplog.clear()  # its traceback keeps the broker
+
+
+def test_short_pieces_are_kept_together() -> None:
+    """A long message that comes in pieces of two bytes takes what it is said to take."""
+    splitter = Splitter()
+    rest = frame_head(1 << 20, b"")
+    piece = next(pieces(rest, 1))
+    head = len(piece) - len(rest)
+    short = (head + 2).to_bytes(4, "little") + piece[4 : head - 1] + b"\0" + bytes(2)
+    tracemalloc.start()
+    try:
+        for _ in range(100):
+            splitter.split(short * 1000)
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert splitter.held > 200_000
+    assert kept < 2 * splitter.held
+
+
+# ----------------------------------------------------------------------------------------------------- held up by nobody
+
+
+class TooManyCalls(BaseException):
+    """More work than there may be."""
+
+
+@contextlib.contextmanager
+def at_most(calls: int) -> Iterator[None]:
+    """What happens within makes no more calls, so that it takes no longer when there is more of what it must not look at."""
+    made = itertools.count(1)
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event in ("call", "c_call") and next(made) > calls:
+            sys.setprofile(None)
+            raise TooManyCalls
+
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def test_a_replay_looks_names_up() -> None:
+    """A replay of 10,000 names does not try each of them with each of 4,096 topics."""
+    history = History(3)
+    for number in range(MOST_TOPICS):
+        history.add(number, Batch(bytes(8), array("I", (8,)), b"%d" % number, 0, 8))
+    names = [str(number) for number in range(10_000)]
+    with at_most(100_000):
+        found = history.last(names, 2, 1 << 20)
+    assert [batch.topic for batch in found] == [b"4094", b"4095"]
+
+
+@given(
+    st.text(alphabet="ab*?[]!-\n", max_size=9).filter(is_pattern),
+    st.lists(st.text(alphabet="ab[]*\n", max_size=9), min_size=1, max_size=20),
+)
+def test_patterns_match_as_in_the_standard_library(pattern: str, topics: list[str]) -> None:
+    """Each pattern matches what ``fnmatch.fnmatchcase`` says, also those that are matched without ``re``."""
+    for topic in topics:
+        assert bool(matcher(pattern).match(topic)) == fnmatchcase(topic, pattern)
+
+
+def in_rounds(broker: Broker, asker: Asker, message: dict[str, Any], most: int) -> dict[str, Any]:
+    """The reply to a request, after as many rounds of the loop as it takes, none of which makes more than ``most`` calls."""
+    asker.replies.clear()
+    with at_most(most):
+        answer(broker, cast("Client", asker), message)
+    while not asker.replies:
+        with at_most(most):
+            broker.loop.round(0)
+    (reply,) = asker.replies
+    return reply
+
+
+def subscribing(session: int, number: int, *topics: str) -> dict[str, Any]:
+    """The request for a subscription."""
+    fields = {"capacity": 1 << 16, "overflow": "drop_oldest", "replay": 0, "publisher": None}
+    return {"do": "subscribe", "session": session, "subscription": number, "topics": [*topics], **fields}
+
+
+def test_statistics_of_many_subscriptions_come_in_parts(own_broker: Broker) -> None:
+    """Statistics of 5,000 subscriptions hold nobody up: between two parts the loop goes on."""
+    with asking(own_broker) as (one, other, session):
+        for number in range(1000, 6000):
+            own_broker.add_subscription(number, own_broker.sessions[session], [str(number)], 1 << 16, "drop_oldest")
+        rows = in_rounds(own_broker, one, {"do": "stats"}, 8000)["subscribers"]
+        assert {row["id"] for row in rows} > set(range(1000, 6000))
+        assert in_rounds(own_broker, other, {"do": "wait", "count": 5001, "now": True}, 100)["done"]
+
+
+def test_many_requests_at_once(own_broker: Broker, tmp_path: Path) -> None:
+    """Thousands of notes of one connection, as when thousands of channels are dropped, are not handled in one round."""
+    with asking(own_broker) as (_, _, session), socket.socket(socket.AF_UNIX) as client:
+        for number in range(1000, 3000):
+            own_broker.add_subscription(number, own_broker.sessions[session], [str(number)], 1 << 16, "drop_oldest")
+        client.connect(str(tmp_path / "s"))
+        handshake = client_handshake(b"key")
+        next(handshake)
+        own_broker.loop.round(0)
+        client.sendall(handshake.send(client.recv(1000)[4:]))
+        own_broker.loop.round(0)
+        client.sendall(handshake.send(client.recv(1000)[4:]))
+        own_broker.loop.round(0)
+        with pytest.raises(StopIteration) as done:
+            handshake.send(client.recv(1000)[4:])
+        client.sendall(done.value.value)
+        client.sendall(b"".join(encode({"do": "drop", "subscription": number}) for number in range(1000, 3000)))
+        for _ in range(10):
+            own_broker.loop.round(0)
+            with at_most(40_000):
+                own_broker.loop.round(0)
+        assert own_broker.router.count == 1
+        client.close()
+        own_broker.loop.round(0)
+        own_broker.loop.close_forgotten()
+
+
+def test_many_waits_and_many_subscriptions(own_broker: Broker) -> None:
+    """All who wait for subscriptions are looked at once in a round, at no more cost when there are many subscriptions."""
+    with asking(own_broker) as (one, other, session):
+        for number in range(1000, 1400):
+            waits = Asker(one.peer)
+            answer(own_broker, cast("Client", waits), {"do": "wait", "count": 5000, "topic": None})
+            own_broker.add_subscription(number, own_broker.sessions[session], ["*"], 1 << 16, "drop_oldest")
+        with at_most(20_000):
+            for number in range(2000, 2100):
+                answer(own_broker, cast("Client", other), subscribing(session, number, "fuzz"))
+            own_broker.loop.round(0)
+
+
+def test_an_honest_session_has_room(own_broker: Broker) -> None:
+    """A session can have 16,000 subscriptions, or 20,000 topics and 10,000 patterns, also of those that need ``re``."""
+    with asking(own_broker) as (one, _, session):
+        for number in range(1000, 17_000):
+            own_broker.add_subscription(number, own_broker.sessions[session], ["*"], 1 << 16, "block")
+        other = own_broker.new_session(cast("Client", one)).number
+        names = [f"a quite ordinary name of a topic: {number}" for number in range(20_000)]
+        patterns = [f"room:{number}:{'*:user:*' if number % 10 else '[ab]?'}" for number in range(10_000)]
+        assert in_rounds(own_broker, one, subscribing(other, 20_000, *names), 400_000) == {}
+        assert in_rounds(own_broker, one, subscribing(other, 20_001, *patterns), 400_000) == {}
+
+
+@pytest.mark.parametrize(
+    ("topics", "what"),
+    [
+        ([f"{number}" for number in range(40_000)], "topics and patterns"),
+        ([f"*[ab]{'?' * 900}{number}" for number in range(4000)], "steps"),
+        ([f"*{'a' * 900}*{number}" for number in range(4000)], "steps"),
+        ([f"{'é' * 500}{number}" for number in range(26_000)], "bytes"),
+    ],
+    ids=["topics", "patterns that need re", "patterns of stars", "bytes"],
+)
+def test_more_than_a_session_may_have(topics: list[str], what: str, own_broker: Broker) -> None:
+    """What would be too much is refused at once, with an error that says of what; the session goes on, all is given back."""
+    with asking(own_broker) as (one, other, session):
+        spent = own_broker.budget.spent
+        reply = in_rounds(own_broker, one, subscribing(session, 1000, *topics), 200_000)
+        assert (reply["error"], what in reply["text"]) == ("value", True)
+        assert own_broker.budget.spent == spent
+        assert in_rounds(own_broker, one, subscribing(session, 1000, "fuzz:*", "fuzz"), 1000) == {}
+        changes = {"session": session, "subscription": 1000}
+        for do, names in (("add topics", ["more", "fuzz", "m?"]), ("drop topics", ["fuzz", "none"]), ("add topics", topics)):
+            reply = in_rounds(own_broker, other, {"do": do, "topics": names, **changes}, 300_000)
+        assert what in reply["text"]
+        in_rounds(own_broker, one, {"do": "close", **changes}, 1000)
+        assert own_broker.budget.spent == spent
+    assert own_broker.budget.spent == Cost()
+
+
+def test_a_session_with_too_many_subscriptions(own_broker: Broker) -> None:
+    """One subscription more than there may be is refused, until another one is closed."""
+    with asking(own_broker) as (one, _, session):
+        for number in range(1000, 999 + SESSION.subscriptions):
+            own_broker.add_subscription(number, own_broker.sessions[session], ["*"], 1 << 16, "block")
+        assert "subscriptions" in in_rounds(own_broker, one, subscribing(session, 1, "*"), 1000)["text"]
+        in_rounds(own_broker, one, {"do": "close", "subscription": 1000, "session": session}, 1000)
+        assert in_rounds(own_broker, one, subscribing(session, 1, "*"), 1000) == {}
+
+
+def test_sessions_are_bounded_together(own_broker: Broker) -> None:
+    """Sessions that end, and leave what nobody has opened, do not make the broker grow: together they have a budget, too."""
+    with asking(own_broker) as (one, _, _):
+        topics = [f"{'x' * 1000}{number}" for number in range(20_000)]
+        replies = []
+        for number in (1001, 1002, 1003, 1004):
+            session = own_broker.new_session(cast("Client", one)).number
+            replies.append(in_rounds(own_broker, one, subscribing(session, number, *topics), 400_000))
+            own_broker.end_session(own_broker.sessions[session], clean=True)
+        assert ["together" in reply.get("text", "") for reply in replies] == [False, False, False, True]
+        assert own_broker.held > 60_000_000
+        for number in (1001, 1002, 1003):
+            own_broker.remove(own_broker.subscriptions[number])
+        assert own_broker.held == 0
+
+
+def test_a_process_with_too_many_connections(own_broker: Broker) -> None:
+    """What a process asks that has too many connections is answered with an error."""
+    with asking(own_broker) as (one, _, _):
+        others: set[Any] = {object() for _ in range(MOST_CONNECTIONS + 1)}
+        one.peer.clients |= others
+        assert "connections" in in_rounds(own_broker, one, {"do": "stats"}, 1000)["text"]
+        one.peer.clients -= others
+        assert "error" not in in_rounds(own_broker, one, {"do": "stats"}, 1000)
+
+
+def test_a_replay_of_many_patterns(own_broker: Broker) -> None:
+    """A replay whose patterns would be tried for seconds is refused; one whose patterns begin differently is not."""
+    history = own_broker.traffic.history
+    assert history is not None
+    for number in range(MOST_TOPICS):
+        history.add(number, Batch(bytes(8), array("I", (8,)), b"room:%d" % number, 0, 8))
+    with asking(own_broker) as (one, _, session):
+        alike = subscribing(session, 1000, *(f"*m*{number}" for number in range(5000))) | {"replay": 1}
+        assert "begin" in in_rounds(own_broker, one, alike, 400_000)["text"]
+        different = subscribing(session, 1000, *(f"room:{number}*" for number in range(5000))) | {"replay": 1}
+        assert in_rounds(own_broker, one, different, 400_000) == {}
+        assert own_broker.subscriptions[1000].outbox.waiting == 1
+
+
+def test_an_error_of_too_many_topics(bus: Broadcaster[Any]) -> None:
+    """An honest program that names too many topics has an error in that call, and goes on; what it has counts as memory."""
+    with pytest.raises(ValueError, match="topics and patterns"):
+        bus.subscribe(*map(str, range(40_000)))
+    with bus.subscribe(*map(str, range(5000))) as channel:
+        bus.publish("one", topic="77")
+        assert channel.recv(DEADLINE) == "one"
+        assert bus.stats().memory > 2_000_000
+    assert bus.stats().memory == 0
+
+
+@contextlib.contextmanager
+def through_its_pipe(link: Link) -> Iterator[int]:
+    """A subscription whose reader shares no memory: its pipe."""
+    fields: dict[str, Any] = {"capacity": 1 << 32, "overflow": "block", "replay": 0, "publisher": None}
+    link.request("subscribe", subscription=7, topics=["large"], **fields)
+    reply = link.request("open", subscription=7, shared=False)
+    link.request("opened", subscription=7, token=reply.said["token"])
+    assert reply.end is not None
+    yield reply.end.fd
+    reply.end.close()
+    link.request("close", subscription=7)
+
+
+def read_all(fd: int, size: int) -> Iterator[bytes]:
+    """What comes in a pipe, until so many bytes have."""
+    while size:
+        assert select.select([fd], [], [], DEADLINE)[0]
+        data = os.read(fd, size)
+        assert data
+        size -= len(data)
+        yield data
+
+
+@shares_memory
+def test_a_long_message_through_a_pipe(bus: Broadcaster[Any]) -> None:
+    """A message in memory of its own comes whole to a reader that shares none, also to one that is quick."""
+    link = Link(bus.address)
+    payload = pattern(1, 6 << 20)
+    with through_its_pipe(link) as fd:
+        lent = Lent(link, beside=True)
+        descriptor = message_memory([payload])
+        lent.tell(pack(MEMORY, 0, 1), descriptor.fd)
+        descriptor.close()
+        lent.write(memory_frame(1, len(payload), b"large") + frame_head(2, b"large") + b"ok")
+        lent.close()
+        head = frame_head(len(payload), b"large")
+        size = RUN.size + len(head) + len(payload) + len(TAIL)
+        wanted = RUN.pack(size, 1, MESSAGES, 0, len(head)) + head + payload + TAIL
+        assert b"".join(read_all(fd, size)) == wanted
+        assert b"".join(read_all(fd, RUN.size + 13 + 2 + 1)).endswith(b"largeok" + TAIL)
+    link.close()
+
+
+@shares_memory
+def test_sparse_memory_through_a_pipe(bus: Broadcaster[Any]) -> None:
+    """Memory of 1 GiB that was never written, for a reader that shares none, takes nothing of the broker, and no time."""
+    rss = psutil.Process(bus.stats().pid).memory_info
+    link = Link(bus.address)
+    with through_its_pipe(link) as fd, bus.subscribe("other") as channel:
+        before = rss().rss
+        lent = Lent(link, beside=True)
+        memory = os.memfd_create("sparse", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(memory, 1 << 30)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
+        lent.tell(pack(MEMORY, 0, 1), memory)
+        os.close(memory)
+        lent.write(memory_frame(1, 1 << 30, b"large"))
+        for data in itertools.islice(read_all(fd, 1 << 30), 50):
+            assert data
+            bus.publish(len(data), topic="other")
+            assert channel.recv(DEADLINE) == len(data)
+            assert rss().rss - before < 64 << 20
+        lent.close()
+    link.close()
+
+
+def test_requests_that_are_never_whole(bus: Broadcaster[Any]) -> None:
+    """Half requests are counted, and beyond what a process may have of them their connection is closed."""
+    memory = psutil.Process(bus.stats().pid).memory_info
+    before = memory().rss
+    half = struct.pack("!i", MAX_REQUEST) + bytes(MAX_REQUEST - 1)
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(MOST_ASKED // MAX_REQUEST + 8):
+            clients.append(Rude(bus.address))
+            stack.callback(clients[-1].close)
+            clients[-1].send(half)
+        wait_until(lambda: MOST_ASKED - 9 * MAX_REQUEST < bus.stats().memory <= MOST_ASKED)
+        assert sum(client.hear(0) is None for client in clients) == len(clients)
+        assert memory().rss - before < 1.5 * MOST_ASKED
+    wait_until(lambda: bus.stats().memory == 0)
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["a living publisher", "a dead publisher"])
+def test_publishers_have_turns(gone: bool, own_broker: Broker) -> None:
+    """What one publisher has written for many subscriptions takes many rounds, and in each the others have their turn."""
+    with asking(own_broker) as (_, _, number):
+        session, traffic = own_broker.sessions[number], own_broker.traffic
+        subscriptions = [
+            own_broker.add_subscription(number, session, ["turn*"], 1 << 16, "drop_newest") for number in range(1000, 1500)
+        ]
+        one, one_pipe = traffic.add(own_broker.number(), session)
+        other, other_pipe = traffic.add(own_broker.number(), session)
+        os.write(one_pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 100)
+        if gone:
+            traffic.finish(one)
+        for _ in range(5):
+            os.write(other_pipe, frame_head(0, b"turn 3"))
+            with at_most(200_000):
+                traffic.round()
+            assert one.parked
+            assert other.all_routed
+        while one.parked:
+            traffic.round()
+        assert [one.outbox.published for one in subscriptions] == [205] * 500
+        assert (one.number in traffic.publishers) != gone
+        os.write(other_pipe, frame_head(0, b"turn 3"))
+        traffic.round()
+        assert traffic.routed == 206
+        for pipe in (one_pipe, other_pipe):
+            os.close(pipe)
+
+
+def test_what_waits_for_its_turn_comes_before_what_is_asked_next(own_broker: Broker) -> None:
+    """Who unsubscribes gets all that was written before, also what was left for the next round."""
+    with asking(own_broker) as (one, _, number):
+        session, traffic = own_broker.sessions[number], own_broker.traffic
+        for subscription in range(1000, 1500):
+            own_broker.add_subscription(subscription, session, ["turn*"], 1 << 16, "drop_newest")
+        publisher, pipe = traffic.add(own_broker.number(), session)
+        os.write(pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 50)
+        traffic.finish(publisher)
+        assert publisher.parked
+        in_rounds(own_broker, one, {"do": "unsubscribe", "session": number, "subscription": 1000}, 1_000_000)
+        assert own_broker.subscriptions[1000].outbox.waiting == 100
+        os.close(pipe)

@@ -1,0 +1,659 @@
+"""A subscription's backlog: each policy against a plain list of messages. The pipe is only a number of bytes."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from mpbroadcast.broker.core.backlog import Outbox
+from mpbroadcast.protocol.frames import (
+    FRAME_OVERHEAD,
+    MOST_TOGETHER,
+    PIPE_BUF,
+    Batch,
+    frame_head,
+)
+from mpbroadcast.protocol.pickling import load_run
+from mpbroadcast.protocol.runs import (
+    END,
+    GAP,
+    MESSAGES,
+    OVERFLOWED,
+    SKIPPED,
+    Account,
+    Run,
+    RunView,
+    note_run,
+    read_run,
+    run_of,
+)
+from mpbroadcast.validation import POLICIES
+
+NOTES = {END: "end", GAP: "gap", SKIPPED: "skipped", OVERFLOWED: "overflowed"}
+NOTE_SIZE = len(note_run(GAP, 1).data)
+
+Event = tuple[str, int]
+"""What a pipe says: a message with its number, or a note with what it counts."""
+
+
+def batch_of(first: int, sizes: Iterable[int]) -> Batch:
+    """Neighbouring messages, numbered from ``first`` on, with payloads of about these sizes."""
+    payloads = [pickle.dumps((number, bytes(size))) for number, size in enumerate(sizes, first)]
+    frames = [frame_head(len(payload), b"") + payload for payload in payloads]
+    return Batch(b"".join(frames), array("I", map(len, frames)), b"", 0, len(frame_head(0, b"")))
+
+
+def messages(first: int, count: int, size: int = 100, account: Account | None = None) -> Run:
+    """A run of ``count`` messages, numbered from ``first`` on."""
+    return run_of(batch_of(first, [size] * count), account)
+
+
+def charge_of(first: int, size: int) -> int:
+    """What the documentation says that a message counts: its pickled bytes, its topic's, and a fixed overhead."""
+    return len(pickle.dumps((first, bytes(size)))) + FRAME_OVERHEAD
+
+
+def views(data: bytes) -> Iterator[RunView]:
+    """The heads of the runs in ``data``, one behind the other."""
+    start = 0
+    while (run := read_run(data, start)) is not None:
+        yield run
+        start += run.size
+
+
+def events(data: bytes, run: RunView) -> list[Event]:
+    """What a whole run says."""
+    if run.kind != MESSAGES:
+        return [(NOTES[run.kind], run.messages)]
+    loaded, whole = load_run(data, run)
+    assert whole
+    assert len(loaded) == run.messages
+    return [("message", number) for number, _ in loaded]
+
+
+def merged(story: Iterable[Event]) -> list[Event]:
+    """Notes of one kind that follow each other say together what a single one would."""
+    result: list[Event] = []
+    for kind, number in story:
+        if result and kind in ("gap", "skipped") and result[-1][0] == kind:
+            result[-1] = (kind, result[-1][1] + number)
+        else:
+            result.append((kind, number))
+    return result
+
+
+def emptied(outbox: Outbox) -> list[Event]:
+    """All that comes out of a backlog whose reader reads at once."""
+    written = bytearray()
+    for _ in range(10_000):
+        outbox.pipe = 0
+        if outbox.empty:
+            break
+        data = outbox.to_write()
+        assert data
+        written += data
+        outbox.wrote(len(data))
+    assert outbox.empty
+    data = bytes(written)
+    return [event for run in views(data) for event in events(data, run)]
+
+
+def numbers(first: int, stop: int) -> list[Event]:
+    """The messages from ``first`` to before ``stop``."""
+    return [("message", number) for number in range(first, stop)]
+
+
+# --------------------------------------------------------------------------------------------------- the plain model
+
+WAITING, DELIVERED, MISSED = "waiting", "delivered", "missed"
+
+
+class Plain:
+    """What a backlog should do, in the simplest way: one entry for each message that was published to it."""
+
+    def __init__(self, policy: str, capacity: int) -> None:
+        self.policy = policy
+        self.capacity = capacity
+        self.fates: list[str] = []
+        self.waiting: list[int] = []  # the numbers of those that wait
+        self.charges: list[int] = []
+        self.begun = 0  # how many of those that wait are in a run that is partly in the pipe
+        self.pipe = 0
+        self.overflowed = False
+
+    @property
+    def waiting_charge(self) -> int:
+        return sum(self.charges[number] for number in self.waiting)
+
+    @property
+    def charge(self) -> int:
+        """What counts against the capacity: all that waits, also if partly in the pipe, and what is unread there."""
+        return self.waiting_charge + self.pipe
+
+    @property
+    def too_much(self) -> bool:
+        """Whether there is more than the capacity, and not just a single message."""
+        return self.charge > self.capacity and not (len(self.waiting) == 1 and self.pipe <= 1)
+
+    def publish(self, charge: int) -> None:
+        self.waiting.append(len(self.fates))
+        self.fates.append(WAITING)
+        self.charges.append(charge)
+
+    def leave(self, place: int, fate: str) -> None:
+        """Let the message at this place of those that wait be gone."""
+        self.fates[self.waiting.pop(place)] = fate
+
+    def put(self, charges: list[int]) -> None:
+        """Publish all, one by one."""
+        if self.policy == "drop_oldest":
+            for charge in charges:
+                self.publish(charge)
+            while len(self.waiting) > self.begun and self.too_much:
+                self.leave(self.begun, MISSED)
+        elif self.policy == "latest":
+            for charge in charges:
+                while len(self.waiting) > self.begun:
+                    self.leave(self.begun, MISSED)
+                self.publish(charge)
+        else:
+            full = False
+            for charge in charges:
+                self.publish(charge)
+                full = full or self.too_much  # what comes behind one that is dropped is dropped with it
+                if full:
+                    assert self.policy != "block"
+                    self.leave(-1, MISSED)
+                if full and self.policy == "disconnect":
+                    self.overflowed = True
+                    return
+
+    def fitting(self, charges: list[int]) -> int:
+        """How many of the first could be put without having too much."""
+        other = Plain("block", self.capacity)
+        other.fates, other.charges, other.waiting = self.fates[:], self.charges[:], self.waiting[:]
+        other.pipe = self.pipe
+        for count, charge in enumerate(charges):
+            other.publish(charge)
+            if other.too_much:
+                return count
+        return len(charges)
+
+    def story(self) -> list[Event]:
+        """What the reader has to be told of all before the first message that waits."""
+        kind = "skipped" if self.policy == "latest" else "gap"
+        told: list[Event] = []
+        for number, fate in enumerate(self.fates):
+            if fate == WAITING:
+                break
+            if fate == DELIVERED:
+                told.append(("message", number))
+            elif self.policy == "disconnect":
+                told += [("overflowed", 1), ("end", 0)]
+            else:
+                told.append((kind, 1))
+        return merged(told)
+
+
+class Machine(RuleBasedStateMachine):
+    """Publishes to a backlog, moves it into a pipe as the kernel would, and reads from that."""
+
+    policy = ""
+
+    @initialize(capacity=st.sampled_from([1, 3000, 10_000, 30_000, 100_000]), pages=st.sampled_from([1, 2, 1, 16]))
+    def begin(self, capacity: int, pages: int) -> None:
+        self.account = Account()
+        self.outbox = Outbox(capacity, self.policy)
+        self.outbox.pipe_size = self.pipe_size = pages * PIPE_BUF
+        self.plain = Plain(self.policy, capacity)
+        self.unread = 0
+        self.written = 0
+        self.parsed = 0  # up to where the runs in the pipe have been looked at
+        self.tail = b""  # what was written behind that
+        self.told: list[Event] = []
+        self.in_pipe: list[int] = []  # where the runs of messages end that are in the pipe
+        self.promised: list[tuple[int, int]] = []  # once so many have left, nothing of the first so many waits
+        self.puts = 0
+
+    @precondition(lambda self: not self.outbox.ended)
+    @rule(count=st.just(1) | st.integers(1, 40), sizes=st.lists(st.integers(0, 6000), min_size=1, max_size=4))
+    def put(self, count: int, sizes: list[int]) -> None:
+        outbox, plain = self.outbox, self.plain
+        batch = batch_of(len(plain.fates), [sizes[index % len(sizes)] for index in range(count)])
+        charges = [size - 8 + FRAME_OVERHEAD for size in batch.sizes]
+        assert batch.charge == sum(charges)
+        fits = outbox.fitting(batch, batch.charge)
+        assert fits == plain.fitting(charges)
+        if self.policy == "block":
+            batch, charges = batch.cut(fits)[0], charges[:fits]
+            if not charges:
+                return
+        before = outbox.charge
+        left = outbox.left
+        outbox.put(run_of(batch, self.account))
+        plain.put(charges)
+        self.puts += 1
+        self.promised.append((outbox.entered, len(plain.fates)))
+        assert outbox.left >= left
+        assert outbox.overflowed == plain.overflowed
+        assert outbox.ended == plain.overflowed
+        if self.policy == "latest":
+            assert outbox.waiting == plain.begun + 1
+        else:
+            assert outbox.charge <= max(outbox.capacity, before) or (outbox.waiting == 1 and outbox.pipe <= 1)
+
+    @rule(optimism=st.integers(0, 100))
+    def write(self, optimism: int) -> None:
+        """Let the pipe take what it has room for, the less of it the worse its pages are used."""
+        outbox, plain = self.outbox, self.plain
+        if outbox.empty:
+            return
+        if outbox.drops:
+            self.refresh()
+            waits = self.unread > 0 and bool(plain.waiting) and not self.tail
+            assert outbox.must_wait == (waits and self.policy == "latest")
+            if outbox.must_wait:
+                return
+        data = bytes(outbox.to_write())
+        assert data
+        most = self.pipe_size - self.unread
+        least = max(0, self.pipe_size - 2 * self.unread - 2 * PIPE_BUF) if outbox.drops else 0
+        room = max(least, most * optimism // 100)
+        if self.unread == 0:
+            room = max(room, PIPE_BUF)
+        taken = len(data) if len(data) <= room else room if len(data) > PIPE_BUF else 0
+        before = outbox.charge
+        if taken:
+            outbox.wrote(taken)
+        plain.pipe += taken
+        self.unread += taken
+        self.written += taken
+        noted = self.follow(data, taken)
+        assert outbox.charge <= before + noted * NOTE_SIZE + len(self.tail)  # what is partly there counts as both
+        self.check_story()
+
+    def follow(self, data: bytes, taken: int) -> int:
+        """Look at what was offered to the pipe, and at how much it took; how many notes were in that."""
+        plain = self.plain
+        offered = self.tail + data
+        whole = len(self.tail) + taken
+        position = noted = plain.begun = 0
+        for run in views(offered):
+            end = position + run.size
+            if position >= whole:
+                break
+            noted += run.kind != MESSAGES
+            if run.kind == MESSAGES and end > len(self.tail) and position >= len(self.tail):
+                self.in_pipe.append(self.parsed + end)
+            if end > whole:
+                plain.begun = run.messages if run.kind == MESSAGES else 0
+                assert plain.begun <= 1 or not self.outbox.drops
+                break
+            said = events(offered[:end], run)
+            if run.kind == MESSAGES:
+                assert said == [("message", number) for number in plain.waiting[: run.messages]]
+                for _ in said:
+                    plain.leave(0, DELIVERED)
+            self.told += said
+            position = end
+        self.tail = offered[position:whole]
+        self.parsed += position
+        return noted
+
+    @rule(share=st.integers(0, 100), keeps_one=st.booleans())
+    def read(self, share: int, keeps_one: bool) -> None:
+        """Read some of what is in the pipe, or all but the last byte."""
+        self.unread -= min(-(-self.unread * share // 100), max(0, self.unread - keeps_one))
+
+    @rule()
+    def refresh(self) -> None:
+        """Tell the backlog how much of the pipe is unread."""
+        self.outbox.pipe = self.plain.pipe = self.unread
+
+    @rule(seed=st.integers(0, 2**16 - 1))
+    def many(self, seed: int) -> None:
+        """Many steps of all kinds, long messages among them: what single draws seldom come to."""
+        choose = Random(seed)
+        for _ in range(20):
+            kind = choose.choice(["put", "put", "put", "write", "write", "write", "read", "read", "refresh"])
+            if kind == "put" and not self.outbox.ended:
+                sizes = choose.choices([0, 1, 50, 300, 1000, 3000, 4000, 5000, 6000], k=choose.randint(1, 4))
+                self.put(choose.choice([1, 1, 2, 5, 40]), sizes)
+            elif kind == "write":
+                self.write(choose.randint(0, 100))
+            elif kind == "read":
+                self.read(choose.choice([10, 50, 100, 100]), choose.random() < 0.3)
+            else:
+                self.refresh()
+            self.check()
+
+    @precondition(lambda self: self.puts > 15)
+    @rule()
+    def end(self) -> None:
+        self.outbox.end()
+        assert self.outbox.ended
+
+    @invariant()
+    def check(self) -> None:
+        self.counts()
+        self.positions()
+        self.one_state()
+
+    def counts(self) -> None:
+        """Each message is at one place, and the sums are right."""
+        outbox, plain = self.outbox, self.plain
+        assert outbox.published == len(plain.fates)
+        assert outbox.delivered == plain.fates.count(DELIVERED)
+        assert outbox.missed == plain.fates.count(MISSED)
+        assert outbox.waiting == len(plain.waiting) == plain.fates.count(WAITING)
+        assert outbox.delivered + outbox.missed + outbox.waiting == outbox.published
+        assert outbox.waiting_charge == plain.waiting_charge == self.account.held
+        assert outbox.pipe == plain.pipe
+        assert outbox.charge == plain.charge
+        if self.policy != "latest":
+            assert outbox.waiting_charge <= outbox.capacity or outbox.waiting == 1
+
+    def positions(self) -> None:
+        """Who waits until as many have left as were there hears of it when nothing of that waits, and not before."""
+        left, fates = self.outbox.left, self.plain.fates
+        for position, published in self.promised:
+            assert (left >= position) == (WAITING not in fates[:published])
+        self.promised = [(position, published) for position, published in self.promised if left < position]
+
+    def one_state(self) -> None:
+        """Under ``latest``, one message is in the pipe at the most."""
+        self.in_pipe = [end for end in self.in_pipe if end > self.written - self.unread]
+        assert self.policy != "latest" or len(self.in_pipe) <= 1
+
+    def check_story(self, *, whole: bool = False) -> None:
+        """What was said is what happened, in that order; of what was dropped last, perhaps not all was said yet."""
+        told, story = merged(self.told), self.plain.story()
+        if not whole:
+            while told and told[-1][0] != "message":
+                kind, number = told.pop()
+                if kind in ("gap", "skipped"):
+                    behind = story[len(told)] if len(told) < len(story) else ("nothing", 0)
+                    assert behind[0] == kind
+                    assert 0 < number <= behind[1]
+            while story and story[-1][0] != "message":
+                story.pop()
+        assert told == story
+
+    def teardown(self) -> None:
+        if sys.exc_info()[0] is not None or not hasattr(self, "outbox"):
+            return
+        ended = self.outbox.ended
+        self.drain()
+        self.check_story(whole=not ended or self.plain.overflowed)
+        self.outbox.end()
+        self.outbox.end()
+        self.drain()
+        assert self.told.count(("end", 0)) == 1
+        assert self.told[-1] == ("end", 0)
+
+    def drain(self) -> None:
+        for _ in range(10_000):
+            if self.outbox.empty:
+                break
+            self.unread = 0
+            self.write(100)
+            self.check()
+        assert self.outbox.empty
+        self.unread = 0
+        self.refresh()
+        assert (self.outbox.waiting, self.outbox.charge, self.account.held) == (0, 0, 0)
+
+
+@pytest.mark.timeout(300)  # that is for the search for the shortest way to a failure
+@pytest.mark.parametrize("policy", POLICIES)
+def test_each_policy_does_what_a_plain_list_does(policy: str) -> None:
+    """Whatever is put, written and read, in any order, a backlog counts, keeps, drops and says what the list does."""
+    machine = type(f"Machine_{policy}", (Machine,), {"policy": policy})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=30,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            print_blob=True,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+        ),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- examples
+
+
+def test_drop_oldest_keeps_the_newest() -> None:
+    """Of ten messages, three fit: the last three come, behind a gap of seven."""
+    outbox = Outbox(4 * charge_of(0, 100) - 1, "drop_oldest")
+    for number in range(10):
+        outbox.put(messages(number, 1))
+        outbox.to_write()  # and the pipe takes nothing
+    assert (outbox.published, outbox.missed, outbox.left, outbox.waiting) == (10, 7, 7, 3)
+    assert emptied(outbox) == [("gap", 7), *numbers(7, 10)]
+
+
+def test_drop_oldest_drops_from_one_batch() -> None:
+    """It makes no difference whether they come one by one or all at once."""
+    outbox = Outbox(4 * charge_of(0, 100) - 1, "drop_oldest")
+    outbox.put(messages(0, 10))
+    assert (outbox.published, outbox.missed, outbox.waiting) == (10, 7, 3)
+    assert emptied(outbox) == [("gap", 7), *numbers(7, 10)]
+
+
+def test_drop_oldest_keeps_what_is_partly_in_the_pipe() -> None:
+    """A message that has begun is finished; the gap comes behind it."""
+    outbox = Outbox(150_000, "drop_oldest")
+    outbox.put(messages(0, 1, 100_000))
+    written = bytes(outbox.to_write())[:PIPE_BUF]
+    outbox.wrote(len(written))
+    outbox.put(messages(1, 2, 20_000))
+    outbox.put(messages(3, 1, 40_000))
+    outbox.put(messages(4, 1, 100))
+    said = b"".join((written, bytes(outbox.to_write())))
+    outbox.wrote(len(said) - len(written))
+    assert [event for run in views(said) for event in events(said, run)] == [("message", 0)]
+    assert emptied(outbox) == [("gap", 2), ("message", 3), ("message", 4)]
+
+
+def test_a_gap_is_said_when_nothing_waits_behind_it() -> None:
+    """While the pipe holds more than the capacity, all that comes is dropped, which is said though nothing follows."""
+    outbox = Outbox(1000, "drop_oldest")
+    outbox.pipe = 2000
+    outbox.put(messages(0, 3))
+    assert (outbox.waiting, outbox.missed) == (0, 3)
+    assert not outbox.empty
+    assert emptied(outbox) == [("gap", 3)]
+    assert outbox.empty
+
+
+def test_drop_newest_says_each_gap_in_its_place() -> None:
+    """What waits is kept; what came while it was full is missing from between it and what came later."""
+    outbox = Outbox(2 * charge_of(0, 100), "drop_newest")
+    outbox.put(messages(0, 3))
+    outbox.put(messages(3, 1))
+    outbox.put(messages(4, 2))
+    first = emptied(outbox)
+    outbox.put(messages(6, 3))
+    assert first == [*numbers(0, 2), ("gap", 4)]
+    assert emptied(outbox) == [*numbers(6, 8), ("gap", 1)]
+
+
+def test_latest_keeps_one() -> None:
+    """Only the newest waits, and before it is said how many were skipped."""
+    outbox = Outbox(1, "latest")
+    outbox.put(messages(0, 5))
+    outbox.put(messages(5, 1))
+    assert (outbox.published, outbox.missed, outbox.waiting) == (6, 5, 1)
+    assert emptied(outbox) == [("skipped", 5), ("message", 5)]
+
+
+def test_latest_lets_the_pipe_be_emptied_first() -> None:
+    """While a state is unread in the pipe, the next waits, and may be replaced by a newer one."""
+    outbox = Outbox(1000, "latest")
+    outbox.put(messages(0, 1))
+    assert not outbox.must_wait
+    outbox.wrote(len(outbox.to_write()))
+    outbox.put(messages(1, 1))
+    assert outbox.must_wait
+    outbox.put(messages(2, 1))
+    assert outbox.must_wait
+    outbox.pipe = 0
+    assert not outbox.must_wait
+    assert emptied(outbox) == [("skipped", 1), ("message", 2)]
+
+
+def test_disconnect_says_what_was_kept_then_why_then_the_end() -> None:
+    """The first message that does not fit ends it, and what comes behind that counts nowhere."""
+    outbox = Outbox(2 * charge_of(0, 100), "disconnect")
+    outbox.put(messages(0, 1))
+    assert not outbox.ended
+    outbox.put(messages(1, 5))
+    assert outbox.ended
+    assert outbox.overflowed
+    assert (outbox.published, outbox.missed, outbox.waiting) == (3, 1, 2)
+    outbox.end()
+    assert emptied(outbox) == [*numbers(0, 2), ("overflowed", 1), ("end", 0)]
+
+
+def test_block_takes_what_fits() -> None:
+    """The router is told how many messages of a batch can be put, and none if not even one can."""
+    outbox = Outbox(3 * charge_of(0, 100))
+    batch = batch_of(0, [100] * 10)
+    assert outbox.fitting(batch, batch.charge) == 3
+    outbox.put(run_of(batch.cut(2)[0]))
+    rest = batch.cut(2)[1]
+    assert outbox.fitting(rest, rest.charge) == 1
+    outbox.put(run_of(rest.cut(1)[0]))
+    rest = rest.cut(1)[1]
+    assert outbox.fitting(rest, rest.charge) == 0
+    outbox.put(run_of(rest.cut(1)[0]))  # what is put nevertheless is not dropped
+    assert emptied(outbox) == numbers(0, 4)
+
+
+def test_another_policy_takes_over() -> None:
+    """The gap that has not been said is said by the same policy only."""
+    for policy, said in (("drop_oldest", [("gap", 2)]), ("drop_newest", [])):
+        outbox = Outbox(charge_of(0, 100), "drop_oldest")
+        outbox.put(messages(0, 3))
+        outbox.take_over(policy)
+        assert (outbox.policy, emptied(outbox)) == (policy, [*said, ("message", 2)])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_message_larger_than_the_capacity_passes_alone(policy: str) -> None:
+    """When nothing else is there, or just a tail byte, it is neither dropped nor an overflow, and no gap is said."""
+    outbox = Outbox(1000, policy)
+    outbox.pipe = 2
+    assert not outbox.clear
+    outbox.pipe = 1
+    batch = batch_of(0, [5000])
+    assert outbox.fitting(batch, batch.charge) == 1
+    outbox.put(run_of(batch))
+    assert (outbox.published, outbox.missed, outbox.waiting) == (1, 0, 1)
+    assert not outbox.ended
+    assert emptied(outbox) == [("message", 0)]
+
+
+@pytest.mark.parametrize("policy", ["drop_newest", "disconnect"])
+def test_of_two_larger_than_the_capacity_one_passes(policy: str) -> None:
+    """The first of a batch passes alone; the second is one too many."""
+    outbox = Outbox(1000, policy)
+    outbox.put(messages(0, 3, 5000))
+    missed = 2 if policy == "drop_newest" else 1
+    assert (outbox.published, outbox.missed, outbox.waiting) == (1 + missed, missed, 1)
+    behind = [("gap", 2)] if policy == "drop_newest" else [("overflowed", 1), ("end", 0)]
+    assert emptied(outbox) == [("message", 0), *behind]
+
+
+@pytest.mark.parametrize("policy", ["drop_oldest", "latest"])
+def test_what_is_dropped_behind_a_message_does_not_count_as_its_leaving(policy: str) -> None:
+    """Who waits for a message that is partly in the pipe waits until all of it is, whatever is dropped behind it."""
+    outbox = Outbox(150_000, policy)
+    outbox.put(messages(0, 1, 100_000))
+    position = outbox.entered
+    outbox.wrote(len(outbox.to_write()[:PIPE_BUF]))
+    outbox.put(messages(1, 1, 40_000))
+    outbox.put(messages(2, 1, 40_000))
+    assert (outbox.delivered, outbox.missed, outbox.waiting) == (0, 1, 2)
+    assert outbox.left < position
+    outbox.wrote(len(outbox.to_write()))
+    assert outbox.left >= position
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_end_comes_once_and_last(policy: str) -> None:
+    """What waits is delivered before a clean end, which is said once however often it is asked for."""
+    outbox = Outbox(10_000, policy)
+    outbox.put(messages(0, 1))
+    outbox.end()
+    outbox.end()
+    assert emptied(outbox) == [("message", 0), ("end", 0)]
+    assert (outbox.delivered, outbox.missed, outbox.waiting) == (1, 0, 0)
+
+
+def test_a_run_counts_once_for_as_long_as_it_is_there() -> None:
+    """Its bytes count once, until it has left the last backlog that it is in, by whichever way, whole or in parts."""
+    account = Account()
+    keeps, drops = Outbox(100_000), Outbox(10 * charge_of(0, 100), "drop_oldest")
+    for first, count in ((0, 10), (10, 3)):
+        run = messages(first, count, account=account)
+        assert account.held == (first + count) * charge_of(0, 100)
+        keeps.put(run)
+        drops.put(run)
+        del run
+    assert drops.waiting_charge == 10 * charge_of(0, 100)
+    assert keeps.waiting_charge == 13 * charge_of(0, 100)
+    assert account.held == 20 * charge_of(0, 100)  # all of the first run, what is left of it, and the second
+    assert emptied(drops) == [("gap", 3), *numbers(3, 13)]
+    assert account.held == keeps.waiting_charge
+    keeps.discard()
+    assert account.held == 0
+
+
+def test_dropping_one_by_one_does_not_go_through_everything_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work of ten thousand drops from long runs grows hardly faster than their number."""
+    looked_at = 0
+    charges, part = Run.charges, Run.part
+
+    def counted_charges(run: Run) -> list[int]:
+        nonlocal looked_at
+        looked_at += run.count
+        return charges(run)
+
+    def counted_part(run: Run, start: int, stop: int) -> Run:
+        nonlocal looked_at
+        looked_at += run.count
+        return part(run, start, stop)
+
+    monkeypatch.setattr(Run, "charges", counted_charges)
+    monkeypatch.setattr(Run, "part", counted_part)
+    count = 80 * MOST_TOGETHER
+    one = charge_of(0, 0)
+    outbox = Outbox(count * one, "drop_oldest")
+    single = batch_of(0, [0])
+    together = single._replace(frames=single.frames * MOST_TOGETHER, sizes=single.sizes * MOST_TOGETHER)
+    for _ in range(count // MOST_TOGETHER):
+        outbox.put(run_of(together))
+    for _ in range(count):
+        outbox.put(run_of(single))
+    assert (outbox.missed, outbox.waiting) == (count, count)
+    assert looked_at < 1.2 * MOST_TOGETHER * count

@@ -1,0 +1,394 @@
+"""The layout: who may import whom, what is public, and that the documentation runs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpbroadcast
+
+PACKAGE = Path(mpbroadcast.__file__).parent
+ROOT = PACKAGE.parent
+TESTS = Path(__file__).parents[1]
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# From the top to the bottom: each may import only what stands below it. The modules of one folder stand in the order in
+# which the folder's own listing has them.
+LAYERS = [
+    "__init__",
+    "__main__",
+    "cli",
+    "client",
+    "broker",
+    "posix",
+    "protocol",
+    "validation",
+    "trap_points",
+    "errors",
+    "stats",
+]
+PUBLIC = {
+    "AddressError",
+    "AuthenticationFailed",
+    "BroadcastError",
+    "Broadcaster",
+    "BrokerCrashed",
+    "BrokerLost",
+    "BrokerRestarted",
+    "BrokerStats",
+    "Channel",
+    "ChannelInUse",
+    "ClosedError",
+    "Lagged",
+    "Overflowed",
+    "Selector",
+    "StartError",
+    "SubscriberStats",
+    "TimedOut",
+    "channel_to_selector",
+    "connect",
+    "publish",
+    "start_broadcaster",
+    "subscribe",
+    "unsubscribe",
+}
+
+
+def dotted(path: Path) -> str:
+    """The name of a module as an import statement has it: ``mpbroadcast.protocol.frames``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {dotted(path): path for path in MODULES}
+
+
+def layer(module: str) -> int:
+    """How far from the top a module stands."""
+    parts = module.split(".")
+    name = parts[1] if len(parts) > 1 else "__init__"
+    assert name in LAYERS, f"{module} has no place in the layout"
+    return LAYERS.index(name)
+
+
+def typing_only(tree: ast.Module) -> set[ast.stmt]:
+    """The statements that only a type checker reads: under ``if TYPE_CHECKING``."""
+    found: set[ast.stmt] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for statement in node.body:
+                found.update(part for part in ast.walk(statement) if isinstance(part, ast.stmt))
+    return found
+
+
+def imports(path: Path, *, package_only: bool = True) -> list[tuple[str, str | None]]:
+    """(module, name) of each import at any depth of a file, resolved; a plain ``import x`` has no name."""
+    tree = ast.parse(path.read_text())
+    skipped = typing_only(tree)
+    package = dotted(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    found: list[tuple[str, str | None]] = []
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{module}.{alias.name}"
+                found.append((whole, None) if whole in NAMES else (module, alias.name))
+    if package_only:
+        found = [(module, name) for module, name in found if module.split(".")[0] == "mpbroadcast"]
+    return found
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def test_a_module_imports_only_what_stands_below_it() -> None:
+    """Each file and folder imports only what stands below it in the layout."""
+    wrong = [
+        f"{me} imports {module}"
+        for me, path in NAMES.items()
+        for module, _ in imports(path)
+        if layer(module) < layer(me) or (layer(module) == layer(me) and module.split(".")[:2] != me.split(".")[:2])
+    ]
+    assert not wrong
+
+
+def test_no_import_cycle() -> None:
+    """No module imports itself by way of others."""
+    graph = {name: {module for module, _ in imports(path) if module != name} for name, path in NAMES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way, name))
+        if name not in done:
+            for below in graph.get(name, ()):
+                visit(below, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_nothing_private_is_imported() -> None:
+    """What starts with an underscore stays in its module."""
+    private = [
+        f"{me} imports {name} from {module}"
+        for me, path in NAMES.items()
+        for module, name in imports(path)
+        if (name or "").startswith("_") or any(re.match(r"_(?!_)", part) for part in module.split("."))
+    ]
+    assert not private
+
+
+def test_each_trap_point_is_used() -> None:
+    """Each name is reached at one place, and some test waits for it."""
+    reached = [
+        ast.literal_eval(node.args[0])
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "trap_points.reach"
+    ]
+    tests = "".join(path.read_text() for path in TESTS.rglob("test_*.py"))
+    assert len({*reached}) == len(reached)
+    assert not [name for name in reached if f'"{name}"' not in tests]
+
+
+def private_names() -> set[str]:
+    """What is defined anywhere in the package with one leading underscore."""
+    found: set[str] = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+    found.discard("_replace")  # each NamedTuple has it
+    return {name for name in found if re.match("_[^_]", name)}
+
+
+STILL_NAMED = {"test_interrupts.py": {"_forks"}}
+"""Private names that a module of the tests still has, until what it tests is gone."""
+
+
+def test_no_test_depends_on_a_private_name() -> None:
+    """No attribute, import or text of the tests has a private name of the package: they stop the code at trap points."""
+    private = private_names()
+    assert len(private) > 100
+    named: dict[str, set[str]] = {}
+    for path in TESTS.rglob("*.py"):
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and not re.match(r"(self|cls|multiprocessing)\b", ast.unparse(node.value)):
+                found.add(node.attr)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mpbroadcast"):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found |= {*re.findall(r"\.(_\w+)", node.value), node.value}
+        if found & private and path.name not in ("test_structure.py", "mutate.py"):
+            named[path.name] = found & private
+    assert named == STILL_NAMED
+
+
+def test_the_broker_never_unpickles() -> None:
+    """Nothing that runs in the broker imports pickle, anything built on it, or the module that unpickles messages."""
+    banned = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "mpbroadcast.protocol.pickling"}
+    paths = sorted((PACKAGE / "broker").rglob("*.py"))
+    assert paths
+    for path in paths:
+        used = {module for module, _ in imports(path, package_only=False)}
+        used |= {f"{module}.{name}" for module, name in imports(path, package_only=False) if name}
+        assert not used & banned, relative(path)
+        calls = [
+            ast.unparse(node)
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute)
+            and node.attr in ("loads", "Unpickler", "ForkingPickler")
+            and ast.unparse(node) != "json.loads"
+        ]
+        assert not calls, relative(path)
+
+
+def test_the_broker_never_unpickles_through_others() -> None:
+    """What the broker's modules import does not import the module that unpickles messages either."""
+    seen: set[str] = set()
+    todo = [name for name in NAMES if name.startswith("mpbroadcast.broker")]
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        todo += [module for module, _ in imports(NAMES[name]) if module in NAMES]
+    assert "mpbroadcast.protocol.pickling" not in seen
+
+
+def test_an_import_loads_no_broker() -> None:
+    """Who only connects, publishes and subscribes needs neither psutil nor any module of the broker."""
+    code = "import sys, mpbroadcast; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert "mpbroadcast.client.session" in loaded
+    assert not [name for name in loaded if name == "psutil" or name.startswith("mpbroadcast.broker")]
+
+
+def test_all_is_exactly_the_public_names() -> None:
+    """``mpbroadcast.__all__`` has the public names, each of them, and nothing else."""
+    assert sorted(name for name in mpbroadcast.__all__ if not name.startswith("__")) == sorted(PUBLIC)
+    assert len(set(mpbroadcast.__all__)) == len(mpbroadcast.__all__)
+    for name in mpbroadcast.__all__:
+        assert hasattr(mpbroadcast, name)
+
+
+def test_what_is_public_is_documented() -> None:
+    """Each public name has a docstring of its own, and so has each public method of a public class."""
+    bare = []
+    for name in sorted(PUBLIC):
+        thing = getattr(mpbroadcast, name)
+        text = (thing.__doc__ or "").strip()
+        if not text or text.startswith(f"{name}("):  # a dataclass's generated text says nothing
+            bare.append(name)
+        if inspect.isclass(thing) and not issubclass(thing, BaseException):
+            bare += [
+                f"{name}.{attribute}"
+                for attribute, value in vars(thing).items()
+                if not attribute.startswith("_")
+                and (inspect.isfunction(value) or isinstance(value, property))
+                and not inspect.getdoc(value)
+            ]
+    assert not bare
+
+
+def test_modules_are_short() -> None:
+    """No module has more than 500 lines, and each says what it is for."""
+    texts = {relative(path): path.read_text() for path in MODULES}
+    long = {name: len(text.splitlines()) for name, text in texts.items() if len(text.splitlines()) > 500}
+    assert not long
+    assert not [name for name, text in texts.items() if not ast.get_docstring(ast.parse(text))]
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    """Type checkers read the package's own annotations: the marker file is there."""
+    assert (PACKAGE / "py.typed").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------- documentation
+
+README = ROOT / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of one language, in order."""
+    if not README.is_file():
+        return []
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def run_script(script: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *flags, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=script.parent,
+        check=False,
+    )
+
+
+def test_the_readme_shows_code() -> None:
+    """The README has at least one example in Python, and a command."""
+    assert blocks("python")
+    assert blocks("(?:sh|bash|console|shell)")
+
+
+def test_each_promise_has_its_test() -> None:
+    """What RELIABILITY.md names is there."""
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (ROOT / "RELIABILITY.md").read_text())
+    assert len(named) > 30
+    for module, function in named:
+        text = (ROOT / "tests" / module).read_text()
+        assert not function or f"\ndef {function}(" in text, f"{module} has no {function}"
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_readme_code_runs_as_pasted(number: int, tmp_path: Path) -> None:
+    """Each Python block of the README is a whole script: it ends by itself, says no error, and warns of nothing."""
+    script = tmp_path / "example.py"
+    script.write_text(blocks("python")[number])
+    done = run_script(script)
+    said = done.stderr
+    if "restart=True" in script.read_text():  # which shows a broker that dies, and that is worth a line
+        said = re.sub(r"mpbroadcast broker \d+: ERROR: .* another one is started\n", "", said)
+    assert (done.returncode, said) == (0, ""), done.stdout
+    assert done.stdout.strip(), "an example that prints nothing shows nothing"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_the_first_example_runs_under_each_start_method(method: str, tmp_path: Path) -> None:
+    """The README's first example needs no particular start method."""
+    examples = blocks("python")
+    if not examples:
+        pytest.fail("the README has no example")
+    guard = re.search(r"""^if __name__ == ["']__main__["']:\n""", examples[0], flags=re.MULTILINE)
+    assert guard, "the first example has no guarded main program"
+    script = tmp_path / "example.py"
+    chosen = f'    __import__("multiprocessing").set_start_method("{method}")\n'
+    script.write_text(examples[0][: guard.end()] + chosen + examples[0][guard.end() :])
+    done = run_script(script)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+
+
+@pytest.mark.parametrize("word", ["pytest", "demo"])
+def test_ci_runs_the_commands_of_the_readme(word: str) -> None:
+    """The README's commands, the one for the demo and the one for the tests, are run by CI exactly as they stand."""
+    commands = [
+        line.strip()
+        for block in blocks("(?:sh|bash|console|shell)")
+        for line in block.splitlines()
+        if re.search(rf"\b{word}\b", line)
+    ]
+    assert commands
+    run = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    assert not [command for command in commands if command not in run]
+
+
+def test_one_module_makes_locks() -> None:
+    """All locks come from ``posix/locks.py``, which makes them safe with interrupts where a plain one is not."""
+    kinds = {"Lock", "RLock", "Condition", "Event", "Semaphore", "BoundedSemaphore", "Barrier", "allocate_lock"}
+    found = [
+        f"{relative(path)}:{node.lineno}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Attribute) and node.attr in kinds)
+        or (isinstance(node, ast.ImportFrom) and kinds & {alias.name for alias in node.names})
+    ]
+    assert found
+    assert not [place for place in found if not place.startswith("posix/locks.py")]
+
+
+def test_nothing_loops_under_a_lock() -> None:
+    """From Python 3.12 on, an interrupt at the end of a loop's turn does not let go of a lock whose ``with`` is around it."""
+    loops = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp)
+    found = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.With) and any(
+                re.search("lock|opening", ast.unparse(item.context_expr)) for item in node.items
+            ):
+                found += [f"{path}:{part.lineno}" for part in ast.walk(node) if isinstance(part, loops)]
+    assert not found
