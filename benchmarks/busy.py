@@ -29,6 +29,6 @@ def spinning(count: int) -> Iterator[None]:
         yield
 
 
-def beside(count: int) -> str:
+def fd_socket(count: int) -> str:
     """What a title says about it."""
     return f", beside {count} spinning process(es)" if count else ""

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.broker.control_clients import Client, peer_of
+from mpbroadcast.broker.control_clients import ControlConnection, peer_of
 from mpbroadcast.broker.core.limits import MOST_CONNECTIONS
 from mpbroadcast.broker.members import Peer
-from mpbroadcast.posix.poller import IN, Loop
+from mpbroadcast.posix.poller import IN, Poller
 from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.protocol.control import serve_handshake
 
@@ -29,16 +29,16 @@ SWEEP: Final = 1.0  # seconds, where deaths are no events
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 
 
-class Reception:
-    """Makes a :class:`Client` of each connection of this user, and a :class:`Peer` of each process that has one."""
+class Acceptor:
+    """Makes a :class:`ControlConnection` of each connection of this user, and a :class:`Peer` of each process that has one."""
 
     def __init__(
         self,
-        loop: Loop,
+        loop: Poller,
         listener: socket.socket,
         keys: list[bytes],
-        on_request: Callable[[Client, dict[str, Any]], None],
-        on_gone: Callable[[Client, str], None],
+        on_request: Callable[[ControlConnection, dict[str, Any]], None],
+        on_gone: Callable[[ControlConnection, str], None],
         on_death: Callable[[Peer], None],
     ) -> None:
         self._loop = loop
@@ -48,7 +48,7 @@ class Reception:
         self._on_gone = on_gone
         self._on_death = on_death
         self._peers: dict[int, Peer] = {}
-        self._strangers: dict[Client, float] = {}
+        self._strangers: dict[ControlConnection, float] = {}
         self._expiring = False
         self._sweeping = False
         loop.watch(listener.fileno(), IN, self._accept)
@@ -64,7 +64,7 @@ class Reception:
         """Bytes of requests that are not whole."""
         return sum(peer.asked for peer in self._peers.values())
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send_packet(self, message: dict[str, Any]) -> None:
         """Say something to each process, without being asked: on its lifeline."""
         for peer in list(self._peers.values()):
             for client in list(peer.clients):
@@ -129,7 +129,7 @@ class Reception:
             connection.close()
             return
         handshake = serve_handshake(self._keys)
-        client = Client(self._loop, connection, peer, handshake, self._request, self._client_gone)
+        client = ControlConnection(self._loop, connection, peer, handshake, self._request, self._client_gone)
         if client.closed:  # it had gone before it was let in
             self.drop_unused(peer)
             return
@@ -151,11 +151,11 @@ class Reception:
             self._expiring = True
             self._loop.later(max(0.0, min(self._strangers.values()) - now), self._expire)
 
-    def _request(self, client: Client, message: dict[str, Any]) -> None:
+    def _request(self, client: ControlConnection, message: dict[str, Any]) -> None:
         self._strangers.pop(client, None)
         self._on_request(client, message)
 
-    def _client_gone(self, client: Client, why: str) -> None:
+    def _client_gone(self, client: ControlConnection, why: str) -> None:
         self._strangers.pop(client, None)
         client.peer.clients.discard(client)
         self._on_gone(client, why)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.limits import MOST_ASKED
 from mpbroadcast.broker.members import Peer, Session
-from mpbroadcast.posix.poller import ERROR, IN, OUT, Loop
+from mpbroadcast.posix.poller import ERROR, IN, OUT, Poller
 from mpbroadcast.protocol.control import MAX_HANDSHAKE, MAX_REQUEST, ControlError, Handshake, Inbox, decode, encode
 
 if TYPE_CHECKING:
@@ -39,17 +39,17 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-class Client:
+class ControlConnection:
     """One connection. ``on_request`` gets each request, and answers with :meth:`reply`; ``on_gone`` is called once."""
 
     def __init__(
         self,
-        loop: Loop,
+        loop: Poller,
         connection: socket.socket,
         peer: Peer,
         handshake: Handshake,
-        on_request: Callable[[Client, dict[str, Any]], None],
-        on_gone: Callable[[Client, str], None],
+        on_request: Callable[[ControlConnection, dict[str, Any]], None],
+        on_gone: Callable[[ControlConnection, str], None],
     ) -> None:
         self.peer = peer
         self.session: Session | None = None  # whose lifeline this is

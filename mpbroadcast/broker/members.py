@@ -15,15 +15,15 @@ from array import array
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from mpbroadcast.broker.core.backlog import Outbox
+from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.limits import SESSION, Budget, Cost
-from mpbroadcast.broker.reference_window import Window
+from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.posix.descriptors import DescriptorSocket
 from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.protocol.runs import RESTARTED, SharedRun, note
 
 if TYPE_CHECKING:
-    from mpbroadcast.broker.control_clients import Client
+    from mpbroadcast.broker.control_clients import ControlConnection
     from mpbroadcast.broker.publisher import Publisher
 
 log = logging.getLogger("mpbroadcast.broker")
@@ -70,7 +70,7 @@ class Peer:
     def __init__(self, process: PeerProcess) -> None:
         self.process = process
         self.is_starter = False  # of the broker, which ends with it
-        self.clients: set[Client] = set()
+        self.clients: set[ControlConnection] = set()
         self.asked = 0  # bytes of their requests that are not whole
         self.subscriptions: set[Subscription] = set()
 
@@ -97,28 +97,28 @@ class Session:
 class Subscription:
     """The write end of a channel's pipe, and the backlog before it."""
 
-    def __init__(self, number: int, session: Session, outbox: Outbox) -> None:
+    def __init__(self, number: int, session: Session, backlog: Backlog) -> None:
         self.number = number
         self.session = session  # of the subscriber; of the opener once it is open
-        self.outbox = outbox
+        self.backlog = backlog
         self.cost = Cost()  # of its session's budget
         self.said_topics: tuple[str, ...] = ()  # when it was unsubscribed
         self.live = True
         self.restored = False  # from the broker before this one, and not open since
         self.reserved = False  # for the process that had it open there
-        self.policy = outbox.policy  # as it was subscribed; while it is reserved, nobody waits for it
+        self.policy = backlog.policy  # as it was subscribed; while it is reserved, nobody waits for it
         self.not_waited_for = False  # when its pipe is full, it goes
         self.fd = -1
         self.opened = False
-        self.opening: Client | None = None
+        self.opening: ControlConnection | None = None
         self.token = 0  # of the opening that was begun last
-        self.armed = False  # whether the loop waits until the pipe takes more
+        self.write_interest = False  # whether the loop waits until the pipe takes more
         self.retrying = False
         self.retry = SHORTEST_RETRY  # seconds until the next
         self.one_page = False  # its pipe has room for more only once all has been read
         self.waiters: deque[Publisher] = deque()
         self.blocked_at = 0  # what it held when the first of them began to wait
-        self.window: Window | None = None  # on shared memory; None: all goes through the pipe
+        self.window: ReferenceWindow | None = None  # on shared memory; None: all goes through the pipe
 
     @property
     def pid(self) -> int:
@@ -133,20 +133,20 @@ class Subscription:
         """Tell its reader, in its new pipe, that something may be missing in this place."""
         data = note(RESTARTED, 0)
         os.write(self.fd, data)
-        self.outbox.pipe += len(data)
-        self.outbox.take_over(self.policy)
+        self.backlog.pipe += len(data)
+        self.backlog.take_over(self.policy)
         self.restored = self.reserved = False
 
     @property
     def nothing_to_open_for(self) -> bool:
         """Whether nobody has opened it, and there is no message for the process that would."""
-        return not (self.opened or self.opening or self.reserved or self.outbox.waiting)
+        return not (self.opened or self.opening or self.reserved or self.backlog.waiting)
 
     @property
     def progress(self) -> tuple[int, ...]:
         """Numbers that change when its reader opens it or reads."""
         there = unread(self.fd) if self.fd >= 0 else 0
-        return self.opened, self.outbox.left, there, self.window.heard if self.window is not None else 0
+        return self.opened, self.backlog.left, there, self.window.heard if self.window is not None else 0
 
     def make_pipe(self) -> int:
         """Its pipe: the descriptor for its reader.
@@ -155,70 +155,70 @@ class Subscription:
         """
         # An eighth of the capacity, so that a small one is not all in the pipe, where no event tells of a part being read.
         # A state goes into an empty pipe only: of one page, it says that it has room when it is empty.
-        size = min(PIPE_SIZE, max(_PAGE, 1 << max(0, (self.outbox.capacity // 8).bit_length() - 1)))
-        read, self.fd = new_pipe(_PAGE if self.outbox.policy == "latest" else size)
-        self.outbox.pipe_size = fcntl.fcntl(read, fcntl.F_GETPIPE_SZ) if hasattr(fcntl, "F_GETPIPE_SZ") else _PAGE
-        self.one_page = hasattr(fcntl, "F_GETPIPE_SZ") and self.outbox.pipe_size <= _PAGE
+        size = min(PIPE_SIZE, max(_PAGE, 1 << max(0, (self.backlog.capacity // 8).bit_length() - 1)))
+        read, self.fd = new_pipe(_PAGE if self.backlog.policy == "latest" else size)
+        self.backlog.pipe_size = fcntl.fcntl(read, fcntl.F_GETPIPE_SZ) if hasattr(fcntl, "F_GETPIPE_SZ") else _PAGE
+        self.one_page = hasattr(fcntl, "F_GETPIPE_SZ") and self.backlog.pipe_size <= _PAGE
         return read
 
     def refresh(self) -> None:
         """Take into account what its reader has read."""
         if self.opened and self.fd >= 0:
-            self.outbox.pipe = unread(self.fd)
-            if not self.outbox.pipe and self.window is not None:  # not even a tail byte is left, so all has been decoded
+            self.backlog.pipe = unread(self.fd)
+            if not self.backlog.pipe and self.window is not None:  # not even a tail byte is left, so all has been decoded
                 self.has_read(self.window.unread.count)
 
     def has_read(self, count: int) -> None:
         """Its reader has read so many references, of all that were ever written."""
         if self.window is not None:
             self.window.has_read(count)
-            self.outbox.referred = self.window.unread.bytes
+            self.backlog.referred = self.window.unread.bytes
 
     @property
     def shares(self) -> bool:
         """Whether references may wait in its backlog; else it gets the messages themselves."""
         there = self.window is not None and self.opened
-        return there and self.outbox.policy != "latest" and self.outbox.capacity >= _SMALLEST
+        return there and self.backlog.policy != "latest" and self.backlog.capacity >= _SMALLEST
 
     def write(self) -> bool:
         """Move from the backlog into the pipe; whether the pipe is full, or has had much in this round, and there is more.
 
         :raises OSError: its reader is gone.
         """
-        outbox, window = self.outbox, self.window
+        backlog, window = self.backlog, self.window
         room = _MOST_AT_ONCE
-        while not outbox.empty:
-            if outbox.drops:
-                outbox.pipe = unread(self.fd)
-                if outbox.must_wait:
+        while not backlog.empty:
+            if backlog.drops:
+                backlog.pipe = unread(self.fd)
+                if backlog.must_wait:
                     return True
-            if window is not None and window.notes and outbox.between and not self._write_notes(window):
+            if window is not None and window.notes and backlog.between and not self._write_notes(window):
                 return True
-            data = outbox.to_write()
-            run = outbox.shared
+            data = backlog.to_write()
+            run = backlog.shared
             if run is not None:
                 ready = self._prepare(run)
                 if ready is None:
                     return False
                 if not ready:
-                    outbox.copy_first()
+                    backlog.copy_first()
                     continue
             try:
                 size = os.write(self.fd, data)
             except BlockingIOError:
                 return True
-            outbox.wrote(size)
+            backlog.wrote(size)
             if window is not None:
                 window.moved += size
                 if run is not None:
                     window.wrote(run)
-                    outbox.referred = window.unread.bytes
+                    backlog.referred = window.unread.bytes
             room -= size
-            if size < len(data) or (room < 0 and not outbox.empty):
+            if size < len(data) or (room < 0 and not backlog.empty):
                 return True
         return window is not None and bool(window.notes) and not self._write_notes(window)
 
-    def _write_notes(self, window: Window) -> bool:
+    def _write_notes(self, window: ReferenceWindow) -> bool:
         """Write the notes of its window, between two runs; whether the pipe had room for all of them."""
         while window.notes:
             data = note(*window.notes[0])
@@ -226,7 +226,7 @@ class Subscription:
                 os.write(self.fd, data)
             except BlockingIOError:
                 return False
-            self.outbox.pipe += len(data)
+            self.backlog.pipe += len(data)
             del window.notes[0]
         return True
 

@@ -20,7 +20,7 @@ from mpbroadcast.broker.core.ring_holds import Holds, Overlap
 from mpbroadcast.posix.descriptors import DescriptorSocket, OwnedDescriptor
 from mpbroadcast.posix.shared_memory import MemoryRefused, check_message, check_ring, fits, map_for_reading
 from mpbroadcast.protocol.fd_packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, WANTED, PacketError, pack, unpack
-from mpbroadcast.protocol.frames import MAX_FRAME, Batch, FrameError, Parcel, References
+from mpbroadcast.protocol.frames import MAX_FRAME, Batch, FrameError, MemfdMessage, References
 from mpbroadcast.protocol.runs import Account, memory_run, references_run
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Ring:
                 self._lender.forget(self)
         elif freed:
             self.freed += 1
-            self._lender.tell(pack(FREE, self.name, freed))
+            self._lender.send_packet(pack(FREE, self.name, freed))
 
 
 class RingHold:
@@ -192,13 +192,13 @@ class Memory:
         self.descriptor = descriptor if kept else None
         store.memories += kept
 
-    def data(self, parcel: Parcel) -> bytes:
+    def data(self, memfd_message: MemfdMessage) -> bytes:
         """What a pipe gets for it."""
-        return memory_run(parcel, self.number)
+        return memory_run(memfd_message, self.number)
 
-    def copied(self, parcel: Parcel) -> Batch:
+    def copied(self, memfd_message: MemfdMessage) -> Batch:
         """The message itself."""
-        return parcel.copied(self.read(0, parcel.length))
+        return memfd_message.copied(self.read(0, memfd_message.length))
 
     def read(self, offset: int, size: int) -> bytes:
         """Some of its bytes."""
@@ -221,8 +221,8 @@ def _bytes_of(fd: int, size: int, offset: int = 0) -> bytes:
 class Lender:
     """What one publisher shares, and says beside its pipe. ``wanted`` says that it has found no free chunk."""
 
-    def __init__(self, store: Store, beside: DescriptorSocket, pid: int) -> None:
-        self.beside = beside
+    def __init__(self, store: Store, fd_socket: DescriptorSocket, pid: int) -> None:
+        self.fd_socket = fd_socket
         self.current: Ring | None = None  # from which something was routed last
         self.rings: dict[int, Ring] = {}  # that it may refer to
         self._rings = 0  # and those that are still read
@@ -234,7 +234,7 @@ class Lender:
         self._closed = False
         self._there = True
 
-    def hear(self) -> bool:
+    def receive_packet_with_fd(self) -> bool:
         """Take in what it has said; ``False`` when there will be nothing more."""
         try:
             more = True
@@ -248,7 +248,7 @@ class Lender:
             return False
 
     def _hear_one(self, kept: bool) -> bool:
-        heard = self.beside.hear()
+        heard = self.fd_socket.receive_packet_with_fd()
         if heard is None:
             return False
         packet, descriptor = heard
@@ -276,7 +276,7 @@ class Lender:
                     answer = ACCEPTED
         except (MemoryRefused, OSError) as error:
             log.warning("the ring of process %d is not used: %s", self._pid, error)
-        self.tell(pack(answer, name))
+        self.send_packet(pack(answer, name))
 
     def _take_memory(self, number: int, descriptor: OwnedDescriptor, kept: bool) -> None:
         if len(self._memories) >= _MOST_PENDING:
@@ -286,16 +286,16 @@ class Lender:
 
     def give_up(self, number: int) -> None:
         """A message is not published after all."""
-        self.hear()
+        self.receive_packet_with_fd()
         self._memories.pop(number, None)
 
-    def fetch(self, parcel: Parcel) -> Parcel | None:
+    def fetch(self, memfd_message: MemfdMessage) -> MemfdMessage | None:
         """The message with its memory; ``None`` when that has not come, or is not what was announced."""
-        if parcel.number not in self._memories:
-            self.hear()
-        memory = self._memories.pop(parcel.number, None)
+        if memfd_message.number not in self._memories:
+            self.receive_packet_with_fd()
+        memory = self._memories.pop(memfd_message.number, None)
         trap_points.reach("fetched memory")
-        return None if memory is None or not fits(parcel.length, memory.size) else parcel._replace(hold=memory)
+        return None if memory is None or not fits(memfd_message.length, memory.size) else memfd_message._replace(hold=memory)
 
     def retire(self, ring: Ring) -> None:
         """Nothing more will be read from it here."""
@@ -312,8 +312,8 @@ class Lender:
         self._closed = True
         self._memories.clear()  # what was not announced by now never will be
 
-    def tell(self, packet: bytes) -> None:
+    def send_packet(self, packet: bytes) -> None:
         """Tell the publisher, if it is still there."""
         if not self._closed:
             with contextlib.suppress(OSError):
-                self.beside.tell(packet)
+                self.fd_socket.send_packet(packet)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mpbroadcast.broker.members import Session, unread
 from mpbroadcast.broker.memory import Lender
-from mpbroadcast.protocol.frames import Batch, FrameError, Item, Parcel, References, Splitter
+from mpbroadcast.protocol.frames import Batch, FrameError, Item, MemfdMessage, References, Splitter
 
 if TYPE_CHECKING:
     from mpbroadcast.broker.members import Subscription
@@ -87,11 +87,11 @@ class Publisher:
             if ring is None:
                 raise FrameError(f"a reference to a ring {item.ring} that it does not have")
             return item._replace(hold=ring.arrived(item))
-        if isinstance(item, Parcel):
-            parcel = None if self.lender is None else self.lender.fetch(item)
-            if parcel is None:
+        if isinstance(item, MemfdMessage):
+            memfd_message = None if self.lender is None else self.lender.fetch(item)
+            if memfd_message is None:
                 log.warning("process %d did not send the memory of a message: dropped", self.pid)
-            return parcel
+            return memfd_message
         return item
 
     def close(self) -> None:
@@ -125,6 +125,6 @@ class Publisher:
         parked = sum(
             len(item.frames) if isinstance(item, Batch) else item.length
             for item in self.parked
-            if isinstance(item, (Batch, Parcel))
+            if isinstance(item, (Batch, MemfdMessage))
         )
         return self._splitter.held + parked

@@ -23,11 +23,11 @@ _MOST_OFFERS: Final = 4  # rings that were sent and are not mapped: what is on i
 _PART: Final = 2  # of a ring, 1/2: in it lie the references that one pipe may have unread
 
 
-class Window:
+class ReferenceWindow:
     """Of one pipe, through the socket ``beside`` it."""
 
-    def __init__(self, beside: DescriptorSocket) -> None:
-        self.beside = beside
+    def __init__(self, fd_socket: DescriptorSocket) -> None:
+        self.fd_socket = fd_socket
         self.unread: Unread[RingHold] = Unread()
         self.rings: dict[Ring, bool | None] = {}  # whether each is mapped; None: it is not, and nothing waits for that
         self.heard = 0  # packets from its reader
@@ -42,7 +42,7 @@ class Window:
         self.rings[ring] = None
         if len(self._unanswered) < _MOST_OFFERS:
             with contextlib.suppress(OSError):
-                if self.beside.tell(pack(RING, ring.number), ring.descriptor.fd):
+                if self.fd_socket.send_packet(pack(RING, ring.number), ring.descriptor.fd):
                     self.rings[ring] = False
                     self._unanswered.add(ring.number)
                     self.notes.append((OFFER, ring.number))
@@ -79,7 +79,9 @@ class Window:
         if self.unread.memories >= _MOST_UNREAD:
             return None
         with contextlib.suppress(OSError):  # the reader is gone, or too many descriptors are on their way already
-            if memory.descriptor is not None and self.beside.tell(pack(MEMORY, 0, memory.number), memory.descriptor.fd):
+            if memory.descriptor is not None and self.fd_socket.send_packet(
+                pack(MEMORY, 0, memory.number), memory.descriptor.fd
+            ):
                 self._sent = memory.number
                 trap_points.reach("sent memory")
                 return True

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final
 
-from mpbroadcast.broker.control_clients import Client
+from mpbroadcast.broker.control_clients import ControlConnection
 from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, MOST_STEPS, SESSION, OverBudget, cost_of
 from mpbroadcast.broker.core.patterns import Matcher, is_pattern, matcher
 from mpbroadcast.broker.members import Session, Subscription
@@ -27,7 +27,7 @@ class _Refused(Exception):
         self.more = more
 
 
-def answer(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def answer(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     """Do what is asked, and reply to it, now or later."""
     do = message.get("do")
     handler = _HANDLERS.get(do) if isinstance(do, str) else None
@@ -43,7 +43,7 @@ def answer(broker: Broker, client: Client, message: dict[str, Any]) -> None:
             _go_on(broker, client, parts)
 
 
-def _go_on(broker: Broker, client: Client, parts: Iterator[None]) -> None:
+def _go_on(broker: Broker, client: ControlConnection, parts: Iterator[None]) -> None:
     """Do the next part of what takes long; others have a round of the loop between two parts."""
     with _errors_to(client):
         if not client.closed and next(parts, True) is None:
@@ -51,7 +51,7 @@ def _go_on(broker: Broker, client: Client, parts: Iterator[None]) -> None:
 
 
 @contextlib.contextmanager
-def _errors_to(client: Client) -> Iterator[None]:
+def _errors_to(client: ControlConnection) -> Iterator[None]:
     try:
         yield
     except OverBudget as error:
@@ -64,7 +64,7 @@ def _errors_to(client: Client) -> Iterator[None]:
         client.fail("system", text, errno=error.errno)
 
 
-def _attach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _attach(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     if client.session is not None:
         raise _Refused("value", "this connection is a session's already")
     session = broker.new_session(client)
@@ -78,7 +78,7 @@ def _attach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     )
 
 
-def _detach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _detach(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     session, client.session = client.session, None
     if message.get("end"):
         broker.ends_unneeded = True
@@ -87,27 +87,27 @@ def _detach(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     client.no_reply()
 
 
-def _publisher(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _publisher(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     _refuse_when_stopping(broker)
     publisher, descriptor = broker.traffic.add(broker.number(), _session(broker, client, message))
     client.reply({"publisher": publisher.number}, descriptor)
 
 
-def _beside(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _fd_socket(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     publisher = _own_publisher(broker, client, message)
     if publisher is None:
         raise _Refused("lost", "the broker does not know this publisher any more")
-    client.reply({"beside": True}, broker.traffic.sharing.add(publisher))
+    client.reply({"fd_socket": True}, broker.traffic.sharing.add(publisher))
 
 
-def _retire(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _retire(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     publisher = _own_publisher(broker, client, message)
     if publisher is not None:
         broker.traffic.finish(publisher)
     client.reply({})
 
 
-def _flush(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _flush(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     publisher = _find_publisher(broker, message)
     delivered, now = bool(message.get("delivered")), bool(message.get("now"))
     if publisher is None:
@@ -120,7 +120,7 @@ def _flush(broker: Broker, client: Client, message: dict[str, Any]) -> None:
         publisher.after_written(lambda: client.reply({"done": True}))  # one that has gone meanwhile takes it quietly
 
 
-def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> Iterator[None]:
+def _subscribe(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     topics = _topics(message)
     _session(broker, client, message).budget.check(cost_of(set(topics), 1))
     made = yield from _matchers(topics)
@@ -153,7 +153,7 @@ def _subscribe(broker: Broker, client: Client, message: dict[str, Any]) -> Itera
     client.reply({})
 
 
-def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> Iterator[None]:
+def _topics_changed(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     topics = _topics(message)
     made: dict[str, Matcher] = {}
     if message["do"] == "add topics":
@@ -170,7 +170,7 @@ def _topics_changed(broker: Broker, client: Client, message: dict[str, Any]) -> 
     client.reply({})
 
 
-def _open(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _open(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     subscription = _find_subscription(broker, client, message)
     if subscription.opening is not None and subscription.opening.peer is client.peer:
         broker.unopen(subscription)  # it was interrupted, and begins again
@@ -182,10 +182,10 @@ def _open(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     _session(broker, client, message)
     ends = broker.open(subscription, client, shared=bool(message.get("shared")))
     subscription.token = broker.number()
-    client.reply({"token": subscription.token, "beside": len(ends) > 1}, *ends)
+    client.reply({"token": subscription.token, "fd_socket": len(ends) > 1}, *ends)
 
 
-def _opened(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _opened(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     subscription = _find_subscription(broker, client, message)
     if message.get("token") != subscription.token or subscription.fd < 0:
         client.reply({"opened": False})  # what was begun has been taken back: begin again
@@ -195,7 +195,7 @@ def _opened(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     client.reply({"opened": True})
 
 
-def _unsubscribe(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _unsubscribe(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     subscription = broker.subscriptions.get(_integer(message, "subscription"))
     if subscription is not None:
         _session(broker, client, message)
@@ -204,14 +204,14 @@ def _unsubscribe(broker: Broker, client: Client, message: dict[str, Any]) -> Non
     client.reply({})
 
 
-def _close(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _close(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     subscription = broker.subscriptions.get(_integer(message, "subscription"))
     if subscription is not None and subscription.owner in (None, client.peer.pid):
         broker.remove(subscription)
     client.reply({})
 
 
-def _drop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _drop(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     """The note of a finaliser: nobody can open this channel, or receive from it, any more."""
     number = _integer(message, "subscription")
     subscription = broker.subscriptions.get(number)
@@ -222,7 +222,7 @@ def _drop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
     client.no_reply()
 
 
-def _wait(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _wait(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     count = _integer(message, "count")
     topic = message.get("topic")
     encoded = None if topic is None else _checked(encode_topic, topic)
@@ -236,7 +236,7 @@ def _wait(broker: Broker, client: Client, message: dict[str, Any]) -> None:
         broker.wait_for(client, lambda: there() >= count)
 
 
-def _stats(broker: Broker, client: Client, message: dict[str, Any]) -> Iterator[None]:
+def _stats(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     history = broker.traffic.history
     head = {
         "pid": os.getpid(),
@@ -260,23 +260,23 @@ def _stats(broker: Broker, client: Client, message: dict[str, Any]) -> Iterator[
 
 
 def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
-    outbox = subscription.outbox
+    backlog = subscription.backlog
     return {
         "id": subscription.number,
         "pid": subscription.pid,
         "topics": broker.router.topics(subscription),
         "overflow": subscription.policy,
-        "capacity": outbox.capacity,
-        "published": outbox.published,
-        "delivered": outbox.delivered,
-        "missed": outbox.missed,
-        "waiting": outbox.waiting,
-        "waiting_bytes": outbox.waiting_charge,
+        "capacity": backlog.capacity,
+        "published": backlog.published,
+        "delivered": backlog.delivered,
+        "missed": backlog.missed,
+        "waiting": backlog.waiting,
+        "waiting_bytes": backlog.waiting_charge,
         "stalls": [publisher.pid for publisher in subscription.waiters],
     }
 
 
-def _stop(broker: Broker, client: Client, message: dict[str, Any]) -> None:
+def _stop(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     timeout = message.get("timeout")
     if timeout is not None and (type(timeout) not in (int, float) or not 0 <= timeout <= _FOREVER):
         raise _Refused("value", f"timeout must be 0 or more seconds, not {timeout!r}")
@@ -289,11 +289,11 @@ _MOST: Final = (1 << 48) - 1
 
 _PART: Final = 2048  # characters of patterns to compile, or a 16th of those of statistics: some milliseconds
 
-_HANDLERS: Final[dict[str, Callable[[Broker, Client, dict[str, Any]], Iterator[None] | None]]] = {
+_HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]], Iterator[None] | None]]] = {
     "attach": _attach,
     "detach": _detach,
     "publisher": _publisher,
-    "beside": _beside,
+    "fd_socket": _fd_socket,
     "retire": _retire,
     "flush": _flush,
     "subscribe": _subscribe,
@@ -322,7 +322,7 @@ def _integer(message: dict[str, Any], name: str) -> int:
     return value
 
 
-def _session(broker: Broker, client: Client, message: dict[str, Any]) -> Session:
+def _session(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Session:
     session = broker.sessions.get(_integer(message, "session"))
     if session is None or session.peer.pid != client.peer.pid:
         raise _Refused(
@@ -336,12 +336,12 @@ def _find_publisher(broker: Broker, message: dict[str, Any]) -> Publisher | None
     return broker.traffic.publishers.get(_integer(message, "publisher")) if message.get("publisher") is not None else None
 
 
-def _own_publisher(broker: Broker, client: Client, message: dict[str, Any]) -> Publisher | None:
+def _own_publisher(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Publisher | None:
     publisher = _find_publisher(broker, message)
     return publisher if publisher is not None and publisher.pid == client.peer.pid else None
 
 
-def _find_subscription(broker: Broker, client: Client, message: dict[str, Any]) -> Subscription:
+def _find_subscription(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Subscription:
     number = _integer(message, "subscription")
     subscription = broker.subscriptions.get(number)
     if subscription is None:

@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any, Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.broker.acceptor import Reception
-from mpbroadcast.broker.control_clients import Client
-from mpbroadcast.broker.core.backlog import Outbox
+from mpbroadcast.broker.acceptor import Acceptor
+from mpbroadcast.broker.control_clients import ControlConnection
+from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
 from mpbroadcast.broker.core.patterns import Matcher
@@ -27,9 +27,9 @@ from mpbroadcast.broker.host.journal import Journal
 from mpbroadcast.broker.host.succession import STOPPING, Succession, new_identity
 from mpbroadcast.broker.members import Peer, Session, Subscription, new_socket
 from mpbroadcast.broker.publisher import Publisher
-from mpbroadcast.broker.reference_window import Window
+from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.broker.traffic import Traffic
-from mpbroadcast.posix.poller import Loop
+from mpbroadcast.posix.poller import Poller
 from mpbroadcast.posix.processes import birth
 
 log = logging.getLogger("mpbroadcast.broker")
@@ -48,13 +48,13 @@ class Broker:
         self,
         listener: socket.socket,
         keys: list[bytes],
-        on_request: Callable[[Broker, Client, dict[str, Any]], None],
+        on_request: Callable[[Broker, ControlConnection, dict[str, Any]], None],
         *,
         history: int = 0,
         stall_timeout: float | None = None,
         succession: Succession | None = None,
     ) -> None:
-        self.loop = Loop()
+        self.loop = Poller()
         self.router: Router[Subscription] = Router()
         self.budget = Budget(TOGETHER)
         self.subscriptions: dict[int, Subscription] = {}
@@ -77,13 +77,13 @@ class Broker:
             self._reader_gone,
             self._ended,
         )
-        self._reception = Reception(
+        self._reception = Acceptor(
             self.loop, listener, keys, lambda client, message: on_request(self, client, message), self._client_gone, self._died
         )
         self._numbers = iter(range((self.number_of_broker << 40) + 1, 1 << 63))  # none has been used before
-        self._waiting: dict[Client, Callable[[], bool]] = {}
+        self._waiting: dict[ControlConnection, Callable[[], bool]] = {}
         self._telling = False  # whether those are looked at in this round
-        self._undelivered: dict[Client, dict[Subscription, int]] = {}
+        self._undelivered: dict[ControlConnection, dict[Subscription, int]] = {}
         self._stopped_by: Peer | None = None
         self._patience = 0.0  # seconds without progress, while stopping
         self._progress: dict[Subscription, tuple[int, ...]] = {}
@@ -108,8 +108,8 @@ class Broker:
                 continue
             policy = entry["policy"]
             waits = entry["opened"] and policy in ("block", "disconnect")  # nobody knows whether it will ever be opened
-            outbox = Outbox(entry["capacity"], "drop_oldest" if waits else policy)
-            subscription = Subscription(number, Session(self.number(), peer, self.budget), outbox)
+            backlog = Backlog(entry["capacity"], "drop_oldest" if waits else policy)
+            subscription = Subscription(number, Session(self.number(), peer, self.budget), backlog)
             subscription.policy, subscription.restored = policy, True
             subscription.reserved = bool(entry["opened"])
             self.subscriptions[number] = subscription
@@ -119,7 +119,7 @@ class Broker:
                 self.router.add(subscription, entry["topics"])
             else:
                 subscription.live, subscription.said_topics = False, tuple(entry["topics"])
-                outbox.end()
+                backlog.end()
             if not entry["birth"]:  # nothing will show that its process has ended, until that connects
                 self.loop.later(UNCLAIMED, partial(self._remove_unclaimed, subscription))
 
@@ -134,7 +134,7 @@ class Broker:
                 "pid": subscription.pid,
                 "birth": birth(subscription.pid),
                 "topics": list(subscription.said_topics or self.router.topics(subscription)),
-                "capacity": subscription.outbox.capacity,
+                "capacity": subscription.backlog.capacity,
                 "policy": subscription.policy,
                 "opened": subscription.owner is not None,
                 "live": subscription.live,
@@ -162,7 +162,7 @@ class Broker:
 
     def tell_of_crash(self, traceback: str) -> None:
         """Tell every process what has gone wrong here; nothing else will be done."""
-        self._reception.tell({"crashed": traceback[-_LAST_WORDS:]})
+        self._reception.send_packet({"crashed": traceback[-_LAST_WORDS:]})
 
     @property
     def finished(self) -> bool:
@@ -179,7 +179,7 @@ class Broker:
     def number(self) -> int:
         return next(self._numbers)
 
-    def _client_gone(self, client: Client, why: str) -> None:
+    def _client_gone(self, client: ControlConnection, why: str) -> None:
         for subscription in list(client.opening):
             self.unopen(subscription)
         if client.session is not None:
@@ -198,7 +198,7 @@ class Broker:
             peer.is_starter = False  # so that it is watched no more
             self.stop(DRAIN_TIMEOUT)
 
-    def new_session(self, client: Client) -> Session:
+    def new_session(self, client: ControlConnection) -> Session:
         session = Session(self.number(), client.peer, self.budget)
         client.session = session
         self.sessions[session.number] = session
@@ -233,7 +233,7 @@ class Broker:
         """
         cost = cost_of(set(topics), 1)
         session.budget.check(cost)
-        subscription = Subscription(number, session, Outbox(capacity, policy))
+        subscription = Subscription(number, session, Backlog(capacity, policy))
         self._spend(subscription, cost)
         self.subscriptions[number] = subscription
         session.subscriptions.add(subscription)
@@ -283,7 +283,7 @@ class Broker:
         self._write_down(subscription)
         self.traffic.unblock(subscription)  # what waits for it may not be for it any more
 
-    def open(self, subscription: Subscription, client: Client, *, shared: bool) -> list[int]:
+    def open(self, subscription: Subscription, client: ControlConnection, *, shared: bool) -> list[int]:
         """Begin to open it: the descriptors for who opens, the second, if any, of the socket beside its pipe.
 
         It is open when :meth:`confirm_open` follows.
@@ -294,7 +294,7 @@ class Broker:
         if shared:
             with contextlib.suppress(OSError):  # then all comes through the pipe
                 own, other = new_socket()
-                subscription.window = Window(own)
+                subscription.window = ReferenceWindow(own)
                 ends.append(other)
         subscription.opening = client
         client.opening.add(subscription)
@@ -312,7 +312,7 @@ class Broker:
         self.loop.close(fd)
         window, subscription.window = subscription.window, None
         if window is not None:
-            self.loop.close(window.beside.detach())
+            self.loop.close(window.fd_socket.detach())
 
     def confirm_open(self, subscription: Subscription, session: Session) -> None:
         """From now on it is ``session``'s, and what waits goes into its pipe."""
@@ -340,7 +340,7 @@ class Broker:
     def unsubscribe(self, subscription: Subscription) -> None:
         """Nothing more comes to it; what is there can still be received."""
         if subscription.live:
-            subscription.outbox.end()
+            subscription.backlog.end()
             self._ended(subscription)
 
     def _ended(self, subscription: Subscription) -> None:
@@ -366,7 +366,7 @@ class Broker:
         subscription.session.peer.subscriptions.discard(subscription)
         subscription.session.budget.release(subscription.cost)
         self._reception.drop_unused(subscription.session.peer)
-        subscription.outbox.discard()
+        subscription.backlog.discard()
         self.traffic.drop(subscription)
         self.tell_waiting()
 
@@ -375,12 +375,12 @@ class Broker:
         self.remove(subscription)
 
     def _reader_gone(self, subscription: Subscription) -> None:
-        if subscription.not_waited_for and not subscription.outbox.empty:
+        if subscription.not_waited_for and not subscription.backlog.empty:
             self._give_up(subscription)
         else:
             self._remove_for(subscription, "its reader has closed it" if subscription.live else "it was unsubscribed")
 
-    def wait_for(self, client: Client, enough: Callable[[], bool]) -> None:
+    def wait_for(self, client: ControlConnection, enough: Callable[[], bool]) -> None:
         """Answer it as soon as there are enough subscriptions."""
         self._waiting[client] = enough
         self.tell_waiting()
@@ -399,12 +399,12 @@ class Broker:
                 del self._waiting[client]
                 client.reply({"done": True})
 
-    def when_delivered(self, client: Client, publisher: Publisher, *, now: bool = False) -> None:
+    def when_delivered(self, client: ControlConnection, publisher: Publisher, *, now: bool = False) -> None:
         """Answer it when what the publisher has put into backlogs until now has left them; ``now``: whether it has."""
         pending = {
             subscription: position
             for subscription, position in publisher.last_in.items()
-            if subscription.outbox.left < position
+            if subscription.backlog.left < position
         }
         if now or not pending:
             client.reply({"done": not pending})
@@ -414,7 +414,7 @@ class Broker:
     def _tell_delivered(self) -> None:
         for client, pending in list(self._undelivered.items()):
             for subscription, position in list(pending.items()):
-                if subscription.outbox.left >= position or subscription.number not in self.subscriptions:
+                if subscription.backlog.left >= position or subscription.number not in self.subscriptions:
                     del pending[subscription]
             if not pending:
                 del self._undelivered[client]
@@ -472,7 +472,7 @@ class Broker:
         self.traffic.catch_up()
         self.traffic.settle()
         for subscription in list(self.subscriptions.values()):
-            if not subscription.outbox.empty:
+            if not subscription.backlog.empty:
                 self._give_up(subscription)
         self.loop.later(_LAST, self._end_now)  # who waited for those can still have a clean end
 
@@ -489,7 +489,7 @@ class Broker:
             subscription.number,
             subscription.pid,
             listed(subscription.said_topics or self.router.topics(subscription)),
-            subscription.outbox.waiting,
+            subscription.backlog.waiting,
             "was never opened" if subscription.owner is None else "was not read in time",
         )
         self.remove(subscription)

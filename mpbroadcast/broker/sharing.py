@@ -18,7 +18,7 @@ from typing import Final
 from mpbroadcast.broker.members import Subscription, new_socket
 from mpbroadcast.broker.memory import Lender, Ring, Store
 from mpbroadcast.broker.publisher import Publisher
-from mpbroadcast.posix.poller import IN, Loop
+from mpbroadcast.posix.poller import IN, Poller
 from mpbroadcast.protocol.fd_packets import MAPPED, NONE, READ, REFUSED, PacketError, pack, unpack
 
 _QUICK: Final = 1 << 20  # bytes that a quick reader reads in that time, through its pipe alone
@@ -28,7 +28,7 @@ _GRACE: Final = 0.01  # seconds to wait for a free chunk, or for a ring to be ma
 class Sharing:
     """``mark`` lets what is in a subscription's backlog be moved into its pipe in this round."""
 
-    def __init__(self, loop: Loop, mark: Callable[[Subscription], None]) -> None:
+    def __init__(self, loop: Poller, mark: Callable[[Subscription], None]) -> None:
         self.store = Store()
         self._loop = loop
         self._mark = mark
@@ -52,17 +52,17 @@ class Sharing:
             raise OSError(errno.EEXIST, "this publisher has a socket for descriptors already")
         own, other = new_socket()
         if publisher.lender is not None:  # it was interrupted, and begins again
-            self._loop.close(publisher.lender.beside.detach())
+            self._loop.close(publisher.lender.fd_socket.detach())
         publisher.lender = Lender(self.store, own, publisher.pid)
-        self._loop.watch(own.fileno(), IN, lambda _: self._hear(publisher))
+        self._loop.watch(own.fileno(), IN, lambda _: self._receive(publisher))
         return other
 
-    def _hear(self, publisher: Publisher) -> None:
+    def _receive(self, publisher: Publisher) -> None:
         lender = publisher.lender
         if lender is None:
             return
-        if not lender.hear():
-            self._loop.forget(lender.beside.fileno())
+        if not lender.receive_packet_with_fd():
+            self._loop.forget(lender.fd_socket.fileno())
         if lender.wanted:
             lender.wanted = False
             for ring in list(lender.rings.values()):
@@ -85,17 +85,17 @@ class Sharing:
             return
         waits = False
         for subscription, before in moved.items():
-            window, outbox = subscription.window, subscription.outbox
-            if window is None or not outbox.refers_to(ring):
+            window, backlog = subscription.window, subscription.backlog
+            if window is None or not backlog.refers_to(ring):
                 continue
-            if outbox.policy == "block" and window.moved - before >= _QUICK:
+            if backlog.policy == "block" and window.moved - before >= _QUICK:
                 waits = True
                 continue
-            window.copies_until = window.moved + outbox.copy_out(ring)
+            window.copies_until = window.moved + backlog.copy_out(ring)
             self._mark(subscription)
         if ring.freed == freed and not waits:
             lender.watched = False
-            lender.tell(pack(NONE, ring.name))
+            lender.send_packet(pack(NONE, ring.name))
         else:
             self._watch_ring(lender, ring)
 
@@ -103,7 +103,7 @@ class Sharing:
         """All that it has written has been taken in, and nothing more will be."""
         if publisher.lender is not None:
             publisher.lender.close()
-            self._loop.close(publisher.lender.beside.detach())
+            self._loop.close(publisher.lender.fd_socket.detach())
 
     def forget(self, publisher: Publisher) -> None:
         """All that it has written has been routed."""
@@ -122,7 +122,7 @@ class Sharing:
 
     def _retire(self, ring: Ring, lender: Lender) -> None:
         for subscription in ring.readers:
-            subscription.outbox.copy_out(ring)
+            subscription.backlog.copy_out(ring)
             if subscription.window is not None:
                 subscription.window.retire(ring)
             self._mark(subscription)
@@ -133,14 +133,14 @@ class Sharing:
     def watch(self, subscription: Subscription) -> None:
         """It is open."""
         if subscription.window is not None:
-            self._loop.watch(subscription.window.beside.fileno(), IN, lambda _: self._hear_reader(subscription))
+            self._loop.watch(subscription.window.fd_socket.fileno(), IN, lambda _: self._hear_reader(subscription))
 
     def _hear_reader(self, subscription: Subscription) -> None:
         window = subscription.window
         if window is None:
             return
         try:
-            while (packet := window.beside.hear_plain()) is not None:
+            while (packet := window.fd_socket.receive_packet()) is not None:
                 if not packet:
                     raise ConnectionError("it has closed its socket")
                 window.heard += 1
@@ -150,8 +150,8 @@ class Sharing:
                 elif kind in (MAPPED, REFUSED):
                     window.answered(number, mapped=kind == MAPPED)
         except (OSError, PacketError):
-            self._loop.forget(window.beside.fileno())  # its pipe tells whether it is gone
-        if subscription.waiters or subscription.outbox.ended or not subscription.outbox.empty:
+            self._loop.forget(window.fd_socket.fileno())  # its pipe tells whether it is gone
+        if subscription.waiters or subscription.backlog.ended or not subscription.backlog.empty:
             self._mark(subscription)
 
     def takes(self, subscription: Subscription, ring: Ring) -> bool:

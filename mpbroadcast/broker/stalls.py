@@ -8,7 +8,7 @@ import time
 from mpbroadcast.broker.core.router import Router, listed
 from mpbroadcast.broker.members import Subscription
 from mpbroadcast.broker.publisher import Publisher
-from mpbroadcast.posix.poller import Loop
+from mpbroadcast.posix.poller import Poller
 
 log = logging.getLogger("mpbroadcast.broker")
 
@@ -17,7 +17,7 @@ class Stalls:
     """A warning for each of ``publishers`` that has waited ``timeout`` seconds, once for each wait; ``None`` for none."""
 
     def __init__(
-        self, loop: Loop, router: Router[Subscription], publishers: dict[int, Publisher], timeout: float | None
+        self, loop: Poller, router: Router[Subscription], publishers: dict[int, Publisher], timeout: float | None
     ) -> None:
         self._loop = loop
         self._router = router
@@ -55,6 +55,6 @@ class Stalls:
             full.number,
             f"the same process, {full.pid}{must}" if same else f"process {full.pid}",
             listed(full.said_topics or self._router.topics(full)),
-            full.outbox.waiting_charge,
+            full.backlog.waiting_charge,
             "" if full.opened else "; it was never opened: let somebody receive from it, or unsubscribe it",
         )

@@ -24,10 +24,10 @@ from mpbroadcast.broker.members import LONGEST_RETRY, PIPE_SIZE, SHORTEST_RETRY,
 from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.sharing import Sharing
 from mpbroadcast.broker.stalls import Stalls
-from mpbroadcast.posix.poller import IN, OUT, Loop
+from mpbroadcast.posix.poller import IN, OUT, Poller
 from mpbroadcast.posix.shared_memory import keep_freed_memory
 from mpbroadcast.protocol.fd_packets import ROUTED, pack
-from mpbroadcast.protocol.frames import Batch, FrameError, Item, Parcel, References
+from mpbroadcast.protocol.frames import Batch, FrameError, Item, MemfdMessage, References
 from mpbroadcast.protocol.runs import Run, SharedRun, run_of
 
 log = logging.getLogger("mpbroadcast.broker")
@@ -49,7 +49,7 @@ class Traffic:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: Poller,
         router: Router[Subscription],
         history: History | None,
         stall_timeout: float | None,
@@ -296,13 +296,13 @@ class Traffic:
         fits, full = len(item.sizes), None
         charge = item.charge
         for subscription in targets:
-            outbox = subscription.outbox
+            backlog = subscription.backlog
             if subscription.waiters:  # who waits already is first, or many small messages would hold up a large one for ever
                 return subscription, item
-            if not outbox.takes(charge):
+            if not backlog.takes(charge):
                 subscription.refresh()
-                if outbox.policy == "block":
-                    least = outbox.fitting(item, charge)
+                if backlog.policy == "block":
+                    least = backlog.fitting(item, charge)
                     if least < fits:
                         fits, full = least, subscription
         rest = item
@@ -320,16 +320,16 @@ class Traffic:
         ring = item.hold.ring if isinstance(item, References) else None
         last_in = publisher.last_in
         for subscription in targets:
-            outbox = subscription.outbox
-            before = outbox.entered
+            backlog = subscription.backlog
+            before = backlog.entered
             if run is None:
                 run = self._run_of(item)
             refused = ring is not None and not self.sharing.takes(subscription, ring)
-            outbox.put(run.copied() if refused and isinstance(run, SharedRun) else run)
+            backlog.put(run.copied() if refused and isinstance(run, SharedRun) else run)
             self._dirty[subscription] = None
-            if outbox.entered > before:  # not all of it was dropped at once
-                last_in[subscription] = outbox.entered
-            if outbox.overflowed:
+            if backlog.entered > before:  # not all of it was dropped at once
+                last_in[subscription] = backlog.entered
+            if backlog.overflowed:
                 self._on_overflow(subscription)
         if self.history is not None:
             self.history.add(self.routed, item.hold.copied(item) if isinstance(item, References) else item)
@@ -344,16 +344,16 @@ class Traffic:
     @staticmethod
     def _routed(item: Item, publisher: Publisher) -> None:
         """It is on its way, or dropped: its publisher may go on."""
-        if isinstance(item, Parcel) and publisher.lender is not None:
-            publisher.lender.tell(pack(ROUTED, 0, item.number))
+        if isinstance(item, MemfdMessage) and publisher.lender is not None:
+            publisher.lender.send_packet(pack(ROUTED, 0, item.number))
 
     def replay(self, subscription: Subscription, topics: list[str], count: int, made: Mapping[str, Matcher]) -> None:
         """Put the last ``count`` messages that are for it into its backlog; ``made`` are the matchers of its patterns."""
-        outbox = subscription.outbox
+        backlog = subscription.backlog
         if self.history is not None and count:
-            most = 1 if outbox.policy == "latest" else count
-            for batch in self.history.last(topics, most, outbox.capacity, made):
-                outbox.put(self._run_of(batch))
+            most = 1 if backlog.policy == "latest" else count
+            for batch in self.history.last(topics, most, backlog.capacity, made):
+                backlog.put(self._run_of(batch))
             self._dirty[subscription] = None
 
     def _block(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:
@@ -364,7 +364,7 @@ class Traffic:
             publisher.warned = False
         publisher.blocked = full
         if not full.waiters:  # what has been read since then counts for those who come behind, too
-            full.blocked_at = full.outbox.charge
+            full.blocked_at = full.backlog.charge
         full.waiters.append(publisher)
         self._dirty[full] = None
         self._stalls.look()
@@ -417,30 +417,30 @@ class Traffic:
         except OSError:
             self._on_gone(subscription)
             return
-        outbox = subscription.outbox
-        if outbox.ended and outbox.empty and subscription.must_be_read:
+        backlog = subscription.backlog
+        if backlog.ended and backlog.empty and subscription.must_be_read:
             subscription.refresh()
-        if (outbox.ended and outbox.empty and not subscription.must_be_read) or (subscription.not_waited_for and full):
+        if (backlog.ended and backlog.empty and not subscription.must_be_read) or (subscription.not_waited_for and full):
             self._on_gone(subscription)
             return
         if subscription.waiters:
             subscription.refresh()
-            if outbox.charge < subscription.blocked_at:
+            if backlog.charge < subscription.blocked_at:
                 subscription.retry = SHORTEST_RETRY
                 self.unblock(subscription)
         self._arm(subscription, full)
 
     def _arm(self, subscription: Subscription, full: bool) -> None:
         """Wait for room: in the pipe, or, while somebody waits for that, in what has not been read of it."""
-        must_wait = subscription.outbox.must_wait
+        must_wait = subscription.backlog.must_wait
         if (subscription.waiters and not full) or must_wait:
             full = subscription.one_page  # such a pipe has room when all has been read
             if not (full and must_wait) and not subscription.retrying:
                 subscription.retrying = True
                 self._loop.later(subscription.retry, lambda: self._retry(subscription))
                 subscription.retry = min(2 * subscription.retry, LONGEST_RETRY)
-        if full != subscription.armed:
-            subscription.armed = full
+        if full != subscription.write_interest:
+            subscription.write_interest = full
             self._loop.change(subscription.fd, OUT if full else 0)
 
     def _retry(self, subscription: Subscription) -> None:

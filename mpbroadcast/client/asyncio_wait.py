@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 
-class Tasks:
+class AsyncWaiters:
     """Those that wait for what is a descriptor at a time."""
 
     __slots__ = ("_waiters",)

@@ -12,7 +12,7 @@ from typing import Any, Final, Generic, Literal, Protocol, Self, TypeVar, overlo
 from weakref import WeakSet
 
 from mpbroadcast.client.channel import Channel, open_own
-from mpbroadcast.client.pipe_writer import SHARED_FROM, Outlet, framed
+from mpbroadcast.client.pipe_writer import SHARED_FROM, PipeWriter, framed
 from mpbroadcast.client.session import Answer, Link, Session, for_answer, sooner
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
 from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
@@ -64,8 +64,8 @@ class Broadcaster(Generic[M]):
 
     def __init__(self, link: Link, process: _Process | None = None) -> None:
         self._link = link
-        self._outlet: Outlet | None = None  # until something is published
-        self._outlets: dict[Session, Outlet] = {}
+        self._writer: PipeWriter | None = None  # until something is published
+        self._outlets: dict[Session, PipeWriter] = {}
         self._gap = False  # whether something was published to a broker that has died since
         self._process = process  # in its starter
         self._large = False  # whether the last message was, and so perhaps the next
@@ -124,14 +124,14 @@ class Broadcaster(Generic[M]):
             explain(error, message, topic)
             raise
         size = len(payload)
-        outlet = self._outlet
-        if outlet is not None:
+        writer = self._writer
+        if writer is not None:
             try:
                 if size < SHORT:
-                    _write(outlet.pipe.fd, (frame_head(size, encoded) if encoded else _HEADS[size]) + payload)
+                    _write(writer.pipe.fd, (frame_head(size, encoded) if encoded else _HEADS[size]) + payload)
                     return
                 self._large = size >= _GATHER_FROM
-                if outlet.send_quickly(payload, encoded):
+                if writer.send_quickly(payload, encoded):
                     return
             except OSError as error:
                 # Full, closed or broken: _publish finds out. Anything else has not come from this write.
@@ -198,7 +198,7 @@ class Broadcaster(Generic[M]):
             frames = b"".join(waiting)
             counts.append(len(waiting))
             waiting.clear()
-            self._deliver(deadline, Outlet.send, frames, deadline, done)
+            self._deliver(deadline, PipeWriter.send, frames, deadline, done)
 
     def _way(self, topic: str, exclude: Channel[Any] | None) -> tuple[bytes, int]:
         return encode_topic(topic), 0 if exclude is None else self._own_channel(exclude, "exclude").number
@@ -233,15 +233,15 @@ class Broadcaster(Generic[M]):
     def _publish(self, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]) -> None:
         if payload.size + 16 + len(way[0]) > MAX_FRAME:
             raise ValueError(f"a message of {payload.size} bytes is too long: with its topic, the limit is {MAX_FRAME - 16}")
-        self._deliver(deadline, Outlet.publish, payload, way, deadline, done)
+        self._deliver(deadline, PipeWriter.publish, payload, way, deadline, done)
 
     def _deliver(self, deadline: Deadline, send: Callable[..., None], *arguments: Any) -> None:
         """Call ``send`` with the way to the broker, and again if another one takes over meanwhile."""
         while True:
             self._check_open()
-            outlet = self._outlet or self._make(deadline)
+            writer = self._writer or self._make(deadline)
             try:
-                send(outlet, *arguments)
+                send(writer, *arguments)
                 return
             except TimedOut:
                 raise
@@ -249,26 +249,26 @@ class Broadcaster(Generic[M]):
                 self._check_open()
                 if not self._link.restarts:
                     raise self._link.lost_error(error)  # noqa: B904, it has its cause
-                self._leave(outlet)
+                self._leave(writer)
 
-    def _make(self, deadline: Deadline) -> Outlet:
+    def _make(self, deadline: Deadline) -> PipeWriter:
         answer = self._ask("publisher", for_answer(deadline))
         if answer.end is None:
             raise self._link.lost_error()
-        made = Outlet(self._link, answer.session, answer.end, answer.said["publisher"])
+        made = PipeWriter(self._link, answer.session, answer.end, answer.said["publisher"])
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
-        self._outlet = outlet = self._outlets.setdefault(answer.session, made)
+        self._writer = writer = self._outlets.setdefault(answer.session, made)
         if self._closed:  # meanwhile, by another thread
-            outlet.pipe.close()
+            writer.pipe.close()
         self._check_open()
-        return outlet
+        return writer
 
-    def _leave(self, outlet: Outlet) -> None:
+    def _leave(self, writer: PipeWriter) -> None:
         """The broker that it leads to has died; the next publish makes one to that which has taken over."""
         self._gap = True
-        self._outlets.pop(outlet.session, None)
-        if outlet is self._outlet:
-            self._outlet = None
+        self._outlets.pop(writer.session, None)
+        if writer is self._writer:
+            self._writer = None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -276,8 +276,8 @@ class Broadcaster(Generic[M]):
 
     def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Answer:
         self._check_open()
-        if self._outlet is not None:
-            self._outlet.pool.rest()
+        if self._writer is not None:
+            self._writer.pool.rest()
         return self._link.request(do, deadline=deadline, **fields)
 
     # --- subscribing
@@ -333,7 +333,7 @@ class Broadcaster(Generic[M]):
         room = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
         check_count(replay, "replay", 0)
         self._check_open()
-        outlet = self._outlet
+        writer = self._writer
         number = int.from_bytes(os.urandom(6)) or 1
         # The channel exists before the subscription does: if an interrupt comes, its finaliser drops that.
         channel: Channel[Any] = Channel(self._link, number, with_topic, subscriber=True)
@@ -345,7 +345,7 @@ class Broadcaster(Generic[M]):
                 overflow=overflow,
                 capacity=room,
                 replay=replay,
-                publisher=None if outlet is None else outlet.number,  # a former broker's is unknown to the next one
+                publisher=None if writer is None else writer.number,  # a former broker's is unknown to the next one
             )
             self._channels.add(channel)
         except BaseException:
@@ -381,12 +381,12 @@ class Broadcaster(Generic[M]):
         if not isinstance(delivered, bool):
             raise TypeError(f"delivered must be True or False, not {type(delivered).__name__}")
         self._check_open()
-        outlet = self._outlet
-        if outlet is not None:
+        writer = self._writer
+        if writer is not None:
             what = "all to leave its backlog" if delivered else "the broker to route all"
-            self._ask_and_wait(limit, what, "flush", publisher=outlet.number, delivered=delivered)
-            if outlet.session is not self._link.session():
-                self._leave(outlet)
+            self._ask_and_wait(limit, what, "flush", publisher=writer.number, delivered=delivered)
+            if writer.session is not self._link.session():
+                self._leave(writer)
         if self._gap:
             self._gap = False
             raise BrokerRestarted("the broker has died: what this handle had published before may not have reached everybody")
@@ -439,25 +439,25 @@ class Broadcaster(Generic[M]):
         timeout = check_timeout(timeout)
         if self._ended:
             return
-        process, link, outlet = self._process, self._link, self._outlet
+        process, link, writer = self._process, self._link, self._writer
         limit = Deadline(None if timeout is None else timeout + _MARGIN)  # also when the broker is stopped
         if process is not None:
             open_own(self._channels, sooner(limit, CLOSE_TIMEOUT))
         self._closed = True
-        if outlet is not None:
-            outlet.pipe.close()
-        if process is None and outlet is not None:
+        if writer is not None:
+            writer.pipe.close()
+        if process is None and writer is not None:
             # A publish that waits in another thread is woken when the broker closes its end.
             with contextlib.suppress(BroadcastError, OSError):
                 deadline = sooner(limit, CLOSE_TIMEOUT)
-                link.request("retire", session=outlet.session, publisher=outlet.number, deadline=deadline)
+                link.request("retire", session=writer.session, publisher=writer.number, deadline=deadline)
         if process is not None:
             asked = 0
             with contextlib.suppress(BroadcastError, OSError):
                 asked = link.request("stop", deadline=sooner(limit, CLOSE_TIMEOUT), timeout=timeout).said["pid"]
             process.end(limit.left(), asked=asked, time_left=lambda: self._time_left(link, timeout))
             link.close()
-        self._outlet = None
+        self._writer = None
         self._outlets.clear()
         self._link = Link(link.address, link.broker)  # the session ends when nothing else here needs it
         self._heirs = Descendants()  # nobody asks any more
@@ -494,7 +494,7 @@ class Broadcaster(Generic[M]):
         return f"<mpbroadcast.Broadcaster at {self.address!r}{', closed' if self._closed else ''}>"
 
     def _in_child(self) -> None:
-        self._outlet = None
+        self._writer = None
         self._outlets = {}
         self._gap = False
         self._process = None

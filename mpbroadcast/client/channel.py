@@ -20,10 +20,10 @@ from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 from mpbroadcast import trap_points
-from mpbroadcast.client.asyncio_wait import Tasks
+from mpbroadcast.client.asyncio_wait import AsyncWaiters
 from mpbroadcast.client.pipe_reader import END_OF_MESSAGES, LOST, LOST_FOR_GOOD, End, Stream, follow, take_in
 from mpbroadcast.client.session import Answer, Link, for_answer
-from mpbroadcast.client.shared_reader import SharedInlet
+from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, concerns
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import Descendants, PipeEnd, descendants, on_fork
@@ -61,7 +61,7 @@ class Channel(Generic[M]):
         self._pickled = False
         self._heirs = descendants()  # which could open it, too
         self._pipe: PipeEnd | None = None
-        self._former: tuple[PipeEnd | None, SharedInlet | None] | None = None  # of a broker that has died
+        self._former: tuple[PipeEnd | None, SharedReader | None] | None = None  # of a broker that has died
         self._token = 0
         self._opened = False
         self._closed = False
@@ -77,8 +77,8 @@ class Channel(Generic[M]):
         self._opening = locks.rlock()
         self._stream = Stream()
         self._held = False  # whether a byte was left in the pipe
-        self._shared: SharedInlet | None = None
-        self._tasks = Tasks()
+        self._shared: SharedReader | None = None
+        self._tasks = AsyncWaiters()
 
     # --- receiving
 
@@ -112,7 +112,7 @@ class Channel(Generic[M]):
                         message = ready[0]  # not popleft(): an interrupt may come between its return and the assignment
                         del ready[0]
                         if not ready:
-                            self._let_tail_go()
+                            self._consume_tail_byte()
                         break
                 if deadline is None:
                     deadline = Deadline(timeout)
@@ -175,7 +175,7 @@ class Channel(Generic[M]):
             rest = stream.without(count)
             box[0], self._stream = more, rest  # in one, as far as an interrupt can see
             if not rest.ready:
-                self._let_tail_go()
+                self._consume_tail_byte()
         return count > 0
 
     def poll(self, timeout: float | None = 0.0) -> bool:
@@ -298,7 +298,7 @@ class Channel(Generic[M]):
         if shared is not None:
             shared.settle(self._stream.read, after is not None)
 
-    def _let_tail_go(self) -> None:
+    def _consume_tail_byte(self) -> None:
         """Nothing decoded is left: let the descriptor tell what is behind it. Under the lock."""
         if self._held and not self._stream.decodable(self._held):
             self._held = False
@@ -332,7 +332,7 @@ class Channel(Generic[M]):
         # In two steps, so that an interrupted opening leaves it unopened: what was sent and not confirmed is taken back.
         if self._pipe is None:
             answer = self._ask("open", deadline, shared=available())
-            shared = None if answer.beside is None else SharedInlet(answer.beside)
+            shared = None if answer.fd_socket is None else SharedReader(answer.fd_socket)
             self._pipe, self._shared, self._token = answer.end, shared, answer.said["token"]
         said = self._ask("opened", deadline, token=self._token).said
         if said["opened"]:

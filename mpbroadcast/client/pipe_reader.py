@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
 
-from mpbroadcast.client.shared_reader import SharedInlet
+from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
 from mpbroadcast.posix.descriptors import PipeEnd
 from mpbroadcast.protocol import runs
@@ -75,7 +75,7 @@ class Stream:
         return Stream(ready, self.chunks, self.skip, self.need, self.plain, 0, self.read)
 
 
-def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | None = None) -> Stream | None:
+def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedReader | None = None) -> Stream | None:
     """What comes after ``stream``, which has no decoded messages, or ``None`` when no message is whole yet.
 
     ``held`` says that one more byte is in the pipe at least, which will do for the last tail byte.
@@ -128,7 +128,7 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedInlet | N
 
 
 def follow(
-    stream: Stream, pipe: PipeEnd, held: bool, with_topic: bool, shared: SharedInlet | None
+    stream: Stream, pipe: PipeEnd, held: bool, with_topic: bool, shared: SharedReader | None
 ) -> tuple[Stream | None, bool]:
     """What comes after ``stream``, which has no decoded messages, in it or in ``pipe``; and whether a byte was left there.
 

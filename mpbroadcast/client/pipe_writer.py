@@ -57,7 +57,7 @@ def framed(payload: Payload, way: tuple[bytes, int]) -> bytes:
     return b"".join((frame_head(payload.size, *way, IMAGE if payload.image else 0), *payload.parts))
 
 
-class Outlet:
+class PipeWriter:
     """A publisher, as it came in ``session``; ``number`` is what the broker calls it, and ``pipe`` its end of the pipe."""
 
     def __init__(self, link: Link, session: Session, pipe: PipeEnd, number: int) -> None:
@@ -66,7 +66,7 @@ class Outlet:
         self.pipe = pipe
         self.number = number
         self._unsaid: list[int] = []  # messages that were given up, and whose abort frames had no room in the pipe
-        self._beside: DescriptorSocket | None = None  # what shared memory is agreed on through
+        self._fd_socket: DescriptorSocket | None = None  # what shared memory is agreed on through
         self._not_before = 0.0 if available() else float("inf")  # when to ask for it
         self._inside: set[int] = set()  # threads that publish in shared memory: a signal's handler in one uses the pipe
         self._lock = locks.lock()
@@ -185,12 +185,12 @@ class Outlet:
             return False
         try:
             self._inside.add(me)
-            beside = self._beside or self._begin(deadline)
-            if beside is None:
+            fd_socket = self._fd_socket or self._begin(deadline)
+            if fd_socket is None:
                 return False
-            if payload.size <= LONGEST and self._through_ring(beside, payload, way, deadline, done):
+            if payload.size <= LONGEST and self._through_ring(fd_socket, payload, way, deadline, done):
                 return True
-            return payload.size >= MEMORY_FROM and self._in_memory(beside, payload, way, deadline, done)
+            return payload.size >= MEMORY_FROM and self._in_memory(fd_socket, payload, way, deadline, done)
         finally:
             self._inside.discard(me)
 
@@ -200,12 +200,12 @@ class Outlet:
             return None
         self._not_before = now + _ASKING  # no call since it was looked at, so only one thread comes here
         with contextlib.suppress(OSError):  # no descriptor is left, here or in the broker
-            answer = self._link.request("beside", session=self.session, publisher=self.number, deadline=for_answer(deadline))
-            self._beside = answer.beside
+            answer = self._link.request("fd_socket", session=self.session, publisher=self.number, deadline=for_answer(deadline))
+            self._fd_socket = answer.fd_socket
         self._not_before = time.monotonic() + _AGAIN
-        return self._beside
+        return self._fd_socket
 
-    def _hear(self, beside: DescriptorSocket) -> bool:
+    def _receive(self, fd_socket: DescriptorSocket) -> bool:
         """Take in what the broker has said; ``False`` when it is gone. Under the lock."""
         self.pool.rest()
         heard = self._heard
@@ -214,7 +214,7 @@ class Outlet:
                 self._handle(heard[0])  # and if an interrupt comes, once more
                 del heard[0]
             try:
-                heard.extend(map(beside.recv, (64,)))
+                heard.extend(map(fd_socket.recv, (64,)))
             except BlockingIOError:
                 return True
             except OSError:
@@ -243,15 +243,15 @@ class Outlet:
     # --- the ring
 
     def _through_ring(
-        self, beside: DescriptorSocket, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]
+        self, fd_socket: DescriptorSocket, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]
     ) -> bool:
         before = len(done)
         patience: Deadline | None = None
         while True:
             with self._lock:
-                dry = self._put(beside, payload, way, done)
+                dry = self._put(fd_socket, payload, way, done)
                 if dry and (self._ring is None or self._dry):
-                    self._offer(beside)
+                    self._offer(fd_socket)
                     return False
             if len(done) > before:
                 return True
@@ -262,18 +262,18 @@ class Outlet:
             if patience is None:
                 patience = sooner(deadline, _PATIENCE)
                 with contextlib.suppress(OSError):
-                    beside.tell(pack(WANTED))
+                    fd_socket.send_packet(pack(WANTED))
             left = patience.left()
             if not left:
                 self._dry = True
                 return False
-            beside.wait(left)
+            fd_socket.wait(left)
 
-    def _put(self, beside: DescriptorSocket, payload: Payload, way: tuple[bytes, int], done: list[int]) -> bool:
+    def _put(self, fd_socket: DescriptorSocket, payload: Payload, way: tuple[bytes, int], done: list[int]) -> bool:
         """Copy and announce it, if there is room, which ``done`` tells; whether it was the ring that had none."""
         ring = self._ring
         if ring is None or not ring.room.fits_behind(payload.size):
-            self._hear(beside)
+            self._receive(fd_socket)
             ring = self._ring
         before = len(done)
         start = ring.room.take(payload.size) if ring is not None else None
@@ -291,7 +291,7 @@ class Outlet:
                 ring.room.undo()
         return False
 
-    def _offer(self, beside: DescriptorSocket) -> None:
+    def _offer(self, fd_socket: DescriptorSocket) -> None:
         """Make a ring, and send it to the broker; it is used once that has accepted it."""
         now = time.monotonic()
         if self._offered is not None or now < self._no_ring_before:
@@ -301,25 +301,25 @@ class Outlet:
             number = next(_ring_numbers)
             descriptor, memory = ring_memory(CHUNK * CHUNKS)
             self._offered = Ring(number, memory)
-            if beside.tell(pack(RING, number, CHUNK), descriptor.fd):
+            if fd_socket.send_packet(pack(RING, number, CHUNK), descriptor.fd):
                 return
         self._offered = None
 
     # --- memory of its own
 
     def _in_memory(
-        self, beside: DescriptorSocket, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]
+        self, fd_socket: DescriptorSocket, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]
     ) -> bool:
         self.wait(deadline)  # else much memory could be filled in vain
         before = len(done)
         number = next(_numbers)
         try:
-            if not self._wait_for_credit(beside, number, payload.size, deadline):
+            if not self._wait_for_credit(fd_socket, number, payload.size, deadline):
                 return False
             trap_points.reach("filling memory")
             try:
                 descriptor = self.pool.memory(payload.parts, payload.size)
-                if not beside.tell(pack(MEMORY, 0, number), descriptor.fd):
+                if not fd_socket.send_packet(pack(MEMORY, 0, number), descriptor.fd):
                     return False
             except OSError:  # no memory or no descriptor is left
                 return False
@@ -332,11 +332,11 @@ class Outlet:
                 del self._unrouted[number]
                 self.give_up(number)
 
-    def _wait_for_credit(self, beside: DescriptorSocket, number: int, size: int, deadline: Deadline) -> bool:
+    def _wait_for_credit(self, fd_socket: DescriptorSocket, number: int, size: int, deadline: Deadline) -> bool:
         """Take the credit for this message; ``False`` when the broker is gone."""
         while True:
             with self._lock:
-                there = self._hear(beside)
+                there = self._receive(fd_socket)
                 unrouted = self._unrouted.values()
                 if there and (not unrouted or (len(unrouted) < _MOST_UNROUTED and sum(unrouted) + size <= _MOST_BYTES)):
                     self._unrouted[number] = size  # under the same lock, as other threads look for credit, too
@@ -345,5 +345,5 @@ class Outlet:
                 return False
             if deadline.left() == 0:
                 raise TimedOut(_NOT_IN_TIME)
-            beside.wait(sooner(deadline, _SLICE).left() or 0)
+            fd_socket.wait(sooner(deadline, _SLICE).left() or 0)
             self._link.send_notes()

@@ -14,7 +14,7 @@ from mpbroadcast import trap_points
 from mpbroadcast.posix.descriptors import on_fork
 from mpbroadcast.posix.shared_memory import populate
 from mpbroadcast.protocol.frames import plain_reference, reference_frame
-from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, Room, aligned, span
+from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, RingAllocator, aligned, span
 
 
 class Ring:
@@ -22,7 +22,7 @@ class Ring:
 
     def __init__(self, number: int, memory: mmap.mmap) -> None:
         self.number = number
-        self.room = Room(CHUNKS, CHUNK)
+        self.room = RingAllocator(CHUNKS, CHUNK)
         self._memory = memory
         self._view = memoryview(memory)
         self._there = 0  # a bit for each chunk that has got its memory

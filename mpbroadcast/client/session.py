@@ -123,12 +123,12 @@ class _Control:
         trap_points.reach("waiting for a reply", (message["do"], self._socket))
         return decode(self._receive(deadline))
 
-    def end_and_beside(self, said: dict[str, Any]) -> tuple[PipeEnd | None, DescriptorSocket | None]:
+    def end_and_fd_socket(self, said: dict[str, Any]) -> tuple[PipeEnd | None, DescriptorSocket | None]:
         """What came with an answer."""
         numbers = self._numbers
         with fork_lock():
-            beside = DescriptorSocket(numbers.pop()) if numbers and said.get("beside") else None
-            return PipeEnd(numbers.pop(0)) if numbers else None, beside
+            fd_socket = DescriptorSocket(numbers.pop()) if numbers and said.get("fd_socket") else None
+            return PipeEnd(numbers.pop(0)) if numbers else None, fd_socket
 
     def _send(self, data: bytes, deadline: Deadline) -> None:
         view = memoryview(data)
@@ -226,7 +226,7 @@ class Answer(NamedTuple):
     session: Session
     said: dict[str, Any]
     end: PipeEnd | None
-    beside: DescriptorSocket | None
+    fd_socket: DescriptorSocket | None
 
 
 class Link:
@@ -340,7 +340,7 @@ class Link:
             said = control.ask(message, deadline, b"".join(map(_drop_note, to_drop)))
             if said.get("error") == "unknown":  # it was another broker that has answered
                 raise BrokerLost(str(said["text"]))
-            answer = Answer(session, said, *control.end_and_beside(said))
+            answer = Answer(session, said, *control.end_and_fd_socket(said))
         except BaseException as error:
             if control is not None:
                 control.close()

@@ -1,7 +1,7 @@
 """What a channel gets beside its pipe: rings that it reads from, and the memory of single messages.
 
 Decoding can be interrupted at any point, and is then done again from the beginning. So nothing that it needs is let go of
-before :meth:`SharedInlet.settle` says that what was decoded is kept.
+before :meth:`SharedReader.settle` says that what was decoded is kept.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _SELDOM: Final = 0.25  # seconds, until an acknowledgement is sent although litt
 SAY_EVERY: Final = 2 * CHUNK  # bytes read, until the broker is told; an empty pipe tells it, too
 
 
-class SharedInlet:
+class SharedReader:
     """The other side of the socket beside a channel's pipe."""
 
-    def __init__(self, beside: DescriptorSocket) -> None:
-        self._beside = beside
+    def __init__(self, fd_socket: DescriptorSocket) -> None:
+        self._fd_socket = fd_socket
         self._heard: list[Received] = []  # what has come, and is still to be taken in
         self._rings: dict[int, memoryview] = {}
         self._gone: set[int] = set()
@@ -44,16 +44,16 @@ class SharedInlet:
         self._loaded = 0  # the last message in memory of its own that was decoded
         self._unsaid = 0  # bytes read, and not told of
         self._said_at = time.monotonic()
-        on_fork(self, SharedInlet.close)
+        on_fork(self, SharedReader.close)
 
-    def _hear(self, wanted: int) -> None:
+    def _receive(self, wanted: int) -> None:
         """Take in what has come, up to the ring or message of this number, so that no more descriptors are kept than needed."""
         heard = self._heard
         with contextlib.suppress(OSError, PacketError, IndexError):  # IndexError: a signal's handler has closed it
             while wanted not in self._memories and wanted not in self._rings:
                 if not heard:
                     with fork_lock():
-                        self._beside.receive(heard)
+                        self._fd_socket.receive(heard)
                 packet, numbers, _ = taken_apart(heard[0])
                 if not packet:
                     break
@@ -77,9 +77,9 @@ class SharedInlet:
     def note(self, kind: int, ring: int) -> None:
         """A ring has come, and is mapped, or nothing refers to it any more."""
         if kind == OFFER:
-            self._hear(ring)
+            self._receive(ring)
             with contextlib.suppress(OSError):
-                self._beside.tell(pack(MAPPED if ring in self._rings else REFUSED, ring))
+                self._fd_socket.send_packet(pack(MAPPED if ring in self._rings else REFUSED, ring))
         else:
             self._gone.add(ring)
 
@@ -100,7 +100,7 @@ class SharedInlet:
         self._unsaid += SAY_EVERY
         if number not in self._memories:
             trap_points.reach("taking memory")
-            self._hear(number)
+            self._receive(number)
         descriptor = self._memories.get(number, -1)
         if descriptor < 0:
             text = "no descriptor was left in this process for a large message: close some, or raise `ulimit -n`"
@@ -129,7 +129,7 @@ class SharedInlet:
         now = time.monotonic() if came else 0.0
         if self._unsaid >= SAY_EVERY or now - self._said_at >= _SELDOM:
             with contextlib.suppress(OSError):
-                if self._beside.tell(pack(READ, 0, read)):
+                if self._fd_socket.send_packet(pack(READ, 0, read)):
                     self._unsaid = 0
                     self._said_at = now or self._said_at
 
@@ -146,7 +146,7 @@ class SharedInlet:
 
     def close(self) -> None:
         """Let go of all; it can be called again."""
-        self._beside.close()
+        self._fd_socket.close()
         self._rings.clear()
         self._let_go(list(self._memories))
         while self._heard:

@@ -1,0 +1,1 @@
+"""The system calls on descriptors, memory and processes."""

@@ -253,7 +253,7 @@ class DescriptorSocket(socket.socket):
         on_fork(self, DescriptorSocket.close)
         self.setblocking(False)
 
-    def tell(self, packet: bytes, fd: int = -1) -> bool:
+    def send_packet(self, packet: bytes, fd: int = -1) -> bool:
         """Send a packet, and a descriptor with it; whether there was room for it.
 
         :raises OSError: the other end is gone, or the system does not take a descriptor.
@@ -269,13 +269,13 @@ class DescriptorSocket(socket.socket):
         poll.register(self, select.POLLIN)
         return bool(poll.poll(math.ceil(seconds * 1000)))
 
-    def hear_plain(self) -> bytes | None:
+    def receive_packet(self) -> bytes | None:
         """As :meth:`hear`, where no packet has a descriptor."""
         with contextlib.suppress(BlockingIOError):
             return self.recv(_PACKET)
         return None
 
-    def hear(self) -> tuple[bytes, OwnedDescriptor | None] | None:
+    def receive_packet_with_fd(self) -> tuple[bytes, OwnedDescriptor | None] | None:
         """The next packet and its descriptor; ``None`` when none is there; an empty one at the end.
 
         :raises OSError: the other end is gone.

@@ -24,7 +24,7 @@ _LONGEST: Final = 1e6  # seconds: what the system calls take
 Handler = Callable[[int], None]
 
 
-class Loop:
+class Poller:
     """Calls handlers with the events of their descriptors, and timers at their time. Descriptors are level-triggered."""
 
     def __init__(self) -> None:

@@ -174,7 +174,7 @@ class References(NamedTuple):
         return Batch(b"".join(frames), self.sizes, self.topic, self.exclude, self.skip, self.image)
 
 
-class Parcel(NamedTuple):
+class MemfdMessage(NamedTuple):
     """A message in memory of its own, which comes beside the pipe under ``number``, or has come."""
 
     number: int
@@ -199,7 +199,7 @@ class Parcel(NamedTuple):
         """Whether it fits into ``room`` of charge."""
         return int(self.charge <= room)
 
-    def cut(self, count: int) -> tuple[Parcel, Parcel]:
+    def cut(self, count: int) -> tuple[MemfdMessage, MemfdMessage]:
         """It cannot be: it is all that follows its first 0 messages."""
         return self, self
 
@@ -216,7 +216,7 @@ def _fitting(sizes: array[int], room: int) -> int:
     return len(sizes)
 
 
-Item = Batch | References | Parcel
+Item = Batch | References | MemfdMessage
 
 
 class Splitter:
@@ -258,7 +258,7 @@ class Splitter:
                 else:
                     self.shares = True
                     position += size
-                    batches.append(_parcel(chunk[start:position]))
+                    batches.append(_memfd_message(chunk[start:position]))
                 continue
             skip = 8 + (tag & TOPIC_LENGTH) + (8 if tag & EXCLUDE else 0)
             if size < skip or size > PIPE_BUF or tag > _WAY or tag & TOPIC_LENGTH > MAX_TOPIC:
@@ -369,7 +369,7 @@ def references_in(frames: bytes | memoryview, skip: int) -> Iterator[tuple[int, 
     return iter_unpack(f"<{skip}xIII", frames)
 
 
-def _parcel(frame: bytes) -> Parcel:
+def _memfd_message(frame: bytes) -> MemfdMessage:
     size, tag = HEAD.unpack_from(frame)
     skip, topic, exclude = _way(frame, size, MEMORY)
     if size != skip + _MEMORY.size:
@@ -378,7 +378,7 @@ def _parcel(frame: bytes) -> Parcel:
     if skip + length > MAX_FRAME:
         raise FrameError(f"a message of {length} bytes in memory")
     image = bool(tag & IMAGE)
-    return Parcel(number, length, topic, exclude, frame_head(length, topic, exclude, IMAGE if image else 0), image)
+    return MemfdMessage(number, length, topic, exclude, frame_head(length, topic, exclude, IMAGE if image else 0), image)
 
 
 def _batch(frames: bytes, sizes: array[int]) -> Batch:

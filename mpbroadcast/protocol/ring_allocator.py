@@ -14,7 +14,7 @@ LONGEST: Final = 1 << 21  # bytes of a message: a longer one gets memory of its 
 _ALIGNMENT: Final = 64
 
 
-class Room:
+class RingAllocator:
     """Which part of a ring is taken, as its publisher knows. Pure.
 
     From ``next`` to ``end`` is what is left of the chunk that is written last.

@@ -28,7 +28,7 @@ from array import array
 from struct import Struct
 from typing import Any, Final, NamedTuple
 
-from mpbroadcast.protocol.frames import OVERHEAD, REFERENCE_SIZE, Batch, Parcel, References
+from mpbroadcast.protocol.frames import OVERHEAD, REFERENCE_SIZE, Batch, MemfdMessage, References
 
 RUN: Final = Struct("<QIBBH")
 _NOTE: Final = Struct("<QIBBHQ")
@@ -118,7 +118,7 @@ class SharedRun(Run):
 
     __slots__ = ("_copy", "hold", "item")
 
-    def __init__(self, item: References | Parcel, account: Account | None = None) -> None:
+    def __init__(self, item: References | MemfdMessage, account: Account | None = None) -> None:
         self.item = item
         self.hold = item.hold
         self._copy: Run | None = None
@@ -135,7 +135,7 @@ class SharedRun(Run):
     def copied(self) -> Run:
         """The messages in no shared memory: the same run for all that ask."""
         if self._copy is None:
-            if isinstance(self.item, Parcel) and self.item.length > PART:
+            if isinstance(self.item, MemfdMessage) and self.item.length > PART:
                 self._copy = LongRun(self.item, self.hold)
             else:
                 self._copy = run_of(self.hold.copied(self.item), self.hold.copies)
@@ -150,7 +150,7 @@ class LongRun(Run):
 
     __slots__ = ("_item", "_memory")
 
-    def __init__(self, item: Parcel, memory: Any) -> None:
+    def __init__(self, item: MemfdMessage, memory: Any) -> None:
         self._item = item
         self._memory = memory
         size = RUN.size + len(item.head) + item.length + len(TAIL)
@@ -171,11 +171,11 @@ def references_run(references: References, ring: int) -> bytes:
     return b"".join((head, _RING.pack(ring), references.frames, TAIL))
 
 
-def memory_run(parcel: Parcel, number: int) -> bytes:
+def memory_run(memfd_message: MemfdMessage, number: int) -> bytes:
     """What a pipe gets for a message in memory of its own, which is sent beside the pipe under this number."""
-    size = RUN.size + _MEMORY.size + len(parcel.head) + len(TAIL)
-    head = RUN.pack(size, 1, IN_MEMORY, parcel.image, len(parcel.head))
-    return b"".join((head, _MEMORY.pack(number, parcel.length), parcel.head, TAIL))
+    size = RUN.size + _MEMORY.size + len(memfd_message.head) + len(TAIL)
+    head = RUN.pack(size, 1, IN_MEMORY, memfd_message.image, len(memfd_message.head))
+    return b"".join((head, _MEMORY.pack(number, memfd_message.length), memfd_message.head, TAIL))
 
 
 def note_run(kind: int, missed: int = 0) -> Run:

@@ -161,7 +161,7 @@ class Trap:
         self._file("armed").touch()
 
     @property
-    def armed(self) -> bool:
+    def write_interest(self) -> bool:
         """Whether it springs at the next occasion."""
         return self._file("armed").exists() and not self.sprung
 
@@ -177,7 +177,7 @@ class Trap:
 
     def spring(self) -> None:
         """This is the moment: if it is armed, hit this process, or note that it will wait now, for the test to hit it."""
-        if not self.armed:
+        if not self.write_interest:
             return
         if self.victim == "bystander":
             self._note(self._fork_bystander())
@@ -253,7 +253,7 @@ def spring_at(point: str, trap: Trap, when: Callable[[Any], bool] = lambda _: Tr
     """The trap springs at the trap point of this name, if ``when`` says yes to its subject; also in forked processes."""
 
     def reach(name: str, subject: object = None) -> None:
-        if name == point and trap.armed and when(subject):
+        if name == point and trap.write_interest and when(subject):
             trap.spring()
 
     trap_points.reach = reach
@@ -314,7 +314,7 @@ def _send_half_first(trap: Trap) -> bool:
 
     def make(original: Callable[..., int]) -> Callable[..., int]:
         def send(connection: socket.socket, data: bytes) -> int:
-            if not trap.armed:
+            if not trap.write_interest:
                 return original(connection, data)
             sent = original(connection, data[: len(data) // 2])
             trap.spring()
@@ -354,7 +354,7 @@ class Bait(str):
 def _trap_half_in_memory(trap: Trap) -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def writev(descriptor: int, parts: Any) -> int:
-            if not trap.armed:
+            if not trap.write_interest:
                 return int(original(descriptor, parts))
             data = b"".join(parts)
             written = int(original(descriptor, [data[: len(data) // 2]]))

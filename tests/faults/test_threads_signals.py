@@ -275,25 +275,25 @@ class Storm:
     """A signal handler that raises, once in each call that it is told to interrupt."""
 
     def __init__(self) -> None:
-        self.armed = False
+        self.write_interest = False
         self.raised = 0
 
     def __call__(self, *_: Any) -> None:
-        if self.armed:
-            self.armed = False
+        if self.write_interest:
+            self.write_interest = False
             self.raised += 1
             raise Interrupt
 
     def interrupts(self, function: Callable[..., Any], *args: Any) -> bool:
         """Call the function; whether an interrupt came out of it."""
         try:
-            self.armed = True
+            self.write_interest = True
             function(*args)
-            self.armed = False
+            self.write_interest = False
         except Interrupt:
             return True
         finally:
-            self.armed = False
+            self.write_interest = False
         return False
 
 
@@ -308,7 +308,7 @@ def storm(children: Children, request: pytest.FixtureRequest) -> Iterator[Storm]
         gc.disable()  # others may have callbacks in it, which an interrupt would end
         yield raising
         gc.enable()
-        raising.armed = False
+        raising.write_interest = False
         request.node.add_marker(pytest.mark.interrupted(raising.raised))
         orders.send("stop")
         finish(process)

@@ -462,18 +462,18 @@ def unfinished(path: Path) -> None:
 @pytest.mark.parametrize("ours", [True, False])
 def test_what_lies_beside_the_address(ours: bool, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the names that a socket has until it listens, a start removes what a killed broker has left, and nothing else."""
-    beside = temporary_folder / ".mpbroadcast-abc~"
+    fd_socket = temporary_folder / ".mpbroadcast-abc~"
     address = temporary_folder / "chosen"
-    unfinished(beside) if ours else beside.write_text("precious")
+    unfinished(fd_socket) if ours else fd_socket.write_text("precious")
     monkeypatch.setattr(os, "getpid", lambda: 0xABC)
     if ours:
         Listening(str(address), "").remove()
-        assert not beside.exists()
+        assert not fd_socket.exists()
     else:
         with pytest.raises(OSError, match="in use"):
             Listening(str(address), "")
-        assert beside.read_text() == "precious"
-        beside.unlink()
+        assert fd_socket.read_text() == "precious"
+        fd_socket.unlink()
     assert not address.exists()
 
 

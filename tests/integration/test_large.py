@@ -31,11 +31,11 @@ from mpbroadcast import Broadcaster, Channel, Lagged, connect, trap_points
 from mpbroadcast.broker.members import new_socket
 from mpbroadcast.client import shared_reader
 from mpbroadcast.client.session import Link
-from mpbroadcast.client.shared_reader import SharedInlet
+from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.posix.descriptors import DescriptorSocket
 from mpbroadcast.posix.shared_memory import available, message_memory, ring_memory
 from mpbroadcast.protocol.fd_packets import MAPPED, MEMORY, READ, RING, WANTED, pack
-from mpbroadcast.protocol.frames import IMAGE, Parcel, frame_head, memory_frame, reference_frame
+from mpbroadcast.protocol.frames import IMAGE, MemfdMessage, frame_head, memory_frame, reference_frame
 from mpbroadcast.protocol.runs import memory_run, read_run
 from mpbroadcast.validation import Policy
 from tests.support import large_workers as workers
@@ -198,15 +198,15 @@ def test_memory_that_came_before_the_broker_let_go() -> None:
     """What the broker has sent is there when it has closed its end, also if it has not read what it was told."""
     ours, number = new_socket()
     theirs = DescriptorSocket(number)
-    inlet = SharedInlet(theirs)
+    inlet = SharedReader(theirs)
     pickled = pickle.dumps(LARGE.message(1))
     memory = message_memory([pickled])
     for name in (1, 2):
-        assert ours.tell(pack(MEMORY, 0, name), memory.fd)
-    theirs.tell(pack(READ, 0, 7))
+        assert ours.send_packet(pack(MEMORY, 0, name), memory.fd)
+    theirs.send_packet(pack(READ, 0, 7))
     ours.close()
     for name in (1, 2):
-        data = memory_run(Parcel(name, len(pickled), b"", 0, frame_head(len(pickled), b""), False), name)
+        data = memory_run(MemfdMessage(name, len(pickled), b"", 0, frame_head(len(pickled), b""), False), name)
         run = read_run(data, 0)
         assert run is not None
         (message,), whole, _ = inlet.load_run(data, run)
@@ -442,22 +442,22 @@ class Hostile:
         reply = self.link.request("publisher")
         assert reply.end is not None
         self.pipe = reply.end
-        beside = self.link.request("beside", publisher=reply.said["publisher"]).beside
-        assert beside is not None
-        self.beside = beside
+        fd_socket = self.link.request("fd_socket", publisher=reply.said["publisher"]).fd_socket
+        assert fd_socket is not None
+        self.fd_socket = fd_socket
         self._numbers = itertools.count(1)
 
     def write(self, frame: bytes) -> None:
         """Put a frame into the pipe."""
         os.write(self.pipe.fd, frame)
 
-    def tell(self, packet: bytes, *fds: int) -> None:
+    def send_packet(self, packet: bytes, *fds: int) -> None:
         """Send a packet with descriptors, as soon as there is room for it; or not, when the broker has hung up."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
 
         def sent() -> bool:
             with contextlib.suppress(BlockingIOError):
-                self.beside.sendmsg([packet], rights)
+                self.fd_socket.sendmsg([packet], rights)
                 return True
             return False
 
@@ -467,19 +467,19 @@ class Hostile:
     def message(self, fd: int, length: int, image: bool = False) -> None:
         """Publish what is in this file."""
         number = next(self._numbers)
-        self.tell(pack(MEMORY, 0, number), fd)
+        self.send_packet(pack(MEMORY, 0, number), fd)
         self.write(memory_frame(number, length, b"", 0, image))
 
     def ring(self, number: int = 1) -> None:
         """Share a good ring, and wait until it is accepted."""
         descriptor, memory = ring_memory(1 << 20)
-        self.tell(pack(RING, number, 1 << 16), descriptor.fd)
-        assert self.beside.wait(DEADLINE)
+        self.send_packet(pack(RING, number, 1 << 16), descriptor.fd)
+        assert self.fd_socket.wait(DEADLINE)
         memory.close()
 
     def close(self) -> None:
         self.pipe.close()
-        self.beside.close()
+        self.fd_socket.close()
         self.link.close()
 
 
@@ -503,7 +503,7 @@ def unsealed(hostile: Hostile) -> None:
     for seals in (0, WRITE, SHRINK, SHRINK | GROW):
         with memfd(5000, seals) as fd:
             hostile.message(fd, 5000)
-            hostile.tell(pack(RING, 1 + seals, 4096), fd)
+            hostile.send_packet(pack(RING, 1 + seals, 4096), fd)
 
 
 def wrong_size(hostile: Hostile) -> None:
@@ -516,24 +516,24 @@ def sparse(hostile: Hostile) -> None:
     with memfd(1 << 30, SHRINK | GROW | WRITE) as fd:
         hostile.message(fd, 1 << 30)
     with memfd(1 << 40, SHRINK | GROW | WRITE) as fd:
-        hostile.tell(pack(MEMORY, 0, 9), fd)
-        hostile.tell(pack(RING, 1, 1 << 40), fd)
+        hostile.send_packet(pack(MEMORY, 0, 9), fd)
+        hostile.send_packet(pack(RING, 1, 1 << 40), fd)
 
 
 def garbage(hostile: Hostile) -> None:
-    hostile.tell(pack(WANTED, 99, 1))
-    hostile.tell(pack(READ, 99, 1))
-    hostile.tell(random.Random(3).randbytes(64))
-    hostile.tell(b"x")
+    hostile.send_packet(pack(WANTED, 99, 1))
+    hostile.send_packet(pack(READ, 99, 1))
+    hostile.send_packet(random.Random(3).randbytes(64))
+    hostile.send_packet(b"x")
 
 
 def other_files(hostile: Hostile) -> None:
     read, write = os.pipe()
     with tempfile.TemporaryFile() as file:
         file.truncate(5000)
-        for fd in (file.fileno(), read, write, hostile.beside.fileno()):
+        for fd in (file.fileno(), read, write, hostile.fd_socket.fileno()):
             hostile.message(fd, 5000)
-            hostile.tell(pack(RING, 5, 4096), fd)
+            hostile.send_packet(pack(RING, 5, 4096), fd)
     os.close(read)
     os.close(write)
 
@@ -543,21 +543,21 @@ def a_flood_of_memory(hostile: Hostile) -> None:
     hostile.write(reference_frame(1, 0, 100, b""))
     for number in range(300):
         descriptor = message_memory([b"x" * 100])
-        hostile.tell(pack(MEMORY, 0, 1000 + number), descriptor.fd)
+        hostile.send_packet(pack(MEMORY, 0, 1000 + number), descriptor.fd)
 
 
 def a_flood_of_rings(hostile: Hostile) -> None:
     for number in range(300):
         descriptor, memory = ring_memory(1 << 16)
-        hostile.tell(pack(RING, number, 1 << 12), descriptor.fd)
+        hostile.send_packet(pack(RING, number, 1 << 12), descriptor.fd)
         memory.close()
 
 
 def a_flood_of_descriptors(hostile: Hostile) -> None:
     with memfd(100, SHRINK | GROW | WRITE) as fd:
         for number in range(300):
-            hostile.tell(pack(MEMORY, 0, 1000 + number % 2), *[fd] * 2)
-            hostile.tell(pack(WANTED, 1), *[fd] * 20)
+            hostile.send_packet(pack(MEMORY, 0, 1000 + number % 2), *[fd] * 2)
+            hostile.send_packet(pack(WANTED, 1), *[fd] * 20)
 
 
 def referring(frame: bytes) -> Callable[[Hostile], None]:
@@ -636,19 +636,19 @@ def test_a_hostile_subscriber(bus: Bus, undisturbed: Channel[Any]) -> None:
         link.request("subscribe", topics=["*"], overflow="block", capacity=64 << 20, replay=0, subscription=77, publisher=None)
         reply = link.request("open", subscription=77, shared=True)
         link.request("opened", subscription=77, token=reply.said["token"])
-        beside = reply.beside
-        assert beside is not None
+        fd_socket = reply.fd_socket
+        assert fd_socket is not None
         for number in range(40):
             bus.publish((Size(5000), MIDDLE)[number % 2].message(number))
-            beside.tell(pack(MAPPED, number))
-            beside.tell(pack(READ, 0, 1 << (number + 20)))
+            fd_socket.send_packet(pack(MAPPED, number))
+            fd_socket.send_packet(pack(READ, 0, 1 << (number + 20)))
             with memfd(100) as fd:
-                beside.tell(pack(RING, number), fd)
+                fd_socket.send_packet(pack(RING, number), fd)
             assert number_of(undisturbed.recv(timeout=DEADLINE)) == number
-        beside.tell(b"garbage")
+        fd_socket.send_packet(b"garbage")
         bus.publish(LARGE.message(41))
         assert number_of(undisturbed.recv(timeout=DEADLINE)) == 41
-        beside.close()
+        fd_socket.close()
         assert reply.end is not None
         reply.end.close()
     finally:

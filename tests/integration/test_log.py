@@ -22,7 +22,7 @@ from mpbroadcast import (
     start_broadcaster,
     trap_points,
 )
-from mpbroadcast.broker.host.logs import AtMost
+from mpbroadcast.broker.host.logs import RateLimitFilter
 from tests.support.helpers import DEADLINE, Children, fill, wait_until
 
 Bus = Broadcaster[Any]
@@ -96,7 +96,7 @@ def test_stalls_are_named(tmp_path: Path) -> None:
 def test_at_most_so_many_lines_a_second() -> None:
     """What was left out is counted in the next line that passes; what is critical always passes."""
     now = 0.0
-    limit = AtMost(3, lambda: now)
+    limit = RateLimitFilter(3, lambda: now)
 
     def passes(level: int = logging.WARNING) -> str | None:
         record = logging.LogRecord("x", level, "", 0, "line %d", (1,), None)

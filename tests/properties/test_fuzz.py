@@ -34,7 +34,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mpbroadcast import Broadcaster, BroadcastError, Channel, connect, start_broadcaster
-from mpbroadcast.broker.control_clients import Client
+from mpbroadcast.broker.control_clients import ControlConnection
 from mpbroadcast.broker.core.history import MOST_TOPICS
 from mpbroadcast.broker.members import Peer, new_socket
 from mpbroadcast.broker.requests import answer
@@ -146,7 +146,7 @@ def written(topic: bytes = b"fuzz") -> list[bytes]:
     first, second = list(pieces(frame, 1)), list(pieces(frame, 2))
     mixed = [piece for pair in zip(first, second, strict=True) for piece in pair]
     references = [reference_frame(1, offset << 10, 1 + offset * 50, topic, 0) for offset in range(40)]
-    parcels = [memory_frame(number, 3000, topic, 0, number % 2 == 0) for number in range(1, 5)]
+    memfd_messages = [memory_frame(number, 3000, topic, 0, number % 2 == 0) for number in range(1, 5)]
     return [
         b"".join(plain),
         many,
@@ -154,8 +154,8 @@ def written(topic: bytes = b"fuzz") -> list[bytes]:
         b"".join(mixed),
         b"".join([*first[:2], abort(1), *plain]),
         b"".join(references),
-        b"".join(parcels),
-        b"".join([plain[0], references[0], parcels[0], abort(3), references[1], *second]),
+        b"".join(memfd_messages),
+        b"".join([plain[0], references[0], memfd_messages[0], abort(3), references[1], *second]),
     ]
 
 
@@ -165,7 +165,7 @@ REQUESTS: Final[list[dict[str, Any]]] = [
     {"do": "attach"},
     {"do": "detach"},
     {"do": "publisher", "session": 1},
-    {"do": "beside", "session": 1, "publisher": 2},
+    {"do": "fd_socket", "session": 1, "publisher": 2},
     {"do": "retire", "session": 1, "publisher": 2},
     {"do": "flush", "session": 1, "publisher": 2, "delivered": True, "now": False},
     {"do": "flush", "session": 1, "publisher": 2, "now": True},
@@ -266,7 +266,7 @@ def test_descriptors_of_any_number() -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         ours.sendmsg([data], rights)
         if choose.random() < 0.3:
-            assert theirs.hear_plain() == data[:64]
+            assert theirs.receive_packet() == data[:64]
         elif choose.random() < 0.5:
             came, numbers, lost = taken_apart(receive(theirs, 32))
             assert (came, lost) == (data[:32], len(fds) > len(numbers))
@@ -274,15 +274,15 @@ def test_descriptors_of_any_number() -> None:
             for fd in numbers:
                 os.close(fd)
         else:
-            heard = theirs.hear()
+            heard = theirs.receive_packet_with_fd()
             assert heard is not None
             assert heard[0] == data[:64]
             assert (heard[1] is not None) == bool(fds)
             del heard
-        assert theirs.hear() is None
+        assert theirs.receive_packet_with_fd() is None
         assert descriptors(os.getpid()) == held + 2
     ours.close()
-    assert theirs.hear() == (b"", None)
+    assert theirs.receive_packet_with_fd() == (b"", None)
     theirs.close()
 
 
@@ -366,7 +366,7 @@ ANYTHING: Final = st.dictionaries(st.sampled_from(["do", *FIELDS]) | st.text(max
 def ask(broker: Broker, asker: Asker, message: dict[str, Any]) -> None:
     """Ask; there is one reply at the most, and it can travel."""
     asker.replies.clear()
-    answer(broker, cast("Client", asker), message)
+    answer(broker, cast("ControlConnection", asker), message)
     assert len(asker.replies) <= 1
 
 
@@ -438,7 +438,7 @@ class Rude:
         with contextlib.suppress(OSError):
             self.socket.sendall(data)
 
-    def hear(self, seconds: float = DEADLINE) -> dict[str, Any] | None:
+    def receive_packet_with_fd(self, seconds: float = DEADLINE) -> dict[str, Any] | None:
         """The next reply; ``None`` when none comes in that time, or the broker has hung up."""
         deadline = time.monotonic() + seconds
         while (body := self._inbox.next()) is None:
@@ -457,7 +457,7 @@ class Rude:
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """What the broker replies to a good request."""
         self.send(encode(message))
-        reply = self.hear()
+        reply = self.receive_packet_with_fd()
         assert reply is not None, f"no reply to {message}"
         return reply
 
@@ -554,13 +554,13 @@ def requests(target: Target, choose: Random) -> None:
                 continue
             client = choose.choice(clients)
             client.send(body)
-            reply = client.hear(0.02 if message.get("do") in ("drop", "detach", "wait", "flush") else 0.1)
+            reply = client.receive_packet_with_fd(0.02 if message.get("do") in ("drop", "detach", "wait", "flush") else 0.1)
             if reply is not None and "token" in reply:
                 numbers["token"].append(reply["token"])
                 if choose.random() < 0.5:
                     opened = {"do": "opened", "session": session, "subscription": message.get("subscription")}
                     client.send(encode(opened | {"token": reply["token"]}))
-                    client.hear(0.1)
+                    client.receive_packet_with_fd(0.1)
             if choose.random() < 0.3:
                 client.let_go()
     finally:
@@ -571,43 +571,43 @@ def requests(target: Target, choose: Random) -> None:
 class Lent:
     """A publisher as the library has it, with a pipe, and perhaps a socket beside it, and a ring."""
 
-    def __init__(self, link: Link, *, beside: bool) -> None:
+    def __init__(self, link: Link, *, fd_socket: bool) -> None:
         reply = link.request("publisher")
         assert reply.end is not None
         self.number = reply.said["publisher"]
         self.pipe = reply.end
-        self.beside = link.request("beside", publisher=self.number).beside if beside else None
+        self.fd_socket = link.request("fd_socket", publisher=self.number).fd_socket if fd_socket else None
 
     def write(self, data: bytes) -> None:
         """Write what there is room for, whole or not, unless the broker has closed the pipe."""
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self.pipe.fd, data)
 
-    def tell(self, packet: bytes, *fds: int) -> None:
+    def send_packet(self, packet: bytes, *fds: int) -> None:
         """Send a packet with descriptors, if there is room for it, and the broker has not hung up."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-        if self.beside is not None:
+        if self.fd_socket is not None:
             with contextlib.suppress(OSError):
-                self.beside.sendmsg([packet], rights)
+                self.fd_socket.sendmsg([packet], rights)
 
     def ring(self, number: int, seconds: float = DEADLINE) -> None:
         """Share a good ring, and wait until that is answered, but not for longer."""
         descriptor, memory = ring_memory(RING_SIZE)
-        self.tell(pack(RING, number, 1 << 16), descriptor.fd)
-        if self.beside is not None:
-            self.beside.wait(seconds)
+        self.send_packet(pack(RING, number, 1 << 16), descriptor.fd)
+        if self.fd_socket is not None:
+            self.fd_socket.wait(seconds)
         memory.close()
 
     def memory(self, number: int, size: int) -> None:
         """Send the memory of a message."""
         descriptor = message_memory([bytes(size)])
-        self.tell(pack(MEMORY, 0, number), descriptor.fd)
+        self.send_packet(pack(MEMORY, 0, number), descriptor.fd)
         descriptor.close()
 
     def close(self) -> None:
         self.pipe.close()
-        if self.beside is not None:
-            self.beside.close()
+        if self.fd_socket is not None:
+            self.fd_socket.close()
 
 
 @contextlib.contextmanager
@@ -632,7 +632,7 @@ def listening(link: Link, choose: Random, topics: Sequence[str] = ("fuzz*",)) ->
         yield number, reply
     finally:
         if reply is not None and choose.random() < 0.5:
-            for end in (reply.end, reply.beside):
+            for end in (reply.end, reply.fd_socket):
                 if end is not None:
                     end.close()
         link.request("close", subscription=number)
@@ -645,7 +645,7 @@ def frames(target: Target, choose: Random) -> None:
     try:
         with listening(link, choose):
             for _ in range(choose.randint(1, 4)):
-                lent = Lent(link, beside=available() and choose.random() < 0.7)
+                lent = Lent(link, fd_socket=available() and choose.random() < 0.7)
                 if choose.random() < 0.8:
                     lent.ring(1)
                 for number in range(1, choose.randint(1, 5)):
@@ -671,18 +671,18 @@ def beside_publishers(target: Target, choose: Random) -> None:
     packets = [pack(kind, number, value) for kind in range(RING, READ + 1) for number in (0, 1, 2) for value in (1, 2, 4096)]
     try:
         with listening(link, choose):
-            lent = Lent(link, beside=True)
+            lent = Lent(link, fd_socket=True)
             for _ in range(choose.randint(1, 20)):
                 number = choose.randint(1, 3)
                 match choose.randrange(6):
                     case 0:
                         data = choose.choice(packets)
-                        lent.tell(damaged(choose, data, packets) if choose.random() < 0.7 else data)
+                        lent.send_packet(damaged(choose, data, packets) if choose.random() < 0.7 else data)
                     case 1:
                         with any_file(choose) as fd:
                             chunk = choose.choice([0, 1, 4096, 1 << 16, 1 << 20, 1 << 40, (1 << 64) - 1])
                             packet = pack(RING, number, chunk) if choose.random() < 0.5 else pack(MEMORY, 0, number)
-                            lent.tell(packet, *[fd] * choose.choice([0, 1, 1, 1, 2, 3, 50]))
+                            lent.send_packet(packet, *[fd] * choose.choice([0, 1, 1, 1, 2, 3, 50]))
                     case 2:
                         lent.ring(number, 0.02)
                     case 3:
@@ -696,7 +696,7 @@ def beside_publishers(target: Target, choose: Random) -> None:
                         lent.write(memory_frame(number, length, b"fuzz") if choose.random() < 0.8 else abort(number))
                 if choose.random() < 0.05:
                     with contextlib.suppress(OSError):
-                        again = link.request("beside", publisher=lent.number).beside
+                        again = link.request("fd_socket", publisher=lent.number).fd_socket
                         if again is not None:
                             again.close()
             lent.close()
@@ -716,23 +716,23 @@ def beside_channels(target: Target, choose: Random) -> None:
             for number in range(choose.randint(1, 15)):
                 with contextlib.suppress(TimeoutError):
                     bus.publish((number, bytes(choose.choice([10, 5000, 100_000, 3 << 20]))), topic="fuzz", timeout=0)
-                if reply is None or reply.beside is None:
+                if reply is None or reply.fd_socket is None:
                     continue
                 data = choose.choice([*packets, pack(READ, 0, choose.choice([1, 5, 1 << 40]))])
                 data = damaged(choose, data, packets) if choose.random() < 0.2 else data
                 with any_file(choose) as fd, contextlib.suppress(OSError):
                     fds = [fd] * choose.choice([0, 0, 0, 1, 3])
                     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-                    reply.beside.sendmsg([data], rights)
+                    reply.fd_socket.sendmsg([data], rights)
                 with contextlib.suppress(OSError):  # the broker may have ended the subscription meanwhile
-                    while choose.random() < 0.5 and (heard := reply.beside.hear()) is not None:
+                    while choose.random() < 0.5 and (heard := reply.fd_socket.receive_packet_with_fd()) is not None:
                         if heard[0] and heard[0][0] == RING and choose.random() < 0.8:
-                            reply.beside.tell(pack(MAPPED, unpack(heard[0]).number))
+                            reply.fd_socket.send_packet(pack(MAPPED, unpack(heard[0]).number))
                 if choose.random() < 0.4 and reply.end is not None:
                     with contextlib.suppress(BlockingIOError):
                         os.read(reply.end.fd, choose.choice([1, 100, 1 << 18]))
                 if choose.random() < 0.05:
-                    reply.beside.close()
+                    reply.fd_socket.close()
                     break
     except BroadcastError as error:
         raise AssertionError(f"the attacker's own broadcaster has broken: {error}") from error
@@ -793,7 +793,7 @@ def first_numbers(bus: Broadcaster[Any]) -> tuple[int, int]:
     """The session and the publisher of the only handle, as the broker counts: from 1 on."""
     probe = Rude(bus.address)
     try:
-        publishers = [n for n in range(1, 9) if probe.ask({"do": "beside", "publisher": n}).get("error") != "lost"]
+        publishers = [n for n in range(1, 9) if probe.ask({"do": "fd_socket", "publisher": n}).get("error") != "lost"]
         own = probe.ask({"do": "publisher", "session": 1})["publisher"]
         probe.ask({"do": "retire", "publisher": own})
         return 1, *publishers  # type: ignore[return-value]
@@ -865,8 +865,8 @@ def test_who_waits_and_goes(bus: Broadcaster[Any]) -> None:
         with stopped(pid):
             subscriber.send(encode(subscribe | {"session": sessions[2], "topics": ["two"], "subscription": 4}))
             waits.close()
-        assert subscriber.hear() == {}
-        assert other.hear() == {"done": True}
+        assert subscriber.receive_packet_with_fd() == {}
+        assert other.receive_packet_with_fd() == {"done": True}
         assert bus.stats().pid == pid
     finally:
         for client in clients:
@@ -901,15 +901,15 @@ def test_references_into_a_ring_that_is_done_with(bus: Broadcaster[Any]) -> None
 def answers_to_two_rings(bus: Broadcaster[Any]) -> list[bytes]:
     """What a publisher hears that shares two large rings, refers to the one, the other, and the one again, and goes."""
     link = Link(bus.address)
-    lent = Lent(link, beside=True)
-    assert lent.beside is not None
+    lent = Lent(link, fd_socket=True)
+    assert lent.fd_socket is not None
     answers = []
     for number in (1, 2):
         descriptor, memory = ring_memory(1 << 24)
         memory.close()
-        lent.tell(pack(RING, number, 1 << 18), descriptor.fd)
-        assert lent.beside.wait(DEADLINE)
-        answers.append(lent.beside.recv(64))
+        lent.send_packet(pack(RING, number, 1 << 18), descriptor.fd)
+        assert lent.fd_socket.wait(DEADLINE)
+        answers.append(lent.fd_socket.recv(64))
     lent.write(b"".join(reference_frame(number, 100 * index, 100, b"nobody") for index, number in enumerate((1, 2, 1))))
     lent.close()
     link.close()
@@ -925,7 +925,7 @@ def test_a_publisher_is_ended_by_its_own_process_only(bus: Broadcaster[Any], for
 def outlives(bus: Broadcaster[Any], attack: Callable[[int], None]) -> bool:
     """Whether a publisher can write after an attack on its number."""
     link = Link(bus.address)
-    lent = Lent(link, beside=False)
+    lent = Lent(link, fd_socket=False)
     try:
         attack(lent.number)
         os.write(lent.pipe.fd, frame_head(0, b"nobody"))
@@ -972,7 +972,7 @@ def deep(client: Rude, field: str, depth: int) -> bool:
     fields = {"do": json.dumps(do), "topics": '["fuzz"]', field: "[" * depth + "]" * depth}
     body = ",".join(f'"{name}":{value}' for name, value in fields.items()).encode()
     client.send(struct.pack("!i", len(body) + 2) + b"{" + body + b"}")
-    return client.hear() is not None
+    return client.receive_packet_with_fd() is not None
 
 
 @shares_memory
@@ -988,7 +988,7 @@ def outcomes_behind_an_empty_one(bus: Broadcaster[Any]) -> list[Any]:
     with bus.subscribe("") as channel:
         channel.fileno()
         link = Link(bus.address)
-        lent = Lent(link, beside=True)
+        lent = Lent(link, fd_socket=True)
         lent.memory(1, 0)
         lent.write(memory_frame(1, 0, b""))
         link.request("flush", publisher=lent.number, delivered=False, now=False)
@@ -1038,7 +1038,7 @@ def answers_with_a_full_log() -> bool:
         os.close(own)
         os.close(writer)
     link = Link(bus.address)
-    lent = Lent(link, beside=False)
+    lent = Lent(link, fd_socket=False)
     for number in range(1000):
         lent.write(frame_head(0, bytes([0xFE + number % 2])))
     lent.close()
@@ -1055,19 +1055,19 @@ def answers_with_a_full_log() -> bool:
 @shares_memory
 def test_many_references_to_the_same_memory(own_broker: Broker) -> None:
     """A few kilobytes of references do not make the broker copy gigabytes: a second one to the same bytes is refused."""
-    asker = cast("Client", Asker(Peer(PeerProcess(os.getpid()))))
+    asker = cast("ControlConnection", Asker(Peer(PeerProcess(os.getpid()))))
     session = own_broker.new_session(asker)
     own_broker.add_subscription(3, session, ["fuzz"], 1 << 16, "drop_oldest")
     publisher, pipe = own_broker.traffic.add(own_broker.number(), session)
-    beside = DescriptorSocket(own_broker.traffic.sharing.add(publisher))
+    fd_socket = DescriptorSocket(own_broker.traffic.sharing.add(publisher))
     descriptor, memory = ring_memory(RING_SIZE)
-    beside.tell(pack(RING, 1, 1 << 16), descriptor.fd)
+    fd_socket.send_packet(pack(RING, 1, 1 << 16), descriptor.fd)
     own_broker.loop.round()
     os.write(pipe, reference_frame(1, 0, RING_SIZE, b"fuzz") * 150)
     own_broker.traffic.round()
     routed = own_broker.traffic.routed
     os.close(pipe)
-    beside.close()
+    fd_socket.close()
     descriptor.close()
     memory.close()
     assert routed == 1

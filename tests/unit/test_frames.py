@@ -25,7 +25,7 @@ from mpbroadcast.protocol.frames import (
     Batch,
     FrameError,
     Item,
-    Parcel,
+    MemfdMessage,
     References,
     Splitter,
     abort,
@@ -703,7 +703,7 @@ def shared_run(kind: int, offset: int, length: int, count: int) -> bytes:
     """A run of ``count`` times the same message in shared memory."""
     if kind == IN_MEMORY:
         (item,) = Splitter().split(memory_frame(1, length, b"t"))
-        assert isinstance(item, Parcel)
+        assert isinstance(item, MemfdMessage)
         return memory_run(item, offset)
     (item,) = Splitter().split(reference_frame(1, offset, length, b"t") * count)
     assert isinstance(item, References)
@@ -752,13 +752,13 @@ def test_messages_in_shared_memory_are_decoded_in_their_places(
                     memory += pickled
                     read += times
                 expected += [("ValueError", 0) if bad else ("t", number) if with_topic else number] * times
-        beside: Any = Beside(memory) if shares else None
-        after = decode(Stream(chunks=[data + note_run(last).data], read=before), False, with_topic, beside)
+        fd_socket: Any = Beside(memory) if shares else None
+        after = decode(Stream(chunks=[data + note_run(last).data], read=before), False, with_topic, fd_socket)
         assert after is not None
         assert said([*after.ready]) == [*expected, "end" if last == END else ("Overflowed", 0)]
         assert (after.read, after.skipped, after.plain) == (before + read, skipped, False)
-        assert beside is None or (beside.noted, beside.ends) == (noted, last == END)
-        after = decode(Stream(chunks=[data], read=before), False, with_topic, beside)
+        assert fd_socket is None or (fd_socket.noted, fd_socket.ends) == (noted, last == END)
+        after = decode(Stream(chunks=[data], read=before), False, with_topic, fd_socket)
         assert (after is None) == (not expected)
         assert after is None or after.plain == (not any(isinstance(item, Failure) for item in after.ready))
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpbroadcast.broker.core.history import History
-from mpbroadcast.protocol.frames import FRAME_OVERHEAD, Batch, Parcel, frame_head
+from mpbroadcast.protocol.frames import FRAME_OVERHEAD, Batch, MemfdMessage, frame_head
 
 ALL = 1 << 40
 
@@ -41,7 +41,7 @@ def batch_of(messages: list[Message]) -> Batch:
     return batch
 
 
-def places(batches: list[Batch | Parcel]) -> list[int]:
+def places(batches: list[Batch | MemfdMessage]) -> list[int]:
     """Where the messages of these batches stood in the order of all."""
     found = []
     for batch in batches:

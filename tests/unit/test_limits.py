@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpbroadcast import Broadcaster
-from mpbroadcast.broker.control_clients import Client
+from mpbroadcast.broker.control_clients import ControlConnection
 from mpbroadcast.broker.core.history import MOST_TOPICS, History
 from mpbroadcast.broker.core.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION, Cost
 from mpbroadcast.broker.core.patterns import is_pattern, matcher
@@ -63,7 +63,7 @@ def test_a_topic_that_no_run_can_carry(bus: Broadcaster[Any]) -> None:
     with bus.subscribe() as channel:
         pid = bus.stats().pid
         link = Link(bus.address)
-        lent = Lent(link, beside=False)
+        lent = Lent(link, fd_socket=False)
         for piece in pieces(frame_head(0, b"x" * 65530), 1):
             lent.write(piece)
         wait_until(lambda: bus.stats().publishers == 0)
@@ -86,7 +86,7 @@ def test_an_item_that_cannot_be_routed_costs_its_publisher(own_broker: Broker, c
             os.write(pipe, frame_head(0, b"topic"))
             os.close(pipe)
         own_broker.traffic.round()
-        assert (bad.fd < 0, subscription.outbox.waiting) == (True, 2)
+        assert (bad.fd < 0, subscription.backlog.waiting) == (True, 2)
     caplog.clear()  # its traceback keeps the broker
 
 
@@ -157,7 +157,7 @@ def in_rounds(broker: Broker, asker: Asker, message: dict[str, Any], most: int) 
     """The reply to a request, after as many rounds of the loop as it takes, none of which makes more than ``most`` calls."""
     asker.replies.clear()
     with at_most(most):
-        answer(broker, cast("Client", asker), message)
+        answer(broker, cast("ControlConnection", asker), message)
     while not asker.replies:
         with at_most(most):
             broker.loop.round(0)
@@ -213,11 +213,11 @@ def test_many_waits_and_many_subscriptions(own_broker: Broker) -> None:
     with asking(own_broker) as (one, other, session):
         for number in range(1000, 1400):
             waits = Asker(one.peer)
-            answer(own_broker, cast("Client", waits), {"do": "wait", "count": 5000, "topic": None})
+            answer(own_broker, cast("ControlConnection", waits), {"do": "wait", "count": 5000, "topic": None})
             own_broker.add_subscription(number, own_broker.sessions[session], ["*"], 1 << 16, "drop_oldest")
         with at_most(20_000):
             for number in range(2000, 2100):
-                answer(own_broker, cast("Client", other), subscribing(session, number, "fuzz"))
+                answer(own_broker, cast("ControlConnection", other), subscribing(session, number, "fuzz"))
             own_broker.loop.round(0)
 
 
@@ -226,7 +226,7 @@ def test_an_honest_session_has_room(own_broker: Broker) -> None:
     with asking(own_broker) as (one, _, session):
         for number in range(1000, 17_000):
             own_broker.add_subscription(number, own_broker.sessions[session], ["*"], 1 << 16, "block")
-        other = own_broker.new_session(cast("Client", one)).number
+        other = own_broker.new_session(cast("ControlConnection", one)).number
         names = [f"a quite ordinary name of a topic: {number}" for number in range(20_000)]
         patterns = [f"room:{number}:{'*:user:*' if number % 10 else '[ab]?'}" for number in range(10_000)]
         assert in_rounds(own_broker, one, subscribing(other, 20_000, *names), 400_000) == {}
@@ -276,7 +276,7 @@ def test_sessions_are_bounded_together(own_broker: Broker) -> None:
         topics = [f"{'x' * 1000}{number}" for number in range(20_000)]
         replies = []
         for number in (1001, 1002, 1003, 1004):
-            session = own_broker.new_session(cast("Client", one)).number
+            session = own_broker.new_session(cast("ControlConnection", one)).number
             replies.append(in_rounds(own_broker, one, subscribing(session, number, *topics), 400_000))
             own_broker.end_session(own_broker.sessions[session], clean=True)
         assert ["together" in reply.get("text", "") for reply in replies] == [False, False, False, True]
@@ -307,7 +307,7 @@ def test_a_replay_of_many_patterns(own_broker: Broker) -> None:
         assert "begin" in in_rounds(own_broker, one, alike, 400_000)["text"]
         different = subscribing(session, 1000, *(f"room:{number}*" for number in range(5000))) | {"replay": 1}
         assert in_rounds(own_broker, one, different, 400_000) == {}
-        assert own_broker.subscriptions[1000].outbox.waiting == 1
+        assert own_broker.subscriptions[1000].backlog.waiting == 1
 
 
 def test_an_error_of_too_many_topics(bus: Broadcaster[Any]) -> None:
@@ -350,9 +350,9 @@ def test_a_long_message_through_a_pipe(bus: Broadcaster[Any]) -> None:
     link = Link(bus.address)
     payload = pattern(1, 6 << 20)
     with through_its_pipe(link) as fd:
-        lent = Lent(link, beside=True)
+        lent = Lent(link, fd_socket=True)
         descriptor = message_memory([payload])
-        lent.tell(pack(MEMORY, 0, 1), descriptor.fd)
+        lent.send_packet(pack(MEMORY, 0, 1), descriptor.fd)
         descriptor.close()
         lent.write(memory_frame(1, len(payload), b"large") + frame_head(2, b"large") + b"ok")
         lent.close()
@@ -371,11 +371,11 @@ def test_sparse_memory_through_a_pipe(bus: Broadcaster[Any]) -> None:
     link = Link(bus.address)
     with through_its_pipe(link) as fd, bus.subscribe("other") as channel:
         before = rss().rss
-        lent = Lent(link, beside=True)
+        lent = Lent(link, fd_socket=True)
         memory = os.memfd_create("sparse", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(memory, 1 << 30)
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
-        lent.tell(pack(MEMORY, 0, 1), memory)
+        lent.send_packet(pack(MEMORY, 0, 1), memory)
         os.close(memory)
         lent.write(memory_frame(1, 1 << 30, b"large"))
         for data in itertools.islice(read_all(fd, 1 << 30), 50):
@@ -399,7 +399,7 @@ def test_requests_that_are_never_whole(bus: Broadcaster[Any]) -> None:
             stack.callback(clients[-1].close)
             clients[-1].send(half)
         wait_until(lambda: MOST_ASKED - 9 * MAX_REQUEST < bus.stats().memory <= MOST_ASKED)
-        assert sum(client.hear(0) is None for client in clients) == len(clients)
+        assert sum(client.receive_packet_with_fd(0) is None for client in clients) == len(clients)
         assert memory().rss - before < 1.5 * MOST_ASKED
     wait_until(lambda: bus.stats().memory == 0)
 
@@ -425,7 +425,7 @@ def test_publishers_have_turns(gone: bool, own_broker: Broker) -> None:
             assert other.all_routed
         while one.parked:
             traffic.round()
-        assert [one.outbox.published for one in subscriptions] == [205] * 500
+        assert [one.backlog.published for one in subscriptions] == [205] * 500
         assert (one.number in traffic.publishers) != gone
         os.write(other_pipe, frame_head(0, b"turn 3"))
         traffic.round()
@@ -445,5 +445,5 @@ def test_what_waits_for_its_turn_comes_before_what_is_asked_next(own_broker: Bro
         traffic.finish(publisher)
         assert publisher.parked
         in_rounds(own_broker, one, {"do": "unsubscribe", "session": number, "subscription": 1000}, 1_000_000)
-        assert own_broker.subscriptions[1000].outbox.waiting == 100
+        assert own_broker.subscriptions[1000].backlog.waiting == 100
         os.close(pipe)

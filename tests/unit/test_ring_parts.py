@@ -27,7 +27,7 @@ from mpbroadcast.protocol.frames import (
     Batch,
     FrameError,
     Item,
-    Parcel,
+    MemfdMessage,
     References,
     Splitter,
     abort,
@@ -38,7 +38,7 @@ from mpbroadcast.protocol.frames import (
     references_in,
 )
 from mpbroadcast.protocol.pickling import OUT_OF_BAND, LargeBuffer, dumps, gather, keep_in_band, load_image, loads
-from mpbroadcast.protocol.ring_allocator import Room, span
+from mpbroadcast.protocol.ring_allocator import RingAllocator, span
 from mpbroadcast.protocol.runs import (
     GONE,
     IN_MEMORY,
@@ -76,7 +76,7 @@ def chunks_of(bits: int) -> list[int]:
     return [chunk for chunk in range(bits.bit_length()) if bits >> chunk & 1]
 
 
-def state(room: Room) -> tuple[int, int | None, int | None]:
+def state(room: RingAllocator) -> tuple[int, int | None, int | None]:
     """All that can be seen of it: what is free, and where it would put a short and a long message."""
     before = room.free
     seen: list[int | None] = []
@@ -96,7 +96,7 @@ def state(room: Room) -> tuple[int, int | None, int | None]:
 )
 def test_room_is_handed_out_once(steps: list[tuple[str, int, Random]]) -> None:
     """What is handed out overlaps nothing that is taken, lies in the ring, and comes back with undo, as it was."""
-    room = Room(CHUNKS, CHUNK)
+    room = RingAllocator(CHUNKS, CHUNK)
     taken: set[int] = set()  # bytes
     current = -1
     for step, length, random in steps:
@@ -138,7 +138,7 @@ class Interrupt(BaseException):
 
 
 def interrupted(line: int, function: Callable[[], Any]) -> Any:
-    """Call it, and raise before the line of this number that it comes to in the module of ``Room``; else, what it returns."""
+    """Call it, and raise before the line of this number that it comes to in the allocator's module; else, what it returns."""
     left = line
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
@@ -147,7 +147,7 @@ def interrupted(line: int, function: Callable[[], Any]) -> Any:
             left -= 1
             if not left:
                 raise Interrupt
-        return trace if frame.f_code.co_filename == Room.take.__code__.co_filename else None
+        return trace if frame.f_code.co_filename == RingAllocator.take.__code__.co_filename else None
 
     before = sys.gettrace()
     sys.settrace(trace)
@@ -162,7 +162,7 @@ def interrupted(line: int, function: Callable[[], Any]) -> Any:
 def test_an_interrupt_spoils_no_room() -> None:
     """Wherever one comes in ``take`` or ``undo``, what is handed out from then on overlaps nothing that is taken."""
     for free, length, undone, line in product(([1], [1, 2], [0, 3]), (100, CHUNK + 1), (False, True), range(1, 25)):
-        room = Room(CHUNKS, CHUNK)
+        room = RingAllocator(CHUNKS, CHUNK)
         mine: set[int] = set()
         for size in [CHUNK] * (CHUNKS - 1) + [200]:  # which is all
             start = room.take(size)
@@ -185,7 +185,7 @@ def test_an_interrupt_spoils_no_room() -> None:
 
 def test_room_is_taken_where_it_was_used_last() -> None:
     """A message goes behind the one before, over the end of a chunk if the next is free, else to the first free chunks."""
-    room = Room(CHUNKS, CHUNK)
+    room = RingAllocator(CHUNKS, CHUNK)
     assert [room.take(100) for _ in range(2)] == [0, 128]
     assert room.take(200) == 256  # aligned, behind the second: at the beginning of the next chunk
     assert room.take(2 * CHUNK) == 512  # in all of the next two
@@ -223,7 +223,7 @@ class Shared(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.room = Room(CHUNKS, CHUNK)
+        self.room = RingAllocator(CHUNKS, CHUNK)
         self.holds = Holds(CHUNKS, CHUNK)
         self.memory = bytearray(CHUNKS * CHUNK)
         self.number = 0
@@ -301,7 +301,7 @@ class Shared(RuleBasedStateMachine):
 
     @precondition(lambda self: self.to_free)
     @rule()
-    def hear(self) -> None:
+    def receive_packet_with_fd(self) -> None:
         freed = self.to_free.popleft()
         assert not freed & self.room.free, "freed twice"
         assert not freed >> self.current & 1, "freed while it is written"
@@ -487,7 +487,7 @@ def found(items: list[Item]) -> list[Sent]:
             for (offset, length), (ring, *same) in zip(item.places(), references_in(item.frames, item.skip), strict=True):
                 assert (ring, *same) == (item.ring, offset, length)
                 result.append(("ring", (ring, offset), length, item.topic, item.exclude, item.image))
-        elif isinstance(item, Parcel):
+        elif isinstance(item, MemfdMessage):
             assert (item.fitting(item.charge), item.fitting(item.charge - 1)) == (1, 0)
             assert item.cut(0) == (item, item)
             result.append(("memory", item.number, item.length, item.topic, item.exclude, item.image))
@@ -635,18 +635,22 @@ def check_shared_run(item: References, ring: int, memory: bytes) -> None:
 def test_a_parcel_is_written_and_read(way: tuple[bytes, int, bool], length: int, numbers: tuple[int, int]) -> None:
     """A message in memory of its own keeps its topic, exclusion, kind and charge; its run says where it is."""
     topic, exclude, image = way
-    (parcel,) = Splitter().split(memory_frame(numbers[0], length, topic, exclude, image))
-    assert isinstance(parcel, Parcel)
-    assert (parcel.number, parcel.length, parcel.topic, parcel.exclude, parcel.image) == (numbers[0], length, *way)
-    data = memory_run(parcel, numbers[1])
+    (message,) = Splitter().split(memory_frame(numbers[0], length, topic, exclude, image))
+    assert isinstance(message, MemfdMessage)
+    assert (message.number, message.length, message.topic, message.exclude, message.image) == (
+        numbers[0],
+        length,
+        *way,
+    )
+    data = memory_run(message, numbers[1])
     view = read_run(data, 0)
     assert view is not None
     assert (view.size, view.kind, view.messages, view.image) == (len(data), IN_MEMORY, 1, image)
     assert read_memory(data, view) == (numbers[1], length)
     if length < 10_000:
         payload = pattern(1, length)
-        batch = parcel.copied(payload)
-        assert batch.charge == parcel.charge
+        batch = message.copied(payload)
+        assert batch.charge == message.charge
         assert batch.frames == frame_head(length, topic, exclude, 1 << 17 if image else 0) + payload
         assert batch.image == image
 
@@ -750,6 +754,6 @@ def test_an_image_that_lies_is_no_message(places: list[tuple[int, int]], count: 
 def test_sizes_fit_into_their_table() -> None:
     """The table of lengths has 32 bits for each: the longest message that a frame may say has room in it."""
     frame = memory_frame(1, 0xFFFF_FFFF - 8, b"")
-    (parcel,) = Splitter().split(frame)
-    assert isinstance(parcel, Parcel)
-    assert parcel.sizes == array("I", (0xFFFF_FFFF,))
+    (message,) = Splitter().split(frame)
+    assert isinstance(message, MemfdMessage)
+    assert message.sizes == array("I", (0xFFFF_FFFF,))

@@ -321,7 +321,8 @@ def test_each_promise_has_its_test() -> None:
     named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (ROOT / "RELIABILITY.md").read_text())
     assert len(named) > 30
     for module, function in named:
-        text = (ROOT / "tests" / module).read_text()
+        (path,) = TESTS.rglob(module)
+        text = path.read_text()
         assert not function or f"\ndef {function}(" in text, f"{module} has no {function}"
 
 

@@ -14,14 +14,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from mpbroadcast.broker.core.backlog import Outbox
+from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.ring_holds import Holds, Unread
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.client.ring import Ring
 from mpbroadcast.errors import AddressError
 from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.protocol import frames
-from mpbroadcast.protocol.frames import MOST_TOGETHER, PIPE_BUF, Batch, FrameError, Parcel, Splitter, frame_head, pieces
+from mpbroadcast.protocol.frames import MOST_TOGETHER, PIPE_BUF, Batch, FrameError, MemfdMessage, Splitter, frame_head, pieces
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS
 from mpbroadcast.protocol.runs import GAP, MESSAGES, RUN, Run, SharedRun, memory_run, read_run, run_of
 from mpbroadcast.validation import MAX_ADDRESS, Deadline, check_address, check_authkey, check_timeout
@@ -49,13 +49,13 @@ def a_run(count: int = 1, size: int = 100) -> Run:
 def test_a_capacity_can_be_used_to_its_last_byte() -> None:
     """What fits exactly is taken; what the pipe refers to in shared memory counts as what is in it does."""
     run = a_run()
-    outbox = Outbox(run.charge)
-    assert outbox.takes(run.charge)
-    assert not outbox.takes(run.charge + 1)
-    outbox.pipe = 1
-    assert not outbox.takes(run.charge)
-    outbox.pipe, outbox.referred = 0, 1
-    assert (outbox.takes(run.charge), outbox.charge) == (False, 1)
+    backlog = Backlog(run.charge)
+    assert backlog.takes(run.charge)
+    assert not backlog.takes(run.charge + 1)
+    backlog.pipe = 1
+    assert not backlog.takes(run.charge)
+    backlog.pipe, backlog.referred = 0, 1
+    assert (backlog.takes(run.charge), backlog.charge) == (False, 1)
 
 
 def test_many_tiny_messages_are_cut_to_what_the_pipe_takes_for_certain() -> None:
@@ -64,33 +64,33 @@ def test_many_tiny_messages_are_cut_to_what_the_pipe_takes_for_certain() -> None
     each = 8 + 1 + 4
     for more in range(each):
         for policy, capacity in (("drop_oldest", 1 << 24), ("drop_oldest", run.charge), ("block", 1 << 24)):
-            outbox = Outbox(capacity, policy)
-            outbox.pipe_size = (1 << 16) + more
-            outbox.put(run)
-            outbox.put(run)  # over the first one, or not
+            backlog = Backlog(capacity, policy)
+            backlog.pipe_size = (1 << 16) + more
+            backlog.put(run)
+            backlog.put(run)  # over the first one, or not
             if policy == "block":
-                assert outbox.to_write() == run.data
+                assert backlog.to_write() == run.data
             else:
-                assert 0 <= outbox.pipe_size - 2 * PIPE_BUF - len(outbox.to_write()) < each
+                assert 0 <= backlog.pipe_size - 2 * PIPE_BUF - len(backlog.to_write()) < each
 
 
 def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
     """What is dropped while the note of a gap is half in the pipe gets one note of its own."""
     run = a_run()
-    outbox = Outbox(run.charge, "drop_newest")
-    outbox.put(run)
-    written = bytes(outbox.to_write())
-    outbox.wrote(len(written))
-    outbox.pipe = outbox.capacity
-    outbox.put(a_run(1))
-    outbox.put(a_run(1))
-    written += bytes(outbox.to_write())[:5]
-    outbox.wrote(5)
-    outbox.put(a_run(3))
-    outbox.put(a_run(4))
-    while not outbox.empty:
-        data = bytes(outbox.to_write())
-        outbox.wrote(len(data))
+    backlog = Backlog(run.charge, "drop_newest")
+    backlog.put(run)
+    written = bytes(backlog.to_write())
+    backlog.wrote(len(written))
+    backlog.pipe = backlog.capacity
+    backlog.put(a_run(1))
+    backlog.put(a_run(1))
+    written += bytes(backlog.to_write())[:5]
+    backlog.wrote(5)
+    backlog.put(a_run(3))
+    backlog.put(a_run(4))
+    while not backlog.empty:
+        data = bytes(backlog.to_write())
+        backlog.wrote(len(data))
         written += data
     said = []
     start = 0
@@ -105,39 +105,39 @@ def in_memory(ring: int) -> SharedRun:
     """The run of a message in shared memory, which may belong to a ring."""
     copy = a_run().data[RUN.size : -1]
     copied = Batch(copy, array("I", [len(copy)]), b"", 0, 8)
-    hold = SimpleNamespace(data=lambda parcel: memory_run(parcel, 1), copied=lambda _: copied, copies=None, ring=ring)
-    return SharedRun(Parcel(7, 100, b"", 0, frame_head(100, b""), False, hold))
+    hold = SimpleNamespace(data=lambda item: memory_run(item, 1), copied=lambda _: copied, copies=None, ring=ring)
+    return SharedRun(MemfdMessage(7, 100, b"", 0, frame_head(100, b""), False, hold))
 
 
 def test_a_message_in_memory_is_not_written_with_what_comes_before() -> None:
     """Its descriptor has to be sent before its run: so that is never joined to another one."""
-    outbox = Outbox(1 << 20)
+    backlog = Backlog(1 << 20)
     before, own, behind = a_run(), in_memory(1), a_run()
     for run in (before, own, behind):
-        outbox.put(run)
-    assert (outbox.to_write(), outbox.shared) == (before.data, None)
-    outbox.wrote(len(before.data))
-    assert (outbox.to_write(), outbox.shared) == (own.data, own)
-    outbox.wrote(len(own.data))
-    assert (outbox.to_write(), outbox.shared) == (behind.data, None)
+        backlog.put(run)
+    assert (backlog.to_write(), backlog.shared) == (before.data, None)
+    backlog.wrote(len(before.data))
+    assert (backlog.to_write(), backlog.shared) == (own.data, own)
+    backlog.wrote(len(own.data))
+    assert (backlog.to_write(), backlog.shared) == (behind.data, None)
 
 
 def test_what_is_copied_out_is_written_as_it_would_have_been() -> None:
     """All that waits in one ring, or what comes next; nothing else."""
-    outbox, plain = Outbox(1 << 20), a_run()
+    backlog, plain = Backlog(1 << 20), a_run()
     for run in (plain, in_memory(1), in_memory(1), in_memory(2)):
-        outbox.put(run)
-    assert [outbox.refers_to(ring) for ring in (1, 2, 3)] == [True, True, False]
-    assert [outbox.copy_out(ring) for ring in (1, 3)] == [2 * plain.charge, 0]
-    assert [outbox.refers_to(ring) for ring in (1, 2, 3)] == [False, True, False]
-    outbox.copy_first()
-    assert (outbox.to_write(), outbox.between) == (plain.data * 3, True)
-    outbox.wrote(len(plain.data) * 3 - 1)
-    assert not outbox.between
-    outbox.wrote(1)
-    assert outbox.to_write() != plain.data
-    outbox.copy_first()
-    assert outbox.to_write() == plain.data
+        backlog.put(run)
+    assert [backlog.refers_to(ring) for ring in (1, 2, 3)] == [True, True, False]
+    assert [backlog.copy_out(ring) for ring in (1, 3)] == [2 * plain.charge, 0]
+    assert [backlog.refers_to(ring) for ring in (1, 2, 3)] == [False, True, False]
+    backlog.copy_first()
+    assert (backlog.to_write(), backlog.between) == (plain.data * 3, True)
+    backlog.wrote(len(plain.data) * 3 - 1)
+    assert not backlog.between
+    backlog.wrote(1)
+    assert backlog.to_write() != plain.data
+    backlog.copy_first()
+    assert backlog.to_write() == plain.data
 
 
 # ---------------------------------------------------------------------------------------------------------------- frames

@@ -1,0 +1,1 @@
+"""The policy of the broker. Pure: no descriptor, no clock, no process."""

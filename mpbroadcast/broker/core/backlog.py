@@ -5,11 +5,11 @@ A message is **waiting** until the run that it is in has gone into the pipe, the
 
 Against ``capacity`` counts each waiting message's charge (``frames.FRAME_OVERHEAD``), what is unread in the pipe, byte by
 byte, and what that refers to in shared memory. How much is in the pipe only the kernel knows: before a backlog drops something
-or lets somebody wait, the loop asks, and tells :attr:`Outbox.pipe`.
+or lets somebody wait, the loop asks, and tells :attr:`Backlog.pipe`.
 
 Messages in shared memory wait as others do, and count with all their bytes. Their runs keep them there: one that is dropped,
 or was written, is forgotten, and lets a chunk of a ring be written again. What waits is copied out of a ring
-(:meth:`Outbox.copy_out`) only when its publisher has no other chunk left.
+(:meth:`Backlog.copy_out`) only when its publisher has no other chunk left.
 
 What is in the pipe cannot be dropped, nor what follows a part that is. So a policy that drops writes a run of many messages
 only when all of it has room for certain, and else in writes that the pipe takes whole or not at all.
@@ -27,7 +27,7 @@ _WRITE: Final = 1 << 18  # bytes to join for one write at the most: what the pip
 _DROPPING: Final = ("drop_oldest", "drop_newest", "latest")
 
 
-class Outbox:
+class Backlog:
     """A backlog of at most ``capacity``; a single message that is larger passes when nothing else is there.
 
     ``policy`` says what happens when it is full: see ``arguments.POLICIES``. Under ``block`` the router asks :meth:`fitting`,

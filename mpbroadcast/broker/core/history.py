@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from mpbroadcast.broker.core.patterns import Matcher, Patterns, is_pattern
-from mpbroadcast.protocol.frames import OVERHEAD, Batch, Parcel
+from mpbroadcast.protocol.frames import OVERHEAD, Batch, MemfdMessage
 
 MOST_TOPICS: Final = 4096
 MOST_BYTES: Final = 64 << 20  # of charge, in all
@@ -18,7 +18,7 @@ class _Topic:
     __slots__ = ("batches", "charge", "count")
 
     def __init__(self) -> None:
-        self.batches: deque[tuple[int, Batch | Parcel]] = deque()  # each with its place in the order of all
+        self.batches: deque[tuple[int, Batch | MemfdMessage]] = deque()  # each with its place in the order of all
         self.count = 0
         self.charge = 0
 
@@ -39,7 +39,7 @@ class History:
         """How many have a history now."""
         return len(self._topics)
 
-    def add(self, position: int, batch: Batch | Parcel) -> None:
+    def add(self, position: int, batch: Batch | MemfdMessage) -> None:
         """These were routed; ``position`` is the place of the first in the order of all."""
         topic = self._topics.get(batch.topic)
         if topic is None:
@@ -77,7 +77,7 @@ class History:
 
     def last(
         self, topics: Iterable[str], count: int, capacity: int, made: Mapping[str, Matcher] | None = None
-    ) -> list[Batch | Parcel]:
+    ) -> list[Batch | MemfdMessage]:
         """The last ``count`` messages that these topics and patterns match, in the order of all, cut at ``capacity``."""
         wanted = set(topics)
         patterns = _patterns_of(wanted, made)
@@ -86,7 +86,7 @@ class History:
             names.update(name for name in self._topics if any(patterns.matching(name.decode())))
         entries = (entry for name in names for entry in self._topics[name].batches)
         found = heapq.nlargest(count, entries, key=lambda entry: entry[0])
-        batches: list[Batch | Parcel] = []
+        batches: list[Batch | MemfdMessage] = []
         for _, batch in found:
             fits, room = 0, capacity
             for size in reversed(batch.sizes):

@@ -1,0 +1,1 @@
+"""The process around the broker: its start, socket, supervisor, journal and log."""

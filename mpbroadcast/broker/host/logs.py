@@ -15,7 +15,7 @@ from typing import Any, Final
 _LINES: Final = 20  # in a second
 
 
-class AtMost(logging.Filter):
+class RateLimitFilter(logging.Filter):
     """Lets ``lines`` pass in each second; the first that passes again says how many were left out. A crash always passes."""
 
     def __init__(self, lines: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -63,7 +63,7 @@ def set_up(log: logging.Logger, config: dict[str, Any] | None) -> None:
 
     :raises Exception: whatever is wrong with the dictionary.
     """
-    log.filters = [AtMost(_LINES)]
+    log.filters = [RateLimitFilter(_LINES)]
     if config is not None:
         log.handlers, log.propagate = [], True
         log.setLevel(logging.NOTSET)

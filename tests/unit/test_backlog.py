@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mpbroadcast.broker.core.backlog import Outbox
+from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.protocol.frames import (
     FRAME_OVERHEAD,
     MOST_TOGETHER,
@@ -97,18 +97,18 @@ def merged(story: Iterable[Event]) -> list[Event]:
     return result
 
 
-def emptied(outbox: Outbox) -> list[Event]:
+def emptied(backlog: Backlog) -> list[Event]:
     """All that comes out of a backlog whose reader reads at once."""
     written = bytearray()
     for _ in range(10_000):
-        outbox.pipe = 0
-        if outbox.empty:
+        backlog.pipe = 0
+        if backlog.empty:
             break
-        data = outbox.to_write()
+        data = backlog.to_write()
         assert data
         written += data
-        outbox.wrote(len(data))
-    assert outbox.empty
+        backlog.wrote(len(data))
+    assert backlog.empty
     data = bytes(written)
     return [event for run in views(data) for event in events(data, run)]
 
@@ -218,8 +218,8 @@ class Machine(RuleBasedStateMachine):
     @initialize(capacity=st.sampled_from([1, 3000, 10_000, 30_000, 100_000]), pages=st.sampled_from([1, 2, 1, 16]))
     def begin(self, capacity: int, pages: int) -> None:
         self.account = Account()
-        self.outbox = Outbox(capacity, self.policy)
-        self.outbox.pipe_size = self.pipe_size = pages * PIPE_BUF
+        self.backlog = Backlog(capacity, self.policy)
+        self.backlog.pipe_size = self.pipe_size = pages * PIPE_BUF
         self.plain = Plain(self.policy, capacity)
         self.unread = 0
         self.written = 0
@@ -230,61 +230,61 @@ class Machine(RuleBasedStateMachine):
         self.promised: list[tuple[int, int]] = []  # once so many have left, nothing of the first so many waits
         self.puts = 0
 
-    @precondition(lambda self: not self.outbox.ended)
+    @precondition(lambda self: not self.backlog.ended)
     @rule(count=st.just(1) | st.integers(1, 40), sizes=st.lists(st.integers(0, 6000), min_size=1, max_size=4))
     def put(self, count: int, sizes: list[int]) -> None:
-        outbox, plain = self.outbox, self.plain
+        backlog, plain = self.backlog, self.plain
         batch = batch_of(len(plain.fates), [sizes[index % len(sizes)] for index in range(count)])
         charges = [size - 8 + FRAME_OVERHEAD for size in batch.sizes]
         assert batch.charge == sum(charges)
-        fits = outbox.fitting(batch, batch.charge)
+        fits = backlog.fitting(batch, batch.charge)
         assert fits == plain.fitting(charges)
         if self.policy == "block":
             batch, charges = batch.cut(fits)[0], charges[:fits]
             if not charges:
                 return
-        before = outbox.charge
-        left = outbox.left
-        outbox.put(run_of(batch, self.account))
+        before = backlog.charge
+        left = backlog.left
+        backlog.put(run_of(batch, self.account))
         plain.put(charges)
         self.puts += 1
-        self.promised.append((outbox.entered, len(plain.fates)))
-        assert outbox.left >= left
-        assert outbox.overflowed == plain.overflowed
-        assert outbox.ended == plain.overflowed
+        self.promised.append((backlog.entered, len(plain.fates)))
+        assert backlog.left >= left
+        assert backlog.overflowed == plain.overflowed
+        assert backlog.ended == plain.overflowed
         if self.policy == "latest":
-            assert outbox.waiting == plain.begun + 1
+            assert backlog.waiting == plain.begun + 1
         else:
-            assert outbox.charge <= max(outbox.capacity, before) or (outbox.waiting == 1 and outbox.pipe <= 1)
+            assert backlog.charge <= max(backlog.capacity, before) or (backlog.waiting == 1 and backlog.pipe <= 1)
 
     @rule(optimism=st.integers(0, 100))
     def write(self, optimism: int) -> None:
         """Let the pipe take what it has room for, the less of it the worse its pages are used."""
-        outbox, plain = self.outbox, self.plain
-        if outbox.empty:
+        backlog, plain = self.backlog, self.plain
+        if backlog.empty:
             return
-        if outbox.drops:
+        if backlog.drops:
             self.refresh()
             waits = self.unread > 0 and bool(plain.waiting) and not self.tail
-            assert outbox.must_wait == (waits and self.policy == "latest")
-            if outbox.must_wait:
+            assert backlog.must_wait == (waits and self.policy == "latest")
+            if backlog.must_wait:
                 return
-        data = bytes(outbox.to_write())
+        data = bytes(backlog.to_write())
         assert data
         most = self.pipe_size - self.unread
-        least = max(0, self.pipe_size - 2 * self.unread - 2 * PIPE_BUF) if outbox.drops else 0
+        least = max(0, self.pipe_size - 2 * self.unread - 2 * PIPE_BUF) if backlog.drops else 0
         room = max(least, most * optimism // 100)
         if self.unread == 0:
             room = max(room, PIPE_BUF)
         taken = len(data) if len(data) <= room else room if len(data) > PIPE_BUF else 0
-        before = outbox.charge
+        before = backlog.charge
         if taken:
-            outbox.wrote(taken)
+            backlog.wrote(taken)
         plain.pipe += taken
         self.unread += taken
         self.written += taken
         noted = self.follow(data, taken)
-        assert outbox.charge <= before + noted * NOTE_SIZE + len(self.tail)  # what is partly there counts as both
+        assert backlog.charge <= before + noted * NOTE_SIZE + len(self.tail)  # what is partly there counts as both
         self.check_story()
 
     def follow(self, data: bytes, taken: int) -> int:
@@ -302,7 +302,7 @@ class Machine(RuleBasedStateMachine):
                 self.in_pipe.append(self.parsed + end)
             if end > whole:
                 plain.begun = run.messages if run.kind == MESSAGES else 0
-                assert plain.begun <= 1 or not self.outbox.drops
+                assert plain.begun <= 1 or not self.backlog.drops
                 break
             said = events(offered[:end], run)
             if run.kind == MESSAGES:
@@ -323,7 +323,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def refresh(self) -> None:
         """Tell the backlog how much of the pipe is unread."""
-        self.outbox.pipe = self.plain.pipe = self.unread
+        self.backlog.pipe = self.plain.pipe = self.unread
 
     @rule(seed=st.integers(0, 2**16 - 1))
     def many(self, seed: int) -> None:
@@ -331,7 +331,7 @@ class Machine(RuleBasedStateMachine):
         choose = Random(seed)
         for _ in range(20):
             kind = choose.choice(["put", "put", "put", "write", "write", "write", "read", "read", "refresh"])
-            if kind == "put" and not self.outbox.ended:
+            if kind == "put" and not self.backlog.ended:
                 sizes = choose.choices([0, 1, 50, 300, 1000, 3000, 4000, 5000, 6000], k=choose.randint(1, 4))
                 self.put(choose.choice([1, 1, 2, 5, 40]), sizes)
             elif kind == "write":
@@ -345,8 +345,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.puts > 15)
     @rule()
     def end(self) -> None:
-        self.outbox.end()
-        assert self.outbox.ended
+        self.backlog.end()
+        assert self.backlog.ended
 
     @invariant()
     def check(self) -> None:
@@ -356,21 +356,21 @@ class Machine(RuleBasedStateMachine):
 
     def counts(self) -> None:
         """Each message is at one place, and the sums are right."""
-        outbox, plain = self.outbox, self.plain
-        assert outbox.published == len(plain.fates)
-        assert outbox.delivered == plain.fates.count(DELIVERED)
-        assert outbox.missed == plain.fates.count(MISSED)
-        assert outbox.waiting == len(plain.waiting) == plain.fates.count(WAITING)
-        assert outbox.delivered + outbox.missed + outbox.waiting == outbox.published
-        assert outbox.waiting_charge == plain.waiting_charge == self.account.held
-        assert outbox.pipe == plain.pipe
-        assert outbox.charge == plain.charge
+        backlog, plain = self.backlog, self.plain
+        assert backlog.published == len(plain.fates)
+        assert backlog.delivered == plain.fates.count(DELIVERED)
+        assert backlog.missed == plain.fates.count(MISSED)
+        assert backlog.waiting == len(plain.waiting) == plain.fates.count(WAITING)
+        assert backlog.delivered + backlog.missed + backlog.waiting == backlog.published
+        assert backlog.waiting_charge == plain.waiting_charge == self.account.held
+        assert backlog.pipe == plain.pipe
+        assert backlog.charge == plain.charge
         if self.policy != "latest":
-            assert outbox.waiting_charge <= outbox.capacity or outbox.waiting == 1
+            assert backlog.waiting_charge <= backlog.capacity or backlog.waiting == 1
 
     def positions(self) -> None:
         """Who waits until as many have left as were there hears of it when nothing of that waits, and not before."""
-        left, fates = self.outbox.left, self.plain.fates
+        left, fates = self.backlog.left, self.plain.fates
         for position, published in self.promised:
             assert (left >= position) == (WAITING not in fates[:published])
         self.promised = [(position, published) for position, published in self.promised if left < position]
@@ -397,26 +397,26 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if sys.exc_info()[0] is not None or not hasattr(self, "outbox"):
             return
-        ended = self.outbox.ended
+        ended = self.backlog.ended
         self.drain()
         self.check_story(whole=not ended or self.plain.overflowed)
-        self.outbox.end()
-        self.outbox.end()
+        self.backlog.end()
+        self.backlog.end()
         self.drain()
         assert self.told.count(("end", 0)) == 1
         assert self.told[-1] == ("end", 0)
 
     def drain(self) -> None:
         for _ in range(10_000):
-            if self.outbox.empty:
+            if self.backlog.empty:
                 break
             self.unread = 0
             self.write(100)
             self.check()
-        assert self.outbox.empty
+        assert self.backlog.empty
         self.unread = 0
         self.refresh()
-        assert (self.outbox.waiting, self.outbox.charge, self.account.held) == (0, 0, 0)
+        assert (self.backlog.waiting, self.backlog.charge, self.account.held) == (0, 0, 0)
 
 
 @pytest.mark.timeout(300)  # that is for the search for the shortest way to a failure
@@ -443,177 +443,177 @@ def test_each_policy_does_what_a_plain_list_does(policy: str) -> None:
 
 def test_drop_oldest_keeps_the_newest() -> None:
     """Of ten messages, three fit: the last three come, behind a gap of seven."""
-    outbox = Outbox(4 * charge_of(0, 100) - 1, "drop_oldest")
+    backlog = Backlog(4 * charge_of(0, 100) - 1, "drop_oldest")
     for number in range(10):
-        outbox.put(messages(number, 1))
-        outbox.to_write()  # and the pipe takes nothing
-    assert (outbox.published, outbox.missed, outbox.left, outbox.waiting) == (10, 7, 7, 3)
-    assert emptied(outbox) == [("gap", 7), *numbers(7, 10)]
+        backlog.put(messages(number, 1))
+        backlog.to_write()  # and the pipe takes nothing
+    assert (backlog.published, backlog.missed, backlog.left, backlog.waiting) == (10, 7, 7, 3)
+    assert emptied(backlog) == [("gap", 7), *numbers(7, 10)]
 
 
 def test_drop_oldest_drops_from_one_batch() -> None:
     """It makes no difference whether they come one by one or all at once."""
-    outbox = Outbox(4 * charge_of(0, 100) - 1, "drop_oldest")
-    outbox.put(messages(0, 10))
-    assert (outbox.published, outbox.missed, outbox.waiting) == (10, 7, 3)
-    assert emptied(outbox) == [("gap", 7), *numbers(7, 10)]
+    backlog = Backlog(4 * charge_of(0, 100) - 1, "drop_oldest")
+    backlog.put(messages(0, 10))
+    assert (backlog.published, backlog.missed, backlog.waiting) == (10, 7, 3)
+    assert emptied(backlog) == [("gap", 7), *numbers(7, 10)]
 
 
 def test_drop_oldest_keeps_what_is_partly_in_the_pipe() -> None:
     """A message that has begun is finished; the gap comes behind it."""
-    outbox = Outbox(150_000, "drop_oldest")
-    outbox.put(messages(0, 1, 100_000))
-    written = bytes(outbox.to_write())[:PIPE_BUF]
-    outbox.wrote(len(written))
-    outbox.put(messages(1, 2, 20_000))
-    outbox.put(messages(3, 1, 40_000))
-    outbox.put(messages(4, 1, 100))
-    said = b"".join((written, bytes(outbox.to_write())))
-    outbox.wrote(len(said) - len(written))
+    backlog = Backlog(150_000, "drop_oldest")
+    backlog.put(messages(0, 1, 100_000))
+    written = bytes(backlog.to_write())[:PIPE_BUF]
+    backlog.wrote(len(written))
+    backlog.put(messages(1, 2, 20_000))
+    backlog.put(messages(3, 1, 40_000))
+    backlog.put(messages(4, 1, 100))
+    said = b"".join((written, bytes(backlog.to_write())))
+    backlog.wrote(len(said) - len(written))
     assert [event for run in views(said) for event in events(said, run)] == [("message", 0)]
-    assert emptied(outbox) == [("gap", 2), ("message", 3), ("message", 4)]
+    assert emptied(backlog) == [("gap", 2), ("message", 3), ("message", 4)]
 
 
 def test_a_gap_is_said_when_nothing_waits_behind_it() -> None:
     """While the pipe holds more than the capacity, all that comes is dropped, which is said though nothing follows."""
-    outbox = Outbox(1000, "drop_oldest")
-    outbox.pipe = 2000
-    outbox.put(messages(0, 3))
-    assert (outbox.waiting, outbox.missed) == (0, 3)
-    assert not outbox.empty
-    assert emptied(outbox) == [("gap", 3)]
-    assert outbox.empty
+    backlog = Backlog(1000, "drop_oldest")
+    backlog.pipe = 2000
+    backlog.put(messages(0, 3))
+    assert (backlog.waiting, backlog.missed) == (0, 3)
+    assert not backlog.empty
+    assert emptied(backlog) == [("gap", 3)]
+    assert backlog.empty
 
 
 def test_drop_newest_says_each_gap_in_its_place() -> None:
     """What waits is kept; what came while it was full is missing from between it and what came later."""
-    outbox = Outbox(2 * charge_of(0, 100), "drop_newest")
-    outbox.put(messages(0, 3))
-    outbox.put(messages(3, 1))
-    outbox.put(messages(4, 2))
-    first = emptied(outbox)
-    outbox.put(messages(6, 3))
+    backlog = Backlog(2 * charge_of(0, 100), "drop_newest")
+    backlog.put(messages(0, 3))
+    backlog.put(messages(3, 1))
+    backlog.put(messages(4, 2))
+    first = emptied(backlog)
+    backlog.put(messages(6, 3))
     assert first == [*numbers(0, 2), ("gap", 4)]
-    assert emptied(outbox) == [*numbers(6, 8), ("gap", 1)]
+    assert emptied(backlog) == [*numbers(6, 8), ("gap", 1)]
 
 
 def test_latest_keeps_one() -> None:
     """Only the newest waits, and before it is said how many were skipped."""
-    outbox = Outbox(1, "latest")
-    outbox.put(messages(0, 5))
-    outbox.put(messages(5, 1))
-    assert (outbox.published, outbox.missed, outbox.waiting) == (6, 5, 1)
-    assert emptied(outbox) == [("skipped", 5), ("message", 5)]
+    backlog = Backlog(1, "latest")
+    backlog.put(messages(0, 5))
+    backlog.put(messages(5, 1))
+    assert (backlog.published, backlog.missed, backlog.waiting) == (6, 5, 1)
+    assert emptied(backlog) == [("skipped", 5), ("message", 5)]
 
 
 def test_latest_lets_the_pipe_be_emptied_first() -> None:
     """While a state is unread in the pipe, the next waits, and may be replaced by a newer one."""
-    outbox = Outbox(1000, "latest")
-    outbox.put(messages(0, 1))
-    assert not outbox.must_wait
-    outbox.wrote(len(outbox.to_write()))
-    outbox.put(messages(1, 1))
-    assert outbox.must_wait
-    outbox.put(messages(2, 1))
-    assert outbox.must_wait
-    outbox.pipe = 0
-    assert not outbox.must_wait
-    assert emptied(outbox) == [("skipped", 1), ("message", 2)]
+    backlog = Backlog(1000, "latest")
+    backlog.put(messages(0, 1))
+    assert not backlog.must_wait
+    backlog.wrote(len(backlog.to_write()))
+    backlog.put(messages(1, 1))
+    assert backlog.must_wait
+    backlog.put(messages(2, 1))
+    assert backlog.must_wait
+    backlog.pipe = 0
+    assert not backlog.must_wait
+    assert emptied(backlog) == [("skipped", 1), ("message", 2)]
 
 
 def test_disconnect_says_what_was_kept_then_why_then_the_end() -> None:
     """The first message that does not fit ends it, and what comes behind that counts nowhere."""
-    outbox = Outbox(2 * charge_of(0, 100), "disconnect")
-    outbox.put(messages(0, 1))
-    assert not outbox.ended
-    outbox.put(messages(1, 5))
-    assert outbox.ended
-    assert outbox.overflowed
-    assert (outbox.published, outbox.missed, outbox.waiting) == (3, 1, 2)
-    outbox.end()
-    assert emptied(outbox) == [*numbers(0, 2), ("overflowed", 1), ("end", 0)]
+    backlog = Backlog(2 * charge_of(0, 100), "disconnect")
+    backlog.put(messages(0, 1))
+    assert not backlog.ended
+    backlog.put(messages(1, 5))
+    assert backlog.ended
+    assert backlog.overflowed
+    assert (backlog.published, backlog.missed, backlog.waiting) == (3, 1, 2)
+    backlog.end()
+    assert emptied(backlog) == [*numbers(0, 2), ("overflowed", 1), ("end", 0)]
 
 
 def test_block_takes_what_fits() -> None:
     """The router is told how many messages of a batch can be put, and none if not even one can."""
-    outbox = Outbox(3 * charge_of(0, 100))
+    backlog = Backlog(3 * charge_of(0, 100))
     batch = batch_of(0, [100] * 10)
-    assert outbox.fitting(batch, batch.charge) == 3
-    outbox.put(run_of(batch.cut(2)[0]))
+    assert backlog.fitting(batch, batch.charge) == 3
+    backlog.put(run_of(batch.cut(2)[0]))
     rest = batch.cut(2)[1]
-    assert outbox.fitting(rest, rest.charge) == 1
-    outbox.put(run_of(rest.cut(1)[0]))
+    assert backlog.fitting(rest, rest.charge) == 1
+    backlog.put(run_of(rest.cut(1)[0]))
     rest = rest.cut(1)[1]
-    assert outbox.fitting(rest, rest.charge) == 0
-    outbox.put(run_of(rest.cut(1)[0]))  # what is put nevertheless is not dropped
-    assert emptied(outbox) == numbers(0, 4)
+    assert backlog.fitting(rest, rest.charge) == 0
+    backlog.put(run_of(rest.cut(1)[0]))  # what is put nevertheless is not dropped
+    assert emptied(backlog) == numbers(0, 4)
 
 
 def test_another_policy_takes_over() -> None:
     """The gap that has not been said is said by the same policy only."""
     for policy, said in (("drop_oldest", [("gap", 2)]), ("drop_newest", [])):
-        outbox = Outbox(charge_of(0, 100), "drop_oldest")
-        outbox.put(messages(0, 3))
-        outbox.take_over(policy)
-        assert (outbox.policy, emptied(outbox)) == (policy, [*said, ("message", 2)])
+        backlog = Backlog(charge_of(0, 100), "drop_oldest")
+        backlog.put(messages(0, 3))
+        backlog.take_over(policy)
+        assert (backlog.policy, emptied(backlog)) == (policy, [*said, ("message", 2)])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_message_larger_than_the_capacity_passes_alone(policy: str) -> None:
     """When nothing else is there, or just a tail byte, it is neither dropped nor an overflow, and no gap is said."""
-    outbox = Outbox(1000, policy)
-    outbox.pipe = 2
-    assert not outbox.clear
-    outbox.pipe = 1
+    backlog = Backlog(1000, policy)
+    backlog.pipe = 2
+    assert not backlog.clear
+    backlog.pipe = 1
     batch = batch_of(0, [5000])
-    assert outbox.fitting(batch, batch.charge) == 1
-    outbox.put(run_of(batch))
-    assert (outbox.published, outbox.missed, outbox.waiting) == (1, 0, 1)
-    assert not outbox.ended
-    assert emptied(outbox) == [("message", 0)]
+    assert backlog.fitting(batch, batch.charge) == 1
+    backlog.put(run_of(batch))
+    assert (backlog.published, backlog.missed, backlog.waiting) == (1, 0, 1)
+    assert not backlog.ended
+    assert emptied(backlog) == [("message", 0)]
 
 
 @pytest.mark.parametrize("policy", ["drop_newest", "disconnect"])
 def test_of_two_larger_than_the_capacity_one_passes(policy: str) -> None:
     """The first of a batch passes alone; the second is one too many."""
-    outbox = Outbox(1000, policy)
-    outbox.put(messages(0, 3, 5000))
+    backlog = Backlog(1000, policy)
+    backlog.put(messages(0, 3, 5000))
     missed = 2 if policy == "drop_newest" else 1
-    assert (outbox.published, outbox.missed, outbox.waiting) == (1 + missed, missed, 1)
+    assert (backlog.published, backlog.missed, backlog.waiting) == (1 + missed, missed, 1)
     behind = [("gap", 2)] if policy == "drop_newest" else [("overflowed", 1), ("end", 0)]
-    assert emptied(outbox) == [("message", 0), *behind]
+    assert emptied(backlog) == [("message", 0), *behind]
 
 
 @pytest.mark.parametrize("policy", ["drop_oldest", "latest"])
 def test_what_is_dropped_behind_a_message_does_not_count_as_its_leaving(policy: str) -> None:
     """Who waits for a message that is partly in the pipe waits until all of it is, whatever is dropped behind it."""
-    outbox = Outbox(150_000, policy)
-    outbox.put(messages(0, 1, 100_000))
-    position = outbox.entered
-    outbox.wrote(len(outbox.to_write()[:PIPE_BUF]))
-    outbox.put(messages(1, 1, 40_000))
-    outbox.put(messages(2, 1, 40_000))
-    assert (outbox.delivered, outbox.missed, outbox.waiting) == (0, 1, 2)
-    assert outbox.left < position
-    outbox.wrote(len(outbox.to_write()))
-    assert outbox.left >= position
+    backlog = Backlog(150_000, policy)
+    backlog.put(messages(0, 1, 100_000))
+    position = backlog.entered
+    backlog.wrote(len(backlog.to_write()[:PIPE_BUF]))
+    backlog.put(messages(1, 1, 40_000))
+    backlog.put(messages(2, 1, 40_000))
+    assert (backlog.delivered, backlog.missed, backlog.waiting) == (0, 1, 2)
+    assert backlog.left < position
+    backlog.wrote(len(backlog.to_write()))
+    assert backlog.left >= position
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_end_comes_once_and_last(policy: str) -> None:
     """What waits is delivered before a clean end, which is said once however often it is asked for."""
-    outbox = Outbox(10_000, policy)
-    outbox.put(messages(0, 1))
-    outbox.end()
-    outbox.end()
-    assert emptied(outbox) == [("message", 0), ("end", 0)]
-    assert (outbox.delivered, outbox.missed, outbox.waiting) == (1, 0, 0)
+    backlog = Backlog(10_000, policy)
+    backlog.put(messages(0, 1))
+    backlog.end()
+    backlog.end()
+    assert emptied(backlog) == [("message", 0), ("end", 0)]
+    assert (backlog.delivered, backlog.missed, backlog.waiting) == (1, 0, 0)
 
 
 def test_a_run_counts_once_for_as_long_as_it_is_there() -> None:
     """Its bytes count once, until it has left the last backlog that it is in, by whichever way, whole or in parts."""
     account = Account()
-    keeps, drops = Outbox(100_000), Outbox(10 * charge_of(0, 100), "drop_oldest")
+    keeps, drops = Backlog(100_000), Backlog(10 * charge_of(0, 100), "drop_oldest")
     for first, count in ((0, 10), (10, 3)):
         run = messages(first, count, account=account)
         assert account.held == (first + count) * charge_of(0, 100)
@@ -648,12 +648,12 @@ def test_dropping_one_by_one_does_not_go_through_everything_each_time(monkeypatc
     monkeypatch.setattr(Run, "part", counted_part)
     count = 80 * MOST_TOGETHER
     one = charge_of(0, 0)
-    outbox = Outbox(count * one, "drop_oldest")
+    backlog = Backlog(count * one, "drop_oldest")
     single = batch_of(0, [0])
     together = single._replace(frames=single.frames * MOST_TOGETHER, sizes=single.sizes * MOST_TOGETHER)
     for _ in range(count // MOST_TOGETHER):
-        outbox.put(run_of(together))
+        backlog.put(run_of(together))
     for _ in range(count):
-        outbox.put(run_of(single))
-    assert (outbox.missed, outbox.waiting) == (count, count)
+        backlog.put(run_of(single))
+    assert (backlog.missed, backlog.waiting) == (count, count)
     assert looked_at < 1.2 * MOST_TOGETHER * count
