@@ -67,15 +67,13 @@ class Broker:
         self._journal = succession.journal if succession is not None else None
         self.started = time.monotonic()
         self.stopping = False
+        self._all_ended = False  # each subscription was ended, as no publisher was left while stopping
         self.ends_unneeded = False  # its starter has dropped it: it ends with the last session and subscription
         self.traffic = Traffic(
             self.loop,
             self.router,
             History(history) if history else None,
             stall_timeout,
-            self._no_publisher_left,
-            self._reader_gone,
-            self._ended,
         )
         self._reception = Acceptor(
             self.loop, listener, keys, lambda client, message: on_request(self, client, message), self._client_gone, self._died
@@ -152,6 +150,7 @@ class Broker:
         """Serve until stopped, and all has been drained or the time for it is over."""
         while not self.finished:
             self.traffic.round()
+            self._work_off()
             if self._undelivered:
                 self._tell_delivered()
             if self.ends_unneeded and not (self.sessions or self.subscriptions):
@@ -159,6 +158,20 @@ class Broker:
             self.loop.close_forgotten()
         self._reception.close()
         self.loop.close_forgotten()
+
+    def _work_off(self) -> None:
+        """Do what the round has found to be done: nothing iterates over subscriptions here, nor over publishers."""
+        traffic = self.traffic
+        while traffic.overflowed or traffic.departed or (self.stopping and not (traffic.publishers or self._all_ended)):
+            while traffic.overflowed:
+                self._ended(traffic.overflowed.pop())
+            departed, traffic.departed = traffic.departed, {}
+            for subscription, accepting in departed.items():
+                if subscription.number in self.subscriptions:
+                    self._reader_gone(subscription, accepting)
+            if self.stopping and not traffic.publishers:
+                self._end_all()
+            traffic.settle()
 
     def tell_of_crash(self, traceback: str) -> None:
         """Tell every process what has gone wrong here; nothing else will be done."""
@@ -275,7 +288,7 @@ class Broker:
     def drop_topics(self, subscription: Subscription, topics: list[str]) -> None:
         """Lead these topics to it no more, from behind what has been published."""
         self.traffic.take_in()
-        if subscription.number not in self.subscriptions:  # its reader was found to be gone
+        if not subscription.live:  # its reader was found to be gone
             return
         dropped = cost_of(set(topics).intersection(self.router.topics(subscription)), 0)
         self._spend(subscription, dropped.negated())
@@ -341,15 +354,12 @@ class Broker:
         """Nothing more comes to it; what is there can still be received."""
         if subscription.live:
             subscription.backlog.end()
+            self.traffic.end(subscription)
             self._ended(subscription)
 
     def _ended(self, subscription: Subscription) -> None:
-        subscription.live = False
-        subscription.said_topics = self.router.topics(subscription)
-        self.router.remove(subscription)
-        self._write_down(subscription)
-        self.traffic.mark(subscription)
-        self.traffic.unblock(subscription)
+        if subscription.number in self.subscriptions:
+            self._write_down(subscription)
         self.tell_waiting()
 
     def remove(self, subscription: Subscription) -> None:
@@ -359,26 +369,24 @@ class Broker:
         if self._journal is not None:
             self._journal.drop(subscription.number)
         self.unopen(subscription)
-        self.router.remove(subscription)
-        subscription.live = False
+        self.traffic.drop(subscription)
         self._close_ends(subscription)
         subscription.session.subscriptions.discard(subscription)
         subscription.session.peer.subscriptions.discard(subscription)
         subscription.session.budget.release(subscription.cost)
         self._reception.drop_unused(subscription.session.peer)
         subscription.backlog.discard()
-        self.traffic.drop(subscription)
         self.tell_waiting()
 
     def _remove_for(self, subscription: Subscription, why: str) -> None:
         log.info("channel %d of process %d is removed: %s", subscription.number, subscription.pid, why)
         self.remove(subscription)
 
-    def _reader_gone(self, subscription: Subscription) -> None:
+    def _reader_gone(self, subscription: Subscription, accepting: bool) -> None:
         if subscription.not_waited_for and not subscription.backlog.empty:
             self._give_up(subscription)
         else:
-            self._remove_for(subscription, "its reader has closed it" if subscription.live else "it was unsubscribed")
+            self._remove_for(subscription, "its reader has closed it" if accepting else "it was unsubscribed")
 
     def wait_for(self, client: ControlConnection, enough: Callable[[], bool]) -> None:
         """Answer it as soon as there are enough subscriptions."""
@@ -438,15 +446,12 @@ class Broker:
                 self.remove(subscription)  # nobody will open it
         for publisher in list(self.traffic.publishers.values()):
             self.traffic.finish(publisher)
-        self._no_publisher_left()
         for subscription in self.subscriptions.values():
             self.traffic.mark(subscription)
 
-    def _no_publisher_left(self) -> None:
-        if self.stopping and not self.traffic.publishers:
-            self._end_all()
-
     def _end_all(self) -> None:
+        """Nothing more can be published."""
+        self._all_ended = True
         for subscription in list(self.subscriptions.values()):
             if subscription.nothing_to_open_for:
                 self.remove(subscription)

@@ -41,10 +41,11 @@ _MUCH: Final = PIPE_SIZE // 4  # bytes that came in one read, or between two nap
 
 
 class Traffic:
-    """Publishers, and the way from them to subscriptions.
+    """Publishers, and the route from them to subscriptions.
 
-    ``on_last`` is called when the last publisher is gone; ``on_gone`` with a subscription that is done, or whose reader is
-    gone, or that is not waited for; ``on_overflow`` with one that has ended itself.
+    Nothing here calls the server. What it has to do is on two lists, which it works off at the end of the round, where nothing
+    iterates over subscriptions any more: ``departed`` has those whose pipe is done, or closed by its reader, or full and not
+    waited for; ``overflowed`` has those that have ended themselves.
     """
 
     def __init__(
@@ -53,9 +54,6 @@ class Traffic:
         router: Router[Subscription],
         history: History | None,
         stall_timeout: float | None,
-        on_last: Callable[[], None],
-        on_gone: Callable[[Subscription], None],
-        on_overflow: Callable[[Subscription], None],
     ) -> None:
         self.publishers: dict[int, Publisher] = {}
         self.routed = 0
@@ -64,9 +62,8 @@ class Traffic:
         self._loop = loop
         self._router = router
         self._stalls = Stalls(loop, router, self.publishers, stall_timeout)
-        self._on_last = on_last
-        self._on_gone = on_gone
-        self._on_overflow = on_overflow
+        self.departed: dict[Subscription, bool] = {}  # whether it was accepting messages until then
+        self.overflowed: list[Subscription] = []
         self._busy: dict[Publisher, None] = {}
         self._behind: dict[Publisher, None] = {}  # those whose turn was over: the rest has one in the next round
         self._nap = _SHORTEST_NAP
@@ -221,8 +218,6 @@ class Traffic:
         if self.publishers.pop(publisher.number, None) is None:
             return
         self.sharing.forget(publisher)
-        if not self.publishers:
-            self._on_last()
 
     # --- routing
 
@@ -330,7 +325,8 @@ class Traffic:
             if backlog.entered > before:  # not all of it was dropped at once
                 last_in[subscription] = backlog.entered
             if backlog.overflowed:
-                self._on_overflow(subscription)
+                self.end(subscription)
+                self.overflowed.append(subscription)
         if self.history is not None:
             self.history.add(self.routed, item.hold.copied(item) if isinstance(item, References) else item)
         self._routed(item, publisher)
@@ -380,8 +376,22 @@ class Traffic:
         """Write what is in its backlog, in this round."""
         self._dirty[subscription] = None
 
+    def end(self, subscription: Subscription) -> None:
+        """Route nothing more to it. What is in its backlog is still written."""
+        if subscription.live:
+            subscription.live = False
+            subscription.said_topics = self._router.topics(subscription)
+            self._router.remove(subscription)
+        self._dirty[subscription] = None
+        self.unblock(subscription)
+
+    def _depart(self, subscription: Subscription) -> None:
+        self.departed.setdefault(subscription, subscription.live)
+        self.drop(subscription)
+
     def drop(self, subscription: Subscription) -> None:
-        """It is gone."""
+        """Route nothing more to it, write nothing more into its pipe, and let no publisher wait for it."""
+        self.end(subscription)
         self._dirty.pop(subscription, None)
         for publisher in self.publishers.values():
             publisher.last_in.pop(subscription, None)
@@ -398,7 +408,7 @@ class Traffic:
         if events & OUT:
             self._dirty[subscription] = None
         else:
-            self._on_gone(subscription)  # its reader is
+            self._depart(subscription)
 
     def _flush(self) -> None:
         """Move what is in backlogs into pipes, and let those go on who waited for that."""
@@ -415,13 +425,13 @@ class Traffic:
         try:
             full = subscription.write()
         except OSError:
-            self._on_gone(subscription)
+            self._depart(subscription)
             return
         backlog = subscription.backlog
         if backlog.ended and backlog.empty and subscription.must_be_read:
             subscription.refresh()
         if (backlog.ended and backlog.empty and not subscription.must_be_read) or (subscription.not_waited_for and full):
-            self._on_gone(subscription)
+            self._depart(subscription)
             return
         if subscription.waiters:
             subscription.refresh()
