@@ -1,16 +1,13 @@
-"""The layout: who may import whom, what is public, and that the documentation runs."""
+"""The layout: which module may import which, and what is public."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 import mpbroadcast
 
@@ -283,89 +280,6 @@ def test_modules_are_short() -> None:
 def test_the_package_says_that_it_is_typed() -> None:
     """Type checkers read the package's own annotations: the marker file is there."""
     assert (PACKAGE / "py.typed").is_file()
-
-
-# ------------------------------------------------------------------------------------------------------- documentation
-
-README = ROOT / "README.md"
-
-
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of one language, in order."""
-    if not README.is_file():
-        return []
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-def run_script(script: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, *flags, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | {"PYTHONPATH": path},
-        cwd=script.parent,
-        check=False,
-    )
-
-
-def test_the_readme_shows_code() -> None:
-    """The README has at least one example in Python, and a command."""
-    assert blocks("python")
-    assert blocks("(?:sh|bash|console|shell)")
-
-
-def test_each_promise_has_its_test() -> None:
-    """What RELIABILITY.md names is there."""
-    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (ROOT / "RELIABILITY.md").read_text())
-    assert len(named) > 30
-    for module, function in named:
-        (path,) = TESTS.rglob(module)
-        text = path.read_text()
-        assert not function or f"\ndef {function}(" in text, f"{module} has no {function}"
-
-
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_readme_code_runs_as_pasted(number: int, tmp_path: Path) -> None:
-    """Each Python block of the README is a whole script: it ends by itself, says no error, and warns of nothing."""
-    script = tmp_path / "example.py"
-    script.write_text(blocks("python")[number])
-    done = run_script(script)
-    said = done.stderr
-    if "restart=True" in script.read_text():  # which shows a broker that dies, and that is worth a line
-        said = re.sub(r"mpbroadcast broker \d+: ERROR: .* another one is started\n", "", said)
-    assert (done.returncode, said) == (0, ""), done.stdout
-    assert done.stdout.strip(), "an example that prints nothing shows nothing"
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_the_first_example_runs_under_each_start_method(method: str, tmp_path: Path) -> None:
-    """The README's first example needs no particular start method."""
-    examples = blocks("python")
-    if not examples:
-        pytest.fail("the README has no example")
-    guard = re.search(r"""^if __name__ == ["']__main__["']:\n""", examples[0], flags=re.MULTILINE)
-    assert guard, "the first example has no guarded main program"
-    script = tmp_path / "example.py"
-    chosen = f'    __import__("multiprocessing").set_start_method("{method}")\n'
-    script.write_text(examples[0][: guard.end()] + chosen + examples[0][guard.end() :])
-    done = run_script(script)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-
-
-@pytest.mark.parametrize("word", ["pytest", "demo"])
-def test_ci_runs_the_commands_of_the_readme(word: str) -> None:
-    """The README's commands, the one for the demo and the one for the tests, are run by CI exactly as they stand."""
-    commands = [
-        line.strip()
-        for block in blocks("(?:sh|bash|console|shell)")
-        for line in block.splitlines()
-        if re.search(rf"\b{word}\b", line)
-    ]
-    assert commands
-    run = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
-    assert not [command for command in commands if command not in run]
 
 
 def test_one_module_makes_locks() -> None:

@@ -1,0 +1,315 @@
+"""README, docs/ and the words: each code block runs, each link leads somewhere, and the texts keep to the field's words."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import mpbroadcast
+
+PACKAGE = Path(mpbroadcast.__file__).parent
+ROOT = PACKAGE.parent
+TESTS = Path(__file__).parents[1]
+README = ROOT / "README.md"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PAGES = [README, *(ROOT / name for name in ("RELIABILITY.md", "SECURITY.md")), *sorted((ROOT / "docs").glob("*.md"))]
+WITH_CHANGES = [*PAGES, ROOT / "CHANGELOG.md"]
+
+LONGEST_README = 700
+LONGEST_USE = 40
+LONGEST_OF_LINES = 700
+
+
+class Block(NamedTuple):
+    """A fenced block. ``output`` is the ``text`` block right behind a script, if there is one: what the script prints."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    output: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The fenced blocks of one page, in order. A script whose info string is ``python continued`` continues the one before."""
+    text = page.read_text()
+    found: list[Block] = []
+    matches = list(re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE))
+    for match, following in zip(matches, [*matches[1:], None], strict=False):
+        language, code = match[1], match[2]
+        if language == "python continued":
+            language, code = "python", found[-1].text + code
+        output = None
+        if following is not None and following[1] == "text" and not text[match.end() : following.start()].strip():
+            output = following[2]
+        found.append(Block(page, text.count("\n", 0, match.start()) + 1, language, code, output))
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+SCRIPTS = [block for block in BLOCKS if block.language == "python"]
+LANGUAGES = {"python", "sh", "text", "mermaid"}
+
+
+def run_script(script: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *flags, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=script.parent,
+        check=False,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- code blocks
+
+
+def test_each_block_is_of_a_known_kind() -> None:
+    """Each block is a script, a command, a picture or an output: nothing is shown that is not checked."""
+    assert not [f"{block.name}: {block.language!r}" for block in BLOCKS if block.language not in LANGUAGES]
+
+
+@pytest.mark.parametrize("block", SCRIPTS, ids=lambda block: block.name)
+def test_a_script_runs_as_pasted(block: Block, tmp_path: Path) -> None:
+    """Each Python block is a whole script: it ends by itself, prints what the page shows, and raises and warns of nothing."""
+    script = tmp_path / "example.py"
+    script.write_text(block.text)
+    done = run_script(script)
+    errors = done.stderr
+    if "restart=True" in block.text:  # a broker that dies is worth a line in the log
+        errors = re.sub(r"mpbroadcast broker \d+: ERROR: .* another one is started\n", "", errors)
+    assert (done.returncode, errors) == (0, ""), done.stdout
+    assert done.stdout.strip(), "an example that prints nothing shows nothing"
+    if block.output is not None:
+        assert done.stdout == block.output
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_the_first_example_runs_under_each_start_method(method: str, tmp_path: Path) -> None:
+    """The README's first example needs no particular start method."""
+    text = next(block.text for block in SCRIPTS if block.page == README)
+    guard = re.search(r"""^if __name__ == ["']__main__["']:\n""", text, flags=re.MULTILINE)
+    assert guard, "the first example has no guarded main program"
+    script = tmp_path / "example.py"
+    chosen = f'    __import__("multiprocessing").set_start_method("{method}")\n'
+    script.write_text(text[: guard.end()] + chosen + text[guard.end() :])
+    done = run_script(script)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+
+
+@pytest.mark.parametrize("word", ["pytest", "demo"])
+def test_ci_runs_the_commands_of_the_readme(word: str) -> None:
+    """CI runs the README's commands, the one for the demo and the one for the tests, exactly as they stand."""
+    commands = [
+        line.strip()
+        for block in blocks_of(README)
+        for line in block.text.splitlines()
+        if block.language == "sh" and re.search(rf"\b{word}\b", line)
+    ]
+    assert commands
+    run = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    assert not [command for command in commands if command not in run]
+
+
+def commands() -> Iterator[tuple[Block, str]]:
+    """Each single command of the ``sh`` blocks."""
+    for block in BLOCKS:
+        if block.language == "sh":
+            for line in block.text.splitlines():
+                for command in line.partition("#")[0].split("&&"):
+                    if command.strip():
+                        yield block, command.strip()
+
+
+def test_commands_name_what_is_there() -> None:
+    """Each command runs a module that can be found, and each of its paths leads to a file or folder."""
+    wrong = []
+    for block, command in commands():
+        module = re.search(r"python3? -m (\S+)", command)
+        if module and not importlib.util.find_spec(module[1]):
+            wrong.append(f"{block.name}: no module {module[1]}")
+        paths = re.findall(r"(?<=\s)((?:tests|docs|benchmarks|mpbroadcast|\.ci)/[\w./-]*)", f" {command}")
+        wrong += [f"{block.name}: no {path}" for path in paths if not (ROOT / path).exists()]
+    assert list(commands())
+    assert not wrong
+
+
+# ------------------------------------------------------------------------------------------------- length, links, tables
+
+
+def test_the_readme_is_short() -> None:
+    """At most 200 lines; each script that shows a use has at most 14 lines of code."""
+    assert len(README.read_text().splitlines()) <= LONGEST_README
+    long = {
+        block.name: len(lines)
+        for block in SCRIPTS[1:]
+        if block.page == README and len(lines := list(filter(None, block.text.splitlines()))) > LONGEST_USE
+    }
+    assert not long
+
+
+def test_no_page_is_too_long() -> None:
+    """No page of docs/ is longer than a module may be."""
+    long = {page.name: count for page in PAGES if (count := len(page.read_text().splitlines())) > LONGEST_OF_LINES}
+    assert not long
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_each_link_leads_somewhere() -> None:
+    """Each relative link leads to a file or folder of the project, each anchor to a heading."""
+    wrong = []
+    for page in WITH_CHANGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:", link):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists() or ROOT not in (target, *target.parents):
+                wrong.append(f"{page.name}: {link}")
+            elif anchor and anchor not in anchors(target):
+                wrong.append(f"{page.name}: no heading for {link}")
+    assert not wrong
+
+
+def test_the_map_has_each_page() -> None:
+    """The README links to each page of docs/."""
+    text = README.read_text()
+    assert not [page.name for page in PAGES if page.parent.name == "docs" and f"(docs/{page.name}" not in text]
+
+
+def test_each_promise_has_its_test() -> None:
+    """What RELIABILITY.md names is there."""
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (ROOT / "RELIABILITY.md").read_text())
+    assert len(named) > 30
+    for module, function in named:
+        (path,) = TESTS.rglob(module)
+        text = path.read_text()
+        assert not function or re.search(rf"^(?:async )?def {function}\(", text, flags=re.MULTILINE), (
+            f"{module} has no {function}"
+        )
+
+
+def test_each_path_that_a_page_names_is_there() -> None:
+    """Each module, folder and test that docs/ names in backticks is there."""
+    wrong = []
+    roots = (ROOT, PACKAGE, TESTS, PACKAGE / "broker", PACKAGE / "client")
+    for page in PAGES:
+        for name in re.findall(r"`((?:[\w.]+/)+[\w.]*)`", page.read_text()):
+            if not any((root / name).exists() for root in roots) and not name.startswith("/"):
+                wrong.append(f"{page.name}: {name}")
+    assert not wrong
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+BANNED = re.compile(
+    r"(?<![A-Za-z])("
+    r"let(?:s|ting)?[ _](?:\w+ )?go"
+    r"|tell(?:s|ing)?|told"
+    r"|say(?:s|ing)?|said"
+    r"|hear(?:s|ing|d)?"
+    r"|who|whoever"
+    r"|in its place|done with"
+    r")(?![A-Za-z])",
+    flags=re.IGNORECASE,
+)
+BANNED_IDENTIFIERS = {"way", "ways", "place", "places"}
+
+NOT_DONE: set[str] = {
+    # Files that still have words of the old dialect. The goal is none; a file that is new must have none.
+    "README.md",
+    "RELIABILITY.md",
+    "SECURITY.md",
+    "mpbroadcast/broker/acceptor.py",
+    "mpbroadcast/broker/control_clients.py",
+    "mpbroadcast/broker/core/backlog.py",
+    "mpbroadcast/broker/core/history.py",
+    "mpbroadcast/broker/core/ring_holds.py",
+    "mpbroadcast/broker/core/router.py",
+    "mpbroadcast/broker/host/launcher.py",
+    "mpbroadcast/broker/host/logs.py",
+    "mpbroadcast/broker/host/socket_file.py",
+    "mpbroadcast/broker/host/supervisor.py",
+    "mpbroadcast/broker/members.py",
+    "mpbroadcast/broker/memory.py",
+    "mpbroadcast/broker/publisher.py",
+    "mpbroadcast/broker/reference_window.py",
+    "mpbroadcast/broker/server.py",
+    "mpbroadcast/broker/sharing.py",
+    "mpbroadcast/broker/stalls.py",
+    "mpbroadcast/broker/traffic.py",
+    "mpbroadcast/cli.py",
+    "mpbroadcast/client/api.py",
+    "mpbroadcast/client/asyncio_wait.py",
+    "mpbroadcast/client/broadcaster.py",
+    "mpbroadcast/client/channel.py",
+    "mpbroadcast/client/pipe_reader.py",
+    "mpbroadcast/client/pipe_writer.py",
+    "mpbroadcast/client/ring.py",
+    "mpbroadcast/client/selector.py",
+    "mpbroadcast/client/session.py",
+    "mpbroadcast/client/shared_reader.py",
+    "mpbroadcast/errors.py",
+    "mpbroadcast/posix/descriptors.py",
+    "mpbroadcast/posix/memory_pool.py",
+    "mpbroadcast/posix/poller.py",
+    "mpbroadcast/posix/processes.py",
+    "mpbroadcast/posix/shared_memory.py",
+    "mpbroadcast/protocol/control.py",
+    "mpbroadcast/protocol/fd_packets.py",
+    "mpbroadcast/protocol/frames.py",
+    "mpbroadcast/protocol/pickling.py",
+    "mpbroadcast/protocol/ring_allocator.py",
+    "mpbroadcast/protocol/runs.py",
+    "mpbroadcast/stats.py",
+    "mpbroadcast/validation.py",
+}
+
+
+def words_in(path: Path) -> list[str]:
+    """Where a text has a banned word. The names of tests do not count, nor do they in RELIABILITY.md."""
+    text = re.sub(r"\btest_\w+", "", path.read_text())
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {word}"
+        for number, line in enumerate(text.splitlines(), 1)
+        for word in BANNED.findall(line)
+    ]
+    if path.suffix == ".py":
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        found += [
+            f"{path.relative_to(ROOT)}:{token.start[0]}: {token.string}"
+            for token in tokens
+            if token.type == tokenize.NAME and BANNED_IDENTIFIERS & {*token.string.split("_")}
+        ]
+    return found
+
+
+@pytest.mark.parametrize("path", [*MODULES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_words_are_those_of_the_field(path: Path) -> None:
+    """No "let go", "tell", "say" or "hear", no "who" as a subject, and nothing is called a way or a place."""
+    if str(path.relative_to(ROOT)) not in NOT_DONE:
+        assert not words_in(path)
