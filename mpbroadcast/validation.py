@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from typing import Any, Literal, get_args
 
 from mpbroadcast.errors import AddressError
@@ -17,24 +16,6 @@ _KEPT_TOPICS = 16384
 _SHORT_TOPIC = 128  # bytes
 _encoded: dict[str, bytes] = {}
 _FOREVER = 1e6  # seconds: more than that, system calls do not take
-
-
-class Deadline:
-    """A moment on the monotonic clock, ``timeout`` seconds from now; ``None`` is never."""
-
-    __slots__ = ("_at",)
-
-    def __init__(self, timeout: float | None) -> None:
-        self._at = None if timeout is None else time.monotonic() + timeout
-
-    def left(self) -> float | None:
-        """Seconds left, never negative; ``None`` for no limit."""
-        return None if self._at is None else max(0.0, self._at - time.monotonic())
-
-    def milliseconds(self) -> int | None:
-        """What is left, as ``poll`` wants it, rounded up so that it does not spin in the last millisecond."""
-        left = self.left()
-        return None if left is None else min(int(left * 1000) + (left > 0), 2**31 - 1)
 
 
 def check_timeout(timeout: Any, name: str = "timeout") -> float | None:

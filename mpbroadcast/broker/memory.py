@@ -114,7 +114,7 @@ class Ring:
 
         :raises FrameError: they are not in the ring, or lie over earlier ones.
         """
-        places = list(references.places())
+        places = list(references.positions())
         for offset, length in places:
             if not 0 < length <= self.size - offset:
                 raise FrameError(f"a reference to {length} bytes at {offset} of a ring of {self.size}")
@@ -291,9 +291,9 @@ class Lender:
 
     def fetch(self, memfd_message: MemfdMessage) -> MemfdMessage | None:
         """The message with its memory; ``None`` when that has not come, or is not what was announced."""
-        if memfd_message.number not in self._memories:
+        if memfd_message.id not in self._memories:
             self.receive_packet_with_fd()
-        memory = self._memories.pop(memfd_message.number, None)
+        memory = self._memories.pop(memfd_message.id, None)
         trap_points.reach("fetched memory")
         return None if memory is None or not fits(memfd_message.length, memory.size) else memfd_message._replace(hold=memory)
 

@@ -65,11 +65,11 @@ class Publisher:
         """
         self.position += len(chunk)
         items = self._splitter.split(chunk)
-        if self._splitter.shares:
-            self._splitter.shares = False
+        if self._splitter.has_shared:
+            self._splitter.has_shared = False
             self.parked.extend(filter(None, map(self._found, items)))
-            while self._splitter.given_up:
-                number = self._splitter.given_up.pop()
+            while self._splitter.aborted:
+                number = self._splitter.aborted.pop()
                 if self.lender is not None:
                     self.lender.give_up(number)
         else:
@@ -127,4 +127,4 @@ class Publisher:
             for item in self.parked
             if isinstance(item, (Batch, MemfdMessage))
         )
-        return self._splitter.held + parked
+        return self._splitter.unfinished + parked

@@ -16,7 +16,7 @@ from mpbroadcast.broker.memory import Memory, Ring, RingHold
 from mpbroadcast.posix.descriptors import DescriptorSocket
 from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from mpbroadcast.protocol.ring_allocator import CHUNK
-from mpbroadcast.protocol.runs import GONE, OFFER, SharedRun
+from mpbroadcast.protocol.runs import RING_GONE, RING_OFFERED, SharedRun
 
 _MOST_UNREAD: Final = 64  # messages in memory of their own, each with a descriptor on its way
 _MOST_OFFERS: Final = 4  # rings that were sent and are not mapped: what is on its way nobody counts
@@ -45,7 +45,7 @@ class ReferenceWindow:
                 if self.fd_socket.send_packet(pack(RING, ring.number), ring.descriptor.fd):
                     self.rings[ring] = False
                     self._unanswered.add(ring.number)
-                    self.notes.append((OFFER, ring.number))
+                    self.notes.append((RING_OFFERED, ring.number))
 
     def answered(self, number: int, *, mapped: bool) -> None:
         """The reader has mapped the ring of this number, or cannot."""
@@ -58,7 +58,7 @@ class ReferenceWindow:
     def retire(self, ring: Ring) -> None:
         """Nothing more will refer to this ring."""
         if self.rings.pop(ring, None) is not None or ring.number in self._unanswered:
-            self.notes.append((GONE, ring.number))
+            self.notes.append((RING_GONE, ring.number))
 
     # --- what a pipe gets
 

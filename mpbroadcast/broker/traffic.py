@@ -341,7 +341,7 @@ class Traffic:
     def _routed(item: Item, publisher: Publisher) -> None:
         """It is on its way, or dropped: its publisher may go on."""
         if isinstance(item, MemfdMessage) and publisher.lender is not None:
-            publisher.lender.send_packet(pack(ROUTED, 0, item.number))
+            publisher.lender.send_packet(pack(ROUTED, 0, item.id))
 
     def replay(self, subscription: Subscription, topics: list[str], count: int, made: Mapping[str, Matcher]) -> None:
         """Put the last ``count`` messages that are for it into its backlog; ``made`` are the matchers of its patterns."""

@@ -13,14 +13,14 @@ from weakref import WeakSet
 
 from mpbroadcast.client.channel import Channel, open_own
 from mpbroadcast.client.pipe_writer import SHARED_FROM, PipeWriter, framed
-from mpbroadcast.client.session import Answer, Link, Session, for_answer, sooner
+from mpbroadcast.client.session import Answer, Link, Session, for_reply
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
 from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.protocol.frames import MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.protocol.pickling import PROTOCOL, LargeBuffer, Payload, dumps, explain, gather, keep_in_band
 from mpbroadcast.stats import BrokerStats, snapshot
 from mpbroadcast.validation import (
-    Deadline,
     Policy,
     check_count,
     check_overflow,
@@ -252,7 +252,7 @@ class Broadcaster(Generic[M]):
                 self._leave(writer)
 
     def _make(self, deadline: Deadline) -> PipeWriter:
-        answer = self._ask("publisher", for_answer(deadline))
+        answer = self._ask("publisher", for_reply(deadline))
         if answer.end is None:
             raise self._link.lost_error()
         made = PipeWriter(self._link, answer.session, answer.end, answer.said["publisher"])
@@ -412,7 +412,7 @@ class Broadcaster(Generic[M]):
 
     def _ask_and_wait(self, timeout: float | None, what: str, do: str, **fields: Any) -> None:
         # Who does not wait for what is asked for does wait for the answer.
-        deadline = for_answer(Deadline(0)) if timeout == 0 else Deadline(timeout)
+        deadline = for_reply(Deadline(0)) if timeout == 0 else Deadline(timeout)
         try:
             done = bool(self._ask(do, deadline, now=timeout == 0, **fields).said["done"])
         except TimedOut:
@@ -442,20 +442,20 @@ class Broadcaster(Generic[M]):
         process, link, writer = self._process, self._link, self._writer
         limit = Deadline(None if timeout is None else timeout + _MARGIN)  # also when the broker is stopped
         if process is not None:
-            open_own(self._channels, sooner(limit, CLOSE_TIMEOUT))
+            open_own(self._channels, limit.at_most(CLOSE_TIMEOUT))
         self._closed = True
         if writer is not None:
             writer.pipe.close()
         if process is None and writer is not None:
             # A publish that waits in another thread is woken when the broker closes its end.
             with contextlib.suppress(BroadcastError, OSError):
-                deadline = sooner(limit, CLOSE_TIMEOUT)
+                deadline = limit.at_most(CLOSE_TIMEOUT)
                 link.request("retire", session=writer.session, publisher=writer.number, deadline=deadline)
         if process is not None:
             asked = 0
             with contextlib.suppress(BroadcastError, OSError):
-                asked = link.request("stop", deadline=sooner(limit, CLOSE_TIMEOUT), timeout=timeout).said["pid"]
-            process.end(limit.left(), asked=asked, time_left=lambda: self._time_left(link, timeout))
+                asked = link.request("stop", deadline=limit.at_most(CLOSE_TIMEOUT), timeout=timeout).said["pid"]
+            process.end(limit.remaining(), asked=asked, time_left=lambda: self._time_left(link, timeout))
             link.close()
         self._writer = None
         self._outlets.clear()

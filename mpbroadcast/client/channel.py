@@ -22,14 +22,15 @@ from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 from mpbroadcast import trap_points
 from mpbroadcast.client.asyncio_wait import AsyncWaiters
 from mpbroadcast.client.pipe_reader import END_OF_MESSAGES, LOST, LOST_FOR_GOOD, End, Stream, follow, take_in
-from mpbroadcast.client.session import Answer, Link, for_answer
+from mpbroadcast.client.session import Answer, Link, for_reply
 from mpbroadcast.client.shared_reader import SharedReader
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, concerns
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import Descendants, PipeEnd, descendants, on_fork
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.pickling import Failure
-from mpbroadcast.validation import Deadline, check_count, check_timeout, check_topics
+from mpbroadcast.validation import check_count, check_timeout, check_topics
 
 M = TypeVar("M")
 E = TypeVar("E", bound=Exception)
@@ -160,7 +161,7 @@ class Channel(Generic[M]):
             if deadline is None:
                 deadline = Deadline(timeout)
             if flawed:  # it is raised, or another broker has taken over, and there may be a message
-                box[0].extend(map(self.recv, (deadline.left(),)))
+                box[0].extend(map(self.recv, (deadline.remaining(),)))
             else:
                 self._wait(deadline, timeout)
 
@@ -274,7 +275,7 @@ class Channel(Generic[M]):
             try:
                 pipe = self._open(deadline)
             except TimedOut:
-                if deadline.left() == 0:
+                if deadline.remaining() == 0:
                     return False
                 raise
             with self._lock:
@@ -321,7 +322,7 @@ class Channel(Generic[M]):
                 if self._opened:  # by another thread, meanwhile
                     continue
                 try:
-                    self._open_once(for_answer(deadline))
+                    self._open_once(for_reply(deadline))
                 except BroadcastError as error:
                     if isinstance(error, ChannelInUse):
                         self._pipe, self._owner = None, error.pid or -1

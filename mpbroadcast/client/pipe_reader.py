@@ -109,7 +109,7 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedReader | 
             ready.extend(messages)
         elif kind == runs.SKIPPED:
             skipped += run.messages
-        elif kind in (runs.OFFER, runs.GONE):
+        elif kind in (runs.RING_OFFERED, runs.RING_GONE):
             if shared is not None:
                 shared.note(kind, run.messages)
         else:

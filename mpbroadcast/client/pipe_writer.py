@@ -21,7 +21,8 @@ from typing import Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.client.ring import Ring
-from mpbroadcast.client.session import CONNECT_TIMEOUT, Link, Session, for_answer, sooner
+from mpbroadcast.client.session import CONNECT_TIMEOUT, Link, Session, for_reply
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import TimedOut
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import DescriptorSocket, PipeEnd
@@ -31,7 +32,6 @@ from mpbroadcast.protocol.fd_packets import ACCEPTED, FREE, MEMORY, NONE, REFUSE
 from mpbroadcast.protocol.frames import IMAGE, PIPE_BUF, abort, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.protocol.pickling import Payload
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST
-from mpbroadcast.validation import Deadline
 
 SHARED_FROM: Final = 2048  # bytes of a message from which on it goes this way
 MEMORY_FROM: Final = 1 << 18  # bytes from which on memory of its own is better than the pipe
@@ -171,8 +171,8 @@ class PipeWriter:
         :raises TimedOut: it did not in time.
         """
         trap_points.reach("waiting for room", self.pipe.fd)
-        while not self.pipe.wait(select.POLLOUT, sooner(deadline, _TURN)):
-            if deadline.left() == 0:
+        while not self.pipe.wait(select.POLLOUT, deadline.at_most(_TURN)):
+            if deadline.remaining() == 0:
                 raise TimedOut(_NOT_IN_TIME)
             self._link.send_notes()
 
@@ -200,7 +200,7 @@ class PipeWriter:
             return None
         self._not_before = now + _ASKING  # no call since it was looked at, so only one thread comes here
         with contextlib.suppress(OSError):  # no descriptor is left, here or in the broker
-            answer = self._link.request("fd_socket", session=self.session, publisher=self.number, deadline=for_answer(deadline))
+            answer = self._link.request("fd_socket", session=self.session, publisher=self.number, deadline=for_reply(deadline))
             self._fd_socket = answer.fd_socket
         self._not_before = time.monotonic() + _AGAIN
         return self._fd_socket
@@ -260,10 +260,10 @@ class PipeWriter:
                 continue
             # Wait for a chunk, but not for long, and not again until one has come.
             if patience is None:
-                patience = sooner(deadline, _PATIENCE)
+                patience = deadline.at_most(_PATIENCE)
                 with contextlib.suppress(OSError):
                     fd_socket.send_packet(pack(WANTED))
-            left = patience.left()
+            left = patience.remaining()
             if not left:
                 self._dry = True
                 return False
@@ -343,7 +343,7 @@ class PipeWriter:
                     return True
             if not there:
                 return False
-            if deadline.left() == 0:
+            if deadline.remaining() == 0:
                 raise TimedOut(_NOT_IN_TIME)
-            fd_socket.wait(sooner(deadline, _SLICE).left() or 0)
+            fd_socket.wait(deadline.at_most(_SLICE).remaining() or 0)
             self._link.send_notes()

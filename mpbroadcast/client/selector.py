@@ -9,8 +9,9 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeGuard, TypeVar, cast
 
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BrokerLost, ClosedError, TimedOut
-from mpbroadcast.validation import Deadline, check_timeout
+from mpbroadcast.validation import check_timeout
 
 if TYPE_CHECKING:
     import typing_extensions  # which each type checker knows; nothing needs it when this runs
@@ -143,7 +144,7 @@ class Selector(Generic[M]):
             return
         known = set(self._ready)
         self._ready.extend(
-            source for fd in wait(list(waitables), deadline.left()) if (source := waitables[cast(int, fd)]) not in known
+            source for fd in wait(list(waitables), deadline.remaining()) if (source := waitables[cast(int, fd)]) not in known
         )
 
     def _take(self, source: Source) -> Any:

@@ -27,6 +27,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 from mpbroadcast import trap_points
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import (
     AuthenticationFailed,
     BroadcastError,
@@ -48,7 +49,6 @@ from mpbroadcast.protocol.control import (
     decode,
     encode,
 )
-from mpbroadcast.validation import Deadline
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped hangs nobody for ever
 # Seconds before another try to connect, when a connection was reset: by a broker that has died and is replaced, or by one that
@@ -95,7 +95,7 @@ class _Control:
                     f"no broker answers at {self._address!r} ({error.strerror}): it has ended, or this is not what its "
                     "`address` says"
                 ) from error
-            if deadline.left() == 0:
+            if deadline.remaining() == 0:
                 raise TimedOut(f"the broker at {self._address!r} took no connection in time")
             time.sleep(0.005)  # its queue is full
 
@@ -271,7 +271,7 @@ class Link:
             return session
         # While a broker is being replaced, this waits in the queue of the socket.
         try:
-            lifeline, said = self._connected(self._attach, sooner(deadline or Deadline(None), CONNECT_TIMEOUT))
+            lifeline, said = self._connected(self._attach, (deadline or Deadline(None)).at_most(CONNECT_TIMEOUT))
         except BrokerLost as error:
             self.restarts = False  # nobody needs to wait for another one again
             if self.broker:  # it was there before
@@ -298,9 +298,9 @@ class Link:
             except BrokerLost as error:
                 if not isinstance(error.__cause__, (ConnectionResetError, BrokenPipeError, NoneType)):
                     raise
-                if deadline.left() == 0:  # there may be a broker all the same
+                if deadline.remaining() == 0:  # there may be a broker all the same
                     raise TimedOut(f"the broker at {self.address!r} took no connection in time") from error
-            time.sleep(sooner(deadline, pause).left() or 0.0)
+            time.sleep(deadline.at_most(pause).remaining() or 0.0)
         return connect(deadline)
 
     def _attach(self, deadline: Deadline) -> tuple[_Control, dict[str, Any]]:
@@ -336,7 +336,7 @@ class Link:
             control = session.idle.pop()
         try:
             if control is None:
-                control = self._connected(self._control, sooner(deadline, CONNECT_TIMEOUT))
+                control = self._connected(self._control, deadline.at_most(CONNECT_TIMEOUT))
             said = control.ask(message, deadline, b"".join(map(_drop_note, to_drop)))
             if said.get("error") == "unknown":  # it was another broker that has answered
                 raise BrokerLost(str(said["text"]))
@@ -442,19 +442,12 @@ _links: WeakValueDictionary[str, Link] = WeakValueDictionary()  # by the broker'
 _keys: dict[str, bytes] = {}  # by address
 
 
-def for_answer(deadline: Deadline) -> Deadline:
-    """For asking something that is answered at once, on the way to what ``deadline`` is for: 0 does not forbid to ask.
+def for_reply(deadline: Deadline) -> Deadline:
+    """Return the deadline of a request that the broker answers at once, sent on behalf of a call that waits until ``deadline``.
 
-    A broker that is stopped makes a call longer than its timeout by less than a second.
+    A timeout of 0 does not forbid the request. A broker that is stopped makes the call longer by less than a second.
     """
-    left = deadline.left()
-    return Deadline(None if left is None else max(left, _LEAST_TIME))
-
-
-def sooner(deadline: Deadline, seconds: float) -> Deadline:
-    """In ``seconds``, or at ``deadline`` if that comes first."""
-    left = deadline.left()
-    return Deadline(seconds if left is None else min(left, seconds))
+    return deadline.at_least(_LEAST_TIME)
 
 
 def _error(reply: dict[str, Any]) -> Exception:

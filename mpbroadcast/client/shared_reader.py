@@ -26,7 +26,7 @@ from mpbroadcast.protocol.fd_packets import MAPPED, MEMORY, READ, REFUSED, RING,
 from mpbroadcast.protocol.frames import OVERHEAD, references_in
 from mpbroadcast.protocol.pickling import Failure, load_copied_image, load_each, load_image, loads
 from mpbroadcast.protocol.ring_allocator import CHUNK
-from mpbroadcast.protocol.runs import OFFER, REFERENCES, RunView, read_memory, read_references
+from mpbroadcast.protocol.runs import REFERENCES, RING_OFFERED, RunView, read_memory, read_references
 
 _SELDOM: Final = 0.25  # seconds, until an acknowledgement is sent although little was read
 SAY_EVERY: Final = 2 * CHUNK  # bytes read, until the broker is told; an empty pipe tells it, too
@@ -76,7 +76,7 @@ class SharedReader:
 
     def note(self, kind: int, ring: int) -> None:
         """A ring has come, and is mapped, or nothing refers to it any more."""
-        if kind == OFFER:
+        if kind == RING_OFFERED:
             self._receive(ring)
             with contextlib.suppress(OSError):
                 self._fd_socket.send_packet(pack(MAPPED if ring in self._rings else REFUSED, ring))

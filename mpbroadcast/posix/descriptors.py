@@ -21,8 +21,8 @@ from operator import methodcaller
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix import locks
-from mpbroadcast.validation import Deadline
 
 _SPACE: Final = socket.CMSG_SPACE(2 * array("i").itemsize)
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)

@@ -16,7 +16,7 @@ from typing import Final
 
 import psutil
 
-from mpbroadcast.validation import Deadline
+from mpbroadcast.deadline import Deadline
 
 _PAUSE: Final = 0.01  # seconds, where a death is no event
 
@@ -87,7 +87,7 @@ class PeerProcess:
             poll.register(self.fd, select.POLLIN)
             return bool(poll.poll(deadline.milliseconds()))
         while not self.dead():
-            if deadline.left() == 0:
+            if deadline.remaining() == 0:
                 return False
             time.sleep(_PAUSE)
         return True

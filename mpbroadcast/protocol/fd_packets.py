@@ -1,23 +1,26 @@
-"""What is said on the descriptor socket beside a pipe: packets of one size, some with a descriptor. Sans-IO.
+"""Packets on the descriptor socket beside a pipe. Sans-IO: bytes in, bytes out.
+
+A packet has 16 bytes: kind u8, 3 unused, ring u32, value u64. Some carry a descriptor. Both ends send without blocking.
+A descriptor is sent before the frame or run that needs it is written into the pipe, so it is there when that is read.
 
 Between a publisher and the broker::
 
-    RING      ->  a ring's memory (descriptor); number: the publisher's for it, value: bytes of a chunk
-    ACCEPTED  <-  references into ring ``number`` will be understood
-    REFUSED   <-  they will not
-    FREE      <-  chunks of ring ``number`` are free again; value: a bit for each
-    WANTED    ->  no chunk is free
-    NONE      <-  none of ring ``number`` will be soon: readers that have stopped keep them
-    MEMORY    ->  the memory of message ``value`` (descriptor), whose frame comes in the pipe
-    ROUTED    <-  message ``value`` is on its way: its memory does not count any more
+    RING      ->  the memory (descriptor) of ring ``ring``, the publisher's id for it; value: bytes of a chunk
+    ACCEPTED  <-  the broker has mapped the ring: the publisher may write references into it
+    REFUSED   <-  the broker cannot map the ring
+    FREE      <-  chunks of the ring are free again; value: a bit for each
+    WANTED    ->  the publisher waits for a free chunk
+    NONE      <-  no chunk of the ring will be free soon: readers that have stopped keep them
+    MEMORY    ->  the memory (descriptor) of message ``value``, whose frame comes in the pipe
+    ROUTED    <-  message ``value`` is routed: its memory does not count against the publisher any more
 
 Between the broker and a channel::
 
-    RING      ->  a ring's memory (descriptor); number: the broker's for it
-    MAPPED    <-  ring ``number`` is mapped: references may come
-    REFUSED   <-  ring ``number`` cannot be mapped
-    MEMORY    ->  the memory of message ``value`` (descriptor), whose run comes in the pipe
-    READ      <-  ``value`` references have been read so far, of rings and memories
+    RING      ->  the memory (descriptor) of ring ``ring``, the broker's id for it
+    MAPPED    <-  the channel has mapped the ring: the broker may write references into it
+    REFUSED   <-  the channel cannot map the ring
+    MEMORY    ->  the memory (descriptor) of message ``value``, whose run comes in the pipe
+    READ      <-  the channel has read ``value`` messages in shared memory so far
 """
 
 from __future__ import annotations
@@ -44,22 +47,22 @@ class PacketError(Exception):
 
 
 class Packet(NamedTuple):
-    """``kind`` says what ``number`` and ``value`` mean."""
+    """``kind`` decides what ``ring`` and ``value`` mean."""
 
     kind: int
-    number: int
+    ring: int
     value: int
 
 
-def pack(kind: int, number: int = 0, value: int = 0) -> bytes:
-    """A packet as it travels."""
-    return _PACKET.pack(kind, number, value)
+def pack(kind: int, ring: int = 0, value: int = 0) -> bytes:
+    """Return the bytes of a packet."""
+    return _PACKET.pack(kind, ring, value)
 
 
 def unpack(data: bytes) -> Packet:
-    """The packet in ``data``.
+    """Return the packet in ``data``.
 
-    :raises PacketError: it is none.
+    :raises PacketError: ``data`` is no packet.
     """
     try:
         packet = Packet(*_PACKET.unpack(data))

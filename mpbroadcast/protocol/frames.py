@@ -162,22 +162,22 @@ class References(NamedTuple):
             self._replace(frames=self.frames[middle:], sizes=self.sizes[count:]),
         )
 
-    def places(self) -> Iterator[tuple[int, int]]:
+    def positions(self) -> Iterator[tuple[int, int]]:
         """Offset and length of each message in the ring."""
         return ((offset, length) for _, offset, length in references_in(self.frames, self.skip))
 
     def copied(self, ring: memoryview) -> Batch:
         """The messages themselves, out of the ring."""
         frames: list[Any] = []
-        for offset, length in self.places():
+        for offset, length in self.positions():
             frames += (frame_head(length, self.topic, self.exclude, IMAGE if self.image else 0), ring[offset : offset + length])
         return Batch(b"".join(frames), self.sizes, self.topic, self.exclude, self.skip, self.image)
 
 
 class MemfdMessage(NamedTuple):
-    """A message in memory of its own, which comes beside the pipe under ``number``, or has come."""
+    """A message in memory of its own. ``id`` is its publisher's; the memory's descriptor has it, too."""
 
-    number: int
+    id: int
     length: int
     topic: bytes
     exclude: int
@@ -225,9 +225,9 @@ class Splitter:
     def __init__(self) -> None:
         self._rest = b""
         self._parts: dict[int, bytearray] = {}
-        self.held = 0  # bytes of messages that are not complete
-        self.given_up: list[int] = []  # numbers of messages whose rest, or memory, will not be asked for
-        self.shares = False  # whether references, messages in memory, or those numbers have come
+        self.unfinished = 0  # bytes of messages that are not complete
+        self.aborted: list[int] = []  # ids of messages whose remaining pieces, or memory, will not be used
+        self.has_shared = False  # True once references, messages in memory, or aborts have come: the reader resets it
 
     def split(self, chunk: bytes) -> list[Item]:
         """The frames that ``chunk`` completes, in order, neighbours of one way together, but no more than ``MOST_TOGETHER``.
@@ -251,12 +251,12 @@ class Splitter:
                     position += size
                     self._piece(chunk[start:position], tag, batches)
                 elif tag < MEMORY:
-                    self.shares = True
+                    self.has_shared = True
                     references = _references(chunk, position, end)
                     batches.append(references)
                     position += len(references.frames)
                 else:
-                    self.shares = True
+                    self.has_shared = True
                     position += size
                     batches.append(_memfd_message(chunk[start:position]))
                 continue
@@ -296,8 +296,8 @@ class Splitter:
         if tag == ABORT and len(piece) == _ABORT.size:
             number = _ABORT.unpack(piece)[2]
             self._drop(number)
-            self.given_up.append(number)
-            self.shares = True
+            self.aborted.append(number)
+            self.has_shared = True
             return
         if tag != PIECE or len(piece) <= _PIECE.size:
             raise FrameError(f"a piece with the tag {tag:#x}")
@@ -308,10 +308,10 @@ class Splitter:
             self._parts[number] = parts = bytearray()
             if len(self._parts) > _MOST_UNFINISHED:
                 raise FrameError("more unfinished messages than a publisher can have")
-            self.held += _UNFINISHED
+            self.unfinished += _UNFINISHED
         parts += part  # a list of them would take many times the bytes of short ones
-        self.held += len(part)
-        if self.held > MAX_FRAME:
+        self.unfinished += len(part)
+        if self.unfinished > MAX_FRAME:
             raise FrameError("more of unfinished messages than one message may have")
         if last:
             frame = self._drop(number)
@@ -323,7 +323,7 @@ class Splitter:
         parts = self._parts.pop(number, None)
         if parts is None:
             return b""
-        self.held -= len(parts) + _UNFINISHED
+        self.unfinished -= len(parts) + _UNFINISHED
         return bytes(parts)
 
 

@@ -39,12 +39,12 @@ END: Final = 1
 GAP: Final = 2
 SKIPPED: Final = 3
 OVERFLOWED: Final = 4
-OFFER: Final = 5  # a ring can be mapped
-GONE: Final = 6  # nothing refers to a ring any more
+RING_OFFERED: Final = 5  # the descriptor of a ring has been sent
+RING_GONE: Final = 6  # no later run refers to the ring
 REFERENCES: Final = 7
 IN_MEMORY: Final = 8
 RESTARTED: Final = 9  # the broker is another one: what is missing here, nobody knows
-_NOTES: Final = (END, GAP, SKIPPED, OVERFLOWED, OFFER, GONE, RESTARTED)
+_NOTES: Final = (END, GAP, SKIPPED, OVERFLOWED, RING_OFFERED, RING_GONE, RESTARTED)
 
 _RING: Final = Struct("<I")
 _MEMORY: Final = Struct("<QQ")
@@ -185,7 +185,7 @@ def note_run(kind: int, missed: int = 0) -> Run:
 
 
 def note(kind: int, number: int) -> bytes:
-    """A note as a pipe gets it. Of ``OFFER`` and ``GONE``, the number is the ring's."""
+    """A note as a pipe gets it. Of ``RING_OFFERED`` and ``RING_GONE``, the number is the ring's."""
     return _NOTE.pack(_NOTE.size + len(TAIL), 0, kind, 0, 0, number) + TAIL
 
 

@@ -25,7 +25,7 @@ import pytest
 import mpbroadcast
 from mpbroadcast import AuthenticationFailed, Broadcaster, BrokerLost, TimedOut, connect, start_broadcaster, trap_points
 from mpbroadcast.client.session import Link
-from mpbroadcast.validation import Deadline
+from mpbroadcast.deadline import Deadline
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, keyed_connection, wait_until
 from tests.support.victims import Program, descriptors
 
@@ -236,7 +236,7 @@ def test_a_connection_that_was_reset_when_the_time_is_over(temporary_folder: Pat
         def reach(name: str, subject: object = None) -> None:
             if name == "connected":
                 server.accept()[0].close()
-                wait_until(lambda: deadline.left() == 0)
+                wait_until(lambda: deadline.remaining() == 0)
 
         monkeypatch.setattr(trap_points, "reach", reach)
         with pytest.raises(TimedOut):

@@ -40,12 +40,12 @@ from mpbroadcast.protocol.pickling import Failure, load_each, load_run, loads
 from mpbroadcast.protocol.runs import (
     END,
     GAP,
-    GONE,
     IN_MEMORY,
     MESSAGES,
-    OFFER,
     OVERFLOWED,
     REFERENCES,
+    RING_GONE,
+    RING_OFFERED,
     RUN,
     SKIPPED,
     Run,
@@ -169,7 +169,7 @@ def test_messages_come_out_as_they_were_written(stream: Written, lengths: list[i
     splitter = Splitter()
     batches = [batch for part in chunks(data, lengths) for batch in splitter.split(part)]
     assert unpacked(batches) == stream.messages
-    assert splitter.held == 0
+    assert splitter.unfinished == 0
 
 
 @settings(STEADY, max_examples=30)
@@ -196,12 +196,12 @@ def test_a_long_message_is_held_until_it_is_whole() -> None:
     first, *others = pieces(message.frame, 1)
     splitter = Splitter()
     assert splitter.split(first) == []
-    assert PIPE_BUF / 2 < splitter.held < 2 * PIPE_BUF
+    assert PIPE_BUF / 2 < splitter.unfinished < 2 * PIPE_BUF
     (batch,) = splitter.split(b"".join(others))
     assert isinstance(batch, Batch)
     assert batch.charge == len(message.frame) - 8 + FRAME_OVERHEAD
     assert unpacked([batch]) == [message]
-    assert splitter.held == 0
+    assert splitter.unfinished == 0
 
 
 def test_an_aborted_message_leaves_nothing() -> None:
@@ -209,10 +209,10 @@ def test_an_aborted_message_leaves_nothing() -> None:
     lost, kept = (Message(b"", 0, fill * (2 * PIPE_BUF)) for fill in (b"x", b"y"))
     splitter = Splitter()
     splitter.split(next(pieces(lost.frame, 1)))
-    assert splitter.held
+    assert splitter.unfinished
     assert not splitter.split(abort(1))
     assert not splitter.split(abort(99))
-    assert splitter.held == 0
+    assert splitter.unfinished == 0
     assert unpacked(splitter.split(b"".join(pieces(kept.frame, 1)))) == [kept]
 
 
@@ -301,8 +301,8 @@ def feed(data: bytes, lengths: Iterable[int]) -> None:
         for part in chunks(data, lengths):
             fed += len(part)
             out += sum(len(batch.frames) for batch in splitter.split(part) if isinstance(batch, Batch))
-            assert splitter.held >= 0
-            assert splitter.held + out <= fed + 512 * (fed // 18)  # for keeping each that has begun
+            assert splitter.unfinished >= 0
+            assert splitter.unfinished + out <= fed + 512 * (fed // 18)  # for keeping each that has begun
     except FrameError:
         pass
 
@@ -714,7 +714,7 @@ def shared_run(kind: int, offset: int, length: int, count: int) -> bytes:
 @given(
     steps=st.lists(
         st.tuples(
-            st.sampled_from([MESSAGES, MESSAGES, REFERENCES, REFERENCES, IN_MEMORY, OFFER, GONE, SKIPPED, GAP]),
+            st.sampled_from([MESSAGES, MESSAGES, REFERENCES, REFERENCES, IN_MEMORY, RING_OFFERED, RING_GONE, SKIPPED, GAP]),
             st.integers(1, 3),
             st.sampled_from([False, False, True]),
         ),
@@ -736,7 +736,7 @@ def test_messages_in_shared_memory_are_decoded_in_their_places(
         for number, (kind, count, bad) in enumerate(steps):
             value: Any = Unloadable(ValueError) if bad else number
             pickled = pickle.dumps(value)
-            if kind in (OFFER, GONE):
+            if kind in (RING_OFFERED, RING_GONE):
                 data += note(kind, number)
                 noted += [(kind, number)]
             elif kind in (SKIPPED, GAP):

@@ -40,10 +40,10 @@ from mpbroadcast.protocol.frames import (
 from mpbroadcast.protocol.pickling import OUT_OF_BAND, LargeBuffer, dumps, gather, keep_in_band, load_image, loads
 from mpbroadcast.protocol.ring_allocator import RingAllocator, span
 from mpbroadcast.protocol.runs import (
-    GONE,
     IN_MEMORY,
-    OFFER,
     REFERENCES,
+    RING_GONE,
+    RING_OFFERED,
     Account,
     SharedRun,
     memory_run,
@@ -479,18 +479,18 @@ def found(items: list[Item]) -> list[Sent]:
     result: list[Sent] = []
     for item in items:
         if isinstance(item, References):
-            heads = [len(frame_head(0, item.topic, item.exclude)) + length for _, length in item.places()]
+            heads = [len(frame_head(0, item.topic, item.exclude)) + length for _, length in item.positions()]
             assert [*item.sizes] == heads
             assert item.fitting(item.charge) == len(heads)
             assert item.fitting(item.charge - 1) == len(heads) - 1
             assert len(item.frames) + 64 <= PIPE_BUF
-            for (offset, length), (ring, *same) in zip(item.places(), references_in(item.frames, item.skip), strict=True):
+            for (offset, length), (ring, *same) in zip(item.positions(), references_in(item.frames, item.skip), strict=True):
                 assert (ring, *same) == (item.ring, offset, length)
                 result.append(("ring", (ring, offset), length, item.topic, item.exclude, item.image))
         elif isinstance(item, MemfdMessage):
             assert (item.fitting(item.charge), item.fitting(item.charge - 1)) == (1, 0)
             assert item.cut(0) == (item, item)
-            result.append(("memory", item.number, item.length, item.topic, item.exclude, item.image))
+            result.append(("memory", item.id, item.length, item.topic, item.exclude, item.image))
         elif isinstance(item, Batch):
             for size in item.sizes:
                 length = size - item.skip
@@ -510,9 +510,9 @@ def test_messages_in_shared_memory_keep_their_place(messages: list[Sent], cuts: 
         items += splitter.split(data[:cut])
         data = data[cut:]
     assert found(items) == [message for message in messages if message[0] != "abort"]
-    assert splitter.given_up == [message[1] for message in messages if message[0] == "abort"]
-    assert splitter.shares == any(message[0] in ("ring", "memory", "abort") for message in messages)
-    assert splitter.held == 0
+    assert splitter.aborted == [message[1] for message in messages if message[0] == "abort"]
+    assert splitter.has_shared == any(message[0] in ("ring", "memory", "abort") for message in messages)
+    assert splitter.unfinished == 0
 
 
 def test_references_of_one_way_go_together_within_limits() -> None:
@@ -525,7 +525,7 @@ def test_references_of_one_way_go_together_within_limits() -> None:
     offsets = [4096 * number for number in range(300)]
     items = split(b"".join(reference_frame(1, offset, 4096, b"t") for offset in offsets))
     assert len(items) < 6
-    assert [offset for item in items for offset, _ in item.places()] == offsets
+    assert [offset for item in items for offset, _ in item.positions()] == offsets
     large = b"".join(reference_frame(1, number, 1 << 19, b"t") for number in range(5))
     assert [len(item.sizes) for item in split(large)] == [2, 2, 1]
     other = reference_frame(1, 0, 4096, b"t") + reference_frame(2, 0, 4096, b"t") + reference_frame(2, 0, 4096, b"u")
@@ -551,7 +551,7 @@ def test_anything_else_is_refused(messages: list[Sent], damage: list[tuple[int, 
             items = splitter.split(stream[:cut]) + splitter.split(stream[cut:])
         except FrameError:
             continue
-        assert 0 <= splitter.held <= len(stream) + 512 * (len(stream) // 18)  # for keeping each that has begun
+        assert 0 <= splitter.unfinished <= len(stream) + 512 * (len(stream) // 18)  # for keeping each that has begun
         for item in items:
             assert item.charge > 0
         found(items)
@@ -582,17 +582,17 @@ def test_references_are_cut_copied_and_written(way: tuple[bytes, int, bool], len
         reference_frame(7, offset, length, topic, exclude, image) for offset, length in zip(offsets, lengths, strict=True)
     )
     items: list[Any] = Splitter().split(frames)
-    assert [place for item in items for place in item.places()] == [*zip(offsets, lengths, strict=True)]
+    assert [place for item in items for place in item.positions()] == [*zip(offsets, lengths, strict=True)]
     for item in items:
         parts = item.cut(min(cut, len(item.sizes)))
-        assert [place for part in parts for place in part.places()] == [*item.places()]
+        assert [place for part in parts for place in part.positions()] == [*item.positions()]
         assert parts[0].sizes + parts[1].sizes == item.sizes
         assert parts[0].charge + parts[1].charge == item.charge
         batch = item.copied(memoryview(memory))
         assert (batch.sizes, batch.charge, batch.image, batch.exclude) == (item.sizes, item.charge, image, exclude)
         assert run_of(batch).charge == item.charge
-        heads = [frame_head(length, topic, exclude, 1 << 17 if image else 0) for _, length in item.places()]
-        pairs = zip(heads, item.places(), strict=True)
+        heads = [frame_head(length, topic, exclude, 1 << 17 if image else 0) for _, length in item.positions()]
+        pairs = zip(heads, item.positions(), strict=True)
         assert batch.frames == b"".join(head + memory[offset : offset + length] for head, (offset, length) in pairs)
         data = b"before" + references_run(item, number) + b"behind"
         assert len(data) - 12 <= PIPE_BUF
@@ -613,7 +613,7 @@ def check_shared_run(item: References, ring: int, memory: bytes) -> None:
     )
     run = SharedRun(item._replace(hold=hold), account)
     plain = run_of(item.copied(memoryview(memory)))
-    places = [*item.places()]
+    places = [*item.positions()]
     assert (run.count, run.charge, run.missed, account.held) == (len(places), item.charge, 0, item.charge)
     assert run.charges() == [size + FRAME_OVERHEAD - 8 for size in item.sizes]
     for start in range(run.count):
@@ -621,7 +621,7 @@ def check_shared_run(item: References, ring: int, memory: bytes) -> None:
             part = run.part(start, stop)
             assert isinstance(part, SharedRun)
             assert isinstance(part.item, References)
-            assert [*part.item.places()] == places[start:stop]
+            assert [*part.item.positions()] == places[start:stop]
             assert (part is run) == (part.count == run.count)
             assert part is run or account.held == item.charge + part.charge
             assert part.copied().data == plain.part(start, stop).data
@@ -637,7 +637,7 @@ def test_a_parcel_is_written_and_read(way: tuple[bytes, int, bool], length: int,
     topic, exclude, image = way
     (message,) = Splitter().split(memory_frame(numbers[0], length, topic, exclude, image))
     assert isinstance(message, MemfdMessage)
-    assert (message.number, message.length, message.topic, message.exclude, message.image) == (
+    assert (message.id, message.length, message.topic, message.exclude, message.image) == (
         numbers[0],
         length,
         *way,
@@ -655,7 +655,7 @@ def test_a_parcel_is_written_and_read(way: tuple[bytes, int, bool], length: int,
         assert batch.image == image
 
 
-@pytest.mark.parametrize("kind", [OFFER, GONE])
+@pytest.mark.parametrize("kind", [RING_OFFERED, RING_GONE])
 def test_notes_about_rings(kind: int) -> None:
     """They say which ring; a head that is not whole says nothing yet."""
     data = note(kind, 2**32 - 1)

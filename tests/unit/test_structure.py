@@ -27,6 +27,7 @@ LAYERS = [
     "posix",
     "protocol",
     "validation",
+    "deadline",
     "trap_points",
     "errors",
     "stats",

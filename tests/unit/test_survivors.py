@@ -18,13 +18,14 @@ from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.ring_holds import Holds, Unread
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.client.ring import Ring
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import AddressError
 from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.protocol import frames
 from mpbroadcast.protocol.frames import MOST_TOGETHER, PIPE_BUF, Batch, FrameError, MemfdMessage, Splitter, frame_head, pieces
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS
 from mpbroadcast.protocol.runs import GAP, MESSAGES, RUN, Run, SharedRun, memory_run, read_run, run_of
-from mpbroadcast.validation import MAX_ADDRESS, Deadline, check_address, check_authkey, check_timeout
+from mpbroadcast.validation import MAX_ADDRESS, check_address, check_authkey, check_timeout
 
 
 def test_nothing_is_left_of_patterns_that_nobody_has() -> None:
@@ -157,7 +158,7 @@ def test_a_message_that_fills_its_pieces_exactly(count: int, more: int) -> None:
     items = [item for piece in made for item in splitter.split(piece)]
     assert isinstance(items[-1], Batch)
     assert (items[-1].frames, items[-1].image) == (frame, True)
-    assert splitter.held == 0
+    assert splitter.unfinished == 0
 
 
 def test_a_row_of_one_size_is_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

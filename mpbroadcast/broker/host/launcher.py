@@ -44,11 +44,11 @@ from mpbroadcast.broker.host.succession import READY, STOPPING, Succession, new_
 from mpbroadcast.broker.host.supervisor import keep
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import DRAIN_TIMEOUT, Broker
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import StartError
 from mpbroadcast.posix.descriptors import on_fork, without_heirs
 from mpbroadcast.posix.poller import IN
 from mpbroadcast.posix.processes import PeerProcess
-from mpbroadcast.validation import Deadline
 
 log = logging.getLogger("mpbroadcast.broker")
 
@@ -164,7 +164,7 @@ class BrokerProcess:
             if not _wait(kept, deadline, time_left):
                 kept.send_signal(signal.SIGKILL)
             kept.close()
-        left = deadline.left()
+        left = deadline.remaining()
         self._kill(_GRACE if left is None else max(left, _SHORT_GRACE))
         remove_leftovers(self.address)
         self.leave()
@@ -218,7 +218,7 @@ def _process(pid: int | None) -> PeerProcess | None:
 
 def _wait(process: PeerProcess, deadline: Deadline, time_left: Callable[[], float]) -> bool:
     """Wait for a broker that drains: whether it has ended."""
-    left = deadline.left()
+    left = deadline.remaining()
     while not process.wait(left):
         left = time_left()
         if not left:
@@ -274,7 +274,7 @@ def _start(method: str, process: BaseProcess) -> None:
 
 def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadline: Deadline, hint: str) -> str:
     trap_points.reach("waiting for the broker")
-    ready = connection.wait([reader, process.sentinel], deadline.left())
+    ready = connection.wait([reader, process.sentinel], deadline.remaining())
     if not ready:
         raise StartError(
             "the broker process was not ready in time: the machine is very busy, or start_timeout is too short for its start "
