@@ -1,7 +1,4 @@
-"""Interrupts, forks, collections and the end of the program, at any moment of any call.
-
-The moments are random: ``MPBROADCAST_SEED`` repeats a run's, ``MPBROADCAST_SOAK`` is how many seconds each storm takes.
-"""
+"""Interrupts, forks and collections at any moment of any call."""
 
 from __future__ import annotations
 
@@ -19,33 +16,40 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from weakref import WeakSet
 
 import psutil
 import pytest
 
-import mpbroadcast
 from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, start_broadcaster, trap_points
 from mpbroadcast.broker.host.launcher import BrokerProcess
 from mpbroadcast.client.session import Link
 from mpbroadcast.posix import locks
-from mpbroadcast.posix.descriptors import OwnedDescriptor, PipeEnd, _forks
+from mpbroadcast.posix.descriptors import OwnedDescriptor, PipeEnd
 from mpbroadcast.posix.shared_memory import available
-from tests.conftest import FAILED, descriptors, leaked
+from tests.conftest import descriptors, leaked
 from tests.support.helpers import DEADLINE, Background, pattern, wait_until
-from tests.support.victims import Program
+from tests.support.interrupting import (
+    SEED,
+    SOAK,
+    STORM,
+    Interrupt,
+    Interrupting,
+    Storm,
+    before_opcode,
+    behind_call,
+    duration,
+    entering,
+    interrupting,
+    storming,
+)
+from tests.support.victims import ROOT
 
 Bus = Broadcaster[Any]
-
-SEED = int(os.environ.get("MPBROADCAST_SEED") or random.SystemRandom().randrange(1 << 32))
-SOAK = float(os.environ.get("MPBROADCAST_SOAK") or 0)
-PACKAGE = Path(mpbroadcast.__file__).parent
-STORM = SOAK or 0.1
-"""How many seconds a storm takes."""
 
 pytestmark = [
     pytest.mark.timeout(60 + 3 * SOAK),
@@ -54,86 +58,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*subprocess .* is still running:ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-class Interrupt(KeyboardInterrupt):
-    """What the handler raises: a Ctrl-C that no other can be taken for."""
-
-
-class Storm:
-    """Interrupts calls after random times; often twice, so that a second one meets what the first has set off."""
-
-    def __init__(self, times: int) -> None:
-        self.raised = 0
-        self.times = times
-        self._left = 0
-        self._random = random.Random(SEED)
-        self._error: Interrupt | None = None
-        # pytest's own timeout has the same timer: it gets it back between the calls.
-        self._deadline = time.monotonic() + (signal.getitimer(signal.ITIMER_REAL)[0] or 1e6)
-        self._before = signal.signal(signal.SIGALRM, self)
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._left:
-            self._left -= 1
-            self.raised += 1
-            if not self._left:
-                self._quiet()
-            raise Interrupt
-        if time.monotonic() >= self._deadline and callable(self._before):
-            self._before(number, frame)
-
-    def _quiet(self) -> None:
-        signal.setitimer(signal.ITIMER_REAL, max(0.001, self._deadline - time.monotonic()))
-
-    def end(self) -> None:
-        """Give signal and timer back."""
-        signal.signal(signal.SIGALRM, self._before)
-        self._quiet()
-
-    def interrupts(self, longest: float, function: Callable[..., Any], *args: Any, **keywords: Any) -> Interrupt | None:
-        """Call the function, and interrupt it before ``longest`` seconds are over; the interrupt, if it came out of it."""
-        self._error = None
-        try:
-            self._left = self._random.randint(1, self.times)
-            # Some come late, or else a call that takes longer now and then would never be done.
-            delay = self._random.random() * longest * (30 if self._random.random() < 0.1 else 1)
-            signal.setitimer(signal.ITIMER_REAL, max(1e-6, delay), max(20e-6, 0.2 * longest))
-            function(*args, **keywords)
-            self._left = 0
-        except Interrupt as error:
-            self._left = 0
-            error.__traceback__ = error.__context__ = error.__cause__ = None  # which would keep what the call has held
-            self._error = error
-        finally:
-            self._left = 0
-            self._quiet()
-        return self._error
-
-    def moments(self, most: int = 1_000_000) -> Iterator[int]:
-        """Numbers, until the time of a storm is over, or there were so many."""
-        end = time.monotonic() + STORM
-        for number in range(most):
-            if time.monotonic() > end and self.raised >= 5:
-                return
-            yield number
-
-
-@contextlib.contextmanager
-def storming(times: int, node: Any) -> Iterator[Storm]:
-    """A storm for the length of a block."""
-    print(f"MPBROADCAST_SEED={SEED}")
-    raising = Storm(times)
-    gc.disable()  # a collection in a call takes longer than the call
-    hook, sys.unraisablehook = sys.unraisablehook, id  # one in Python would be interrupted itself; id() does nothing
-    try:
-        yield raising
-    finally:
-        sys.unraisablehook = hook
-        gc.enable()
-        raising.end()
-    node.add_marker(pytest.mark.interrupted(raising.raised))
-    assert raising.raised or node.stash.get(FAILED, False)
 
 
 @pytest.fixture
@@ -148,16 +72,6 @@ def once(request: pytest.FixtureRequest) -> Iterator[Storm]:
     """The same, with one interrupt a call: where nothing is promised while it cleans up after the first."""
     with storming(1, request.node) as raising:
         yield raising
-
-
-def duration(function: Callable[..., Any], *args: Any, **keywords: Any) -> float:
-    """How many seconds a call takes, and half as many more: the shortest of a few."""
-    taken = []
-    for _ in range(5):
-        start = time.perf_counter()
-        function(*args, **keywords)
-        taken.append(time.perf_counter() - start)
-    return 1.5 * min(taken) + 10e-6
 
 
 # ------------------------------------------------------------------------------------------------------------ publishing
@@ -296,36 +210,6 @@ def test_interrupts_while_publish_waits(bus: Bus, storm: Storm, size: int) -> No
     channel.close()
 
 
-class BehindCalls:
-    """Interrupts behind the return of a call, as a signal's handler can: so many after :meth:`begin`."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-        self.came = False
-
-    def begin(self) -> None:
-        """From here on calls are counted, in this thread."""
-        sys.setprofile(self._count)
-
-    def _count(self, at: FrameType, event: str, _: Any) -> None:
-        if event in ("return", "c_return") and PACKAGE in Path(at.f_code.co_filename).parents:
-            frame: FrameType | None = at
-            while frame is not None:
-                # No signal is looked for where a lock is taken, and one in a finaliser is Python's to report.
-                if frame.f_code.co_name == "__del__" or frame.f_code.co_filename == locks.__file__:
-                    return
-                frame = frame.f_back
-            self.left -= 1
-            if self.left < 0:
-                sys.setprofile(None)
-                self.came = True
-                raise Interrupt
-
-    def end(self) -> None:
-        """From here on they are not."""
-        sys.setprofile(None)
-
-
 @pytest.mark.skipif(not available(), reason="there is no memory to share here")
 def test_an_interrupt_behind_a_large_message_that_ran_out_of_time_costs_nothing(
     bus: Bus, own_memory: None, monkeypatch: pytest.MonkeyPatch
@@ -334,7 +218,7 @@ def test_an_interrupt_behind_a_large_message_that_ran_out_of_time_costs_nothing(
     channel = bus.subscribe()
     channel.poll(0)
     handle, message = pickle.dumps(bus), bytes(10_000)
-    behind: BehindCalls | None = None
+    behind: Interrupting | None = None
 
     def reach(name: str, subject: object = None) -> None:
         if name == "publishing memory" and behind is not None:
@@ -349,16 +233,12 @@ def test_an_interrupt_behind_a_large_message_that_ran_out_of_time_costs_nothing(
         other: Bus = pickle.loads(handle)
         outcomes.clear()
         for _ in range(8):
-            behind = BehindCalls(count)
+            behind = Interrupting(behind_call(count), sys.setprofile)
             try:
-                other.publish(message, timeout=0.2)
+                if behind(partial(other.publish, message, timeout=0.2), begin=False):
+                    outcomes.add("interrupted")
             except TimedOut:
                 outcomes.add("out of time")
-            except Interrupt as error:
-                error.__traceback__ = error.__context__ = None
-                outcomes.add("interrupted")
-            finally:
-                behind.end()
         behind = None
         other.publish(count, timeout=1.0)
         other.publish(message, timeout=1.0)
@@ -374,7 +254,11 @@ def test_an_interrupt_behind_a_large_message_that_ran_out_of_time_costs_nothing(
 
 @pytest.mark.parametrize(
     ("kind", "call"),
-    [("small", "next"), *((kind, call) for kind in ("small", "topic", "ring", "memory") for call in ("recv", "recv_many"))],
+    [
+        *(("small", call) for call in ("next", "poll", "recv", "recv_many")),
+        *(("topic", "recv"), ("ring", "poll"), ("ring", "recv"), ("ring", "recv_many"), ("memory", "recv")),
+        ("memory", "recv_many"),
+    ],
 )
 def test_an_interrupted_receive_loses_nothing(bus: Bus, storm: Storm, kind: str, call: str) -> None:
     """Whatever is interrupted, each message comes once, in order and whole."""
@@ -383,57 +267,26 @@ def test_an_interrupted_receive_loses_nothing(bus: Bus, storm: Storm, kind: str,
     channel = bus.subscribe(with_topic=bool(topic))
     channel.poll(0)
     received: deque[Any] = deque()
-    count = 0
     longest = 30e-6 if size < 100_000 else 0.002
     for _ in storm.moments():
-        bus.publish_many([(number, pattern(number, size)) for number in range(count, count + pause)], topic=topic)
-        count += pause
+        bus.publish_many([(number, pattern(number, size)) for number in range(pause)], topic=topic)
         deadline = time.monotonic() + DEADLINE
-        while len(received) < count:
-            assert time.monotonic() < deadline, f"{count - len(received)} are lost"
+        while len(received) < pause:
+            assert time.monotonic() < deadline, f"{pause - len(received)} are lost"
             # What comes goes into the deque without an instruction between, where the test itself could lose it.
             if call == "recv":
                 storm.interrupts(longest, received.extend, map(channel.recv, (DEADLINE / 2,)))
             elif call == "recv_many":
                 storm.interrupts(2 * longest, received.extend, chain.from_iterable(map(channel.recv_many, (None,))))
-            else:
+            elif call == "next":
                 storm.interrupts(longest, received.extend, map(next, (channel,)))
-        for number in range(count - len(received), count):
+            else:
+                storm.interrupts(longest, channel.poll, 0.01)
+                received.append(channel.recv(timeout=DEADLINE))
+        for number in range(pause):
             message: Any = received.popleft()
             assert (message[1] if topic else message) == (number, pattern(number, size))
-        count = 0
     assert not channel.poll(0)
-    channel.close()
-
-
-def test_an_interrupted_poll_or_wait_takes_nothing(bus: Bus, storm: Storm) -> None:
-    """``poll``, and ``recv`` that waits, can be interrupted while bytes come; what comes is whole."""
-    channel = bus.subscribe()
-    channel.poll(0)
-    ended = threading.Event()
-
-    def publish() -> int:
-        number = 0
-        while not ended.is_set():
-            bus.publish((number, pattern(number, 3000 if number % 7 == 0 else 20)))
-            number += 1
-            ended.wait(0.0005)
-        return number
-
-    publishing = Background(publish)
-    expected = 0
-    for turn in storm.moments():
-        storm.interrupts(0.001, channel.poll, (0.0, 0.01)[turn % 2])
-        if turn % 20 == 19:
-            while channel.poll(0):
-                number, data = channel.recv(timeout=0)
-                assert (number, data) == (expected, pattern(expected, len(data)))
-                expected += 1
-    ended.set()
-    count = publishing.result()
-    bus.flush(timeout=DEADLINE)
-    for number in range(expected, count):
-        assert channel.recv(timeout=DEADLINE)[0] == number
     channel.close()
 
 
@@ -462,6 +315,19 @@ def test_an_interrupted_subscribe_leaves_a_channel_or_nothing(bus: Bus, once: St
         channel = None  # type: ignore[assignment]
     wait_until(lambda: not bus.stats().subscribers)
     nothing_grows(before, bus, once)
+
+
+def test_an_interrupted_opening_can_be_done_again(bus: Bus, once: Storm) -> None:
+    """However often the opening of a channel is interrupted, it can be opened then, and nothing was lost."""
+    longest = duration(lambda: bus.subscribe().poll(0))
+    for number in once.moments(2000):
+        channel = bus.subscribe()
+        bus.publish(number)
+        for _ in range(3):
+            once.interrupts(longest, channel.poll, 0)
+        assert channel.recv(timeout=DEADLINE) == number
+        channel.close()
+    assert bus.stats().subscribers == ()
 
 
 def test_an_interrupted_change_of_topics_can_be_done_again(bus: Bus, storm: Storm) -> None:
@@ -551,50 +417,6 @@ def test_an_interrupted_close_of_an_attached_handle_can_be_done_again(bus: Bus, 
     nothing_grows(before, bus, storm)
 
 
-def interrupt_at(moment: Callable[..., Any], function: Callable[..., Any], *args: Any) -> None:
-    """Call ``function``, and interrupt it where ``moment`` is entered: that is one at which a signal can come."""
-    code = moment.__code__
-
-    def trace(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code is code:
-            raise Interrupt  # which ends the tracing
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function(*args)
-    except Interrupt as error:
-        error.__traceback__ = error.__context__ = None
-    finally:
-        sys.settrace(before)
-
-
-def interrupt_after(count: int, function: Callable[[], Any]) -> bool:
-    """Call ``function``, and interrupt it behind so many bytecodes, its own and its callees'; whether it came to that."""
-    left = count
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal left
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left -= 1
-            if left < 0:
-                raise Interrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    except Interrupt as error:
-        error.__traceback__ = error.__context__ = None
-        return True
-    finally:
-        sys.settrace(before)
-        _forks.renew()  # one came where no signal can: between the lock's release and the end of a `with`, or in its taking
-    return False
-
-
 @pytest.mark.parametrize("make", [locks.lock, locks.rlock], ids=["lock", "rlock"])
 def test_an_interrupt_leaves_no_lock_held(make: Callable[[], Any], storm: Storm) -> None:
     """Wherever a block under a lock is interrupted, its end releases the lock (a plain one stays held on Python 3.14)."""
@@ -637,34 +459,40 @@ print("held" if thread.is_alive() else "free")
 def test_an_interrupt_behind_a_fork_leaves_no_lock_held() -> None:
     """What a signal's handler raises just behind ``os.fork`` comes up in a hook; other threads can use the library then."""
     command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED_FORK]
-    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "free\n"), done.stderr
     assert "KeyboardInterrupt" in done.stderr
 
 
 @pytest.mark.parametrize("kind", [OwnedDescriptor, PipeEnd])
-def test_a_descriptor_is_never_closed_twice(kind: type[OwnedDescriptor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_descriptor_is_never_closed_twice(kind: type[OwnedDescriptor]) -> None:
     """Wherever its making, closing and collection are interrupted: it may stay open, but somebody else's is never closed."""
-    close = os.close
-    closed: list[int] = []
+    child = os.fork()  # for interrupts come where no signal can, too, and may leave a lock held
+    if not child:
+        count = -1
+        with contextlib.suppress(BaseException):
+            count = interrupts_without_closing_twice(kind)
+        os._exit(0 if count > 20 else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
-    def counted(number: int) -> None:
-        closed.append(number)
-        close(number)
 
-    monkeypatch.setattr(os, "close", counted)
-    count = 0
-    going_on = True
-    while going_on:
-        before = descriptors()
-        number = os.open(os.devnull, os.O_RDONLY)
+def interrupts_without_closing_twice(kind: type[OwnedDescriptor]) -> int:
+    """How many moments there are, none of which makes a descriptor be closed twice."""
+    close, closed = os.close, list[int]()
+
+    def noted(fd: int) -> None:
+        closed.append(fd)
+        close(fd)
+
+    os.close = noted
+    for count in itertools.count():
+        fd = os.open(os.devnull, os.O_RDONLY)
         closed.clear()
-        going_on = interrupt_after(count, lambda number=number: kind(number).close())  # type: ignore[misc]
+        interrupted = interrupting(before_opcode(count), lambda fd=fd: kind(fd).close())
         assert len(closed) == len(set(closed))
-        for left, _ in descriptors() - before:
-            close(left)
-        count += 1
-    assert count > 20
+        if not interrupted:
+            break
+    return count
 
 
 @pytest.mark.parametrize("moment", [Link.request, PipeEnd.close], ids=lambda function: function.__qualname__)
@@ -674,7 +502,7 @@ def test_an_interrupted_close_of_the_broadcaster_can_be_done_again(moment: Calla
     bus.publish(1)
     broker = psutil.Process(bus.stats().pid)
     try:
-        interrupt_at(moment, bus.close)
+        interrupting(entering(moment), bus.close)
         bus.close()
         assert not any(child.pid == broker.pid for child in multiprocessing.active_children())
     finally:
@@ -688,18 +516,12 @@ def test_a_handle_whose_close_was_interrupted_publishes_no_more(bus: Bus) -> Non
     for count in itertools.count():
         other: Bus = pickle.loads(handle)
         other.publish("hello")
-        behind = BehindCalls(count)
-        try:
-            with contextlib.suppress(Interrupt):
-                behind.begin()
-                other.close()
-        finally:
-            behind.end()
+        interrupted = Interrupting(behind_call(count), sys.setprofile)(other.close)
         other.close()
         wait_until(lambda: bus.stats().publishers == 0, 1.0)
         with pytest.raises(ClosedError):
             other.publish("late")
-        if not behind.came:
+        if not interrupted:
             break
     assert count > 10
 
@@ -714,7 +536,7 @@ def test_an_interrupted_subscribe_that_is_interrupted_again(bus: Bus, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Channel, "__del__", interrupted)
-        interrupt_at(WeakSet.add, bus.subscribe)  # behind the request
+        interrupting(entering(WeakSet.add), bus.subscribe)  # behind the request
     assert finalised
     assert not bus.stats().subscribers
 
@@ -743,7 +565,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(
         with pytest.raises(Interrupt):
             start_broadcaster()
     else:
-        interrupt_at(moment, start_broadcaster)
+        interrupting(entering(moment), start_broadcaster)
     gc.collect()
     left = [str(path) for path in temporary_folder.glob("mpbroadcast-*")]
     for child in multiprocessing.active_children():
@@ -921,164 +743,3 @@ def test_what_a_collection_calls_may_use_the_same_handle(bus: Bus) -> None:
     wait_until(lambda: sorted(row.topics for row in bus.stats().subscribers) == [("gc",), ("main",)])
     channel.close()
     heard.close()
-
-
-# ------------------------------------------------------------------------------------------------- the end of the program
-
-BEGIN = """
-import atexit, sys, threading, time
-from mpbroadcast import BrokerLost, ClosedError, connect, start_broadcaster
-
-def quietly(function, *args):
-    try:
-        return function(*args)
-    except (BrokerLost, ClosedError, EOFError):
-        pass
-
-def forever(function, *args):
-    try:
-        while True:
-            function(*args)
-    except (BrokerLost, ClosedError, EOFError):
-        pass
-
-def background(function, *args):
-    threading.Thread(target=forever, args=(function, *args), daemon=True).start()
-"""
-
-ENDS = {
-    "an open channel in a global": """
-bus = start_broadcaster()
-channel = bus.subscribe()
-bus.publish_many([bytes(10_000), bytes(20), bytes(3_000_000)] * 3)
-print(len(channel.recv(10)))
-""",
-    "an unopened channel in a global": "bus = start_broadcaster()\nchannel = bus.subscribe()\nprint(bus.publish(1))\n",
-    "daemon threads in recv": """
-bus = start_broadcaster()
-channels = [bus.subscribe() for _ in range(3)]
-background(channels[0].recv)
-background(channels[1].recv_many)
-background(channels[2].poll, None)
-bus.publish(1)
-bus.flush()
-""",
-    "daemon threads that publish": """
-bus = start_broadcaster()
-full = bus.subscribe("full", capacity=10_000)
-background(bus.publish, 1)
-background(bus.publish, bytes(10_000))
-background(connect(bus.address).publish, bytes(3_000_000))
-other = connect(bus.address)
-threading.Thread(target=forever, args=(lambda: other.publish(bytes(1000), topic="full"),), daemon=True).start()
-while not any(row.stalls for row in bus.stats().subscribers):
-    time.sleep(0.01)
-""",
-    "daemon threads that ask": """
-bus = start_broadcaster()
-channel = bus.subscribe()
-bus.publish(1)
-background(bus.stats)
-background(bus.flush)
-threading.Thread(target=quietly, args=(bus.wait_for_subscribers, 100), daemon=True).start()
-threading.Thread(target=forever, args=(lambda: bus.subscribe().close(),), daemon=True).start()
-""",
-    "a daemon thread that is stopped where nothing may fork": """
-import os
-from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock
-kept = OwnedDescriptor(os.open(os.devnull, os.O_RDONLY))
-there = threading.Event()
-def stay():
-    with fork_lock():
-        there.set()
-        time.sleep(1000)
-threading.Thread(target=stay, daemon=True).start()
-there.wait()
-""",
-    "a broker whose start was interrupted behind its last step": """
-from mpbroadcast.broker.host.launcher import BrokerProcess
-start = BrokerProcess.__init__
-def interrupted(*args, **keywords):
-    start(*args, **keywords)
-    raise KeyboardInterrupt
-BrokerProcess.__init__ = interrupted
-try:
-    start_broadcaster()
-except KeyboardInterrupt:
-    pass
-""",
-    "atexit users": """
-bus = start_broadcaster()
-channel = bus.subscribe()
-atexit.register(bus.close)
-atexit.register(bus.publish, "late")
-atexit.register(lambda: (bus.publish("last"), bus.flush(), print(channel.recv(10))))
-""",
-    "finalisers": """
-class Keeper:
-    def __init__(self):
-        self.bus = start_broadcaster()
-        self.channel = self.bus.subscribe()
-        self.channel.poll(0)
-        self.me = self
-    def __del__(self):
-        quietly(self.bus.publish, 1)
-        quietly(self.channel.recv, 0.0)
-        self.channel.close()
-        self.bus.close()
-sys.keeper = Keeper()
-keeper = Keeper()
-""",
-    "two buses and a handle": """
-buses = [start_broadcaster() for _ in range(2)]
-handle = connect(buses[0].address)
-channel = handle.subscribe()
-buses[0].publish(1)
-channel.poll(5)
-sys.modules["kept"] = channel, handle
-""",
-    "an error": "bus = start_broadcaster()\nchannel = bus.subscribe()\nbus.publish(1)\nchannel.recv(5)\nsys.exit(0)\n",
-}
-
-
-@pytest.mark.parametrize("name", ENDS)
-def test_a_program_ends_with_handles_open(name: str, tmp_path: Path) -> None:
-    """Whatever is open, or running in daemon threads, the program ends with success, and without a word."""
-    path = tmp_path / "program.py"
-    path.write_text(BEGIN + ENDS[name])
-    with Program("-W", "error", str(path)) as program:
-        code, _, errors = program.end()
-        errors = "".join(line for line in errors.splitlines(True) if "WARNING: channel" not in line)
-        assert (code, errors) == (0, "")
-        wait_until(lambda: not program.processes())
-
-
-LATE = """
-import atexit
-late = []
-@atexit.register
-def publish_late():
-    for function in late:
-        try:
-            function()
-            print("done")
-        except Exception as error:
-            print(type(error).__name__)
-from mpbroadcast import start_broadcaster
-bus = start_broadcaster()
-channel = bus.subscribe()
-bus.publish("in time")
-late += [lambda: bus.publish(1), lambda: channel.recv(5), lambda: channel.recv(5)]
-late += [lambda: bus.subscribe(), bus.stats, channel.close, bus.close]
-"""
-
-
-def test_a_user_that_comes_behind_the_end_is_told_so(tmp_path: Path) -> None:
-    """What is registered with ``atexit`` before the library is imported runs behind its end: closed, and no hang."""
-    path = tmp_path / "program.py"
-    path.write_text(LATE)
-    with Program("-W", "error", str(path)) as program:
-        code, said, errors = program.end()
-        errors = "".join(line for line in errors.splitlines(True) if "WARNING: channel" not in line)
-        assert (code, errors) == (0, "")
-        assert said.split() == ["ClosedError", "done", "EOFError", "ClosedError", "ClosedError", "done", "done"]

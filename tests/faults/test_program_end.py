@@ -585,3 +585,164 @@ def test_a_starter_that_ignores_its_childrens_end(method: str, what: str, script
     """With ``SIGCHLD`` ignored, ``close`` ends the broker and raises nothing, and no signal goes to a mere number."""
     with Program(script(UNREAPED), method, what) as program:
         ends_well(program, "closed []\n")
+
+
+# ------------------------------------------------------------------------------------------------------ with handles open
+
+BEGIN = """
+import atexit, sys, threading, time
+from mpbroadcast import BrokerLost, ClosedError, connect, start_broadcaster
+
+def quietly(function, *args):
+    try:
+        return function(*args)
+    except (BrokerLost, ClosedError, EOFError):
+        pass
+
+def forever(function, *args):
+    try:
+        while True:
+            function(*args)
+    except (BrokerLost, ClosedError, EOFError):
+        pass
+
+def background(function, *args):
+    threading.Thread(target=forever, args=(function, *args), daemon=True).start()
+"""
+
+ENDS = {
+    "an open channel in a global": """
+bus = start_broadcaster()
+channel = bus.subscribe()
+bus.publish_many([bytes(10_000), bytes(20), bytes(3_000_000)] * 3)
+print(len(channel.recv(10)))
+""",
+    "an unopened channel in a global": "bus = start_broadcaster()\nchannel = bus.subscribe()\nprint(bus.publish(1))\n",
+    "daemon threads in recv": """
+bus = start_broadcaster()
+channels = [bus.subscribe() for _ in range(3)]
+background(channels[0].recv)
+background(channels[1].recv_many)
+background(channels[2].poll, None)
+bus.publish(1)
+bus.flush()
+""",
+    "daemon threads that publish": """
+bus = start_broadcaster()
+full = bus.subscribe("full", capacity=10_000)
+background(bus.publish, 1)
+background(bus.publish, bytes(10_000))
+background(connect(bus.address).publish, bytes(3_000_000))
+other = connect(bus.address)
+threading.Thread(target=forever, args=(lambda: other.publish(bytes(1000), topic="full"),), daemon=True).start()
+while not any(row.stalls for row in bus.stats().subscribers):
+    time.sleep(0.01)
+""",
+    "daemon threads that ask": """
+bus = start_broadcaster()
+channel = bus.subscribe()
+bus.publish(1)
+background(bus.stats)
+background(bus.flush)
+threading.Thread(target=quietly, args=(bus.wait_for_subscribers, 100), daemon=True).start()
+threading.Thread(target=forever, args=(lambda: bus.subscribe().close(),), daemon=True).start()
+""",
+    "a daemon thread that is stopped where nothing may fork": """
+import os
+from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock
+kept = OwnedDescriptor(os.open(os.devnull, os.O_RDONLY))
+there = threading.Event()
+def stay():
+    with fork_lock():
+        there.set()
+        time.sleep(1000)
+threading.Thread(target=stay, daemon=True).start()
+there.wait()
+""",
+    "a broker whose start was interrupted behind its last step": """
+from mpbroadcast.broker.host.launcher import BrokerProcess
+start = BrokerProcess.__init__
+def interrupted(*args, **keywords):
+    start(*args, **keywords)
+    raise KeyboardInterrupt
+BrokerProcess.__init__ = interrupted
+try:
+    start_broadcaster()
+except KeyboardInterrupt:
+    pass
+""",
+    "atexit users": """
+bus = start_broadcaster()
+channel = bus.subscribe()
+atexit.register(bus.close)
+atexit.register(bus.publish, "late")
+atexit.register(lambda: (bus.publish("last"), bus.flush(), print(channel.recv(10))))
+""",
+    "finalisers": """
+class Keeper:
+    def __init__(self):
+        self.bus = start_broadcaster()
+        self.channel = self.bus.subscribe()
+        self.channel.poll(0)
+        self.me = self
+    def __del__(self):
+        quietly(self.bus.publish, 1)
+        quietly(self.channel.recv, 0.0)
+        self.channel.close()
+        self.bus.close()
+sys.keeper = Keeper()
+keeper = Keeper()
+""",
+    "two buses and a handle": """
+buses = [start_broadcaster() for _ in range(2)]
+handle = connect(buses[0].address)
+channel = handle.subscribe()
+buses[0].publish(1)
+channel.poll(5)
+sys.modules["kept"] = channel, handle
+""",
+    "an error": "bus = start_broadcaster()\nchannel = bus.subscribe()\nbus.publish(1)\nchannel.recv(5)\nsys.exit(0)\n",
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_program_ends_with_handles_open(name: str, tmp_path: Path) -> None:
+    """Whatever is open, or running in daemon threads, the program ends with success, and without a word."""
+    path = tmp_path / "program.py"
+    path.write_text(BEGIN + ENDS[name])
+    with Program("-W", "error", str(path)) as program:
+        code, _, errors = program.end()
+        errors = "".join(line for line in errors.splitlines(True) if "WARNING: channel" not in line)
+        assert (code, errors) == (0, "")
+        wait_until(lambda: not program.processes())
+
+
+LATE = """
+import atexit
+late = []
+@atexit.register
+def publish_late():
+    for function in late:
+        try:
+            function()
+            print("done")
+        except Exception as error:
+            print(type(error).__name__)
+from mpbroadcast import start_broadcaster
+bus = start_broadcaster()
+channel = bus.subscribe()
+bus.publish("in time")
+late += [lambda: bus.publish(1), lambda: channel.recv(5), lambda: channel.recv(5)]
+late += [lambda: bus.subscribe(), bus.stats, channel.close, bus.close]
+"""
+
+
+def test_a_user_that_comes_behind_the_end_is_told_so(tmp_path: Path) -> None:
+    """What is registered with ``atexit`` before the library is imported runs behind its end: closed, and no hang."""
+    path = tmp_path / "program.py"
+    path.write_text(LATE)
+    with Program("-W", "error", str(path)) as program:
+        code, said, errors = program.end()
+        errors = "".join(line for line in errors.splitlines(True) if "WARNING: channel" not in line)
+        assert (code, errors) == (0, "")
+        assert said.split() == ["ClosedError", "done", "EOFError", "ClosedError", "ClosedError", "done", "done"]

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import os
 import signal
 import sys
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -29,7 +24,6 @@ from tests.support.helpers import (
     answer,
     everything,
     fill,
-    finish,
     only_subscriber,
     pattern,
     readable,
@@ -265,116 +259,6 @@ def test_signal_handler_publishes_while_publish_waits(bus: Bus, size: int) -> No
         names = [name for name, _ in receiving.result(2 * DEADLINE)]
     assert names[:-2] == published
     assert sorted(names[-2:]) == ["handler", "main"]
-
-
-class Interrupt(BaseException):
-    """What a signal handler raises; like ``KeyboardInterrupt``, it can be no error of a message."""
-
-
-class Storm:
-    """A signal handler that raises, once in each call that it is told to interrupt."""
-
-    def __init__(self) -> None:
-        self.write_interest = False
-        self.raised = 0
-
-    def __call__(self, *_: Any) -> None:
-        if self.write_interest:
-            self.write_interest = False
-            self.raised += 1
-            raise Interrupt
-
-    def interrupts(self, function: Callable[..., Any], *args: Any) -> bool:
-        """Call the function; whether an interrupt came out of it."""
-        try:
-            self.write_interest = True
-            function(*args)
-            self.write_interest = False
-        except Interrupt:
-            return True
-        finally:
-            self.write_interest = False
-        return False
-
-
-@pytest.fixture
-def storm(children: Children, request: pytest.FixtureRequest) -> Iterator[Storm]:
-    """A process that sends this one signals as fast as it can."""
-    context = multiprocessing.get_context("fork")
-    orders, theirs = context.Pipe()
-    raising = Storm()
-    with handler(signal.SIGUSR1, raising):
-        process = children(context, workers.signal_until_told, os.getpid(), signal.SIGUSR1, theirs)
-        gc.disable()  # others may have callbacks in it, which an interrupt would end
-        yield raising
-        gc.enable()
-        raising.write_interest = False
-        request.node.add_marker(pytest.mark.interrupted(raising.raised))
-        orders.send("stop")
-        finish(process)
-
-
-@pytest.mark.parametrize("size", [20, 30_000])
-def test_interrupt_leaves_a_message_published_whole_or_not_at_all(
-    bus: Bus, children: Children, fork: BaseContext, storm: Storm, size: int
-) -> None:
-    """A handler's exception out of ``publish`` leaves no half message and no second copy, and the next one works."""
-    stop = subscribe_elsewhere(bus, children, fork)
-    bus.publish(("first", 0, pattern(0, size)))  # from here on the handle is attached
-    begun = interrupted = 0
-    done = set()
-    while interrupted < 300:
-        data = pattern(begun, size)
-        if storm.interrupts(bus.publish, ("main", begun, data)):
-            interrupted += 1
-        else:
-            done.add(begun)
-        begun += 1
-    seen = stop()
-    assert {length for _, _, length in seen} == {size}
-    numbers = numbers_of(seen, "main")
-    assert numbers == sorted(set(numbers))
-    assert done <= set(numbers) <= set(range(begun))
-
-
-@pytest.mark.parametrize("many", [False, True], ids=["recv", "recv_many"])
-def test_interrupt_out_of_recv_loses_no_message(bus: Bus, storm: Storm, many: bool) -> None:
-    """A handler's exception out of ``recv`` or ``recv_many`` leaves each message to be received once, in order."""
-    channel = bus.subscribe()
-    channel.fileno()
-    received: deque[int] = deque()
-    count = 0
-    while storm.raised < 500:
-        bus.publish_many(range(count, count + 1000))
-        count += 1000
-        deadline = time.monotonic() + DEADLINE / 2
-        while not received or received[-1] != count - 1:
-            assert time.monotonic() < deadline
-            # each result goes into the deque without an instruction between, where the test itself could lose it
-            if many:
-                storm.interrupts(received.extend, chain.from_iterable(map(channel.recv_many, (7,))))
-            else:
-                storm.interrupts(received.extend, map(channel.recv, (DEADLINE,)))
-    assert count - len(received) == 0, "lost"
-    assert list(received) == list(range(count))
-
-
-# a connection that an interrupt leaves half made is closed by the garbage collector, which may say so
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_interrupted_opening_leaves_a_channel_that_can_be_opened(bus: Bus, storm: Storm) -> None:
-    """However often opening a channel is interrupted, it can be opened then, and nothing was lost."""
-    interrupted = 0
-    for number in range(1000):
-        channel = bus.subscribe()
-        bus.publish(number)
-        for _ in range(3):
-            interrupted += storm.interrupts(channel.poll, 0)
-        assert channel.recv(timeout=DEADLINE) == number
-        channel.close()
-        if interrupted >= 60:
-            break
-    assert interrupted >= 60
-    assert bus.stats().subscribers == ()
 
 
 def main_waits_in(function: str) -> bool:

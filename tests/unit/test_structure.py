@@ -180,10 +180,6 @@ def private_names() -> set[str]:
     return {name for name in found if re.match("_[^_]", name)}
 
 
-STILL_NAMED = {"test_interrupts.py": {"_forks"}}
-"""Private names that a module of the tests still has, until what it tests is gone."""
-
-
 def test_no_test_depends_on_a_private_name() -> None:
     """No attribute, import or text of the tests has a private name of the package: they stop the code at trap points."""
     private = private_names()
@@ -200,7 +196,7 @@ def test_no_test_depends_on_a_private_name() -> None:
                 found |= {*re.findall(r"\.(_\w+)", node.value), node.value}
         if found & private and path.name not in ("test_structure.py", "mutate.py"):
             named[path.name] = found & private
-    assert named == STILL_NAMED
+    assert not named
 
 
 def test_the_broker_never_unpickles() -> None:
