@@ -167,7 +167,7 @@ class Acceptor:
         :raises ProcessLookupError: it does not any more.
         """
         peer = self._peers.get(pid)
-        if peer is not None and peer.process.dead():  # the number is another one's by now
+        if peer is not None and peer.process.is_dead():  # the number is another one's by now
             self._died(peer)
             peer = None
         if peer is None:
@@ -184,7 +184,7 @@ class Acceptor:
 
     def _sweep(self) -> None:
         for peer in list(self._peers.values()):
-            if peer.process.dead():
+            if peer.process.is_dead():
                 self._died(peer)
         self._sweeping = any(peer.process.must_be_asked for peer in self._peers.values())
         if self._sweeping:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.limits import SESSION, Budget, Cost
 from mpbroadcast.broker.reference_window import ReferenceWindow
-from mpbroadcast.posix.descriptors import DescriptorSocket
+from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.protocol.runs import RESTARTED, SharedRun, note
 

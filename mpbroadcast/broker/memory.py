@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.ring_holds import Holds, Overlap
-from mpbroadcast.posix.descriptors import DescriptorSocket, OwnedDescriptor
+from mpbroadcast.posix.descriptors import OwnedDescriptor
+from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.shared_memory import MemoryRefused, check_message, check_ring, fits, map_for_reading
 from mpbroadcast.protocol.fd_packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, WANTED, PacketError, pack, unpack
 from mpbroadcast.protocol.frames import MAX_FRAME, Batch, FrameError, MemfdMessage, References

@@ -13,7 +13,7 @@ from typing import Final
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.ring_holds import Unread
 from mpbroadcast.broker.memory import Memory, Ring, RingHold
-from mpbroadcast.posix.descriptors import DescriptorSocket
+from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from mpbroadcast.protocol.ring_allocator import CHUNK
 from mpbroadcast.protocol.runs import RING_GONE, RING_OFFERED, SharedRun

@@ -16,7 +16,8 @@ from mpbroadcast.client.pipe_writer import SHARED_FROM, PipeWriter, framed
 from mpbroadcast.client.session import Answer, Link, Session, for_reply
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
-from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
+from mpbroadcast.posix.descendants import Descendants, descendants
+from mpbroadcast.posix.forks import on_fork
 from mpbroadcast.protocol.frames import MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.protocol.pickling import PROTOCOL, LargeBuffer, Payload, dumps, explain, gather, keep_in_band
 from mpbroadcast.stats import BrokerStats, snapshot

@@ -27,7 +27,9 @@ from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, concerns
 from mpbroadcast.posix import locks
-from mpbroadcast.posix.descriptors import Descendants, PipeEnd, descendants, on_fork
+from mpbroadcast.posix.descendants import Descendants, descendants
+from mpbroadcast.posix.forks import on_fork
+from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.pickling import Failure
 from mpbroadcast.validation import check_count, check_timeout, check_topics

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
-from mpbroadcast.posix.descriptors import PipeEnd
+from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.protocol import runs
 from mpbroadcast.protocol.frames import MOST_TOGETHER, topic_of
 from mpbroadcast.protocol.pickling import Failure, load_run

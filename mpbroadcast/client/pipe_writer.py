@@ -25,8 +25,9 @@ from mpbroadcast.client.session import CONNECT_TIMEOUT, Link, Session, for_reply
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import TimedOut
 from mpbroadcast.posix import locks
-from mpbroadcast.posix.descriptors import DescriptorSocket, PipeEnd
+from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.memory_pool import MemoryPool
+from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.shared_memory import available, keep_freed_memory, ring_memory
 from mpbroadcast.protocol.fd_packets import ACCEPTED, FREE, MEMORY, NONE, REFUSED, RING, ROUTED, WANTED, pack, unpack
 from mpbroadcast.protocol.frames import IMAGE, PIPE_BUF, abort, frame_head, memory_frame, pieces, reference_frame

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpbroadcast import trap_points
-from mpbroadcast.posix.descriptors import on_fork
+from mpbroadcast.posix.forks import on_fork
 from mpbroadcast.posix.shared_memory import populate
 from mpbroadcast.protocol.frames import plain_reference, reference_frame
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, RingAllocator, aligned, span

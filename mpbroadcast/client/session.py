@@ -37,7 +37,10 @@ from mpbroadcast.errors import (
     ClosedError,
     TimedOut,
 )
-from mpbroadcast.posix.descriptors import Descendants, DescriptorSocket, PipeEnd, fork_lock, on_fork, receive, taken_apart
+from mpbroadcast.posix.descendants import Descendants
+from mpbroadcast.posix.fd_socket import DescriptorSocket, receive, taken_apart
+from mpbroadcast.posix.forks import fork_lock, on_fork
+from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.protocol.control import (
     MAX_HANDSHAKE,
     MAX_REPLY,

@@ -13,7 +13,8 @@ import time
 from typing import Any, Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.posix.descriptors import DescriptorSocket, Received, fork_lock, on_fork, taken_apart
+from mpbroadcast.posix.fd_socket import DescriptorSocket, Received, taken_apart
+from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.posix.shared_memory import (
     MemoryRefused,
     check_message,

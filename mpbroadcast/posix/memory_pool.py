@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.posix import locks
-from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock, on_fork
+from mpbroadcast.posix.descriptors import OwnedDescriptor
+from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.posix.shared_memory import (
     fill_and_seal,
     fits,

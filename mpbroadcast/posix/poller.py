@@ -1,7 +1,7 @@
 """The event loop: everything that the broker waits for, in one call.
 
-A descriptor that is let go of in a round is closed at the round's end. So no number is used again while events for its
-former owner are still to be handled.
+A descriptor that is released in a round is closed at the round's end. So no number is used again while events for its former
+owner are still to be handled.
 """
 
 from __future__ import annotations
@@ -11,17 +11,25 @@ import heapq
 import itertools
 import os
 import select
+import socket
 import time
 from collections.abc import Callable
 from typing import Final
 
 IN: Final = select.POLLIN
 OUT: Final = select.POLLOUT
-ERROR: Final = select.POLLERR | select.POLLHUP  # always reported, also to who asked for nothing
+ERROR: Final = select.POLLERR | select.POLLHUP  # reported in any case
 
 _FD_SETSIZE: Final = 1024
 _LONGEST: Final = 1e6  # seconds: what the system calls take
 Handler = Callable[[int], None]
+
+
+def is_ready(fd: int | socket.socket, events: int, milliseconds: int | None) -> bool:
+    """Block until one of ``events``, or an error, comes; ``None`` is for ever. Return True if one has come in time."""
+    poll = select.poll()
+    poll.register(fd, events)
+    return bool(poll.poll(milliseconds))
 
 
 class Poller:
@@ -31,7 +39,7 @@ class Poller:
         self._handlers: dict[int, Handler] = {}
         self._closing: list[int] = []
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = itertools.count()
+        self._sequence = itertools.count()
         if hasattr(select, "epoll"):
             self._epoll = select.epoll()
             self._poll: select.epoll | select.poll = self._epoll
@@ -52,7 +60,7 @@ class Poller:
         self._poll.modify(fd, events)
 
     def forget(self, fd: int) -> None:
-        """Do not wait for it any more; nothing if nobody did."""
+        """Do not wait for it any more; do nothing if it is not waited for."""
         if self._handlers.pop(fd, None) is not None:
             # What is still registered under a number that was closed is gone already.
             with contextlib.suppress(OSError, KeyError):
@@ -66,7 +74,7 @@ class Poller:
 
     def later(self, seconds: float, callback: Callable[[], None]) -> None:
         """Call ``callback`` once, that much later."""
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), callback))
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._sequence), callback))
 
     def round(self, nap: float | None = None) -> None:
         """Wait until something happens, for at most ``nap`` seconds, and handle all that has."""
@@ -92,7 +100,7 @@ class Poller:
         return self._plain.poll(0 if at_once else int(self._until_timer() * 1000) + 1 if self._timers else None)
 
     def _nap(self, seconds: float) -> None:
-        # poll and epoll round up to a whole millisecond; select does not, but takes no number above 1,023.
+        # poll and epoll round up to a whole millisecond; select does not, but takes no descriptor above 1,023.
         if self._napper < 0:
             time.sleep(seconds)
         else:

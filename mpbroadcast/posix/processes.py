@@ -1,15 +1,14 @@
-"""Which processes are dead.
+"""Peer processes: which of them are dead.
 
-Where the kernel has pidfds, a death is an event in the loop's own poll. A process ID alone is not an identity: a pidfd is taken
-while its process is known to live. Elsewhere the loop asks :meth:`Process.dead` once a second, which compares the process ID
-*and* the start time, and counts a zombie as dead.
+Where the kernel has pidfds, a death is an event in the broker's own poll. A process ID alone is not an identity: a pidfd is
+taken while its process is known to live. Elsewhere the broker calls :meth:`PeerProcess.is_dead` once a second, which compares
+the process ID *and* the start time, and counts a zombie as dead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import time
 from typing import Final
@@ -17,17 +16,18 @@ from typing import Final
 import psutil
 
 from mpbroadcast.deadline import Deadline
+from mpbroadcast.posix.poller import IN, is_ready
 
 _PAUSE: Final = 0.01  # seconds, where a death is no event
 
 
 def birth(pid: int) -> float:
-    """When the process began, by which it can be told from a later one with its number; 0 if that is not known."""
+    """Return when the process began, which distinguishes it from a later one with its ID; 0 if that is not known."""
     if pid <= 0:
         return 0.0
     try:
         if os.readlink("/proc/self") != str(os.getpid()):
-            return 0.0  # it shows another PID namespace, in which the number is another process's
+            return 0.0  # it shows another PID namespace, in which the ID is another process's
         with open(f"/proc/{pid}/stat", "rb") as file:
             return float(file.read().rpartition(b")")[2].split()[19])
     except OSError:
@@ -39,7 +39,7 @@ def birth(pid: int) -> float:
 
 
 class PeerProcess:
-    """A process that the broker has to do with. ``pid`` 0 is one in another PID namespace: only its descriptors tell.
+    """A peer process. ``pid`` 0: it is in another PID namespace, and only the end of its connections shows its death.
 
     :raises ProcessLookupError: it is dead already.
     """
@@ -66,10 +66,11 @@ class PeerProcess:
 
     @property
     def must_be_asked(self) -> bool:
+        """True if its death is no event."""
         return self._process is not None
 
-    def dead(self) -> bool:
-        """Whether it is dead, for one that must be asked."""
+    def is_dead(self) -> bool:
+        """Return True if it is dead, for one that must be asked."""
         if self._process is None:
             return False
         try:
@@ -83,22 +84,20 @@ class PeerProcess:
         """Block until it is dead, for at most ``timeout`` seconds. Return True if it is."""
         deadline = Deadline(timeout)
         if self.fd >= 0:
-            poll = select.poll()
-            poll.register(self.fd, select.POLLIN)
-            return bool(poll.poll(deadline.milliseconds()))
-        while not self.dead():
+            return is_ready(self.fd, IN, deadline.milliseconds())
+        while not self.is_dead():
             if deadline.remaining() == 0:
                 return False
             time.sleep(_PAUSE)
         return True
 
-    def send_signal(self, number: int) -> None:
-        """Send it a signal, and none to another process that has got its number."""
+    def send_signal(self, signal_number: int) -> None:
+        """Send it a signal, and none to another process that has got its ID."""
         with contextlib.suppress(ProcessLookupError, psutil.Error):
             if self.fd >= 0:
-                signal.pidfd_send_signal(self.fd, number)
+                signal.pidfd_send_signal(self.fd, signal_number)
             elif self._process is not None:
-                self._process.send_signal(number)
+                self._process.send_signal(signal_number)
 
     def close(self) -> None:
         """Close its descriptor."""

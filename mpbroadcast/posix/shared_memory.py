@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from itertools import repeat
 from typing import Any, Final
 
-from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock
+from mpbroadcast.posix.descriptors import OwnedDescriptor
+from mpbroadcast.posix.forks import fork_lock
 
 # As Linux has them in its fcntl.h, memfd.h and mman.h; Python has not all of them before 3.13.
 _SEAL_SEAL: Final = 0x1
@@ -203,6 +204,27 @@ def keep_freed_memory(size: int = _LARGE_BLOCK) -> None:
 def fits(length: int, size: int) -> bool:
     """Whether memory of this size may carry a message of this length: it may be a little larger, as it may have had another."""
     return 0 <= size - length <= length // 16 + mmap.PAGESIZE
+
+
+def size_of(descriptor: OwnedDescriptor) -> int:
+    """Return how many bytes this memory has."""
+    return os.fstat(descriptor.fd).st_size
+
+
+def read_memory(fd: int, size: int, offset: int = 0) -> bytes:
+    """Return these bytes of it; fewer where it ends before."""
+    data = b""
+    while size > len(data) and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data = data + more if data else more
+    return data
+
+
+def read_memory_into(fd: int, buffer: bytearray) -> None:
+    """Fill the buffer with its first bytes, without a copy in between."""
+    view = memoryview(buffer)
+    done = 0
+    while done < len(view):
+        done += os.preadv(fd, [view[done:]], done)
 
 
 def check_ring(fd: int) -> int:

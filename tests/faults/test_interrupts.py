@@ -29,7 +29,8 @@ from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, start_broad
 from mpbroadcast.broker.host.launcher import BrokerProcess
 from mpbroadcast.client.session import Link
 from mpbroadcast.posix import locks
-from mpbroadcast.posix.descriptors import OwnedDescriptor, PipeEnd
+from mpbroadcast.posix.descriptors import OwnedDescriptor
+from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.shared_memory import available
 from tests.conftest import descriptors, leaked
 from tests.support.helpers import DEADLINE, Background, pattern, wait_until
@@ -445,7 +446,7 @@ signal.signal(signal.SIGALRM, signal.default_int_handler)
 # Two functions in C, which handle no signal: it arrives in the second, and is handled in the first hook of the package.
 os.register_at_fork(after_in_parent=partial(signal.setitimer, signal.ITIMER_REAL, 1e-6))
 os.register_at_fork(after_in_parent=partial(sum, range(1_000_000)))
-from mpbroadcast.posix.descriptors import fork_lock
+from mpbroadcast.posix.forks import fork_lock
 
 os.fork() or os._exit(0)
 os.wait()

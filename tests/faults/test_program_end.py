@@ -649,7 +649,8 @@ threading.Thread(target=forever, args=(lambda: bus.subscribe().close(),), daemon
 """,
     "a daemon thread that is stopped where nothing may fork": """
 import os
-from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock
+from mpbroadcast.posix.descriptors import OwnedDescriptor
+from mpbroadcast.posix.forks import fork_lock
 kept = OwnedDescriptor(os.open(os.devnull, os.O_RDONLY))
 there = threading.Event()
 def stay():

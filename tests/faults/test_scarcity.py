@@ -817,14 +817,14 @@ def test_another_process_of_the_same_number_is_not_taken_for_it(monkeypatch: pyt
     monkeypatch.setattr(os, "pidfd_open", refuse_pidfds, raising=False)
     peer = PeerProcess(os.getpid())
     assert peer.must_be_asked
-    assert not peer.dead()
+    assert not peer.is_dead()
     started = _pslinux.Process.create_time
 
     def later(self: Any, *args: Any, **keywords: Any) -> float:
         return float(started(self, *args, **keywords)) + 100.0
 
     monkeypatch.setattr(_pslinux.Process, "create_time", later)
-    assert peer.dead()
+    assert peer.is_dead()
 
 
 def test_a_process_that_has_ended_is_no_peer(monkeypatch: pytest.MonkeyPatch, fork: BaseContext, children: Children) -> None:
@@ -833,11 +833,11 @@ def test_a_process_that_has_ended_is_no_peer(monkeypatch: pytest.MonkeyPatch, fo
     process = children(fork, signal.pause)
     assert process.pid is not None
     peer = PeerProcess(process.pid)
-    assert not peer.dead()
+    assert not peer.is_dead()
     process.kill()
-    wait_until(peer.dead)  # a zombie still
+    wait_until(peer.is_dead)  # a zombie still
     process.join()
-    assert peer.dead()
+    assert peer.is_dead()
     with pytest.raises(ProcessLookupError):
         PeerProcess(process.pid)
     monkeypatch.undo()

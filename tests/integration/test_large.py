@@ -32,7 +32,7 @@ from mpbroadcast.broker.members import new_socket
 from mpbroadcast.client import shared_reader
 from mpbroadcast.client.session import Link
 from mpbroadcast.client.shared_reader import SharedReader
-from mpbroadcast.posix.descriptors import DescriptorSocket
+from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.shared_memory import available, message_memory, ring_memory
 from mpbroadcast.protocol.fd_packets import MAPPED, MEMORY, READ, RING, WANTED, pack
 from mpbroadcast.protocol.frames import IMAGE, MemfdMessage, frame_head, memory_frame, reference_frame

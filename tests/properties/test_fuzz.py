@@ -40,7 +40,7 @@ from mpbroadcast.broker.members import Peer, new_socket
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
 from mpbroadcast.client.session import Link
-from mpbroadcast.posix.descriptors import DescriptorSocket, receive, taken_apart
+from mpbroadcast.posix.fd_socket import DescriptorSocket, receive, taken_apart
 from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.posix.shared_memory import MemoryRefused, available, check_message, check_ring, message_memory, ring_memory
 from mpbroadcast.protocol.control import (

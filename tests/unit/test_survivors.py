@@ -233,15 +233,15 @@ def ended() -> Iterator[int]:
 def test_nobody_asks_of_a_process_elsewhere() -> None:
     """Process 0 is one that this system has no number for: nothing is known of it, and it is no error."""
     peer = PeerProcess(0)
-    assert (peer.pid, peer.fd, peer.must_be_asked, peer.dead()) == (0, -1, False, False)
+    assert (peer.pid, peer.fd, peer.must_be_asked, peer.is_dead()) == (0, -1, False, False)
 
 
 def test_a_zombie_is_dead(ended: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no pidfds, one that has ended counts as dead before anybody has waited for it."""
     monkeypatch.delattr(os, "pidfd_open", raising=False)
     peer, me = PeerProcess(ended), PeerProcess(os.getpid())
-    assert (peer.must_be_asked, peer.dead()) == (True, True)
-    assert (me.must_be_asked, me.dead()) == (True, False)
+    assert (peer.must_be_asked, peer.is_dead()) == (True, True)
+    assert (me.must_be_asked, me.is_dead()) == (True, False)
 
 
 @pytest.mark.parametrize(("error", "dead"), [(psutil.NoSuchProcess(1), True), (psutil.AccessDenied(1), False)])
@@ -254,7 +254,7 @@ def test_an_answer_that_cannot_be_had(error: Exception, dead: bool, monkeypatch:
     monkeypatch.delattr(os, "pidfd_open", raising=False)
     peer = PeerProcess(os.getpid())
     monkeypatch.setattr(psutil.Process, "status", status)
-    assert peer.dead() is dead
+    assert peer.is_dead() is dead
 
 
 # ----------------------------------------------------------------------------------------------------------------- rings

@@ -46,7 +46,8 @@ from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import DRAIN_TIMEOUT, Broker
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import StartError
-from mpbroadcast.posix.descriptors import on_fork, without_heirs
+from mpbroadcast.posix.descendants import without_heirs
+from mpbroadcast.posix.forks import on_fork
 from mpbroadcast.posix.poller import IN
 from mpbroadcast.posix.processes import PeerProcess
 
