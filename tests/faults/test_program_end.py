@@ -101,10 +101,10 @@ def test_a_worker_that_never_reads_does_not_hang_the_end(script: Write) -> None:
     """A worker that has stopped reading costs the end of the program a bounded time, and is named in the log."""
     text = """
 import multiprocessing, signal
-import mpbroadcast.broadcaster
+import mpbroadcast.client.broadcaster
 from mpbroadcast import start_broadcaster
 
-mpbroadcast.broadcaster.CLOSE_TIMEOUT = 1.5
+mpbroadcast.client.broadcaster.CLOSE_TIMEOUT = 1.5
 
 def work(channel, opened):
     channel.poll(0)
