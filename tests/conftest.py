@@ -10,8 +10,6 @@ import multiprocessing.util
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from multiprocessing.connection import Connection
@@ -28,60 +26,20 @@ from mpbroadcast.protocol import pickling
 from tests.support.helpers import Children, wait_until
 
 FAILED = pytest.StashKey[bool]()
-# What some of these measure is of the whole machine, so they must not run beside each other; the rest is half of the time.
-_FIRST_HALF = {
-    *("test_ring", "test_large", "test_sizes", "test_pool"),
-    *("test_bad_input", "test_deaths", "test_flush_delivered", "test_fuzz", "test_idle", "test_log", "test_odd_moments"),
-    *("test_overflow", "test_publish_subscribe", "test_replay", "test_restart", "test_ring_parts", "test_security"),
-    *("test_stall", "test_structure", "test_threads_signals"),
-}
+WORKERS = (os.cpu_count() or 1) + 1  # tests mostly wait, and not for the CPU
 
 
 def pytest_configure() -> None:
     """Fork by default: tests change what the broker does by what it inherits. Whole programs show Python's own default."""
     multiprocessing.set_start_method("fork")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """In two halves, all tests take half the time: mostly they wait, and not for the CPU."""
-    parser.addoption("--halves", action="store_true", help="run all tests in two processes at once")
-    parser.addoption("--half", type=int, choices=(0, 1), help="run only the modules of this half")
-
-
-def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Run both halves, if all tests are asked for, and nobody wants to look into them."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; the tests' programs would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    alone = config.option.usepdb or config.option.collectonly or config.option.capture == "no" or config.option.help
-    given = config.args_source is pytest.Config.ArgsSource.ARGS
-    if not config.option.halves or config.option.half is not None or given or alone:
-        return None
-    command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
-    with tempfile.TemporaryFile("w+") as second_said:
-        second = subprocess.Popen([*command, "--half", "1"], stdout=second_said, stderr=subprocess.STDOUT)
-        try:
-            first_code = subprocess.run([*command, "--half", "0"], check=False).returncode
-            second_code = second.wait()
-        except BaseException:
-            second.terminate()
-            second.wait()
-            raise
-        second_said.seek(0)
-        print(second_said.read())
-    return first_code or second_code
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of this half."""
-    half = config.option.half
-    if half is None:
-        return
-    halves: tuple[list[pytest.Item], list[pytest.Item]] = [], []
-    for item in items:
-        halves[item.path.stem not in _FIRST_HALF].append(item)
-    config.hook.pytest_deselected(items=halves[1 - half])
-    items[:] = halves[half]
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes run the tests: for folders several, for files and with ``-s`` none beside pytest's own."""
+    has_folder = any(os.path.isdir(argument) for argument in config.args)
+    return WORKERS if has_folder and config.option.capture != "no" else 0
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -583,6 +583,7 @@ def use_up_pipes(folder: str) -> list[int]:
             os.close(pipe[1])
 
 
+@pytest.mark.xdist_group("one_user")
 def test_a_user_whose_memory_for_pipes_is_used_up(children: Children) -> None:
     """A user without privileges, who has used up what the system gives for pipes, has all messages in order."""
     limit = int(Path("/proc/sys/fs/pipe-user-pages-soft").read_text())
@@ -646,6 +647,7 @@ def start_with_few_processes(folder: str) -> list[str]:
     return [first, start_in(folder), *os.listdir(folder)]
 
 
+@pytest.mark.xdist_group("one_user")
 def test_a_user_with_too_many_processes(children: Children) -> None:
     """A user's limit on processes is a ``StartError``, and nothing is left."""
     first, later, *left = unprivileged(children, start_with_few_processes)
