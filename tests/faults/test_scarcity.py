@@ -177,7 +177,7 @@ def start_in(folder: str) -> str:
 
 def run_program(call: str, *prefix: str) -> Any:
     """What a function of this module returns in an interpreter of its own, which the command ``prefix`` starts."""
-    code = f"import json; from tests import test_scarcity; print(json.dumps(test_scarcity.{call}))"
+    code = f"import json; from tests.faults import test_scarcity; print(json.dumps(test_scarcity.{call}))"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [*prefix, sys.executable, "-c", code]
     done = subprocess.run(
@@ -955,7 +955,7 @@ def serve_from_another_namespace(address: str) -> None:
 @contextlib.contextmanager
 def another_namespace(address: str) -> Iterator[Callable[[str], None]]:
     """Orders to a program whose processes are in a PID namespace of their own."""
-    code = f"from tests import test_scarcity; test_scarcity.serve_from_another_namespace({address!r})"
+    code = f"from tests.faults import test_scarcity; test_scarcity.serve_from_another_namespace({address!r})"
     command = [*namespace("--pid", "--fork", "--mount-proc"), sys.executable, "-c", code]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path}
@@ -1033,7 +1033,7 @@ def uses_of_the_wall_clock(path: Path) -> list[str]:
 def test_nothing_waits_by_the_wall_clock() -> None:
     """Only the age of a file is told by the clock that can be set; all else by the one that cannot."""
     modules = Path(mpbroadcast.__file__).parent.rglob("*.py")
-    assert [use for path in modules for use in uses_of_the_wall_clock(path)] == ["listening.py"]
+    assert [use for path in modules for use in uses_of_the_wall_clock(path)] == ["socket_file.py"]
 
 
 def test_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch, fork: BaseContext, children: Children) -> None:
