@@ -7,8 +7,8 @@ from multiprocessing.context import BaseContext
 from typing import Any, Literal, TypeVar, overload
 
 from mpbroadcast.client.broadcaster import Broadcaster
+from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel import Channel
-from mpbroadcast.client.session import Link
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
 from mpbroadcast.validation import Policy, check_address, check_authkey, check_count, check_timeout
 
@@ -77,9 +77,9 @@ def start_broadcaster(
     try:
         # An interrupt before it is assigned leaves a daemon process that multiprocessing ends with the program.
         process = BrokerProcess(context, timeout, Settings(path, authkey, history, stall, log_config, restart))
-        link = Link(process.address)
-        link.session()
-        bus: Broadcaster[Any] = Broadcaster(link, process)
+        client = BrokerClient(process.address)
+        client.session()
+        bus: Broadcaster[Any] = Broadcaster(client, process)
         process.end_at_exit(bus.close)
     except BaseException as error:
         if process is not None:
@@ -103,9 +103,9 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
     path = check_address(address)
     if not os.path.isdir(os.path.dirname(path)):
         raise AddressError(f"there is no folder {os.path.dirname(path)!r}: pass what the broadcaster's `address` says")
-    link = Link(path, authkey=check_authkey(authkey))
-    link.session()
-    return Broadcaster(Link.to(path, link.broker, link.restarts))
+    client = BrokerClient(path, authkey=check_authkey(authkey))
+    client.session()
+    return Broadcaster(BrokerClient.shared(path, client.broker, client.restarts))
 
 
 def publish(

@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Any, Final, Generic, Literal, Protocol, Self, TypeVar, overload
 from weakref import WeakSet
 
+from mpbroadcast.client.broker_client import BrokerClient, Reply, Session, for_reply
 from mpbroadcast.client.channel import Channel, open_own
 from mpbroadcast.client.pipe_writer import SHARED_FROM, PipeWriter, framed
-from mpbroadcast.client.session import Answer, Link, Session, for_reply
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
 from mpbroadcast.posix.descendants import Descendants, descendants
@@ -63,8 +63,8 @@ class Broadcaster(Generic[M]):
     broker ends when no channel of this process and no other process needs it, at the latest with the program.
     """
 
-    def __init__(self, link: Link, process: _Process | None = None) -> None:
-        self._link = link
+    def __init__(self, client: BrokerClient, process: _Process | None = None) -> None:
+        self._client = client
         self._writer: PipeWriter | None = None  # until something is published
         self._outlets: dict[Session, PipeWriter] = {}
         self._gap = False  # whether something was published to a broker that has died since
@@ -80,7 +80,7 @@ class Broadcaster(Generic[M]):
     @property
     def address(self) -> str:
         """The path of the broker's socket: what :func:`connect` takes."""
-        return self._link.address
+        return self._client.address
 
     @property
     def closed(self) -> bool:
@@ -208,7 +208,7 @@ class Broadcaster(Generic[M]):
         if not isinstance(channel, Channel):
             hint = "; channel.unsubscribe(topic) drops a topic" if isinstance(channel, str) and name == "channel" else ""
             raise TypeError(f"{name} must be a Channel, not {type(channel).__name__}{hint}")
-        if channel.broker != self._link.broker:
+        if channel.broker != self._client.broker:
             raise ValueError(f"{name} is a channel of another broker, not of the one at {self.address!r}")
         return channel
 
@@ -248,15 +248,15 @@ class Broadcaster(Generic[M]):
                 raise
             except OSError as error:
                 self._check_open()
-                if not self._link.restarts:
-                    raise self._link.lost_error(error)  # noqa: B904, it has its cause
+                if not self._client.restarts:
+                    raise self._client.lost_error(error)  # noqa: B904, it has its cause
                 self._leave(writer)
 
     def _make(self, deadline: Deadline) -> PipeWriter:
         answer = self._ask("publisher", for_reply(deadline))
-        if answer.end is None:
-            raise self._link.lost_error()
-        made = PipeWriter(self._link, answer.session, answer.end, answer.said["publisher"])
+        if answer.pipe is None:
+            raise self._client.lost_error()
+        made = PipeWriter(self._client, answer.session, answer.pipe, answer.body["publisher"])
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
         self._writer = writer = self._outlets.setdefault(answer.session, made)
         if self._closed:  # meanwhile, by another thread
@@ -275,11 +275,11 @@ class Broadcaster(Generic[M]):
         if self._closed:
             raise ClosedError("this broadcaster was closed in this process: start or connect() another") from None
 
-    def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Answer:
+    def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Reply:
         self._check_open()
         if self._writer is not None:
             self._writer.pool.rest()
-        return self._link.request(do, deadline=deadline, **fields)
+        return self._client.request(do, deadline=deadline, **fields)
 
     # --- subscribing
 
@@ -337,7 +337,7 @@ class Broadcaster(Generic[M]):
         writer = self._writer
         number = int.from_bytes(os.urandom(6)) or 1
         # The channel exists before the subscription does: if an interrupt comes, its finaliser drops that.
-        channel: Channel[Any] = Channel(self._link, number, with_topic, subscriber=True)
+        channel: Channel[Any] = Channel(self._client, number, with_topic, subscriber=True)
         try:
             self._ask(
                 "subscribe",
@@ -350,7 +350,7 @@ class Broadcaster(Generic[M]):
             )
             self._channels.add(channel)
         except BaseException:
-            self._link.dropped.add(number)  # if a second interrupt stops the finaliser, the next request does it
+            self._client.dropped.add(number)  # if a second interrupt stops the finaliser, the next request does it
             del channel
             raise
         return channel
@@ -386,7 +386,7 @@ class Broadcaster(Generic[M]):
         if writer is not None:
             what = "all to leave its backlog" if delivered else "the broker to route all"
             self._ask_and_wait(limit, what, "flush", publisher=writer.number, delivered=delivered)
-            if writer.session is not self._link.session():
+            if writer.session is not self._client.session():
                 self._leave(writer)
         if self._gap:
             self._gap = False
@@ -407,7 +407,7 @@ class Broadcaster(Generic[M]):
         except TimedOut as error:
             there = "no answer comes"
             with contextlib.suppress(TimedOut):
-                said = self._ask("wait", Deadline(0.3), now=True, count=count, topic=topic).said
+                said = self._ask("wait", Deadline(0.3), now=True, count=count, topic=topic).body
                 there = f"there are {said['there']}"
             raise TimedOut(f"{error}. Now {there}") from None
 
@@ -415,7 +415,7 @@ class Broadcaster(Generic[M]):
         # Who does not wait for what is asked for does wait for the answer.
         deadline = for_reply(Deadline(0)) if timeout == 0 else Deadline(timeout)
         try:
-            done = bool(self._ask(do, deadline, now=timeout == 0, **fields).said["done"])
+            done = bool(self._ask(do, deadline, now=timeout == 0, **fields).body["done"])
         except TimedOut:
             done = False
         if not done:
@@ -426,7 +426,7 @@ class Broadcaster(Generic[M]):
 
         :raises BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """
-        return snapshot(self._ask("stats").said)
+        return snapshot(self._ask("stats").body)
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT) -> None:
         """In the process that has started the broker: end it. Elsewhere: let go of this handle; its channels live on.
@@ -440,7 +440,7 @@ class Broadcaster(Generic[M]):
         timeout = check_timeout(timeout)
         if self._ended:
             return
-        process, link, writer = self._process, self._link, self._writer
+        process, client, writer = self._process, self._client, self._writer
         limit = Deadline(None if timeout is None else timeout + _MARGIN)  # also when the broker is stopped
         if process is not None:
             open_own(self._channels, limit.at_most(CLOSE_TIMEOUT))
@@ -451,26 +451,26 @@ class Broadcaster(Generic[M]):
             # A publish that waits in another thread is woken when the broker closes its end.
             with contextlib.suppress(BroadcastError, OSError):
                 deadline = limit.at_most(CLOSE_TIMEOUT)
-                link.request("retire", session=writer.session, publisher=writer.number, deadline=deadline)
+                client.request("retire", session=writer.session, publisher=writer.number, deadline=deadline)
         if process is not None:
             asked = 0
             with contextlib.suppress(BroadcastError, OSError):
-                asked = link.request("stop", deadline=limit.at_most(CLOSE_TIMEOUT), timeout=timeout).said["pid"]
-            process.end(limit.remaining(), asked=asked, time_left=lambda: self._time_left(link, timeout))
-            link.close()
+                asked = client.request("stop", deadline=limit.at_most(CLOSE_TIMEOUT), timeout=timeout).body["pid"]
+            process.end(limit.remaining(), asked=asked, time_left=lambda: self._time_left(client, timeout))
+            client.close()
         self._writer = None
         self._outlets.clear()
-        self._link = Link(link.address, link.broker)  # the session ends when nothing else here needs it
+        self._client = BrokerClient(client.address, client.broker)  # the session ends when nothing else here needs it
         self._heirs = Descendants()  # nobody asks any more
         if process is not None:
             all(map(Channel.broker_has_ended, self._channels))
         self._ended = True
 
     @staticmethod
-    def _time_left(link: Link, timeout: float | None) -> float:
+    def _time_left(client: BrokerClient, timeout: float | None) -> float:
         """How many seconds the broker goes on draining, unless a reader makes progress; 0 when it does not answer."""
         with contextlib.suppress(BroadcastError, OSError):
-            return float(link.request("stop", deadline=Deadline(1.0), timeout=timeout).said["left"])
+            return float(client.request("stop", deadline=Deadline(1.0), timeout=timeout).body["left"])
         return 0.0
 
     def __enter__(self) -> Self:
@@ -482,13 +482,13 @@ class Broadcaster(Generic[M]):
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_open()
         self._handed_on = True
-        return Broadcaster, (self._link,)
+        return Broadcaster, (self._client,)
 
     def __del__(self) -> None:
         process: _Process | None = getattr(self, "_process", None)
         if process is not None and not self._closed and process.leave():
             if not (self._handed_on or self._heirs.live()):  # else there may be a process that will connect
-                self._link.ends_broker = True
+                self._client.ends_broker = True
             warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, stacklevel=2, source=self)
 
     def __repr__(self) -> str:

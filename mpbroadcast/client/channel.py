@@ -21,8 +21,8 @@ from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 from mpbroadcast import trap_points
 from mpbroadcast.client.asyncio_wait import AsyncWaiters
+from mpbroadcast.client.broker_client import BrokerClient, Reply, for_reply
 from mpbroadcast.client.pipe_reader import END_OF_MESSAGES, LOST, LOST_FOR_GOOD, End, Stream, follow, take_in
-from mpbroadcast.client.session import Answer, Link, for_reply
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, concerns
@@ -56,8 +56,8 @@ class Channel(Generic[M]):
     Used with ``with``, it is closed at the end. An iteration ends where the messages end.
     """
 
-    def __init__(self, link: Link, number: int, with_topic: bool, *, subscriber: bool = False) -> None:
-        self._link = link
+    def __init__(self, client: BrokerClient, number: int, with_topic: bool, *, subscriber: bool = False) -> None:
+        self._client = client
         self.number = number  # what the broker calls it
         self._with_topic = with_topic
         self._subscriber = subscriber  # whether this process has subscribed
@@ -237,7 +237,7 @@ class Channel(Generic[M]):
 
         :raises EOFError, BrokerLost: nothing comes any more.
         """
-        if end is not LOST or not self._link.restarts:
+        if end is not LOST or not self._client.restarts:
             raise self._end(end)
         if self._former is None:  # else it was interrupted, or had no descriptor
             self._former = self._pipe, self._shared
@@ -261,7 +261,7 @@ class Channel(Generic[M]):
         """What stands behind all messages, and stays there."""
         if end is END_OF_MESSAGES:
             return self._about_this(EOFError("nothing more comes: this channel was unsubscribed, or its broadcaster closed"))
-        return self._about_this(self._link.lost_error())
+        return self._about_this(self._client.lost_error())
 
     def _about_this(self, error: E) -> E:
         concerns(error, self)
@@ -336,16 +336,16 @@ class Channel(Generic[M]):
         if self._pipe is None:
             answer = self._ask("open", deadline, shared=available())
             shared = None if answer.fd_socket is None else SharedReader(answer.fd_socket)
-            self._pipe, self._shared, self._token = answer.end, shared, answer.said["token"]
-        said = self._ask("opened", deadline, token=self._token).said
+            self._pipe, self._shared, self._token = answer.pipe, shared, answer.body["token"]
+        said = self._ask("opened", deadline, token=self._token).body
         if said["opened"]:
             self._opened = True
             self._heirs = Descendants()  # nobody asks any more
         elif not self._opened:
             self._pipe = None
 
-    def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Answer:
-        return self._link.request(do, deadline=deadline, subscription=self.number, **fields)
+    def _ask(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Reply:
+        return self._client.request(do, deadline=deadline, subscription=self.number, **fields)
 
     def subscribe(self, *topics: str) -> None:
         """Hear these topics or patterns, too. What is published from when this returns on reaches the channel.
@@ -412,10 +412,12 @@ class Channel(Generic[M]):
             try:
                 self._ask("close", Deadline(_CLOSE_TIMEOUT))
             except (BroadcastError, OSError):  # the broker may not have got it, and what nobody opens no event ends
-                self._link.drop(self.number)
+                self._client.drop(self.number)
         self._told = True
         self._heirs = Descendants()
-        self._link = Link(self._link.address, self._link.broker)  # the session ends when nothing else here needs it
+        self._client = BrokerClient(
+            self._client.address, self._client.broker
+        )  # the session ends when nothing else here needs it
 
     def __enter__(self) -> Self:
         return self
@@ -429,16 +431,16 @@ class Channel(Generic[M]):
             return
         if self._subscriber and not self._opened and self._handed_on:
             self._leave_to_heirs()
-        elif (self._opened and self._link.restarts) or (self._subscriber and not self._opened):
-            self._link.drop(self.number)
+        elif (self._opened and self._client.restarts) or (self._subscriber and not self._opened):
+            self._client.drop(self.number)
 
     def _leave_to_heirs(self) -> None:
         if not (self._pickled or self._owner):
-            self._link.inherited[self.number] = self._heirs
+            self._client.inherited[self.number] = self._heirs
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._opened else "not open here"
-        return f"<mpbroadcast.Channel {self.number} at {self._link.address!r}, {state}>"
+        return f"<mpbroadcast.Channel {self.number} at {self._client.address!r}, {state}>"
 
     # --- handing on
 
@@ -450,7 +452,7 @@ class Channel(Generic[M]):
         if self._pipe is not None:
             raise self._in_use(os.getpid())
         self._pickled = True
-        return Channel, (self._link, self.number, self._with_topic)
+        return Channel, (self._client, self.number, self._with_topic)
 
     @property
     def _handed_on(self) -> bool:
@@ -478,7 +480,7 @@ class Channel(Generic[M]):
     @property
     def broker(self) -> str:
         """Which broker it belongs to."""
-        return self._link.broker
+        return self._client.broker
 
     def broker_has_ended(self) -> bool:
         """Release what shows which processes could open it: none can any more. Return True."""

@@ -20,8 +20,8 @@ import time
 from typing import Final
 
 from mpbroadcast import trap_points
+from mpbroadcast.client.broker_client import CONNECT_TIMEOUT, BrokerClient, Session, for_reply
 from mpbroadcast.client.ring import Ring
-from mpbroadcast.client.session import CONNECT_TIMEOUT, Link, Session, for_reply
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import TimedOut
 from mpbroadcast.posix import locks
@@ -61,8 +61,8 @@ def framed(payload: Payload, way: tuple[bytes, int]) -> bytes:
 class PipeWriter:
     """A publisher, as it came in ``session``; ``number`` is what the broker calls it, and ``pipe`` its end of the pipe."""
 
-    def __init__(self, link: Link, session: Session, pipe: PipeEnd, number: int) -> None:
-        self._link = link
+    def __init__(self, client: BrokerClient, session: Session, pipe: PipeEnd, number: int) -> None:
+        self._client = client
         self.session = session
         self.pipe = pipe
         self.number = number
@@ -175,7 +175,7 @@ class PipeWriter:
         while not self.pipe.wait(select.POLLOUT, deadline.at_most(_TURN)):
             if deadline.remaining() == 0:
                 raise TimedOut(_NOT_IN_TIME)
-            self._link.send_notes()
+            self._client.send_notes()
 
     # --- shared memory
 
@@ -201,7 +201,9 @@ class PipeWriter:
             return None
         self._not_before = now + _ASKING  # no call since it was looked at, so only one thread comes here
         with contextlib.suppress(OSError):  # no descriptor is left, here or in the broker
-            answer = self._link.request("fd_socket", session=self.session, publisher=self.number, deadline=for_reply(deadline))
+            answer = self._client.request(
+                "fd_socket", session=self.session, publisher=self.number, deadline=for_reply(deadline)
+            )
             self._fd_socket = answer.fd_socket
         self._not_before = time.monotonic() + _AGAIN
         return self._fd_socket
@@ -347,4 +349,4 @@ class PipeWriter:
             if deadline.remaining() == 0:
                 raise TimedOut(_NOT_IN_TIME)
             fd_socket.wait(deadline.at_most(_SLICE).remaining() or 0)
-            self._link.send_notes()
+            self._client.send_notes()

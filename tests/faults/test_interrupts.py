@@ -27,7 +27,7 @@ import pytest
 
 from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, start_broadcaster, trap_points
 from mpbroadcast.broker.host.launcher import BrokerProcess
-from mpbroadcast.client.session import Link
+from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import OwnedDescriptor
 from mpbroadcast.posix.pipes import PipeEnd
@@ -496,7 +496,7 @@ def interrupts_without_closing_twice(kind: type[OwnedDescriptor]) -> int:
     return count
 
 
-@pytest.mark.parametrize("moment", [Link.request, PipeEnd.close], ids=lambda function: function.__qualname__)
+@pytest.mark.parametrize("moment", [BrokerClient.request, PipeEnd.close], ids=lambda function: function.__qualname__)
 def test_an_interrupted_close_of_the_broadcaster_can_be_done_again(moment: Callable[..., Any]) -> None:
     """After a second ``close`` the broker process has ended."""
     bus = start_broadcaster()
@@ -546,7 +546,7 @@ def test_an_interrupted_subscribe_that_is_interrupted_again(bus: Bus, monkeypatc
     "moment",
     [
         "waiting for the broker",
-        Link.session,
+        BrokerClient.session,
         Broadcaster.__init__,
         BrokerProcess.end_at_exit,
     ],

@@ -36,7 +36,7 @@ import mpbroadcast
 from mpbroadcast import Broadcaster, BrokerRestarted, Channel, StartError, connect, start_broadcaster
 from mpbroadcast.broker import acceptor
 from mpbroadcast.broker import server as broker_module
-from mpbroadcast.client import broadcaster, ring, session
+from mpbroadcast.client import broadcaster, broker_client, ring
 from mpbroadcast.client.ring import Ring
 from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.posix.shared_memory import available
@@ -222,7 +222,7 @@ def test_who_connects_waits_until_the_broker_has_descriptors(bus: Bus) -> None:
 
 def attach_and_use(address: str, patience: float) -> list[str]:
     """What comes of each step of a client that cannot wait for long; what it could publish arrives, and nothing else."""
-    session.CONNECT_TIMEOUT = patience  # type: ignore[misc]
+    broker_client.CONNECT_TIMEOUT = patience  # type: ignore[misc]
     handles: list[Bus] = []
     channels: list[Channel[Any]] = []
     outcomes = [said(lambda: handles.append(connect(address)))]
@@ -293,7 +293,7 @@ def test_subscribers_until_the_broker_is_full(bus: Bus) -> None:
 
 def test_publishers_until_the_broker_is_full(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who cannot publish any more is told so, or in time; those that can go on, and the others can later."""
-    monkeypatch.setattr(session, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(broker_client, "CONNECT_TIMEOUT", 0.5)
     with bus.subscribe() as channel, contextlib.ExitStack() as stack:
         channel.fileno()
         bus.publish("own")
@@ -424,7 +424,7 @@ def test_so_many_descriptors_left_for_connect(count: int, bus: Bus) -> None:
 
 def start_with(count: int, method: str) -> tuple[str, int, list[str]]:
     """Start a broadcaster with so many descriptors left: the error, how many are lost by that, and the files that are left."""
-    session.CONNECT_TIMEOUT = 2.0  # type: ignore[misc]
+    broker_client.CONNECT_TIMEOUT = 2.0  # type: ignore[misc]
     broadcaster.CLOSE_TIMEOUT = 0.1  # type: ignore[misc]
     temporary = tempfile.tempdir = tempfile.mkdtemp()
     context = multiprocessing.get_context(method)

@@ -32,8 +32,8 @@ from mpbroadcast import (
     connect,
     start_broadcaster,
 )
-from mpbroadcast.client import session
-from mpbroadcast.client.session import Link
+from mpbroadcast.client import broker_client
+from mpbroadcast.client.broker_client import BrokerClient
 from tests.support import workers
 from tests.support.helpers import (
     DEADLINE,
@@ -652,11 +652,11 @@ def test_channels_that_are_dropped_while_the_broker_takes_nothing(restart: bool)
 
 def test_a_channel_that_is_closed_while_the_broker_takes_nothing(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker did not answer in time, and did not even get the request: it goes ahead of the next one."""
-    monkeypatch.setattr(session, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(broker_client, "CONNECT_TIMEOUT", 0.2)
     channel = bus.subscribe()
     with stopped(bus.stats().pid):
         asking = Background(bus.stats)  # which has the one connection that there is
-        asking.wait_until_blocked("ask")
+        asking.wait_until_blocked("wait")
         channel.close()
     asking.result()
     wait_until(lambda: not bus.stats().subscribers)
@@ -713,7 +713,7 @@ def test_who_lets_go_of_all_and_lives_on(bus: Bus, fork: BaseContext, children: 
 
 def test_a_subscription_is_made_once_and_not_behind_its_drop(bus: Bus) -> None:
     """A request that is repeated changes nothing, and one that comes behind its drop is refused."""
-    link = Link(bus.address)
+    link = BrokerClient(bus.address)
     request: dict[str, Any] = {"topics": ["*"], "overflow": "block", "capacity": 1000, "replay": 0, "publisher": None}
     for _ in range(2):
         link.request("subscribe", subscription=5, **request)

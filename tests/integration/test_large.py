@@ -30,7 +30,7 @@ import pytest
 from mpbroadcast import Broadcaster, Channel, Lagged, connect, trap_points
 from mpbroadcast.broker.members import new_socket
 from mpbroadcast.client import shared_reader
-from mpbroadcast.client.session import Link
+from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.shared_memory import available, message_memory, ring_memory
@@ -449,11 +449,11 @@ class Hostile:
     """A client of the same user that has the key, and sends what it likes."""
 
     def __init__(self, bus: Bus) -> None:
-        self.link = Link(bus.address)
+        self.link = BrokerClient(bus.address)
         reply = self.link.request("publisher")
-        assert reply.end is not None
-        self.pipe = reply.end
-        fd_socket = self.link.request("fd_socket", publisher=reply.said["publisher"]).fd_socket
+        assert reply.pipe is not None
+        self.pipe = reply.pipe
+        fd_socket = self.link.request("fd_socket", publisher=reply.body["publisher"]).fd_socket
         assert fd_socket is not None
         self.fd_socket = fd_socket
         self._numbers = itertools.count(1)
@@ -642,11 +642,11 @@ def test_a_hostile_publisher(attack: Callable[[Hostile], None], bus: Bus, undist
 
 def test_a_hostile_subscriber(bus: Bus, undisturbed: Channel[Any]) -> None:
     """One that tells nonsense of what it has read and mapped harms nobody else, neither while it is there nor afterwards."""
-    link = Link(bus.address)
+    link = BrokerClient(bus.address)
     try:
         link.request("subscribe", topics=["*"], overflow="block", capacity=64 << 20, replay=0, subscription=77, publisher=None)
         reply = link.request("open", subscription=77, shared=True)
-        link.request("opened", subscription=77, token=reply.said["token"])
+        link.request("opened", subscription=77, token=reply.body["token"])
         fd_socket = reply.fd_socket
         assert fd_socket is not None
         for number in range(40):
@@ -660,8 +660,8 @@ def test_a_hostile_subscriber(bus: Bus, undisturbed: Channel[Any]) -> None:
         bus.publish(LARGE.message(41))
         assert number_of(undisturbed.recv(timeout=DEADLINE)) == 41
         fd_socket.close()
-        assert reply.end is not None
-        reply.end.close()
+        assert reply.pipe is not None
+        reply.pipe.close()
     finally:
         link.close()
 

@@ -24,7 +24,7 @@ import pytest
 
 import mpbroadcast
 from mpbroadcast import AuthenticationFailed, Broadcaster, BrokerLost, TimedOut, connect, start_broadcaster, trap_points
-from mpbroadcast.client.session import Link
+from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.deadline import Deadline
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, keyed_connection, wait_until
 from tests.support.victims import Program, descriptors
@@ -240,7 +240,7 @@ def test_a_connection_that_was_reset_when_the_time_is_over(temporary_folder: Pat
 
         monkeypatch.setattr(trap_points, "reach", reach)
         with pytest.raises(TimedOut):
-            Link(address).session(deadline)
+            BrokerClient(address).session(deadline)
     os.unlink(address)
 
 

@@ -39,7 +39,7 @@ from mpbroadcast.broker.core.history import MOST_TOPICS
 from mpbroadcast.broker.members import Peer, new_socket
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
-from mpbroadcast.client.session import Link
+from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.posix.fd_socket import DescriptorSocket, receive, taken_apart
 from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.posix.shared_memory import MemoryRefused, available, check_message, check_ring, message_memory, ring_memory
@@ -571,11 +571,11 @@ def requests(target: Target, choose: Random) -> None:
 class Lent:
     """A publisher as the library has it, with a pipe, and perhaps a socket beside it, and a ring."""
 
-    def __init__(self, link: Link, *, fd_socket: bool) -> None:
+    def __init__(self, link: BrokerClient, *, fd_socket: bool) -> None:
         reply = link.request("publisher")
-        assert reply.end is not None
-        self.number = reply.said["publisher"]
-        self.pipe = reply.end
+        assert reply.pipe is not None
+        self.number = reply.body["publisher"]
+        self.pipe = reply.pipe
         self.fd_socket = link.request("fd_socket", publisher=self.number).fd_socket if fd_socket else None
 
     def write(self, data: bytes) -> None:
@@ -611,7 +611,7 @@ class Lent:
 
 
 @contextlib.contextmanager
-def listening(link: Link, choose: Random, topics: Sequence[str] = ("fuzz*",)) -> Iterator[tuple[int, Any]]:
+def listening(link: BrokerClient, choose: Random, topics: Sequence[str] = ("fuzz*",)) -> Iterator[tuple[int, Any]]:
     """A subscription of the attacker's own, small or large, open or not: its number, and the reply to its opening."""
     number = choose.randrange(1, 1 << 48)
     link.request(
@@ -627,12 +627,12 @@ def listening(link: Link, choose: Random, topics: Sequence[str] = ("fuzz*",)) ->
     if choose.random() < 0.8:
         reply = link.request("open", subscription=number, shared=choose.random() < 0.9)
         if choose.random() < 0.9:
-            link.request("opened", subscription=number, token=reply.said["token"])
+            link.request("opened", subscription=number, token=reply.body["token"])
     try:
         yield number, reply
     finally:
         if reply is not None and choose.random() < 0.5:
-            for end in (reply.end, reply.fd_socket):
+            for end in (reply.pipe, reply.fd_socket):
                 if end is not None:
                     end.close()
         link.request("close", subscription=number)
@@ -640,7 +640,7 @@ def listening(link: Link, choose: Random, topics: Sequence[str] = ("fuzz*",)) ->
 
 def frames(target: Target, choose: Random) -> None:
     """One writes damaged streams of all kinds into its publisher's pipe, cut anywhere, with rings and memories beside it."""
-    link = Link(target.address)
+    link = BrokerClient(target.address)
     streams = written()
     try:
         with listening(link, choose):
@@ -667,7 +667,7 @@ def frames(target: Target, choose: Random) -> None:
 
 def beside_publishers(target: Target, choose: Random) -> None:
     """One says nonsense beside its publisher's pipe, with too many descriptors, none, or wrong ones, and refers to them."""
-    link = Link(target.address)
+    link = BrokerClient(target.address)
     packets = [pack(kind, number, value) for kind in range(RING, READ + 1) for number in (0, 1, 2) for value in (1, 2, 4096)]
     try:
         with listening(link, choose):
@@ -706,7 +706,7 @@ def beside_publishers(target: Target, choose: Random) -> None:
 
 def beside_channels(target: Target, choose: Random) -> None:
     """One that subscribes lies about what it has mapped and read, sends descriptors, reads a part, and goes at any moment."""
-    link = Link(target.address)
+    link = BrokerClient(target.address)
     bus: Broadcaster[Any] = connect(target.address)
     kinds = (MAPPED, READ, REFUSED, ACCEPTED, WANTED)
     packets = [pack(kind, number, value) for kind in kinds for number in range(4) for value in (0, 9)]
@@ -728,9 +728,9 @@ def beside_channels(target: Target, choose: Random) -> None:
                     while choose.random() < 0.5 and (heard := reply.fd_socket.receive_packet_with_fd()) is not None:
                         if heard[0] and heard[0][0] == RING and choose.random() < 0.8:
                             reply.fd_socket.send_packet(pack(MAPPED, unpack(heard[0]).ring))
-                if choose.random() < 0.4 and reply.end is not None:
+                if choose.random() < 0.4 and reply.pipe is not None:
                     with contextlib.suppress(BlockingIOError):
-                        os.read(reply.end.fd, choose.choice([1, 100, 1 << 18]))
+                        os.read(reply.pipe.fd, choose.choice([1, 100, 1 << 18]))
                 if choose.random() < 0.05:
                     reply.fd_socket.close()
                     break
@@ -900,7 +900,7 @@ def test_references_into_a_ring_that_is_done_with(bus: Broadcaster[Any]) -> None
 
 def answers_to_two_rings(bus: Broadcaster[Any]) -> list[bytes]:
     """What a publisher hears that shares two large rings, refers to the one, the other, and the one again, and goes."""
-    link = Link(bus.address)
+    link = BrokerClient(bus.address)
     lent = Lent(link, fd_socket=True)
     assert lent.fd_socket is not None
     answers = []
@@ -924,7 +924,7 @@ def test_a_publisher_is_ended_by_its_own_process_only(bus: Broadcaster[Any], for
 
 def outlives(bus: Broadcaster[Any], attack: Callable[[int], None]) -> bool:
     """Whether a publisher can write after an attack on its number."""
-    link = Link(bus.address)
+    link = BrokerClient(bus.address)
     lent = Lent(link, fd_socket=False)
     try:
         attack(lent.number)
@@ -987,7 +987,7 @@ def outcomes_behind_an_empty_one(bus: Broadcaster[Any]) -> list[Any]:
     """What a channel gives: two messages, or the names of their errors."""
     with bus.subscribe("") as channel:
         channel.fileno()
-        link = Link(bus.address)
+        link = BrokerClient(bus.address)
         lent = Lent(link, fd_socket=True)
         lent.memory(1, 0)
         lent.write(memory_frame(1, 0, b""))
@@ -1037,7 +1037,7 @@ def answers_with_a_full_log() -> bool:
         os.dup2(own, 2)
         os.close(own)
         os.close(writer)
-    link = Link(bus.address)
+    link = BrokerClient(bus.address)
     lent = Lent(link, fd_socket=False)
     for number in range(1000):
         lent.write(frame_head(0, bytes([0xFE + number % 2])))

@@ -271,7 +271,7 @@ NOT_DONE: set[str] = {
     "mpbroadcast/client/pipe_writer.py",
     "mpbroadcast/client/ring.py",
     "mpbroadcast/client/selector.py",
-    "mpbroadcast/client/session.py",
+    "mpbroadcast.client.broker_client.py",
     "mpbroadcast/client/shared_reader.py",
     "mpbroadcast/errors.py",
     "mpbroadcast/posix/memory_pool.py",

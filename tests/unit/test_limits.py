@@ -29,7 +29,7 @@ from mpbroadcast.broker.core.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION
 from mpbroadcast.broker.core.patterns import is_pattern, matcher
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
-from mpbroadcast.client.session import Link
+from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.posix.shared_memory import message_memory
 from mpbroadcast.protocol.control import MAX_REQUEST, client_handshake, encode
 from mpbroadcast.protocol.fd_packets import MEMORY, pack
@@ -62,7 +62,7 @@ def test_a_topic_that_no_run_can_carry(bus: Broadcaster[Any]) -> None:
     """A topic of 65,530 bytes, in pieces, ends its publisher; others go on."""
     with bus.subscribe() as channel:
         pid = bus.stats().pid
-        link = Link(bus.address)
+        link = BrokerClient(bus.address)
         lent = Lent(link, fd_socket=False)
         for piece in pieces(frame_head(0, b"x" * 65530), 1):
             lent.write(piece)
@@ -322,15 +322,15 @@ def test_an_error_of_too_many_topics(bus: Broadcaster[Any]) -> None:
 
 
 @contextlib.contextmanager
-def through_its_pipe(link: Link) -> Iterator[int]:
+def through_its_pipe(link: BrokerClient) -> Iterator[int]:
     """A subscription whose reader shares no memory: its pipe."""
     fields: dict[str, Any] = {"capacity": 1 << 32, "overflow": "block", "replay": 0, "publisher": None}
     link.request("subscribe", subscription=7, topics=["large"], **fields)
     reply = link.request("open", subscription=7, shared=False)
-    link.request("opened", subscription=7, token=reply.said["token"])
-    assert reply.end is not None
-    yield reply.end.fd
-    reply.end.close()
+    link.request("opened", subscription=7, token=reply.body["token"])
+    assert reply.pipe is not None
+    yield reply.pipe.fd
+    reply.pipe.close()
     link.request("close", subscription=7)
 
 
@@ -347,7 +347,7 @@ def read_all(fd: int, size: int) -> Iterator[bytes]:
 @shares_memory
 def test_a_long_message_through_a_pipe(bus: Broadcaster[Any]) -> None:
     """A message in memory of its own comes whole to a reader that shares none, also to one that is quick."""
-    link = Link(bus.address)
+    link = BrokerClient(bus.address)
     payload = pattern(1, 6 << 20)
     with through_its_pipe(link) as fd:
         lent = Lent(link, fd_socket=True)
@@ -368,7 +368,7 @@ def test_a_long_message_through_a_pipe(bus: Broadcaster[Any]) -> None:
 def test_sparse_memory_through_a_pipe(bus: Broadcaster[Any]) -> None:
     """Memory of 1 GiB that was never written, for a reader that shares none, takes nothing of the broker, and no time."""
     rss = psutil.Process(bus.stats().pid).memory_info
-    link = Link(bus.address)
+    link = BrokerClient(bus.address)
     with through_its_pipe(link) as fd, bus.subscribe("other") as channel:
         before = rss().rss
         lent = Lent(link, fd_socket=True)

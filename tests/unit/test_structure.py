@@ -235,7 +235,7 @@ def test_an_import_loads_no_broker() -> None:
     """Who only connects, publishes and subscribes needs neither psutil nor any module of the broker."""
     code = "import sys, mpbroadcast; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert "mpbroadcast.client.session" in loaded
+    assert "mpbroadcast.client.broker_client" in loaded
     assert not [name for name in loaded if name == "psutil" or name.startswith("mpbroadcast.broker")]
 
 

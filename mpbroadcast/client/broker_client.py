@@ -1,0 +1,299 @@
+"""Requests to the broker, and reconnecting to the one that takes over.
+
+A process has one :class:`BrokerClient` for a broker and each that takes over from it (``restart=True``). A :class:`Session` is
+this process as one of these brokers knows it: a *lifeline*, a control connection that is only held open, and a pool of control
+connections for requests.
+
+- A request has a connection to itself. One that waits for long delays no other, and one that an exception interrupts is closed
+  with its connection: so threads and signal handlers need no lock, and no reply meets the wrong request.
+- A *note* is a request without a reply, which finalisers send: at once if there is room, and without a lock. Notes that had no
+  room are sent before the next request, or while a publish waits. They are idempotent, and are sent until a reply shows that
+  the broker has handled them.
+- A session is lost once its broker is known to have ended. The next request attaches to the broker that takes over, which
+  waits in the queue of the socket meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any, Final, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
+
+from mpbroadcast.client.control_connection import ENDED, ControlConnection
+from mpbroadcast.deadline import Deadline
+from mpbroadcast.errors import BroadcastError, BrokerCrashed, BrokerLost, ChannelInUse, ClosedError, TimedOut
+from mpbroadcast.posix.descendants import Descendants
+from mpbroadcast.posix.fd_socket import DescriptorSocket
+from mpbroadcast.posix.forks import on_fork
+from mpbroadcast.posix.pipes import PipeEnd
+from mpbroadcast.protocol.control import encode
+
+CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped blocks no call for ever
+# Seconds before another try to connect, when a connection was reset: by a broker that has died and is replaced, or by one that
+# had more unauthenticated connections than it keeps.
+_PAUSES: Final = [0.02 * 2**power for power in range(8)]
+_LEAST_TIME: Final = 0.6  # seconds for a reply that needs no waiting, whatever the caller's timeout
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Session:
+    """This process as one broker knows it, for as long as the lifeline is open. ``id`` is the broker's."""
+
+    lifeline: ControlConnection
+    id: int
+    generation: int  # how many brokers were at this address before this one
+    idle: list[ControlConnection] = field(default_factory=list)
+    lost: bool = False  # True once the broker is known to have ended; pipes may have data left all the same
+
+
+class Reply(NamedTuple):
+    """A reply of the broker, its session, and the descriptors that came with it: a pipe's end and the socket beside it."""
+
+    session: Session
+    body: dict[str, Any]
+    pipe: PipeEnd | None
+    fd_socket: DescriptorSocket | None
+
+
+class BrokerClient:
+    """This process's requests to the broker of one identity at ``address``, and to each that takes over from it.
+
+    It attaches when it is first used, and anew behind a fork. It detaches when nothing refers to it any more. ``restarts`` is
+    True if another broker takes over when one dies: the broker's reply to the first request sets it.
+    """
+
+    def __init__(self, address: str, broker: str = "", restarts: bool = False, authkey: bytes | None = None) -> None:
+        self.address = address
+        self.broker = broker
+        self.restarts = restarts
+        self._authkey = authkey
+        self._session: Session | None = None  # the last one
+        self._sessions: dict[int, Session] = {}  # those that are not lost, by generation
+        # Ids of subscriptions that no handle refers to any more, until a reply shows that the broker has dropped them.
+        self.dropped: set[int] = _dropped.setdefault(broker, set()) if broker else set()
+        # Subscriptions that only these processes, forked from this one, can still open.
+        self.inherited: dict[int, Descendants] = {}
+        self.ends_broker = False  # True if the broker is to end with this session, as no other process needs it
+        self._noted: set[int] = set()  # dropped subscriptions whose notes were sent since the last reply
+        on_fork(self, BrokerClient._in_child)
+
+    @classmethod
+    def shared(cls, address: str, broker: str, restarts: bool) -> BrokerClient:
+        """Return the one that this process has for this broker."""
+        return _clients.get(broker) or _clients.setdefault(broker, cls(address, broker, restarts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BrokerClient.shared, (self.address, self.broker, self.restarts)
+
+    def session(self, deadline: Deadline | None = None) -> Session:
+        """Return the session, attached to the broker that has taken over if the last one was lost.
+
+        :raises BrokerLost: there is no broker.
+        :raises AuthenticationFailed: the broker has another key.
+        :raises TimedOut: the broker did not answer by ``deadline``, or within ``CONNECT_TIMEOUT`` seconds.
+        """
+        session = self._session
+        if session is not None and not (session.lost and self.restarts):
+            return session
+        try:
+            lifeline, reply = self._connected(self._attach, (deadline or Deadline(None)).at_most(CONNECT_TIMEOUT))
+        except BrokerLost as error:
+            self.restarts = False  # no later call needs to wait for another broker
+            if self.broker:  # it was there before
+                raise self.lost_error(error.__cause__)  # noqa: B904, it has its cause
+            error.__cause__ = self._crash() or error.__cause__
+            raise
+        if self.broker not in ("", reply["broker"]):
+            raise self.lost_error()
+        self.broker = str(reply["broker"])
+        self.dropped = _dropped.setdefault(self.broker, self.dropped)
+        self.restarts = bool(reply["restarts"])
+        if self._authkey is not None:
+            _keys[self.address] = self._authkey  # for handles of this process that come without a key
+        _clients.setdefault(self.broker, self)
+        made = Session(lifeline, int(reply["session"]), int(reply["number"]))
+        # The first of several threads that come here makes it for all: this is one step, where `if` and `=` are two.
+        self._session = session = self._sessions.setdefault(made.generation, made)
+        return session
+
+    def _connected(self, connect: Callable[[Deadline], T], deadline: Deadline) -> T:
+        for pause in _PAUSES:
+            try:
+                return connect(deadline)
+            except BrokerLost as error:
+                if not isinstance(error.__cause__, (ConnectionResetError, BrokenPipeError, NoneType)):
+                    raise
+                if deadline.remaining() == 0:  # there may be a broker all the same
+                    raise TimedOut(f"the broker at {self.address!r} accepted no connection in time") from error
+            time.sleep(deadline.at_most(pause).remaining() or 0.0)
+        return connect(deadline)
+
+    def _attach(self, deadline: Deadline) -> tuple[ControlConnection, dict[str, Any]]:
+        lifeline = self._connect(deadline)
+        return lifeline, lifeline.request({"do": "attach"}, deadline)
+
+    def _connect(self, deadline: Deadline) -> ControlConnection:
+        key = self._authkey or _keys.get(self.address) or bytes(multiprocessing.current_process().authkey)
+        return ControlConnection(self.address, key, deadline)
+
+    def request(self, do: str, *, deadline: Deadline | None = None, session: Session | None = None, **fields: Any) -> Reply:
+        """Request something of the broker, and block until its reply comes, or until ``deadline``.
+
+        Without a ``session``, the request is sent again to the broker that takes over meanwhile.
+
+        :raises BrokerLost: the broker has ended.
+        :raises TimedOut: the broker did not reply in time.
+        :raises ChannelInUse, ClosedError, ValueError, OSError: the broker replied with this error.
+        """
+        self.send_notes()
+        while True:
+            current = session or self.session(deadline)
+            try:
+                return self._request(current, deadline or Deadline(None), {"do": do, "session": current.id, **fields})
+            except BrokerLost:
+                if session is not None or not (current.lost and self.restarts):
+                    raise
+
+    def _request(self, session: Session, deadline: Deadline, message: dict[str, Any]) -> Reply:
+        if session.lost:
+            raise self.lost_error()
+        to_drop = list(self.dropped)
+        control = None
+        with contextlib.suppress(IndexError):
+            control = session.idle.pop()
+        try:
+            if control is None:
+                control = self._connected(self._connect, deadline.at_most(CONNECT_TIMEOUT))
+            body = control.request(message, deadline, b"".join(map(_drop_note, to_drop)))
+            if body.get("error") == "unknown":  # another broker has replied, which does not know the session
+                raise BrokerLost(str(body["text"]))
+            reply = Reply(session, body, *control.received_descriptors(body))
+        except BaseException as error:
+            if control is not None:
+                control.close()
+            if isinstance(error, BrokerLost):
+                self._lose(session)
+                error.__cause__ = self._crash() or error.__cause__
+            raise
+        session.idle.append(control)
+        self.dropped.difference_update(to_drop)
+        self._noted.clear()
+        if "error" in body:
+            raise _error(body)
+        return reply
+
+    def _lose(self, session: Session) -> None:
+        session.lost = True  # the lifeline stays open: a broker that is being closed may still drain
+        self._sessions.pop(session.generation, None)
+        if not self.restarts:
+            _clients.pop(self.broker, None)
+
+    def lost_error(self, cause: BaseException | None = None) -> BrokerLost:
+        """Return the error for a broker that has ended. Its cause is what the broker sent at its end, or else ``cause``."""
+        error = BrokerLost(ENDED.format(self.address))
+        error.__cause__ = self._crash() or cause
+        return error
+
+    def _crash(self) -> BrokerCrashed | None:
+        return self._session.lifeline.crash() if self._session is not None else None
+
+    def drop(self, subscription: int) -> bool:
+        """Drop a subscription with the next request, and now if there is room. Return True if the note was sent.
+
+        A finaliser may call this anywhere: each change is one step.
+        """
+        session = self._session
+        if session is not None and session.lost and not self.restarts:
+            return True
+        self.dropped.add(subscription)
+        if session is None:
+            return False
+        # A connection for requests takes it, if one is idle: so the lifeline has room for its last notes.
+        control = session.lifeline
+        with contextlib.suppress(IndexError):
+            control = session.idle.pop()
+        rest = control.send_now(_drop_note(subscription))
+        if control is not session.lifeline:
+            session.idle.append(control)
+        if not rest:
+            self._noted.add(subscription)
+        return not rest
+
+    def send_notes(self) -> None:
+        """Send the notes that had no room before, as far as there is room now. A publish that waits calls it repeatedly."""
+        for subscription, processes in list(self.inherited.items()):
+            if not processes.live():
+                self.dropped.add(subscription)
+                self.inherited.pop(subscription, None)
+        all(map(self.drop, self.dropped - self._noted))
+        _send_last_notes()
+
+    def _in_child(self) -> None:
+        self._session = None
+        self._sessions = {}
+        self.inherited = {}
+        self.dropped = set()
+        _clients.clear()
+        _dropped.clear()
+        _last_notes.clear()
+
+    def close(self) -> None:
+        """Close all connections: the broker has ended, or no handle of this process needs it any more."""
+        self.restarts = False
+        self.inherited.clear()
+        if self._session is not None:
+            self._lose(self._session)
+            self._session.lifeline.close()
+            self._session.idle.clear()
+
+    def __del__(self) -> None:
+        session: Session | None = getattr(self, "_session", None)
+        if session is not None:
+            notes = b"".join(map(_drop_note, list(self.dropped))) + encode({"do": "detach", "end": self.ends_broker})
+            _last_notes.append((session.lifeline, notes))
+            _send_last_notes()
+
+
+def _drop_note(subscription: int) -> bytes:
+    return encode({"do": "drop", "subscription": subscription})
+
+
+def _send_last_notes() -> None:
+    for _ in range(len(_last_notes)):
+        with contextlib.suppress(IndexError):  # another thread, or a finaliser, has sent them
+            lifeline, notes = _last_notes.popleft()
+            if rest := lifeline.send_now(notes):
+                _last_notes.append((lifeline, rest))
+
+
+_dropped: dict[str, set[int]] = {}  # by the broker's identity: the broker that takes over may be the first to get the notes
+_last_notes: deque[tuple[ControlConnection, bytes]] = (
+    deque()
+)  # lifelines that are kept until there is room for their last notes
+_clients: WeakValueDictionary[str, BrokerClient] = WeakValueDictionary()  # by the broker's identity
+_keys: dict[str, bytes] = {}  # by address
+
+
+def for_reply(deadline: Deadline) -> Deadline:
+    """Return the deadline of a request that the broker answers at once, sent on behalf of a call that waits until ``deadline``.
+
+    A timeout of 0 does not forbid the request. A broker that is stopped makes the call longer by less than a second.
+    """
+    return deadline.at_least(_LEAST_TIME)
+
+
+def _error(body: dict[str, Any]) -> Exception:
+    kind, text = str(body["error"]), str(body.get("text", ""))
+    if kind == "in use":
+        return ChannelInUse(text, int(body.get("pid", 0)))
+    if kind == "system":
+        return OSError(int(body.get("errno", 0)), text)
+    return {"closed": ClosedError, "value": ValueError, "lost": BrokerLost}.get(kind, BroadcastError)(text)

@@ -1,0 +1,188 @@
+"""A control connection, at the user's end: the handshake, then one request at a time and its reply.
+
+It is used by one thread at a time. A call that is interrupted, or that runs out of time, leaves it in the middle of a request:
+then it is closed, and never used again. Its socket never blocks: what waits is :meth:`ControlSocket.wait`, until a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import time
+from typing import Any, Final
+
+from mpbroadcast import trap_points
+from mpbroadcast.deadline import Deadline
+from mpbroadcast.errors import AuthenticationFailed, BrokerCrashed, BrokerLost, TimedOut
+from mpbroadcast.posix.control_socket import ControlSocket
+from mpbroadcast.posix.fd_socket import DescriptorSocket, taken_apart
+from mpbroadcast.posix.forks import fork_lock, on_fork
+from mpbroadcast.posix.pipes import PipeEnd
+from mpbroadcast.protocol.control import (
+    MAX_HANDSHAKE,
+    MAX_REPLY,
+    MAX_REQUEST,
+    ControlError,
+    Handshake,
+    Inbox,
+    client_handshake,
+    decode,
+    encode,
+)
+
+_READ: Final = 1 << 16  # bytes to receive at once
+_FULL_QUEUE_PAUSE: Final = 0.005  # seconds until another try to connect
+ENDED: Final = "the broker at {!r} has ended: start another one, or connect() to the one that is there now, and subscribe again"
+
+
+class ControlConnection:
+    """A control connection of this process, behind its handshake.
+
+    :raises BrokerLost: there is no broker at ``address``.
+    :raises AuthenticationFailed: the broker has another key.
+    :raises TimedOut: the broker did not answer by ``deadline``.
+    """
+
+    def __init__(self, address: str, authkey: bytes, deadline: Deadline) -> None:
+        self._address = address
+        self._inbox = Inbox(MAX_HANDSHAKE)
+        self._crash: BrokerCrashed | None = None
+        self._fds: list[int] = []  # descriptors that were received and have no other owner yet
+        with fork_lock():
+            self._socket = ControlSocket()
+            on_fork(self, ControlConnection.close)
+        try:
+            self._connect(deadline)
+            trap_points.reach("connected")
+            self._shake_hands(client_handshake(authkey), deadline)
+        except BaseException:
+            self.close()
+            raise
+        self._inbox.limit = MAX_REPLY
+
+    def _connect(self, deadline: Deadline) -> None:
+        while True:
+            try:
+                with contextlib.suppress(BlockingIOError):
+                    self._socket.connect(self._address)
+                    return
+            except OSError as error:
+                raise BrokerLost(
+                    f"no broker answers at {self._address!r} ({error.strerror}): it has ended, or this is not its `address`"
+                ) from error
+            if deadline.remaining() == 0:
+                raise TimedOut(f"the broker at {self._address!r} accepted no connection in time")
+            time.sleep(_FULL_QUEUE_PAUSE)
+
+    def _shake_hands(self, handshake: Handshake, deadline: Deadline) -> None:
+        to_send = next(handshake)
+        try:
+            while True:
+                trap_points.reach("answering")
+                self._send(to_send, deadline)
+                to_send = handshake.send(self._receive(deadline))
+        except StopIteration as done:
+            self._send(done.value, deadline)
+        except ControlError as error:
+            raise AuthenticationFailed(
+                f"the broker at {self._address!r} and this process have different keys ({error.args[0]}): pass the key of "
+                "its start_broadcaster() as connect(address, authkey=...)"
+            ) from error
+
+    def request(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> dict[str, Any]:
+        """Send ``notes``, then a request. Return the reply: the broker has then handled the notes, too.
+
+        :raises BrokerLost: the broker closed the connection.
+        :raises TimedOut: the reply did not come by ``deadline``.
+        """
+        data = encode(message)
+        if len(data) > MAX_REQUEST:
+            raise ValueError(f"a request of {len(data)} bytes is too long: name fewer topics in one call")
+        self._send(notes + data, deadline)
+        trap_points.reach("waiting for a reply", (message["do"], self._socket))
+        return decode(self._receive(deadline))
+
+    def received_descriptors(self, reply: dict[str, Any]) -> tuple[PipeEnd | None, DescriptorSocket | None]:
+        """Return the pipe and the descriptor socket that came with a reply."""
+        fds = self._fds
+        with fork_lock():
+            fd_socket = DescriptorSocket(fds.pop()) if fds and reply.get("fd_socket") else None
+            return PipeEnd(fds.pop(0)) if fds else None, fd_socket
+
+    def _send(self, data: bytes, deadline: Deadline) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                with contextlib.suppress(BlockingIOError):
+                    view = view[self._socket.send(view) :]
+                    continue
+            except OSError as error:
+                raise self._lost() from error
+            self._wait(select.POLLOUT, deadline)
+
+    def _receive(self, deadline: Deadline) -> bytes:
+        while True:
+            body = self._inbox.next()
+            if body is not None:
+                return body
+            data = None
+            try:
+                with contextlib.suppress(BlockingIOError):
+                    data = self._read()
+            except ConnectionError as error:
+                raise self._lost() from error
+            if data is None:
+                self._wait(select.POLLIN, deadline)
+            elif data:
+                self._inbox.feed(data)
+            else:
+                raise self._lost()
+
+    def _read(self) -> bytes:
+        with fork_lock():
+            data, fds, lost = taken_apart(self._socket.receive(_READ))
+            self._fds += fds
+        if lost:
+            raise OSError(errno.EMFILE, "no descriptor is left in this process for a pipe: close some, or raise `ulimit -n`")
+        return data
+
+    def _wait(self, events: int, deadline: Deadline) -> None:
+        if not self._socket.wait(events, deadline):
+            raise TimedOut("the broker did not answer in time")
+
+    def _lost(self) -> BrokerLost:
+        return BrokerLost(ENDED.format(self._address))
+
+    def crash(self) -> BrokerCrashed | None:
+        """Return the error that the broker sent when a bug ended it."""
+        with contextlib.suppress(OSError, ControlError):
+            self._inbox.feed(self._read())
+            body = self._inbox.next()
+            if body is not None:
+                self._crash = BrokerCrashed(str(decode(body).get("crashed", "")))
+        return self._crash
+
+    def send_now(self, notes: bytes) -> bytes:
+        """Send what there is room for. Return the rest, empty if the broker has ended.
+
+        A single note is sent whole or not at all, also when threads send at once: Linux puts so few bytes into one buffer, and
+        the BSDs take less than a request only when there is room for ``SO_SNDLOWAT``, 1,024 bytes or more.
+        """
+        try:
+            return notes[self._socket.send(notes) :]
+        except BlockingIOError:
+            return notes
+        except OSError:
+            return b""
+
+    def close(self) -> None:
+        """Close the connection; it can be called again."""
+        self._socket.close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def __del__(self) -> None:
+        if hasattr(self, "_socket"):
+            self.close()
