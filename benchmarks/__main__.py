@@ -30,7 +30,7 @@ from multiprocessing.context import BaseContext
 from types import FrameType
 
 from benchmarks import against
-from benchmarks.busy import fd_socket, spinning
+from benchmarks.busy import busy_note, spinning
 from benchmarks.machine import machine, versions
 from benchmarks.peers import OWN, PEERS, Peer
 from benchmarks.policies import policy_tables
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds = 1 if arguments.smoke else arguments.rounds or (7 if arguments.against else 3)
     options = Options(rounds, arguments.scale, arguments.patience, arguments.smoke)
     spinners = (os.cpu_count() or 1) if arguments.busy else 0
-    about = [*machine(context), f"{options.rounds} round(s){fd_socket(spinners)}"]
+    about = [*machine(context), f"{options.rounds} round(s){busy_note(spinners)}"]
     print("\n".join(about))
     with spinning(spinners):
         if arguments.against:
@@ -145,7 +145,7 @@ def _measure_against(
 ) -> None:
     start = time.monotonic()
     try:
-        one = against.compare(_possible(arguments.rows or ROWS), peers, arguments.against, options, fd_socket(spinners), _say)
+        one = against.compare(_possible(arguments.rows or ROWS), peers, arguments.against, options, busy_note(spinners), _say)
     except Failed as error:
         sys.exit(f"python -m benchmarks: error: {error}")
     print(f"\n{time.monotonic() - start:.0f} s")
@@ -167,11 +167,11 @@ def _measure_peers(
     if not arguments.policies:
         print("\n".join([f"{name} ({version}): {setting}" for name, version, setting in versions(peers)] + skipped))
         start = time.monotonic()
-        _measure(arguments.rows or ROWS, peers, context, options, fd_socket(spinners), results, tables)
+        _measure(arguments.rows or ROWS, peers, context, options, busy_note(spinners), results, tables)
         print(f"\n{time.monotonic() - start:.0f} s")
     if arguments.policies or arguments.smoke:
         for one in policy_tables(context, options):
-            one.title += fd_socket(spinners)
+            one.title += busy_note(spinners)
             print(f"\n{one.text()}", flush=True)
             tables.append(one)
     if arguments.output is not None:

@@ -29,6 +29,6 @@ def spinning(count: int) -> Iterator[None]:
         yield
 
 
-def fd_socket(count: int) -> str:
-    """What a title says about it."""
+def busy_note(count: int) -> str:
+    """Return what a title adds for so many spinning processes: nothing for none."""
     return f", beside {count} spinning process(es)" if count else ""
