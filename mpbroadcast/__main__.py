@@ -2,7 +2,7 @@
 
 import sys
 
-from mpbroadcast.cli import main
+from mpbroadcast.cli.main import main
 
 if __name__ == "__main__":  # a spawned worker imports this module again
     sys.exit(main())

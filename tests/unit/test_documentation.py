@@ -305,7 +305,6 @@ NOT_DONE: set[str] = {
     "mpbroadcast/broker/sharing.py",
     "mpbroadcast/broker/stalls.py",
     "mpbroadcast/broker/traffic.py",
-    "mpbroadcast/cli.py",
     "mpbroadcast/client/api.py",
     "mpbroadcast/client/asyncio_wait.py",
     "mpbroadcast/client/broadcaster.py",

@@ -1,0 +1,47 @@
+"""The command line: the argument parser, and what each command's outcome means for the exit code.
+
+A command is a module with ``add_arguments`` and ``run``; the module's docstring is its description.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+from mpbroadcast.cli import demo
+from mpbroadcast.errors import BroadcastError
+
+_COMMANDS = {"demo": (demo, "publish a tree of source files to CPU-bound workers")}
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("mpbroadcast")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mpbroadcast", description="Broadcast to processes.")
+    parser.add_argument("--version", action="version", version=f"mpbroadcast {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line with ``argv`` (``sys.argv`` by default) and return the exit code."""
+    try:
+        options = _parser().parse_args(argv)
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BroadcastError as error:
+        print(f"mpbroadcast: {error}", file=sys.stderr)
+        return 1
