@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import socket
 import time
 from collections import OrderedDict, deque
@@ -23,8 +24,7 @@ from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
 from mpbroadcast.broker.core.patterns import Matcher
 from mpbroadcast.broker.core.router import Router, listed
-from mpbroadcast.broker.host.journal import Journal
-from mpbroadcast.broker.host.succession import STOPPING, Succession, new_identity
+from mpbroadcast.broker.host.journal import Journal, Succession
 from mpbroadcast.broker.members import Peer, Session, Subscription, new_socket
 from mpbroadcast.broker.publisher import Publisher
 from mpbroadcast.broker.reference_window import ReferenceWindow
@@ -61,8 +61,8 @@ class Broker:
         self.sessions: dict[int, Session] = {}
         self.dropped_early: deque[int] = deque(maxlen=1024)  # subscriptions whose request may still come, if it was interrupted
         self.former_owners: OrderedDict[int, int] = OrderedDict()  # subscription -> process that had it open
-        self.identity = succession.identity if succession is not None else new_identity()
-        self.number_of_broker = succession.number if succession is not None else 0
+        self.identity = succession.identity if succession is not None else secrets.token_hex(8)
+        self.number_of_broker = succession.generation if succession is not None else 0
         self.restarts = succession is not None
         self._journal = succession.journal if succession is not None else None
         self.started = time.monotonic()
@@ -92,9 +92,8 @@ class Broker:
     def _restore(self, journal: Journal) -> None:
         """The subscriptions of the broker before this one, as far as their processes live."""
         trap_points.reach("restoring")
-        for number, entry in list(journal.entries.items()):
-            if number <= 0:
-                continue
+        for entry in journal.subscriptions:
+            number = entry["id"]
             try:
                 peer = self._reception.peer(entry["pid"])
             except OSError:
@@ -128,7 +127,7 @@ class Broker:
     def _write_down(self, subscription: Subscription) -> None:
         if self._journal is not None:
             entry = {
-                "number": subscription.number,
+                "id": subscription.number,
                 "pid": subscription.pid,
                 "birth": birth(subscription.pid),
                 "topics": list(subscription.said_topics or self.router.topics(subscription)),
@@ -173,8 +172,8 @@ class Broker:
                 self._end_all()
             traffic.settle()
 
-    def tell_of_crash(self, traceback: str) -> None:
-        """Tell every process what has gone wrong here; nothing else will be done."""
+    def report_crash(self, traceback: str) -> None:
+        """Send every process the traceback; nothing else will be done."""
         self._reception.send_packet({"crashed": traceback[-_LAST_WORDS:]})
 
     @property
@@ -436,7 +435,7 @@ class Broker:
             return
         self.stopping = True
         if self._journal is not None:
-            self._journal.put({"number": STOPPING, "it": True})
+            self._journal.note_stopping()
         self._stopped_by = by
         self._patience, self._progress_at = timeout, time.monotonic()
         self.loop.later(min(timeout, _LOOK), self._look_for_progress)

@@ -68,10 +68,9 @@ def start_broadcaster(
         path = None if address is None else check_address(address)
     except AddressError as error:
         raise StartError(str(error)) from error
-    from mpbroadcast.broker.host.launcher import (  # and with it psutil: whoever only connects needs neither
-        BrokerProcess,
-        Settings,
-    )
+    # And with it psutil: a program that only connects needs neither.
+    from mpbroadcast.broker.host.launcher import BrokerProcess
+    from mpbroadcast.broker.host.settings import Settings
 
     process: BrokerProcess | None = None
     try:

@@ -589,7 +589,7 @@ def test_a_journal_gives_back_what_was_put(journal: Callable[[], Journal]) -> No
     """After any number of changes, also so many that it is written anew."""
     first = journal()
     for number in range(3000):
-        first.put({"number": number % 7, "topics": ["x" * 100], "turn": number})
+        first.put({"id": number % 7, "topics": ["x" * 100], "turn": number})
         if number % 5 == 0:
             first.drop(number % 3)
     assert journal().entries == first.entries
@@ -603,17 +603,17 @@ def test_a_journal_that_may_not_grow(journal: Callable[[], Journal]) -> None:
     states: list[dict[int, Any]] = [{}]
     with limited(resource.RLIMIT_FSIZE, 2000):
         for number in range(100):
-            first.put({"number": number, "topics": ["x" * 50]})
+            first.put({"id": number, "topics": ["x" * 50]})
             states.append(dict(first.entries))
         assert 10 < len(journal().entries) < 30
         assert journal().entries in states
         for number in range(5, 100):
             first.drop(number)
-        first.put({"number": 100, "topics": []})
+        first.put({"id": 100, "topics": []})
         for number in range(300):
-            first.put({"number": 101, "topics": [], "turn": number})
+            first.put({"id": 101, "topics": [], "turn": number})
         assert set(journal().entries) == {*range(5), 100, 101}
-    first.put({"number": 102, "topics": []})
+    first.put({"id": 102, "topics": []})
     assert journal().entries == first.entries
 
 
@@ -622,8 +622,8 @@ def test_a_journal_without_room(size: int) -> None:
     """Not even its first lines can be written: it is empty for the next broker."""
     with limited(resource.RLIMIT_FSIZE, size):
         first = Journal()
-        first.put({"number": 1, "topics": []})
-        assert first.entries == {1: {"number": 1, "topics": []}}
+        first.put({"id": 1, "topics": []})
+        assert first.entries == {1: {"id": 1, "topics": []}}
         assert Journal(first.files).entries == {}
     for file in first.files:
         os.close(file)
@@ -652,13 +652,13 @@ def test_a_limit_on_the_size_of_files(fork: BaseContext) -> None:
 def test_a_journal_whose_last_line_was_cut(journal: Callable[[], Journal]) -> None:
     """The change that was not written whole is not there, and the next ones are."""
     first = journal()
-    first.put({"number": 1, "topics": []})
-    first.put({"number": 2, "topics": []})
+    first.put({"id": 1, "topics": []})
+    first.put({"id": 2, "topics": []})
     written = [file for file in first.files if os.fstat(file).st_size > 20]
     os.ftruncate(written[0], os.fstat(written[0]).st_size - 3)
     second = journal()
-    assert second.entries == {1: {"number": 1, "topics": []}}
-    second.put({"number": 3, "topics": []})
+    assert second.entries == {1: {"id": 1, "topics": []}}
+    second.put({"id": 3, "topics": []})
     assert set(journal().entries) == {1, 3}
 
 
@@ -668,12 +668,12 @@ def test_cut_lines_are_the_state_before_them(changes: list[tuple[int, int | None
     """Whatever was written, and wherever it stops."""
     lines = []
     for number, value in changes:
-        lines.append(b'{"number": %d}\n' % number if value is None else b'{"number": %d, "v": %d}\n' % (number, value))
+        lines.append(b'{"id": %d}\n' % number if value is None else b'{"id": %d, "v": %d}\n' % (number, value))
     whole = b"".join(lines)[: -cut or None]
     count = whole.count(b"\n")
     expected: dict[int, Any] = {}
     for number, value in changes[:count]:
         expected.pop(number, None)
         if value is not None:
-            expected[number] = {"number": number, "v": value}
+            expected[number] = {"id": number, "v": value}
     assert replayed(whole) == expected

@@ -1,11 +1,12 @@
-"""Which subscriptions there are, written down for the broker that comes after this one.
+"""The subscriptions that there are, written down for the broker that comes after this one.
 
-Two anonymous files, which the keeper hands on from one broker to the next. One of them counts: that with the higher number in
-its head. A change is a line at its end, written before it is answered for, and never waited for. When there are many lines for
-few subscriptions, all are written into the other one, whose head comes last: so one of the two is whole at every moment.
+The journal is two anonymous files, which each broker inherits from the supervisor. One of them counts: that with the higher
+version in its head. A change is a line at its end, written before the request is replied to, and never waited for. When there
+are many lines for few subscriptions, all are written into the other file, whose head comes last: so one of the two is whole at
+every moment.
 
-A write that the system refuses, as beyond a limit on the size of files, is no error: what has changed is then not known to the
-next broker, unless a later write has room for all.
+A write that the system refuses, as beyond a limit on the size of files, is no error: the next broker does not know what has
+changed, unless a later write has room for all.
 """
 
 from __future__ import annotations
@@ -14,33 +15,38 @@ import json
 import logging
 import os
 import tempfile
+from dataclasses import dataclass
 from typing import Any, Final
 
 log = logging.getLogger("mpbroadcast.broker")
 
-_HEAD: Final = 17  # characters: a number in hexadecimal, and the end of the line
+_HEAD: Final = 17  # characters: a version in hexadecimal, and the end of the line
 _SHORT: Final = 1 << 16  # bytes that are not worth writing anew
+
+# Entries beside those of subscriptions, which have positive IDs.
+_READY: Final = -1
+_STOPPING: Final = -2
 
 Entry = dict[str, Any]
 
 
 def replayed(lines: bytes) -> dict[int, Entry]:
-    """What the lines come to. The last one may be cut, and is then not there."""
+    """Return the entries that these lines leave. The last line may be cut, and is then ignored."""
     entries: dict[int, Entry] = {}
     for line in lines.split(b"\n")[:-1]:
         entry = json.loads(line)
         if len(entry) > 1:
-            entries[entry["number"]] = entry
+            entries[entry["id"]] = entry
         else:
-            entries.pop(entry["number"], None)
+            entries.pop(entry["id"], None)
     return entries
 
 
 class Journal:
-    """The files, and what is in them."""
+    """The two files, and the entries in them."""
 
     def __init__(self, files: tuple[int, int] | None = None) -> None:
-        """Of the broker before this one; without ``files``, new ones.
+        """Read the files of the broker before this one; without ``files``, make new ones.
 
         :raises OSError: there can be none.
         """
@@ -58,15 +64,33 @@ class Journal:
             self._refuse()
 
     def put(self, entry: Entry) -> None:
-        """This is how a subscription is now; ``entry["number"]`` is its."""
-        if self.entries.get(entry["number"]) != entry:
-            self.entries[entry["number"]] = entry
+        """Write down how the subscription ``entry["id"]`` is now."""
+        if self.entries.get(entry["id"]) != entry:
+            self.entries[entry["id"]] = entry
             self._write(entry)
 
-    def drop(self, number: int) -> None:
-        """It is gone."""
-        if self.entries.pop(number, None) is not None:
-            self._write({"number": number})
+    def drop(self, id: int) -> None:
+        """Write down that this subscription is gone."""
+        if self.entries.pop(id, None) is not None:
+            self._write({"id": id})
+
+    def note_ready(self) -> None:
+        """Write down that a broker has served: if it dies, another one takes over."""
+        self.put({"id": _READY, "it": True})
+
+    def note_stopping(self) -> None:
+        """Write down that the broker ends: if it dies from now on, none takes over."""
+        self.put({"id": _STOPPING, "it": True})
+
+    @property
+    def is_another_wanted(self) -> bool:
+        """True if a broker has served, and was not to end."""
+        return _READY in self.entries and _STOPPING not in self.entries
+
+    @property
+    def subscriptions(self) -> list[Entry]:
+        """The entries of subscriptions."""
+        return [entry for id, entry in self.entries.items() if id > 0]
 
     def _write(self, entry: Entry) -> None:
         line = _line(entry)
@@ -93,7 +117,7 @@ class Journal:
         return True
 
     def _refuse(self) -> None:
-        """Write all, if that is possible, as the line cannot be. It is tried more and more seldom, as it takes long."""
+        """Write all, if that is possible, as the line cannot be written. Try it more and more seldom, as it takes long."""
         self._refused += 1
         if self._refused & (self._refused - 1) or self._rewrite() or self._refused > 1:
             return
@@ -101,6 +125,15 @@ class Journal:
             "the subscriptions cannot be written down (a limit on the size of files?): "
             "a broker that takes over does not know the last ones"
         )
+
+
+@dataclass(frozen=True)
+class Succession:
+    """What brokers that follow each other have in common; ``generation`` counts them from 0 on."""
+
+    identity: str
+    generation: int
+    journal: Journal
 
 
 def _written(file: int, data: bytes, position: int) -> bool:

@@ -1,57 +1,44 @@
-"""The broker process: how it is started, what it takes over from its starter, and how it ends.
+"""The starter's side of the broker process: how it is started, watched and ended.
 
-It is started through ``multiprocessing``, and says that it is ready, or why it cannot be, through a pipe. A forked broker has
-copies of all its starter's descriptors; it puts ``/dev/null`` in their places before anything else, so that no pipe or socket
-of the user's lives on in it. (It does not close them: objects of the user's that are collected later would close whatever
-has got these numbers.)
+It is started through ``multiprocessing``, and reports through a pipe that it is ready, or why it cannot be. Without a
+``context`` it is forked where that is the default, and else started in a new interpreter that imports nothing of the main
+module.
 
-It ends when it is asked to, on SIGTERM, and when its starter is dead, however that came about; each time it drains first. A
-Ctrl-C goes to the whole group and is the starter's to handle: the broker ignores it from before its first instruction on.
+The process is watched through a pidfd of its own, as it may be reaped by other code: where SIGCHLD is ignored,
+``multiprocessing`` never learns that it has ended, and its process ID may be another process's by then. It is ended by a
+request, then by SIGTERM, then by SIGKILL, each with its time. With ``restart=True`` the process is the supervisor, and the
+broker is its child: what is left of that is ended, too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
-import logging
 import multiprocessing
 import multiprocessing.process
 import os
-import resource
 import signal
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any, Final
+from typing import Final
 from weakref import WeakMethod
 
 import psutil
 
 from mpbroadcast import trap_points
-from mpbroadcast.broker.host.alone import AloneContext
-from mpbroadcast.broker.host.journal import Journal
-from mpbroadcast.broker.host.logs import set_up
-from mpbroadcast.broker.host.socket_file import Listening, identity, remove_forgotten_folders, remove_leftovers, why_not
-from mpbroadcast.broker.host.succession import READY, STOPPING, Succession, new_identity
-from mpbroadcast.broker.host.supervisor import keep
-from mpbroadcast.broker.requests import answer
-from mpbroadcast.broker.server import DRAIN_TIMEOUT, Broker
+from mpbroadcast.broker.host.main import run
+from mpbroadcast.broker.host.no_main import NoMainContext
+from mpbroadcast.broker.host.settings import Settings
+from mpbroadcast.broker.host.socket_file import identity, remove_leftovers
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import StartError
 from mpbroadcast.posix.descendants import without_heirs
 from mpbroadcast.posix.forks import on_fork
-from mpbroadcast.posix.poller import IN
 from mpbroadcast.posix.processes import PeerProcess
-
-log = logging.getLogger("mpbroadcast.broker")
 
 _GRACE: Final = 3.0  # seconds until a broker ends, where no timeout limits that
 _SHORT_GRACE: Final = 0.3  # seconds for what comes behind a timeout
@@ -63,25 +50,6 @@ _GUARD: Final = (
 _NO_MAIN: Final = (
     "Without a `context` the broker imports nothing of the main module: what log_config names must stand in another one"
 )
-
-
-@dataclass
-class Settings:
-    """What a broker process is to be; the arguments are those of ``start_broadcaster``."""
-
-    address: str | None
-    authkey: bytes | None
-    history: int
-    stall_timeout: float | None
-    log_config: dict[str, Any] | None
-    restart: bool
-    keys: list[bytes] = field(default_factory=list)
-    starter: int = field(default_factory=os.getpid)
-    temporary: str = field(default_factory=lambda: os.path.abspath(tempfile.gettempdir()))
-    inherited: frozenset[tuple[int, int, int]] = frozenset()  # its descriptors, each with the device and inode of its file
-
-
-# --- in the starter
 
 
 class BrokerProcess:
@@ -103,7 +71,7 @@ class BrokerProcess:
         if context is None:
             context = multiprocessing.get_context()
             if context.get_start_method() != "fork":
-                context, hint = AloneContext(), _NO_MAIN
+                context, hint = NoMainContext(), _NO_MAIN
         method = context.get_start_method()
         if method == "fork":
             hint = ""
@@ -111,7 +79,6 @@ class BrokerProcess:
             settings.inherited = _open_descriptors()
         self._restart = settings.restart
         self._at_exit: Finalize | None = None
-        # The process, whoever reaps it: where SIGCHLD is ignored, multiprocessing never knows that it has ended.
         self._watched: PeerProcess | None = None
         on_fork(self, BrokerProcess._in_child)
         try:
@@ -120,7 +87,7 @@ class BrokerProcess:
             raise StartError(f"the broker process could not be started: {error.strerror}") from error
         with reader, writer:
             self._process: BaseProcess = context.Process(  # type: ignore[attr-defined]
-                target=_main, args=(settings, writer), name="mpbroadcast-broker", daemon=True
+                target=run, args=(settings, writer), name="mpbroadcast-broker", daemon=True
             )
             try:
                 _start(method, self._process)
@@ -140,9 +107,9 @@ class BrokerProcess:
         self._at_exit = Finalize(None, _call, (WeakMethod(close),), exitpriority=10)
 
     def leave(self) -> bool:
-        """Let it end by itself, or else when multiprocessing terminates daemons at the end of the program.
+        """Leave its end to itself, or else to multiprocessing, which terminates daemons at the end of the program.
 
-        Return whether it has still to end.
+        Return True if it has still to end.
         """
         at_exit, self._at_exit = self._at_exit, None
         if self._watched is not None:
@@ -154,17 +121,17 @@ class BrokerProcess:
     def end(self, timeout: float | None, *, asked: int, time_left: Callable[[], float]) -> None:
         """Wait for it, for at most ``timeout`` seconds, and end it then. Process ``asked``, if any, was requested to stop.
 
-        Readers that go on reading give it more time: ``time_left`` requests from it how many seconds are left.
+        Readers that go on reading give it more time: ``time_left`` requests from it how many seconds remain.
         """
         trap_points.reach("ending the broker")
-        kept = _process(asked) if asked and self._restart else None
+        broker = _process(asked) if asked and self._restart else None
         deadline = Deadline(timeout)
         if asked and self._watched is not None:
             _wait(self._watched, deadline, time_left)
-        if kept is not None:  # its keeper may have died before. It may stay a zombie: that is up to whoever has to reap it
-            if not _wait(kept, deadline, time_left):
-                kept.send_signal(signal.SIGKILL)
-            kept.close()
+        if broker is not None:  # its supervisor may have died before. It may stay a zombie: its parent has to reap it
+            if not _wait(broker, deadline, time_left):
+                broker.send_signal(signal.SIGKILL)
+            broker.close()
         left = deadline.remaining()
         self._kill(_GRACE if left is None else max(left, _SHORT_GRACE))
         remove_leftovers(self.address)
@@ -199,7 +166,7 @@ class BrokerProcess:
             connection.wait([process.sentinel], _GRACE)  # a fork server reports a moment later
         try:
             process.close()
-        except ValueError:  # somebody else has reaped it, so its exit code is not to be had
+        except ValueError:  # other code has reaped it, so its exit code is not to be had
             self._forget()
 
 
@@ -210,7 +177,7 @@ def _call(method: WeakMethod[Callable[[], None]]) -> None:
 
 
 def _process(pid: int | None) -> PeerProcess | None:
-    """The process, if it lives."""
+    """Return the process, if it lives."""
     try:
         return PeerProcess(pid) if pid else None
     except (OSError, psutil.Error):
@@ -218,7 +185,7 @@ def _process(pid: int | None) -> PeerProcess | None:
 
 
 def _wait(process: PeerProcess, deadline: Deadline, time_left: Callable[[], float]) -> bool:
-    """Wait for a broker that drains: whether it has ended."""
+    """Wait for a broker that drains. Return True if it has ended."""
     left = deadline.remaining()
     while not process.wait(left):
         left = time_left()
@@ -236,15 +203,15 @@ def _children(pid: int) -> list[PeerProcess]:
 
 def _open_descriptors() -> frozenset[tuple[int, int, int]]:
     try:
-        numbers = {int(name) for name in os.listdir("/dev/fd")}
+        fds = {int(name) for name in os.listdir("/dev/fd")}
     except OSError:
-        numbers = set(range(256))
+        fds = set(range(256))
     if sys.__stderr__:
-        numbers.discard(2)  # the broker logs there
+        fds.discard(2)  # the broker logs there
     found = set()
-    for number in numbers:
+    for fd in fds:
         with contextlib.suppress(OSError):  # the one of the listing itself, among others
-            found.add((number, *identity(number)))
+            found.add((fd, *identity(fd)))
     return frozenset(found)
 
 
@@ -288,158 +255,9 @@ def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadl
     except (EOFError, OSError):
         process.join(1)
         raise StartError(
-            f"the broker process ended before it was ready (exit code {process.exitcode}); what it wrote to standard error "
-            f"says why. {hint}".rstrip()
+            f"the broker process ended before it was ready (exit code {process.exitcode}); see what it wrote to standard "
+            f"error. {hint}".rstrip()
         ) from None
     if "error" in answer:
         raise StartError(answer["error"]) from (OSError(answer["errno"], answer["error"]) if answer["errno"] else None)
     return str(answer["address"])
-
-
-# --- in the broker process
-
-
-def _main(settings: Settings, ready: connection.Connection) -> None:
-    _let_go_of_descriptors(settings.inherited)
-    _ignore_signals()
-    _allow_descriptors()
-    gc.freeze()  # what the starter had allocated is not ours to look through
-    try:
-        set_up(log, settings.log_config)
-    except Exception as error:
-        set_up(log, None)
-        causes = [str(error)]
-        cause = error.__cause__ or error.__context__
-        while cause is not None:
-            causes.append(f"{type(cause).__name__}: {cause}")
-            cause = cause.__cause__ or cause.__context__
-        _report(ready, f"log_config is no dictionary that logging.config can use: {'; '.join(causes)}")
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})  # until somebody waits for them
-    listening: Listening | None = None
-    try:
-        remove_forgotten_folders(settings.temporary)
-        listening = Listening(settings.address, settings.temporary)
-        journal = Journal() if settings.restart else None
-    except OSError as error:
-        _report(ready, why_not(error, settings.address, settings.temporary), error)
-    else:
-        if journal is None:
-            _serve(settings, ready, listening)
-        else:
-            _keep_serving(settings, ready, listening, journal)
-    finally:
-        if listening is not None:
-            listening.remove()
-
-
-def _keep_serving(settings: Settings, ready: connection.Connection, listening: Listening, journal: Journal) -> None:
-    """Serve at this socket, in one child process after the other: what connects in between waits in the socket's queue."""
-    name = new_identity()
-
-    def serve(number: int) -> None:
-        succession = Succession(name, number, Journal(journal.files))
-        _serve(settings, None if number else ready, listening, succession)
-
-    def wanted() -> bool:
-        entries = Journal(journal.files).entries
-        return READY in entries and STOPPING not in entries
-
-    keep(settings.starter, serve, wanted, time.monotonic)
-
-
-def _report(ready: connection.Connection | None, text: str, error: OSError | None = None) -> None:
-    if ready is None:
-        log.error("%s", text)
-        sys.exit(1)
-    with contextlib.suppress(BrokenPipeError):  # the starter has died before it could read this
-        ready.send_bytes(json.dumps({"error": text, "errno": (error and error.errno) or 0}).encode())
-
-
-def _serve(
-    settings: Settings, ready: connection.Connection | None, listening: Listening, succession: Succession | None = None
-) -> None:
-    signals = _take_over_signals()
-    broker: Broker | None = None
-    try:
-        broker = Broker(
-            listening.socket,
-            settings.keys,
-            answer,
-            history=settings.history,
-            stall_timeout=settings.stall_timeout,
-            succession=succession,
-        )
-        _watch(broker, signals)
-        try:
-            broker.end_with(settings.starter)
-        except ProcessLookupError as error:
-            if ready is not None:
-                _report(ready, why_not(error, settings.address, settings.temporary), error)
-            return
-        if ready is not None:
-            try:
-                ready.send_bytes(json.dumps({"address": listening.address}).encode())
-            except BrokenPipeError:  # the starter has died before it could read this
-                return
-            ready.close()
-        if succession is not None:
-            succession.journal.put({"number": READY, "it": True})
-        broker.run()
-        listening.remove()  # its keeper may be dead
-    except BaseException as error:
-        if not isinstance(error, SystemExit):
-            log.critical("the broker has crashed", exc_info=True)
-            if broker is not None:
-                broker.tell_of_crash(traceback.format_exc())
-        sys.exit(1)
-
-
-def _ignore_signals() -> None:
-    """What is not for the broker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal's end: the starter decides what that means
-    for number in signal.valid_signals():
-        with contextlib.suppress(OSError, ValueError):
-            if callable(signal.getsignal(number)):
-                signal.signal(number, signal.SIG_IGN)  # a handler of the starter's
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def _allow_descriptors() -> None:
-    """As many as the system lets it have: each subscription takes two."""
-    with contextlib.suppress(OSError, ValueError):
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _take_over_signals() -> int:
-    """The read end of a pipe that becomes readable with SIGTERM."""
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    return reader
-
-
-def _watch(broker: Broker, signals: int) -> None:
-    def terminated(events: int) -> None:
-        if signal.SIGTERM in os.read(signals, 4096):
-            broker.stop(DRAIN_TIMEOUT)
-
-    broker.loop.watch(signals, IN, terminated)
-
-
-def _let_go_of_descriptors(inherited: frozenset[tuple[int, int, int]]) -> None:
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for fd, device, inode in inherited:
-        with contextlib.suppress(OSError):  # closed in between
-            # A number that has been given to another file since is one of the pipes by which processes are watched.
-            if fd != nowhere and identity(fd) == (device, inode):
-                os.dup2(nowhere, fd, inheritable=False)
-    for standard in (sys.__stdin__, sys.__stdout__):
-        if standard is not None and not standard.closed:
-            os.dup2(nowhere, standard.fileno(), inheritable=False)
-    os.close(nowhere)

@@ -16,7 +16,7 @@ _LINES: Final = 20  # in a second
 
 
 class RateLimitFilter(logging.Filter):
-    """Lets ``lines`` pass in each second; the first that passes again says how many were left out. A crash always passes."""
+    """Passes ``lines`` in each second; the first that passes again has how many were left out. A crash always passes."""
 
     def __init__(self, lines: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class RateLimitFilter(logging.Filter):
         self._left_out = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it passes."""
+        """Return True if it passes."""
         now = self._clock()
         if now - self._since >= 1.0:
             self._since, self._passed = now, 0
@@ -42,10 +42,10 @@ class RateLimitFilter(logging.Filter):
 
 
 class _StandardError(logging.Handler):
-    """Writes to descriptor 2, if there is room: a terminal or pipe that nobody reads must not stop the broker.
+    """Writes to descriptor 2, if there is room: a terminal or pipe that is not read must not stop the broker.
 
-    (Not to ``sys.stderr``, which under fork may be an object of the starter's that writes elsewhere. That the descriptor does
-    not block cannot be said: it is shared with the starter.)
+    (Not to ``sys.stderr``, which under fork may be an object of the starter's that writes elsewhere. The descriptor cannot be
+    made non-blocking: it is shared with the starter.)
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -58,8 +58,8 @@ class _StandardError(logging.Handler):
                 data = data[os.write(2, data[: select.PIPE_BUF]) :]
 
 
-def set_up(log: logging.Logger, config: dict[str, Any] | None) -> None:
-    """Let ``log`` go where a dictionary for ``logging.config`` says; without one, from warnings on to standard error.
+def configure(log: logging.Logger, config: dict[str, Any] | None) -> None:
+    """Configure ``log`` by a dictionary for ``logging.config``; without one, write warnings and worse to standard error.
 
     :raises Exception: whatever is wrong with the dictionary.
     """

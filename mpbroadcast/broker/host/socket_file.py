@@ -1,8 +1,9 @@
-"""The socket that the broker listens at: its file, its folder, and what others have left there.
+"""The socket that the broker listens at: its file, its folder, and what dead brokers have left there.
 
-The file gets its name, and a mark in its time, only when the socket listens. So a socket that has the mark and refuses is that
-of a dead broker, and one without it may be anybody's: it is left alone. What is done about it is done under a lock on the
-folder, which leaves nothing behind. No folder is removed with anything in it.
+The file gets its name, and a mark in its modification time, only when the socket listens. So a socket that has the mark and
+refuses a connection is that of a dead broker, and one without it may be anybody's: it is left alone. Removing and naming are
+done under a lock on the folder, which leaves nothing behind. Files are unlinked by name, and only sockets that a broker of this
+user has made; a folder is removed when it is empty.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _FORGOTTEN: Final = 60.0  # seconds after which a folder without a socket is nob
 
 
 def why_not(error: OSError, address: str | None, temporary: str) -> str:
+    """Return the text for an error of :class:`Listening`."""
     where = address or f"a folder in {temporary!r}"
     if isinstance(error, ProcessLookupError):
         return "its starter has ended"
@@ -40,9 +42,9 @@ def why_not(error: OSError, address: str | None, temporary: str) -> str:
 
 
 class Listening:
-    """The socket, and its file, which nobody but this user can open.
+    """The socket, and its file, which only this user can open.
 
-    :raises OSError: it cannot be; :func:`why_not` says why.
+    :raises OSError: it cannot be made; :func:`why_not` has the text.
     """
 
     def __init__(self, address: str | None, temporary: str) -> None:
@@ -72,7 +74,7 @@ class Listening:
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            _make_way(name)
+            _remove_dead_socket(name)
             with contextlib.suppress(FileNotFoundError):
                 if _is_unfinished(passing):
                     os.unlink(passing)
@@ -96,9 +98,9 @@ class Listening:
             os.close(lock)
 
     def remove(self) -> None:
-        """Leave nothing behind."""
+        """Unlink the file, remove its own folder, and close the socket."""
         with contextlib.suppress(OSError):
-            # While the socket is open, nobody takes the address over, and no other file gets the inode's number.
+            # While the socket is open, no broker takes the address over, and no other file gets its inode.
             if identity(self.address) == self._identity:
                 os.unlink(self.address)
             if self._made:
@@ -107,6 +109,7 @@ class Listening:
 
 
 def identity(file: str | int) -> tuple[int, int]:
+    """Return the device and inode of a file, by its path or descriptor."""
     status = os.fstat(file) if isinstance(file, int) else os.lstat(file)
     return status.st_dev, status.st_ino
 
@@ -120,7 +123,7 @@ def _make_folder(temporary: str) -> str:
     return tempfile.mkdtemp(prefix=_FOLDER, dir=_short(temporary))  # it makes folders with mode 0700
 
 
-def _make_way(path: str) -> None:
+def _remove_dead_socket(path: str) -> None:
     """Remove the socket of a dead broker, if there is one.
 
     :raises OSError: EADDRINUSE.
@@ -171,7 +174,7 @@ def _answers(path: str) -> bool:
 
 
 def remove_forgotten_folders(temporary: str) -> None:
-    """Of brokers that were killed together with their starters."""
+    """Remove the folders of brokers that were killed together with their starters."""
     with contextlib.suppress(OSError), os.scandir(_short(temporary)) as entries:
         for entry in entries:
             if _OWN_FOLDER.fullmatch(entry.name):
@@ -197,7 +200,7 @@ def _is_forgotten(path: str, old: bool) -> bool:
 
 
 def remove_leftovers(address: str) -> None:
-    """Of a broker that has ended, if it was killed."""
+    """Remove the socket of a broker that was killed, and its folder."""
     with contextlib.suppress(OSError):
         if _is_dead(address):
             os.unlink(address)

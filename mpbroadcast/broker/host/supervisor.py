@@ -1,6 +1,9 @@
-"""The keeper: a small process between the starter and the broker, which starts another broker when that one has died.
+"""The supervisor: a small process between the starter and the broker, which starts another broker when one has died.
 
-It has no part in what they say to each other. When it dies itself, the broker lives on, and is not replaced any more.
+It carries no messages. When it dies itself, the broker lives on, and is not replaced any more.
+
+A broker is replaced that has ended by a signal or with an exit code other than 0, after it was ready and before it was to end,
+while the starter lives. After five deaths in thirty seconds none is started any more.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ _FIRST_PAUSE: Final = 0.02  # seconds
 
 
 class Patience:
-    """Whether to go on after another death. Pure: it is told the time."""
+    """Decides whether to go on after another death. Pure: the time is an argument."""
 
     def __init__(self, deaths: int = _DEATHS, seconds: float = _SECONDS) -> None:
         self._deaths = deaths
@@ -34,7 +37,7 @@ class Patience:
         self._last: deque[float] = deque()
 
     def pause(self, now: float) -> float | None:
-        """Seconds to wait before the next start; ``None`` for none, after the last of so many deaths in so many seconds."""
+        """Return the seconds until the next start; ``None`` for no start, after too many deaths."""
         self._last.append(now)
         while self._last[0] < now - self._seconds:
             self._last.popleft()
@@ -43,23 +46,22 @@ class Patience:
         return _FIRST_PAUSE * (1 << (len(self._last) - 1))
 
 
-def keep(starter: int, serve: Callable[[int], None], wanted: Callable[[], bool], clock: Callable[[], float]) -> None:
-    """Let a child process ``serve`` as the broker of this number, from 0 on, until one has ended as it should.
+def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], bool], clock: Callable[[], float]) -> None:
+    """Call ``serve`` in a child process, with its generation, from 0 on, until one has ended with exit code 0.
 
-    Nor is one replaced that has died before it was ready, or when it was to end: then no other one is ``wanted``.
-
-    That is also so on SIGTERM, which is handed on to it, and when process ``starter`` is dead. SIGTERM and SIGCHLD are blocked.
+    None follows either when no other one is ``wanted``, after SIGTERM, which is forwarded to the child, and when process
+    ``starter`` is dead. SIGTERM and SIGCHLD are blocked.
     """
     patience = Patience()
     try:
         watched = psutil.Process(starter)
     except psutil.NoSuchProcess:
         return
-    number = 0
+    generation = 0
     while True:
         child = os.fork()
         if not child:
-            _be_broker(lambda number=number: serve(number))  # type: ignore[misc]
+            _be_broker(lambda generation=generation: serve(generation))  # type: ignore[misc]
         status, ending = _wait_for(child)
         if status == 0 or ending or not _lives(watched):
             return
@@ -75,7 +77,7 @@ def keep(starter: int, serve: Callable[[int], None], wanted: Callable[[], bool],
         log.error("the broker (process %d) %s: another one is started", child, why)
         if signal.sigtimedwait({signal.SIGTERM}, pause) is not None:
             return
-        number += 1
+        generation += 1
 
 
 def _be_broker(serve: Callable[[], None]) -> None:
@@ -93,7 +95,7 @@ def _be_broker(serve: Callable[[], None]) -> None:
 
 
 def _wait_for(child: int) -> tuple[int, bool]:
-    """Its exit code, as ``os.waitstatus_to_exitcode`` has it; and whether it was told to end."""
+    """Return its exit code, as ``os.waitstatus_to_exitcode`` has it, and whether SIGTERM came."""
     ending = False
     while True:
         done, status = os.waitpid(child, os.WNOHANG)

@@ -25,7 +25,7 @@ class _Process(SpawnProcess):
     _Popen = staticmethod(_Popen)
 
 
-class AloneContext(SpawnContext):
+class NoMainContext(SpawnContext):
     """As ``multiprocessing.get_context("spawn")``, for targets and arguments that are in no main module."""
 
     Process = _Process

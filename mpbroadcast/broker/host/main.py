@@ -1,0 +1,187 @@
+"""What the broker process runs: set itself up, listen, serve, and leave nothing behind.
+
+A forked broker has copies of all its starter's descriptors. It puts ``/dev/null`` under their numbers before anything else, so
+that no pipe or socket of the user's lives on in it. (It does not close them: objects of the user's that are collected later
+would close what has got these numbers since.)
+
+It ends by a request, on SIGTERM, and when its starter is dead, however that came about; each time it drains first. A Ctrl-C
+goes to the whole process group and is the starter's to handle: the broker ignores it from before its first instruction on.
+
+With ``restart=True`` this process is the supervisor. It owns the listening socket and the journal, and each broker is a child
+of it that inherits both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import resource
+import secrets
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+from mpbroadcast.broker.host.journal import Journal, Succession
+from mpbroadcast.broker.host.logs import configure
+from mpbroadcast.broker.host.settings import Settings
+from mpbroadcast.broker.host.socket_file import Listening, identity, remove_forgotten_folders, why_not
+from mpbroadcast.broker.host.supervisor import supervise
+from mpbroadcast.broker.requests import answer
+from mpbroadcast.broker.server import DRAIN_TIMEOUT, Broker
+from mpbroadcast.posix.poller import IN
+
+log = logging.getLogger("mpbroadcast.broker")
+
+_FAILED: Final = 1  # exit code
+
+
+def run(settings: Settings, ready: Connection) -> None:
+    """Be the broker, or the supervisor of brokers, until the end. Report to ``ready`` where it listens, or why it cannot."""
+    _release_descriptors(settings.inherited)
+    _ignore_signals()
+    _allow_descriptors()
+    gc.freeze()  # what the starter had allocated is not looked through here
+    if not _configure_log(settings.log_config, ready):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})  # until they are waited for
+    listening: Listening | None = None
+    try:
+        remove_forgotten_folders(settings.temporary)
+        listening = Listening(settings.address, settings.temporary)
+        journal = Journal() if settings.restart else None
+    except OSError as error:
+        _report_failure(ready, why_not(error, settings.address, settings.temporary), error)
+    else:
+        if journal is None:
+            _serve(settings, ready, listening)
+        else:
+            _serve_again_and_again(settings, ready, listening, journal)
+    finally:
+        if listening is not None:
+            listening.remove()
+
+
+def _configure_log(config: dict[str, Any] | None, ready: Connection) -> bool:
+    try:
+        configure(log, config)
+        return True
+    except Exception as error:
+        configure(log, None)
+        causes = [str(error)]
+        cause = error.__cause__ or error.__context__
+        while cause is not None:
+            causes.append(f"{type(cause).__name__}: {cause}")
+            cause = cause.__cause__ or cause.__context__
+        _report_failure(ready, f"log_config is no dictionary that logging.config can use: {'; '.join(causes)}")
+        return False
+
+
+def _serve_again_and_again(settings: Settings, ready: Connection, listening: Listening, journal: Journal) -> None:
+    """Serve at this socket, in one child process after the other: what connects in between waits in the socket's queue."""
+    identity = secrets.token_hex(8)
+
+    def serve(generation: int) -> None:
+        succession = Succession(identity, generation, Journal(journal.files))
+        _serve(settings, None if generation else ready, listening, succession)
+
+    supervise(settings.starter, serve, lambda: Journal(journal.files).is_another_wanted, time.monotonic)
+
+
+def _report_failure(ready: Connection | None, text: str, error: OSError | None = None) -> None:
+    if ready is None:
+        log.error("%s", text)
+        sys.exit(_FAILED)
+    with contextlib.suppress(BrokenPipeError):  # the starter has died before it could read this
+        ready.send_bytes(json.dumps({"error": text, "errno": (error and error.errno) or 0}).encode())
+
+
+def _serve(settings: Settings, ready: Connection | None, listening: Listening, succession: Succession | None = None) -> None:
+    signals = _take_over_signals()
+    broker: Broker | None = None
+    try:
+        broker = Broker(
+            listening.socket,
+            settings.keys,
+            answer,
+            history=settings.history,
+            stall_timeout=settings.stall_timeout,
+            succession=succession,
+        )
+        _watch(broker, signals)
+        try:
+            broker.end_with(settings.starter)
+        except ProcessLookupError as error:
+            if ready is not None:
+                _report_failure(ready, why_not(error, settings.address, settings.temporary), error)
+            return
+        if ready is not None:
+            try:
+                ready.send_bytes(json.dumps({"address": listening.address}).encode())
+            except BrokenPipeError:  # the starter has died before it could read this
+                return
+            ready.close()
+        if succession is not None:
+            succession.journal.note_ready()
+        broker.run()
+        listening.remove()  # its supervisor may be dead
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            log.critical("the broker has crashed", exc_info=True)
+            if broker is not None:
+                broker.report_crash(traceback.format_exc())
+        sys.exit(_FAILED)
+
+
+def _ignore_signals() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal's end: the starter decides what that means
+    for number in signal.valid_signals():
+        with contextlib.suppress(OSError, ValueError):
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_IGN)  # a handler of the starter's
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _allow_descriptors() -> None:
+    """Allow as many as the system permits: each subscription takes two."""
+    with contextlib.suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _take_over_signals() -> int:
+    """Return the read end of a pipe that becomes readable with SIGTERM."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    return reader
+
+
+def _watch(broker: Broker, signals: int) -> None:
+    def terminate(events: int) -> None:
+        if signal.SIGTERM in os.read(signals, 4096):
+            broker.stop(DRAIN_TIMEOUT)
+
+    broker.loop.watch(signals, IN, terminate)
+
+
+def _release_descriptors(inherited: frozenset[tuple[int, int, int]]) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd, device, inode in inherited:
+        with contextlib.suppress(OSError):  # closed in between
+            # A number that has been given to another file since is one of the pipes by which processes are watched.
+            if fd != nowhere and identity(fd) == (device, inode):
+                os.dup2(nowhere, fd, inheritable=False)
+    for standard in (sys.__stdin__, sys.__stdout__):
+        if standard is not None and not standard.closed:
+            os.dup2(nowhere, standard.fileno(), inheritable=False)
+    os.close(nowhere)
