@@ -1,84 +1,32 @@
-"""README, docs/ and the words: each code block runs, each link leads somewhere, and the texts keep to the field's words."""
+"""README, docs/ and the words: short, complete, true to the code, and in the field's words.
+
+``tests/integration/test_examples.py`` runs the scripts that the pages show.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import io
-import os
 import re
-import subprocess
-import sys
 import tokenize
 from collections.abc import Collection, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-import mpbroadcast
+from tests.support.pages import BLOCKS, PAGES, README, ROOT, SCRIPTS, Block, blocks_of
 
-PACKAGE = Path(mpbroadcast.__file__).parent
-ROOT = PACKAGE.parent
-TESTS = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PACKAGE = ROOT / "mpbroadcast"
+TESTS = ROOT / "tests"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PAGES = [README, *(ROOT / name for name in ("RELIABILITY.md", "SECURITY.md")), *sorted((ROOT / "docs").glob("*.md"))]
 WITH_CHANGES = [*PAGES, ROOT / "CHANGELOG.md"]
 
 LONGEST_README = 200
 LONGEST_USE = 14
 LONGEST_OF_LINES = 450
-
-
-class Block(NamedTuple):
-    """A fenced block. ``output`` is the ``text`` block right behind a script, if there is one: what the script prints."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-    output: str | None
-
-    @property
-    def name(self) -> str:
-        return f"{self.page.name}:{self.line}"
-
-
-def blocks_of(page: Path) -> list[Block]:
-    """The fenced blocks of one page, in order. A script whose info string is ``python continued`` continues the one before."""
-    text = page.read_text()
-    found: list[Block] = []
-    matches = list(re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE))
-    for match, following in zip(matches, [*matches[1:], None], strict=False):
-        language, code = match[1], match[2]
-        if language == "python continued":
-            language, code = "python", found[-1].text + code
-        output = None
-        if following is not None and following[1] == "text" and not text[match.end() : following.start()].strip():
-            output = following[2]
-        found.append(Block(page, text.count("\n", 0, match.start()) + 1, language, code, output))
-    return found
-
-
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-SCRIPTS = [block for block in BLOCKS if block.language == "python"]
 LANGUAGES = {"python", "sh", "text", "mermaid"}
-
-
-def run_script(script: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, *flags, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        # Unbuffered, a line of print() is two writes, and those of several processes mix.
-        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"PYTHONPATH": path},
-        cwd=script.parent,
-        check=False,
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- code blocks
@@ -87,34 +35,6 @@ def run_script(script: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 def test_each_block_is_of_a_known_kind() -> None:
     """Each block is a script, a command, a picture or an output: nothing is shown that is not checked."""
     assert not [f"{block.name}: {block.language!r}" for block in BLOCKS if block.language not in LANGUAGES]
-
-
-@pytest.mark.parametrize("block", SCRIPTS, ids=lambda block: block.name)
-def test_a_script_runs_as_pasted(block: Block, tmp_path: Path) -> None:
-    """Each Python block is a whole script: it ends by itself, prints what the page shows, and raises and warns of nothing."""
-    script = tmp_path / "example.py"
-    script.write_text(block.text)
-    done = run_script(script)
-    errors = done.stderr
-    if "restart=True" in block.text:  # a broker that dies is worth a line in the log
-        errors = re.sub(r"mpbroadcast broker \d+: ERROR: .* another one is started\n", "", errors)
-    assert (done.returncode, errors) == (0, ""), done.stdout
-    assert done.stdout.strip(), "an example that prints nothing shows nothing"
-    if block.output is not None:
-        assert done.stdout == block.output
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_the_first_example_runs_under_each_start_method(method: str, tmp_path: Path) -> None:
-    """The README's first example needs no particular start method."""
-    text = next(block.text for block in SCRIPTS if block.page == README)
-    guard = re.search(r"""^if __name__ == ["']__main__["']:\n""", text, flags=re.MULTILINE)
-    assert guard, "the first example has no guarded main program"
-    script = tmp_path / "example.py"
-    chosen = f'    __import__("multiprocessing").set_start_method("{method}")\n'
-    script.write_text(text[: guard.end()] + chosen + text[guard.end() :])
-    done = run_script(script)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
 @pytest.mark.parametrize("word", ["pytest", "demo"])
@@ -235,6 +155,45 @@ def test_each_path_that_a_page_names_is_there() -> None:
             if not any((root / name).exists() for root in roots) and not name.startswith("/"):
                 wrong.append(f"{page.name}: {name}")
     assert not wrong
+
+
+# ------------------------------------------------------------------------------------------------ the protocol's tables
+
+
+def section_of(page: str, heading: str) -> str:
+    """The text below one heading of a page."""
+    text = (ROOT / "docs" / page).read_text()
+    start = text.index(f"\n## {heading}")
+    return text[start : text.find("\n## ", start + 1)]
+
+
+def test_each_request_is_documented() -> None:
+    """The table of requests in docs/protocol.md has each request that the broker answers, and no other."""
+    tables = [
+        value
+        for value in vars(importlib.import_module("mpbroadcast.broker.requests")).values()
+        if isinstance(value, dict) and value and all(map(callable, value.values())) and "attach" in value
+    ]
+    (handlers,) = tables
+    rows = re.findall(r"^\| (`[^|]*`) \|.*\|.*\|$", section_of("protocol.md", "Control connections"), flags=re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert sorted(named) == sorted({*handlers, "do"})
+
+
+@pytest.mark.parametrize(
+    ("module", "heading", "kinds"),
+    [
+        ("runs", "A channel's pipe: runs", range(10)),
+        ("fd_packets", "The descriptor socket", range(1, 11)),
+    ],
+)
+def test_each_kind_is_documented(module: str, heading: str, kinds: range) -> None:
+    """Each kind of run and of packet stands in docs/protocol.md with its number."""
+    constants = vars(importlib.import_module(f"mpbroadcast.protocol.{module}"))
+    text = section_of("protocol.md", heading)
+    documented = {name: int(kind) for kind, name in re.findall(r"\b(\d+) (?:\| )?([A-Z][A-Z_]+)\b", text)}
+    assert documented == {name: constants[name] for name in documented}
+    assert {*documented.values()} == {*kinds}
 
 
 # -------------------------------------------------------------------------------------------------------------- states
