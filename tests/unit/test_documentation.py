@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import io
 import re
 import tokenize
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import mpbroadcast
 from tests.support.pages import BLOCKS, PAGES, README, ROOT, SCRIPTS, Block, blocks_of
 
 PACKAGE = ROOT / "mpbroadcast"
@@ -154,6 +156,51 @@ def test_each_path_that_a_page_names_is_there() -> None:
         for name in re.findall(r"`((?:[\w.]+/)+[\w.]*)`", page.read_text()):
             if not any((root / name).exists() for root in roots) and not name.startswith("/"):
                 wrong.append(f"{page.name}: {name}")
+    assert not wrong
+
+
+FOR_THE_BROADCASTER = {"broker", "broker_has_ended", "open_if_own"}
+"""What a channel has for its broadcaster only."""
+
+
+def public_members() -> Iterator[str]:
+    """Each public name, and each public method, property and field of a public class, in backticks as a page has it."""
+    for name in mpbroadcast.__all__:
+        thing = getattr(mpbroadcast, name)
+        yield name
+        if inspect.isclass(thing) and not issubclass(thing, BaseException):
+            yield from (member for member in {**vars(thing), **thing.__annotations__} if not member.startswith("_"))
+
+
+def test_each_public_name_is_documented() -> None:
+    """docs/api.md names each public function, class, method and field."""
+    named = {*re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", (ROOT / "docs" / "api.md").read_text())))}
+    assert not {*public_members()} - named - FOR_THE_BROADCASTER
+
+
+def test_each_argument_is_documented() -> None:
+    """docs/api.md shows the signatures of the calls that have options, as they are."""
+    text = (ROOT / "docs" / "api.md").read_text()
+    wrong = []
+    for function in (
+        mpbroadcast.start_broadcaster,
+        mpbroadcast.connect,
+        mpbroadcast.Broadcaster.publish,
+        mpbroadcast.Broadcaster.publish_many,
+        mpbroadcast.Broadcaster.subscribe,
+        mpbroadcast.Broadcaster.flush,
+        mpbroadcast.Broadcaster.wait_for_subscribers,
+        mpbroadcast.Broadcaster.close,
+        mpbroadcast.Channel.recv,
+        mpbroadcast.Channel.recv_many,
+        mpbroadcast.Channel.poll,
+    ):
+        shown = re.search(rf"`{function.__name__}\((.*?)\)`", text)  # the first: Channel.subscribe comes later
+        options = [(name, one.default) for name, one in inspect.signature(function).parameters.items() if name != "self"]
+        expected = {name if default is inspect.Parameter.empty else f"{name}={default!r}" for name, default in options}
+        found = {one.strip().lstrip("*") for one in shown[1].replace("'", '"').split(",")} - {""} if shown else set()
+        if found != {one.replace("'", '"') for one in expected}:
+            wrong.append(f"{function.__qualname__}: {expected ^ found}")
     assert not wrong
 
 
