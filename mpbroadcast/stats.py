@@ -12,7 +12,7 @@ class SubscriberStats:
 
     ``published``, ``delivered``, ``missed`` and ``waiting`` are messages: routed to it, moved into its pipe, dropped, and in
     its backlog. ``capacity`` and ``waiting_bytes`` are bytes, with the fixed overhead of each message. ``pid`` is the process
-    that has it open, else the one that has subscribed. ``stalls`` are the process IDs of those who wait for it to publish.
+    that has it open, else the one that has subscribed. ``stalls`` are the process IDs of publishers that wait for it.
     """
 
     id: int
@@ -32,11 +32,12 @@ class SubscriberStats:
 class BrokerStats:
     """The broker at one moment.
 
-    Its process, its seconds of life, messages routed, publishers that have published or can, live subscriptions, and the bytes
-    that are held in backlogs, those that several hold counted once, with what somebody still has to read of publishers' rings,
-    in chunks of 256 KiB, and with what is subscribed to or asked beyond 256 KiB. Of many subscriptions, not all are of the same
-    moment. Of the history: how many topics have one now, and how many were forgotten so far, because there were too many or
-    they held too much.
+    ``pid`` is its process, ``uptime`` its seconds of life, ``published`` the messages routed, ``publishers`` the handles that have
+    published or can, ``subscribers`` the live subscriptions; of many, not all are of the same moment.
+
+    ``memory`` is in bytes: backlogs (what several hold counts once), the unread parts of publishers' rings in chunks of 256 KiB,
+    and subscriptions, topics and unfinished requests beyond 256 KiB. ``history_topics`` have a history now, and
+    ``history_forgotten`` were forgotten so far, because there were too many or they held too much.
     """
 
     pid: int
@@ -50,7 +51,7 @@ class BrokerStats:
 
 
 def snapshot(reply: dict[str, Any]) -> BrokerStats:
-    """What the broker has replied."""
+    """Return the snapshot in a reply of the broker."""
     rows = tuple(
         SubscriberStats(**{**row, "topics": tuple(row["topics"]), "stalls": tuple(row["stalls"])})
         for row in reply.pop("subscribers")

@@ -1,4 +1,4 @@
-"""Checks of what users pass in: one clear error for bad input, before anything has happened."""
+"""Checks of arguments: one clear error for a bad one, before anything is sent."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from mpbroadcast.errors import AddressError
 Policy = Literal["block", "drop_oldest", "drop_newest", "latest", "disconnect"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 MAX_TOPIC = 1024  # bytes of UTF-8
-MAX_ADDRESS = 107  # bytes: what sun_path holds on Linux, less its NUL; macOS has four fewer and says so itself
+MAX_ADDRESS = 107  # bytes: what sun_path holds on Linux, less its NUL; macOS takes four fewer, and raises itself
 
 _KEPT_TOPICS = 16384
 _SHORT_TOPIC = 128  # bytes
 _encoded: dict[str, bytes] = {}
-_FOREVER = 1e6  # seconds: more than that, system calls do not take
+_FOREVER = 1e6  # seconds: system calls take no more
 
 
 def check_timeout(timeout: Any, name: str = "timeout") -> float | None:
-    """``timeout`` in seconds; ``None`` and infinity wait for ever."""
+    """Return ``timeout`` in seconds; ``None`` for ``None`` and infinity, which wait for ever."""
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
@@ -30,7 +30,7 @@ def check_timeout(timeout: Any, name: str = "timeout") -> float | None:
 
 
 def check_count(value: Any, name: str, least: int) -> int:
-    """A whole number that is at least ``least``."""
+    """Return ``value`` if it is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
     if value < least:
@@ -39,7 +39,7 @@ def check_count(value: Any, name: str, least: int) -> int:
 
 
 def check_overflow(overflow: Any) -> str:
-    """One of the policies."""
+    """Return ``overflow`` if it is one of the policies."""
     if not isinstance(overflow, str):
         raise TypeError(f"overflow must be a str, not {type(overflow).__name__}")
     if overflow not in POLICIES:
@@ -48,7 +48,7 @@ def check_overflow(overflow: Any) -> str:
 
 
 def encode_topic(topic: Any) -> bytes:
-    """A topic as it travels: UTF-8, at most ``MAX_TOPIC`` bytes, without NUL."""
+    """Return a topic as it travels: UTF-8, at most ``MAX_TOPIC`` bytes, without NUL."""
     if not isinstance(topic, str):
         raise TypeError(f"a topic must be a str, not {type(topic).__name__}")
     try:
@@ -63,7 +63,7 @@ def encode_topic(topic: Any) -> bytes:
 
 
 def check_topics(topics: tuple[Any, ...]) -> None:
-    """Each of them is one that :func:`encode_topic` takes."""
+    """Raise unless :func:`encode_topic` takes each of them."""
     for topic in topics:
         if isinstance(topic, (list, tuple, set, frozenset)):
             raise TypeError(f"each topic is an argument of its own, not one of a {type(topic).__name__}: pass *topics")
@@ -71,7 +71,7 @@ def check_topics(topics: tuple[Any, ...]) -> None:
 
 
 def encoded_topic(topic: Any) -> bytes:
-    """What :func:`encode_topic` says, kept for the next time."""
+    """Return the result of :func:`encode_topic`, which is kept for the next call."""
     try:
         return _encoded[topic]
     except (KeyError, TypeError):
@@ -84,7 +84,7 @@ def encoded_topic(topic: Any) -> bytes:
 
 
 def check_address(address: Any) -> str:
-    """The absolute path of a socket file."""
+    """Return the absolute path of a socket file."""
     if not isinstance(address, (str, os.PathLike)):
         raise TypeError(f"address must be the path of a socket file, not {type(address).__name__}")
     path = os.fspath(address)
@@ -102,11 +102,11 @@ def check_address(address: Any) -> str:
 
 
 def check_authkey(authkey: Any) -> bytes | None:
-    """A key that is neither text nor empty; ``None`` stands for this process's own."""
+    """Return a key that is neither text nor empty; ``None``, for this process's own, stays ``None``."""
     if authkey is None:
         return None
     if not isinstance(authkey, (bytes, bytearray)):
         raise TypeError(f"authkey must be bytes, not {type(authkey).__name__}")
     if not authkey:
-        raise ValueError("authkey must not be empty: an empty key lets everybody in. Leave it out, or use os.urandom(32)")
+        raise ValueError("authkey must not be empty: an empty key admits every process. Leave it out, or use os.urandom(32)")
     return bytes(authkey)

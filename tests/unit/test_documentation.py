@@ -315,7 +315,6 @@ NOT_DONE: set[str] = {
     "mpbroadcast/client/pipe_writer.py",
     "mpbroadcast/client/ring.py",
     "mpbroadcast/client/selector.py",
-    "mpbroadcast.client.broker_client.py",
     "mpbroadcast/client/shared_reader.py",
     "mpbroadcast/errors.py",
     "mpbroadcast/posix/memory_pool.py",
@@ -325,8 +324,6 @@ NOT_DONE: set[str] = {
     "mpbroadcast/protocol/pickling.py",
     "mpbroadcast/protocol/ring_allocator.py",
     "mpbroadcast/protocol/runs.py",
-    "mpbroadcast/stats.py",
-    "mpbroadcast/validation.py",
 }
 
 
