@@ -32,11 +32,11 @@ class SubscriberStats:
 class BrokerStats:
     """The broker at one moment.
 
-    ``pid`` is its process, ``uptime`` its seconds of life, ``published`` the messages routed, ``publishers`` the handles that have
-    published or can, ``subscribers`` the live subscriptions; of many, not all are of the same moment.
+    ``pid`` is its process, ``uptime`` its seconds of life, ``published`` the messages routed, ``publishers`` the handles that
+    have published or can, ``subscribers`` the live subscriptions; of many, not all are of the same moment.
 
-    ``memory`` is in bytes: backlogs (what several hold counts once), the unread parts of publishers' rings in chunks of 256 KiB,
-    and subscriptions, topics and unfinished requests beyond 256 KiB. ``history_topics`` have a history now, and
+    ``memory`` is in bytes: backlogs (what several hold counts once), the unread parts of publishers' rings in chunks of 256
+    KiB, and subscriptions, topics and unfinished requests beyond 256 KiB. ``history_topics`` have a history now, and
     ``history_forgotten`` were forgotten so far, because there were too many or they held too much.
     """
 
