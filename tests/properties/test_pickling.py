@@ -1,0 +1,97 @@
+"""Images: messages with large buffers, which travel uncopied behind their pickle."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpbroadcast.protocol.pickling import OUT_OF_BAND, LargeBuffer, dumps, gather, keep_in_band, load_image, loads
+from tests.support.frames_made import STEADY
+from tests.support.helpers import pattern
+
+
+def image_of(message: object) -> bytes | None:
+    """The image that a message becomes, or ``None`` when it is a plain pickle; it must say its size."""
+    payload = gather(message)
+    data = b"".join(payload.parts)
+    assert len(data) == payload.size
+    if payload.image:
+        return data
+    assert loads(data) == message
+    return None
+
+
+BUFFERS = st.lists(st.sampled_from([0, 1, 63, 64, 1000, OUT_OF_BAND - 1, OUT_OF_BAND, OUT_OF_BAND + 1, 200_001]), max_size=8)
+
+
+@settings(STEADY, max_examples=40)
+@given(sizes=BUFFERS, extra=st.sampled_from([b"", b"x" * 70_000, bytearray(70_000)]))
+def test_buffers_come_back_as_they_were(sizes: list[int], extra: bytes | bytearray) -> None:
+    """Large ones uncopied and aligned behind the pickle, small ones in it; each with its own bytes, and writable."""
+    buffers = [bytearray(pattern(number, size)) for number, size in enumerate(sizes)]
+    message = [extra, *map(pickle.PickleBuffer, buffers)]
+    if max(sizes, default=0) < OUT_OF_BAND:
+        assert not gather(message).image
+        for data in (b"".join(gather(message).parts), dumps(message, 5, buffer_callback=keep_in_band)):
+            assert loads(data) == [extra, *buffers]
+        return
+    with pytest.raises(LargeBuffer):
+        dumps(message, 5, buffer_callback=keep_in_band)
+    data = image_of(message) or b""
+    whole = bytearray(data)
+    first, *others = load_image(whole)
+    assert first == extra
+    assert [bytes(other) for other in others] == [bytes(buffer) for buffer in buffers]
+    for other in others:
+        if len(other) >= OUT_OF_BAND:
+            assert isinstance(other, memoryview)
+            assert whole.find(bytes(other)) % 64 == 0
+            other[0] ^= 0xFF
+    assert bytes(whole) != data  # they are in there, not copied
+
+
+def test_arrays_of_every_layout() -> None:
+    """C and Fortran order, pieces of others, read-only, empty and structured arrays come back the same, and many at once."""
+    numpy = pytest.importorskip("numpy")
+    large = numpy.arange(120_000, dtype="<u4").reshape(300, 400)
+    constant = large.copy()
+    constant.flags.writeable = False
+    arrays = [
+        large,
+        numpy.asfortranarray(large),
+        large[::2, ::3],
+        large.T,
+        large[:, :0],
+        constant,
+        numpy.zeros(9000, dtype=[("a", "u1"), ("b", "f8")]),
+        *(large + number for number in range(30)),
+    ]
+    data = image_of(arrays)
+    assert data is not None
+    for one, other in zip(arrays, load_image(bytearray(data)), strict=True):
+        assert (one.shape, one.dtype, one.flags.writeable) == (other.shape, other.dtype, other.flags.writeable)
+        assert (one == other).all()
+    assert image_of("no buffer at all") is None
+
+
+@settings(STEADY, max_examples=150)
+@given(
+    places=st.lists(st.tuples(st.integers(0, 200_000) | st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), max_size=3),
+    count=st.integers(0, 4) | st.integers(0, 2**32 - 1),
+    cut=st.integers(0, 120),
+    true=st.booleans(),
+)
+def test_an_image_that_lies_is_no_message(places: list[tuple[int, int]], count: int, cut: int, true: bool) -> None:
+    """Parts that are not where it says, or too many, or none, raise a pickling error: nothing outside of it is read."""
+    data = bytearray(image_of([pickle.PickleBuffer(bytearray(OUT_OF_BAND))]) or b"")
+    if true:
+        whole = data[: len(data) - 1 - cut]  # the last part is cut off
+    else:
+        table = b"".join(struct.pack("<QQ", *place) for place in places)
+        whole = bytearray(struct.pack("<II", count, 0) + table + bytes(cut))
+    with pytest.raises((pickle.UnpicklingError, EOFError)):
+        load_image(whole)

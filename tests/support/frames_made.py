@@ -1,0 +1,137 @@
+"""Frames of all kinds, as publishers write them: what the property tests of the parsers draw and compare."""
+
+from __future__ import annotations
+
+import pickle
+from array import array
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from mpbroadcast.protocol.frames import (
+    IMAGE,
+    PIPE_BUF,
+    Batch,
+    abort,
+    frame_head,
+    memory_frame,
+    pieces,
+    reference_frame,
+)
+from tests.support.helpers import pattern
+
+STEADY: Final = settings(
+    max_examples=100,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
+TOPICS: Final = st.sampled_from([b"", b"a", b"b", b"room:1", b"room:2", "tür".encode(), b"x" * 1024])
+EXCLUDED: Final = st.sampled_from([0, 0, 0, 1, 2**63])
+SIZES: Final = st.integers(0, 40) | st.sampled_from([1000, PIPE_BUF - 8, PIPE_BUF - 7, PIPE_BUF, 3 * PIPE_BUF, 20_000])
+SHARED_SIZES: Final = st.integers(1, 5000) | st.sampled_from([1 << 18, 1 << 21, 0xFFFF_0000])
+
+
+class Message(NamedTuple):
+    """What is published: where, to whom not, and what; for one in shared memory, its ring or none, its place and length."""
+
+    topic: bytes = b""
+    exclude: int = 0
+    payload: bytes | tuple[int | None, int, int] = b""
+    image: bool = False
+
+    @property
+    def frame(self) -> bytes:
+        """The frame of this message."""
+        if isinstance(self.payload, bytes):
+            return frame_head(len(self.payload), self.topic, self.exclude, IMAGE if self.image else 0) + self.payload
+        ring, place, length = self.payload
+        if ring is None:
+            return memory_frame(place, length, self.topic, self.exclude, self.image)
+        return reference_frame(ring, place, length, self.topic, self.exclude, self.image)
+
+
+WAYS: Final = st.tuples(TOPICS, EXCLUDED, st.booleans())
+PLAIN: Final = st.builds(
+    lambda way, size, fill: Message(way[0], way[1], pattern(fill, size), way[2]), WAYS, SIZES, st.integers(0, 255)
+)
+IN_MEMORY: Final = st.builds(
+    lambda way, place, size: Message(way[0], way[1], (None, place, size), way[2]), WAYS, st.integers(0, 2**64 - 1), SHARED_SIZES
+)
+IN_RING: Final = st.builds(
+    lambda way, ring, place, size: Message(way[0], way[1], (ring, place, size), way[2]),
+    WAYS,
+    st.integers(1, 3),
+    st.integers(0, 2**32 - 1),
+    SHARED_SIZES,
+)
+
+
+class Written(NamedTuple):
+    """What several threads of one publisher have written."""
+
+    writes: list[bytes]
+    messages: list[Message]  # in the order in which they are complete
+    aborted: list[int]
+
+
+@st.composite
+def written(draw: st.DrawFn, messages: st.SearchStrategy[Message] = PLAIN | PLAIN | IN_RING | IN_MEMORY) -> Written:
+    """Writes of three threads, mixed; some long messages are given up in their middle."""
+    threads: list[list[tuple[bytes, Message | int | None]]] = [[], [], []]
+    for number, message in enumerate(draw(st.lists(messages, max_size=12)), 1):
+        own = threads[draw(st.integers(0, 2))]
+        if len(message.frame) <= PIPE_BUF:
+            own.append((message.frame, message))
+            continue
+        parts = list(pieces(message.frame, number))
+        kept = draw(st.integers(1, len(parts) - 1)) if draw(st.integers(0, 3)) == 3 else len(parts)
+        for index, part in enumerate(parts[:kept]):
+            own.append((part, message if index == len(parts) - 1 else None))
+        if kept < len(parts):
+            own.append((abort(number), number))
+    result = Written([], [], [])
+    while any(threads):
+        busy = [thread for thread in threads if thread]
+        write, done = busy[draw(st.integers(0, len(busy) - 1))].pop(0)
+        result.writes.append(write)
+        if isinstance(done, Message):
+            result.messages.append(done)
+        elif done is not None:
+            result.aborted.append(done)
+    return result
+
+
+def chunks(data: bytes, lengths: Iterable[int]) -> list[bytes]:
+    """``data``, cut into parts of these lengths, and the rest."""
+    parts = []
+    start = 0
+    for length in lengths:
+        parts.append(data[start : start + length])
+        start += length
+    return [*parts, data[start:]]
+
+
+def batch_of(values: Iterable[Any], topic: bytes = b"", exclude: int = 0) -> Batch:
+    """A batch with these values, pickled."""
+    frames = [Message(topic, exclude, pickle.dumps(value)).frame for value in values]
+    return Batch(b"".join(frames), array("I", map(len, frames)), topic, exclude, len(frame_head(0, topic, exclude)))
+
+
+def boom(error: type[Exception]) -> None:
+    """Raise it, while something is unpickled."""
+    raise error("on purpose")
+
+
+class Unloadable:
+    """Raises what it was made with when it is unpickled."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return boom, (self.error,)
