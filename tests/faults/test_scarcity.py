@@ -30,7 +30,6 @@ from typing import Any
 
 import psutil
 import pytest
-from psutil import _pslinux
 
 import mpbroadcast
 from mpbroadcast import Broadcaster, BrokerRestarted, Channel, StartError, connect, start_broadcaster
@@ -38,7 +37,6 @@ from mpbroadcast.broker import acceptor
 from mpbroadcast.broker import server as broker_module
 from mpbroadcast.client import broadcaster, broker_client, ring
 from mpbroadcast.client.ring import Ring
-from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS
 from tests.conftest import descriptors as open_files
@@ -812,39 +810,6 @@ def test_a_system_without_memory_for_a_ring(monkeypatch: pytest.MonkeyPatch, bus
 
 
 # ---------------------------------------------------------------------------------------- process IDs that come again
-
-
-def test_another_process_of_the_same_number_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are no pidfds, a process with the same number, but started at another time, means that the first is dead."""
-    monkeypatch.setattr(os, "pidfd_open", refuse_pidfds, raising=False)
-    peer = PeerProcess(os.getpid())
-    assert peer.must_be_asked
-    assert not peer.is_dead()
-    started = _pslinux.Process.create_time
-
-    def later(self: Any, *args: Any, **keywords: Any) -> float:
-        return float(started(self, *args, **keywords)) + 100.0
-
-    monkeypatch.setattr(_pslinux.Process, "create_time", later)
-    assert peer.is_dead()
-
-
-def test_a_process_that_has_ended_is_no_peer(monkeypatch: pytest.MonkeyPatch, fork: BaseContext, children: Children) -> None:
-    """With and without pidfds a process that has ended is refused, and one that ends while it is looked at is dead."""
-    monkeypatch.setattr(os, "pidfd_open", refuse_pidfds, raising=False)
-    process = children(fork, signal.pause)
-    assert process.pid is not None
-    peer = PeerProcess(process.pid)
-    assert not peer.is_dead()
-    process.kill()
-    wait_until(peer.is_dead)  # a zombie still
-    process.join()
-    assert peer.is_dead()
-    with pytest.raises(ProcessLookupError):
-        PeerProcess(process.pid)
-    monkeypatch.undo()
-    with pytest.raises(ProcessLookupError):
-        PeerProcess(process.pid)
 
 
 def again(pid: int, call: Callable[[], None]) -> int:

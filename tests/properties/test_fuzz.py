@@ -1,6 +1,6 @@
 """Bytes and objects that nobody should send, at every place where a broker takes in what another process has sent.
 
-What the parsers alone do with them is in ``test_frames.py``, ``test_ring_parts.py`` and ``test_control.py``.
+What the parsers alone do with them is in the other modules of this folder.
 
 All is decided by ``MPBROADCAST_SEED``, which is printed; ``MPBROADCAST_SOAK=<seconds>`` lets the attacks on a broker go on for
 so long, all of them together.
@@ -19,7 +19,6 @@ import socket
 import struct
 import sys
 import time
-import tracemalloc
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import current_process
@@ -54,8 +53,6 @@ from mpbroadcast.protocol.control import (
 from mpbroadcast.protocol.fd_packets import ACCEPTED, MAPPED, MEMORY, READ, REFUSED, RING, WANTED, pack, unpack
 from mpbroadcast.protocol.frames import (
     PIPE_BUF,
-    FrameError,
-    Splitter,
     abort,
     frame_head,
     memory_frame,
@@ -1004,21 +1001,6 @@ def outcome(channel: Channel[Any]) -> Any:
         return channel.recv(timeout=DEADLINE)
     except Exception as error:
         return type(error).__name__
-
-
-def test_many_messages_that_are_never_whole() -> None:
-    """What is kept of messages that have begun is what is said of it, more or less, or ``FrameError`` ends it."""
-    beginnings = [next(pieces(frame_head(5000, b"") + bytes(5000), number))[:25] for number in range(20_000)]
-    stream = b"".join(struct.pack("<I", 25) + piece[4:] for piece in beginnings)
-    splitter = Splitter()
-    tracemalloc.start()
-    try:
-        with contextlib.suppress(FrameError):
-            splitter.split(stream)
-        kept = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
-    assert kept < 4 * splitter.unfinished + (1 << 20)
 
 
 def test_a_log_that_nobody_reads(leaves_nothing: None) -> None:

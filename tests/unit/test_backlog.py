@@ -7,6 +7,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,23 +22,20 @@ from hypothesis.stateful import (
 )
 
 from mpbroadcast.broker.core.backlog import Backlog
-from mpbroadcast.protocol.frames import (
-    FRAME_OVERHEAD,
-    MOST_TOGETHER,
-    PIPE_BUF,
-    Batch,
-    frame_head,
-)
+from mpbroadcast.protocol.frames import FRAME_OVERHEAD, MOST_TOGETHER, PIPE_BUF, Batch, MemfdMessage, frame_head
 from mpbroadcast.protocol.pickling import load_run
 from mpbroadcast.protocol.runs import (
     END,
     GAP,
     MESSAGES,
     OVERFLOWED,
+    RUN,
     SKIPPED,
     Account,
     Run,
     RunView,
+    SharedRun,
+    memory_run,
     note_run,
     read_run,
     run_of,
@@ -657,3 +655,103 @@ def test_dropping_one_by_one_does_not_go_through_everything_each_time(monkeypatc
         backlog.put(run_of(single))
     assert (backlog.missed, backlog.waiting) == (count, count)
     assert looked_at < 1.2 * MOST_TOGETHER * count
+
+
+def a_run(count: int = 1, size: int = 100) -> Run:
+    """A run of messages that are all the same."""
+    frame = frame_head(size, b"") + bytes(size)
+    return run_of(Batch(frame * count, array("I", [len(frame)] * count), b"", 0, 8))
+
+
+def test_a_capacity_can_be_used_to_its_last_byte() -> None:
+    """What fits exactly is taken; what the pipe refers to in shared memory counts as what is in it does."""
+    run = a_run()
+    backlog = Backlog(run.charge)
+    assert backlog.takes(run.charge)
+    assert not backlog.takes(run.charge + 1)
+    backlog.pipe = 1
+    assert not backlog.takes(run.charge)
+    backlog.pipe, backlog.referred = 0, 1
+    assert (backlog.takes(run.charge), backlog.charge) == (False, 1)
+
+
+def test_many_tiny_messages_are_cut_to_what_the_pipe_takes_for_certain() -> None:
+    """Their heads and the table of their lengths count, too. What is never dropped need not be cut."""
+    run = a_run(20_000, 1)
+    each = 8 + 1 + 4
+    for more in range(each):
+        for policy, capacity in (("drop_oldest", 1 << 24), ("drop_oldest", run.charge), ("block", 1 << 24)):
+            backlog = Backlog(capacity, policy)
+            backlog.pipe_size = (1 << 16) + more
+            backlog.put(run)
+            backlog.put(run)  # over the first one, or not
+            if policy == "block":
+                assert backlog.to_write() == run.data
+            else:
+                assert 0 <= backlog.pipe_size - 2 * PIPE_BUF - len(backlog.to_write()) < each
+
+
+def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
+    """What is dropped while the note of a gap is half in the pipe gets one note of its own."""
+    run = a_run()
+    backlog = Backlog(run.charge, "drop_newest")
+    backlog.put(run)
+    written = bytes(backlog.to_write())
+    backlog.wrote(len(written))
+    backlog.pipe = backlog.capacity
+    backlog.put(a_run(1))
+    backlog.put(a_run(1))
+    written += bytes(backlog.to_write())[:5]
+    backlog.wrote(5)
+    backlog.put(a_run(3))
+    backlog.put(a_run(4))
+    while not backlog.empty:
+        data = bytes(backlog.to_write())
+        backlog.wrote(len(data))
+        written += data
+    said = []
+    start = 0
+    while (view := read_run(written, start)) is not None:
+        said.append((view.kind, view.messages))
+        start += view.size
+    assert said == [(MESSAGES, 1), (GAP, 2), (GAP, 7)]
+    assert start == len(written)
+
+
+def in_memory(ring: int) -> SharedRun:
+    """The run of a message in shared memory, which may belong to a ring."""
+    copy = a_run().data[RUN.size : -1]
+    copied = Batch(copy, array("I", [len(copy)]), b"", 0, 8)
+    hold = SimpleNamespace(data=lambda item: memory_run(item, 1), copied=lambda _: copied, copies=None, ring=ring)
+    return SharedRun(MemfdMessage(7, 100, b"", 0, frame_head(100, b""), False, hold))
+
+
+def test_a_message_in_memory_is_not_written_with_what_comes_before() -> None:
+    """Its descriptor has to be sent before its run: so that is never joined to another one."""
+    backlog = Backlog(1 << 20)
+    before, own, behind = a_run(), in_memory(1), a_run()
+    for run in (before, own, behind):
+        backlog.put(run)
+    assert (backlog.to_write(), backlog.shared) == (before.data, None)
+    backlog.wrote(len(before.data))
+    assert (backlog.to_write(), backlog.shared) == (own.data, own)
+    backlog.wrote(len(own.data))
+    assert (backlog.to_write(), backlog.shared) == (behind.data, None)
+
+
+def test_what_is_copied_out_is_written_as_it_would_have_been() -> None:
+    """All that waits in one ring, or what comes next; nothing else."""
+    backlog, plain = Backlog(1 << 20), a_run()
+    for run in (plain, in_memory(1), in_memory(1), in_memory(2)):
+        backlog.put(run)
+    assert [backlog.refers_to(ring) for ring in (1, 2, 3)] == [True, True, False]
+    assert [backlog.copy_out(ring) for ring in (1, 3)] == [2 * plain.charge, 0]
+    assert [backlog.refers_to(ring) for ring in (1, 2, 3)] == [False, True, False]
+    backlog.copy_first()
+    assert (backlog.to_write(), backlog.between) == (plain.data * 3, True)
+    backlog.wrote(len(plain.data) * 3 - 1)
+    assert not backlog.between
+    backlog.wrote(1)
+    assert backlog.to_write() != plain.data
+    backlog.copy_first()
+    assert backlog.to_write() == plain.data

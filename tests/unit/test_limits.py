@@ -10,7 +10,6 @@ import select
 import socket
 import struct
 import sys
-import tracemalloc
 from array import array
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -33,29 +32,12 @@ from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.posix.shared_memory import message_memory
 from mpbroadcast.protocol.control import MAX_REQUEST, client_handshake, encode
 from mpbroadcast.protocol.fd_packets import MEMORY, pack
-from mpbroadcast.protocol.frames import Batch, FrameError, Splitter, frame_head, memory_frame, pieces, reference_frame
+from mpbroadcast.protocol.frames import Batch, frame_head, memory_frame, pieces
 from mpbroadcast.protocol.runs import MESSAGES, RUN, TAIL
-from mpbroadcast.validation import MAX_TOPIC
 from tests.properties.test_fuzz import Asker, Lent, Rude, asking, own_broker, shares_memory
 from tests.support.helpers import DEADLINE, pattern, wait_until
 
 __all__ = ["own_broker"]
-
-
-@pytest.mark.parametrize("kind", ["plain", "excluded", "pieces", "reference", "memory"])
-def test_no_frame_has_a_longer_topic_than_a_user_can_give(kind: str) -> None:
-    """1,024 bytes of topic pass in each kind of frame, and one more does not."""
-    made = {
-        "plain": lambda topic: frame_head(0, topic),
-        "excluded": lambda topic: frame_head(0, topic, 7),
-        "pieces": lambda topic: b"".join(pieces(frame_head(5000, topic) + bytes(5000), 1)),
-        "reference": lambda topic: reference_frame(1, 0, 100, topic),
-        "memory": lambda topic: memory_frame(1, 100, topic),
-    }[kind]
-    (item,) = Splitter().split(made(b"x" * MAX_TOPIC))
-    assert item.topic == b"x" * MAX_TOPIC
-    with pytest.raises(FrameError):
-        Splitter().split(made(b"x" * (MAX_TOPIC + 1)))
 
 
 def test_a_topic_that_no_run_can_carry(bus: Broadcaster[Any]) -> None:
@@ -88,24 +70,6 @@ def test_an_item_that_cannot_be_routed_costs_its_publisher(own_broker: Broker, c
         own_broker.traffic.round()
         assert (bad.fd < 0, subscription.backlog.waiting) == (True, 2)
     caplog.clear()  # its traceback keeps the broker
-
-
-def test_short_pieces_are_kept_together() -> None:
-    """A long message that comes in pieces of two bytes takes what it is said to take."""
-    splitter = Splitter()
-    rest = frame_head(1 << 20, b"")
-    piece = next(pieces(rest, 1))
-    head = len(piece) - len(rest)
-    short = (head + 2).to_bytes(4, "little") + piece[4 : head - 1] + b"\0" + bytes(2)
-    tracemalloc.start()
-    try:
-        for _ in range(100):
-            splitter.split(short * 1000)
-        kept = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
-    assert splitter.unfinished > 200_000
-    assert kept < 2 * splitter.unfinished
 
 
 # ----------------------------------------------------------------------------------------------------- held up by nobody

@@ -187,3 +187,13 @@ def test_any_changes_lead_where_a_plain_list_leads(actions: list[tuple[str, int,
             expected = tuple(other for other, own in plain if plainly_matches(own, topic))
             assert router.targets(topic.encode()) == expected
         assert [router.topics(other) for other, _ in plain] == [tuple(own) for _, own in plain]
+
+
+def test_nothing_is_left_of_patterns_that_nobody_has() -> None:
+    """Patterns that came and went leave nothing behind, however many there were."""
+    router: Router[int] = Router()
+    empty = {name: dict(value) for name, value in vars(router).items() if isinstance(value, dict)}
+    router.add(0, ["a*", "a?", "ab*", "b"])
+    router.drop(0, ["a*", "ab*"])
+    router.remove(0)
+    assert {name: dict(value) for name, value in vars(router).items() if isinstance(value, dict)} == empty

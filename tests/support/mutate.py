@@ -1,7 +1,7 @@
 """Whether the tests notice small faults: changes one thing at a time in the pure parts of the library, and runs the tests.
 
-``python tests/unit/mutate.py [words]`` tries all mutants, or those whose file or function has one of the words; ``--most 100``
-a sample. It ends with 1 when one survived that :data:`EXPECTED` does not explain.
+``python tests/support/mutate.py [words]`` tries all mutants, or those whose file or function has one of the words, and
+``--most 100`` a sample. It ends with 1 when one survived that :data:`EXPECTED` does not explain.
 
 A mutant is a function whose syntax tree differs in one place: no line and no layout matters. The tests are collected once. Each
 mutant is a fork in which the function has got other code; of the tests, only those that reach it are run, the quickest first.
@@ -46,7 +46,8 @@ NOT_TRIED: Final = ("__repr__", "listed")  # texts for people
 
 # They need no fixture of conftest.py but ``bus``.
 TESTS: Final = (
-    *(f"unit/test_{name}.py" for name in ("survivors", "router", "backlog", "history", "frames", "ring_parts", "control")),
+    *(f"unit/test_{name}.py" for name in ("router", "backlog", "history", "processes", "validation")),
+    *(f"properties/test_{name}.py" for name in ("frames", "runs", "rings", "control")),
     *(f"integration/test_restart.py::test_{name}" for name in ("patience", "cut_lines_are_the_state_before_them")),
     *(
         f"integration/test_bad_input.py::test_{name}"
