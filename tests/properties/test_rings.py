@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mpbroadcast.broker.core.ring_holds import Holds, Overlap, Unread
 from mpbroadcast.client.ring import Ring
 from mpbroadcast.protocol import ring_allocator
-from mpbroadcast.protocol.fd_packets import FREE, READ, RING, Packet, PacketError, pack, unpack
+from mpbroadcast.protocol.fd_packets import FREE, NONE, READ, RING, Packet, PacketError, pack, unpack
 from mpbroadcast.protocol.frames import PIPE_BUF
 from mpbroadcast.protocol.ring_allocator import RingAllocator, span
 from tests.support.frames_made import STEADY
@@ -365,11 +365,11 @@ def test_only_packets_are_packets(data: bytes, kind: int, number: int) -> None:
         try:
             packet = unpack(candidate)
         except PacketError:
-            assert len(candidate) != len(pack(RING)) or not RING <= candidate[0] <= READ
+            assert len(candidate) != len(pack(RING)) or not RING <= candidate[0] <= NONE
         else:
-            assert RING <= packet.kind <= READ
+            assert RING <= packet.kind <= NONE
             assert unpack(pack(*packet)) == packet
-    for known in (RING, FREE, READ):
+    for known in (RING, FREE, READ, NONE):
         assert unpack(pack(known, number, 2**64 - 1)) == Packet(known, number, 2**64 - 1)
 
 

@@ -114,7 +114,7 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     "a longer question is as good": ("serve_handshake: os.urandom(", "client_handshake: os.urandom("),
     "so much is for ever, too": ("check_timeout: timeout > _FOREVER -> timeout >= _FOREVER",),
     "then psutil says that there is no such process, but for a number that is used again": (
-        "PeerProcess.dead: not self._process.is_running() -> False",
+        "PeerProcess.is_dead: not self._process.is_running() -> False",
     ),
     "only what was taken is given back, and once": (
         "RingAllocator.__init__: self._before = (0, 0, 0) -> pass",

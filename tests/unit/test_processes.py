@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 from collections.abc import Iterator
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import psutil
@@ -14,7 +13,7 @@ import pytest
 from psutil import _pslinux
 
 from mpbroadcast.posix.processes import PeerProcess
-from tests.support.helpers import Children, wait_until
+from tests.support.helpers import wait_until
 
 
 @pytest.fixture
@@ -41,23 +40,22 @@ def test_another_process_of_the_same_number_is_not_taken_for_it(no_pidfds: None,
     assert peer.is_dead()
 
 
-def test_a_process_that_has_ended_is_no_peer(
-    no_pidfds: None, monkeypatch: pytest.MonkeyPatch, fork: BaseContext, children: Children
-) -> None:
+def test_a_process_that_has_ended_is_no_peer(no_pidfds: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without pidfds a process that has ended is refused, and one that ends while it is looked at is dead."""
-    process = children(fork, signal.pause)
-    assert process.pid is not None
-    peer = PeerProcess(process.pid)
+    pid = os.fork()
+    if not pid:
+        signal.pause()
+    peer = PeerProcess(pid)
     assert not peer.is_dead()
-    process.kill()
+    os.kill(pid, signal.SIGKILL)
     wait_until(peer.is_dead)  # a zombie still
-    process.join()
+    os.waitpid(pid, 0)
     assert peer.is_dead()
     with pytest.raises(ProcessLookupError):
-        PeerProcess(process.pid)
+        PeerProcess(pid)
     monkeypatch.undo()
     with pytest.raises(ProcessLookupError):
-        PeerProcess(process.pid)
+        PeerProcess(pid)
 
 
 @pytest.fixture
