@@ -227,7 +227,7 @@ class Account:
         wish = self.wish
         self.books.say(
             f"{wish.overflow}, capacity {wish.capacity}, {', '.join(wish.names) or 'everything'} "
-            f"(subscription {self.channel.number}, {self.received} received): {text}"
+            f"(subscription {self.channel.id}, {self.received} received): {text}"
         )
 
 

@@ -1,9 +1,9 @@
-"""Every exception of this package that a user can meet.
+"""The exceptions of the public interface.
 
-They are split by who acted: you closed it (:class:`ClosedError`), the broker went (:class:`BrokerLost`), you were too slow
-(:class:`Lagged`, :class:`Overflowed`), it would have blocked for too long (:class:`TimedOut`). A clean end is the built-in
-``EOFError``. Wrong arguments raise the built-in ``TypeError`` and ``ValueError``, a message that cannot be pickled raises
-whatever its pickling raises.
+They are split by cause: the handle was closed (:class:`ClosedError`), the broker ended (:class:`BrokerLost`), the subscriber
+was too slow (:class:`Lagged`, :class:`Overflowed`), the call would have blocked for too long (:class:`TimedOut`). A clean end
+is the built-in ``EOFError``. Wrong arguments raise the built-in ``TypeError`` and ``ValueError``. A message that cannot be
+pickled raises whatever its pickling raises.
 """
 
 from __future__ import annotations
@@ -11,31 +11,28 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from typing import TYPE_CHECKING, Any, cast
-
-if TYPE_CHECKING:
-    from mpbroadcast.client.channel import Channel
+from typing import Any, cast
 
 
 class BroadcastError(Exception):
     """The base of all exceptions of this package.
 
-    ``channel`` is the channel that the error concerns, or ``None``. Pickled, an error leaves its channel behind, and has a note
-    (``__notes__``) that names it, and the process.
+    ``channel`` is the :class:`Channel` that the error concerns, or ``None``. A pickled error has no channel, but a note
+    (``__notes__``) with the channel's description and the process.
     """
 
-    channel: Channel[Any] | None = None
+    channel: Any = None  # a Channel, whose module imports this one
 
     def __reduce__(self) -> Any:
         made, arguments, *_ = cast(tuple[Any, ...], super().__reduce__())
         return made, arguments, _without_channel(vars(self))
 
 
-def concerns(error: Exception, channel: Channel[Any]) -> None:
-    """Let an error carry a channel, and be pickled without it, also when it is none of this package's."""
-    with contextlib.suppress(Exception):  # a user's exception may have no room for it
+def set_channel(error: Exception, channel: object) -> None:
+    """Set an error's channel, and let the error be pickled without it, also when its class is not of this package."""
+    with contextlib.suppress(Exception):  # a user's exception may take no attribute
         if not isinstance(error, BroadcastError):
-            # As it is now: a reference to the error would make a cycle, and keep the channel until a collection.
+            # The present state: a reference to the error would make a cycle, and keep the channel until a collection.
             made, arguments, *more = cast(tuple[Any, ...], error.__reduce_ex__(4))
             reduced = made, arguments, _without_channel({**(more[0] if more else {}), "channel": channel}), *more[1:]
             error.__reduce_ex__ = lambda protocol: reduced  # type: ignore[method-assign]
@@ -43,7 +40,7 @@ def concerns(error: Exception, channel: Channel[Any]) -> None:
 
 
 def _without_channel(attributes: dict[str, Any]) -> dict[str, Any]:
-    """With a note that names it, and this process."""
+    """Return the attributes with a note in the position of the channel."""
     state = dict(attributes)
     channel = state.pop("channel", None)
     if channel is not None:
@@ -64,18 +61,18 @@ class AuthenticationFailed(BroadcastError, multiprocessing.AuthenticationError):
 
 
 class BrokerLost(BroadcastError, ConnectionError):
-    """The broker has ended without a clean end for this handle: it was killed, closed, or never there."""
+    """The broker has ended without a clean end for this handle: it was killed or closed, or there was none."""
 
 
 class BrokerCrashed(BroadcastError):
-    """A bug in the broker: its traceback. It is the cause (``__cause__``) of the :class:`BrokerLost` that follows."""
+    """The traceback of a bug that ended the broker. It is the cause (``__cause__``) of the :class:`BrokerLost` that follows."""
 
 
 class BrokerRestarted(BroadcastError):
     """The broker has died, and another one has taken over (``restart=True``).
 
-    From a channel: messages may be missing in this place, nobody knows how many; receiving goes on. From ``flush``: what this
-    handle had published before may not have reached everybody; publishing goes on.
+    From a channel: an unknown number of messages may be missing at this position; the next receive goes on behind it. From
+    ``flush``: what this handle had published before may not have reached every channel; the handle goes on publishing.
     """
 
 
@@ -84,7 +81,7 @@ class ClosedError(BroadcastError, OSError):
 
 
 class ChannelInUse(BroadcastError, RuntimeError):
-    """Another process has opened this channel, and only that one can receive from it. ``pid`` is its process ID."""
+    """Another process has opened this channel, and only that one can receive from it. ``pid`` is its process ID, or 0."""
 
     def __init__(self, message: str, pid: int = 0) -> None:
         super().__init__(message, pid)
@@ -95,7 +92,7 @@ class ChannelInUse(BroadcastError, RuntimeError):
 
 
 class Lagged(BroadcastError):
-    """This subscriber was too slow, and exactly ``missed`` messages were dropped in this place; receiving goes on."""
+    """Exactly ``missed`` messages were dropped at this position, as the backlog was full; receiving goes on behind them."""
 
     def __init__(self, missed: int) -> None:
         super().__init__(missed)
@@ -109,8 +106,8 @@ class Lagged(BroadcastError):
 
 
 class Overflowed(BroadcastError):
-    """This channel's backlog was full under ``overflow="disconnect"``, and so it was unsubscribed."""
+    """The backlog was full under ``overflow="disconnect"``, and the channel was unsubscribed; ``EOFError`` comes next."""
 
 
 class TimedOut(BroadcastError, TimeoutError):
-    """The call's ``timeout`` has run out before it could be done."""
+    """The call did not succeed within its ``timeout`` seconds. What it was to do is not done, and will not be."""

@@ -202,7 +202,7 @@ class Broadcaster(Generic[M]):
             self._deliver(deadline, PipeWriter.send, frames, deadline, done)
 
     def _way(self, topic: str, exclude: Channel[Any] | None) -> tuple[bytes, int]:
-        return encode_topic(topic), 0 if exclude is None else self._own_channel(exclude, "exclude").number
+        return encode_topic(topic), 0 if exclude is None else self._own_channel(exclude, "exclude").id
 
     def _own_channel(self, channel: Channel[Any], name: str) -> Channel[Any]:
         if not isinstance(channel, Channel):
@@ -363,7 +363,7 @@ class Broadcaster(Generic[M]):
 
         :raises ValueError: it is another broker's. BrokerLost: the broker has ended. ClosedError: this handle was closed.
         """
-        number = self._own_channel(channel, "channel").number
+        number = self._own_channel(channel, "channel").id
         self._ask("unsubscribe", subscription=number)
 
     # --- asking

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import select
 import time
 from typing import Any, Final
@@ -17,6 +16,7 @@ from mpbroadcast import trap_points
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import AuthenticationFailed, BrokerCrashed, BrokerLost, TimedOut
 from mpbroadcast.posix.control_socket import ControlSocket
+from mpbroadcast.posix.descriptors import close_fd
 from mpbroadcast.posix.fd_socket import DescriptorSocket, taken_apart
 from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.posix.pipes import PipeEnd
@@ -181,7 +181,7 @@ class ControlConnection:
         """Close the connection; it can be called again."""
         self._socket.close()
         while self._fds:
-            os.close(self._fds.pop())
+            close_fd(self._fds.pop())
 
     def __del__(self) -> None:
         if hasattr(self, "_socket"):

@@ -1,11 +1,17 @@
-"""What a channel has read from its pipe, as bytes and as messages. A stream is replaced as a whole, in one assignment."""
+"""Reading a channel's pipe: bytes to runs, runs to messages.
+
+- A :class:`Stream` has the decoded messages, and the bytes behind them. :func:`decode` makes the next stream and leaves this
+  one as it is: an interrupted decoding is repeated from the same bytes. The channel assigns the result in one step.
+- A run ends in a tail byte that decoding does not need. :func:`follow` reads all bytes but the last, which keeps the descriptor
+  readable; it reads that one, too, if the bytes before it complete no message. The channel reads it when it hands out the last
+  decoded message. A byte left in the pipe is ``has_tail``.
+- Messages are decoded up to a limit at once; what is not decoded stays in the stream as bytes.
+- What has no message follows as a :class:`Failure` at its position, or as an :class:`End` behind all messages.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-import termios
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
@@ -14,7 +20,7 @@ from typing import Any, Final
 
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
-from mpbroadcast.posix.pipes import PipeEnd
+from mpbroadcast.posix.pipes import FIONREAD, PipeEnd, ioctl, read
 from mpbroadcast.protocol import runs
 from mpbroadcast.protocol.frames import MOST_TOGETHER, topic_of
 from mpbroadcast.protocol.pickling import Failure, load_run
@@ -22,32 +28,31 @@ from mpbroadcast.protocol.runs import RUN, RunView, read_run
 
 
 class End:
-    """Stands behind the last message, and stays there."""
+    """What follows the last message, for good."""
 
 
 END_OF_MESSAGES: Final = End()  # a clean end
-LOST: Final = End()  # the pipe has ended without one
-LOST_FOR_GOOD: Final = End()  # and no other broker goes on with it
+LOST: Final = End()  # the end of the pipe, without a clean end
+LOST_FOR_GOOD: Final = End()  # the same, and no other broker takes over
 _RESTARTED: Final = (
-    "the broker has died, and another one has taken over: messages may be missing here, nobody knows how many; the next "
-    "receive goes on"
+    "the broker has died, and another one has taken over: an unknown number of messages may be missing here; the next receive "
+    "goes on behind them"
 )
 _OVERFLOWED: Final = (
     'the backlog was full under overflow="disconnect", and so this channel was unsubscribed; subscribe again, receive faster, '
     "or choose a larger capacity or another policy"
 )
 _FLAWS: Final = (End, Failure)
-_AT_ONCE: Final = 1 << 19  # bytes in shared memory: nor more than malloc keeps
+_AT_ONCE: Final = 1 << 19  # bytes in shared memory to decode at once: no more than malloc keeps
 _SHARED: Final = (runs.REFERENCES, runs.IN_MEMORY)
 
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """Decoded messages, and the chunks of bytes behind them, of which ``skip`` bytes are done with.
+    """Decoded messages, and the chunks of bytes behind them, of which the first ``skip`` bytes are decoded.
 
-    ``need`` is how many bytes there must be before it is worth looking at them. ``plain`` says that all of ``ready`` are
-    messages, none a flaw. ``skipped`` messages were left out between these. ``read`` counts all that have come in shared
-    memory so far.
+    ``need`` is how many bytes the next run has at least. ``plain`` is True if ``ready`` has messages only, no failure and no
+    end. ``skipped`` messages were dropped by ``latest`` between these. ``read`` counts all messages in shared memory so far.
     """
 
     ready: deque[Any] = field(default_factory=deque)
@@ -58,36 +63,36 @@ class Stream:
     skipped: int = 0
     read: int = 0
 
-    def decodable(self, held: bool) -> bool:
-        """Whether there are as many bytes as the next run needs, with one more in the pipe if one is ``held`` there."""
-        return sum(map(len, self.chunks)) - self.skip + held >= self.need
+    def decodable(self, has_tail: bool) -> bool:
+        """Return True if there are as many bytes as the next run needs, one in the pipe counted in."""
+        return sum(map(len, self.chunks)) - self.skip + has_tail >= self.need
 
     def sound(self, limit: int | None) -> int:
-        """How many messages come before the first flaw, at most ``limit``."""
+        """Return how many messages come before the first failure or end, at most ``limit``."""
         count = len(self.ready) if limit is None else min(limit, len(self.ready))
         if self.plain:
             return count
         return next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in _FLAWS), count)
 
     def without(self, count: int) -> Stream:
-        """The same, less its first messages."""
+        """Return the same stream without its first messages."""
         ready = deque(islice(self.ready, count, None))
         return Stream(ready, self.chunks, self.skip, self.need, self.plain, 0, self.read)
 
 
-def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedReader | None = None) -> Stream | None:
-    """What comes after ``stream``, which has no decoded messages, or ``None`` when no message is whole yet.
+def decode(stream: Stream, has_tail: bool, with_topic: bool, shared: SharedReader | None = None) -> Stream | None:
+    """Return the stream that follows ``stream``, which has no decoded messages; ``None`` while no message is whole.
 
-    ``held`` says that one more byte is in the pipe at least, which will do for the last tail byte.
+    With ``has_tail``, a byte is in the pipe, which serves as the last tail byte.
     """
-    if not stream.decodable(held):
+    if not stream.decodable(has_tail):
         return None
     data = b"".join(stream.chunks)  # which does not copy a single one
     ready: list[Any] = []
     plain = True
     skipped = 0
-    read = stream.read
-    position, end = stream.skip, len(data) + held
+    shared_count = stream.read
+    position, end = stream.skip, len(data) + has_tail
     room = _AT_ONCE
     while (run := read_run(data, position)) is not None and position + run.size <= end:
         if room <= 0 or len(ready) >= MOST_TOGETHER:
@@ -97,10 +102,10 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedReader | 
             if kind == runs.MESSAGES:
                 messages, whole = load_run(data, run)
             elif shared is None:
-                raise RuntimeError("a message in shared memory, without a way to it")
+                raise RuntimeError("a message in shared memory, which this channel cannot map")
             else:
                 messages, whole, size = shared.load_run(data, run)
-                read += len(messages)
+                shared_count += len(messages)
                 room -= size
             plain = plain and whole
             if with_topic:
@@ -113,51 +118,49 @@ def decode(stream: Stream, held: bool, with_topic: bool, shared: SharedReader | 
             if shared is not None:
                 shared.note(kind, run.messages)
         else:
-            ready.append(_said(run))
+            ready.append(_note(run))
             plain = False
             if kind == runs.END and shared is not None:
-                shared.ended()
+                shared.acknowledge_all()
         position += run.size
     need = RUN.size if run is None else run.size
     if not ready:
         stream.need = need
         return None
-    unused = 0 if position + need <= end else min(position, len(data))  # what is decoded next is not copied for that
+    unused = 0 if position + need <= end else min(position, len(data))  # no copy of what is decoded next
     rest = data[unused:]
-    return Stream(deque(ready), [rest] if rest else [], position - unused, need, plain, skipped, read)
+    return Stream(deque(ready), [rest] if rest else [], position - unused, need, plain, skipped, shared_count)
 
 
 def follow(
-    stream: Stream, pipe: PipeEnd, held: bool, with_topic: bool, shared: SharedReader | None
+    stream: Stream, pipe: PipeEnd, has_tail: bool, with_topic: bool, shared: SharedReader | None
 ) -> tuple[Stream | None, bool]:
-    """What comes after ``stream``, which has no decoded messages, in it or in ``pipe``; and whether a byte was left there.
-
-    ``None`` when no message is whole yet.
-    """
-    if (after := decode(stream, held, with_topic, shared)) is not None:
-        return after, held
+    """Read, and return the stream that follows ``stream``, or ``None``, as :func:`decode` does; and whether a byte is left."""
+    if (after := decode(stream, has_tail, with_topic, shared)) is not None:
+        return after, has_tail
     count = array("i", (0,))
     try:
-        fcntl.ioctl(pipe.fd, termios.FIONREAD, count)
+        ioctl(pipe.fd, FIONREAD, count)
     except ValueError:  # a signal handler has closed it just now
-        return None, held
+        return None, has_tail
     there = count[0]
-    held = there > 0
+    has_tail = there > 0
     if there != 1:
-        take_in(stream, pipe.fd, max(1, there - 1))
-    after = decode(stream, held, with_topic, shared)
-    if after is None and held:
-        held = False
-        take_in(stream, pipe.fd, 1)
+        read_into(stream, pipe.fd, max(1, there - 1))
+    after = decode(stream, has_tail, with_topic, shared)
+    if after is None and has_tail:
+        has_tail = False
+        read_into(stream, pipe.fd, 1)
     if after is None and stream.chunks and not stream.chunks[-1]:
         # The pipe has ended. A last message may lack its tail byte.
         after = decode(stream, True, with_topic, shared) or Stream()
         after.ready.append(LOST)
         after.plain = False
-    return after, held
+    return after, has_tail
 
 
-def _said(run: RunView) -> End | Failure:
+def _note(run: RunView) -> End | Failure:
+    """Return what a note stands for."""
     if run.kind == runs.GAP:
         return Failure(Lagged(run.messages))
     if run.kind == runs.RESTARTED:
@@ -167,8 +170,8 @@ def _said(run: RunView) -> End | Failure:
     return END_OF_MESSAGES
 
 
-def take_in(stream: Stream, fd: int, size: int) -> None:
-    """Keep up to ``size`` bytes that are there; none, if a signal handler has taken them or closed the pipe meanwhile."""
+def read_into(stream: Stream, fd: int, size: int) -> None:
+    """Read up to ``size`` bytes; none, if a signal handler has read them or closed the pipe meanwhile."""
     with contextlib.suppress(BlockingIOError):
         if fd >= 0:
-            stream.chunks.extend(map(os.read, (fd,), (size,)))
+            stream.chunks.extend(map(read, (fd,), (size,)))  # one step: an interrupt comes before or after

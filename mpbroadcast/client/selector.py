@@ -7,20 +7,19 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeGuard, TypeVar, cast
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
+from mpbroadcast.client.channel import Channel
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BrokerLost, ClosedError, TimedOut
 from mpbroadcast.validation import check_timeout
 
-if TYPE_CHECKING:
-    import typing_extensions  # which each type checker knows; nothing needs it when this runs
+try:
+    import typing_extensions  # which each type checker knows, whether it is installed or not
 
-    from mpbroadcast.client.channel import Channel
-
-    M = typing_extensions.TypeVar("M", default=Any)
-else:
-    M = TypeVar("M")
+    M = typing_extensions.TypeVar("M", default=Any)  # typing has it from Python 3.13 on
+except ImportError:
+    M = TypeVar("M")  # type: ignore[misc]
 N = TypeVar("N")
 
 _FAIR = 64  # messages taken from sources that are known to have some, before the others are looked at
@@ -152,7 +151,7 @@ class Selector(Generic[M]):
 
         :raises _Nothing: it has nothing after all, or has ended.
         """
-        if _is_channel(source):
+        if isinstance(source, Channel):
             try:
                 value = source.recv(0)
             except TimedOut:
@@ -178,11 +177,6 @@ class Selector(Generic[M]):
             source.join()
             self._handlers.pop(source, None)
         return source
-
-
-def _is_channel(source: Source) -> TypeGuard[Channel[Any]]:
-    # By what it can do: a selector is below the channels, and knows nothing else of them.
-    return hasattr(source, "recv_many")
 
 
 class _Nothing(Exception):

@@ -297,3 +297,19 @@ else:
             number = ctypes.get_errno()
             raise OSError(number, f"{os.strerror(number)}: no map for a message of {size} bytes")
         return buffer
+
+
+def map_or_read(fd: int, size: int) -> Any:
+    """Return :func:`map_privately`, or a copy where the process has too many maps.
+
+    :raises OSError: the memory cannot be read.
+    """
+    try:
+        return map_privately(fd, size)
+    except OSError:
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+        done = 0
+        while done < size:
+            done += os.preadv(fd, [view[done:]], done)
+        return buffer

@@ -18,12 +18,10 @@ from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from itertools import accumulate, islice, pairwise
 from struct import Struct, error
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from mpbroadcast.errors import BroadcastError
-
-if TYPE_CHECKING:
-    from mpbroadcast.protocol.runs import RunView
+from mpbroadcast.protocol.runs import RunView
 
 PROTOCOL: Final = 5
 OUT_OF_BAND: Final = 1 << 16  # bytes of a buffer from which on it is left out of the pickle

@@ -532,7 +532,7 @@ def test_an_interrupted_subscribe_that_is_interrupted_again(bus: Bus, monkeypatc
     finalised = []
 
     def interrupted(channel: Channel[Any]) -> None:
-        finalised.append(channel.number)
+        finalised.append(channel.id)
         raise Interrupt
 
     with monkeypatch.context() as patch:

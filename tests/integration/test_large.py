@@ -29,7 +29,6 @@ import pytest
 
 from mpbroadcast import Broadcaster, Channel, Lagged, connect, trap_points
 from mpbroadcast.broker.members import new_socket
-from mpbroadcast.client import shared_reader
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.posix.fd_socket import DescriptorSocket
@@ -223,7 +222,7 @@ def test_memory_that_came_before_the_broker_let_go() -> None:
         (message,), whole, _ = inlet.load_run(data, run)
         assert whole
         assert number_of(message) == 1
-        inlet.settle(name)
+        inlet.commit(name)
     inlet.close()
 
 
@@ -343,8 +342,8 @@ def test_maps_that_fail(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Any:
         raise OSError(errno.ENOMEM, "no map")
 
-    monkeypatch.setattr(shared_reader, "map_privately", fail)
-    monkeypatch.setattr(shared_reader, "map_for_reading", fail)
+    monkeypatch.setattr("mpbroadcast.posix.shared_memory.map_privately", fail)
+    monkeypatch.setattr("mpbroadcast.client.shared_reader.map_for_reading", fail)
     with bus.subscribe() as channel:
         for number, size in enumerate([LARGE, MIDDLE, Size(5000), MIDDLE, LARGE] * 2):
             bus.publish(size.message(number))

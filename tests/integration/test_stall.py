@@ -221,7 +221,7 @@ def test_two_full_channels_hold_up_one_publisher(bus: Bus) -> None:
 
 def only_subscriber_of(bus: Bus, channel: Channel[Any]) -> int:
     """How many messages were published to a channel so far."""
-    return next(row.published for row in bus.stats().subscribers if row.id == channel.number)
+    return next(row.published for row in bus.stats().subscribers if row.id == channel.id)
 
 
 # --- how it ends ------------------------------------------------------------------------------------------------------

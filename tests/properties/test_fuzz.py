@@ -807,7 +807,7 @@ def test_a_broker_under_attack(attack: Attack, attacked: Broadcaster[Any], fork:
         business = Business(attacked, channel)
         for _ in range(3):
             business.go_on()
-        target = Target(attacked.address, *first_numbers(attacked), channel.number)
+        target = Target(attacked.address, *first_numbers(attacked), channel.id)
         broker = psutil.Process(attacked.stats().pid)
         held, memory = descriptors(broker.pid), broker.memory_info().rss
         seconds = SOAK / len(ROUNDS) / 2

@@ -129,7 +129,7 @@ class Hands:
         """Subscribe: the number that the broker gave."""
         self.channels[key] = self.buses[handle].subscribe(*topics, with_topic=with_topic, **more)
         self.with_topic[key] = with_topic
-        return self.channels[key].number
+        return self.channels[key].id
 
     def do_receive(self, key: int, limit: int, timeout: float, way: str) -> list[Event]:
         """Receive up to ``limit`` times: what came. The first is waited for."""
@@ -978,7 +978,7 @@ class Driver:
         """The snapshot says what the model says."""
         snapshot = self.bus.stats()
         rows = {row.id: row for row in snapshot.subscribers}
-        del rows[self.witness.number]
+        del rows[self.witness.id]
         pending = sum(len(handle.pending) for handle in (*self.handles.values(), *self.former.values()))
         assert len(self.order) <= snapshot.published <= len(self.order) + pending
         for sub in [sub for sub in self.subs.values() if sub.live]:

@@ -412,7 +412,7 @@ class Beside:
     def note(self, kind: int, ring: int) -> None:
         self.noted.append((kind, ring))
 
-    def ended(self) -> None:
+    def acknowledge_all(self) -> None:
         self.ends += 1
 
 

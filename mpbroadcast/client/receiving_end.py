@@ -1,0 +1,250 @@
+"""The pipe that a channel receives from, and which process owns it: opening, reconnecting, handing on, closing.
+
+- The first process that opens a subscription is its owner; the broker decides. Opening takes two requests: ``open``, whose
+  reply has the pipe, and ``opened``, which confirms it. So an interrupted opening leaves the subscription unopened: a pipe that
+  was not confirmed is confirmed, or requested anew, by the next call. ``channel_state.py`` has the states.
+- A subscription that this process has made can be opened by another one if it was pickled, or if a process was forked since and
+  lives. Then closing, or dropping, this handle does not end it.
+- When a broker has died and another one takes over, the old pipe is kept as ``_former`` until what was read from it is done.
+- The lock is held while the broker is asked, and taken behind the channel's own lock, never before it. ``close_pipe`` does not
+  take it, so a close does not wait for the broker's reply to another thread: ``_move`` finds which one was first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, Final
+
+from mpbroadcast.client.broker_client import BrokerClient, Reply, for_reply
+from mpbroadcast.client.channel_state import (
+    CLOSED,
+    CLOSING,
+    ELSEWHERE,
+    OPEN,
+    OPENING,
+    RECONNECTING,
+    UNOPENED,
+    ChannelState,
+    IllegalTransition,
+    transition,
+)
+from mpbroadcast.client.shared_reader import SharedReader
+from mpbroadcast.deadline import Deadline
+from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError
+from mpbroadcast.posix import locks
+from mpbroadcast.posix.descendants import Descendants, descendants
+from mpbroadcast.posix.forks import on_fork
+from mpbroadcast.posix.pipes import PipeEnd
+from mpbroadcast.posix.shared_memory import available
+
+_CLOSE_TIMEOUT: Final = 5.0  # seconds until close() no longer waits for the broker's reply
+
+
+class ReceivingEnd:
+    """The pipe of one subscription in one process. ``state`` is OPEN only while ``pipe`` is there and confirmed."""
+
+    def __init__(self, client: BrokerClient, subscription: int, is_subscriber: bool) -> None:
+        self.client = client
+        self.subscription = subscription
+        self.state = UNOPENED
+        self.pipe: PipeEnd | None = None
+        self.shared: SharedReader | None = None
+        self._token = 0  # what confirms this pipe
+        self._former: tuple[PipeEnd | None, SharedReader | None] | None = None
+        self._owner = 0  # the PID of another process that has opened it, as far as this process knows
+        # Which process may open it; independent of the state, until this process has: then no other one can.
+        self._is_subscriber = is_subscriber  # this process has subscribed
+        self._is_pickled = False  # another process may have it that was not forked from this one
+        self._heirs = descendants()  # processes that were forked from this one
+        self._lock = locks.rlock()
+        on_fork(self, ReceivingEnd._in_child)
+
+    @property
+    def is_closed(self) -> bool:
+        """True if it was closed in this process, or is being closed."""
+        return self.state is CLOSED or self.state is CLOSING
+
+    def request(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Reply:
+        """Request something of the broker for this subscription; see :meth:`BrokerClient.request`."""
+        return self.client.request(do, deadline=deadline, subscription=self.subscription, **fields)
+
+    # --- opening
+
+    def open(self, deadline: Deadline) -> PipeEnd:
+        """Return the pipe; the first call requests it from the broker.
+
+        :raises ClosedError: it was closed in this process.
+        :raises ChannelInUse: another process is the owner.
+        :raises TimedOut: the broker did not reply in time.
+        :raises BrokerLost: the broker has ended.
+        """
+        while True:
+            pipe = self.pipe
+            if pipe is not None and self.state is OPEN:
+                return pipe
+            with self._lock:
+                if self.is_closed:
+                    raise self.closed_error()
+                if self.state is ELSEWHERE:
+                    raise _in_use(self._owner)
+                if self.state is OPEN:  # opened by another thread meanwhile
+                    continue
+                try:
+                    self._open_once(for_reply(deadline))
+                except IllegalTransition:  # closed by another thread meanwhile
+                    self.pipe = None
+                    raise self.closed_error() from None
+                except ChannelInUse as error:
+                    self.pipe = None
+                    if self.state is not RECONNECTING:
+                        self._owner = error.pid or -1
+                        self._move(ELSEWHERE)
+                    raise
+
+    def _open_once(self, deadline: Deadline) -> None:
+        if self.pipe is None:
+            reply = self.request("open", deadline, shared=available())
+            shared = None if reply.fd_socket is None else SharedReader(reply.fd_socket)
+            self.pipe, self.shared, self._token = reply.pipe, shared, reply.body["token"]
+        if self.state is UNOPENED:
+            self._move(OPENING)
+        if self.request("opened", deadline, token=self._token).body["opened"]:
+            self._heirs, self._is_pickled = Descendants(), False
+            self._move(OPEN)
+            return
+        self.pipe = None
+        if self.state is OPENING:
+            self._move(UNOPENED)
+
+    def _move(self, to: ChannelState) -> None:
+        """Change the state, unless another thread closes the channel at this moment.
+
+        :raises IllegalTransition: another thread has closed it.
+        """
+        while True:
+            state = self.state
+            after = transition(state, to)
+            if self.state is state:  # no call from here on, so no other thread comes in between
+                self.state = after
+                return
+
+    def reconnect(self, deadline: Deadline) -> bool:
+        """Replace the pipe of a broker that has died by that of the one that takes over. Return False if none does.
+
+        The caller holds the channel's lock, and calls :meth:`release_former` when it has gone over to the new pipe.
+
+        :raises TimedOut: the broker did not reply in time; a later call goes on from there.
+        """
+        if self._former is None:
+            reconnecting = transition(self.state, RECONNECTING)
+            # No call from here on, so that an interrupt finds all of it or nothing.
+            self.state, self._former = reconnecting, (self.pipe, self.shared)
+            self.pipe = self.shared = None
+        with contextlib.suppress(BrokerLost, ChannelInUse, ClosedError):
+            self.open(deadline)
+        if self.state is not RECONNECTING:
+            return True
+        opened = transition(self.state, OPEN)
+        (self.pipe, self.shared), self.state, self._former = self._former, opened, None
+        return False
+
+    def release_former(self) -> None:
+        """Close the pipe and the memory of the broker that has died."""
+        (pipe, shared), self._former = self._former or (None, None), None
+        for former in (shared, pipe):
+            if former is not None:
+                former.close()
+
+    # --- handing on and closing
+
+    def hand_on(self) -> None:
+        """Note that the channel is being pickled, for another process.
+
+        :raises ClosedError: it was closed.
+        :raises ChannelInUse: a process has opened it.
+        """
+        if self.is_closed:
+            raise self.closed_error()
+        if self.state is not UNOPENED:
+            raise _in_use(self._owner or os.getpid())
+        self._is_pickled = True
+
+    @property
+    def can_be_opened_elsewhere(self) -> bool:
+        """True if this process has subscribed, and another one may open the channel."""
+        return self._is_subscriber and (self._is_pickled or self._heirs.live())
+
+    @property
+    def is_own(self) -> bool:
+        """True if this process has subscribed, has not opened the channel, and no other process can."""
+        return self._is_subscriber and self.state in (UNOPENED, OPENING) and not self.can_be_opened_elsewhere
+
+    def close_pipe(self) -> bool:
+        """Begin to close. Return False if it was closed before."""
+        if self.state is CLOSED:
+            return False
+        if self.state is not CLOSING:
+            self._move(CLOSING)
+        if self.pipe is not None:
+            self.pipe.close()
+            self.pipe = None
+        if self.shared is not None:
+            self.shared.close()
+            self.shared = None
+        return True
+
+    def end_subscription(self) -> None:
+        """End the subscription, unless another process has it or can open it: the last step of closing."""
+        if self.can_be_opened_elsewhere:
+            self._leave_to_heirs()
+        elif not self._owner:
+            # A recv that waits in another thread is woken when the broker closes its end.
+            try:
+                self.request("close", Deadline(_CLOSE_TIMEOUT))
+            except (BroadcastError, OSError):  # the request may be lost, and no other event ends an unopened channel
+                self.client.drop(self.subscription)
+        client = BrokerClient(self.client.address, self.client.broker)  # the session ends with its last handle
+        if self.state is CLOSING:  # else another thread has closed it meanwhile
+            self.state, self.client = transition(CLOSING, CLOSED), client
+        self.release_heirs()
+
+    def release_heirs(self) -> None:
+        """Close the descriptors that show which processes could open the channel: none can any more."""
+        self._heirs = Descendants()
+
+    def drop(self) -> None:
+        """End the subscription from a finaliser, unless another process has it or can open it."""
+        if self.state is CLOSED or self._owner:
+            return
+        if self.can_be_opened_elsewhere:
+            self._leave_to_heirs()
+        elif self.state in (OPEN, RECONNECTING):  # the broker sees that the pipe is closed; the one that takes over does not
+            if self.client.restarts:
+                self.client.drop(self.subscription)
+        elif self._is_subscriber or self.state is CLOSING:
+            self.client.drop(self.subscription)
+
+    def _leave_to_heirs(self) -> None:
+        if not (self._is_pickled or self._owner):
+            self.client.inherited[self.subscription] = self._heirs
+
+    def _in_child(self) -> None:
+        self._lock = locks.rlock()
+        self._is_subscriber = False
+        if self.pipe is not None or self._former is not None:
+            self._owner = os.getppid()
+            self.pipe = self._former = None
+            if not self.is_closed:
+                self._move(ELSEWHERE)
+        self.shared = None
+
+    def closed_error(self) -> ClosedError:
+        """Return the error for a call on a closed channel."""
+        return ClosedError("this channel was closed in this process: subscribe again for another")
+
+
+def _in_use(pid: int) -> ChannelInUse:
+    process = f"process {pid}" if pid > 0 else "a process of another PID namespace"
+    text = f"{process} has opened this channel, and only that one can receive from it: hand a channel on before its "
+    return ChannelInUse(text + "first receive, or subscribe in each process", pid)
