@@ -24,6 +24,7 @@ from mpbroadcast import Broadcaster, start_broadcaster
 from mpbroadcast.client import pipe_writer
 from mpbroadcast.protocol import pickling
 from tests.support.helpers import Children, wait_until
+from tests.support.large_workers import TRANSPORTS, Size
 
 FAILED = pytest.StashKey[bool]()
 WORKERS = (os.cpu_count() or 1) + 1  # tests mostly wait, and not for the CPU
@@ -172,9 +173,21 @@ def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["fork", "spawn", "forkserver"])
-def context(request: pytest.FixtureRequest) -> BaseContext:
-    """Each start method in turn."""
+def every_context(request: pytest.FixtureRequest) -> BaseContext:
+    """Return the context of each start method in turn."""
     return multiprocessing.get_context(request.param)
+
+
+@pytest.fixture(params=["fork", "forkserver"])
+def context(request: pytest.FixtureRequest) -> BaseContext:
+    """Return a context under which a process inherits its arguments, then one under which they are pickled."""
+    return multiprocessing.get_context(request.param)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> Size:
+    """Return the size of messages that take each route in turn."""
+    return TRANSPORTS[request.param]
 
 
 @pytest.fixture

@@ -49,21 +49,6 @@ def test_with_nothing_published_it_returns(bus: Bus) -> None:
     channel.close()
 
 
-def test_it_waits_until_a_channel_is_opened(bus: Bus) -> None:
-    """What waits for a channel that nobody has opened is not delivered; opening it, without receiving, is enough."""
-    channel = bus.subscribe()
-    bus.publish_many(range(10))
-    bus.flush(timeout=DEADLINE)
-    waiting = flushing(bus)
-    assert not is_delivered(bus)
-    channel.fileno()
-    waiting.result()
-    assert is_delivered(bus)
-    row = only_subscriber(bus)
-    assert (row.delivered, row.waiting) == (10, 0)
-    assert take(channel, 10) == list(range(10))
-
-
 def test_it_waits_for_all_channels(bus: Bus) -> None:
     """Of several unopened channels it waits for each that got something, and for no other one."""
     first, second, other = bus.subscribe("a"), bus.subscribe("*"), bus.subscribe("b")
@@ -94,13 +79,13 @@ def test_it_waits_for_a_reader_to_make_room(bus: Bus) -> None:
     assert [number for number, _ in take(channel, 600 - read)] == list(range(read, 600))
 
 
-def test_a_channel_handed_to_a_child_is_delivered_when_it_opens(bus: Bus, children: Children, context: BaseContext) -> None:
+def test_a_channel_handed_to_a_child_is_delivered_when_it_opens(bus: Bus, children: Children, fork: BaseContext) -> None:
     """The opening in another process counts, under each start method."""
     channel = bus.subscribe()
     bus.publish("message")
     assert not is_delivered(bus)
-    orders, theirs = context.Pipe()
-    child = children(context, workers.open_and_hold, channel, theirs)
+    orders, theirs = fork.Pipe()
+    child = children(fork, workers.open_and_hold, channel, theirs)
     bus.flush(timeout=DEADLINE, delivered=True)
     assert answer(orders) == child.pid
     assert only_subscriber(bus).delivered == 1

@@ -7,17 +7,14 @@ import gc
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mpbroadcast import AuthenticationFailed, Broadcaster, BrokerLost, ChannelInUse, connect, start_broadcaster
+from mpbroadcast import Broadcaster, BrokerLost, ChannelInUse, connect, start_broadcaster
 from tests.support import workers
 from tests.support.helpers import (
     DEADLINE,
@@ -32,7 +29,6 @@ from tests.support.helpers import (
 )
 
 Bus = Broadcaster[Any]
-ROOT = str(Path(__file__).resolve().parents[2])
 
 
 # Python 3.12 and later warn when a process with threads forks, which is what these tests are about
@@ -42,12 +38,12 @@ quiet_forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 # --- a channel for a child --------------------------------------------------------------------------------------------
 
 
-def test_child_misses_nothing(bus: Bus, children: Children, context: BaseContext) -> None:
+def test_child_misses_nothing(bus: Bus, children: Children, every_context: BaseContext) -> None:
     """A channel handed to a process gives it what was published before it started, while it starts, and after."""
     channel = bus.subscribe()
-    results, theirs = context.Pipe()
+    results, theirs = every_context.Pipe()
     bus.publish_many(range(100))
-    child = children(context, workers.receive, channel, theirs, 300)
+    child = children(every_context, workers.receive, channel, theirs, 300)
     bus.publish_many(range(100, 200))
     wait_until(lambda: only_subscriber(bus).pid == child.pid)
     bus.publish_many(range(200, 300))
@@ -155,18 +151,6 @@ def test_open_channel_cannot_be_pickled(bus: Bus) -> None:
     assert everything(bus, channel) == ["message"]
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_open_channel_cannot_be_handed_to_a_process(bus: Bus, method: str) -> None:
-    """Starting a process with an open channel raises ``ChannelInUse``, where arguments are pickled."""
-    context = multiprocessing.get_context(method)
-    channel = bus.subscribe()
-    channel.poll(0)
-    process = context.Process(target=workers.exit_with, args=(channel,))  # type: ignore[attr-defined]
-    with pytest.raises(ChannelInUse):
-        process.start()
-    channel.close()
-
-
 def test_forked_child_cannot_use_an_open_channel(bus: Bus, children: Children, fork: BaseContext) -> None:
     """A child that inherits an open channel gets ``ChannelInUse``, and the parent's stream is untouched."""
     channel = bus.subscribe()
@@ -194,12 +178,12 @@ def test_forked_childs_end_does_not_end_the_parents_channels(bus: Bus, children:
 # --- the end of the broadcaster ---------------------------------------------------------------------------------------
 
 
-def test_close_waits_for_handed_on_channels(bus: Bus, children: Children, context: BaseContext) -> None:
+def test_close_waits_for_handed_on_channels(bus: Bus, children: Children, fork: BaseContext) -> None:
     """The starter's ``close`` waits until a handed-on channel is opened and drained; its end is clean."""
-    orders, theirs = context.Pipe()
+    orders, theirs = fork.Pipe()
     bus.publish("nobody")
     channel = bus.subscribe()
-    child = children(context, workers.receive_when_told, channel, theirs)
+    child = children(fork, workers.receive_when_told, channel, theirs)
     bus.publish_many(range(100))
     assert answer(orders) == "started"
     closing = Background(bus.close, timeout=DEADLINE)
@@ -312,17 +296,10 @@ def test_close_does_not_wait_for_what_nobody_will_open(why: str, children: Child
 # --- a broadcaster for a child ----------------------------------------------------------------------------------------
 
 
-def test_broadcaster_goes_to_a_process(bus: Bus, children: Children, context: BaseContext) -> None:
-    """A process gets the broadcaster as an argument, and publishes through it."""
-    channel = bus.subscribe()
-    finish(children(context, workers.publish_numbers, bus, "child", 100))
-    assert take(channel, 100) == [("child", number) for number in range(100)]
-
-
-def test_broadcaster_goes_to_a_running_pool(bus: Bus, context: BaseContext) -> None:
+def test_broadcaster_goes_to_a_running_pool(bus: Bus, every_context: BaseContext) -> None:
     """Tasks of a running ``Pool``, whose workers are daemonic, publish through a broadcaster among their arguments."""
     channel = bus.subscribe()
-    with context.Pool(2) as pool:
+    with every_context.Pool(2) as pool:
         pids = pool.starmap(workers.publish_one, [(bus, number) for number in range(20)], chunksize=1)
         pool.close()
         pool.join()
@@ -393,65 +370,6 @@ def test_handle_survives_a_fork_while_another_thread_publishes(bus: Bus, childre
 
 # --- a process that is no child ---------------------------------------------------------------------------------------
 
-STRANGER = """
-import sys
-import time
-from multiprocessing.connection import Connection
-import mpbroadcast
-bus = mpbroadcast.connect(sys.argv[1], authkey=bytes.fromhex(sys.argv[2]))
-with bus.subscribe("to the stranger") as channel:
-    bus.publish("here I am")
-    print(channel.recv(timeout=20))
-bus.close()
-"""
-
-
-def run_stranger(address: str, authkey: bytes) -> subprocess.Popen[str]:
-    """A Python process that knows the address and a key, and nothing else of the starter."""
-    command = [sys.executable, "-c", STRANGER, address, authkey.hex()]
-    environment = {**os.environ, "PYTHONPATH": ROOT}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, cwd="/", text=True, stdout=pipe, stderr=pipe)
-
-
-def test_stranger_connects_with_address_and_key() -> None:
-    """A process that is no child of the starter attaches with the address and the key, to publish and to subscribe."""
-    key = b"the key that both know"
-    with start_broadcaster(authkey=key) as bus:
-        channel = bus.subscribe()
-        stranger = run_stranger(bus.address, key)
-        try:
-            assert channel.recv(timeout=DEADLINE) == "here I am"
-            bus.publish("welcome", topic="to the stranger")
-            output, errors = stranger.communicate(timeout=DEADLINE)
-        finally:
-            stranger.kill()
-            stranger.communicate()
-        assert (output, errors, stranger.returncode) == ("welcome\n", "", 0)
-        assert everything(bus, channel) == ["welcome"]
-
-
-def test_stranger_with_a_wrong_key_is_refused(bus: Bus) -> None:
-    """A wrong key is a clear error in that process, and disturbs nobody."""
-    channel = bus.subscribe()
-    stranger = run_stranger(bus.address, b"not the key")
-    output, errors = stranger.communicate(timeout=DEADLINE)
-    assert stranger.returncode == 1
-    assert output == ""
-    assert "AuthenticationFailed" in errors.splitlines()[-1]
-    bus.publish("message")
-    assert everything(bus, channel) == ["message"]
-
-
-def test_wrong_key_raises_authentication_failed(bus: Bus) -> None:
-    """The error is multiprocessing's ``AuthenticationError``, too, and the broker goes on."""
-    with pytest.raises(AuthenticationFailed) as caught:
-        connect(bus.address, authkey=b"wrong")
-    assert isinstance(caught.value, multiprocessing.AuthenticationError)
-    channel = bus.subscribe()
-    bus.publish("message")
-    assert everything(bus, channel) == ["message"]
-
 
 def test_both_keys_open(fork: BaseContext, children: Children) -> None:
     """The broker takes its own key, and the starter's process key, which children inherit."""
@@ -463,14 +381,6 @@ def test_both_keys_open(fork: BaseContext, children: Children) -> None:
             explicit.publish(2)
         finish(children(fork, workers.publish_one, bus, 3))
         assert sorted(take(channel, 3)) == [1, 2, 3]
-
-
-def test_empty_key_is_refused(bus: Bus) -> None:
-    """``authkey=b""`` would let everybody in: it is a ``ValueError``."""
-    with pytest.raises(ValueError, match="authkey"):
-        start_broadcaster(authkey=b"")
-    with pytest.raises(ValueError, match="authkey"):
-        connect(bus.address, authkey=b"")
 
 
 def test_closing_another_handle_only_detaches(bus: Bus) -> None:
@@ -498,13 +408,3 @@ def test_detaching_keeps_a_channel_that_was_sent_away(bus: Bus, children: Childr
     finish(child)
     bus.publish("another")
     assert everything(bus, channel) == ["another"]
-
-
-def test_channels_end_when_the_starter_closes(children: Children, context: BaseContext) -> None:
-    """``close`` by the starter, or the end of its ``with``, gives every open channel the rest and a clean end."""
-    with start_broadcaster() as bus:
-        results, theirs = context.Pipe()
-        child = children(context, workers.receive_until_end, bus.subscribe(), theirs)
-        bus.publish_many(range(1000))
-    assert answer(results) == list(range(1000))
-    finish(child)

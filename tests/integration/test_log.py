@@ -55,11 +55,11 @@ def _die(bus: Bus) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_dictionary_works_under_each_start_method(context: BaseContext, tmp_path: Path, children: Children) -> None:
+def test_a_dictionary_works_under_each_start_method(every_context: BaseContext, tmp_path: Path, children: Children) -> None:
     """The log goes where it says, in the broker's process; who was removed is there, and why."""
     file = tmp_path / "log"
-    with start_broadcaster(context=context, log_config=to_file(file)) as bus:
-        children(context, _die, bus)
+    with start_broadcaster(context=every_context, log_config=to_file(file)) as bus:
+        children(every_context, _die, bus)
         line = wait_for_line(file, "mpbroadcast.broker INFO", "channel", "is removed")
         assert str(bus.stats().pid) in line
 

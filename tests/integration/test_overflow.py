@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import pytest
@@ -676,15 +676,6 @@ def test_giant_messages_to_who_drops(bus: Bus, children: Children, fork: BaseCon
 
 
 # --- arguments, and what comes with the channel -----------------------------------------------------------------------
-
-
-def test_an_unknown_policy_is_refused(bus: Bus) -> None:
-    """An unknown policy is a ``ValueError`` that names those that there are."""
-    for overflow in ("", "drop", "BLOCK", "drop-oldest", "latest "):
-        with pytest.raises(ValueError, match="drop_oldest") as caught:
-            bus.subscribe(overflow=cast(Policy, overflow))
-        assert all(policy in str(caught.value) for policy in POLICIES)
-    assert bus.stats().subscribers == ()
 
 
 def test_with_topic_under_each_policy(bus: Bus) -> None:

@@ -51,13 +51,13 @@ def test_every_subscriber_gets_every_message(bus: Bus) -> None:
     assert [take(channel, len(messages)) for channel in channels] == [messages] * 3
 
 
-def test_broadcasters_live_side_by_side(context: BaseContext) -> None:
+def test_broadcasters_live_side_by_side(every_context: BaseContext) -> None:
     """A process may have several broadcasters, whatever it has open with the others, and none hears of another's."""
     with start_broadcaster() as first:
         opened, unopened = first.subscribe(), first.subscribe()
         first.publish("first")
         assert opened.recv(timeout=DEADLINE) == "first"
-        with start_broadcaster(context=context) as second:
+        with start_broadcaster(context=every_context) as second:
             channel = second.subscribe()
             second.publish("second")
             assert everything(second, channel) == ["second"]
@@ -132,11 +132,11 @@ def test_with_topic_gives_pairs_everywhere(bus: Bus) -> None:
     assert everything(bus, channel) == [("room:3", 3), ("room:4", 4)]
 
 
-def test_subscriber_hears_what_it_publishes_itself(bus: Bus, children: Children, context: BaseContext) -> None:
+def test_subscriber_hears_what_it_publishes_itself(bus: Bus, children: Children, fork: BaseContext) -> None:
     """A publish from inside a subscriber reaches that subscriber too, unless it excludes its channel."""
     observer = bus.subscribe()
-    results, theirs = context.Pipe()
-    child = children(context, workers.hear_itself, bus, theirs)
+    results, theirs = fork.Pipe()
+    child = children(fork, workers.hear_itself, bus, theirs)
     assert answer(results) == ["to all", "last"]
     finish(child)
     assert everything(bus, observer) == ["to all", "to all others", "last"]

@@ -281,13 +281,13 @@ def test_latest_is_replayed_the_newest(start: Start) -> None:
 # --- handed on --------------------------------------------------------------------------------------------------------
 
 
-def test_a_replay_waits_for_the_child_that_opens(start: Start, children: Children, context: BaseContext) -> None:
+def test_a_replay_waits_for_the_child_that_opens(start: Start, children: Children, fork: BaseContext) -> None:
     """A channel with a replay is handed to a child like any other, under each start method."""
     bus = start(20)
     bus.publish_many(range(20))
     channel = bus.subscribe(replay=5)
-    results, theirs = context.Pipe()
-    child = children(context, workers.receive_until_end, channel, theirs)
+    results, theirs = fork.Pipe()
+    child = children(fork, workers.receive_until_end, channel, theirs)
     bus.publish_many(range(20, 30))
     bus.flush(timeout=DEADLINE)
     bus.unsubscribe(channel)
@@ -338,23 +338,3 @@ def test_the_bytes_are_bounded_over_topics(start: Start) -> None:
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
-
-
-def test_replay_needs_a_history(bus: Bus) -> None:
-    """Without ``start_broadcaster(history=...)`` a replay is a ``ValueError`` that says what is missing."""
-    with pytest.raises(ValueError, match="history"):
-        bus.subscribe(replay=1)
-    stats = bus.stats()
-    assert stats.subscribers == ()
-    assert (stats.history_topics, stats.history_forgotten) == (0, 0)
-    bus.subscribe(replay=0).close()
-
-
-@pytest.mark.parametrize("value", [-1, 1.0, "1", None])
-def test_impossible_numbers_are_refused(start: Start, value: Any) -> None:
-    """A replay, or a history, that is no whole number from 0 on is refused with its name."""
-    bus = start(1)
-    with pytest.raises((TypeError, ValueError), match="replay"):
-        bus.subscribe(replay=value)
-    with pytest.raises((TypeError, ValueError), match="history"):
-        start_broadcaster(history=value)

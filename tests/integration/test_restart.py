@@ -109,9 +109,9 @@ def test_channels_and_handles_go_on(kept: Bus) -> None:
         assert not channel.poll()
 
 
-def test_under_each_start_method(context: BaseContext) -> None:
+def test_under_each_start_method(every_context: BaseContext) -> None:
     """The keeper starts brokers whatever way it was started itself."""
-    with start_broadcaster(context=context, restart=True) as bus:
+    with start_broadcaster(context=every_context, restart=True) as bus:
         channel = bus.subscribe()
         assert not channel.poll()
         kill_broker(bus)

@@ -19,7 +19,6 @@ import pytest
 
 from mpbroadcast import Broadcaster, BroadcastError, Channel, ChannelInUse, connect, start_broadcaster
 from mpbroadcast.client.pipe_writer import SHARED_FROM
-from mpbroadcast.client.ring import Ring
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.frames import PIPE_BUF
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST
@@ -208,7 +207,7 @@ def test_a_full_ring_is_no_limit(bus: Bus, reader: Callable[..., Reader]) -> Non
     with contextlib.suppress(TimeoutError):
         for published in count():
             bus.publish(message(published), timeout=0.3)
-    assert capacity * 0.7 < published * SIZE < capacity + RING + (1 << 20)
+    assert capacity * 0.7 < published * SIZE < capacity + 2 * RING
     for other in others:
         other.signal(signal.SIGCONT)
     with bus.subscribe() as channel:
@@ -289,9 +288,7 @@ def test_what_is_unread_is_kept_for_who_was_unsubscribed(bus: Bus) -> None:
 
 def sized(number: int, size: int) -> tuple[str, int, bytes]:
     """A message whose pickle has that many bytes."""
-    length = size
-    while len(pickle.dumps(message(number, length), 5)) > size:
-        length -= 1
+    length = 2 * size - len(pickle.dumps(message(number, size), 5))
     assert len(pickle.dumps(message(number, length), 5)) == size
     return message(number, length)
 
@@ -350,7 +347,7 @@ def wait_for_publishers(bus: Bus, amount: int) -> None:
     wait_until(lambda: bus.stats().publishers == amount)
 
 
-def publish_for_ever(bus: Bus, counter: Counter, go: Counter, seed: int) -> None:
+def publish_for_ever(bus: Bus, counter: Counter, seed: int) -> None:
     """Publish numbered messages, and count those whose ``publish`` has returned."""
     random = Random(seed)
     for number in count():
@@ -358,41 +355,20 @@ def publish_for_ever(bus: Bus, counter: Counter, go: Counter, seed: int) -> None
         counter.value = number + 1
 
 
-def die_half_way(bus: Bus, counter: Counter, go: Counter, seed: int) -> None:
-    """Publish until told to die, which happens in the middle of a copy into the ring, some messages later."""
-    last: list[int] = []
-
-    def write(ring: Ring, start: int, parts: Any) -> None:
-        if go.value:
-            last.append(start)
-        if len(last) == 20:
-            original(ring, start, [bytes(len(parts[0]) // 2)])
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(ring, start, parts)
-
-    original, Ring.write = Ring.write, write  # type: ignore[method-assign,assignment]
-    publish_for_ever(bus, counter, go, seed)
-
-
-@pytest.mark.parametrize("half_way", [False, True])
-def test_what_a_killed_publisher_had_published_is_delivered(
-    bus: Bus, children: Children, fork: BaseContext, half_way: bool
-) -> None:
+def test_what_a_killed_publisher_had_published_is_delivered(bus: Bus, children: Children, fork: BaseContext) -> None:
     """Killed at any moment: all that it had published comes from the ring after its death, in order, and nothing torn."""
     with bus.subscribe() as channel:
         broker = bus.stats().pid
-        for attempt in range(1 if half_way else 3):
-            counter, go = Counter(), Counter()
-            child = children(fork, die_half_way if half_way else publish_for_ever, bus, counter, go, attempt)
+        for attempt in range(3):
+            counter = Counter()
+            child = children(fork, publish_for_ever, bus, counter, attempt)
             received: list[Any] = []
             while not shared_maps(os.getpid()):
                 received += drained(channel)
-            go.value = 1
-            if not half_way:
-                enough = counter.value + 20 + 11 * attempt
-                while counter.value < enough:
-                    pass
-                child.kill()
+            enough = counter.value + 20 + 11 * attempt
+            while counter.value < enough:
+                pass
+            child.kill()
             child.join(DEADLINE)
             assert child.exitcode == -signal.SIGKILL
             published = counter.value
@@ -402,7 +378,7 @@ def test_what_a_killed_publisher_had_published_is_delivered(
                 received += channel.recv_many(timeout=DEADLINE)
             got = numbers(received)
             assert got == list(range(len(got)))
-            assert published <= len(got) <= published + (not half_way)
+            assert published <= len(got) <= published + 1
             wait_until(lambda: not drained(channel) and shared_maps(os.getpid()) == 0)
             wait_until(lambda: shared_maps(broker) == memories(broker) == 0)
             assert memories(os.getpid()) == 0
@@ -592,7 +568,7 @@ def soak_read(channel: Channel[Any], seed: int, report: Connection) -> None:
 @pytest.mark.timeout(int(float(os.environ.get("MPBROADCAST_SOAK", "3"))) + 120)
 def test_all_at_once(children: Children, fork: BaseContext) -> None:
     """Random sizes, topics, kills, stops and forks, for ``MPBROADCAST_SOAK`` seconds: nothing is lost, doubled or spoilt."""
-    seconds = float(os.environ.get("MPBROADCAST_SOAK", "2.5"))
+    seconds = float(os.environ.get("MPBROADCAST_SOAK", "1.5"))
     seed = int(os.environ.get("MPBROADCAST_SEED", time.time_ns() % 1_000_000_007))
     print(f"MPBROADCAST_SEED={seed}")
     random = Random(seed)

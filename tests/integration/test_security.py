@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import random
-import select
 import socket
 import stat
 import struct
@@ -136,42 +135,6 @@ def test_two_hundred_silent_clients(bus: Broadcaster[Any]) -> None:
         for _ in range(200):
             stack.enter_context(raw(bus))
         goes_on(bus)
-
-
-def stay_silent(address: str, count: int, report: Connection) -> None:
-    """Hold so many connections that say nothing, and make each anew that is closed, until this process is ended."""
-    poll = select.epoll()
-    strangers: dict[int, socket.socket] = {}
-    known = False
-    while True:
-        for _ in range(count - len(strangers)):
-            stranger = socket.socket(socket.AF_UNIX)
-            stranger.connect(address)
-            poll.register(stranger, select.EPOLLRDHUP)
-            strangers[stranger.fileno()] = stranger
-        if not known:
-            report.send("there")
-            known = True
-        for fd, _ in poll.poll():
-            strangers.pop(fd).close()
-
-
-def test_strangers_that_connect_again_and_again_throw_out_nobody(
-    bus: Broadcaster[Any], fork: BaseContext, children: Children
-) -> None:
-    """Several hundred without the key that take the place of each that is thrown out: who has the key gets in."""
-    crowds = []
-    for _ in range(2):
-        ours, theirs = fork.Pipe()
-        with ours, theirs:
-            crowds.append(children(fork, stay_silent, bus.address, 250, theirs))
-            assert answer(ours) == "there"
-    connecting = [Background(connect, bus.address) for _ in range(12)]
-    for one in connecting:
-        with one.result() as other:
-            assert other.stats().pid == bus.stats().pid
-    for process in crowds:
-        process.kill()
 
 
 def crowd(address: str, orders: Connection) -> None:

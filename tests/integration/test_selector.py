@@ -13,7 +13,7 @@ import pytest
 
 from mpbroadcast import Broadcaster, Channel, Selector, TimedOut, channel_to_selector
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, everything, only_subscriber, wait_delivered, wait_until
+from tests.support.helpers import DEADLINE, Children, everything, only_subscriber, wait_delivered, wait_until
 
 Bus = Broadcaster[Any]
 
@@ -65,11 +65,11 @@ def test_messages_before_the_selector_are_received(bus: Bus) -> None:
     assert [selector.receive(timeout=0) for _ in range(99)] == list(range(1, 100))
 
 
-def test_selector_opens_the_channel(bus: Bus, children: Children, context: BaseContext) -> None:
+def test_selector_opens_the_channel(bus: Bus, children: Children, fork: BaseContext) -> None:
     """``select`` is one of the ways to open a channel; another process is refused from then on."""
     channel = bus.subscribe()
-    results, theirs = context.Pipe()
-    orders_child = children(context, workers.receive_when_told, channel, theirs)
+    results, theirs = fork.Pipe()
+    orders_child = children(fork, workers.receive_when_told, channel, theirs)
     assert results.poll(DEADLINE)
     assert results.recv() == "started"
     selector = Selector[Any]().select(channel)
@@ -81,17 +81,6 @@ def test_selector_opens_the_channel(bus: Bus, children: Children, context: BaseC
     orders_child.join(DEADLINE)
     assert only_subscriber(bus).pid == os.getpid()
     channel.close()
-
-
-def test_bad_message_raises_and_the_selector_goes_on(bus: Bus) -> None:
-    """The error of a message that fails to unpickle comes out of ``receive``, and the channel stays selected."""
-    channel = bus.subscribe()
-    selector = Selector[Any]().select(channel)
-    bus.publish_many([1, workers.CannotBeUnpickled(), 2])
-    assert selector.receive(timeout=DEADLINE) == 1
-    with pytest.raises(workers.Boom):
-        selector.receive(timeout=DEADLINE)
-    assert selector.receive(timeout=DEADLINE) == 2
 
 
 # --- everything else --------------------------------------------------------------------------------------------------
@@ -137,20 +126,6 @@ def test_running_process_is_not_reported(children: Children, fork: BaseContext) 
     assert selector.receive(timeout=DEADLINE) == ("ended", 0)
 
 
-def test_killed_process_is_reported(bus: Bus, children: Children, fork: BaseContext) -> None:
-    """A process that is killed is reported like one that ends, beside a channel that goes on."""
-    channel = bus.subscribe()
-    orders, theirs = fork.Pipe()
-    process = children(fork, workers.exit_when_told, theirs)
-    selector = Selector[Any]().select(channel).select(process)
-    process.kill()
-    assert selector.receive(timeout=DEADLINE) is process
-    assert process.exitcode == -9
-    bus.publish("message")
-    assert selector.receive(timeout=DEADLINE) == "message"
-    orders.close()
-
-
 def test_anything_with_a_descriptor_can_be_selected(bus: Bus) -> None:
     """An object with ``fileno()`` is handed to its handler, or returned, as long as it is readable."""
     channel = bus.subscribe()
@@ -172,16 +147,6 @@ def test_anything_with_a_descriptor_can_be_selected(bus: Bus) -> None:
 
 
 # --- map, merge, deselect ---------------------------------------------------------------------------------------------
-
-
-def test_map_changes_every_result(bus: Bus) -> None:
-    """``map`` applies a function to what every source gives, behind its handler."""
-    plain, handled = bus.subscribe("plain"), bus.subscribe("handled")
-    selector: Selector[Any] = Selector[Any]().select(plain).select(handled, lambda message: message * 10).map(str)
-    bus.publish(1, topic="plain")
-    assert selector.receive(timeout=DEADLINE) == "1"
-    bus.publish(2, topic="handled")
-    assert selector.receive(timeout=DEADLINE) == "20"
 
 
 def test_maps_are_applied_in_turn(bus: Bus) -> None:
@@ -264,16 +229,6 @@ def test_receive_runs_out_of_time(bus: Bus, timeout: float) -> None:
         selector.receive(timeout=timeout)
     bus.publish("later")
     assert selector.receive(timeout=DEADLINE) == "later"
-
-
-def test_receive_without_timeout_waits(bus: Bus) -> None:
-    """``receive()`` sleeps until something comes."""
-    channel = bus.subscribe()
-    selector = channel_to_selector(channel)
-    receiving = Background(selector.receive)
-    receiving.wait_until_blocked("receive")
-    bus.publish("message")
-    assert receiving.result() == "message"
 
 
 def test_busy_channels_share_fairly(bus: Bus) -> None:

@@ -1,11 +1,9 @@
-"""Messages of each size do the same: whatever the way on which they travel, nobody can tell it from what happens."""
+"""Messages of each size do the same, whatever route they take: the pipe, a ring, or memory of their own."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -14,14 +12,12 @@ import pytest
 
 from mpbroadcast import (
     Broadcaster,
-    BrokerLost,
     Channel,
     Selector,
     SubscriberStats,
     connect,
     start_broadcaster,
 )
-from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.validation import Policy
 from tests.support import large_workers as workers
 from tests.support.helpers import (
@@ -39,18 +35,11 @@ from tests.support.helpers import (
     wait_until,
 )
 from tests.support.large_workers import SIZES, Size, number_of, numbers_until_end
-from tests.support.victims import alive
 from tests.support.workers import Boom, CannotBePickled, CannotBeUnpickled
 
 Bus = Broadcaster[Any]
-LAST = 1 << 30  # the number of a message that says that no other comes
+SMALL = SIZES["100"]
 POLICIES: tuple[Policy, ...] = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
-
-
-@pytest.fixture(params=SIZES)
-def size(request: pytest.FixtureRequest) -> Size:
-    """Each size in turn."""
-    return SIZES[request.param]
 
 
 def numbers(messages: list[Any]) -> list[int]:
@@ -77,14 +66,14 @@ def row_of(bus: Bus, topic: str) -> SubscriberStats:
 # ------------------------------------------------------------------------------------------------------ order and topics
 
 
-def test_one_order_for_all(size: Size, bus: Bus) -> None:
+def test_one_order_for_all(transport: Size, bus: Bus) -> None:
     """Mixed with small messages, of several publishers: one order for all, first in first out for each of them."""
     count = 6
 
     def publish(handle: Bus, name: str) -> None:
         for number in range(count):
-            handle.publish((name, 2 * number, size.message(number)))
-            handle.publish((name, 2 * number + 1, SIZES["100"].message(number)))
+            handle.publish((name, 2 * number, transport.message(number)))
+            handle.publish((name, 2 * number + 1, SMALL.message(number)))
 
     with bus.subscribe() as one, bus.subscribe() as two, connect(bus.address) as other:
         publishing = Background(publish, other, "other")
@@ -101,7 +90,7 @@ def test_one_order_for_all(size: Size, bus: Bus) -> None:
         nothing_is_held(bus)
 
 
-def test_topics_patterns_and_exclusion(size: Size, bus: Bus) -> None:
+def test_topics_patterns_and_exclusion(transport: Size, bus: Bus) -> None:
     """Each channel gets what its topics say, once, and not what excludes it; ``with_topic`` tells which one it was."""
     with (
         bus.subscribe() as all_of_it,
@@ -109,9 +98,9 @@ def test_topics_patterns_and_exclusion(size: Size, bus: Bus) -> None:
         bus.subscribe("room:*", "room:[0-9]", with_topic=True) as rooms,
     ):
         for number, topic in enumerate(["room:1", "room:2", "hall", "", "room:1"]):
-            bus.publish(size.message(number), topic=topic)
-        bus.publish(size.message(5), topic="room:1", exclude=rooms)
-        bus.publish_many([size.message(6), size.message(7)], topic="room:1", exclude=all_of_it)
+            bus.publish(transport.message(number), topic=topic)
+        bus.publish(transport.message(5), topic="room:1", exclude=rooms)
+        bus.publish_many([transport.message(6), transport.message(7)], topic="room:1", exclude=all_of_it)
         heard = everything(bus, rooms)
         assert [(topic, number_of(message)) for topic, message in heard] == [
             ("room:1", 0), ("room:2", 1), ("room:1", 4), ("room:1", 6), ("room:1", 7),
@@ -120,14 +109,14 @@ def test_topics_patterns_and_exclusion(size: Size, bus: Bus) -> None:
         assert numbers(everything(bus, all_of_it)) == [0, 1, 2, 3, 4, 5]
 
 
-def test_replay(size: Size) -> None:
+def test_replay(transport: Size) -> None:
     """A broker with a history replays messages of each size, in order, and what comes next follows without a gap."""
     with start_broadcaster(history=4) as bus:
         early = bus.subscribe()
         for number in range(6):
-            bus.publish(size.message(number), topic=f"topic:{number % 2}")
+            bus.publish(transport.message(number), topic=f"topic:{number % 2}")
         late, latest = bus.subscribe(replay=5), bus.subscribe("topic:0", replay=9, overflow="latest")
-        bus.publish(size.message(6), topic="topic:1")
+        bus.publish(transport.message(6), topic="topic:1")
         assert numbers(everything(bus, late)) == [1, 2, 3, 4, 5, 6]
         assert numbers(everything(bus, latest)) == [4]
         assert numbers(everything(bus, early)) == list(range(7))
@@ -160,15 +149,15 @@ def far_too_many(size: Size) -> int:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_overflow_counts_exactly(policy: Policy, size: Size, bus: Bus) -> None:
+def test_overflow_counts_exactly(policy: Policy, transport: Size, bus: Bus) -> None:
     """For who does not read: delivered, missed and waiting are what was published, gaps are in their places, and the capacity
     counts the messages' real bytes, wherever these are."""
-    capacity = capacity_for(size)
-    fitting = capacity // size.charge
+    capacity = capacity_for(transport)
+    fitting = capacity // transport.charge
     channel = bus.subscribe("topic", overflow=policy, capacity=capacity)
     warm_up(bus, channel, "topic")
     count = fitting * 3 // 2 + 30
-    publishing = Background(bus.publish_many, map(size.message, range(count)), topic="topic")
+    publishing = Background(bus.publish_many, map(transport.message, range(count)), topic="topic")
     if policy == "block":
         row = wait_until(lambda: row_of(bus, "topic").stalls and row_of(bus, "topic"))
     else:
@@ -184,7 +173,7 @@ def test_overflow_counts_exactly(policy: Policy, size: Size, bus: Bus) -> None:
         if policy == "latest":
             assert kept <= 2
         else:
-            assert fitting // 2 <= kept <= capacity // size.length
+            assert fitting // 2 <= kept <= capacity // transport.length
         assert row.missed == (0 if policy == "block" else count - kept)
     reading = Background(record, channel)
     if policy != "disconnect":
@@ -198,7 +187,7 @@ def test_overflow_counts_exactly(policy: Policy, size: Size, bus: Bus) -> None:
     elif policy == "disconnect":
         assert events[-1] == ("overflowed", 0)
         assert received == list(range(len(received)))
-        assert fitting // 2 <= len(received) <= capacity // size.length
+        assert fitting // 2 <= len(received) <= capacity // transport.length
     else:
         assert len(received) == kept
         assert channel.missed == count - kept > 0
@@ -210,29 +199,29 @@ def test_overflow_counts_exactly(policy: Policy, size: Size, bus: Bus) -> None:
     nothing_is_held(bus)
 
 
-def test_block_loses_nothing(size: Size, bus: Bus) -> None:
+def test_block_loses_nothing(transport: Size, bus: Bus) -> None:
     """Publishing waits while a backlog is full, with ``publish`` and ``publish_many``; what had to wait too long has never been
     published, and all else comes."""
-    count = far_too_many(size)
-    channel = bus.subscribe(capacity=capacity_for(size))
+    count = far_too_many(transport)
+    channel = bus.subscribe(capacity=capacity_for(transport))
     warm_up(bus, channel)
     with pytest.raises(TimeoutError) as caught:
-        bus.publish_many(map(size.message, range(count)), timeout=0.1)
+        bus.publish_many(map(transport.message, range(count)), timeout=0.1)
     sent: int = caught.value.sent  # type: ignore[attr-defined]
     assert 0 < sent < count
     for timeout in (0, 0.02):
         with contextlib.suppress(TimeoutError):
             while sent < count:
-                bus.publish(size.message(sent), timeout=timeout)
+                bus.publish(transport.message(sent), timeout=timeout)
                 sent += 1
         assert sent < count
-    waiting = Background(lambda: bus.publish(size.message(sent)))
+    waiting = Background(lambda: bus.publish(transport.message(sent)))
     assert numbers(take(channel, sent)) == list(range(sent))
     waiting.result()
     published = [sent]
     for number in range(sent + 1, sent + 20):  # without waiting, each is published whole or not at all
         try:
-            bus.publish(size.message(number), timeout=0)
+            bus.publish(transport.message(number), timeout=0)
         except TimeoutError:
             continue
         published.append(number)
@@ -242,30 +231,30 @@ def test_block_loses_nothing(size: Size, bus: Bus) -> None:
     assert reading.result() == (published, "EOFError")
 
 
-def test_one_that_is_larger_than_the_capacity(size: Size, bus: Bus) -> None:
+def test_one_that_is_larger_than_the_capacity(transport: Size, bus: Bus) -> None:
     """It passes when nothing else is there, under each policy; under ``block`` the next one waits until it has been read."""
     for policy in POLICIES:
-        with bus.subscribe(policy, overflow=policy, capacity=size.length // 2) as channel:
+        with bus.subscribe(policy, overflow=policy, capacity=transport.length // 2) as channel:
             channel.fileno()
             if policy == "block":
-                publishing = Background(bus.publish_many, map(size.message, range(3)), topic=policy)
+                publishing = Background(bus.publish_many, map(transport.message, range(3)), topic=policy)
                 wait_until(lambda: row_of(bus, "block").stalls)
                 assert row_of(bus, policy).published == 1
                 assert numbers(take(channel, 3)) == [0, 1, 2]
                 publishing.result()
             else:
                 for number in range(3):
-                    bus.publish(size.message(number), topic=policy)
+                    bus.publish(transport.message(number), topic=policy)
                     assert number_of(channel.recv(timeout=DEADLINE)) == number
             assert not channel.poll(0)
     nothing_is_held(bus)
 
 
-def test_flush_until_delivered(size: Size, bus: Bus) -> None:
+def test_flush_until_delivered(transport: Size, bus: Bus) -> None:
     """``flush(delivered=True)`` waits while a message of any size is in a backlog, and not for longer."""
     channel = bus.subscribe()
     for number in range(3):
-        bus.publish(size.message(number))
+        bus.publish(transport.message(number))
     with pytest.raises(TimeoutError):
         bus.flush(0.02, delivered=True)
     flushing = Background(lambda: bus.flush(DEADLINE, delivered=True))
@@ -280,13 +269,13 @@ def test_flush_until_delivered(size: Size, bus: Bus) -> None:
 # ------------------------------------------------------------------------------------------------------------- receiving
 
 
-def test_the_descriptor_is_honest(size: Size, bus: Bus) -> None:
+def test_the_descriptor_is_honest(transport: Size, bus: Bus) -> None:
     """The descriptor is readable as long as there is something to receive, and quiet afterwards; again and again."""
     with bus.subscribe() as channel:
         assert not readable(channel)
         for _ in range(2):
             for number in range(3):
-                bus.publish(size.message(number))
+                bus.publish(transport.message(number))
             bus.flush()
             for number in range(3):
                 wait_until(lambda: readable(channel))
@@ -302,12 +291,12 @@ def test_the_descriptor_is_honest(size: Size, bus: Bus) -> None:
         nothing_is_held(bus)
 
 
-def test_each_way_to_receive(size: Size, bus: Bus) -> None:
+def test_each_way_to_receive(transport: Size, bus: Bus) -> None:
     """``recv_many``, ``async for``, an iteration, and a selector give messages of each size, whole and in order."""
-    channels: list[Channel[Any]] = [bus.subscribe(capacity=8 * size.charge + (4 << 20)) for _ in range(4)]
+    channels: list[Channel[Any]] = [bus.subscribe(capacity=8 * transport.charge + (4 << 20)) for _ in range(4)]
     for channel in channels:
         channel.fileno()
-    bus.publish_many(size.message(number) for number in range(5))
+    bus.publish_many(transport.message(number) for number in range(5))
     bus.flush()
     for channel in channels:
         bus.unsubscribe(channel)
@@ -331,16 +320,16 @@ def test_each_way_to_receive(size: Size, bus: Bus) -> None:
         selector.receive(timeout=DEADLINE)
 
 
-def test_messages_that_cannot_be_pickled_or_unpickled(size: Size, bus: Bus) -> None:
+def test_messages_that_cannot_be_pickled_or_unpickled(transport: Size, bus: Bus) -> None:
     """They raise in their places, ``sent`` says how many came before, and the others come."""
     with bus.subscribe() as channel, bus.subscribe() as other:
         with pytest.raises(Boom):
-            bus.publish((size.message(9), CannotBePickled()))
+            bus.publish((transport.message(9), CannotBePickled()))
         with pytest.raises(Boom) as caught:
-            bus.publish_many([size.message(0), size.message(1), (size.message(9), CannotBePickled()), size.message(9)])
+            bus.publish_many([*map(transport.message, (0, 1)), (transport.message(9), CannotBePickled()), transport.message(9)])
         assert caught.value.sent == 2  # type: ignore[attr-defined]
-        bus.publish((size.message(9), CannotBeUnpickled()))
-        bus.publish(size.message(2))
+        bus.publish((transport.message(9), CannotBeUnpickled()))
+        bus.publish(transport.message(2))
         bus.flush()
         for each in (channel, other):
             assert numbers(take(each, 2)) == [0, 1]
@@ -354,13 +343,13 @@ def test_messages_that_cannot_be_pickled_or_unpickled(size: Size, bus: Bus) -> N
 # ------------------------------------------------------------------------------------------------- processes, ends, deaths
 
 
-def test_each_start_method(context: BaseContext, bus: Bus, children: Children) -> None:
+def test_each_start_method(every_context: BaseContext, bus: Bus, children: Children) -> None:
     """A channel that is handed on unopened has what was published before; a child receives and publishes each size."""
     channel, back = bus.subscribe("there"), bus.subscribe("back")
     sizes = list(SIZES.values())
     for number, size in enumerate(sizes):
         bus.publish(size.message(number), topic="there")
-    process = children(context, workers.publish_back, bus, channel)
+    process = children(every_context, workers.publish_back, bus, channel)
     for number, size in enumerate(sizes, len(sizes)):
         bus.publish(size.message(number), topic="there")
     messages = take(back, 2 * len(sizes))
@@ -371,77 +360,14 @@ def test_each_start_method(context: BaseContext, bus: Bus, children: Children) -
     back.close()
 
 
-def test_a_killed_publisher(size: Size, bus: Bus, fork: BaseContext, children: Children) -> None:
-    """What it has published is delivered, whole; what it was about to publish when it was killed is not there."""
-    with bus.subscribe(capacity=1 << 30) as channel:  # so that nothing of the dead publisher has to wait for the reader
-        children(fork, workers.publish_and_die, bus, size, 4).join(DEADLINE)
-        assert numbers(take(channel, 4)) == list(range(4))
-        process = children(fork, workers.publish_for_ever, bus, size)
-        assert numbers(take(channel, 3)) == list(range(3))
-        process.kill()
-        process.join(DEADLINE)
-        wait_until(lambda: bus.stats().publishers == 0)
-        bus.publish((LAST, b""))
-        last = 2
-        while (number := number_of(channel.recv(timeout=DEADLINE))) != LAST:
-            assert number == last + 1
-            last = number
-        nothing_is_held(bus)
-
-
-def test_a_killed_subscriber(
-    size: Size, bus: Bus, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
-) -> None:
-    """Who waits for it goes on, its neighbour gets all, and nothing of it is left."""
-    capacity = capacity_for(size)
-    victim, neighbour = bus.subscribe(capacity=capacity), bus.subscribe(capacity=1 << 30)
-    process = children(fork, workers.open_and_stay, victim, pipe[1])
-    bus.publish(size.message(0))
-    assert answer(pipe[0]) == "open"
-    count = capacity // size.length + 40
-    publishing = Background(lambda: bus.publish_many(size.message(number) for number in range(1, count)))
-    wait_until(lambda: any(row.stalls for row in bus.stats().subscribers))
-    process.kill()
-    publishing.result()
-    assert numbers(take(neighbour, count)) == list(range(count))
-    wait_until(lambda: len(bus.stats().subscribers) == 1)
-    nothing_is_held(bus)
-    neighbour.close()
-
-
-def test_a_killed_broker(size: Size) -> None:
-    """What had arrived is received, then ``BrokerLost`` is raised; so does each ``publish``."""
-    bus = start_broadcaster()
-    try:
-        channel = bus.subscribe()
-        for number in range(3):
-            bus.publish(size.message(number))
-        assert number_of(channel.recv(timeout=DEADLINE)) == 0
-        in_pipe = size.length <= 60_000 or (available() and not size.buffer)  # all of it, without being read
-        if in_pipe:
-            bus.flush(DEADLINE, delivered=True)
-        pid = bus.stats().pid
-        os.kill(pid, signal.SIGKILL)
-        received, end = numbers_until_end(channel)
-        assert end == "BrokerLost"
-        assert received == [1, 2][: len(received)]
-        assert len(received) == 2 or not in_pipe
-        wait_until(lambda: not alive(pid))
-        with pytest.raises(BrokerLost):
-            bus.publish(size.message(9))
-        channel.close()
-    finally:
-        bus.close(timeout=0)
-
-
-def test_close_drains(size: Size, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]) -> None:
+def test_close_drains(transport: Size, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]) -> None:
     """Closing the broadcaster delivers what is on its way, and then there is a clean end."""
     bus = start_broadcaster()
     channel = bus.subscribe()
     process = children(fork, workers.report_numbers, channel, pipe[1])
     assert answer(pipe[0]) == "open"
     for number in range(6):
-        bus.publish(size.message(number))
+        bus.publish(transport.message(number))
     bus.close(timeout=DEADLINE)
     assert answer(pipe[0]) == (list(range(6)), "EOFError")
     finish(process)

@@ -271,6 +271,7 @@ def test_a_publisher_killed_while_it_waits_is_heard_to_its_end(bus: Bus, publish
     received = take(channel, count + 1)
     after.result()
     bus.flush(timeout=DEADLINE)
+    assert only_subscriber(bus).stalls == ()
     bus.unsubscribe(channel)
     received += rest(channel)
     numbers = [number for number, _ in received if number != "after"]
@@ -279,19 +280,6 @@ def test_a_publisher_killed_while_it_waits_is_heard_to_its_end(bus: Bus, publish
     assert len(received) == len(numbers) + 1
     for number, data in received:
         assert number == "after" or data == pattern(number, 1000)
-
-
-def test_a_waiting_publisher_that_is_killed_is_no_longer_listed(bus: Bus, publishers: Publishers) -> None:
-    """Killed while it waits, a publisher is not listed any more once what it had sent is through."""
-    channel = bus.subscribe(capacity=20_000)
-    victim, _ = publishers(bus, "")
-    wait_until(lambda: only_subscriber(bus).stalls == (victim.pid,))
-    victim.kill()
-    victim.join(DEADLINE)
-    reading = Background(rest, channel)
-    wait_until(lambda: (row := only_subscriber(bus)).stalls == () and row.waiting == 0 and bus.stats().publishers == 0)
-    bus.unsubscribe(channel)
-    reading.result()
 
 
 def test_the_longest_wait_ends_first(bus: Bus) -> None:
@@ -392,36 +380,15 @@ def run(path: str, *arguments: str) -> tuple[list[int], list[str]]:
         return [int(line) for line in printed.split()], errors.splitlines()
 
 
-def test_a_long_wait_is_warned_of_once(script: Script) -> None:
-    """One warning, however long it lasts: who waits, and whom for: its process, its topics, and what waits there."""
-    (reader, publisher, waiting), errors = run(script(STALL), "other", "1", "1.1", "{'stall_timeout': 0.3}")
-    assert len(errors) == 1
-    assert "WARNING" in errors[0]
-    numbers = {int(number) for number in re.findall(r"\d+", errors[0])}
-    assert {reader, publisher, waiting} <= numbers
-    assert "sensor:*" in errors[0]
-    assert "door" in errors[0]
-    assert "never opened" not in errors[0]
-    assert "same process" not in errors[0]
-
-
 def test_each_publisher_that_waits_is_named(script: Script) -> None:
-    """Two processes that wait for the same channel are two warnings."""
+    """One warning for each of two processes, however long it waits, with the reader's process, its topics, and what waits."""
     (reader, *publishers, waiting), errors = run(script(STALL), "other", "2", "0.8", "{'stall_timeout': 0.3}")
     assert len(errors) == len(publishers) == 2
     for publisher in publishers:
         (line,) = [error for error in errors if re.search(rf"\b{publisher}\b", error)]
-        assert re.search(rf"\b{reader}\b", line)
-        assert re.search(rf"\b{waiting}\b", line)
-
-
-def test_a_channel_that_nobody_opened_is_called_so(script: Script) -> None:
-    """The warning says that the full channel was never opened, and which process has subscribed."""
-    (subscriber, publisher, waiting), errors = run(script(STALL), "nobody", "1", "0.6", "{'stall_timeout': 0.3}")
-    assert len(errors) == 1
-    assert "never opened" in errors[0]
-    for number in (subscriber, publisher, waiting):
-        assert re.search(rf"\b{number}\b", errors[0])
+        assert all(re.search(rf"\b{number}\b", line) for number in (reader, waiting))
+        assert all(text in line for text in ("WARNING", "sensor:*", "door"))
+        assert not any(text in line for text in ("never opened", "same process"))
 
 
 @pytest.mark.parametrize("reader", ["own", "nobody"])
@@ -474,16 +441,3 @@ def test_slow_but_going_on_is_no_stall(script: Script) -> None:
     """A reader that is slow, and reads all the time, makes publishers wait for moments, and nothing is said."""
     _, errors = run(script(SLOW))
     assert errors == []
-
-
-@pytest.mark.parametrize("value", [-1, float("nan")])
-def test_impossible_stall_timeouts_are_refused(value: float) -> None:
-    """A negative ``stall_timeout``, or NaN, is a ``ValueError``."""
-    with pytest.raises(ValueError, match="stall_timeout"):
-        start_broadcaster(stall_timeout=value)
-
-
-def test_a_stall_timeout_of_a_wrong_type_is_refused() -> None:
-    """Anything but a number or ``None`` is a ``TypeError``."""
-    with pytest.raises(TypeError, match="stall_timeout"):
-        start_broadcaster(stall_timeout="30")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing.connection
 import os
 import signal
@@ -130,8 +131,14 @@ def fill(bus: Broadcaster[Any], *, topic: str = "", size: int = 1000, timeout: f
 
 def pattern(number: int, size: int) -> bytes:
     """``size`` bytes that no other number has (from 5 bytes on) and that show a piece in the wrong place."""
-    step = b"".join((number * 1009 + index).to_bytes(5, "big") for index in range(min(251, size // 5 + 1)))
+    step = _step(number)
     return (step * (size // len(step) + 1))[:size]
+
+
+@functools.lru_cache(4096)
+def _step(number: int) -> bytes:
+    """Return what is repeated in the pattern of this number."""
+    return b"".join((number * 1009 + index).to_bytes(5, "big") for index in range(251))
 
 
 def wait_for(waitables: list[Any], timeout: float = 0.0) -> list[Any]:

@@ -7,7 +7,6 @@ import gc
 import os
 import pickle
 import resource
-import signal
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,7 +40,9 @@ SIZES = {
     "3 MiB": Size(3 << 20),
     "buffer": Size(300_000, True),
 }
-"""On both sides of each limit at which messages begin to travel in another way."""
+"""On both sides of each limit at which messages take another route."""
+TRANSPORTS = {"pipe": SIZES["100"], "ring": SIZES["60000"], "memory": SIZES["3 MiB"], "buffers": SIZES["buffer"]}
+"""One size for each route: the pipe, a ring, memory of their own, and buffers out of band."""
 
 
 def number_of(message: tuple[int, Any]) -> int:
@@ -72,29 +73,6 @@ def publish_back(bus: Broadcaster[Any], channel: Channel[Any]) -> None:
     """Publish each message of the channel again, as it came, until its end."""
     for number, data in channel:
         bus.publish((number, pickle.PickleBuffer(data) if isinstance(data, memoryview) else data), topic="back")
-
-
-def publish_and_die(bus: Broadcaster[Any], size: Size, count: int) -> None:
-    """Publish so many messages, and be killed the moment that the last ``publish`` returns."""
-    for number in range(count):
-        bus.publish(size.message(number))
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def publish_for_ever(bus: Broadcaster[Any], size: Size) -> None:
-    """Publish numbered messages without end."""
-    number = 0
-    while True:
-        bus.publish(size.message(number))
-        number += 1
-
-
-def open_and_stay(channel: Channel[Any], report: Connection) -> None:
-    """Open the channel, receive one message, and never another."""
-    number_of(channel.recv(timeout=DEADLINE))
-    report.send("open")
-    while True:
-        signal.pause()
 
 
 # ----------------------------------------------------------------------------------------------------------- shared memory

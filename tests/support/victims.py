@@ -169,14 +169,6 @@ def publish_and_die(bus: Broadcaster[Any], count: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def publish_large(bus: Broadcaster[Any], size: int, report: Connection) -> None:
-    """Publishes one large message behind a small one, and reports how much it had written before the large one."""
-    bus.publish(("victim", bytes(2000)))
-    report.send(written(os.getpid()))
-    bus.publish(b"v" * size)
-    report.send("published")
-
-
 def report_error_of(action: str, bus: Broadcaster[Any], report: Connection) -> None:
     """Reports the error with which a call that waits ends."""
     try:
