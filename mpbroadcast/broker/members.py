@@ -1,76 +1,40 @@
-"""What the broker knows of the others: processes, their sessions, what they publish through and what they subscribe to.
+"""What the broker knows of its peers: processes, their sessions, their publishers and their subscriptions.
 
-These are the shell around the outbox and the splitter: state and descriptors, and the system calls on them.
+These are records, with the descriptors that belong to them. What happens to them is in ``intake.py`` (publishers' pipes are
+read), ``routing.py`` (what was read goes into backlogs), ``delivery.py`` (backlogs go into channels' pipes) and ``server.py``.
+They refer to each other, so they stand in one module.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
-import os
-import socket
-import termios
-from array import array
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import Any
 
+from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.limits import SESSION, Budget, Cost
+from mpbroadcast.broker.core.policies import under
+from mpbroadcast.broker.core.states import PipeState, PublisherState, SubscriptionState
+from mpbroadcast.broker.memory import Lender
+from mpbroadcast.broker.publisher_pipe import PublisherPipe
 from mpbroadcast.broker.reference_window import ReferenceWindow
-from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.processes import PeerProcess
-from mpbroadcast.protocol.runs import RESTARTED, SharedRun, note
-
-if TYPE_CHECKING:
-    from mpbroadcast.broker.control_clients import ControlConnection
-    from mpbroadcast.broker.publisher import Publisher
+from mpbroadcast.protocol.frames import Batch, FrameError, Item, MemfdMessage, References
 
 log = logging.getLogger("mpbroadcast.broker")
 
-PIPE_SIZE: Final = 1 << 18  # bytes, when the system gives so much
-_MOST_AT_ONCE: Final = 16 * PIPE_SIZE  # bytes, into a pipe whose reader is as quick as the broker
-SHORTEST_RETRY: Final = 0.003  # seconds, for a full backlog that no event tells of; it doubles while nothing is read
-LONGEST_RETRY: Final = 0.1
-_PAGE: Final = os.sysconf("SC_PAGESIZE")
-_SMALLEST: Final = 4 << 20  # capacity: of less, what was read and not acknowledged yet would be too large a part
-
-
-def new_pipe(size: int) -> tuple[int, int]:
-    """A pipe, not blocking and not inherited at either end, of that size as far as the system allows."""
-    if hasattr(os, "pipe2"):
-        ends = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    else:
-        ends = os.pipe()
-        for end in ends:
-            os.set_blocking(end, False)
-    if hasattr(fcntl, "F_SETPIPE_SZ"):
-        # Best effort: all pipes of a user share a limit.
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, size)
-    return ends
-
-
-def new_socket() -> tuple[DescriptorSocket, int]:
-    """A socket for descriptors, and the descriptor of its other end."""
-    own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return DescriptorSocket(own.detach()), other.detach()
-
-
-def unread(fd: int) -> int:
-    """Bytes in a pipe, asked at either end."""
-    count = array("i", (0,))
-    fcntl.ioctl(fd, termios.FIONREAD, count)
-    return count[0]
+Parked = Item | Callable[[], None]
 
 
 class Peer:
-    """A process, and all that goes with it when it dies."""
+    """A process, and all that is removed when it dies."""
 
     def __init__(self, process: PeerProcess) -> None:
         self.process = process
         self.is_starter = False  # of the broker, which ends with it
-        self.clients: set[ControlConnection] = set()
+        self.clients: set[Any] = set()  # its control connections
         self.asked = 0  # bytes of their requests that are not whole
         self.subscriptions: set[Subscription] = set()
 
@@ -84,7 +48,7 @@ class Peer:
 
 
 class Session:
-    """A link of a process: what belongs to it ends when its lifeline does."""
+    """One handle's attachment to the broker: what belongs to it ends when its control connection does."""
 
     def __init__(self, number: int, peer: Peer, whole: Budget) -> None:
         self.number = number
@@ -94,153 +58,177 @@ class Session:
         self.subscriptions: set[Subscription] = set()
 
 
+class Publisher:
+    """A pipe from a publisher, and the queue of what was read from it and is not routed yet.
+
+    ``parked`` has that in order, and between it what is to be called when all before it has been routed. While something
+    stays there, nothing more is read.
+    """
+
+    def __init__(self, number: int, session: Session, pipe: PublisherPipe) -> None:
+        self.number = number
+        self.session = session
+        self.pid = session.peer.pid
+        self.pipe = pipe
+        self.state = PublisherState.READING
+        self.lender: Lender | None = None  # what it shares; None: all goes through the pipe
+        self.parked: deque[Parked] = deque()
+        self.blocked: Subscription | None = None  # the full one that it waits for
+        self.blocked_since = 0.0  # when something of it was routed last
+        self.warned = False  # independent of the state: a warning of this wait is in the log
+        self.last_in: dict[Subscription, int] = {}  # what had entered each backlog with the last of its messages
+        # Subscriptions that begin behind something that is still to be routed; with topics, what they had before that.
+        self.not_yet: list[tuple[Subscription, tuple[str, ...]]] = []
+
+    @property
+    def is_closed(self) -> bool:
+        """True if nothing more will be read."""
+        return self.pipe.fd < 0
+
+    def take(self, chunk: bytes) -> int:
+        """Park what was read. Return the bytes of it, with those that it refers to in shared memory.
+
+        :raises FrameError: it is no stream of frames.
+        """
+        pipe, came = self.pipe, len(chunk)
+        pipe.position += came
+        items = pipe.splitter.split(chunk)
+        if pipe.splitter.has_shared:
+            pipe.splitter.has_shared = False
+            came += self._take_shared(items)
+        else:
+            self.parked.extend(items)
+        if pipe.barriers:
+            self.parked.extend(pipe.passed())
+        return came
+
+    def _take_shared(self, items: list[Item]) -> int:
+        """Park items with the memory that they are in, and drop what was aborted. Return the bytes that they refer to."""
+        referred = 0
+        for item in items:
+            found = self._found(item)
+            if found is not None:
+                self.parked.append(found)
+                referred += found.charge
+        aborted = self.pipe.splitter.aborted
+        while aborted:
+            message = aborted.pop()
+            if self.lender is not None:
+                self.lender.give_up(message)
+        return referred
+
+    def _found(self, item: Item) -> Item | None:
+        """Return the item with the memory that it is in; ``None`` if that has not come.
+
+        :raises FrameError: it is not where the frame says.
+        """
+        if isinstance(item, References):
+            ring = None if self.lender is None else self.lender.rings.get(item.ring)
+            if ring is None:
+                raise FrameError(f"a reference to a ring {item.ring} that it does not have")
+            return item._replace(hold=ring.arrived(item))
+        if isinstance(item, MemfdMessage):
+            message = None if self.lender is None else self.lender.fetch(item)
+            if message is None:
+                log.warning("process %d did not send the memory of a message: dropped", self.pid)
+            return message
+        return item
+
+    @property
+    def all_routed(self) -> bool:
+        """True if nothing that it has written until now is still to be routed."""
+        return not self.parked and self.pipe.end_of_written() == self.pipe.position
+
+    def after_written(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when all that it has written until now is routed; at once, if it is."""
+        end = self.pipe.end_of_written()
+        if end > self.pipe.position:
+            self.pipe.barriers.append((end, callback))
+        elif self.parked:
+            self.parked.append(callback)
+        else:
+            callback()
+
+    @property
+    def held(self) -> int:
+        """Bytes of it in the broker's memory that are in no backlog."""
+        parked = sum(
+            len(item.frames) if isinstance(item, Batch) else item.length
+            for item in self.parked
+            if isinstance(item, (Batch, MemfdMessage))
+        )
+        return self.pipe.splitter.unfinished + parked
+
+
 class Subscription:
-    """The write end of a channel's pipe, and the backlog before it."""
+    """What a channel receives: the topics that are routed to it, its backlog, and the pipe to its reader."""
 
     def __init__(self, number: int, session: Session, backlog: Backlog) -> None:
         self.number = number
         self.session = session  # of the subscriber; of the opener once it is open
         self.backlog = backlog
+        self.policy = backlog.policy  # as it was subscribed: the backlog of a reserved one has another
         self.cost = Cost()  # of its session's budget
-        self.said_topics: tuple[str, ...] = ()  # when it was unsubscribed
-        self.live = True
-        self.restored = False  # from the broker before this one, and not open since
-        self.reserved = False  # for the process that had it open there
-        self.policy = backlog.policy  # as it was subscribed; while it is reserved, nobody waits for it
-        self.not_waited_for = False  # when its pipe is full, it goes
-        self.fd = -1
-        self.opened = False
-        self.opening: ControlConnection | None = None
-        self.token = 0  # of the opening that was begun last
-        self.write_interest = False  # whether the loop waits until the pipe takes more
-        self.retrying = False
-        self.retry = SHORTEST_RETRY  # seconds until the next
-        self.one_page = False  # its pipe has room for more only once all has been read
-        self.waiters: deque[Publisher] = deque()
-        self.blocked_at = 0  # what it held when the first of them began to wait
+        self.state = SubscriptionState.ACCEPTING
+        self.last_topics: tuple[str, ...] = ()  # when it ended
+        self.pipe = ChannelPipe()
         self.window: ReferenceWindow | None = None  # on shared memory; None: all goes through the pipe
+        self.restored = False  # independent of its states: made by the broker before this one, and not open since
+        self.not_waited_for = False  # independent of its states: it is removed as soon as its pipe is full
+        self.waiters: deque[Publisher] = deque()  # those that wait for room in its backlog, the longest first
+        self.blocked_at = 0  # what it held when the first of them began to wait
 
     @property
     def pid(self) -> int:
         return self.session.peer.pid
 
     @property
-    def owner(self) -> int | None:
-        """The process that has it open, or is the only one that may; ``None`` while any may."""
-        return self.pid if self.opened or self.reserved else None
-
-    def say_restarted(self) -> None:
-        """Tell its reader, in its new pipe, that something may be missing in this place."""
-        data = note(RESTARTED, 0)
-        os.write(self.fd, data)
-        self.backlog.pipe += len(data)
-        self.backlog.take_over(self.policy)
-        self.restored = self.reserved = False
+    def is_live(self) -> bool:
+        """True while messages are routed to it."""
+        return self.state is SubscriptionState.ACCEPTING
 
     @property
-    def nothing_to_open_for(self) -> bool:
-        """Whether nobody has opened it, and there is no message for the process that would."""
-        return not (self.opened or self.opening or self.reserved or self.backlog.waiting)
+    def is_open(self) -> bool:
+        """True while it has a reader."""
+        return self.pipe.state is PipeState.OPEN
+
+    @property
+    def owner(self) -> int | None:
+        """The process that has it open, or is the only one that may open it; ``None`` while any may."""
+        reserved = self.restored and self.pipe.unopened is PipeState.RESERVED
+        return self.pid if self.is_open or reserved else None
+
+    def report_restart(self) -> None:
+        """Write into its new pipe that messages may be missing here, and go by its own policy again."""
+        self.backlog.pipe += self.pipe.write_restarted()
+        self.backlog = under(self.policy, self.backlog)
+        self.restored = False
+
+    @property
+    def has_nothing_to_open_for(self) -> bool:
+        """True if no process has opened it, or is about to, and no message waits for one that would."""
+        return self.pipe.state is PipeState.UNOPENED and not self.backlog.waiting
 
     @property
     def progress(self) -> tuple[int, ...]:
         """Numbers that change when its reader opens it or reads."""
-        there = unread(self.fd) if self.fd >= 0 else 0
-        return self.opened, self.backlog.left, there, self.window.heard if self.window is not None else 0
-
-    def make_pipe(self) -> int:
-        """Its pipe: the descriptor for its reader.
-
-        :raises OSError: no descriptor is left.
-        """
-        # An eighth of the capacity, so that a small one is not all in the pipe, where no event tells of a part being read.
-        # A state goes into an empty pipe only: of one page, it says that it has room when it is empty.
-        size = min(PIPE_SIZE, max(_PAGE, 1 << max(0, (self.backlog.capacity // 8).bit_length() - 1)))
-        read, self.fd = new_pipe(_PAGE if self.backlog.policy == "latest" else size)
-        self.backlog.pipe_size = fcntl.fcntl(read, fcntl.F_GETPIPE_SZ) if hasattr(fcntl, "F_GETPIPE_SZ") else _PAGE
-        self.one_page = hasattr(fcntl, "F_GETPIPE_SZ") and self.backlog.pipe_size <= _PAGE
-        return read
+        packets = self.window.received if self.window is not None else 0
+        return self.is_open, self.backlog.left, self.pipe.unread(), packets
 
     def refresh(self) -> None:
         """Take into account what its reader has read."""
-        if self.opened and self.fd >= 0:
-            self.backlog.pipe = unread(self.fd)
+        if self.pipe.state is PipeState.OPEN:
+            self.backlog.pipe = self.pipe.unread()
             if not self.backlog.pipe and self.window is not None:  # not even a tail byte is left, so all has been decoded
                 self.has_read(self.window.unread.count)
 
     def has_read(self, count: int) -> None:
-        """Its reader has read so many references, of all that were ever written."""
+        """Note that its reader has read so many references, of all that were ever written."""
         if self.window is not None:
             self.window.has_read(count)
             self.backlog.referred = self.window.unread.bytes
 
     @property
-    def shares(self) -> bool:
-        """Whether references may wait in its backlog; else it gets the messages themselves."""
-        there = self.window is not None and self.opened
-        return there and self.backlog.policy != "latest" and self.backlog.capacity >= _SMALLEST
-
-    def write(self) -> bool:
-        """Move from the backlog into the pipe; whether the pipe is full, or has had much in this round, and there is more.
-
-        :raises OSError: its reader is gone.
-        """
-        backlog, window = self.backlog, self.window
-        room = _MOST_AT_ONCE
-        while not backlog.empty:
-            if backlog.drops:
-                backlog.pipe = unread(self.fd)
-                if backlog.must_wait:
-                    return True
-            if window is not None and window.notes and backlog.between and not self._write_notes(window):
-                return True
-            data = backlog.to_write()
-            run = backlog.shared
-            if run is not None:
-                ready = self._prepare(run)
-                if ready is None:
-                    return False
-                if not ready:
-                    backlog.copy_first()
-                    continue
-            try:
-                size = os.write(self.fd, data)
-            except BlockingIOError:
-                return True
-            backlog.wrote(size)
-            if window is not None:
-                window.moved += size
-                if run is not None:
-                    window.wrote(run)
-                    backlog.referred = window.unread.bytes
-            room -= size
-            if size < len(data) or (room < 0 and not backlog.empty):
-                return True
-        return window is not None and bool(window.notes) and not self._write_notes(window)
-
-    def _write_notes(self, window: ReferenceWindow) -> bool:
-        """Write the notes of its window, between two runs; whether the pipe had room for all of them."""
-        while window.notes:
-            data = note(*window.notes[0])
-            try:
-                os.write(self.fd, data)
-            except BlockingIOError:
-                return False
-            self.backlog.pipe += len(data)
-            del window.notes[0]
-        return True
-
-    def _prepare(self, run: SharedRun) -> bool | None:
-        """Whether the pipe can have this run now; ``None`` when a packet from its reader comes before that."""
-        if self.window is None:
-            return False
-        ready = self.window.prepare(run)
-        if ready is None:
-            self.refresh()
-            ready = self.window.prepare(run)
-        return False if ready is None and not self.window.expects else ready
-
-    @property
     def must_be_read(self) -> bool:
-        """Whether its pipe refers to memory that would be written again if it were forgotten."""
+        """True if its pipe refers to memory that would be written again if it were forgotten."""
         return self.window is not None and self.window.must_be_read

@@ -1,6 +1,6 @@
 """The memory that publishers share: rings, and single messages in memory of their own, as the broker has them.
 
-What comes from a publisher is checked before it is used, so that nothing it says makes this process, or a subscriber, read
+What comes from a publisher is checked before it is used, so that nothing in it makes this process, or a subscriber, read
 where nothing is.
 """
 
@@ -13,7 +13,7 @@ import logging
 import os
 import resource
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Any, ClassVar, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.ring_holds import Holds, Overlap
@@ -23,9 +23,6 @@ from mpbroadcast.posix.shared_memory import MemoryRefused, check_message, check_
 from mpbroadcast.protocol.fd_packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, WANTED, PacketError, pack, unpack
 from mpbroadcast.protocol.frames import MAX_FRAME, Batch, FrameError, MemfdMessage, References
 from mpbroadcast.protocol.runs import Account, memory_run, references_run
-
-if TYPE_CHECKING:
-    from mpbroadcast.broker.members import Subscription
 
 log = logging.getLogger("mpbroadcast.broker")
 
@@ -38,7 +35,7 @@ _SMALLEST_CHUNK: Final = 1 << 12
 
 
 class Store:
-    """What there is of it in all, and how much there may be."""
+    """All shared memory of the broker, and how much of it there may be."""
 
     def __init__(self) -> None:
         self.account = Account()  # of all runs but those that refer to rings
@@ -50,16 +47,16 @@ class Store:
         self._keep_reserve()
 
     def number(self) -> int:
-        """Of a ring or a message, which nothing else has."""
+        """Return an id for a ring or a message, which nothing else has."""
         return next(self._numbers)
 
     @property
     def full(self) -> bool:
-        """Whether no more descriptors should be kept for messages."""
+        """True if no more descriptors should be kept for messages."""
         return self.memories >= self._most_memories
 
     def may_have(self, size: int) -> bool:
-        """Whether there may be another ring of this size."""
+        """Return whether there may be another ring of this size."""
         return sum(ring.size for ring in self.rings) + size <= _MOST_RING_BYTES
 
     def _keep_reserve(self) -> None:
@@ -68,7 +65,7 @@ class Store:
 
     @contextlib.contextmanager
     def a_descriptor(self) -> Iterator[bool]:
-        """In here, there is room for one more descriptor; whether it can be kept."""
+        """Make room for one more descriptor in this block. Yield whether it can be kept."""
         try:
             os.close(os.dup(self._reserve))
         except OSError as error:
@@ -87,7 +84,7 @@ class Store:
 
 
 class Ring:
-    """A publisher's ring; ``name`` is the publisher's number for it, ``number`` what channels know it by."""
+    """A publisher's ring; ``name`` is the publisher's id for it, ``number`` the one that channels get."""
 
     def __init__(self, store: Store, lender: Lender, name: int, descriptor: OwnedDescriptor, chunk: int) -> None:
         size = check_ring(descriptor.fd)
@@ -98,34 +95,34 @@ class Ring:
         self.name = name
         self.size = size
         self.descriptor = descriptor
-        self.place = 0  # bytes that have come in it so far
+        self.position = 0  # bytes that have come in it so far
         self.account = Account()  # of the runs that refer to it
         self.copies = store.account  # of those that were copied out of it
         self.freed = 0  # how often chunks have become free
-        self.readers: set[Subscription] = set()  # to which it was offered
-        self.retired = False  # nothing of it will be written again
-        self._users = 0  # holds that there are
+        self.readers: set[Any] = set()  # the subscriptions to which it was offered
+        self.retired = False  # no later message is in it
+        self._users = 0  # holds that exist
         self._lender = lender
         self._chunk = chunk
         self._holds = Holds(chunks, chunk)
         self.view = memoryview(map_for_reading(descriptor.fd, size))
 
     def arrived(self, references: References) -> RingHold:
-        """Messages have come: the hold on their chunks.
+        """Return the hold on the chunks of messages that have come.
 
         :raises FrameError: they are not in the ring, or lie over earlier ones.
         """
-        places = list(references.positions())
-        for offset, length in places:
+        spans = list(references.positions())
+        for offset, length in spans:
             if not 0 < length <= self.size - offset:
                 raise FrameError(f"a reference to {length} bytes at {offset} of a ring of {self.size}")
-            self.place += length
+            self.position += length
         try:
-            chunks, freed = self._holds.arrived(places)
+            chunks, freed = self._holds.arrived(spans)
         except Overlap as error:
             raise FrameError(str(error)) from None
         self._users += 1
-        self._tell(freed)
+        self._report(freed)
         return RingHold(self, chunks)
 
     @property
@@ -134,51 +131,53 @@ class Ring:
         return max(self._holds.held * self._chunk, self.account.held)
 
     def release(self, chunks: Sequence[int]) -> None:
-        """A hold on these is gone."""
+        """Note that a hold on these is gone."""
         self._users -= 1
-        self._tell(self._holds.release(chunks))
+        self._report(self._holds.release(chunks))
 
     def retire(self) -> None:
-        """Nothing refers to it any more, but for what readers have: they have maps of their own."""
+        """Release the map, as nothing is read from it here any more. Readers have maps of their own."""
         self.retired = True
         self.view.release()
         self.descriptor.close()
-        self._tell(0)
+        self._report(0)
 
-    def _tell(self, freed: int) -> None:
+    def _report(self, freed: int) -> None:
         if self.retired:
             if not self._users:
                 self._lender.forget(self)
         elif freed:
             self.freed += 1
-            self._lender.send_packet(pack(FREE, self.name, freed))
+            self._lender.send(pack(FREE, self.name, freed))
 
 
 class RingHold:
     """Keeps chunks of a ring from being written again while it exists: in items, runs, and what a pipe has unread."""
 
-    __slots__ = ("chunks", "copies", "place", "ring")
+    __slots__ = ("chunks", "copies", "position", "ring")
 
     def __init__(self, ring: Ring, chunks: Sequence[int]) -> None:
         self.ring = ring
         self.chunks = chunks
         self.copies = ring.copies
-        self.place = ring.place
+        self.position = ring.position
 
     def __del__(self) -> None:
         self.ring.release(self.chunks)
 
     def data(self, references: References) -> bytes:
-        """What a pipe gets for these references."""
+        """Return what a pipe gets for these references."""
         return references_run(references, self.ring.number)
 
     def copied(self, references: References) -> Batch:
-        """The messages themselves."""
+        """Return the messages themselves."""
         return references.copied(self.ring.view)
 
 
 class Memory:
     """The memory of one message; or, when no descriptor could be kept for it, its bytes."""
+
+    ring: ClassVar[None] = None  # as a hold, it holds no chunk
 
     def __init__(self, store: Store, descriptor: OwnedDescriptor, kept: bool) -> None:
         size = os.fstat(descriptor.fd).st_size
@@ -194,15 +193,15 @@ class Memory:
         store.memories += kept
 
     def data(self, memfd_message: MemfdMessage) -> bytes:
-        """What a pipe gets for it."""
+        """Return what a pipe gets for it."""
         return memory_run(memfd_message, self.number)
 
     def copied(self, memfd_message: MemfdMessage) -> Batch:
-        """The message itself."""
+        """Return the message itself."""
         return memfd_message.copied(self.read(0, memfd_message.length))
 
     def read(self, offset: int, size: int) -> bytes:
-        """Some of its bytes."""
+        """Return some of its bytes."""
         if self.descriptor is None:
             return self._bytes[offset : offset + size]
         return _bytes_of(self.descriptor.fd, size, offset)
@@ -220,47 +219,47 @@ def _bytes_of(fd: int, size: int, offset: int = 0) -> bytes:
 
 
 class Lender:
-    """What one publisher shares, and says beside its pipe. ``wanted`` says that it has found no free chunk."""
+    """What one publisher shares, and its socket."""
 
     def __init__(self, store: Store, fd_socket: DescriptorSocket, pid: int) -> None:
         self.fd_socket = fd_socket
-        self.current: Ring | None = None  # from which something was routed last
-        self.rings: dict[int, Ring] = {}  # that it may refer to
-        self._rings = 0  # and those that are still read
-        self.wanted = False
-        self.watched = False  # whether it is being seen whether chunks come free
+        self.current: Ring | None = None  # the ring of the last message that was routed
+        self.rings: dict[int, Ring] = {}  # those that it may refer to
+        self.wants_chunk = False  # it has found no free chunk
+        self.is_watched = False  # a timer will look whether chunks have come free
+        self._ring_count = 0  # with those that are only read any more
         self._memories: dict[int, Memory] = {}
         self._store = store
         self._pid = pid
-        self._closed = False
-        self._there = True
+        self._is_closed = False
+        self._has_peer = True
 
-    def receive_packet_with_fd(self) -> bool:
-        """Take in what it has said; ``False`` when there will be nothing more."""
+    def receive(self) -> bool:
+        """Receive all packets that have come. Return ``False`` when none will come any more."""
         try:
             more = True
             while more:
                 with self._store.a_descriptor() as kept:
                     # In a call of its own, so that no variable keeps a descriptor when the reserve is made again.
-                    more = self._hear_one(kept)
-            return self._there
+                    more = self._receive_one(kept)
+            return self._has_peer
         except (OSError, PacketError, MemoryError) as error:
             log.debug("process %d: %s", self._pid, error)
             return False
 
-    def _hear_one(self, kept: bool) -> bool:
-        heard = self.fd_socket.receive_packet_with_fd()
-        if heard is None:
+    def _receive_one(self, kept: bool) -> bool:
+        received = self.fd_socket.receive_packet_with_fd()
+        if received is None:
             return False
-        packet, descriptor = heard
+        packet, descriptor = received
         if not packet:
-            self._there = False
+            self._has_peer = False
             return False
         kind, number, value = unpack(packet)
         if kind == RING:
             self._take_ring(number, descriptor if kept else None, value)
         elif kind == WANTED:
-            self.wanted = True
+            self.wants_chunk = True
         elif kind == MEMORY and descriptor is not None:
             self._take_memory(value, descriptor, kept)
         return True
@@ -268,16 +267,16 @@ class Lender:
     def _take_ring(self, name: int, descriptor: OwnedDescriptor | None, chunk: int) -> None:
         answer = REFUSED
         try:
-            if descriptor is not None and self._rings < _MOST_RINGS and name not in self.rings:
+            if descriptor is not None and self._ring_count < _MOST_RINGS and name not in self.rings:
                 ring = Ring(self._store, self, name, descriptor, chunk)
                 if self._store.may_have(ring.size):
                     self.rings[name] = ring
-                    self._rings += 1
+                    self._ring_count += 1
                     self._store.rings.add(ring)
                     answer = ACCEPTED
         except (MemoryRefused, OSError) as error:
             log.warning("the ring of process %d is not used: %s", self._pid, error)
-        self.send_packet(pack(answer, name))
+        self.send(pack(answer, name))
 
     def _take_memory(self, number: int, descriptor: OwnedDescriptor, kept: bool) -> None:
         if len(self._memories) >= _MOST_PENDING:
@@ -286,35 +285,35 @@ class Lender:
             self._memories[number] = Memory(self._store, descriptor, kept and not self._store.full)
 
     def give_up(self, number: int) -> None:
-        """A message is not published after all."""
-        self.receive_packet_with_fd()
+        """Forget a message that is not published after all."""
+        self.receive()
         self._memories.pop(number, None)
 
     def fetch(self, memfd_message: MemfdMessage) -> MemfdMessage | None:
-        """The message with its memory; ``None`` when that has not come, or is not what was announced."""
+        """Return the message with its memory; ``None`` if that has not come, or is not what was announced."""
         if memfd_message.id not in self._memories:
-            self.receive_packet_with_fd()
+            self.receive()
         memory = self._memories.pop(memfd_message.id, None)
         trap_points.reach("fetched memory")
         return None if memory is None or not fits(memfd_message.length, memory.size) else memfd_message._replace(hold=memory)
 
     def retire(self, ring: Ring) -> None:
-        """Nothing more will be read from it here."""
+        """Read nothing more from a ring here."""
         self.rings.pop(ring.name, None)
         ring.retire()
 
     def forget(self, ring: Ring) -> None:
-        """Nobody reads from it any more."""
+        """Forget a ring that no reader reads any more."""
         self._store.rings.discard(ring)
-        self._rings -= 1
+        self._ring_count -= 1
 
     def close(self) -> None:
-        """Say nothing more: what it would write again from now on, somebody may still read, and nobody will be told of."""
-        self._closed = True
+        """Send nothing more, as what the publisher would write again from now on is not announced, and may still be read."""
+        self._is_closed = True
         self._memories.clear()  # what was not announced by now never will be
 
-    def send_packet(self, packet: bytes) -> None:
-        """Tell the publisher, if it is still there."""
-        if not self._closed:
+    def send(self, packet: bytes) -> None:
+        """Send a packet to the publisher, if it is still there."""
+        if not self._is_closed:
             with contextlib.suppress(OSError):
                 self.fd_socket.send_packet(packet)

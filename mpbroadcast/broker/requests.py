@@ -13,8 +13,7 @@ from typing import Any, Final
 from mpbroadcast.broker.control_clients import ControlConnection
 from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, MOST_STEPS, SESSION, OverBudget, cost_of
 from mpbroadcast.broker.core.patterns import Matcher, is_pattern, matcher
-from mpbroadcast.broker.members import Session, Subscription
-from mpbroadcast.broker.publisher import Publisher
+from mpbroadcast.broker.members import Publisher, Session, Subscription
 from mpbroadcast.broker.server import Broker
 from mpbroadcast.protocol.control import frame
 from mpbroadcast.validation import check_count, check_overflow, encode_topic
@@ -89,7 +88,7 @@ def _detach(broker: Broker, client: ControlConnection, message: dict[str, Any]) 
 
 def _publisher(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     _refuse_when_stopping(broker)
-    publisher, descriptor = broker.traffic.add(broker.number(), _session(broker, client, message))
+    publisher, descriptor = broker.traffic.intake.add(broker.number(), _session(broker, client, message))
     client.reply({"publisher": publisher.number}, descriptor)
 
 
@@ -97,7 +96,7 @@ def _fd_socket(broker: Broker, client: ControlConnection, message: dict[str, Any
     publisher = _own_publisher(broker, client, message)
     if publisher is None:
         raise _Refused("lost", "the broker does not know this publisher any more")
-    client.reply({"fd_socket": True}, broker.traffic.sharing.add(publisher))
+    client.reply({"fd_socket": True}, broker.traffic.memory.add(publisher))
 
 
 def _retire(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
@@ -128,7 +127,7 @@ def _subscribe(broker: Broker, client: ControlConnection, message: dict[str, Any
     capacity = _checked(check_count, message.get("capacity"), "capacity", 1)
     policy = _checked(check_overflow, message.get("overflow"))
     replay = _checked(check_count, message.get("replay"), "replay", 0)
-    if replay and broker.traffic.history is None:
+    if replay and broker.traffic.routing.history is None:
         raise _Refused("value", "replay needs a broker that keeps a history: start_broadcaster(history=...)")
     session = _session(broker, client, message)
     number = _integer(message, "subscription")
@@ -142,12 +141,12 @@ def _subscribe(broker: Broker, client: ControlConnection, message: dict[str, Any
         raise _Refused("value", f"subscription must be a new number of 48 bits, not {number}")
     if replay:
         broker.traffic.take_in()  # so that it is in the history
-        if broker.traffic.history is not None and broker.traffic.history.steps(topics, made) > MOST_STEPS:
+        if broker.traffic.routing.history is not None and broker.traffic.routing.history.steps(topics, made) > MOST_STEPS:
             raise _Refused("value", "replay of so many patterns takes too long: name topics, or begin patterns differently")
     subscription = broker.add_subscription(number, session, topics, capacity, policy, made)
     publisher = _find_publisher(broker, message)
     if replay:
-        broker.traffic.replay(subscription, topics, replay, made)
+        broker.traffic.routing.replay(subscription, topics, replay, made)
     elif publisher is not None:
         broker.begin_behind(publisher, subscription)
     client.reply({})
@@ -160,7 +159,7 @@ def _topics_changed(broker: Broker, client: ControlConnection, message: dict[str
         _find_subscription(broker, client, message).session.budget.check(cost_of(set(topics), 0))
         made = yield from _matchers(topics)
     subscription = _find_subscription(broker, client, message)
-    if not subscription.live:
+    if not subscription.is_live:
         raise _Refused("closed", "this channel was unsubscribed: subscribe again for a new one")
     session = _session(broker, client, message)
     if message["do"] == "add topics":
@@ -172,25 +171,26 @@ def _topics_changed(broker: Broker, client: ControlConnection, message: dict[str
 
 def _open(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     subscription = _find_subscription(broker, client, message)
-    if subscription.opening is not None and subscription.opening.peer is client.peer:
+    opening = subscription.pipe.opening
+    if opening is not None and opening.peer is client.peer:
         broker.unopen(subscription)  # it was interrupted, and begins again
-    if subscription.opened or subscription.opening is not None:
-        owner = subscription.pid if subscription.opened or subscription.opening is None else subscription.opening.peer.pid
-        raise _in_use(owner)
+        opening = None
+    if opening is not None or subscription.is_open:
+        raise _in_use(subscription.pid if opening is None else opening.peer.pid)
     if subscription.owner not in (None, client.peer.pid):
         raise _in_use(subscription.pid)
     _session(broker, client, message)
     ends = broker.open(subscription, client, shared=bool(message.get("shared")))
-    subscription.token = broker.number()
-    client.reply({"token": subscription.token, "fd_socket": len(ends) > 1}, *ends)
+    subscription.pipe.token = broker.number()
+    client.reply({"token": subscription.pipe.token, "fd_socket": len(ends) > 1}, *ends)
 
 
 def _opened(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
     subscription = _find_subscription(broker, client, message)
-    if message.get("token") != subscription.token or subscription.fd < 0:
+    if message.get("token") != subscription.pipe.token or subscription.pipe.fd < 0:
         client.reply({"opened": False})  # what was begun has been taken back: begin again
         return
-    if not subscription.opened:
+    if not subscription.is_open:
         broker.confirm_open(subscription, _session(broker, client, message))
     client.reply({"opened": True})
 
@@ -237,11 +237,11 @@ def _wait(broker: Broker, client: ControlConnection, message: dict[str, Any]) ->
 
 
 def _stats(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
-    history = broker.traffic.history
+    history = broker.traffic.routing.history
     head = {
         "pid": os.getpid(),
         "uptime": time.monotonic() - broker.started,
-        "published": broker.traffic.routed,
+        "published": broker.traffic.routing.routed,
         "publishers": len(broker.traffic.publishers),
         "memory": broker.held,
         "history_topics": history.topics if history is not None else 0,
@@ -250,7 +250,7 @@ def _stats(broker: Broker, client: ControlConnection, message: dict[str, Any]) -
     rows: list[str] = []
     room = 16 * _PART
     for subscription in list(broker.subscriptions.values()):
-        if subscription.live:
+        if subscription.is_live:
             rows.append(json.dumps(_row(broker, subscription)))
             room -= len(rows[-1])
         if room < 0:

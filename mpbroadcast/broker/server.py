@@ -19,16 +19,17 @@ from typing import Any, Final
 from mpbroadcast import trap_points
 from mpbroadcast.broker.acceptor import Acceptor
 from mpbroadcast.broker.control_clients import ControlConnection
-from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
 from mpbroadcast.broker.core.patterns import Matcher
+from mpbroadcast.broker.core.policies import new_backlog
 from mpbroadcast.broker.core.router import Router, listed
+from mpbroadcast.broker.core.states import SubscriptionState
 from mpbroadcast.broker.host.journal import Journal, Succession
-from mpbroadcast.broker.members import Peer, Session, Subscription, new_socket
-from mpbroadcast.broker.publisher import Publisher
+from mpbroadcast.broker.members import Peer, Publisher, Session, Subscription
 from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.broker.traffic import Traffic
+from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.poller import Poller
 from mpbroadcast.posix.processes import birth
 
@@ -105,17 +106,19 @@ class Broker:
                 continue
             policy = entry["policy"]
             waits = entry["opened"] and policy in ("block", "disconnect")  # nobody knows whether it will ever be opened
-            backlog = Backlog(entry["capacity"], "drop_oldest" if waits else policy)
+            backlog = new_backlog(entry["capacity"], "drop_oldest" if waits else policy)
             subscription = Subscription(number, Session(self.number(), peer, self.budget), backlog)
             subscription.policy, subscription.restored = policy, True
-            subscription.reserved = bool(entry["opened"])
+            if entry["opened"]:
+                subscription.pipe.reserve()
             self.subscriptions[number] = subscription
             self._spend(subscription, cost_of(entry["topics"], 1))
             peer.subscriptions.add(subscription)
             if entry["live"]:
                 self.router.add(subscription, entry["topics"])
             else:
-                subscription.live, subscription.said_topics = False, tuple(entry["topics"])
+                subscription.state = subscription.state.to(SubscriptionState.ENDED)
+                subscription.last_topics = tuple(entry["topics"])
                 backlog.end()
             if not entry["birth"]:  # nothing will show that its process has ended, until that connects
                 self.loop.later(UNCLAIMED, partial(self._remove_unclaimed, subscription))
@@ -130,11 +133,11 @@ class Broker:
                 "id": subscription.number,
                 "pid": subscription.pid,
                 "birth": birth(subscription.pid),
-                "topics": list(subscription.said_topics or self.router.topics(subscription)),
+                "topics": list(subscription.last_topics or self.router.topics(subscription)),
                 "capacity": subscription.backlog.capacity,
                 "policy": subscription.policy,
                 "opened": subscription.owner is not None,
-                "live": subscription.live,
+                "live": subscription.is_live,
             }
             self._journal.put(entry)
 
@@ -170,7 +173,7 @@ class Broker:
                     self._reader_gone(subscription, accepting)
             if self.stopping and not traffic.publishers:
                 self._end_all()
-            traffic.settle()
+            traffic.run_until_idle()
 
     def report_crash(self, traceback: str) -> None:
         """Send every process the traceback; nothing else will be done."""
@@ -183,7 +186,7 @@ class Broker:
     @property
     def held(self) -> int:
         """Bytes of messages that are here, of what somebody still has to read of publishers' rings, and of what is asked."""
-        messages = self.traffic.sharing.held + sum(one.held for one in self.traffic.publishers.values())
+        messages = self.traffic.memory.held + sum(one.held for one in self.traffic.publishers.values())
         return messages + self.budget.memory + self._reception.asked
 
     # --- sessions
@@ -204,7 +207,7 @@ class Broker:
     def _died(self, peer: Peer) -> None:
         """All that was its own goes, but for what the starter may have handed on; what it had published is still delivered."""
         for subscription in list(peer.subscriptions):
-            if subscription.opened or not peer.is_starter:
+            if subscription.is_open or not peer.is_starter:
                 self._remove_for(subscription, "its process has ended")
         if peer.is_starter:
             peer.is_starter = False  # so that it is watched no more
@@ -225,7 +228,7 @@ class Broker:
         for publisher in list(session.publishers):
             self.traffic.finish(publisher)
         for subscription in list(session.subscriptions):
-            if subscription.opened or not (clean or session.peer.is_starter):
+            if subscription.is_open or not (clean or session.peer.is_starter):
                 self._remove_for(subscription, why)
 
     # --- subscriptions
@@ -245,7 +248,7 @@ class Broker:
         """
         cost = cost_of(set(topics), 1)
         session.budget.check(cost)
-        subscription = Subscription(number, session, Backlog(capacity, policy))
+        subscription = Subscription(number, session, new_backlog(capacity, policy))
         self._spend(subscription, cost)
         self.subscriptions[number] = subscription
         session.subscriptions.add(subscription)
@@ -287,13 +290,13 @@ class Broker:
     def drop_topics(self, subscription: Subscription, topics: list[str]) -> None:
         """Lead these topics to it no more, from behind what has been published."""
         self.traffic.take_in()
-        if not subscription.live:  # its reader was found to be gone
+        if not subscription.is_live:  # its reader was found to be gone
             return
         dropped = cost_of(set(topics).intersection(self.router.topics(subscription)), 0)
         self._spend(subscription, dropped.negated())
         self.router.drop(subscription, topics)
         self._write_down(subscription)
-        self.traffic.unblock(subscription)  # what waits for it may not be for it any more
+        self.traffic.routing.unblock(subscription)  # what waits for it may not be for it any more
 
     def open(self, subscription: Subscription, client: ControlConnection, *, shared: bool) -> list[int]:
         """Begin to open it: the descriptors for who opens, the second, if any, of the socket beside its pipe.
@@ -302,25 +305,25 @@ class Broker:
 
         :raises OSError: no descriptor is left.
         """
-        ends = [subscription.make_pipe()]
+        ends = [subscription.pipe.begin_opening(subscription.backlog)]
         if shared:
             with contextlib.suppress(OSError):  # then all comes through the pipe
-                own, other = new_socket()
+                own, other = DescriptorSocket.pair()
                 subscription.window = ReferenceWindow(own)
                 ends.append(other)
-        subscription.opening = client
+        subscription.pipe.opening = client
         client.opening.add(subscription)
         return ends
 
     def unopen(self, subscription: Subscription) -> None:
         """Who wanted to open it does not: it is as it was."""
-        if subscription.opening is not None:
-            subscription.opening.opening.discard(subscription)
-            subscription.opening = None
-            self._close_ends(subscription)
+        pipe = subscription.pipe
+        if pipe.opening is not None:
+            pipe.opening.opening.discard(subscription)
+            pipe.opening = None
+            self._close_ends(subscription, pipe.take_back())
 
-    def _close_ends(self, subscription: Subscription) -> None:
-        fd, subscription.fd = subscription.fd, -1
+    def _close_ends(self, subscription: Subscription, fd: int) -> None:
         self.loop.close(fd)
         window, subscription.window = subscription.window, None
         if window is not None:
@@ -328,9 +331,10 @@ class Broker:
 
     def confirm_open(self, subscription: Subscription, session: Session) -> None:
         """From now on it is ``session``'s, and what waits goes into its pipe."""
-        if subscription.opening is not None:
-            subscription.opening.opening.discard(subscription)
-            subscription.opening = None
+        pipe = subscription.pipe
+        if pipe.opening is not None:
+            pipe.opening.opening.discard(subscription)
+            pipe.opening = None
         subscription.session.subscriptions.discard(subscription)
         subscription.session.peer.subscriptions.discard(subscription)
         self._reception.drop_unused(subscription.session.peer)
@@ -339,10 +343,10 @@ class Broker:
         subscription.session = session
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
-        subscription.opened = True
+        pipe.open()
         subscription.not_waited_for = self.stopping and session.peer is self._stopped_by
         if subscription.restored:
-            subscription.say_restarted()
+            subscription.report_restart()
         self._write_down(subscription)
         self.traffic.watch(subscription)
         self.former_owners[subscription.number] = session.peer.pid
@@ -351,9 +355,9 @@ class Broker:
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """Nothing more comes to it; what is there can still be received."""
-        if subscription.live:
+        if subscription.is_live:
             subscription.backlog.end()
-            self.traffic.end(subscription)
+            self.traffic.routing.end(subscription)
             self._ended(subscription)
 
     def _ended(self, subscription: Subscription) -> None:
@@ -369,7 +373,7 @@ class Broker:
             self._journal.drop(subscription.number)
         self.unopen(subscription)
         self.traffic.drop(subscription)
-        self._close_ends(subscription)
+        self._close_ends(subscription, subscription.pipe.close())
         subscription.session.subscriptions.discard(subscription)
         subscription.session.peer.subscriptions.discard(subscription)
         subscription.session.budget.release(subscription.cost)
@@ -382,7 +386,7 @@ class Broker:
         self.remove(subscription)
 
     def _reader_gone(self, subscription: Subscription, accepting: bool) -> None:
-        if subscription.not_waited_for and not subscription.backlog.empty:
+        if subscription.not_waited_for and not subscription.backlog.is_empty:
             self._give_up(subscription)
         else:
             self._remove_for(subscription, "its reader has closed it" if accepting else "it was unsubscribed")
@@ -441,7 +445,7 @@ class Broker:
         self.loop.later(min(timeout, _LOOK), self._look_for_progress)
         for subscription in list(self.subscriptions.values()):
             subscription.not_waited_for = subscription.session.peer is by
-            if subscription.not_waited_for and subscription.reserved:
+            if subscription.not_waited_for and subscription.owner is not None and not subscription.is_open:
                 self.remove(subscription)  # nobody will open it
         for publisher in list(self.traffic.publishers.values()):
             self.traffic.finish(publisher)
@@ -452,7 +456,7 @@ class Broker:
         """Nothing more can be published."""
         self._all_ended = True
         for subscription in list(self.subscriptions.values()):
-            if subscription.nothing_to_open_for:
+            if subscription.has_nothing_to_open_for:
                 self.remove(subscription)
                 continue
             self.unsubscribe(subscription)
@@ -474,9 +478,9 @@ class Broker:
 
     def _time_is_over(self) -> None:
         self.traffic.catch_up()
-        self.traffic.settle()
+        self.traffic.run_until_idle()
         for subscription in list(self.subscriptions.values()):
-            if not subscription.backlog.empty:
+            if not subscription.backlog.is_empty:
                 self._give_up(subscription)
         self.loop.later(_LAST, self._end_now)  # who waited for those can still have a clean end
 
@@ -492,7 +496,7 @@ class Broker:
             "channel %d of process %d (%s) was closed with %d message(s) waiting: it %s",
             subscription.number,
             subscription.pid,
-            listed(subscription.said_topics or self.router.topics(subscription)),
+            listed(subscription.last_topics or self.router.topics(subscription)),
             subscription.backlog.waiting,
             "was never opened" if subscription.owner is None else "was not read in time",
         )

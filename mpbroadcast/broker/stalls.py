@@ -6,8 +6,7 @@ import logging
 import time
 
 from mpbroadcast.broker.core.router import Router, listed
-from mpbroadcast.broker.members import Subscription
-from mpbroadcast.broker.publisher import Publisher
+from mpbroadcast.broker.members import Publisher, Subscription
 from mpbroadcast.posix.poller import Poller
 
 log = logging.getLogger("mpbroadcast.broker")
@@ -47,14 +46,14 @@ class Stalls:
 
     def _warn(self, publisher: Publisher, full: Subscription, seconds: float) -> None:
         same = publisher.pid == full.pid
-        must = ", which must receive before it publishes" if full.opened else ""  # else another may be about to open it
+        must = ", which must receive before it publishes" if full.is_open else ""  # else another may be about to open it
         log.warning(
             "process %d has waited %.1f s to publish: the backlog of channel %d of %s (%s) is full, with %d bytes waiting%s",
             publisher.pid,
             seconds,
             full.number,
             f"the same process, {full.pid}{must}" if same else f"process {full.pid}",
-            listed(full.said_topics or self._router.topics(full)),
+            listed(full.last_topics or self._router.topics(full)),
             full.backlog.waiting_charge,
-            "" if full.opened else "; it was never opened: let somebody receive from it, or unsubscribe it",
+            "" if full.is_open else "; it was never opened: let somebody receive from it, or unsubscribe it",
         )

@@ -28,7 +28,6 @@ import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, Channel, Lagged, connect, trap_points
-from mpbroadcast.broker.members import new_socket
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.posix.fd_socket import DescriptorSocket
@@ -206,7 +205,7 @@ def test_many_threads_take_no_more_than_there_is(own_memory: None, bus: Bus, mon
 
 def test_memory_that_came_before_the_broker_let_go() -> None:
     """What the broker has sent is there when it has closed its end, also if it has not read what it was told."""
-    ours, number = new_socket()
+    ours, number = DescriptorSocket.pair()
     theirs = DescriptorSocket(number)
     inlet = SharedReader(theirs)
     pickled = pickle.dumps(LARGE.message(1))

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from mpbroadcast import Broadcaster, BroadcastError, Channel, connect, start_broadcaster
 from mpbroadcast.broker.control_clients import ControlConnection
 from mpbroadcast.broker.core.history import MOST_TOPICS
-from mpbroadcast.broker.members import Peer, new_socket
+from mpbroadcast.broker.members import Peer
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
 from mpbroadcast.client.broker_client import BrokerClient
@@ -254,7 +254,7 @@ def test_memory_of_any_kind() -> None:
 def test_descriptors_of_any_number() -> None:
     """Packets of any length with any number of descriptors are heard one by one; none that came with them is kept."""
     held = descriptors(os.getpid())
-    ours, number = new_socket()
+    ours, number = DescriptorSocket.pair()
     theirs = DescriptorSocket(number)
     for count in range(200):
         choose = Random(f"{SEED} descriptors {count}")
@@ -339,7 +339,7 @@ def take_away(broker: Broker) -> None:
         broker.end_session(session, clean=False)
     for subscription in list(broker.subscriptions.values()):
         broker.remove(subscription)
-    broker.traffic.settle()
+    broker.traffic.run_until_idle()
     broker.loop.close_forgotten()
 
 
@@ -1040,14 +1040,14 @@ def test_many_references_to_the_same_memory(own_broker: Broker) -> None:
     asker = cast("ControlConnection", Asker(Peer(PeerProcess(os.getpid()))))
     session = own_broker.new_session(asker)
     own_broker.add_subscription(3, session, ["fuzz"], 1 << 16, "drop_oldest")
-    publisher, pipe = own_broker.traffic.add(own_broker.number(), session)
-    fd_socket = DescriptorSocket(own_broker.traffic.sharing.add(publisher))
+    publisher, pipe = own_broker.traffic.intake.add(own_broker.number(), session)
+    fd_socket = DescriptorSocket(own_broker.traffic.memory.add(publisher))
     descriptor, memory = ring_memory(RING_SIZE)
     fd_socket.send_packet(pack(RING, 1, 1 << 16), descriptor.fd)
     own_broker.loop.round()
     os.write(pipe, reference_frame(1, 0, RING_SIZE, b"fuzz") * 150)
     own_broker.traffic.round()
-    routed = own_broker.traffic.routed
+    routed = own_broker.traffic.routing.routed
     os.close(pipe)
     fd_socket.close()
     descriptor.close()

@@ -142,10 +142,10 @@ def test_room_is_taken_where_it_was_used_last() -> None:
 class Kept:
     """A hold on chunks, as the broker has it: it is released when nothing refers to it any more."""
 
-    def __init__(self, ring: Any, chunks: Sequence[int], place: int) -> None:
+    def __init__(self, ring: Any, chunks: Sequence[int], position: int) -> None:
         self.ring = ring
         self.chunks = chunks
-        self.place = place
+        self.position = position
 
     def __del__(self) -> None:
         if isinstance(self.ring, Shared):
@@ -328,7 +328,7 @@ def test_what_is_unread_is_what_was_written_and_not_read(steps: list[tuple[bool,
         assert unread.bytes == sum(size for _, _, size in model)
         assert [*unread.holds()] == [kept for _, kept, _ in model]
         for ring in "abc":
-            assert unread.oldest(ring) == next((kept.place for _, kept, _ in model if kept.ring == ring), None)
+            assert unread.oldest(ring) == next((kept.position for _, kept, _ in model if kept.ring == ring), None)
 
 
 @pytest.mark.parametrize(

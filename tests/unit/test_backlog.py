@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 )
 
 from mpbroadcast.broker.core.backlog import Backlog
+from mpbroadcast.broker.core.policies import new_backlog, under
 from mpbroadcast.protocol.frames import FRAME_OVERHEAD, MOST_TOGETHER, PIPE_BUF, Batch, MemfdMessage, frame_head
 from mpbroadcast.protocol.pickling import load_run
 from mpbroadcast.protocol.runs import (
@@ -100,13 +101,13 @@ def emptied(backlog: Backlog) -> list[Event]:
     written = bytearray()
     for _ in range(10_000):
         backlog.pipe = 0
-        if backlog.empty:
+        if backlog.is_empty:
             break
         data = backlog.to_write()
         assert data
         written += data
         backlog.wrote(len(data))
-    assert backlog.empty
+    assert backlog.is_empty
     data = bytes(written)
     return [event for run in views(data) for event in events(data, run)]
 
@@ -216,7 +217,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(capacity=st.sampled_from([1, 3000, 10_000, 30_000, 100_000]), pages=st.sampled_from([1, 2, 1, 16]))
     def begin(self, capacity: int, pages: int) -> None:
         self.account = Account()
-        self.backlog = Backlog(capacity, self.policy)
+        self.backlog = new_backlog(capacity, self.policy)
         self.backlog.pipe_size = self.pipe_size = pages * PIPE_BUF
         self.plain = Plain(self.policy, capacity)
         self.unread = 0
@@ -235,7 +236,7 @@ class Machine(RuleBasedStateMachine):
         batch = batch_of(len(plain.fates), [sizes[index % len(sizes)] for index in range(count)])
         charges = [size - 8 + FRAME_OVERHEAD for size in batch.sizes]
         assert batch.charge == sum(charges)
-        fits = backlog.fitting(batch, batch.charge)
+        fits = backlog.fitting(run_of(batch))
         assert fits == plain.fitting(charges)
         if self.policy == "block":
             batch, charges = batch.cut(fits)[0], charges[:fits]
@@ -259,7 +260,7 @@ class Machine(RuleBasedStateMachine):
     def write(self, optimism: int) -> None:
         """Let the pipe take what it has room for, the less of it the worse its pages are used."""
         backlog, plain = self.backlog, self.plain
-        if backlog.empty:
+        if backlog.is_empty:
             return
         if backlog.drops:
             self.refresh()
@@ -406,12 +407,12 @@ class Machine(RuleBasedStateMachine):
 
     def drain(self) -> None:
         for _ in range(10_000):
-            if self.backlog.empty:
+            if self.backlog.is_empty:
                 break
             self.unread = 0
             self.write(100)
             self.check()
-        assert self.backlog.empty
+        assert self.backlog.is_empty
         self.unread = 0
         self.refresh()
         assert (self.backlog.waiting, self.backlog.charge, self.account.held) == (0, 0, 0)
@@ -441,7 +442,7 @@ def test_each_policy_does_what_a_plain_list_does(policy: str) -> None:
 
 def test_drop_oldest_keeps_the_newest() -> None:
     """Of ten messages, three fit: the last three come, behind a gap of seven."""
-    backlog = Backlog(4 * charge_of(0, 100) - 1, "drop_oldest")
+    backlog = new_backlog(4 * charge_of(0, 100) - 1, "drop_oldest")
     for number in range(10):
         backlog.put(messages(number, 1))
         backlog.to_write()  # and the pipe takes nothing
@@ -451,7 +452,7 @@ def test_drop_oldest_keeps_the_newest() -> None:
 
 def test_drop_oldest_drops_from_one_batch() -> None:
     """It makes no difference whether they come one by one or all at once."""
-    backlog = Backlog(4 * charge_of(0, 100) - 1, "drop_oldest")
+    backlog = new_backlog(4 * charge_of(0, 100) - 1, "drop_oldest")
     backlog.put(messages(0, 10))
     assert (backlog.published, backlog.missed, backlog.waiting) == (10, 7, 3)
     assert emptied(backlog) == [("gap", 7), *numbers(7, 10)]
@@ -459,7 +460,7 @@ def test_drop_oldest_drops_from_one_batch() -> None:
 
 def test_drop_oldest_keeps_what_is_partly_in_the_pipe() -> None:
     """A message that has begun is finished; the gap comes behind it."""
-    backlog = Backlog(150_000, "drop_oldest")
+    backlog = new_backlog(150_000, "drop_oldest")
     backlog.put(messages(0, 1, 100_000))
     written = bytes(backlog.to_write())[:PIPE_BUF]
     backlog.wrote(len(written))
@@ -474,18 +475,18 @@ def test_drop_oldest_keeps_what_is_partly_in_the_pipe() -> None:
 
 def test_a_gap_is_said_when_nothing_waits_behind_it() -> None:
     """While the pipe holds more than the capacity, all that comes is dropped, which is said though nothing follows."""
-    backlog = Backlog(1000, "drop_oldest")
+    backlog = new_backlog(1000, "drop_oldest")
     backlog.pipe = 2000
     backlog.put(messages(0, 3))
     assert (backlog.waiting, backlog.missed) == (0, 3)
-    assert not backlog.empty
+    assert not backlog.is_empty
     assert emptied(backlog) == [("gap", 3)]
-    assert backlog.empty
+    assert backlog.is_empty
 
 
 def test_drop_newest_says_each_gap_in_its_place() -> None:
     """What waits is kept; what came while it was full is missing from between it and what came later."""
-    backlog = Backlog(2 * charge_of(0, 100), "drop_newest")
+    backlog = new_backlog(2 * charge_of(0, 100), "drop_newest")
     backlog.put(messages(0, 3))
     backlog.put(messages(3, 1))
     backlog.put(messages(4, 2))
@@ -497,7 +498,7 @@ def test_drop_newest_says_each_gap_in_its_place() -> None:
 
 def test_latest_keeps_one() -> None:
     """Only the newest waits, and before it is said how many were skipped."""
-    backlog = Backlog(1, "latest")
+    backlog = new_backlog(1, "latest")
     backlog.put(messages(0, 5))
     backlog.put(messages(5, 1))
     assert (backlog.published, backlog.missed, backlog.waiting) == (6, 5, 1)
@@ -506,7 +507,7 @@ def test_latest_keeps_one() -> None:
 
 def test_latest_lets_the_pipe_be_emptied_first() -> None:
     """While a state is unread in the pipe, the next waits, and may be replaced by a newer one."""
-    backlog = Backlog(1000, "latest")
+    backlog = new_backlog(1000, "latest")
     backlog.put(messages(0, 1))
     assert not backlog.must_wait
     backlog.wrote(len(backlog.to_write()))
@@ -521,7 +522,7 @@ def test_latest_lets_the_pipe_be_emptied_first() -> None:
 
 def test_disconnect_says_what_was_kept_then_why_then_the_end() -> None:
     """The first message that does not fit ends it, and what comes behind that counts nowhere."""
-    backlog = Backlog(2 * charge_of(0, 100), "disconnect")
+    backlog = new_backlog(2 * charge_of(0, 100), "disconnect")
     backlog.put(messages(0, 1))
     assert not backlog.ended
     backlog.put(messages(1, 5))
@@ -534,15 +535,15 @@ def test_disconnect_says_what_was_kept_then_why_then_the_end() -> None:
 
 def test_block_takes_what_fits() -> None:
     """The router is told how many messages of a batch can be put, and none if not even one can."""
-    backlog = Backlog(3 * charge_of(0, 100))
+    backlog = new_backlog(3 * charge_of(0, 100))
     batch = batch_of(0, [100] * 10)
-    assert backlog.fitting(batch, batch.charge) == 3
+    assert backlog.fitting(run_of(batch)) == 3
     backlog.put(run_of(batch.cut(2)[0]))
     rest = batch.cut(2)[1]
-    assert backlog.fitting(rest, rest.charge) == 1
+    assert backlog.fitting(run_of(rest)) == 1
     backlog.put(run_of(rest.cut(1)[0]))
     rest = rest.cut(1)[1]
-    assert backlog.fitting(rest, rest.charge) == 0
+    assert backlog.fitting(run_of(rest)) == 0
     backlog.put(run_of(rest.cut(1)[0]))  # what is put nevertheless is not dropped
     assert emptied(backlog) == numbers(0, 4)
 
@@ -550,21 +551,21 @@ def test_block_takes_what_fits() -> None:
 def test_another_policy_takes_over() -> None:
     """The gap that has not been said is said by the same policy only."""
     for policy, said in (("drop_oldest", [("gap", 2)]), ("drop_newest", [])):
-        backlog = Backlog(charge_of(0, 100), "drop_oldest")
+        backlog = new_backlog(charge_of(0, 100), "drop_oldest")
         backlog.put(messages(0, 3))
-        backlog.take_over(policy)
+        backlog = under(policy, backlog)
         assert (backlog.policy, emptied(backlog)) == (policy, [*said, ("message", 2)])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_message_larger_than_the_capacity_passes_alone(policy: str) -> None:
     """When nothing else is there, or just a tail byte, it is neither dropped nor an overflow, and no gap is said."""
-    backlog = Backlog(1000, policy)
+    backlog = new_backlog(1000, policy)
     backlog.pipe = 2
-    assert not backlog.clear
+    assert not backlog.is_clear
     backlog.pipe = 1
     batch = batch_of(0, [5000])
-    assert backlog.fitting(batch, batch.charge) == 1
+    assert backlog.fitting(run_of(batch)) == 1
     backlog.put(run_of(batch))
     assert (backlog.published, backlog.missed, backlog.waiting) == (1, 0, 1)
     assert not backlog.ended
@@ -574,7 +575,7 @@ def test_one_message_larger_than_the_capacity_passes_alone(policy: str) -> None:
 @pytest.mark.parametrize("policy", ["drop_newest", "disconnect"])
 def test_of_two_larger_than_the_capacity_one_passes(policy: str) -> None:
     """The first of a batch passes alone; the second is one too many."""
-    backlog = Backlog(1000, policy)
+    backlog = new_backlog(1000, policy)
     backlog.put(messages(0, 3, 5000))
     missed = 2 if policy == "drop_newest" else 1
     assert (backlog.published, backlog.missed, backlog.waiting) == (1 + missed, missed, 1)
@@ -585,7 +586,7 @@ def test_of_two_larger_than_the_capacity_one_passes(policy: str) -> None:
 @pytest.mark.parametrize("policy", ["drop_oldest", "latest"])
 def test_what_is_dropped_behind_a_message_does_not_count_as_its_leaving(policy: str) -> None:
     """Who waits for a message that is partly in the pipe waits until all of it is, whatever is dropped behind it."""
-    backlog = Backlog(150_000, policy)
+    backlog = new_backlog(150_000, policy)
     backlog.put(messages(0, 1, 100_000))
     position = backlog.entered
     backlog.wrote(len(backlog.to_write()[:PIPE_BUF]))
@@ -600,7 +601,7 @@ def test_what_is_dropped_behind_a_message_does_not_count_as_its_leaving(policy: 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_end_comes_once_and_last(policy: str) -> None:
     """What waits is delivered before a clean end, which is said once however often it is asked for."""
-    backlog = Backlog(10_000, policy)
+    backlog = new_backlog(10_000, policy)
     backlog.put(messages(0, 1))
     backlog.end()
     backlog.end()
@@ -611,7 +612,7 @@ def test_an_end_comes_once_and_last(policy: str) -> None:
 def test_a_run_counts_once_for_as_long_as_it_is_there() -> None:
     """Its bytes count once, until it has left the last backlog that it is in, by whichever way, whole or in parts."""
     account = Account()
-    keeps, drops = Backlog(100_000), Backlog(10 * charge_of(0, 100), "drop_oldest")
+    keeps, drops = new_backlog(100_000), new_backlog(10 * charge_of(0, 100), "drop_oldest")
     for first, count in ((0, 10), (10, 3)):
         run = messages(first, count, account=account)
         assert account.held == (first + count) * charge_of(0, 100)
@@ -646,7 +647,7 @@ def test_dropping_one_by_one_does_not_go_through_everything_each_time(monkeypatc
     monkeypatch.setattr(Run, "part", counted_part)
     count = 80 * MOST_TOGETHER
     one = charge_of(0, 0)
-    backlog = Backlog(count * one, "drop_oldest")
+    backlog = new_backlog(count * one, "drop_oldest")
     single = batch_of(0, [0])
     together = single._replace(frames=single.frames * MOST_TOGETHER, sizes=single.sizes * MOST_TOGETHER)
     for _ in range(count // MOST_TOGETHER):
@@ -666,7 +667,7 @@ def a_run(count: int = 1, size: int = 100) -> Run:
 def test_a_capacity_can_be_used_to_its_last_byte() -> None:
     """What fits exactly is taken; what the pipe refers to in shared memory counts as what is in it does."""
     run = a_run()
-    backlog = Backlog(run.charge)
+    backlog = new_backlog(run.charge)
     assert backlog.takes(run.charge)
     assert not backlog.takes(run.charge + 1)
     backlog.pipe = 1
@@ -681,7 +682,7 @@ def test_many_tiny_messages_are_cut_to_what_the_pipe_takes_for_certain() -> None
     each = 8 + 1 + 4
     for more in range(each):
         for policy, capacity in (("drop_oldest", 1 << 24), ("drop_oldest", run.charge), ("block", 1 << 24)):
-            backlog = Backlog(capacity, policy)
+            backlog = new_backlog(capacity, policy)
             backlog.pipe_size = (1 << 16) + more
             backlog.put(run)
             backlog.put(run)  # over the first one, or not
@@ -694,7 +695,7 @@ def test_many_tiny_messages_are_cut_to_what_the_pipe_takes_for_certain() -> None
 def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
     """What is dropped while the note of a gap is half in the pipe gets one note of its own."""
     run = a_run()
-    backlog = Backlog(run.charge, "drop_newest")
+    backlog = new_backlog(run.charge, "drop_newest")
     backlog.put(run)
     written = bytes(backlog.to_write())
     backlog.wrote(len(written))
@@ -705,7 +706,7 @@ def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
     backlog.wrote(5)
     backlog.put(a_run(3))
     backlog.put(a_run(4))
-    while not backlog.empty:
+    while not backlog.is_empty:
         data = bytes(backlog.to_write())
         backlog.wrote(len(data))
         written += data
@@ -728,29 +729,29 @@ def in_memory(ring: int) -> SharedRun:
 
 def test_a_message_in_memory_is_not_written_with_what_comes_before() -> None:
     """Its descriptor has to be sent before its run: so that is never joined to another one."""
-    backlog = Backlog(1 << 20)
+    backlog = new_backlog(1 << 20)
     before, own, behind = a_run(), in_memory(1), a_run()
     for run in (before, own, behind):
         backlog.put(run)
-    assert (backlog.to_write(), backlog.shared) == (before.data, None)
+    assert (backlog.to_write(), backlog.runs[0].hold) == (before.data, None)
     backlog.wrote(len(before.data))
-    assert (backlog.to_write(), backlog.shared) == (own.data, own)
+    assert (backlog.to_write(), backlog.runs[0].hold) == (own.data, own.hold)
     backlog.wrote(len(own.data))
-    assert (backlog.to_write(), backlog.shared) == (behind.data, None)
+    assert (backlog.to_write(), backlog.runs[0].hold) == (behind.data, None)
 
 
 def test_what_is_copied_out_is_written_as_it_would_have_been() -> None:
     """All that waits in one ring, or what comes next; nothing else."""
-    backlog, plain = Backlog(1 << 20), a_run()
+    backlog, plain = new_backlog(1 << 20), a_run()
     for run in (plain, in_memory(1), in_memory(1), in_memory(2)):
         backlog.put(run)
     assert [backlog.refers_to(ring) for ring in (1, 2, 3)] == [True, True, False]
     assert [backlog.copy_out(ring) for ring in (1, 3)] == [2 * plain.charge, 0]
     assert [backlog.refers_to(ring) for ring in (1, 2, 3)] == [False, True, False]
     backlog.copy_first()
-    assert (backlog.to_write(), backlog.between) == (plain.data * 3, True)
+    assert (backlog.to_write(), backlog.is_between_runs) == (plain.data * 3, True)
     backlog.wrote(len(plain.data) * 3 - 1)
-    assert not backlog.between
+    assert not backlog.is_between_runs
     backlog.wrote(1)
     assert backlog.to_write() != plain.data
     backlog.copy_first()

@@ -61,14 +61,14 @@ def test_an_item_that_cannot_be_routed_costs_its_publisher(own_broker: Broker, c
     with asking(own_broker) as (_, _, number):
         session = own_broker.sessions[number]
         subscription = own_broker.add_subscription(1 << 40, session, ["topic"], 1 << 16, "drop_oldest")
-        bad, bad_pipe = own_broker.traffic.add(own_broker.number(), session)
-        _, good_pipe = own_broker.traffic.add(own_broker.number(), session)
+        bad, bad_pipe = own_broker.traffic.intake.add(own_broker.number(), session)
+        _, good_pipe = own_broker.traffic.intake.add(own_broker.number(), session)
         bad.parked.append(Batch(bytes(8), array("I", (8,)), b"topic", 0, 1 << 16))  # its head is longer than a run can tell
         for pipe in (bad_pipe, good_pipe):
             os.write(pipe, frame_head(0, b"topic"))
             os.close(pipe)
         own_broker.traffic.round()
-        assert (bad.fd < 0, subscription.backlog.waiting) == (True, 2)
+        assert (bad.pipe.fd < 0, subscription.backlog.waiting) == (True, 2)
     caplog.clear()  # its traceback keeps the broker
 
 
@@ -262,7 +262,7 @@ def test_a_process_with_too_many_connections(own_broker: Broker) -> None:
 
 def test_a_replay_of_many_patterns(own_broker: Broker) -> None:
     """A replay whose patterns would be tried for seconds is refused; one whose patterns begin differently is not."""
-    history = own_broker.traffic.history
+    history = own_broker.traffic.routing.history
     assert history is not None
     for number in range(MOST_TOPICS):
         history.add(number, Batch(bytes(8), array("I", (8,)), b"room:%d" % number, 0, 8))
@@ -376,8 +376,8 @@ def test_publishers_have_turns(gone: bool, own_broker: Broker) -> None:
         subscriptions = [
             own_broker.add_subscription(number, session, ["turn*"], 1 << 16, "drop_newest") for number in range(1000, 1500)
         ]
-        one, one_pipe = traffic.add(own_broker.number(), session)
-        other, other_pipe = traffic.add(own_broker.number(), session)
+        one, one_pipe = traffic.intake.add(own_broker.number(), session)
+        other, other_pipe = traffic.intake.add(own_broker.number(), session)
         os.write(one_pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 100)
         if gone:
             traffic.finish(one)
@@ -393,7 +393,7 @@ def test_publishers_have_turns(gone: bool, own_broker: Broker) -> None:
         assert (one.number in traffic.publishers) != gone
         os.write(other_pipe, frame_head(0, b"turn 3"))
         traffic.round()
-        assert traffic.routed == 206
+        assert traffic.routing.routed == 206
         for pipe in (one_pipe, other_pipe):
             os.close(pipe)
 
@@ -404,7 +404,7 @@ def test_what_waits_for_its_turn_comes_before_what_is_asked_next(own_broker: Bro
         session, traffic = own_broker.sessions[number], own_broker.traffic
         for subscription in range(1000, 1500):
             own_broker.add_subscription(subscription, session, ["turn*"], 1 << 16, "drop_newest")
-        publisher, pipe = traffic.add(own_broker.number(), session)
+        publisher, pipe = traffic.intake.add(own_broker.number(), session)
         os.write(pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 50)
         traffic.finish(publisher)
         assert publisher.parked

@@ -33,7 +33,7 @@ class Holds:
         """Chunks with a hold on them."""
         return sum(map(bool, self._counts))
 
-    def arrived(self, places: Iterable[tuple[int, int]]) -> tuple[Sequence[int], int]:
+    def arrived(self, spans: Iterable[tuple[int, int]]) -> tuple[Sequence[int], int]:
         """Messages at these offsets, with their lengths, have come: their chunks, each with one more hold; and as bits, those
         that are free now.
 
@@ -42,7 +42,7 @@ class Holds:
         size, ends, used = self._size, self._ends, self._used
         chunks: dict[int, None] = {}
         last = -1
-        for offset, length in places:
+        for offset, length in spans:
             end = offset + length
             first, last = offset // size, (end - 1) // size
             for chunk in range(first, last + 1):
@@ -76,10 +76,10 @@ class Holds:
 
 
 class Hold(Protocol):
-    """Keeps chunks of ``ring`` from being freed for as long as it exists; ``place`` is how much had come in that ring then."""
+    """Keeps chunks of ``ring`` from being freed while it exists; ``position`` is how much had come in that ring then."""
 
     ring: Any
-    place: int
+    position: int
 
 
 H = TypeVar("H", bound=Hold)
@@ -109,8 +109,8 @@ class Unread(Generic[H]):
         return (hold for _, hold, _ in self._entries if hold is not None)
 
     def oldest(self, ring: object) -> int | None:
-        """The place of the first that is unread in this ring."""
-        return next((hold.place for hold in self.holds() if hold.ring is ring), None)
+        """Return the position of the first that is unread in this ring."""
+        return next((hold.position for hold in self.holds() if hold.ring is ring), None)
 
     def read(self, count: int) -> None:
         """Of all that were ever written, so many have been read: forget their holds."""

@@ -1,0 +1,77 @@
+"""The write end of a channel's pipe, and what the poller waits for at it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+from mpbroadcast.broker.core.backlog import Backlog
+from mpbroadcast.broker.core.states import PipeState
+from mpbroadcast.posix.pipes import new_pipe, size_of_pipe, unread, write
+from mpbroadcast.protocol.runs import RESTARTED, note
+
+PIPE_SIZE: Final = 1 << 18  # bytes, when the system gives so much
+SHORTEST_RETRY: Final = 0.003  # seconds until a full backlog is looked at again; it doubles while nothing is read
+_PAGE: Final = os.sysconf("SC_PAGESIZE")
+
+
+class ChannelPipe:
+    """A pipe that is made when a process opens the channel; ``fd`` is -1 before that, and once it is closed."""
+
+    def __init__(self) -> None:
+        self.state = self.unopened = PipeState.UNOPENED  # what it is now, and what it is when an opening is taken back
+        self.fd = -1
+        self.opening: Any = None  # the control connection over which it is being opened
+        self.token = 0  # of the opening that was begun last
+        self.write_interest = False  # independent of the state: the poller reports when the pipe takes more
+        self.is_retrying = False  # independent of the state: a timer will look at it again
+        self.retry = SHORTEST_RETRY
+        self.is_one_page = False  # it has room for more only once all has been read
+
+    def reserve(self) -> None:
+        """Let only the process open it that had it open before the broker was restarted."""
+        self.state = self.unopened = PipeState.RESERVED
+
+    def begin_opening(self, backlog: Backlog) -> int:
+        """Make the pipe. Return the descriptor of its reader's end.
+
+        :raises OSError: no descriptor is left.
+        """
+        # An eighth of the capacity, so that a small one is not all in the pipe, where no event reports that a part is read.
+        # A state goes into an empty pipe only: one page reports room when it is empty.
+        is_state = backlog.policy == "latest"
+        size = min(PIPE_SIZE, max(_PAGE, 1 << max(0, (backlog.capacity // 8).bit_length() - 1)))
+        reader, writer = new_pipe(_PAGE if is_state else size)
+        self.state = self.state.to(PipeState.OPENING)
+        self.fd = writer
+        given = size_of_pipe(reader)
+        backlog.pipe_size = _PAGE if given is None else given
+        self.is_one_page = given is not None and given <= _PAGE
+        return reader
+
+    def open(self) -> None:
+        """Note that the reader has its end."""
+        self.state = self.state.to(PipeState.OPEN)
+
+    def take_back(self) -> int:
+        """Note that the reader does not open it after all. Return the descriptor: the caller closes it."""
+        self.state = self.state.to(self.unopened)
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def close(self) -> int:
+        """Note that it is gone. Return the descriptor, if it has one: the caller closes it."""
+        self.state = self.state.to(PipeState.GONE)
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def unread(self) -> int:
+        """Return how many bytes its reader has not read."""
+        return unread(self.fd) if self.fd >= 0 else 0
+
+    def write_restarted(self) -> int:
+        """Write that messages may be missing here. Return how many bytes that takes.
+
+        :raises OSError: its reader is gone.
+        """
+        return write(self.fd, note(RESTARTED, 0))

@@ -1,0 +1,167 @@
+"""From backlogs into channels' pipes.
+
+What has something to write is in :attr:`Delivery.dirty`. Writing finds pipes that are gone, and backlogs that have room again:
+both are put on lists, which the caller works off when nothing iterates over subscriptions.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+from mpbroadcast.broker.channel_pipe import PIPE_SIZE, SHORTEST_RETRY
+from mpbroadcast.broker.core.states import PipeState
+from mpbroadcast.broker.members import Subscription
+from mpbroadcast.broker.reference_window import ReferenceWindow
+from mpbroadcast.posix.pipes import unread, write
+from mpbroadcast.posix.poller import OUT, Poller
+from mpbroadcast.protocol.runs import Run, note
+
+_MOST_AT_ONCE: Final = 16 * PIPE_SIZE  # bytes, into a pipe whose reader is as quick as the broker
+LONGEST_RETRY: Final = 0.1  # seconds
+
+Dirty = dict[Subscription, None]
+
+
+class Delivery:
+    """Writes as much as each pipe takes, and waits for room in those that are full."""
+
+    def __init__(self, poller: Poller) -> None:
+        self.dirty: Dirty = {}
+        self.gone: list[Subscription] = []  # done, or closed by their readers, or full and not waited for
+        self.has_room: list[Subscription] = []  # those for which publishers waited
+        self._poller = poller
+
+    def watch(self, subscription: Subscription) -> None:
+        """Write into its pipe, which is open."""
+        self._poller.watch(subscription.pipe.fd, 0, partial(self._on_event, subscription))
+        self.dirty[subscription] = None
+
+    def _on_event(self, subscription: Subscription, events: int) -> None:
+        if events & OUT:
+            self.dirty[subscription] = None
+        else:
+            self.gone.append(subscription)  # its reader is
+
+    def write_all(self) -> None:
+        """Write what is in the backlogs of those that are dirty."""
+        dirty = list(self.dirty)
+        self.dirty.clear()
+        for subscription in dirty:
+            pipe, backlog = subscription.pipe, subscription.backlog
+            if pipe.state is not PipeState.OPEN:
+                continue
+            try:
+                is_full = _write(subscription)
+            except OSError:
+                self.gone.append(subscription)
+                continue
+            if (backlog.ended or subscription.not_waited_for) and _is_done(subscription, is_full):
+                self.gone.append(subscription)
+                continue
+            if subscription.waiters:
+                subscription.refresh()
+                if backlog.charge < subscription.blocked_at:
+                    pipe.retry = SHORTEST_RETRY
+                    self.has_room.append(subscription)
+            if is_full or subscription.waiters or pipe.write_interest:
+                self._wait_for_room(subscription, is_full)
+
+    def _wait_for_room(self, subscription: Subscription, is_full: bool) -> None:
+        """Wait for room in the pipe; or, while a publisher waits for that, until some of what is unread is read."""
+        pipe = subscription.pipe
+        must_wait = subscription.backlog.must_wait
+        if (subscription.waiters and not is_full) or must_wait:
+            is_full = pipe.is_one_page  # it reports room when all has been read
+            if not (is_full and must_wait) and not pipe.is_retrying:
+                pipe.is_retrying = True
+                self._poller.later(pipe.retry, partial(self._retry, subscription))
+                pipe.retry = min(2 * pipe.retry, LONGEST_RETRY)
+        if is_full != pipe.write_interest:
+            pipe.write_interest = is_full
+            self._poller.change(pipe.fd, OUT if is_full else 0)
+
+    def _retry(self, subscription: Subscription) -> None:
+        subscription.pipe.is_retrying = False
+        self.dirty[subscription] = None
+
+
+def _write(subscription: Subscription) -> bool:
+    """Move from the backlog into the pipe. Return whether the pipe is full, or took much in this round, and there is more.
+
+    :raises OSError: its reader is gone.
+    """
+    backlog, window, fd = subscription.backlog, subscription.window, subscription.pipe.fd
+    room = _MOST_AT_ONCE
+    while True:
+        if backlog.drops:
+            if backlog.is_empty:
+                break
+            backlog.pipe = unread(fd)
+            if backlog.must_wait:
+                return True
+        if window is not None and window.notes and not _write_notes(subscription, window):
+            return True
+        data = backlog.to_write()
+        if not data:
+            break
+        run = backlog.runs[0]
+        if run.hold:
+            is_ready = _prepare(subscription, run)
+            if is_ready is None:
+                return False
+            if not is_ready:
+                backlog.copy_first()
+                continue
+        try:
+            size = write(fd, data)
+        except BlockingIOError:
+            return True
+        backlog.wrote(size)
+        if window is not None:
+            window.moved += size
+            if run.hold:
+                window.wrote(run)
+                backlog.referred = window.unread.bytes
+        room -= size
+        if size < len(data) or (room < 0 and backlog.runs):
+            return True
+        if not (backlog.runs or backlog.drops):
+            break
+    return window is not None and bool(window.notes) and not _write_notes(subscription, window)
+
+
+def _write_notes(subscription: Subscription, window: ReferenceWindow) -> bool:
+    """Write the notes of the window, if the pipe ends with a whole run. Return whether the pipe had room for all of them."""
+    backlog = subscription.backlog
+    while window.notes and backlog.is_between_runs:
+        data = note(*window.notes[0])
+        try:
+            write(subscription.pipe.fd, data)
+        except BlockingIOError:
+            return False
+        backlog.pipe += len(data)
+        del window.notes[0]
+    return True
+
+
+def _prepare(subscription: Subscription, run: Run) -> bool | None:
+    """Return whether the pipe can have this run now; ``None`` when a packet from its reader comes before that."""
+    window = subscription.window
+    if window is None:
+        return False
+    is_ready = window.prepare(run.hold)
+    if is_ready is None:
+        subscription.refresh()
+        is_ready = window.prepare(run.hold)
+    return False if is_ready is None and not window.expects_packet else is_ready
+
+
+def _is_done(subscription: Subscription, is_full: bool) -> bool:
+    """Return whether nothing more has to be written into its pipe, nor read from it."""
+    backlog = subscription.backlog
+    if backlog.ended and backlog.is_empty:
+        if subscription.must_be_read:
+            subscription.refresh()
+        return not subscription.must_be_read or (subscription.not_waited_for and is_full)
+    return subscription.not_waited_for and is_full

@@ -1,0 +1,148 @@
+"""From publishers' pipes into their queues.
+
+A publisher that finds the broker waiting for its pipe pays for waking it, with each message. So the pipe of one that is busy is
+not watched by the poller, but read after naps: a publisher whose pipe is not waited for pays nothing. What else happens ends a
+nap at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from functools import partial
+from typing import Final
+
+from mpbroadcast.broker.channel_pipe import PIPE_SIZE
+from mpbroadcast.broker.core.states import PublisherState
+from mpbroadcast.broker.members import Publisher, Session
+from mpbroadcast.broker.publisher_pipe import PublisherPipe
+from mpbroadcast.posix.pipes import break_pipe, new_pipe, read_buffer
+from mpbroadcast.posix.poller import IN, Poller
+from mpbroadcast.protocol.frames import FrameError
+
+log = logging.getLogger("mpbroadcast.broker")
+
+_SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
+_LONGEST_NAP: Final = 400e-6
+MUCH: Final = PIPE_SIZE // 4  # bytes in one read, or between two naps: with 400 µs, a publisher would soon wait for room
+
+
+class Intake:
+    """All publishers. What was read is in ``ready``, to be routed."""
+
+    def __init__(self, poller: Poller) -> None:
+        self.publishers: dict[int, Publisher] = {}
+        self.ready: dict[Publisher, int] = {}  # with the bytes of the last read, in its pipe and referred to
+        self._poller = poller
+        self._napping: dict[Publisher, None] = {}
+        self._nap = _SHORTEST_NAP
+        self._came = 0  # bytes since the last nap
+        self._buffer = read_buffer(PIPE_SIZE)
+
+    def add(self, number: int, session: Session) -> tuple[Publisher, int]:
+        """Make a publisher, and the descriptor that is its end of the pipe.
+
+        :raises OSError: no descriptor is left.
+        """
+        reader, writer = new_pipe(PIPE_SIZE)
+        publisher = Publisher(number, session, PublisherPipe(reader, self._buffer))
+        self.publishers[number] = publisher
+        session.publishers.add(publisher)
+        self._watch(publisher)
+        return publisher, writer
+
+    def wait(self, *, at_once: bool) -> None:
+        """Wait until something happens, and handle it; do not wait if ``at_once``. Then read the pipes of those that nap."""
+        much, self._came = self._came >= MUCH, 0
+        self._nap = min(2 * self._nap, _LONGEST_NAP) if self._napping and not much else _SHORTEST_NAP
+        self._poller.round(0.0 if at_once else self._nap if self._napping else None)
+        for publisher in list(self._napping):
+            self.read(publisher)
+
+    def _watch(self, publisher: Publisher) -> None:
+        self._poller.watch(publisher.pipe.fd, IN, partial(self.read, publisher))
+
+    def read(self, publisher: Publisher, _events: int = IN) -> None:
+        """Read once what is in its pipe, and park it."""
+        try:
+            chunk = publisher.pipe.read()
+        except BlockingIOError:
+            if publisher.state is PublisherState.NAPPING:
+                self.set_napping(publisher, False)
+            return
+        if not chunk:
+            self.close(publisher)
+            return
+        try:
+            came = publisher.take(chunk)
+        except Exception as error:
+            self._reject(publisher, error)
+            return
+        self._came += came
+        self.ready[publisher] = came
+
+    def _reject(self, publisher: Publisher, error: Exception) -> None:
+        """Refuse a publisher, whatever is wrong with what it has sent: it does not end the broker."""
+        if not isinstance(error, FrameError):
+            log.error("what process %d sent was not understood", publisher.pid, exc_info=error)
+        self.refuse(publisher, str(error))
+
+    def refuse(self, publisher: Publisher, error: str) -> None:
+        """Read nothing more of a publisher that has sent what it must not."""
+        log.warning("process %d sent %s, which is no frame: it cannot publish any more", publisher.pid, error)
+        self.close(publisher)
+
+    def set_napping(self, publisher: Publisher, napping: bool) -> None:
+        """Read its pipe after naps, or when the poller reports bytes."""
+        if napping:
+            publisher.state = publisher.state.to(PublisherState.NAPPING)
+            self._napping[publisher] = None
+            self._poller.forget(publisher.pipe.fd)
+        else:
+            publisher.state = publisher.state.to(PublisherState.READING)
+            self._napping.pop(publisher, None)
+            self._watch(publisher)
+
+    def pause(self, publisher: Publisher) -> None:
+        """Do not read it, nor watch for errors: the poller would report again and again that its writers are gone."""
+        publisher.state = publisher.state.to(PublisherState.PAUSED)
+        self._poller.forget(publisher.pipe.fd)
+        self._napping.pop(publisher, None)
+
+    def read_to(self, publisher: Publisher, end: int) -> None:
+        """Read what is in its pipe, but nothing behind this position, and park it."""
+        chunk = publisher.pipe.read(end - publisher.pipe.position)
+        try:
+            publisher.take(chunk)
+        except Exception as error:
+            self._reject(publisher, error)
+
+    def read_last(self, publisher: Publisher) -> None:
+        """Read once more, and close."""
+        # A publish that waited for room may have gone on when there was some: that is published, but what comes later is not.
+        with contextlib.suppress(BlockingIOError):
+            self.read_to(publisher, publisher.pipe.position + PIPE_SIZE)
+        if not publisher.is_closed:
+            break_pipe(publisher.pipe.fd)  # at once, not at the end of the round: it wakes a publish that waits
+            self.close(publisher)
+
+    def close(self, publisher: Publisher) -> None:
+        """Read nothing more. What was read is still to be routed."""
+        if publisher.is_closed:
+            return
+        barriers, lender = publisher.pipe.barriers, publisher.lender
+        self._poller.close(publisher.pipe.closed())
+        self._napping.pop(publisher, None)
+        publisher.state = publisher.state.to(PublisherState.DRAINING)
+        publisher.parked.extend(callback for _, callback in barriers)
+        barriers.clear()
+        if lender is not None:
+            lender.close()
+            self._poller.close(lender.fd_socket.detach())
+        publisher.session.publishers.discard(publisher)
+        self.ready[publisher] = 0
+
+    def forget(self, publisher: Publisher) -> bool:
+        """Forget a publisher of which all is routed. Return whether it was known."""
+        publisher.state = publisher.state.to(PublisherState.GONE)
+        return self.publishers.pop(publisher.number, None) is not None

@@ -1,0 +1,192 @@
+"""From publishers' queues into backlogs, and which publisher has to wait.
+
+A batch is put into the backlogs of all its targets, or of none. If a ``block`` backlog is full, the publisher is blocked, and
+what is left of its queue stays parked: so all subscriptions see one order, and the publisher's pipe fills up until its
+``publish`` waits. When a backlog has room again, those that wait for it are routed again, the longest first.
+
+A publisher has a turn in each round, which is bounded, so that it does not hold up the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from mpbroadcast import trap_points
+from mpbroadcast.broker.core.history import History
+from mpbroadcast.broker.core.patterns import Matcher
+from mpbroadcast.broker.core.router import Router, matches
+from mpbroadcast.broker.core.states import SubscriptionState
+from mpbroadcast.broker.delivery import Dirty
+from mpbroadcast.broker.members import Publisher, Subscription
+from mpbroadcast.broker.memory_exchange import MemoryExchange
+from mpbroadcast.protocol.fd_packets import ROUTED, pack
+from mpbroadcast.protocol.frames import Batch, Item, MemfdMessage, References
+from mpbroadcast.protocol.runs import Account, Run, SharedRun, run_of
+
+log = logging.getLogger("mpbroadcast.broker")
+
+TURN: Final = 1 << 12  # puts into backlogs, of one publisher's messages in a round: some 20 ms
+_STEPS: Final = 1 << 10  # of trying patterns, in the time of a put
+
+
+class Routing:
+    """Puts items into backlogs. What its caller has to do about a publisher or a subscription is on lists."""
+
+    def __init__(self, router: Router[Subscription], history: History | None, memory: MemoryExchange, dirty: Dirty) -> None:
+        self.routed = 0
+        self.history = history
+        self.behind: dict[Publisher, None] = {}  # those whose turn is over: the next is in the next round
+        self.resuming: list[Publisher] = []  # blocked by backlogs that have room again
+        self.refused: dict[Publisher, str] = {}  # those that have sent what cannot be routed, with the reason
+        self.overflowed: list[Subscription] = []  # those that have ended themselves
+        self._router = router
+        self._memory = memory
+        self._dirty = dirty
+        self._puts = 0
+
+    def route(self, publisher: Publisher, turn: int | None = None) -> bool:
+        """Route what is parked, as far as the backlogs take it, and as far as that is done in this ``turn``.
+
+        Return whether all of it is routed. Else ``publisher.blocked`` is the backlog that is full, or its turn is over.
+        """
+        trap_points.reach("routing")
+        parked, router = publisher.parked, self._router
+        before = self.routed
+        last = None if turn is None else self._puts + router.steps // _STEPS + turn
+        while parked:
+            if last is not None and self._puts + router.steps // _STEPS > last:
+                self.behind[publisher] = self.behind.pop(publisher, None)
+                publisher.blocked, publisher.warned = None, False
+                return False
+            item = parked.popleft()
+            if callable(item):
+                item()
+                continue
+            try:
+                full = self._put(item, publisher)
+            except UnicodeDecodeError:
+                log.warning("process %d published to a topic that is not UTF-8: dropped", publisher.pid)
+                _done(item, publisher)
+                continue
+            except Exception as error:  # an item that the broker cannot route costs its publisher, and no other one
+                log.exception("what process %d published could not be routed", publisher.pid)
+                self.refused[publisher] = str(error)
+                continue
+            if full is not None:
+                self.behind.pop(publisher, None)
+                self._block(publisher, full, went_on=self.routed > before)
+                return False
+        self.behind.pop(publisher, None)
+        publisher.blocked, publisher.warned = None, False
+        return True
+
+    def _put(self, item: Item, publisher: Publisher) -> Subscription | None:
+        """Put as much as all its targets take into their backlogs.
+
+        Return the first of them that is full, if one is: what is left is parked again.
+        """
+        ring, account = None, self._memory.store.account
+        if isinstance(item, References):
+            ring = item.hold.ring
+            if ring.retired:
+                self.refused[publisher] = "a reference into a ring that it has left"
+                return None
+            self._memory.use(ring, publisher)
+        targets = self._router.targets(item.topic)
+        if item.exclude or publisher.not_yet:
+            targets = _allowed(targets, item, publisher)
+        self._puts += 1 + len(targets)
+        run: Run | None = None
+        count = len(item.sizes)
+        fits, full = count, None
+        for subscription in targets:
+            backlog = subscription.backlog
+            if subscription.waiters:  # those that wait already are first, or many small messages would hold up a large one
+                publisher.parked.appendleft(item)
+                return subscription
+            if run is None:
+                run = run_of(item, account) if isinstance(item, Batch) else _shared_run(item, account)
+            if backlog.waiting_charge + backlog.pipe + backlog.referred + run.charge > backlog.capacity:
+                subscription.refresh()
+                if backlog.blocks and (least := backlog.fitting(run)) < fits:
+                    fits, full = least, subscription
+        if run is not None and fits < count:
+            item, rest = item.cut(fits) if fits else (item, item)
+            publisher.parked.appendleft(rest)
+            if not fits:
+                return full
+            run = run.part(0, fits)
+        if run is not None:
+            self._enqueue(run, ring, targets, publisher.last_in)
+        if self.history is not None:
+            self.history.add(self.routed, item.hold.copied(item) if isinstance(item, References) else item)
+        self.routed += fits
+        if isinstance(item, MemfdMessage):
+            _done(item, publisher)
+        return full
+
+    def _enqueue(self, run: Run, ring: object, targets: tuple[Subscription, ...], last_in: dict[Subscription, int]) -> None:
+        """Put a run that all of these take into their backlogs."""
+        for subscription in targets:
+            backlog = subscription.backlog
+            own = run
+            if ring is not None and isinstance(run, SharedRun) and not self._memory.takes(subscription, run.hold.ring):
+                own = run.copied()
+            if entered := backlog.put(own):  # else all of it was dropped at once
+                last_in[subscription] = entered
+            self._dirty[subscription] = None
+            if backlog.overflowed:
+                self.end(subscription)
+                self.overflowed.append(subscription)
+
+    def replay(self, subscription: Subscription, topics: list[str], count: int, made: Mapping[str, Matcher]) -> None:
+        """Put the last ``count`` messages that are for it into its backlog; ``made`` are the matchers of its patterns."""
+        backlog, account = subscription.backlog, self._memory.store.account
+        if self.history is not None and count:
+            most = 1 if backlog.policy == "latest" else count
+            for batch in self.history.last(topics, most, backlog.capacity, made):
+                backlog.put(run_of(batch, account) if isinstance(batch, Batch) else _shared_run(batch, account))
+            self._dirty[subscription] = None
+
+    def _block(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:
+        if went_on or not publisher.blocked:
+            publisher.blocked_since = time.monotonic()
+            publisher.warned = False
+        publisher.blocked = full
+        if not full.waiters:  # what is read from now on counts for those that come behind, too
+            full.blocked_at = full.backlog.charge
+        full.waiters.append(publisher)
+        self._dirty[full] = None
+
+    def unblock(self, subscription: Subscription) -> None:
+        """Route those again that wait for it."""
+        self.resuming.extend(subscription.waiters)
+        subscription.waiters.clear()
+
+    def end(self, subscription: Subscription) -> None:
+        """Route nothing more to it. What is in its backlog is still written."""
+        if subscription.is_live:
+            subscription.state = subscription.state.to(SubscriptionState.ENDED)
+            subscription.last_topics = self._router.topics(subscription)
+            self._router.remove(subscription)
+        self._dirty[subscription] = None
+        self.unblock(subscription)
+
+
+def _allowed(targets: tuple[Subscription, ...], item: Item, publisher: Publisher) -> tuple[Subscription, ...]:
+    """Return the targets without the excluded one, and without those that begin behind this item."""
+    late = {subscription for subscription, before in publisher.not_yet if not matches(before, item.topic)}
+    return tuple(target for target in targets if target.number != item.exclude and target not in late)
+
+
+def _shared_run(item: References | MemfdMessage, account: Account) -> Run:
+    return SharedRun(item, item.hold.ring.account if isinstance(item, References) else account)
+
+
+def _done(item: Item, publisher: Publisher) -> None:
+    """Let its publisher go on, as the item is enqueued or dropped."""
+    if isinstance(item, MemfdMessage) and publisher.lender is not None:
+        publisher.lender.send(pack(ROUTED, 0, item.id))

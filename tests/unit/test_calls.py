@@ -1,0 +1,118 @@
+"""What a message costs in the broker: Python calls, from its publisher's pipe to a channel's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from mpbroadcast.broker.core.limits import TOGETHER, Budget
+from mpbroadcast.broker.core.policies import new_backlog
+from mpbroadcast.broker.core.router import Router
+from mpbroadcast.broker.members import Peer, Session, Subscription
+from mpbroadcast.broker.traffic import Traffic
+from mpbroadcast.posix.poller import Poller
+from mpbroadcast.posix.processes import PeerProcess
+from mpbroadcast.protocol.frames import frame_head
+from tests.conftest import descriptors as open_files
+
+MOST = 30
+
+
+class Pipes:
+    """The data path of a broker, with one publisher and one channel, in this process."""
+
+    def __init__(self, policy: str = "block") -> None:
+        self.before = open_files()
+        self.peer = Peer(PeerProcess(os.getpid()))
+        self.poller = Poller()
+        self.router: Router[Subscription] = Router()
+        self.traffic = Traffic(self.poller, self.router, None, None)
+        session = Session(1, self.peer, Budget(TOGETHER))
+        self.publisher, self.write_end = self.traffic.intake.add(2, session)
+        self.subscription = Subscription(3, session, new_backlog(1 << 20, policy))
+        self.router.add(self.subscription, ["*"])
+        self.read_end = self.subscription.pipe.begin_opening(self.subscription.backlog)
+        self.subscription.pipe.open()
+        self.traffic.watch(self.subscription)
+        self.traffic.run_until_idle()
+
+    def publish(self, payload: bytes) -> None:
+        os.write(self.write_end, frame_head(len(payload), b"topic") + payload)
+
+    def received(self) -> bytes:
+        os.set_blocking(self.read_end, False)
+        try:
+            return os.read(self.read_end, 1 << 16)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        os.close(self.write_end)
+        os.close(self.read_end)
+        self.traffic.finish(self.publisher)
+        self.poller.close(self.subscription.pipe.close())
+        self.poller.close_forgotten()
+        os.close(self.peer.process.fd)
+        for fd, target in open_files() - self.before:
+            if target == os.devnull:  # what the broker has until its process ends
+                os.close(fd)
+
+
+@contextmanager
+def pipes(policy: str = "block") -> Iterator[Pipes]:
+    made = Pipes(policy)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_one_small_message_takes_few_calls() -> None:
+    """From one pipe into the other, it takes at most :data:`MOST` Python calls."""
+    calls: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            calls.append(frame.f_code.co_qualname)
+
+    with pipes() as path:
+        for number in (1, 2):  # the first fills the router's cache
+            path.publish(b"payload %d" % number)
+            sys.setprofile(note if number == 2 else None)
+            path.traffic.round()
+            path.poller.close_forgotten()
+            sys.setprofile(None)
+            assert b"payload %d" % number in path.received()
+    print(len(calls), *calls, sep="\n")
+    assert 10 < len(calls) <= MOST
+
+
+def test_a_subscription_that_is_removed_while_its_own_message_is_routed() -> None:
+    """A reader that is gone is found while its message is written: it is on the round's list, and nothing else is touched."""
+    with pipes() as path:
+        path.publish(b"one")
+        os.close(path.read_end)
+        path.traffic.round()
+        assert list(path.traffic.departed.items()) == [(path.subscription, True)]
+        assert path.router.targets(b"topic") == ()
+        path.publish(b"two")
+        path.traffic.round()
+        assert (path.traffic.routing.routed, path.subscription.backlog.published) == (2, 1)
+        path.read_end = os.open(os.devnull, os.O_RDONLY)
+
+
+def test_a_subscription_that_ends_itself_while_its_own_message_is_routed() -> None:
+    """A backlog that overflows under ``disconnect`` is routed nothing more, not even of the same round."""
+    with pipes("disconnect") as path:
+        path.subscription.backlog.capacity = 100
+        for _ in range(3):
+            path.publish(bytes(80))
+        path.publish(b"behind")
+        path.traffic.round()
+        assert path.traffic.overflowed == [path.subscription]
+        assert not path.subscription.is_live
+        assert path.router.targets(b"topic") == ()
+        assert b"behind" not in path.received()
