@@ -29,13 +29,15 @@ from mpbroadcast.broker.core.patterns import is_pattern, matcher
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
 from mpbroadcast.client.broker_client import BrokerClient
-from mpbroadcast.posix.shared_memory import message_memory
+from mpbroadcast.posix.fd_socket import DescriptorSocket
+from mpbroadcast.posix.shared_memory import message_memory, ring_memory
 from mpbroadcast.protocol.control import MAX_REQUEST, client_handshake, encode
-from mpbroadcast.protocol.fd_packets import MEMORY, pack
-from mpbroadcast.protocol.frames import Batch, frame_head, memory_frame, pieces
+from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
+from mpbroadcast.protocol.frames import Batch, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.protocol.runs import MESSAGES, RUN, TAIL
-from tests.properties.test_fuzz import Asker, Lent, Rude, asking, own_broker, shares_memory
 from tests.support.helpers import DEADLINE, pattern, wait_until
+from tests.support.own_broker import Asker, asking, own_broker, subscribing
+from tests.support.rude import RING_SIZE, Lent, Rude, shares_memory
 
 __all__ = ["own_broker"]
 
@@ -127,12 +129,6 @@ def in_rounds(broker: Broker, asker: Asker, message: dict[str, Any], most: int) 
             broker.loop.round(0)
     (reply,) = asker.replies
     return reply
-
-
-def subscribing(session: int, number: int, *topics: str) -> dict[str, Any]:
-    """The request for a subscription."""
-    fields = {"capacity": 1 << 16, "overflow": "drop_oldest", "replay": 0, "publisher": None}
-    return {"do": "subscribe", "session": session, "subscription": number, "topics": [*topics], **fields}
 
 
 def test_statistics_of_many_subscriptions_come_in_parts(own_broker: Broker) -> None:
@@ -366,6 +362,25 @@ def test_requests_that_are_never_whole(bus: Broadcaster[Any]) -> None:
         assert sum(client.receive_packet_with_fd(0) is None for client in clients) == len(clients)
         assert memory().rss - before < 1.5 * MOST_ASKED
     wait_until(lambda: bus.stats().memory == 0)
+
+
+@shares_memory
+def test_many_references_to_the_same_memory(own_broker: Broker) -> None:
+    """A few kilobytes of references do not make the broker copy gigabytes: a second one to the same bytes is refused."""
+    with asking(own_broker) as (_, _, number):
+        publisher, pipe = own_broker.traffic.intake.add(own_broker.number(), own_broker.sessions[number])
+        fd_socket = DescriptorSocket(own_broker.traffic.memory.add(publisher))
+        descriptor, memory = ring_memory(RING_SIZE)
+        fd_socket.send_packet(pack(RING, 1, 1 << 16), descriptor.fd)
+        own_broker.loop.round()
+        os.write(pipe, reference_frame(1, 0, RING_SIZE, b"fuzz") * 150)
+        own_broker.traffic.round()
+        routed = own_broker.traffic.routing.routed
+        os.close(pipe)
+        fd_socket.close()
+        descriptor.close()
+        memory.close()
+    assert routed == 1
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["a living publisher", "a dead publisher"])

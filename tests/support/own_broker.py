@@ -1,0 +1,112 @@
+"""A broker in the test's own process, which nobody runs: it is only asked, round by round."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from mpbroadcast.broker.control_clients import ControlConnection
+from mpbroadcast.broker.members import Peer
+from mpbroadcast.broker.requests import answer
+from mpbroadcast.broker.server import Broker
+from mpbroadcast.posix.processes import PeerProcess
+from mpbroadcast.protocol.control import decode
+from tests.conftest import descriptors as open_files
+
+
+class Asker:
+    """What :func:`answer` needs of a connection: takes its replies."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.session: Any = None
+        self.closed = False
+        self.opening: set[Any] = set()
+        self.replies: list[dict[str, Any]] = []
+
+    def reply(self, message: dict[str, Any], *fds: int) -> None:
+        for fd in fds:
+            os.close(fd)
+        json.dumps(message)
+        self.replies.append(message)
+
+    def reply_encoded(self, data: bytes) -> None:
+        self.reply(decode(data[4:]))
+
+    def no_reply(self) -> None:
+        self.replies.append({})
+
+    def fail(self, kind: str, text: str, **more: Any) -> None:
+        self.reply({"error": kind, "text": text, **more})
+
+
+@pytest.fixture
+def own_broker(tmp_path: Path) -> Iterator[Broker]:
+    """A broker in this process, which nobody runs: it is only asked."""
+    before = open_files()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        listener.setblocking(False)
+        broker = Broker(listener, [b"key"], answer, history=3)
+        yield broker
+        take_away(broker)
+        assert not broker.sessions
+        assert not broker.subscriptions
+        assert not broker.traffic.publishers
+        assert broker.held == 0
+        for number, target in open_files() - before:
+            if target == os.devnull:  # what it has until its process ends
+                os.close(number)
+        vars(broker).clear()  # what closes itself when nothing refers to it any more
+
+
+def take_away(broker: Broker) -> None:
+    """End all that was made in this broker."""
+    for session in list(broker.sessions.values()):
+        broker.end_session(session, clean=False)
+    for subscription in list(broker.subscriptions.values()):
+        broker.remove(subscription)
+    broker.traffic.run_until_idle()
+    broker.loop.close_forgotten()
+
+
+def ask(broker: Broker, asker: Asker, message: dict[str, Any]) -> None:
+    """Ask; there is one reply at the most, and it can travel."""
+    asker.replies.clear()
+    answer(broker, cast("ControlConnection", asker), message)
+    assert len(asker.replies) <= 1
+
+
+def subscribing(session: int, subscription: int, *topics: str) -> dict[str, Any]:
+    """The request for a subscription."""
+    fields = {"capacity": 1 << 16, "overflow": "drop_oldest", "replay": 0, "publisher": None}
+    return {"do": "subscribe", "session": session, "subscription": subscription, "topics": [*topics], **fields}
+
+
+@contextlib.contextmanager
+def asking(broker: Broker) -> Iterator[tuple[Asker, Asker, int]]:
+    """Two connections of this process; the first has a session, whose number is given, a publisher, and a subscription."""
+    peer = Peer(PeerProcess(os.getpid()))
+    one, other = Asker(peer), Asker(peer)
+    try:
+        ask(broker, one, {"do": "attach"})
+        session = one.replies[0]["session"]
+        ask(broker, one, {"do": "publisher", "session": session})
+        ask(broker, one, subscribing(session, session + 2, "fuzz", "fuzz:*"))
+        yield one, other, session
+    finally:
+        for asker in (one, other):
+            for subscription in list(asker.opening):
+                broker.unopen(subscription)
+        take_away(broker)
+        fd, peer.process.fd = peer.process.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,143 @@
+"""Processes that have the key and misbehave: control connections, publishers and files as nobody of this package has them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from random import Random
+from typing import Any, Final
+
+import pytest
+
+from mpbroadcast.client.broker_client import BrokerClient
+from mpbroadcast.posix.shared_memory import available, message_memory, ring_memory
+from mpbroadcast.protocol.control import (
+    Inbox,
+    decode,
+    encode,
+)
+from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
+from tests.support.helpers import DEADLINE, keyed_connection
+
+shares_memory = pytest.mark.skipif(not available(), reason="there is no shared memory here, or it is forbidden")
+RING_SIZE: Final = 1 << 20
+
+
+class Rude:
+    """A connection that has shown the key, and then sends what it likes."""
+
+    def __init__(self, address: str) -> None:
+        with keyed_connection(address) as client:
+            self.socket = socket.socket(fileno=os.dup(client.fileno()))
+        self.socket.settimeout(DEADLINE)
+        self._inbox = Inbox(1 << 30)
+        self.fds: list[int] = []
+
+    def send(self, data: bytes) -> None:
+        """Send it, if the broker has not hung up."""
+        with contextlib.suppress(OSError):
+            self.socket.sendall(data)
+
+    def receive_packet_with_fd(self, seconds: float = DEADLINE) -> dict[str, Any] | None:
+        """The next reply; ``None`` when none comes in that time, or the broker has hung up."""
+        deadline = time.monotonic() + seconds
+        while (body := self._inbox.next()) is None:
+            if not select.select([self.socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return None
+            try:
+                data, fds, _, _ = socket.recv_fds(self.socket, 1 << 16, 8)
+            except OSError:
+                return None
+            self.fds += fds
+            if not data:
+                return None
+            self._inbox.feed(data)
+        return decode(body)
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """What the broker replies to a good request."""
+        self.send(encode(message))
+        reply = self.receive_packet_with_fd()
+        assert reply is not None, f"no reply to {message}"
+        return reply
+
+    def close(self) -> None:
+        self.socket.close()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close what came with replies."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+class Lent:
+    """A publisher as the library has it, with a pipe, and perhaps a socket beside it, and a ring."""
+
+    def __init__(self, link: BrokerClient, *, fd_socket: bool) -> None:
+        reply = link.request("publisher")
+        assert reply.pipe is not None
+        self.number = reply.body["publisher"]
+        self.pipe = reply.pipe
+        self.fd_socket = link.request("fd_socket", publisher=self.number).fd_socket if fd_socket else None
+
+    def write(self, data: bytes) -> None:
+        """Write what there is room for, whole or not, unless the broker has closed the pipe."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(self.pipe.fd, data)
+
+    def send_packet(self, packet: bytes, *fds: int) -> None:
+        """Send a packet with descriptors, if there is room for it, and the broker has not hung up."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+        if self.fd_socket is not None:
+            with contextlib.suppress(OSError):
+                self.fd_socket.sendmsg([packet], rights)
+
+    def ring(self, number: int, seconds: float = DEADLINE) -> None:
+        """Share a good ring, and wait until that is answered, but not for longer."""
+        descriptor, memory = ring_memory(RING_SIZE)
+        self.send_packet(pack(RING, number, 1 << 16), descriptor.fd)
+        if self.fd_socket is not None:
+            self.fd_socket.wait(seconds)
+        memory.close()
+
+    def memory(self, number: int, size: int) -> None:
+        """Send the memory of a message."""
+        descriptor = message_memory([bytes(size)])
+        self.send_packet(pack(MEMORY, 0, number), descriptor.fd)
+        descriptor.close()
+
+    def close(self) -> None:
+        self.pipe.close()
+        if self.fd_socket is not None:
+            self.fd_socket.close()
+
+
+SEALS: Final = [0, 2, 4, 8, 2 | 4, 2 | 4 | 8, 2 | 4 | 16, 1 | 2 | 4 | 16, 1 | 2 | 4 | 8]
+
+
+@contextlib.contextmanager
+def any_file(choose: Random, name: str = "fuzz") -> Iterator[int]:
+    """A descriptor of memory of any size with any seals, or of something that is no memory."""
+    kind = choose.randrange(8)
+    if kind == 0:
+        fd, other = os.pipe()
+        os.close(other)
+    elif kind == 1:
+        fd = os.open(choose.choice(["/dev/null", "/dev/zero", "/", sys.executable]), os.O_RDONLY)
+    else:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, choose.choice([0, 1, 100, 3000, 4096, 5000, 1 << 16, 1 << 20, (1 << 20) + 1, 1 << 30, 1 << 45]))
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, choose.choice(SEALS))
+    try:
+        yield fd
+    finally:
+        os.close(fd)
