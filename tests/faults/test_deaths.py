@@ -22,8 +22,8 @@ import pytest
 from mpbroadcast import Broadcaster, BrokerLost, connect, start_broadcaster
 from mpbroadcast.broker.host.socket_file import Listening
 from tests.support import victims
-from tests.support.helpers import DEADLINE, Children, answer, take, wait_until
-from tests.support.victims import Program, alive, descriptors, receive_all
+from tests.support.helpers import DEADLINE, Children, answer, receive_all, take, wait_until
+from tests.support.victims import Program, alive, descriptors
 
 SMALL = 100_000  # bytes of a backlog that is soon full, its pipe included
 SOON = 5.0  # seconds: the promise is one; a busy machine gets more

@@ -34,9 +34,9 @@ from mpbroadcast import (
     start_broadcaster,
 )
 from mpbroadcast.posix.shared_memory import available
-from tests.support.helpers import DEADLINE, Background, Children, answer, finish, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, answer, finish, receive_all, wait_until
 from tests.support.traps import DEAF, IN_RING, INTERRUPTED, WAITING, Bait, Trap, blocked, set_trap, spring_at, trapping
-from tests.support.victims import alive, asleep, descriptors, receive_all, shared_maps, stopped
+from tests.support.victims import alive, asleep, descriptors, shared_maps, stopped
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks at descriptors and maps in /proc")
 

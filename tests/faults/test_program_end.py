@@ -17,8 +17,8 @@ import pytest
 
 from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, StartError, connect, start_broadcaster
 from tests.support import victims
-from tests.support.helpers import DEADLINE, Children, answer, finish, take, wait_until
-from tests.support.victims import Program, receive_all
+from tests.support.helpers import DEADLINE, Children, answer, finish, receive_all, take, wait_until
+from tests.support.victims import Program
 
 METHODS = ["fork", "spawn", "forkserver"]
 PROMPTLY = 10.0  # seconds for a whole program with its processes, on a busy machine

@@ -10,7 +10,7 @@ import os
 import signal
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -221,59 +221,40 @@ def test_all_is_accounted_for_at_every_moment(bus: Bus, slow: MakeReader, overfl
         assert missed == last.subscribers[0].missed > 0
 
 
-@pytest.mark.parametrize("many", [False, True], ids=["publish", "publish_many"])
-@pytest.mark.parametrize("size", [0, 100, 5_000, 200_000])
+@pytest.mark.parametrize("size", [0, 5_000, 200_000])
 @pytest.mark.parametrize("overflow", DROPPING)
-def test_gaps_are_exact_whatever_the_size(bus: Bus, overflow: Policy, size: int, many: bool) -> None:
-    """What was received and what was missed fill all places from the first to the last, before and after a pause."""
-    capacity = 12 * (size + 300)
-    channel = bus.subscribe(overflow=overflow, capacity=capacity)
+def test_gaps_are_exact_whatever_the_size(bus: Bus, overflow: Policy, size: int) -> None:
+    """What was received and what was missed fill all positions from the first to the last, before and after each pause."""
+    channel = bus.subscribe(overflow=overflow, capacity=12 * (size + 300))
     channel.fileno()
     events: Events = []
-    place = 0
+    reached = 0
     for turn in range(3):
         messages = numbered(turn * 100, 100, size)
-        if many:
-            assert bus.publish_many(messages, timeout=DEADLINE) == 100
+        if turn == 1:
+            publish_all(bus, messages)
         else:
-            for message in messages:
-                bus.publish(message, timeout=DEADLINE)
+            assert bus.publish_many(messages, timeout=DEADLINE) == 100
         bus.flush(timeout=DEADLINE)
         check(None, bus.stats())
-        # Read what is there: the place of the last that was published is the place of the last that is known of.
-        while place < 100 * (turn + 1):
+        # Read what is there: the position of the last that was published is the position of the last that is known of.
+        while reached < 100 * (turn + 1):
             events.append(next_event(channel, size))
-            numbers, place = in_place(events)
-        assert place == 100 * (turn + 1)
-        assert channel.missed == only_subscriber(bus).missed == place - len(numbers) > 0
+            numbers, reached = in_place(events)
+        assert reached == 100 * (turn + 1)
+        assert channel.missed == only_subscriber(bus).missed == reached - len(numbers) > 0
     assert end(bus, channel) == []
 
 
 # --- drop_oldest and drop_newest --------------------------------------------------------------------------------------
 
 
-def test_drop_oldest_keeps_the_newest(bus: Bus, slow: MakeReader) -> None:
-    """After a pause the reader gets what was in its pipe, the gaps, and then the newest, up to the last published."""
-    channel = bus.subscribe(overflow="drop_oldest", capacity=40_000)
+@pytest.mark.parametrize("overflow", DROPPING)
+def test_a_dropping_policy_keeps_what_it_is_named_for(bus: Bus, slow: MakeReader, overflow: Policy) -> None:
+    """After a pause ``drop_oldest`` gives the newest behind the gaps, ``drop_newest`` the oldest and then the gap."""
+    channel = bus.subscribe(overflow=overflow, capacity=40_000)
     reader = slow(channel)
-    bus.publish_many(numbered(0, 1000, 500), timeout=DEADLINE)
-    bus.flush(timeout=DEADLINE)
-    bus.unsubscribe(channel)
-    reader.go()
-    events, missed = reader.result()
-    numbers, place = in_place(events)
-    assert place == 1000
-    assert numbers[-20:] == list(range(980, 1000))
-    assert 20 < len(numbers) <= 40_000 // 500
-    assert missed == 1000 - len(numbers)
-
-
-def test_drop_newest_keeps_what_waits(bus: Bus, slow: MakeReader) -> None:
-    """After a pause the reader gets what came before its backlog was full, and a gap up to the last published."""
-    channel = bus.subscribe(overflow="drop_newest", capacity=40_000)
-    reader = slow(channel)
-    for message in numbered(0, 20, 500):  # they fit, whatever is in the pipe
-        bus.publish(message, timeout=DEADLINE)
+    publish_all(bus, numbered(0, 20, 500))  # they fit, whatever is in the pipe
     bus.publish_many(numbered(20, 980, 500), timeout=DEADLINE)
     bus.flush(timeout=DEADLINE)
     bus.unsubscribe(channel)
@@ -281,10 +262,13 @@ def test_drop_newest_keeps_what_waits(bus: Bus, slow: MakeReader) -> None:
     events, missed = reader.result()
     numbers, place = in_place(events)
     assert place == 1000
-    assert numbers[:20] == list(range(20))
     assert 20 < len(numbers) <= 40_000 // 500
-    assert events[-1][0] == "lagged"
     assert missed == 1000 - len(numbers)
+    if overflow == "drop_oldest":
+        assert numbers[-20:] == list(range(980, 1000))
+    else:
+        assert numbers[:20] == list(range(20))
+        assert events[-1][0] == "lagged"
 
 
 def full_by_newest(bus: Bus) -> tuple[Channel[Any], int, int]:
@@ -465,19 +449,16 @@ def test_the_disconnected_is_not_waited_for(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize("overflow", DROPPING)
-def test_of_many_larger_than_the_capacity_one_is_kept(bus: Bus, slow: MakeReader, overflow: Policy) -> None:
+def test_of_many_larger_than_the_capacity_one_is_kept(bus: Bus, overflow: Policy) -> None:
     """Of messages that are each larger than the backlog one waits at a time; the others are in the gap."""
     channel = bus.subscribe(overflow=overflow, capacity=10_000)
-    reader = slow(channel)
     for number in range(20):
         bus.publish((number, pattern(number, 50_000)), timeout=DEADLINE)
         bus.flush(timeout=DEADLINE)
         stats = bus.stats()
         check(None, stats)
         assert stats.subscribers[0].waiting == 1
-    bus.unsubscribe(channel)
-    reader.go()
-    numbers, place = in_place(reader.result()[0])
+    numbers, place = in_place(end(bus, channel))
     assert place == 20
     assert len(numbers) == 1
 
@@ -555,7 +536,7 @@ def test_topics_and_exclude_count_for_whom_they_reach(bus: Bus) -> None:
 # --- bounded ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0, 100, 5_000])
+@pytest.mark.parametrize("size", [0, 5_000])
 @pytest.mark.parametrize("overflow", ["block", *DROPPING])
 def test_what_is_unread_in_the_pipe_counts_as_backlog(bus: Bus, overflow: Policy, size: int) -> None:
     """What waits in the broker, with 256 bytes for each message, and what is unread in the pipe are one capacity."""
@@ -622,7 +603,7 @@ def test_tiny_messages_are_counted_with_their_overhead(bus: Bus, overflow: Polic
     channel = bus.subscribe(overflow=overflow, capacity=MEBIBYTE)
     published = 0
     try:
-        for _ in range(30_000):
+        for _ in range(12_000):
             bus.publish(None, timeout=0.3)
             published += 1
     except TimedOut:
@@ -633,7 +614,7 @@ def test_tiny_messages_are_counted_with_their_overhead(bus: Bus, overflow: Polic
     for row in bus.stats().subscribers:
         assert MEBIBYTE // 2 < row.waiting_bytes <= MEBIBYTE
         assert row.waiting <= MEBIBYTE // 256
-    assert published == 30_000 or overflow == "block"
+    assert published == 12_000 or overflow == "block"
     channel.close()
 
 
@@ -686,16 +667,16 @@ def test_with_topic_under_each_policy(bus: Bus) -> None:
         bus.publish_many(range(200), topic="room:1")
         bus.flush(timeout=DEADLINE)
         bus.unsubscribe(channel)
-        got: list[Any] = []
-        missed = 0
-        while True:
-            try:
-                got.append(channel.recv(timeout=DEADLINE))
-            except Lagged as error:
-                missed += error.missed
-            except Overflowed:
-                missed = 200 - len(got)
-            except EOFError:
-                break
-        assert {topic for topic, _ in got} == {"room:1"}
-        assert len(got) + (channel.missed if overflow == "latest" else missed) == 200
+        with contextlib.suppress(Overflowed):
+            received = [topic for topic, _ in everything_but_gaps(channel)]
+            assert set(received) == {"room:1"}
+            assert len(received) + channel.missed == 200
+
+
+def everything_but_gaps(channel: Channel[Any]) -> Iterator[Any]:
+    """Yield each message up to the clean end."""
+    ended = False
+    while not ended:
+        with contextlib.suppress(Lagged):
+            yield from channel
+            ended = True

@@ -245,25 +245,15 @@ def test_publish_many_says_how_many_were_sent_before_its_iterable_failed(bus: Bu
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param(list(range(300)), id="small"),
-        pytest.param(list(range(4000, 4201)), id="around a page"),
-        pytest.param(list(range(8100, 8300)), id="around two pages"),
-        pytest.param(list(range(65536 - 120, 65536 + 60)), id="around 64 KiB"),
-        pytest.param([1_048_575, 1_048_576, 1_048_577, 0, 3_333_333, 1], id="some MiB between small ones"),
-        pytest.param([20 * 1_048_576], id="20 MiB"),
-    ],
-)
-def test_messages_of_every_size_arrive_unchanged(bus: Bus, sizes: list[int]) -> None:
+def test_messages_of_every_size_arrive_unchanged(bus: Bus) -> None:
     """Sizes from nothing to many MiB arrive whole, also where a frame just fits or just does not."""
+    sizes = [*range(300), *range(4000, 4201), *range(8100, 8300), *range(65536 - 120, 65536 + 60)]
+    sizes += [1_048_575, 1_048_576, 1_048_577, 0, 3_333_333, 1, 20 * 1_048_576]
     channel = bus.subscribe()
     received = Background(take, channel, len(sizes))
     for size in sizes:
         bus.publish(pattern(size, size))
-    for size, message in zip(sizes, received.result(3 * DEADLINE), strict=True):
-        assert len(message) == size
+    for size, message in zip(sizes, received.result(2 * DEADLINE), strict=True):
         assert message == pattern(size, size)
 
 

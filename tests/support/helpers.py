@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from mpbroadcast import Broadcaster, Channel, Lagged, Overflowed, SubscriberStats
+from mpbroadcast import Broadcaster, BroadcastError, Channel, Lagged, Overflowed, SubscriberStats
 from mpbroadcast.protocol.control import client_handshake
 
 DEADLINE = 20.0
@@ -54,14 +54,22 @@ def take(channel: Channel[Any], count: int) -> list[Any]:
     return [channel.recv(timeout=DEADLINE) for _ in range(count)]
 
 
-def rest(channel: Channel[Any]) -> list[Any]:
-    """All messages up to the clean end, which must come."""
+def receive_all(channel: Channel[Any], timeout: float = DEADLINE) -> tuple[list[Any], BaseException]:
+    """Return all messages that come, and the error that ends them."""
     messages = []
     while True:
         try:
-            messages.append(channel.recv(timeout=DEADLINE))
-        except EOFError:
-            return messages
+            messages.append(channel.recv(timeout))
+        except (EOFError, BroadcastError) as error:
+            return messages, error
+
+
+def rest(channel: Channel[Any]) -> list[Any]:
+    """Return all messages up to the clean end, which must come."""
+    messages, error = receive_all(channel)
+    if not isinstance(error, EOFError):
+        raise error
+    return messages
 
 
 def record(channel: Channel[Any]) -> list[tuple[str, int]]:

@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpbroadcast import Broadcaster, BroadcastError, Channel
-from tests.support.helpers import DEADLINE, pattern
+from mpbroadcast import Broadcaster, Channel
+from tests.support.helpers import DEADLINE, pattern, receive_all
 
 
 class Size(NamedTuple):
@@ -53,13 +53,9 @@ def number_of(message: tuple[int, Any]) -> int:
 
 
 def numbers_until_end(channel: Channel[Any]) -> tuple[list[int], str]:
-    """The numbers of all messages that come, and the name of the error that ends them."""
-    numbers = []
-    while True:
-        try:
-            numbers.append(number_of(channel.recv(timeout=DEADLINE)))
-        except (EOFError, BroadcastError) as error:
-            return numbers, type(error).__name__
+    """Return the numbers of all messages that come, each of which must be whole, and the name of the error that ends them."""
+    messages, error = receive_all(channel)
+    return list(map(number_of, messages)), type(error).__name__
 
 
 def report_numbers(channel: Channel[Any], results: Connection) -> None:

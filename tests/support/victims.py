@@ -19,7 +19,7 @@ import psutil
 
 import mpbroadcast
 from mpbroadcast import Broadcaster, Channel
-from tests.support.helpers import DEADLINE
+from tests.support.helpers import DEADLINE, receive_all
 
 ROOT = Path(mpbroadcast.__file__).parent.parent
 MARK = "MPBROADCAST_TEST_MARK"
@@ -90,16 +90,6 @@ class Counter:
     @value.setter
     def value(self, value: int) -> None:
         self._memory[:8] = value.to_bytes(8, "little")
-
-
-def receive_all(channel: Channel[Any], timeout: float = DEADLINE) -> tuple[list[Any], BaseException]:
-    """What a channel still has, and the error that ended it."""
-    messages = []
-    while True:
-        try:
-            messages.append(channel.recv(timeout))
-        except (EOFError, mpbroadcast.BroadcastError) as error:
-            return messages, error
 
 
 # ------------------------------------------------------------------------------------------------------------- targets
