@@ -7,6 +7,7 @@ import errno
 import fcntl
 import gc
 import itertools
+import multiprocessing
 import os
 import pickle
 import random
@@ -47,7 +48,7 @@ Bus = Broadcaster[Any]
 LARGE = Size(3 << 20)
 MIDDLE = Size(300_000)
 TOLERANCE = 24 << 20  # bytes of shared memory: a ring, and some messages
-SOAK = int(os.environ.get("MPBROADCAST_SOAK", "1"))
+SOAK = int(float(os.environ.get("MPBROADCAST_SOAK", "1")))
 
 
 def shared_memory() -> int:
@@ -140,12 +141,12 @@ def test_tables_of_other_libraries(library: str, bus: Bus) -> None:
 
 
 def test_many_kept_arrays_need_no_descriptors(
-    own_memory: None, fork: BaseContext, bus: Bus, children: Children, pipe: tuple[Connection, Connection]
+    own_memory: None, bus: Bus, children: Children, pipe: tuple[Connection, Connection]
 ) -> None:
     """A subscriber with 1,024 descriptors at the most can keep 2,000 arrays, each in a map of its own."""
     numpy = pytest.importorskip("numpy")
     channel = bus.subscribe()
-    process = children(fork, workers.keep_all, channel, pipe[1], 1024)
+    process = children(multiprocessing.get_context("forkserver"), workers.keep_all, channel, pipe[1], 1024)
     assert answer(pipe[0]) == "open"
     for first in range(0, 2000, 100):
         bus.publish_many((number, numpy.full(1000, number)) for number in range(first, first + 100))
@@ -406,6 +407,8 @@ def test_a_stopped_subscriber_holds_up_no_answer(
     finish(process)
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(60 + 10 * SOAK)
 def test_nothing_leaks(bus: Bus, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]) -> None:
     """Many large messages of two publishers, through four subscribers of which one after the other is killed: then all
     descriptors, maps and shared memory are back."""

@@ -565,6 +565,7 @@ def soak_read(channel: Channel[Any], seed: int, report: Connection) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.soak
 @pytest.mark.timeout(int(float(os.environ.get("MPBROADCAST_SOAK", "3"))) + 120)
 def test_all_at_once(children: Children, fork: BaseContext) -> None:
     """Random sizes, topics, kills, stops and forks, for ``MPBROADCAST_SOAK`` seconds: nothing is lost, doubled or spoilt."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import pickle
 import resource
@@ -132,17 +131,12 @@ def receive_in_need(channel: Channel[Any], orders: Connection, need: str) -> Non
 
 
 def keep_all(channel: Channel[Any], results: Connection, limit: int) -> None:
-    """With at most so many descriptors, keep all that comes until the end; send home how many, and how many are maps.
-
-    A forked process may have inherited maps of what its parent still had.
-    """
-    gc.collect()
-    before = maps(os.getpid())
+    """With at most so many descriptors, keep all that comes until the end; send home how many, and how many are maps."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     results.send("open" if channel.fileno() >= 0 else "")
     kept = list(channel)
     assert all(number == array[0] and len(array) == len(kept[0][1]) for number, array in kept)
-    results.send((len(kept), maps(os.getpid()) - before))
+    results.send((len(kept), maps(os.getpid())))
 
 
 def maps(pid: int) -> int:
