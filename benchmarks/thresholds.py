@@ -23,12 +23,12 @@ from unittest import mock
 from mpbroadcast import Channel, start_broadcaster
 
 _SHARED_FROM = (
-    "mpbroadcast.broadcaster.SHARED_FROM",
-    "mpbroadcast.client.pipe_writer.SHARED_FROM",
-    "mpbroadcast.broadcaster.SHORT",  # the quick way into the pipe
+    "mpbroadcast.client.broadcaster.SHARED_FROM",
+    "mpbroadcast.client.shared_writer.SHARED_FROM",
+    "mpbroadcast.client.broadcaster.SHORT",  # the quick way into the pipe
 )
-_LONGEST = "mpbroadcast.client.pipe_writer.LONGEST"
-_MEMORY_FROM = "mpbroadcast.client.pipe_writer.MEMORY_FROM"
+_LONGEST = "mpbroadcast.client.shared_writer.LONGEST"
+_MEMORY_FROM = "mpbroadcast.client.shared_writer.MEMORY_FROM"
 WAYS: dict[str, dict[str, int]] = {
     "pipe": dict.fromkeys(_SHARED_FROM[:2], 1 << 40),
     "ring": {**dict.fromkeys(_SHARED_FROM, 1), _LONGEST: 1 << 22, _MEMORY_FROM: 1 << 40},

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, start_broadcaster
-from mpbroadcast.client import pipe_writer
+from mpbroadcast.client import shared_writer
 from mpbroadcast.protocol import pickling
 from tests.support.helpers import Children, wait_until
 from tests.support.large_workers import TRANSPORTS, Size
@@ -167,8 +167,8 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """All messages from 2 KiB on go in memory of their own, their buffers uncopied, so that tests need not be large."""
-    monkeypatch.setattr(pipe_writer, "LONGEST", 0)
-    monkeypatch.setattr(pipe_writer, "MEMORY_FROM", 0)
+    monkeypatch.setattr(shared_writer, "LONGEST", 0)
+    monkeypatch.setattr(shared_writer, "MEMORY_FROM", 0)
     monkeypatch.setattr(pickling, "OUT_OF_BAND", 2048)
 
 

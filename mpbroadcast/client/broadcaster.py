@@ -13,7 +13,8 @@ from weakref import WeakSet
 
 from mpbroadcast.client.broker_client import BrokerClient, Reply, Session, for_reply
 from mpbroadcast.client.channel import Channel, open_own
-from mpbroadcast.client.pipe_writer import SHARED_FROM, PipeWriter, framed
+from mpbroadcast.client.pipe_writer import Route, framed
+from mpbroadcast.client.shared_writer import SHARED_FROM, SharedWriter
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, ClosedError, TimedOut
 from mpbroadcast.posix.descendants import Descendants, descendants
@@ -65,8 +66,8 @@ class Broadcaster(Generic[M]):
 
     def __init__(self, client: BrokerClient, process: _Process | None = None) -> None:
         self._client = client
-        self._writer: PipeWriter | None = None  # until something is published
-        self._outlets: dict[Session, PipeWriter] = {}
+        self._writer: SharedWriter | None = None  # until something is published
+        self._writers: dict[Session, SharedWriter] = {}
         self._gap = False  # whether something was published to a broker that has died since
         self._process = process  # in its starter
         self._large = False  # whether the last message was, and so perhaps the next
@@ -111,8 +112,8 @@ class Broadcaster(Generic[M]):
         :raises Exception: whatever pickling the message raises; nothing was sent.
         """
         if exclude is not None or timeout is not None or self._large:
-            way, deadline = self._way(topic, exclude), Deadline(check_timeout(timeout))
-            self._publish(self._pickled(message, topic), way, deadline, [])
+            route, deadline = self._route(topic, exclude), Deadline(check_timeout(timeout))
+            self._publish(self._pickled(message, topic), route, deadline, [])
             return
         encoded = encoded_topic(topic) if topic != "" else b""
         try:
@@ -157,8 +158,8 @@ class Broadcaster(Generic[M]):
         counts: list[int] = []  # of the messages in each write that was begun
         done: list[int] = []  # one for each write that was done
         try:
-            way = self._way(topic, exclude)
-            self._publish_all(messages, topic, way, Deadline(check_timeout(timeout)), counts, done)
+            route = self._route(topic, exclude)
+            self._publish_all(messages, topic, route, Deadline(check_timeout(timeout)), counts, done)
         except BaseException as error:
             with contextlib.suppress(AttributeError):
                 error.sent = sum(counts[: len(done)])  # type: ignore[attr-defined]
@@ -169,7 +170,7 @@ class Broadcaster(Generic[M]):
         self,
         messages: Iterable[M],
         topic: str,
-        way: tuple[bytes, int],
+        route: Route,
         deadline: Deadline,
         counts: list[int],
         done: list[int],
@@ -179,13 +180,13 @@ class Broadcaster(Generic[M]):
         try:
             for message in messages:
                 payload = self._pickled(message, topic)
-                frame = framed(payload, way) if payload.size < SHARED_FROM else b""
+                frame = framed(payload, route) if payload.size < SHARED_FROM else b""
                 if not frame or size + len(frame) > PIPE_BUF:
                     self._send_all(waiting, deadline, counts, done)
                     size = 0
                 if not frame or len(frame) > PIPE_BUF:
                     counts.append(1)
-                    self._publish(payload, way, deadline, done)
+                    self._publish(payload, route, deadline, done)
                 else:
                     waiting.append(frame)
                     size += len(frame)
@@ -199,9 +200,9 @@ class Broadcaster(Generic[M]):
             frames = b"".join(waiting)
             counts.append(len(waiting))
             waiting.clear()
-            self._deliver(deadline, PipeWriter.send, frames, deadline, done)
+            self._deliver(deadline, SharedWriter.send, frames, deadline, done)
 
-    def _way(self, topic: str, exclude: Channel[Any] | None) -> tuple[bytes, int]:
+    def _route(self, topic: str, exclude: Channel[Any] | None) -> Route:
         return encode_topic(topic), 0 if exclude is None else self._own_channel(exclude, "exclude").id
 
     def _own_channel(self, channel: Channel[Any], name: str) -> Channel[Any]:
@@ -231,13 +232,13 @@ class Broadcaster(Generic[M]):
         self._large = payload.image or payload.size >= _GATHER_FROM
         return payload
 
-    def _publish(self, payload: Payload, way: tuple[bytes, int], deadline: Deadline, done: list[int]) -> None:
-        if payload.size + 16 + len(way[0]) > MAX_FRAME:
+    def _publish(self, payload: Payload, route: Route, deadline: Deadline, done: list[int]) -> None:
+        if payload.size + 16 + len(route[0]) > MAX_FRAME:
             raise ValueError(f"a message of {payload.size} bytes is too long: with its topic, the limit is {MAX_FRAME - 16}")
-        self._deliver(deadline, PipeWriter.publish, payload, way, deadline, done)
+        self._deliver(deadline, SharedWriter.publish, payload, route, deadline, done)
 
     def _deliver(self, deadline: Deadline, send: Callable[..., None], *arguments: Any) -> None:
-        """Call ``send`` with the way to the broker, and again if another one takes over meanwhile."""
+        """Call ``send`` with the route to the broker, and again if another one takes over meanwhile."""
         while True:
             self._check_open()
             writer = self._writer or self._make(deadline)
@@ -252,22 +253,22 @@ class Broadcaster(Generic[M]):
                     raise self._client.lost_error(error)  # noqa: B904, it has its cause
                 self._leave(writer)
 
-    def _make(self, deadline: Deadline) -> PipeWriter:
+    def _make(self, deadline: Deadline) -> SharedWriter:
         answer = self._ask("publisher", for_reply(deadline))
         if answer.pipe is None:
             raise self._client.lost_error()
-        made = PipeWriter(self._client, answer.session, answer.pipe, answer.body["publisher"])
+        made = SharedWriter(self._client, answer.session, answer.pipe, answer.body["publisher"])
         # Of several threads that come here first, one makes it for all: this is one step, where `if` and `=` are two.
-        self._writer = writer = self._outlets.setdefault(answer.session, made)
+        self._writer = writer = self._writers.setdefault(answer.session, made)
         if self._closed:  # meanwhile, by another thread
             writer.pipe.close()
         self._check_open()
         return writer
 
-    def _leave(self, writer: PipeWriter) -> None:
+    def _leave(self, writer: SharedWriter) -> None:
         """The broker that it leads to has died; the next publish makes one to that which has taken over."""
         self._gap = True
-        self._outlets.pop(writer.session, None)
+        self._writers.pop(writer.session, None)
         if writer is self._writer:
             self._writer = None
 
@@ -346,7 +347,7 @@ class Broadcaster(Generic[M]):
                 overflow=overflow,
                 capacity=room,
                 replay=replay,
-                publisher=None if writer is None else writer.number,  # a former broker's is unknown to the next one
+                publisher=None if writer is None else writer.id,  # a former broker's is unknown to the next one
             )
             self._channels.add(channel)
         except BaseException:
@@ -385,7 +386,7 @@ class Broadcaster(Generic[M]):
         writer = self._writer
         if writer is not None:
             what = "all to leave its backlog" if delivered else "the broker to route all"
-            self._ask_and_wait(limit, what, "flush", publisher=writer.number, delivered=delivered)
+            self._ask_and_wait(limit, what, "flush", publisher=writer.id, delivered=delivered)
             if writer.session is not self._client.session():
                 self._leave(writer)
         if self._gap:
@@ -451,7 +452,7 @@ class Broadcaster(Generic[M]):
             # A publish that waits in another thread is woken when the broker closes its end.
             with contextlib.suppress(BroadcastError, OSError):
                 deadline = limit.at_most(CLOSE_TIMEOUT)
-                client.request("retire", session=writer.session, publisher=writer.number, deadline=deadline)
+                client.request("retire", session=writer.session, publisher=writer.id, deadline=deadline)
         if process is not None:
             asked = 0
             with contextlib.suppress(BroadcastError, OSError):
@@ -459,7 +460,7 @@ class Broadcaster(Generic[M]):
             process.end(limit.remaining(), asked=asked, time_left=lambda: self._time_left(client, timeout))
             client.close()
         self._writer = None
-        self._outlets.clear()
+        self._writers.clear()
         self._client = BrokerClient(client.address, client.broker)  # the session ends when nothing else here needs it
         self._heirs = Descendants()  # nobody asks any more
         if process is not None:
@@ -496,6 +497,6 @@ class Broadcaster(Generic[M]):
 
     def _in_child(self) -> None:
         self._writer = None
-        self._outlets = {}
+        self._writers = {}
         self._gap = False
         self._process = None

@@ -790,8 +790,8 @@ def test_a_system_without_memory_for_a_ring(monkeypatch: pytest.MonkeyPatch, bus
     short = Ring(1, mmap.mmap(fd, CHUNK * CHUNKS))
     os.ftruncate(fd, CHUNK)  # what lies behind cannot be had any more
     os.close(fd)
-    assert short.has(0, CHUNK)
-    assert not short.has(CHUNK - 1, 2)
+    assert short.has_memory(0, CHUNK)
+    assert not short.has_memory(CHUNK - 1, 2)
     short.close()
     asked: list[int] = []
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from mpbroadcast import Broadcaster, BroadcastError, Channel, ChannelInUse, connect, start_broadcaster
-from mpbroadcast.client.pipe_writer import SHARED_FROM
+from mpbroadcast.client.shared_writer import SHARED_FROM
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.frames import PIPE_BUF
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST

@@ -407,19 +407,19 @@ def test_a_full_pipe_costs_no_room() -> None:
     reader, writer = os.pipe()
     try:
         os.set_blocking(writer, False)
-        ring.room.take(100)
+        ring.allocator.take(100)
         assert ring.put(b"fits", b"", writer)
-        place = ring.room.next
+        place = ring.allocator.next
         assert (place, memory[128:132]) == (192, b"fits")
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.write(writer, bytes(PIPE_BUF))
         assert not ring.put(b"full", b"", writer)
-        assert ring.room.next == place
-        left = ring.room.end - place
+        assert ring.allocator.next == place
+        left = ring.allocator.end - place
         os.read(reader, 4 * PIPE_BUF)
         assert not ring.put(bytes(left + 1), b"", writer)
-        assert ring.room.next == place
+        assert ring.allocator.next == place
     finally:
         ring.close()
         os.close(reader)
