@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+from typing import Final
 
 from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.states import PipeState
@@ -21,7 +21,6 @@ class ChannelPipe:
     def __init__(self) -> None:
         self.state = self.unopened = PipeState.UNOPENED  # what it is now, and what it is when an opening is taken back
         self.fd = -1
-        self.opening: Any = None  # the control connection over which it is being opened
         self.token = 0  # of the opening that was begun last
         self.write_interest = False  # independent of the state: the poller reports when the pipe takes more
         self.is_retrying = False  # independent of the state: a timer will look at it again

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.backlog import Backlog
@@ -34,7 +33,7 @@ class Peer:
     def __init__(self, process: PeerProcess) -> None:
         self.process = process
         self.is_starter = False  # of the broker, which ends with it
-        self.clients: set[Any] = set()  # its control connections
+        self.connections = 0  # control connections that it has
         self.asked = 0  # bytes of their requests that are not whole
         self.subscriptions: set[Subscription] = set()
 
@@ -43,8 +42,9 @@ class Peer:
         return self.process.pid
 
     @property
-    def unused(self) -> bool:
-        return not (self.is_starter or self.clients or self.subscriptions)
+    def is_unused(self) -> bool:
+        """True if nothing belongs to it, so that its death means nothing."""
+        return not (self.is_starter or self.connections or self.subscriptions)
 
 
 class Session:

@@ -1,4 +1,9 @@
-"""What a process asks of the broker over a control connection. Every value comes from another process: none is trusted."""
+"""What a process requests of the broker over a control connection: a handler a request.
+
+Every value comes from another process: none is trusted. A handler replies, now or later, or raises :class:`_Refused`. One that
+takes long is a generator: between two of its steps the broker has a round, so what it has looked up may be gone after a
+``yield``.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,12 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final
 
-from mpbroadcast.broker.control_clients import ControlConnection
+from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, MOST_STEPS, SESSION, OverBudget, cost_of
 from mpbroadcast.broker.core.patterns import Matcher, is_pattern, matcher
 from mpbroadcast.broker.members import Publisher, Session, Subscription
 from mpbroadcast.broker.server import Broker
-from mpbroadcast.protocol.control import frame
+from mpbroadcast.protocol.control import frame_of
 from mpbroadcast.validation import check_count, check_overflow, encode_topic
 
 
@@ -26,102 +31,102 @@ class _Refused(Exception):
         self.more = more
 
 
-def answer(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
-    """Do what is asked, and reply to it, now or later."""
+def answer(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+    """Do what is requested, and reply to it, now or later."""
     do = message.get("do")
     handler = _HANDLERS.get(do) if isinstance(do, str) else None
-    with _errors_to(client):
+    with _errors_to(connection):
         if handler is None:
             raise _Refused("value", f"the broker does not know how to {do!r}: is it of another version?")
-        if len(client.peer.clients) > MOST_CONNECTIONS:
+        if connection.peer.connections > MOST_CONNECTIONS:
             raise _Refused(
                 "value", f"this process has more than {MOST_CONNECTIONS} connections to the broker: use fewer handles"
             )
-        parts = handler(broker, client, message)
-        if parts is not None:
-            _go_on(broker, client, parts)
+        parts = handler(broker, connection, message)
+        if parts is not None and next(parts, True) is None:
+            broker.parts.append(_rest(connection, parts))
 
 
-def _go_on(broker: Broker, client: ControlConnection, parts: Iterator[None]) -> None:
-    """Do the next part of what takes long; others have a round of the loop between two parts."""
-    with _errors_to(client):
-        if not client.closed and next(parts, True) is None:
-            broker.loop.later(0, lambda: _go_on(broker, client, parts))
+def _rest(connection: ControlConnection, parts: Iterator[None]) -> Iterator[None]:
+    """Do the other parts of what takes long, unless the connection is closed meanwhile."""
+    with _errors_to(connection):
+        while not connection.is_closed and next(parts, True) is None:
+            yield
 
 
 @contextlib.contextmanager
-def _errors_to(client: ControlConnection) -> Iterator[None]:
+def _errors_to(connection: ControlConnection) -> Iterator[None]:
     try:
         yield
     except OverBudget as error:
-        client.fail("value", str(error))
+        connection.fail("value", str(error))
     except _Refused as refused:
-        client.fail(refused.kind, str(refused), **refused.more)
+        connection.fail(refused.kind, str(refused), **refused.more)
     except OSError as error:
         no_descriptors = error.errno in (errno.EMFILE, errno.ENFILE)
         text = "the broker has no descriptor left for another pipe" if no_descriptors else str(error)
-        client.fail("system", text, errno=error.errno)
+        connection.fail("system", text, errno=error.errno)
 
 
-def _attach(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
-    if client.session is not None:
+def _attach(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+    if connection.session is not None:
         raise _Refused("value", "this connection is a session's already")
-    session = broker.new_session(client)
-    client.reply(
+    session = broker.registry.new_session(connection)
+    connection.reply(
         {
             "session": session.number,
             "broker": broker.identity,
-            "number": broker.number_of_broker,
+            "number": broker.generation,
             "restarts": broker.restarts,
         }
     )
 
 
-def _detach(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
-    session, client.session = client.session, None
+def _detach(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+    session, connection.session = connection.session, None
     if message.get("end"):
         broker.ends_unneeded = True
     if session is not None:
-        broker.end_session(session, clean=True)
-    client.no_reply()
+        broker.registry.end_session(session, clean=True)
+    connection.no_reply()
 
 
-def _publisher(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
+def _publisher(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     _refuse_when_stopping(broker)
-    publisher, descriptor = broker.traffic.intake.add(broker.number(), _session(broker, client, message))
-    client.reply({"publisher": publisher.number}, descriptor)
+    publisher, descriptor = broker.traffic.intake.add(broker.registry.new_id(), _session(broker, connection, message))
+    connection.reply({"publisher": publisher.number}, descriptor)
 
 
-def _fd_socket(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
-    publisher = _own_publisher(broker, client, message)
+def _fd_socket(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+    publisher = _own_publisher(broker, connection, message)
     if publisher is None:
         raise _Refused("lost", "the broker does not know this publisher any more")
-    client.reply({"fd_socket": True}, broker.traffic.memory.add(publisher))
+    connection.reply({"fd_socket": True}, broker.traffic.memory.add(publisher))
 
 
-def _retire(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
-    publisher = _own_publisher(broker, client, message)
+def _retire(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+    publisher = _own_publisher(broker, connection, message)
     if publisher is not None:
         broker.traffic.finish(publisher)
-    client.reply({})
+    connection.reply({})
 
 
-def _flush(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
+def _flush(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     publisher = _find_publisher(broker, message)
     delivered, now = bool(message.get("delivered")), bool(message.get("now"))
     if publisher is None:
-        client.reply({"done": True})
+        connection.reply({"done": True})
     elif now and not publisher.all_routed:
-        client.reply({"done": False})
+        connection.reply({"done": False})
     elif delivered:
-        publisher.after_written(lambda: broker.when_delivered(client, publisher, now=now))
+        publisher.after_written(lambda: broker.waits.for_delivery(connection, publisher, now=now))
     else:
-        publisher.after_written(lambda: client.reply({"done": True}))  # one that has gone meanwhile takes it quietly
+        publisher.after_written(lambda: connection.reply({"done": True}))  # one that has gone meanwhile takes it quietly
 
 
-def _subscribe(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
+def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     topics = _topics(message)
-    _session(broker, client, message).budget.check(cost_of(set(topics), 1))
+    _session(broker, connection, message).budget.check(cost_of(set(topics), 1))
     made = yield from _matchers(topics)
     _refuse_when_stopping(broker)
     capacity = _checked(check_count, message.get("capacity"), "capacity", 1)
@@ -129,13 +134,13 @@ def _subscribe(broker: Broker, client: ControlConnection, message: dict[str, Any
     replay = _checked(check_count, message.get("replay"), "replay", 0)
     if replay and broker.traffic.routing.history is None:
         raise _Refused("value", "replay needs a broker that keeps a history: start_broadcaster(history=...)")
-    session = _session(broker, client, message)
+    session = _session(broker, connection, message)
     number = _integer(message, "subscription")
-    if number in broker.dropped_early:
+    if number in broker.registry.dropped_early:
         raise _Refused("closed", "this subscription was dropped before it was made")
-    known = broker.subscriptions.get(number)
-    if known is not None and known.session.peer.pid == client.peer.pid:  # the answer was lost with the broker
-        client.reply({})
+    known = broker.registry.subscriptions.get(number)
+    if known is not None and known.session.peer.pid == connection.peer.pid:  # the answer was lost with the broker
+        connection.reply({})
         return
     if known is not None or not 0 < number <= _MOST:
         raise _Refused("value", f"subscription must be a new number of 48 bits, not {number}")
@@ -143,86 +148,87 @@ def _subscribe(broker: Broker, client: ControlConnection, message: dict[str, Any
         broker.traffic.take_in()  # so that it is in the history
         if broker.traffic.routing.history is not None and broker.traffic.routing.history.steps(topics, made) > MOST_STEPS:
             raise _Refused("value", "replay of so many patterns takes too long: name topics, or begin patterns differently")
-    subscription = broker.add_subscription(number, session, topics, capacity, policy, made)
+    subscription = broker.registry.add_subscription(number, session, topics, capacity, policy, made)
     publisher = _find_publisher(broker, message)
     if replay:
         broker.traffic.routing.replay(subscription, topics, replay, made)
     elif publisher is not None:
-        broker.begin_behind(publisher, subscription)
-    client.reply({})
+        broker.registry.begin_behind(publisher, subscription)
+    connection.reply({})
 
 
-def _topics_changed(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
+def _topics_changed(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     topics = _topics(message)
     made: dict[str, Matcher] = {}
     if message["do"] == "add topics":
-        _find_subscription(broker, client, message).session.budget.check(cost_of(set(topics), 0))
+        _find_subscription(broker, connection, message).session.budget.check(cost_of(set(topics), 0))
         made = yield from _matchers(topics)
-    subscription = _find_subscription(broker, client, message)
+    subscription = _find_subscription(broker, connection, message)
     if not subscription.is_live:
         raise _Refused("closed", "this channel was unsubscribed: subscribe again for a new one")
-    session = _session(broker, client, message)
+    session = _session(broker, connection, message)
     if message["do"] == "add topics":
-        broker.add_topics(subscription, session, topics, made)
+        broker.registry.add_topics(subscription, session, topics, made)
     else:
-        broker.drop_topics(subscription, topics)
-    client.reply({})
+        broker.registry.drop_topics(subscription, topics)
+    connection.reply({})
 
 
-def _open(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
-    subscription = _find_subscription(broker, client, message)
-    opening = subscription.pipe.opening
-    if opening is not None and opening.peer is client.peer:
-        broker.unopen(subscription)  # it was interrupted, and begins again
+def _open(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+    subscription = _find_subscription(broker, connection, message)
+    opening = broker.registry.openings.get(subscription)
+    if opening is not None and opening.peer is connection.peer:
+        broker.registry.unopen(subscription)  # it was interrupted, and begins again
         opening = None
     if opening is not None or subscription.is_open:
         raise _in_use(subscription.pid if opening is None else opening.peer.pid)
-    if subscription.owner not in (None, client.peer.pid):
+    if subscription.owner not in (None, connection.peer.pid):
         raise _in_use(subscription.pid)
-    _session(broker, client, message)
-    ends = broker.open(subscription, client, shared=bool(message.get("shared")))
-    subscription.pipe.token = broker.number()
-    client.reply({"token": subscription.pipe.token, "fd_socket": len(ends) > 1}, *ends)
+    _session(broker, connection, message)
+    ends = broker.registry.begin_opening(subscription, connection, shared=bool(message.get("shared")))
+    connection.reply({"token": subscription.pipe.token, "fd_socket": len(ends) > 1}, *ends)
 
 
-def _opened(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
-    subscription = _find_subscription(broker, client, message)
+def _opened(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+    subscription = _find_subscription(broker, connection, message)
     if message.get("token") != subscription.pipe.token or subscription.pipe.fd < 0:
-        client.reply({"opened": False})  # what was begun has been taken back: begin again
+        connection.reply({"opened": False})  # what was begun has been taken back: begin again
         return
     if not subscription.is_open:
-        broker.confirm_open(subscription, _session(broker, client, message))
-    client.reply({"opened": True})
+        session = _session(broker, connection, message)
+        is_last = broker.shutdown is not None and session.peer is broker.shutdown.by
+        broker.registry.confirm_open(subscription, session, waited_for=not is_last)
+    connection.reply({"opened": True})
 
 
-def _unsubscribe(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
-    subscription = broker.subscriptions.get(_integer(message, "subscription"))
+def _unsubscribe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+    subscription = broker.registry.subscriptions.get(_integer(message, "subscription"))
     if subscription is not None:
-        _session(broker, client, message)
+        _session(broker, connection, message)
         broker.traffic.take_in()
-        broker.unsubscribe(subscription)
-    client.reply({})
+        broker.registry.unsubscribe(subscription)
+    connection.reply({})
 
 
-def _close(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
-    subscription = broker.subscriptions.get(_integer(message, "subscription"))
-    if subscription is not None and subscription.owner in (None, client.peer.pid):
-        broker.remove(subscription)
-    client.reply({})
+def _close(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+    subscription = broker.registry.subscriptions.get(_integer(message, "subscription"))
+    if subscription is not None and subscription.owner in (None, connection.peer.pid):
+        broker.registry.remove(subscription)
+    connection.reply({})
 
 
-def _drop(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
+def _drop(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     """The note of a finaliser: nobody can open this channel, or receive from it, any more."""
     number = _integer(message, "subscription")
-    subscription = broker.subscriptions.get(number)
+    subscription = broker.registry.subscriptions.get(number)
     if subscription is None:
-        broker.dropped_early.append(number)
-    elif subscription.owner in (None, client.peer.pid):
-        broker.remove(subscription)
-    client.no_reply()
+        broker.registry.dropped_early.append(number)
+    elif subscription.owner in (None, connection.peer.pid):
+        broker.registry.remove(subscription)
+    connection.no_reply()
 
 
-def _wait(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
+def _wait(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     count = _integer(message, "count")
     topic = message.get("topic")
     encoded = None if topic is None else _checked(encode_topic, topic)
@@ -231,12 +237,12 @@ def _wait(broker: Broker, client: ControlConnection, message: dict[str, Any]) ->
         return broker.router.count if encoded is None else len(broker.router.targets(encoded))
 
     if message.get("now"):
-        client.reply({"done": there() >= count, "there": there()})
+        connection.reply({"done": there() >= count, "there": there()})
     else:
-        broker.wait_for(client, lambda: there() >= count)
+        broker.waits.for_count(connection, lambda: there() >= count)
 
 
-def _stats(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
+def _stats(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     history = broker.traffic.routing.history
     head = {
         "pid": os.getpid(),
@@ -247,16 +253,20 @@ def _stats(broker: Broker, client: ControlConnection, message: dict[str, Any]) -
         "history_topics": history.topics if history is not None else 0,
         "history_forgotten": history.forgotten if history is not None else 0,
     }
+    parts = [json.dumps(head)[:-1].encode(), b', "subscribers": [']
     rows: list[str] = []
     room = 16 * _PART
-    for subscription in list(broker.subscriptions.values()):
+    for subscription in list(broker.registry.subscriptions.values()):
         if subscription.is_live:
             rows.append(json.dumps(_row(broker, subscription)))
             room -= len(rows[-1])
         if room < 0:
             room = 16 * _PART
+            parts.append(", ".join(rows).encode())
+            rows = [""]  # so that the next part begins with a comma
             yield
-    client.reply_encoded(frame(f'{json.dumps(head)[:-1]}, "subscribers": [{", ".join(rows)}]}}'.encode()))
+    parts.append(", ".join(rows if rows != [""] else ()).encode())
+    connection.reply_encoded(frame_of(*parts, b"]}"))
 
 
 def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
@@ -276,12 +286,12 @@ def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
     }
 
 
-def _stop(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> None:
+def _stop(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     timeout = message.get("timeout")
     if timeout is not None and (type(timeout) not in (int, float) or not 0 <= timeout <= _FOREVER):
         raise _Refused("value", f"timeout must be 0 or more seconds, not {timeout!r}")
-    broker.stop(_FOREVER if timeout is None else float(timeout), client.peer)
-    client.reply({"pid": os.getpid(), "left": broker.time_left})  # asked again, it is what is left now
+    shutdown = broker.stop(_FOREVER if timeout is None else float(timeout), connection.peer)
+    connection.reply({"pid": os.getpid(), "left": shutdown.time_left})  # requested again, it is what is left now
 
 
 _FOREVER: Final = 1e9
@@ -311,7 +321,7 @@ _HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]],
 
 
 def _refuse_when_stopping(broker: Broker) -> None:
-    if broker.stopping:
+    if broker.shutdown is not None:
         raise _Refused("lost", "the broker is being closed: nothing more can be published or subscribed to")
 
 
@@ -322,9 +332,9 @@ def _integer(message: dict[str, Any], name: str) -> int:
     return value
 
 
-def _session(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Session:
-    session = broker.sessions.get(_integer(message, "session"))
-    if session is None or session.peer.pid != client.peer.pid:
+def _session(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Session:
+    session = broker.registry.sessions.get(_integer(message, "session"))
+    if session is None or session.peer.pid != connection.peer.pid:
         raise _Refused(
             "unknown",
             "the broker does not know this process any more: connect() again",
@@ -336,17 +346,17 @@ def _find_publisher(broker: Broker, message: dict[str, Any]) -> Publisher | None
     return broker.traffic.publishers.get(_integer(message, "publisher")) if message.get("publisher") is not None else None
 
 
-def _own_publisher(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Publisher | None:
+def _own_publisher(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Publisher | None:
     publisher = _find_publisher(broker, message)
-    return publisher if publisher is not None and publisher.pid == client.peer.pid else None
+    return publisher if publisher is not None and publisher.pid == connection.peer.pid else None
 
 
-def _find_subscription(broker: Broker, client: ControlConnection, message: dict[str, Any]) -> Subscription:
+def _find_subscription(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Subscription:
     number = _integer(message, "subscription")
-    subscription = broker.subscriptions.get(number)
+    subscription = broker.registry.subscriptions.get(number)
     if subscription is None:
-        owner = broker.former_owners.get(number, client.peer.pid)
-        if owner != client.peer.pid:
+        owner = broker.registry.former_owners.get(number, connection.peer.pid)
+        if owner != connection.peer.pid:
             raise _in_use(owner)
         raise _Refused("closed", "this channel was unsubscribed or closed, or its process has ended: subscribe again")
     return subscription

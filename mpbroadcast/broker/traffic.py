@@ -46,10 +46,10 @@ class Traffic:
         self._stalls = Stalls(poller, router, self.publishers, stall_timeout)
         keep_freed_memory(4 * PIPE_SIZE)  # what is read from a pipe, and what is written into others
 
-    def round(self) -> None:
-        """Wait for what happens, and handle it."""
+    def round(self, *, at_once: bool = False) -> None:
+        """Wait for what happens, unless ``at_once`` is set or something is left to do, and handle it."""
         routing = self.routing
-        self.intake.wait(at_once=bool(routing.behind or self.intake.ready or self.delivery.dirty))
+        self.intake.wait(at_once=at_once or bool(routing.behind or self.intake.ready or self.delivery.dirty))
         for publisher in list(routing.behind):
             self._route(publisher, TURN)
         self.run_until_idle()

@@ -69,6 +69,11 @@ def frame(body: bytes) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
+def frame_of(*parts: bytes) -> list[bytes]:
+    """Return the parts of a body as they travel, their length before them."""
+    return [_LENGTH.pack(sum(map(len, parts))), *parts]
+
+
 def encode(message: dict[str, Any]) -> bytes:
     """A request or a reply as it travels."""
     return frame(json.dumps(message, separators=(",", ":")).encode())

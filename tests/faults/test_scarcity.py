@@ -33,8 +33,7 @@ import pytest
 
 import mpbroadcast
 from mpbroadcast import Broadcaster, BrokerRestarted, Channel, StartError, connect, start_broadcaster
-from mpbroadcast.broker import acceptor
-from mpbroadcast.broker import server as broker_module
+from mpbroadcast.broker import peers, registry
 from mpbroadcast.client import broadcaster, broker_client, ring
 from mpbroadcast.client.ring import Ring
 from mpbroadcast.posix.shared_memory import available
@@ -339,7 +338,7 @@ def refuse_pidfds(*_: int) -> int:
 def test_a_broker_without_descriptors_and_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker that has to ask whether others live goes on when it has no descriptor left for that."""
     monkeypatch.setattr(os, "pidfd_open", refuse_pidfds, raising=False)
-    monkeypatch.setattr(acceptor, "SWEEP", 0.05)
+    monkeypatch.setattr(peers, "SWEEP", 0.05)
     with start_broadcaster() as bus, bus.subscribe() as channel:
         channel.fileno()
         bus.publish(0)
@@ -840,7 +839,7 @@ def live_with_numbers_that_come_again(pidfds: bool, newcomer: bool) -> dict[str,
     """
     if not pidfds:
         os.pidfd_open = refuse_pidfds  # type: ignore[assignment]
-    acceptor.SWEEP = 0.3  # type: ignore[misc]
+    peers.SWEEP = 0.3  # type: ignore[misc]
     bus: Bus = start_broadcaster()
     own = bus.subscribe("own")
     own.fileno()
@@ -906,7 +905,7 @@ def test_a_number_that_comes_again(pidfds: bool, newcomer: bool) -> None:
 
 def serve_from_another_namespace(address: str) -> None:
     """A broadcaster whose broker sees no process of the test's; it is killed, and replaced, as standard input has it."""
-    broker_module.UNCLAIMED = 1.0  # type: ignore[misc]
+    registry.UNCLAIMED = 1.0  # type: ignore[misc]
     with start_broadcaster(address=address, authkey=b"shared", restart=True) as bus:
         print("ready", flush=True)
         broker = bus.stats().pid

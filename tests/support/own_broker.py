@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from mpbroadcast.broker.control_clients import ControlConnection
+from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.members import Peer
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
@@ -27,8 +27,7 @@ class Asker:
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.session: Any = None
-        self.closed = False
-        self.opening: set[Any] = set()
+        self.is_closed = False
         self.replies: list[dict[str, Any]] = []
 
     def reply(self, message: dict[str, Any], *fds: int) -> None:
@@ -37,8 +36,8 @@ class Asker:
         json.dumps(message)
         self.replies.append(message)
 
-    def reply_encoded(self, data: bytes) -> None:
-        self.reply(decode(data[4:]))
+    def reply_encoded(self, parts: Sequence[bytes]) -> None:
+        self.reply(decode(b"".join(parts[1:])))
 
     def no_reply(self) -> None:
         self.replies.append({})
@@ -58,8 +57,8 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
         broker = Broker(listener, [b"key"], answer, history=3)
         yield broker
         take_away(broker)
-        assert not broker.sessions
-        assert not broker.subscriptions
+        assert not broker.registry.sessions
+        assert not broker.registry.subscriptions
         assert not broker.traffic.publishers
         assert broker.held == 0
         for number, target in open_files() - before:
@@ -70,12 +69,12 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
 
 def take_away(broker: Broker) -> None:
     """End all that was made in this broker."""
-    for session in list(broker.sessions.values()):
-        broker.end_session(session, clean=False)
-    for subscription in list(broker.subscriptions.values()):
-        broker.remove(subscription)
+    for session in list(broker.registry.sessions.values()):
+        broker.registry.end_session(session, clean=False)
+    for subscription in list(broker.registry.subscriptions.values()):
+        broker.registry.remove(subscription)
     broker.traffic.run_until_idle()
-    broker.loop.close_forgotten()
+    broker.poller.close_forgotten()
 
 
 def ask(broker: Broker, asker: Asker, message: dict[str, Any]) -> None:
@@ -103,9 +102,8 @@ def asking(broker: Broker) -> Iterator[tuple[Asker, Asker, int]]:
         ask(broker, one, subscribing(session, session + 2, "fuzz", "fuzz:*"))
         yield one, other, session
     finally:
-        for asker in (one, other):
-            for subscription in list(asker.opening):
-                broker.unopen(subscription)
+        for subscription in list(broker.registry.openings):
+            broker.registry.unopen(subscription)
         take_away(broker)
         fd, peer.process.fd = peer.process.fd, -1
         if fd >= 0:

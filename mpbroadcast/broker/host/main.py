@@ -171,7 +171,7 @@ def _watch(broker: Broker, signals: int) -> None:
         if signal.SIGTERM in os.read(signals, 4096):
             broker.stop(DRAIN_TIMEOUT)
 
-    broker.loop.watch(signals, IN, terminate)
+    broker.poller.watch(signals, IN, terminate)
 
 
 def _release_descriptors(inherited: frozenset[tuple[int, int, int]]) -> None:

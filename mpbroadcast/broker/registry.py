@@ -1,0 +1,327 @@
+"""Sessions and subscriptions: how they begin, change and end, and what of them is written down for the next broker.
+
+A subscription belongs to the session that subscribed, until a process opens its channel: then to that process's session. What
+a session, or a process, leaves behind is removed some at a time, as that may be thousands of subscriptions: they are on a list,
+which the server works off, some in each round.
+
+Opening takes two requests. With the first, the pipe is made and its end goes to the process; with the second, that process has
+it. If the connection ends in between, the channel is unopened again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from functools import partial
+from typing import Final
+
+from mpbroadcast import trap_points
+from mpbroadcast.broker.control_connection import ControlConnection
+from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
+from mpbroadcast.broker.core.patterns import Matcher
+from mpbroadcast.broker.core.policies import new_backlog
+from mpbroadcast.broker.core.router import Router
+from mpbroadcast.broker.core.states import SubscriptionState
+from mpbroadcast.broker.host.journal import Entry, Journal
+from mpbroadcast.broker.members import Publisher, Session, Subscription
+from mpbroadcast.broker.peers import Peers
+from mpbroadcast.broker.reference_window import ReferenceWindow
+from mpbroadcast.broker.traffic import Traffic
+from mpbroadcast.posix.fd_socket import DescriptorSocket
+from mpbroadcast.posix.poller import Poller
+from mpbroadcast.posix.processes import birth
+
+log = logging.getLogger("mpbroadcast.broker")
+
+UNCLAIMED: Final = 60.0  # seconds for a process that cannot be watched to go on with what the last broker had for it
+MOST_REMOVED: Final = 64  # subscriptions in a round: some milliseconds
+_MOST_FORMER: Final = 65536
+
+
+class Registry:
+    """All sessions and subscriptions."""
+
+    def __init__(
+        self,
+        poller: Poller,
+        peers: Peers,
+        router: Router[Subscription],
+        traffic: Traffic,
+        journal: Journal | None,
+        first_id: int,
+    ) -> None:
+        self.subscriptions: dict[int, Subscription] = {}
+        self.sessions: dict[int, Session] = {}
+        self.budget = Budget(TOGETHER)
+        self.openings: dict[Subscription, ControlConnection] = {}  # those that are being opened, and over which connection
+        self.dropped_early: deque[int] = deque(maxlen=1024)  # subscriptions whose request may still come, if it was interrupted
+        self.former_owners: OrderedDict[int, int] = OrderedDict()  # subscription -> process that had it open
+        self.to_remove: deque[tuple[Subscription, str]] = deque()  # with the reason
+        self.has_changed = False  # subscriptions or their topics, since the server looked
+        self._poller = poller
+        self._peers = peers
+        self._router = router
+        self._traffic = traffic
+        self._journal = journal
+        self._ids = iter(range(first_id, 1 << 63))
+
+    def new_id(self) -> int:
+        """Return an ID that nothing has had before."""
+        return next(self._ids)
+
+    # --- the broker before this one
+
+    def restore(self) -> None:
+        """Take over the subscriptions that are written down, of processes that live."""
+        trap_points.reach("restoring")
+        for entry in self._journal.subscriptions if self._journal is not None else ():
+            self._restore(entry)
+
+    def _restore(self, entry: Entry) -> None:
+        try:
+            peer = self._peers.get(entry["pid"])
+        except OSError:
+            self._forget_entry(entry["id"])
+            return
+        if birth(peer.pid) != entry["birth"]:
+            self._forget_entry(entry["id"])
+            self._peers.release(peer)
+            return
+        policy = entry["policy"]
+        blocks = entry["opened"] and policy in ("block", "disconnect")  # and it may never be opened again
+        backlog = new_backlog(entry["capacity"], "drop_oldest" if blocks else policy)
+        subscription = Subscription(entry["id"], Session(self.new_id(), peer, self.budget), backlog)
+        subscription.policy, subscription.restored = policy, True
+        if entry["opened"]:
+            subscription.pipe.reserve()
+        self.subscriptions[subscription.number] = subscription
+        self._spend(subscription, cost_of(entry["topics"], 1))
+        peer.subscriptions.add(subscription)
+        if entry["live"]:
+            self._router.add(subscription, entry["topics"])
+        else:
+            subscription.state = subscription.state.to(SubscriptionState.ENDED)
+            subscription.last_topics = tuple(entry["topics"])
+            backlog.end()
+        if not entry["birth"]:  # nothing will show that its process has ended, until that connects
+            self._poller.later(UNCLAIMED, partial(self._remove_unclaimed, subscription))
+
+    def _remove_unclaimed(self, subscription: Subscription) -> None:
+        if subscription.restored:
+            self.to_remove.append((subscription, "its process, of another PID namespace, has not come back"))
+
+    def _write_down(self, subscription: Subscription) -> None:
+        if self._journal is not None:
+            entry = {
+                "id": subscription.number,
+                "pid": subscription.pid,
+                "birth": birth(subscription.pid),
+                "topics": list(self.topics(subscription)),
+                "capacity": subscription.backlog.capacity,
+                "policy": subscription.policy,
+                "opened": subscription.owner is not None,
+                "live": subscription.is_live,
+            }
+            self._journal.put(entry)
+
+    def _forget_entry(self, id: int) -> None:
+        if self._journal is not None:
+            self._journal.drop(id)
+
+    def note_stopping(self) -> None:
+        """Write down that no other broker is to follow."""
+        if self._journal is not None:
+            self._journal.note_stopping()
+
+    # --- sessions
+
+    def new_session(self, connection: ControlConnection) -> Session:
+        """Make the session that ends with this connection."""
+        session = Session(self.new_id(), connection.peer, self.budget)
+        connection.session = session
+        self.sessions[session.number] = session
+        return session
+
+    def end_session(self, session: Session, *, clean: bool, why: str = "it has detached") -> None:
+        """Read its publishers to their end, and remove what it has open; also what it has not opened, unless it has detached.
+
+        What the starter has not opened stays until the end of the broker: another process may have it.
+        """
+        self.sessions.pop(session.number, None)
+        for publisher in list(session.publishers):
+            self._traffic.finish(publisher)
+        self.to_remove.extend(
+            (subscription, why)
+            for subscription in session.subscriptions
+            if subscription.is_open or not (clean or session.peer.is_starter)
+        )
+
+    # --- subscriptions
+
+    def add_subscription(
+        self,
+        number: int,
+        session: Session,
+        topics: list[str],
+        capacity: int,
+        policy: str,
+        made: Mapping[str, Matcher] | None = None,
+    ) -> Subscription:
+        """Make a subscription; ``made`` are matchers of its patterns.
+
+        :raises OverBudget: the session has no room for it.
+        """
+        cost = cost_of(set(topics), 1)
+        session.budget.check(cost)
+        subscription = Subscription(number, session, new_backlog(capacity, policy))
+        self._spend(subscription, cost)
+        self.subscriptions[number] = subscription
+        session.subscriptions.add(subscription)
+        session.peer.subscriptions.add(subscription)
+        self._router.add(subscription, topics, made)
+        self._write_down(subscription)
+        self.has_changed = True
+        return subscription
+
+    @staticmethod
+    def _spend(subscription: Subscription, cost: Cost) -> None:
+        subscription.session.budget.spend(cost)
+        subscription.cost = subscription.cost.plus(cost)
+
+    def topics(self, subscription: Subscription) -> tuple[str, ...]:
+        """Return its topics, or those that it had until it was ended."""
+        return subscription.last_topics or self._router.topics(subscription)
+
+    @staticmethod
+    def begin_behind(publisher: Publisher, subscription: Subscription, before: tuple[str, ...] = ()) -> None:
+        """Route nothing to it that this publisher has written until now, but for its topics from ``before``."""
+        if not publisher.all_routed:
+            entry = (subscription, before)
+            publisher.not_yet.append(entry)
+            publisher.after_written(partial(publisher.not_yet.remove, entry))
+
+    def add_topics(
+        self, subscription: Subscription, session: Session, topics: list[str], made: Mapping[str, Matcher] | None = None
+    ) -> None:
+        """Route these topics to it, too, from behind what the session has published; ``made`` are matchers of its patterns.
+
+        :raises OverBudget: its session has no room for them.
+        """
+        before = self._router.topics(subscription)
+        cost = cost_of(set(topics).difference(before), 0)
+        subscription.session.budget.check(cost)
+        self._spend(subscription, cost)
+        for publisher in session.publishers:
+            self.begin_behind(publisher, subscription, before)
+        self._router.add(subscription, topics, made)
+        self._write_down(subscription)
+        self.has_changed = True
+
+    def drop_topics(self, subscription: Subscription, topics: list[str]) -> None:
+        """Route these topics to it no more, from behind what has been published."""
+        self._traffic.take_in()
+        if not subscription.is_live:  # its reader was found to be gone
+            return
+        dropped = cost_of(set(topics).intersection(self._router.topics(subscription)), 0)
+        self._spend(subscription, dropped.negated())
+        self._router.drop(subscription, topics)
+        self._write_down(subscription)
+        self._traffic.routing.unblock(subscription)  # what waits for it may not be for it any more
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Route nothing more to it; what is in its backlog can still be received."""
+        if subscription.is_live:
+            subscription.backlog.end()
+            self._traffic.routing.end(subscription)
+            self.note_ended(subscription)
+
+    def note_ended(self, subscription: Subscription) -> None:
+        """Note that nothing more is routed to it."""
+        if subscription.number in self.subscriptions:
+            self._write_down(subscription)
+        self.has_changed = True
+
+    def remove(self, subscription: Subscription) -> None:
+        """Remove it, with all that is in its backlog."""
+        if self.subscriptions.pop(subscription.number, None) is None:
+            return
+        self._forget_entry(subscription.number)
+        self.unopen(subscription)
+        self._traffic.drop(subscription)
+        self._close_ends(subscription, subscription.pipe.close())
+        subscription.session.budget.release(subscription.cost)
+        self._detach(subscription)
+        subscription.backlog.discard()
+        self.has_changed = True
+
+    def remove_for(self, subscription: Subscription, why: str) -> None:
+        """Remove it, and log why, unless it is removed already."""
+        if subscription.number in self.subscriptions:
+            log.info("channel %d of process %d is removed: %s", subscription.number, subscription.pid, why)
+            self.remove(subscription)
+
+    def remove_some(self) -> None:
+        """Remove what sessions and processes have left, as much as a round has time for."""
+        for _ in range(min(len(self.to_remove), MOST_REMOVED)):
+            self.remove_for(*self.to_remove.popleft())
+
+    def _detach(self, subscription: Subscription) -> None:
+        session = subscription.session
+        session.subscriptions.discard(subscription)
+        session.peer.subscriptions.discard(subscription)
+        self._peers.release(session.peer)
+
+    # --- opening
+
+    def begin_opening(self, subscription: Subscription, connection: ControlConnection, *, shared: bool) -> list[int]:
+        """Make its pipe, and the socket beside it if ``shared``. Return the reader's descriptors of these.
+
+        :raises OSError: no descriptor is left.
+        """
+        ends = [subscription.pipe.begin_opening(subscription.backlog)]
+        if shared:
+            with contextlib.suppress(OSError):  # then all comes through the pipe
+                own, other = DescriptorSocket.pair()
+                subscription.window = ReferenceWindow(own)
+                ends.append(other)
+        subscription.pipe.token = self.new_id()
+        self.openings[subscription] = connection
+        return ends
+
+    def unopen(self, subscription: Subscription) -> None:
+        """Take its opening back: it is as it was."""
+        if self.openings.pop(subscription, None) is not None:
+            self._close_ends(subscription, subscription.pipe.take_back())
+
+    def unopen_all(self, connection: ControlConnection) -> None:
+        """Take back what was being opened over this connection."""
+        for subscription, opening in list(self.openings.items()):
+            if opening is connection:
+                self.unopen(subscription)
+
+    def confirm_open(self, subscription: Subscription, session: Session, *, waited_for: bool) -> None:
+        """Give it to ``session``, whose process has its reader's end, and write its backlog into the pipe."""
+        self.openings.pop(subscription, None)
+        subscription.session.budget.release(subscription.cost)
+        session.budget.spend(subscription.cost)
+        self._detach(subscription)
+        subscription.session = session
+        session.subscriptions.add(subscription)
+        session.peer.subscriptions.add(subscription)
+        subscription.pipe.open()
+        subscription.not_waited_for = not waited_for
+        if subscription.restored:
+            subscription.report_restart()
+        self._write_down(subscription)
+        self._traffic.watch(subscription)
+        self.former_owners[subscription.number] = session.peer.pid
+        if len(self.former_owners) > _MOST_FORMER:
+            self.former_owners.popitem(last=False)
+
+    def _close_ends(self, subscription: Subscription, fd: int) -> None:
+        self._poller.close(fd)
+        window, subscription.window = subscription.window, None
+        if window is not None:
+            self._poller.close(window.fd_socket.detach())

@@ -1,0 +1,133 @@
+"""How the broker ends: one function, whose steps are in order.
+
+::
+
+    publisher process          broker process                                          subscriber process
+                     pipe                                                    pipe
+    publish() ────────────▶ intake ─▶ Publisher.parked ─▶ backlogs ─▶ delivery ────────────▶ recv()
+              1. read to its end;      2. routed, as far    3. ended; written,  4. read, or closed
+                 closed                   as backlogs          then END            without END
+                                          have room
+
+    supervisor (restart=True): starts no other broker, as the journal has had STOPPING since step 0
+
+A reader that goes on reading gets all. The time is over when none has made progress for ``timeout`` seconds: then what is left
+is closed without an END, and its reader gets ``BrokerLost``. What the process that requested the end has open itself is not
+waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from mpbroadcast.broker.core.router import listed
+from mpbroadcast.broker.members import Peer, Subscription
+from mpbroadcast.broker.registry import Registry
+from mpbroadcast.broker.traffic import Traffic
+from mpbroadcast.posix.poller import Poller
+
+log = logging.getLogger("mpbroadcast.broker")
+
+_LAST: Final = 0.1  # seconds, after the time is over
+_LOOK: Final = 0.1  # seconds from one look at what readers have read to the next
+_AT_ONCE: Final = 256  # subscriptions that are ended in a round
+
+
+class Shutdown:
+    """The end that was requested by the process ``by``, if by any, and its time."""
+
+    def __init__(self, timeout: float, by: Peer | None) -> None:
+        self.by = by
+        self._patience = timeout
+        self._progress: dict[Subscription, tuple[int, ...]] = {}
+        self._progress_at = time.monotonic()
+        self._next_look = self._progress_at + min(timeout, _LOOK)
+        self._all_ended = False
+
+    @property
+    def time_left(self) -> float:
+        """Seconds until what is left is closed, if no reader makes progress until then."""
+        return max(0.0, self._progress_at + self._patience - time.monotonic())
+
+    def steps(self, poller: Poller, registry: Registry, traffic: Traffic) -> Iterator[None]:
+        """End the broker. Between two steps it has a round; at the end, no publisher and no subscription is left."""
+        # 0. No other broker follows. What only the process that closes could open is not opened any more.
+        registry.note_stopping()
+        for subscription in list(registry.subscriptions.values()):
+            subscription.not_waited_for = subscription.session.peer is self.by
+            if subscription.not_waited_for and subscription.owner is not None and not subscription.is_open:
+                registry.remove(subscription)
+        # 1. What publishers have written is read, and their pipes are closed, which wakes each publish that waits.
+        for publisher in list(traffic.publishers.values()):
+            traffic.finish(publisher)
+        for subscription in registry.subscriptions.values():
+            traffic.mark(subscription)
+        # 2. to 4. It is routed; then each backlog is ended, and written while readers make progress.
+        poller.later(self._next_look - time.monotonic(), _wake)
+        while registry.subscriptions or traffic.publishers:
+            yield from self._end_backlogs(registry, traffic)
+            if time.monotonic() >= self._next_look and not self._look(poller, registry):
+                break
+            yield
+        # 5. What has not been read in time is closed; the publishers that waited for it are routed.
+        traffic.catch_up()
+        traffic.run_until_idle()
+        for subscription in list(registry.subscriptions.values()):
+            if not subscription.backlog.is_empty:
+                self.give_up(subscription, registry)
+        # 6. What waited for those has a last moment.
+        end = time.monotonic() + _LAST
+        poller.later(_LAST, _wake)
+        while (registry.subscriptions or traffic.publishers) and time.monotonic() < end:
+            yield from self._end_backlogs(registry, traffic)
+            yield
+        for subscription in list(registry.subscriptions.values()):
+            self.give_up(subscription, registry)
+        traffic.publishers.clear()
+
+    def _end_backlogs(self, registry: Registry, traffic: Traffic) -> Iterator[None]:
+        """End each backlog, once nothing more can be published. Remove the subscriptions that no process would open."""
+        if traffic.publishers or self._all_ended:
+            return
+        self._all_ended = True
+        for count, subscription in enumerate(list(registry.subscriptions.values()), 1):
+            if subscription.has_nothing_to_open_for:
+                registry.remove(subscription)
+            else:
+                registry.unsubscribe(subscription)
+                traffic.mark(
+                    subscription
+                )  # one that was unsubscribed before does not keep anything from being written any more
+            if not count % _AT_ONCE:
+                yield
+
+    def _look(self, poller: Poller, registry: Registry) -> bool:
+        """Look at what readers have read. Return whether there is time left."""
+        before, self._progress = self._progress, {one: one.progress for one in registry.subscriptions.values()}
+        if self._progress != before:
+            self._progress_at = time.monotonic()
+        wait = min(self.time_left, _LOOK)
+        self._next_look = time.monotonic() + wait
+        poller.later(wait, _wake)
+        return wait > 0
+
+    def give_up(self, subscription: Subscription, registry: Registry) -> None:
+        """Close it without a clean end."""
+        own = self.by is subscription.session.peer
+        log.log(
+            logging.DEBUG if own else logging.WARNING,
+            "channel %d of process %d (%s) was closed with %d message(s) waiting: it %s",
+            subscription.number,
+            subscription.pid,
+            listed(registry.topics(subscription)),
+            subscription.backlog.waiting,
+            "was never opened" if subscription.owner is None else "was not read in time",
+        )
+        registry.remove(subscription)
+
+
+def _wake() -> None:
+    """End the wait of a round."""
