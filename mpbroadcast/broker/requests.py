@@ -218,7 +218,7 @@ def _close(broker: Broker, connection: ControlConnection, message: dict[str, Any
 
 
 def _drop(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
-    """The note of a finaliser: nobody can open this channel, or receive from it, any more."""
+    """Remove a channel that was collected: it cannot be opened, or received from, any more."""
     number = _integer(message, "subscription")
     subscription = broker.registry.subscriptions.get(number)
     if subscription is None:
@@ -380,7 +380,7 @@ def _topics(message: dict[str, Any]) -> list[str]:
 
 
 def _matchers(topics: list[str]) -> Generator[None, None, dict[str, Matcher]]:
-    """The matchers of the patterns in these, made in parts."""
+    """Make the matchers of the patterns in these, in parts."""
     made: dict[str, Matcher] = {}
     room = _PART
     for pattern in filter(is_pattern, topics):

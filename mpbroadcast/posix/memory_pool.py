@@ -1,11 +1,11 @@
 """Memory that messages of one publisher had, to be written again.
 
 New memory is dear: the system finds each of its pages, and takes it back when the last reader is gone. A stream of large
-messages needs less: each is written into memory that one before it had, once nobody has that any more. That is for the system
-to say, who knows of every descriptor and every map, of whatever process; and so nothing is held up or lost by one that was
+messages needs less: each is written into memory that one before it had, once no other process has that any more. The system
+knows, as it knows every descriptor and every map of every process; and so nothing is held up or lost by a process that was
 killed, and a message is its reader's own for as long as the reader likes.
 
-A publisher that sends such messages only now and then keeps nothing. What a stream has left is let go of at the next occasion,
+A publisher that sends such messages only now and then keeps nothing. What a stream has left is released at the next occasion,
 as there is no thread here that could do it by itself.
 """
 
@@ -23,10 +23,10 @@ from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.posix.shared_memory import (
     fill_and_seal,
     fits,
+    is_unused,
     kept_memory,
     map_for_writing,
     message_memory,
-    nobody_has,
     populate,
     reader_of,
 )
@@ -45,7 +45,7 @@ class MemoryPool:
 
     def __init__(self) -> None:
         # A signal handler may come in while its own thread has it. Nothing waits under it, and nothing loops: from Python 3.12
-        # on, an interrupt at the end of a loop's turn does not let go of the lock around it.
+        # on, an interrupt at the end of a loop's turn does not release the lock around it.
         self._lock = locks.rlock()
         self._kept: list[_Kept] = []  # that no thread is about to write; what was used last is last
         self._possible = True
@@ -53,7 +53,7 @@ class MemoryPool:
         self._when = -STREAM  # that the last message came
 
     def memory(self, parts: Sequence[Any], size: int) -> OwnedDescriptor:
-        """A descriptor to send, of memory with these bytes, ``size`` in all. Nobody who gets it can change them.
+        """Return a descriptor to send, of memory with these bytes, ``size`` in all. No receiver of it can change them.
 
         :raises OSError: the system has none to give.
         """
@@ -61,13 +61,13 @@ class MemoryPool:
         follows = self._possible and size <= LARGEST and now < self._when + STREAM
         self._when = now
         if not follows:
-            self._let_go()
+            self._release()
         return (self._in_kept(parts, size, now) if follows else None) or message_memory(parts)
 
     def rest(self) -> None:
-        """Let go of all, if no large message has come for a while."""
+        """Release all, if no large message has come for a while."""
         if self._kept and time.monotonic() >= self._when + STREAM:
-            self._let_go()
+            self._release()
 
     def _in_kept(self, parts: Sequence[Any], size: int, now: float) -> OwnedDescriptor | None:
         try:
@@ -82,7 +82,7 @@ class MemoryPool:
         return None
 
     def _wait(self, size: int, now: float) -> _Kept | None:
-        """Memory that was kept and that nobody has: who reads quickly is waited for, if there is enough for a stream."""
+        """Return kept memory that no other process has. Quick readers are waited for, if there is enough for a stream."""
         while True:
             with self._lock:
                 found = _taken(self._kept, size)
@@ -105,17 +105,17 @@ class MemoryPool:
 
     def _keep(self, kept: _Kept) -> None:
         with self._lock:
-            let_go, self._kept = self._kept, _without_excess([*self._kept, kept])
-        del let_go  # not under the lock: it takes its time
+            released, self._kept = self._kept, _without_excess([*self._kept, kept])
+        del released  # not under the lock: it takes its time
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         with self._lock:
-            let_go, self._kept = self._kept, []
-        del let_go
+            released, self._kept = self._kept, []
+        del released
 
 
 class _Kept:
-    """Memory and the map by which it is written. A child lets go of both at a fork."""
+    """Memory and the map by which it is written. A child releases both at a fork."""
 
     def __init__(self, descriptor: OwnedDescriptor) -> None:
         self.descriptor = descriptor
@@ -138,13 +138,13 @@ class _Kept:
         if self._fills == 2:
             for start in range(0, self.size, _SLICE):
                 populate(self._map, start, min(_SLICE, self.size - start))
-        place = 0
+        position = 0
         for part in parts:
             view = memoryview(part).cast("B")
             for start in range(0, len(view), _SLICE):
                 piece = view[start : start + _SLICE]
-                self._map[place : place + len(piece)] = piece
-                place += len(piece)
+                self._map[position : position + len(piece)] = piece
+                position += len(piece)
 
     def close(self) -> None:
         """Unmap and close it."""
@@ -158,12 +158,12 @@ class _Kept:
             self.close()
 
 
-def _taken(there: list[_Kept], size: int) -> _Kept | None:
-    """Memory for a message of this size that nobody has, taken out of these."""
-    for kept in reversed(there):
-        if fits(size, kept.size) and nobody_has(kept.descriptor):
-            there.remove(kept)
-            return kept
+def _taken(kept: list[_Kept], size: int) -> _Kept | None:
+    """Return memory for a message of this size that no other process has, taken out of ``kept``."""
+    for one in reversed(kept):
+        if fits(size, one.size) and is_unused(one.descriptor):
+            kept.remove(one)
+            return one
     return None
 
 

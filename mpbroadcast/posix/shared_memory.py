@@ -1,8 +1,8 @@
 """Sealed anonymous memory: made, checked and mapped. Where the system has none, nothing here is used.
 
-A **ring** is written by its publisher as long as that lives; everybody else maps it for reading. The **memory of a message**
-is written once and then sealed, or kept by its publisher, who alone can write it, and does not before nobody else has it any
-more. Who receives it maps it privately, so that what is written there is seen by nobody else.
+A **ring** is written by its publisher as long as that lives; all others map it for reading. The **memory of a message** is
+written once and then sealed; or its publisher keeps it, is the only one that can write it, and does so again when no other
+process has it any more. Its receiver maps it privately, so that no other process sees what is written there.
 
 Neither can shrink, so no map of it ever ends in SIGBUS. What comes from another process is checked for that before it is
 mapped.
@@ -33,7 +33,7 @@ _SEAL_GROW: Final = 0x4
 _SEAL_WRITE: Final = 0x8
 _SEAL_FUTURE_WRITE: Final = 0x10
 _NO_EXECUTION: Final = 0x8  # MFD_NOEXEC_SEAL, from Linux 6.3 on
-_IN_PLACE: Final = 0x10  # MAP_FIXED
+_MAP_FIXED: Final = 0x10
 
 _FIXED: Final = _SEAL_SHRINK | _SEAL_GROW
 _POPULATE_WRITE: Final = 23  # MADV_POPULATE_WRITE, from Linux 5.14 on
@@ -41,17 +41,17 @@ _LARGE_BLOCK: Final = 1 << 23  # bytes
 _MOST_PARTS: Final = 512  # in one call; the system takes 1,024
 _WRITE: Final = 1 << 30  # bytes; the system takes nearly twice that
 
-# Taken, and given back. SIGURG is what nobody notices who does not ask for it; without it, it would be one that kills.
+# Taken, and given back. SIGURG is ignored where no handler is set; the default would be a signal that kills.
 _LEASE: Final = tuple(getattr(fcntl, name, -1) for name in ("F_SETSIG", "F_SETLEASE", "F_SETLEASE"))
 _LEASED: Final = (signal.SIGURG, fcntl.F_WRLCK, fcntl.F_UNLCK)
 
 
 class MemoryRefused(Exception):
-    """Memory of another process that is not what it should be: it could shrink, or change, or is too small."""
+    """Memory of another process could shrink, or change, or is too small."""
 
 
 def available() -> bool:
-    """Whether memory can be shared here, and ``MPBROADCAST_INLINE=1`` does not forbid it."""
+    """Return True if memory can be shared here, and ``MPBROADCAST_INLINE=1`` does not forbid it."""
     possible = hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
     return possible and os.environ.get("MPBROADCAST_INLINE", "0") in ("", "0")
 
@@ -68,7 +68,7 @@ def _create() -> OwnedDescriptor:
 
 
 def ring_memory(size: int) -> tuple[OwnedDescriptor, mmap.mmap]:
-    """Memory that only this map can write.
+    """Make memory that only this map can write.
 
     :raises OSError: the system has none to give.
     """
@@ -80,7 +80,7 @@ def ring_memory(size: int) -> tuple[OwnedDescriptor, mmap.mmap]:
 
 
 def message_memory(parts: Sequence[Any]) -> OwnedDescriptor:
-    """Memory with these bytes, which nobody can change any more.
+    """Make memory with these bytes, which cannot be changed any more.
 
     :raises OSError: the system has none to give.
     """
@@ -110,24 +110,24 @@ def _fill(fd: int, parts: Sequence[Any]) -> int:
 
 
 def kept_memory(size: int) -> OwnedDescriptor | None:
-    """Memory for messages of about ``size``, to be written more than once; ``None`` where the system does not say who has it.
+    """Make memory for messages of about ``size``, to be written more than once; ``None`` if the system cannot watch its use.
 
-    Others get what :func:`reader_of` opens. While there is such a descriptor, or a map of it, anywhere, :func:`nobody_has` says
-    no. Nothing is in it yet, so that little is lost if something is missing.
+    Receivers get what :func:`reader_of` opens. While there is such a descriptor, or a map of it, anywhere, :func:`is_unused` is
+    false. Nothing is in it yet, so that little is lost if something is missing.
 
     :raises OSError: the system has none to give.
     """
     made = _create()
     size += size // 32  # the next message may be longer
     os.ftruncate(made.fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-    # The system counts who has a file open for writing, but not the one that made it.
+    # The system counts the open files for writing, but not the one that has made it.
     descriptor = _opened_again(made, os.O_RDWR)
     made.close()
-    return descriptor if descriptor is not None and nobody_has(descriptor) else None
+    return descriptor if descriptor is not None and is_unused(descriptor) else None
 
 
 def map_for_writing(kept: OwnedDescriptor) -> mmap.mmap:
-    """A map of memory that is kept.
+    """Map memory that is kept.
 
     :raises OSError: the system does not map it.
     """
@@ -149,7 +149,7 @@ def fill_and_seal(kept: OwnedDescriptor, parts: Sequence[Any]) -> None:
 
 
 def populate(mapped: mmap.mmap, start: int, length: int) -> bool:
-    """Have all pages there and in the map, as far as the system can do that; whether it had the memory.
+    """Have all pages there and in the map, as far as the system can do that. Return False if it has not the memory.
 
     To enter them one by one, when they are written, takes longer; and if there is no memory then, the process is ended.
     """
@@ -161,18 +161,18 @@ def populate(mapped: mmap.mmap, start: int, length: int) -> bool:
 
 
 def reader_of(kept: OwnedDescriptor) -> OwnedDescriptor | None:
-    """A descriptor that can only be read, of memory that is kept.
+    """Return a descriptor that can only be read, of memory that is kept.
 
     :raises OSError: no descriptor is left.
     """
     return _opened_again(kept, os.O_RDONLY)
 
 
-def nobody_has(kept: OwnedDescriptor) -> bool:
-    """Whether nobody, in any process, has this memory open or mapped, except through ``kept``.
+def is_unused(kept: OwnedDescriptor) -> bool:
+    """Return True if this memory is not open or mapped in any process, except through ``kept``.
 
-    Just then the system gives a lease for writing. It is given back at once; whoever would be kept from opening it meanwhile
-    makes the system send a signal, one that is ignored if nobody wants it.
+    Just then the system gives a lease for writing. It is given back at once; an open that would have to wait for that makes the
+    system send a signal, one that is ignored where no handler is set.
     """
     try:
         # In one step, as far as an interrupt can see: under a lease that is not given back, no open() would return. (Where it
@@ -184,7 +184,7 @@ def nobody_has(kept: OwnedDescriptor) -> bool:
 
 
 def _opened_again(descriptor: OwnedDescriptor, how: int) -> OwnedDescriptor | None:
-    """A descriptor with an open file of its own; ``None`` where there is no way to that."""
+    """Return a descriptor with an open file of its own; ``None`` where the system has no path to it."""
     try:
         with fork_lock():
             return OwnedDescriptor(os.open(f"/proc/self/fd/{descriptor.fd}", how | os.O_CLOEXEC | os.O_NONBLOCK))
@@ -193,7 +193,7 @@ def _opened_again(descriptor: OwnedDescriptor, how: int) -> OwnedDescriptor | No
 
 
 def keep_freed_memory(size: int = _LARGE_BLOCK) -> None:
-    """Let the C library keep up to twice ``size`` bytes of what is freed; ``size`` is less than 32 MiB.
+    """Make the C library keep up to twice ``size`` bytes of what is freed; ``size`` is less than 32 MiB.
 
     It gives memory back to the system when a large block is freed, and then each message costs its page faults again, several
     times what copying it takes. It does so less once it has seen a larger one.
@@ -202,7 +202,7 @@ def keep_freed_memory(size: int = _LARGE_BLOCK) -> None:
 
 
 def fits(length: int, size: int) -> bool:
-    """Whether memory of this size may carry a message of this length: it may be a little larger, as it may have had another."""
+    """Return True if memory of this size may carry a message of this length: it may be a little larger, for another one."""
     return 0 <= size - length <= length // 16 + mmap.PAGESIZE
 
 
@@ -228,7 +228,7 @@ def read_memory_into(fd: int, buffer: bytearray) -> None:
 
 
 def check_ring(fd: int) -> int:
-    """The size of a ring's memory.
+    """Return the size of a ring's memory.
 
     :raises MemoryRefused: it is not one.
     """
@@ -236,7 +236,7 @@ def check_ring(fd: int) -> int:
 
 
 def check_message(fd: int, size: int) -> None:
-    """See that this is the memory of a message of so many bytes.
+    """Check that this is the memory of a message of so many bytes.
 
     :raises MemoryRefused: it is not.
     """
@@ -257,21 +257,21 @@ def _checked(fd: int, writing: int, size: int) -> int:
 
 
 def map_for_reading(fd: int, size: int) -> mmap.mmap:
-    """A map of a ring: what its publisher writes is seen in it.
+    """Map a ring: what its publisher writes is seen in the map.
 
     :raises OSError: the system does not map it.
     """
     return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ, **_NO_DESCRIPTOR)
 
 
-# mmap.mmap keeps a duplicate of the descriptor for as long as the map lives, unless it is told not to, from 3.13 on: who
-# keeps a thousand arrays would have no descriptor left. Before that, the system's own function has to do.
+# mmap.mmap keeps a duplicate of the descriptor for as long as the map lives, unless ``trackfd`` is false, from 3.13 on: a
+# process that keeps a thousand arrays would have no descriptor left. Before that, the system's own function maps.
 _NO_DESCRIPTOR: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 if sys.version_info >= (3, 13):
 
     def map_privately(fd: int, size: int) -> Any:
-        """A buffer over the memory of a message that is this process's own: writable, seen by nobody else, not copied.
+        """Return a buffer over the memory of a message that is this process's own: writable, not shared, not copied.
 
         It lasts until nothing refers to it any more, and needs no descriptor.
 
@@ -290,12 +290,12 @@ else:
         return function
 
     def map_privately(fd: int, size: int) -> Any:
-        """The same, in the place of a map without a descriptor, which Python unmaps when nothing refers to it any more."""
+        """Return the same, over a map without a descriptor, which Python unmaps when nothing refers to it any more."""
         buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        place = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        if _system_map()(place, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _IN_PLACE, fd, 0) != place:
-            number = ctypes.get_errno()
-            raise OSError(number, f"{os.strerror(number)}: no map for a message of {size} bytes")
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        if _system_map()(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED, fd, 0) != address:
+            code = ctypes.get_errno()
+            raise OSError(code, f"{os.strerror(code)}: no map for a message of {size} bytes")
         return buffer
 
 

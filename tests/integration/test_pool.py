@@ -27,7 +27,7 @@ from mpbroadcast import Broadcaster, Channel, start_broadcaster, trap_points
 from mpbroadcast.posix import memory_pool, shared_memory
 from mpbroadcast.posix.descriptors import OwnedDescriptor
 from mpbroadcast.posix.memory_pool import MemoryPool
-from mpbroadcast.posix.shared_memory import available, check_message, kept_memory, nobody_has, reader_of
+from mpbroadcast.posix.shared_memory import available, check_message, is_unused, kept_memory, reader_of
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, pattern, wait_until
 from tests.support.large_workers import limited, lowest_free
 from tests.support.victims import memories
@@ -125,14 +125,14 @@ def hold_it_in_a_child(reader: OwnedDescriptor) -> Callable[[], object]:
 def test_somebody_has_it_as_long_as_it_can_be_read(hold: Hold, kept: Kept) -> None:
     """Whoever has it, however, and even if that is a child of a reader's: it is not free before that is gone."""
     descriptor, _ = kept
-    assert nobody_has(descriptor)
+    assert is_unused(descriptor)
     reader = reader_of(descriptor)
     assert reader is not None
-    assert not nobody_has(descriptor)
+    assert not is_unused(descriptor)
     let_go = hold(reader)
-    assert not nobody_has(descriptor)
+    assert not is_unused(descriptor)
     let_go()
-    wait_until(lambda: nobody_has(descriptor))
+    wait_until(lambda: is_unused(descriptor))
 
 
 def test_only_its_publisher_can_change_it(kept: Kept) -> None:
@@ -151,7 +151,7 @@ def test_only_its_publisher_can_change_it(kept: Kept) -> None:
     assert content(reader)[:3] == b"abc"
     mapped[:3] = b"new"
     assert content(reader)[:3] == b"new"
-    assert not nobody_has(descriptor)
+    assert not is_unused(descriptor)
 
 
 def test_who_opens_it_at_the_wrong_moment_does_no_harm(kept: Kept) -> None:
@@ -170,12 +170,12 @@ def test_who_opens_it_at_the_wrong_moment_does_no_harm(kept: Kept) -> None:
     os.close(report)
     asked = 0
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
-        nobody_has(descriptor)
+        is_unused(descriptor)
         asked += 1
     assert os.read(reports, 10) == b"done"
     os.close(reports)
     assert asked
-    assert nobody_has(descriptor)
+    assert is_unused(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------------------- the pool

@@ -1,8 +1,8 @@
 """What one session may have of the broker, and all sessions together. Pure: no descriptor, no clock.
 
-A session is one link of one process. What it subscribes to is refused beyond its budget, by an error in that call; what only
-a program that does not use this package sends (half requests, connections without end) closes the connection. Messages are
-not counted here: backlogs have a capacity each.
+A session is one handle of one process. A subscription beyond its budget is refused, by an error in that call. What only a
+program that does not use this package sends (half requests, connections without end) closes the connection. Messages are not
+counted here: each backlog has a capacity.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class OverBudget(Exception):
 
 
 class Cost(NamedTuple):
-    """What subscriptions cost: how many they are, their topics and patterns, the bytes of these, and the steps of matching."""
+    """The cost of subscriptions: how many they are, their topics and patterns, the bytes of these, and the steps of matching."""
 
     subscriptions: int = 0
     topics: int = 0
@@ -42,7 +42,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(topics: Collection[str], subscriptions: int) -> Cost:
-    """Of different topics and patterns."""
+    """Return the cost of these topics and patterns, which differ."""
     return Cost(subscriptions, len(topics), sum(map(len, map(str.encode, topics))), steps_of_all(topics))
 
 
@@ -52,7 +52,7 @@ _NAMES: Final = ("subscriptions", "topics and patterns", "bytes of topics", "ste
 
 
 class Budget:
-    """What is spent of ``limit``, and with it of ``whole``, of which it is a part."""
+    """A budget with a limit, which is spent; what is spent of it is also spent of ``whole``."""
 
     def __init__(self, limit: Cost, whole: Budget | None = None) -> None:
         self.limit = limit
@@ -60,9 +60,9 @@ class Budget:
         self._whole = whole
 
     def check(self, cost: Cost) -> None:
-        """Whether there is so much left.
+        """Check that so much is left.
 
-        :raises OverBudget: there is not.
+        :raises OverBudget: less is left.
         """
         for name, spent, more, most in zip(_NAMES, self.spent, cost, self.limit, strict=True):
             if spent + more > most:
@@ -78,12 +78,12 @@ class Budget:
             self._whole.spend(cost)
 
     def release(self, cost: Cost) -> None:
-        """It is there no more."""
+        """Count it no more."""
         self.spend(cost.negated())
 
     @property
     def memory(self) -> int:
-        """The bytes that it takes, about, but for a little."""
+        """Bytes that it takes, about, beyond what is not counted."""
         spent = self.spent
         taken = spent.subscriptions * _PER_SUBSCRIPTION + spent.topics * _PER_TOPIC + spent.bytes
         return max(0, taken - _UNCOUNTED)
