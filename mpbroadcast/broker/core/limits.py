@@ -25,7 +25,7 @@ class OverBudget(Exception):
 
 
 class Cost(NamedTuple):
-    """The cost of subscriptions: how many they are, their topics and patterns, the bytes of these, and the steps of matching."""
+    """The cost of subscriptions: their number, topics and patterns, the bytes of these, and the steps of matching."""
 
     subscriptions: int = 0
     topics: int = 0
