@@ -119,8 +119,7 @@ class Broker:
                 self._remove_departed(subscription, was_accepting)
             while peers.dead:
                 self._remove_peer(peers.dead.pop())
-            while found.closed:
-                self._remove_connection(found.closed.pop())
+            self._remove_connections()
             traffic.run_until_idle()
 
     def _remove_departed(self, subscription: Subscription, was_accepting: bool) -> None:
@@ -132,6 +131,7 @@ class Broker:
     def _remove_peer(self, peer: Peer) -> None:
         """Remove all that was a process's own, but for what the starter may have handed on."""
         self.acceptor.close_connections(peer, "its process has ended")
+        self._remove_connections()  # while it still counts as the starter
         self.registry.to_remove.extend(
             (subscription, "its process has ended")
             for subscription in peer.subscriptions
@@ -141,14 +141,17 @@ class Broker:
             peer.is_starter = False  # so that it is watched no more
             self.stop(DRAIN_TIMEOUT)
 
-    def _remove_connection(self, connection: ControlConnection) -> None:
-        self.registry.unopen_all(connection)
-        self.waits.forget(connection)
-        if connection.session is not None:
-            self.registry.end_session(connection.session, clean=False, why=connection.why)
-        elif connection.is_refused and self.shutdown is None:
-            log.warning("refused process %d: %s", connection.peer.pid, connection.why)
-        self.acceptor.forget(connection)
+    def _remove_connections(self) -> None:
+        closed = self.acceptor.found.closed
+        while closed:
+            connection = closed.pop()
+            self.registry.unopen_all(connection)
+            self.waits.forget(connection)
+            if connection.session is not None:
+                self.registry.end_session(connection.session, clean=False, why=connection.why)
+            elif connection.is_refused and self.shutdown is None:
+                log.warning("refused process %d: %s", connection.peer.pid, connection.why)
+            self.acceptor.forget(connection)
 
     def stop(self, timeout: float, by: Peer | None = None) -> Shutdown:
         """Drain until no reader makes progress for ``timeout`` seconds, then end. What ``by`` has open is not waited for."""
