@@ -442,33 +442,27 @@ def start_with(count: int, method: str) -> tuple[str, int, list[str]]:
         shutil.rmtree(temporary)
 
 
-def test_so_many_descriptors_left_for_the_start(children: Children) -> None:
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_so_many_descriptors_left_for_the_start(method: str, children: Children) -> None:
     """``start_broadcaster`` works, or is a ``StartError`` that says why and leaves no file, with few descriptors."""
+    counts = range(15) if method == "fork" else (1, 5, 20)
     outcomes = []
-    for count in range(15):
-        outcome, _, left = in_child(children, start_with, count, "fork")
+    for count in counts:
+        outcome, lost, left = in_child(children, start_with, count, method)
         assert not outcome or any(text in outcome for text in (os.strerror(errno.EMFILE), "standard error", "in time"))
         assert not left
+        assert method == "fork" or not lost
         outcomes.append(outcome)
     assert os.strerror(errno.EMFILE) in outcomes[0]
     assert not outcomes[-1]
 
 
-@pytest.mark.parametrize("count", [1, 5, 20])
-def test_so_many_descriptors_left_to_spawn(count: int, children: Children) -> None:
-    """The same under another start method, and nothing is left there."""
-    outcome, lost, left = in_child(children, start_with, count, "spawn")
-    assert not outcome or count < 20
-    assert outcome or count > 1
-    assert (lost, left) == (0, [])
-
-
-def live_with_few(limit: int, workers: int) -> list[Any]:
-    """A program of some workers, and its own channel, with no more descriptors in any process: what the workers got."""
+def live_with_few(limit: int, workers: int) -> None:
+    """A program of some workers, and its own channel, with no more descriptors in any process: all get all."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    results = []
-    processes = []
     context = multiprocessing.get_context("fork")
+    count = 2 * len(EVERY_SIZE)
+    processes = []
     with start_broadcaster(history=10) as bus, bus.subscribe() as own:
         for _ in range(workers):
             ours, theirs = Pipe()
@@ -477,19 +471,18 @@ def live_with_few(limit: int, workers: int) -> list[Any]:
             theirs.close()
             assert answer(ours) == "open"
             processes.append((process, ours))
-        for number in range(2 * len(EVERY_SIZE)):
+        for number in range(count):
             bus.publish(EVERY_SIZE[number % len(EVERY_SIZE)].message(number))
             assert number_of(own.recv(timeout=DEADLINE)) == number
     for process, ours in processes:
-        results.append(ours.recv())
+        assert ours.recv() == (list(range(count)), "EOFError")
         process.join()
-    return results
 
 
-def test_a_program_with_few_descriptors() -> None:
+@pytest.mark.parametrize(("limit", "workers"), [(64, 4), (40, 1)])
+def test_a_program_with_few_descriptors(limit: int, workers: int, children: Children) -> None:
     """With few descriptors in any process, and so in the broker, a small program works as ever."""
-    results = run_program("live_with_few(64, 4) + test_scarcity.live_with_few(32, 1)")
-    assert results == [[list(range(2 * len(EVERY_SIZE))), "EOFError"]] * 5
+    assert in_child(children, live_with_few, limit, workers) is None
 
 
 # ------------------------------------------------------------------------------------------------------- memory of pipes
@@ -628,32 +621,6 @@ def test_no_process_to_be_had(method: str, number: int, children: Children, temp
     assert not list(temporary_folder.glob("mpbroadcast-*"))
 
 
-def outside(user: int) -> int:
-    """Who a user of this user namespace is outside of it; -1 when that is not known."""
-    for line in Path("/proc/self/uid_map").read_text().splitlines():
-        first, there, count = map(int, line.split())
-        if first <= user < first + count:
-            return there + user - first
-    return -1
-
-
-def start_with_few_processes(folder: str) -> list[str]:
-    """Start a broadcaster while this user may have no process more, and again when it may."""
-    with limited(resource.RLIMIT_NPROC, 1):
-        first = start_in(folder)
-    return [first, start_in(folder), *os.listdir(folder)]
-
-
-@pytest.mark.xdist_group("one_user")
-def test_a_user_with_too_many_processes(children: Children) -> None:
-    """A user's limit on processes is a ``StartError``, and nothing is left."""
-    first, later, *left = unprivileged(children, start_with_few_processes)
-    if first == "works" and outside(os.geteuid()) == 0:
-        pytest.skip("this user is root outside of its namespace, and root has as many processes as it likes")
-    assert first.startswith(f"{errno.EAGAIN}: the broker process could not be started")
-    assert (later, left) == ("works", [])
-
-
 # ------------------------------------------------------------------------------------------------- the temporary folder
 
 
@@ -670,17 +637,34 @@ def test_a_missing_temporary_folder(children: Children, tmp_path: Path) -> None:
             assert outcome == "works"  # it is too long, and so /tmp is taken
 
 
-def start_in_read_only(folder: str) -> list[str]:
+def outside(user: int) -> int:
+    """Who a user of this user namespace is outside of it; -1 when that is not known."""
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        first, there, count = map(int, line.split())
+        if first <= user < first + count:
+            return there + user - first
+    return -1
+
+
+def start_with_limits(folder: str) -> list[list[str]]:
+    """Start a broadcaster in a folder that is read-only; while this user may have no process more; and when it may."""
     os.mkdir(f"{folder}/r", 0o555)
-    return [start_in(f"{folder}/r"), *os.listdir(f"{folder}/r")]
+    outcomes = [[start_in(f"{folder}/r"), *os.listdir(f"{folder}/r")]]
+    os.rmdir(f"{folder}/r")
+    with limited(resource.RLIMIT_NPROC, 1):
+        outcomes.append([start_in(folder)])
+    return [*outcomes, [start_in(folder), *os.listdir(folder)]]
 
 
-def test_a_temporary_folder_that_cannot_be_written(children: Children) -> None:
-    """A temporary folder of somebody else, or that is read-only, is a ``StartError`` that names it."""
-    outcome, *left = unprivileged(children, start_in_read_only)
-    assert outcome.startswith(f"{errno.EACCES}: ")
-    assert "/r'" in outcome
-    assert not left
+def test_a_user_with_too_many_processes_and_a_read_only_folder(children: Children) -> None:
+    """Each is a ``StartError`` that says so, and nothing is left."""
+    (read_only, *left), (few,), (later, *left_later) = unprivileged(children, start_with_limits)
+    assert read_only.startswith(f"{errno.EACCES}: ")
+    assert "/r'" in read_only
+    assert (left, later, left_later) == ([], "works", [])
+    if few == "works" and outside(os.geteuid()) == 0:
+        pytest.skip("this user is root outside of its namespace, and root has as many processes as it likes")
+    assert few.startswith(f"{errno.EAGAIN}: the broker process could not be started")
 
 
 def start_in_each(folder: str) -> list[str]:
@@ -1000,7 +984,7 @@ def test_nothing_waits_by_the_wall_clock() -> None:
     assert [use for path in modules for use in uses_of_the_wall_clock(path)] == ["socket_file.py"]
 
 
-def test_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch, fork: BaseContext, children: Children) -> None:
+def test_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that says something else each time, a day on or a year back, changes nothing, in the broker and outside."""
     jumps = Counter()
     real = time.time
@@ -1010,27 +994,16 @@ def test_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch, fork: BaseContext, 
         return real() + (86400.0, -365 * 86400.0, 1e9)[jumps.value % 3]
 
     monkeypatch.setattr(time, "time", jumping)
-    count = 2 * len(EVERY_SIZE)
-    ours, theirs = Pipe()
-    with ours, theirs:
-        with start_broadcaster() as bus, bus.subscribe(capacity=10_000) as channel:
-            process = children(fork, report_numbers, bus.subscribe(), theirs)
-            assert answer(ours) == "open"
-            channel.fileno()
-            start = time.monotonic()
-            with pytest.raises(TimeoutError):
-                channel.recv(timeout=0.1)
-            with pytest.raises(TimeoutError):
-                bus.wait_for_subscribers(5, timeout=0.1)
-            assert 0.2 <= time.monotonic() - start < DEADLINE
-            reader = Background(take, channel, count)
-            for number in range(count):
-                bus.publish(EVERY_SIZE[number % len(EVERY_SIZE)].message(number), timeout=DEADLINE)
-            assert [number_of(message) for message in reader.result()] == list(range(count))
-            bus.flush(timeout=DEADLINE)
-            assert time.time() != pytest.approx(real(), abs=10_000)
-        assert answer(ours) == (list(range(count)), "EOFError")
-        finish(process)
+    with start_broadcaster() as bus, bus.subscribe() as channel:
+        channel.fileno()
+        start = time.monotonic()
+        with pytest.raises(TimeoutError):
+            channel.recv(timeout=0.1)
+        with pytest.raises(TimeoutError):
+            bus.wait_for_subscribers(5, timeout=0.1)
+        assert 0.2 <= time.monotonic() - start < DEADLINE
+        in_order(bus, 2)
+        assert time.time() != pytest.approx(real(), abs=10_000)
 
 
 def test_a_clock_that_was_set_back_leaves_folders_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1047,50 +1020,13 @@ def test_a_clock_that_was_set_back_leaves_folders_alone(monkeypatch: pytest.Monk
 # ----------------------------------------------------------------------------------------------------------------- one core
 
 
-def work_on_one_core() -> list[Any]:
-    """Three subscribers, two publishers, and one subscriber that does not read for a while, all on one core."""
+def work_on_one_core() -> None:
+    """Broker, publisher and readers on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    context = multiprocessing.get_context("fork")
-    results: list[Any] = []
     with start_broadcaster() as bus:
-        workers = []
-        for _ in range(3):
-            ours, theirs = Pipe()
-            process = context.Process(target=report_numbers, args=(bus.subscribe("all"), theirs))
-            process.start()
-            assert answer(ours) == "open"
-            workers.append((process, ours))
-        slow = bus.subscribe("all", capacity=100_000)
-        slow.fileno()
-        small = 5000
-        publishing = Background(_publish_all, bus, small)
-        wait_until(lambda: any(row.stalls for row in bus.stats().subscribers))
-        assert publishing.is_alive()
-        with connect(bus.address) as free, bus.subscribe("free") as quick:  # another publisher goes on
-            for number in range(20):
-                free.publish(EVERY_SIZE[number % len(EVERY_SIZE)].message(number), topic="free")
-                assert number_of(quick.recv(timeout=DEADLINE)) == number
-        start = time.monotonic()
-        count = small + 2 * len(EVERY_SIZE)
-        results.append([number_of(message) for message in take(slow, count)] == list(range(count)))
-        publishing.result()
-        results.append(time.monotonic() - start)
-    for process, ours in workers:
-        numbers, end = ours.recv()
-        results.append([numbers == list(range(count)), end])
-        process.join()
-    return results
+        in_order(bus, 10)
 
 
-def _publish_all(bus: Bus, small: int) -> None:
-    bus.publish_many((Size(50).message(number) for number in range(small)), topic="all")
-    for number in range(small, small + 2 * len(EVERY_SIZE)):
-        bus.publish(EVERY_SIZE[number % len(EVERY_SIZE)].message(number), topic="all")
-
-
-def test_one_core() -> None:
-    """Broker, publishers and subscribers on one core: all arrives in order, at a good rate, also when one has to wait."""
-    in_order_there, seconds, *workers = run_program("work_on_one_core()")
-    assert in_order_there
-    assert workers == [[True, "EOFError"]] * 3
-    assert seconds < DEADLINE
+def test_one_core(children: Children) -> None:
+    """Broker, publishers and subscribers on one core: all arrives in order, also when one has to wait."""
+    assert in_child(children, work_on_one_core) is None
