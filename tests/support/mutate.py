@@ -34,19 +34,32 @@ from typing import Any, Final, NamedTuple, TypeVar
 import pytest
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-AT_ONCE: Final = 2
+AT_ONCE: Final = 1
 MEMORY: Final = 8 << 30  # bytes of addresses that a mutant may have
 
 # Modules by their names, wherever they are, or what is in them.
 TARGETS: Final = (
-    *("router", "backlog", "history", "ring_holds", "frames", "runs", "control", "fd_packets", "validation", "ring_allocator"),
+    *(
+        "router",
+        "patterns",
+        "limits",
+        "backlog",
+        "history",
+        "ring_holds",
+        "frames",
+        "runs",
+        "control",
+        "fd_packets",
+        "validation",
+        "ring_allocator",
+    ),
     *("processes.PeerProcess", "ring.Ring.put", "pipe_reader.decode", "supervisor.Patience", "journal.replayed"),
 )
 NOT_TRIED: Final = ("__repr__", "listed")  # texts for people
 
 # They need no fixture of conftest.py but ``bus``.
 TESTS: Final = (
-    *(f"unit/test_{name}.py" for name in ("router", "backlog", "history", "processes", "validation")),
+    *(f"unit/test_{name}.py" for name in ("router", "budget", "backlog", "history", "processes", "validation")),
     *(f"properties/test_{name}.py" for name in ("frames", "runs", "rings", "control")),
     *(f"integration/test_restart.py::test_{name}" for name in ("patience", "cut_lines_are_the_state_before_them")),
     *(

@@ -12,20 +12,16 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
 import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mpbroadcast import Broadcaster
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.history import MOST_TOPICS, History
 from mpbroadcast.broker.core.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION, Cost
-from mpbroadcast.broker.core.patterns import is_pattern, matcher
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
 from mpbroadcast.client.broker_client import BrokerClient
@@ -107,16 +103,6 @@ def test_a_replay_looks_names_up() -> None:
     with at_most(100_000):
         found = history.last(names, 2, 1 << 20)
     assert [batch.topic for batch in found] == [b"4094", b"4095"]
-
-
-@given(
-    st.text(alphabet="ab*?[]!-\n", max_size=9).filter(is_pattern),
-    st.lists(st.text(alphabet="ab[]*\n", max_size=9), min_size=1, max_size=20),
-)
-def test_patterns_match_as_in_the_standard_library(pattern: str, topics: list[str]) -> None:
-    """Each pattern matches what ``fnmatch.fnmatchcase`` says, also those that are matched without ``re``."""
-    for topic in topics:
-        assert bool(matcher(pattern).match(topic)) == fnmatchcase(topic, pattern)
 
 
 def in_rounds(broker: Broker, asker: Asker, message: dict[str, Any], most: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpbroadcast.broker.core.patterns import is_pattern
+from mpbroadcast.broker.core.patterns import is_pattern, matcher
 from mpbroadcast.broker.core.router import Router, matches
 
 PLAIN = ["", "a", "b", "room:1", "a[", "]", "a\nb", "ü", "\\", "."]
@@ -20,97 +20,6 @@ TOPICS = st.lists(st.sampled_from(PARTS), min_size=1, max_size=2).map("".join)
 def plainly_matches(topics: list[str], topic: str) -> bool:
     """Whether one of them matches, as the standard library has it; what is no pattern matches itself only."""
     return any(fnmatchcase(topic, own) for own in topics)
-
-
-def test_an_exact_topic_leads_to_who_has_it() -> None:
-    """Nobody else gets it, and a topic that nobody has leads nowhere."""
-    router: Router[str] = Router()
-    router.add("one", ["a", "b"])
-    router.add("two", ["b"])
-    assert sorted(router.targets(b"a")) == ["one"]
-    assert sorted(router.targets(b"b")) == ["one", "two"]
-    assert sorted(router.targets(b"c")) == []
-    assert sorted(router.targets(b"")) == []
-    assert sorted(router.targets(b"A")) == []
-
-
-def test_the_empty_topic_is_one_like_any_other() -> None:
-    """What is published without a topic reaches who has the empty one, and who hears everything."""
-    router: Router[str] = Router()
-    router.add("none", [""])
-    router.add("all", ["*"])
-    router.add("other", ["a"])
-    assert sorted(router.targets(b"")) == ["all", "none"]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "heard", "not_heard"),
-    [
-        ("*", ["", "a", "a\nb", "*"], []),
-        ("room:*", ["room:", "room:1", "room:1:2"], ["room", "Room:1", "aroom:1"]),
-        ("room:?", ["room:1", "room:ü", "room:?"], ["room:", "room:12"]),
-        ("room:[12]", ["room:1", "room:2"], ["room:3", "room:[12]", "room:12"]),
-        ("room:[!12]", ["room:3"], ["room:1", "room:"]),
-        ("room:[*]", ["room:*"], ["room:1", "room:[*]", "room:"]),
-        ("[[]a]", ["[a]"], ["a", "[[]a]"]),
-        ("a[", ["a["], ["a", "ab"]),
-        ("a.c", ["a.c"], ["abc"]),
-        ("a.*", ["a.", "a.b"], ["ab"]),
-    ],
-)
-def test_patterns(pattern: str, heard: list[str], not_heard: list[str]) -> None:
-    """A pattern hears what it matches, case and all, and a star in brackets is a star."""
-    router: Router[str] = Router()
-    router.add("me", [pattern])
-    for topic in [*heard, *not_heard]:
-        assert router.targets(topic.encode()) == (("me",) if topic in heard else ())
-        assert matches([pattern], topic.encode()) == (topic in heard)
-
-
-def test_each_gets_it_once() -> None:
-    """However many of its topics match, and however often one was added."""
-    router: Router[str] = Router()
-    router.add("one", ["a", "a", "*", "?", "[a]"])
-    router.add("one", ["a", "*"])
-    assert sorted(router.targets(b"a")) == ["one"]
-    assert router.topics("one") == ("a", "*", "?", "[a]")
-
-
-def test_what_changes_is_seen_at_once() -> None:
-    """A topic that was asked for before leads elsewhere as soon as somebody comes, changes or goes."""
-    router: Router[str] = Router()
-    assert sorted(router.targets(b"a")) == []
-    router.add("one", ["a"])
-    assert sorted(router.targets(b"a")) == ["one"]
-    router.add("two", ["*"])
-    assert sorted(router.targets(b"a")) == ["one", "two"]
-    router.drop("one", ["a"])
-    assert sorted(router.targets(b"a")) == ["two"]
-    router.add("one", ["?"])
-    assert sorted(router.targets(b"a")) == ["one", "two"]
-    router.remove("one")
-    assert sorted(router.targets(b"a")) == ["two"]
-    router.drop("two", ["*"])
-    assert sorted(router.targets(b"a")) == []
-    assert router.topics("two") == ()
-
-
-def test_dropping_one_topic_leaves_the_others() -> None:
-    """Also those that match the same, and those of others; what one does not have is passed over."""
-    router: Router[str] = Router()
-    router.add("one", ["a", "*"])
-    router.add("two", ["a"])
-    router.add("three", ["*"])
-    router.drop("one", ["a", "b", "?", "a"])
-    router.drop("nobody", ["a"])
-    assert sorted(router.targets(b"a")) == ["one", "three", "two"]
-    router.drop("one", ["*"])
-    assert sorted(router.targets(b"a")) == ["three", "two"]
-    router.remove("nobody")
-    router.remove("one")
-    router.remove("one")
-    assert router.topics("one") == ()
-    assert sorted(router.targets(b"a")) == ["three", "two"]
 
 
 def test_very_many_topics() -> None:
@@ -151,6 +60,16 @@ def test_matching_is_that_of_the_standard_library(topics: list[str], topic: str)
     assert matches(topics, topic.encode()) == expected
     assert bool(router.targets(topic.encode())) == expected
     assert all(is_pattern(own) or own == topic for own in topics if fnmatchcase(topic, own))
+
+
+@given(
+    st.text(alphabet="ab*?[]!-\n", max_size=9).filter(is_pattern),
+    st.lists(st.text(alphabet="ab[]*\n", max_size=9), min_size=1, max_size=20),
+)
+def test_patterns_match_as_in_the_standard_library(pattern: str, topics: list[str]) -> None:
+    """Each pattern matches what ``fnmatch.fnmatchcase`` says, also those that are matched without ``re``."""
+    for topic in topics:
+        assert bool(matcher(pattern).match(topic)) == fnmatchcase(topic, pattern)
 
 
 ACTIONS = st.one_of(
