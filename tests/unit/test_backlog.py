@@ -394,7 +394,7 @@ class Machine(RuleBasedStateMachine):
         assert told == story
 
     def teardown(self) -> None:
-        if sys.exc_info()[0] is not None or not hasattr(self, "outbox"):
+        if sys.exc_info()[0] is not None or not hasattr(self, "backlog"):
             return
         ended = self.backlog.ended
         self.drain()
@@ -440,114 +440,6 @@ def test_each_policy_does_what_a_plain_list_does(policy: str) -> None:
 # --------------------------------------------------------------------------------------------------------- examples
 
 
-def test_drop_oldest_keeps_the_newest() -> None:
-    """Of ten messages, three fit: the last three come, behind a gap of seven."""
-    backlog = new_backlog(4 * charge_of(0, 100) - 1, "drop_oldest")
-    for number in range(10):
-        backlog.put(messages(number, 1))
-        backlog.to_write()  # and the pipe takes nothing
-    assert (backlog.published, backlog.missed, backlog.left, backlog.waiting) == (10, 7, 7, 3)
-    assert emptied(backlog) == [("gap", 7), *numbers(7, 10)]
-
-
-def test_drop_oldest_drops_from_one_batch() -> None:
-    """It makes no difference whether they come one by one or all at once."""
-    backlog = new_backlog(4 * charge_of(0, 100) - 1, "drop_oldest")
-    backlog.put(messages(0, 10))
-    assert (backlog.published, backlog.missed, backlog.waiting) == (10, 7, 3)
-    assert emptied(backlog) == [("gap", 7), *numbers(7, 10)]
-
-
-def test_drop_oldest_keeps_what_is_partly_in_the_pipe() -> None:
-    """A message that has begun is finished; the gap comes behind it."""
-    backlog = new_backlog(150_000, "drop_oldest")
-    backlog.put(messages(0, 1, 100_000))
-    written = bytes(backlog.to_write())[:PIPE_BUF]
-    backlog.wrote(len(written))
-    backlog.put(messages(1, 2, 20_000))
-    backlog.put(messages(3, 1, 40_000))
-    backlog.put(messages(4, 1, 100))
-    said = b"".join((written, bytes(backlog.to_write())))
-    backlog.wrote(len(said) - len(written))
-    assert [event for run in views(said) for event in events(said, run)] == [("message", 0)]
-    assert emptied(backlog) == [("gap", 2), ("message", 3), ("message", 4)]
-
-
-def test_a_gap_is_said_when_nothing_waits_behind_it() -> None:
-    """While the pipe holds more than the capacity, all that comes is dropped, which is said though nothing follows."""
-    backlog = new_backlog(1000, "drop_oldest")
-    backlog.pipe = 2000
-    backlog.put(messages(0, 3))
-    assert (backlog.waiting, backlog.missed) == (0, 3)
-    assert not backlog.is_empty
-    assert emptied(backlog) == [("gap", 3)]
-    assert backlog.is_empty
-
-
-def test_drop_newest_says_each_gap_in_its_place() -> None:
-    """What waits is kept; what came while it was full is missing from between it and what came later."""
-    backlog = new_backlog(2 * charge_of(0, 100), "drop_newest")
-    backlog.put(messages(0, 3))
-    backlog.put(messages(3, 1))
-    backlog.put(messages(4, 2))
-    first = emptied(backlog)
-    backlog.put(messages(6, 3))
-    assert first == [*numbers(0, 2), ("gap", 4)]
-    assert emptied(backlog) == [*numbers(6, 8), ("gap", 1)]
-
-
-def test_latest_keeps_one() -> None:
-    """Only the newest waits, and before it is said how many were skipped."""
-    backlog = new_backlog(1, "latest")
-    backlog.put(messages(0, 5))
-    backlog.put(messages(5, 1))
-    assert (backlog.published, backlog.missed, backlog.waiting) == (6, 5, 1)
-    assert emptied(backlog) == [("skipped", 5), ("message", 5)]
-
-
-def test_latest_lets_the_pipe_be_emptied_first() -> None:
-    """While a state is unread in the pipe, the next waits, and may be replaced by a newer one."""
-    backlog = new_backlog(1000, "latest")
-    backlog.put(messages(0, 1))
-    assert not backlog.must_wait
-    backlog.wrote(len(backlog.to_write()))
-    backlog.put(messages(1, 1))
-    assert backlog.must_wait
-    backlog.put(messages(2, 1))
-    assert backlog.must_wait
-    backlog.pipe = 0
-    assert not backlog.must_wait
-    assert emptied(backlog) == [("skipped", 1), ("message", 2)]
-
-
-def test_disconnect_says_what_was_kept_then_why_then_the_end() -> None:
-    """The first message that does not fit ends it, and what comes behind that counts nowhere."""
-    backlog = new_backlog(2 * charge_of(0, 100), "disconnect")
-    backlog.put(messages(0, 1))
-    assert not backlog.ended
-    backlog.put(messages(1, 5))
-    assert backlog.ended
-    assert backlog.overflowed
-    assert (backlog.published, backlog.missed, backlog.waiting) == (3, 1, 2)
-    backlog.end()
-    assert emptied(backlog) == [*numbers(0, 2), ("overflowed", 1), ("end", 0)]
-
-
-def test_block_takes_what_fits() -> None:
-    """The router is told how many messages of a batch can be put, and none if not even one can."""
-    backlog = new_backlog(3 * charge_of(0, 100))
-    batch = batch_of(0, [100] * 10)
-    assert backlog.fitting(run_of(batch)) == 3
-    backlog.put(run_of(batch.cut(2)[0]))
-    rest = batch.cut(2)[1]
-    assert backlog.fitting(run_of(rest)) == 1
-    backlog.put(run_of(rest.cut(1)[0]))
-    rest = rest.cut(1)[1]
-    assert backlog.fitting(run_of(rest)) == 0
-    backlog.put(run_of(rest.cut(1)[0]))  # what is put nevertheless is not dropped
-    assert emptied(backlog) == numbers(0, 4)
-
-
 def test_another_policy_takes_over() -> None:
     """The gap that has not been said is said by the same policy only."""
     for policy, said in (("drop_oldest", [("gap", 2)]), ("drop_newest", [])):
@@ -555,58 +447,6 @@ def test_another_policy_takes_over() -> None:
         backlog.put(messages(0, 3))
         backlog = under(policy, backlog)
         assert (backlog.policy, emptied(backlog)) == (policy, [*said, ("message", 2)])
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_one_message_larger_than_the_capacity_passes_alone(policy: str) -> None:
-    """When nothing else is there, or just a tail byte, it is neither dropped nor an overflow, and no gap is said."""
-    backlog = new_backlog(1000, policy)
-    backlog.pipe = 2
-    assert not backlog.is_clear
-    backlog.pipe = 1
-    batch = batch_of(0, [5000])
-    assert backlog.fitting(run_of(batch)) == 1
-    backlog.put(run_of(batch))
-    assert (backlog.published, backlog.missed, backlog.waiting) == (1, 0, 1)
-    assert not backlog.ended
-    assert emptied(backlog) == [("message", 0)]
-
-
-@pytest.mark.parametrize("policy", ["drop_newest", "disconnect"])
-def test_of_two_larger_than_the_capacity_one_passes(policy: str) -> None:
-    """The first of a batch passes alone; the second is one too many."""
-    backlog = new_backlog(1000, policy)
-    backlog.put(messages(0, 3, 5000))
-    missed = 2 if policy == "drop_newest" else 1
-    assert (backlog.published, backlog.missed, backlog.waiting) == (1 + missed, missed, 1)
-    behind = [("gap", 2)] if policy == "drop_newest" else [("overflowed", 1), ("end", 0)]
-    assert emptied(backlog) == [("message", 0), *behind]
-
-
-@pytest.mark.parametrize("policy", ["drop_oldest", "latest"])
-def test_what_is_dropped_behind_a_message_does_not_count_as_its_leaving(policy: str) -> None:
-    """Who waits for a message that is partly in the pipe waits until all of it is, whatever is dropped behind it."""
-    backlog = new_backlog(150_000, policy)
-    backlog.put(messages(0, 1, 100_000))
-    position = backlog.entered
-    backlog.wrote(len(backlog.to_write()[:PIPE_BUF]))
-    backlog.put(messages(1, 1, 40_000))
-    backlog.put(messages(2, 1, 40_000))
-    assert (backlog.delivered, backlog.missed, backlog.waiting) == (0, 1, 2)
-    assert backlog.left < position
-    backlog.wrote(len(backlog.to_write()))
-    assert backlog.left >= position
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_an_end_comes_once_and_last(policy: str) -> None:
-    """What waits is delivered before a clean end, which is said once however often it is asked for."""
-    backlog = new_backlog(10_000, policy)
-    backlog.put(messages(0, 1))
-    backlog.end()
-    backlog.end()
-    assert emptied(backlog) == [("message", 0), ("end", 0)]
-    assert (backlog.delivered, backlog.missed, backlog.waiting) == (1, 0, 0)
 
 
 def test_a_run_counts_once_for_as_long_as_it_is_there() -> None:
