@@ -160,7 +160,7 @@ def test_wait_for_subscribers_counts_those_that_there_are(bus: Bus) -> None:
             assert text_of(TimedOut, bus.wait_for_subscribers, 3, timeout=timeout).endswith("Now there are 2")
             assert text_of(TimedOut, bus.wait_for_subscribers, 3, topic="a", timeout=timeout).endswith("Now there are 1")
         with stopped(bus.stats().pid):
-            assert "Now no answer comes" in text_of(TimedOut, bus.wait_for_subscribers, 3, timeout=0.05)
+            assert "Now the broker does not reply" in text_of(TimedOut, bus.wait_for_subscribers, 3, timeout=0.05)
 
 
 def test_a_bad_log_config_has_its_cause_in_the_text() -> None:

@@ -1,0 +1,246 @@
+"""Publishing through one handle: pickling, and the shortest route to the broker.
+
+- Pickling runs user code, so it comes first, before any lock. A message is expected to be like the one before it: a short one
+  is pickled into one bytes object, one with large parts is gathered uncopied.
+- The fast path of :meth:`Publishing.publish` writes a short message itself: one system call, no lock, no object. What is not
+  plain success (a full pipe, a closed one, a broker that has died, no pipe yet) falls through to the complete path, which finds
+  out, blocks, reconnects or raises. A write that failed has published nothing.
+- The writer belongs to one broker. When another one takes over (``restart=True``), the next publish makes a new one, and
+  ``flush`` reports the gap between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Generic, TypeVar
+
+from mpbroadcast.client.broker_client import BrokerClient, Reply, Session, for_reply
+from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.pipe_writer import Route, framed
+from mpbroadcast.client.shared_writer import SHARED_FROM, SharedWriter
+from mpbroadcast.deadline import Deadline
+from mpbroadcast.errors import ClosedError, TimedOut
+from mpbroadcast.protocol.frames import MAX_FRAME, PIPE_BUF, frame_head
+from mpbroadcast.protocol.pickling import PROTOCOL, LargeBuffer, Payload, dumps, explain, gather, keep_in_band
+from mpbroadcast.validation import check_timeout, encode_topic, encoded_topic
+
+M = TypeVar("M")
+
+_write = os.write
+_NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
+SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)  # bytes of a message below which it is one write into the pipe
+_HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]  # without a topic: looking one up is faster than packing it
+_GATHER_FROM: Final = 1 << 18  # bytes of a message from which on its parts are better not joined
+
+
+class Publishing(Generic[M]):
+    """The part of a broadcaster that publishes."""
+
+    def __init__(self, client: BrokerClient) -> None:
+        self._client = client
+        self._writer: SharedWriter | None = None  # None until something is published
+        self._writers: dict[Session, SharedWriter] = {}
+        self._has_gap = False  # True if something was published to a broker that has died since
+        self._is_large = False  # True if the last message was, and so perhaps the next
+        self._closed = False
+
+    @property
+    def address(self) -> str:
+        """The path of the broker's socket, which :func:`connect` takes."""
+        return self._client.address
+
+    def publish(
+        self, message: M, *, topic: str = "", exclude: Channel[Any] | None = None, timeout: float | None = None
+    ) -> None:
+        """Send ``message`` to every channel that is subscribed to ``topic``, except ``exclude``.
+
+        ``topic`` is a name, not a pattern: ``"room:*"`` is one topic here.
+
+        When this returns, the message has left this process: it is delivered even if this process is killed the next moment,
+        as long as the broker lives and is not being closed. It does not mean that a channel has received it, or that the
+        broker has routed it: :meth:`flush` blocks until that. Without subscribers the message is discarded. The message may be
+        changed, and its buffers reused. The messages of one handle in one process keep their order.
+
+        Block while a subscriber that would get a message of this handle has a full backlog: at most ``timeout`` seconds;
+        ``None``: no limit, 0: do not block. An exception from a signal handler leaves the message published whole or not at
+        all.
+
+        :raises TimedOut: (a ``TimeoutError``) the message is not published, and never will be.
+        :raises BrokerLost: the broker has ended.
+        :raises ClosedError: this handle was closed.
+        :raises Exception: whatever pickling the message raises; nothing was sent.
+        """
+        if exclude is not None or timeout is not None or self._is_large:
+            route, deadline = self._route(topic, exclude), Deadline(check_timeout(timeout))
+            self._publish(self._pickled(message, topic), route, deadline, [])
+            return
+        encoded = encoded_topic(topic) if topic != "" else b""
+        try:
+            payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
+        except LargeBuffer:
+            self._is_large = True
+            self._publish(self._pickled(message, topic), (encoded, 0), Deadline(None), [])
+            return
+        except Exception as error:
+            explain(error, message, topic)
+            raise
+        size = len(payload)
+        writer = self._writer
+        if writer is not None:
+            try:
+                if size < SHORT:
+                    _write(writer.pipe.fd, (frame_head(size, encoded) if encoded else _HEADS[size]) + payload)
+                    return
+                self._is_large = size >= _GATHER_FROM
+                if writer.send_quickly(payload, encoded):
+                    return
+            except OSError as error:
+                # Full, closed or broken: _publish finds out. Any other error is not of this write.
+                if error.errno not in _NOT_WRITTEN:
+                    raise
+        self._publish(Payload((payload,), size, False), (encoded, 0), Deadline(None), [])
+
+    def publish_many(
+        self,
+        messages: Iterable[M],
+        *,
+        topic: str = "",
+        exclude: Channel[Any] | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Send each of ``messages``, in order, several in one write. Return how many were sent.
+
+        As :meth:`publish`, with one ``timeout`` in seconds for all. Messages are joined while they fit into one write: for a
+        slow generator :meth:`publish` is better.
+
+        :raises Exception: as :meth:`publish`; the exception's ``sent`` is how many of the first messages were published.
+        """
+        counts: list[int] = []  # messages in each write that was begun
+        done: list[int] = []  # one item for each write that was done
+        try:
+            route = self._route(topic, exclude)
+            self._publish_all(messages, topic, route, Deadline(check_timeout(timeout)), counts, done)
+        except BaseException as error:
+            with contextlib.suppress(AttributeError):
+                error.sent = sum(counts[: len(done)])  # type: ignore[attr-defined]
+            raise
+        return sum(counts)
+
+    def _publish_all(
+        self,
+        messages: Iterable[M],
+        topic: str,
+        route: Route,
+        deadline: Deadline,
+        counts: list[int],
+        done: list[int],
+    ) -> None:
+        waiting: list[bytes] = []
+        size = 0
+        try:
+            for message in messages:
+                payload = self._pickled(message, topic)
+                frame = framed(payload, route) if payload.size < SHARED_FROM else b""
+                if not frame or size + len(frame) > PIPE_BUF:
+                    self._send_all(waiting, deadline, counts, done)
+                    size = 0
+                if not frame or len(frame) > PIPE_BUF:
+                    counts.append(1)
+                    self._publish(payload, route, deadline, done)
+                else:
+                    waiting.append(frame)
+                    size += len(frame)
+        except Exception:
+            self._send_all(waiting, deadline, counts, done)  # the messages before the one that cannot be sent
+            raise
+        self._send_all(waiting, deadline, counts, done)
+
+    def _send_all(self, waiting: list[bytes], deadline: Deadline, counts: list[int], done: list[int]) -> None:
+        if waiting:
+            frames = b"".join(waiting)
+            counts.append(len(waiting))
+            waiting.clear()
+            self._deliver(deadline, SharedWriter.send, frames, deadline, done)
+
+    def _route(self, topic: str, exclude: Channel[Any] | None) -> Route:
+        return encode_topic(topic), 0 if exclude is None else self._own_channel(exclude, "exclude").id
+
+    def _own_channel(self, channel: Channel[Any], name: str) -> Channel[Any]:
+        if not isinstance(channel, Channel):
+            hint = "; channel.unsubscribe(topic) drops a topic" if isinstance(channel, str) and name == "channel" else ""
+            raise TypeError(f"{name} must be a Channel, not {type(channel).__name__}{hint}")
+        if channel.broker != self._client.broker:
+            raise ValueError(f"{name} is a channel of another broker, not of the one at {self.address!r}")
+        return channel
+
+    def _pickled(self, message: M, topic: str) -> Payload:
+        try:
+            if self._is_large:
+                return self._gathered(message)
+            payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
+        except LargeBuffer:
+            self._is_large = True
+            return self._pickled(message, topic)
+        except Exception as error:
+            explain(error, message, topic)
+            raise
+        self._is_large = len(payload) >= _GATHER_FROM
+        return Payload((payload,), len(payload), False)
+
+    def _gathered(self, message: M) -> Payload:
+        payload = gather(message)
+        self._is_large = payload.image or payload.size >= _GATHER_FROM
+        return payload
+
+    def _publish(self, payload: Payload, route: Route, deadline: Deadline, done: list[int]) -> None:
+        if payload.size + 16 + len(route[0]) > MAX_FRAME:
+            raise ValueError(f"a message of {payload.size} bytes is too long: with its topic, the limit is {MAX_FRAME - 16}")
+        self._deliver(deadline, SharedWriter.publish, payload, route, deadline, done)
+
+    def _deliver(self, deadline: Deadline, send: Callable[..., None], *arguments: Any) -> None:
+        """Call ``send`` with the writer, and again with a new one if another broker takes over meanwhile."""
+        while True:
+            self._check_open()
+            writer = self._writer or self._make_writer(deadline)
+            try:
+                send(writer, *arguments)
+                return
+            except TimedOut:
+                raise
+            except OSError as error:
+                self._check_open()
+                if not self._client.restarts:
+                    raise self._client.lost_error(error)  # noqa: B904, it has its cause
+                self._drop_writer(writer)
+
+    def _make_writer(self, deadline: Deadline) -> SharedWriter:
+        reply = self._request("publisher", for_reply(deadline))
+        if reply.pipe is None:
+            raise self._client.lost_error()
+        made = SharedWriter(self._client, reply.session, reply.pipe, reply.body["publisher"])
+        # The first of several threads that come here makes it for all: this is one step, where `if` and `=` are two.
+        self._writer = writer = self._writers.setdefault(reply.session, made)
+        if self._closed:  # meanwhile, by another thread
+            writer.pipe.close()
+        self._check_open()
+        return writer
+
+    def _drop_writer(self, writer: SharedWriter) -> None:
+        """Drop the writer of a broker that has died: the next publish makes one for the broker that has taken over."""
+        self._has_gap = True
+        self._writers.pop(writer.session, None)
+        if writer is self._writer:
+            self._writer = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this broadcaster was closed in this process: start or connect() another") from None
+
+    def _request(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Reply:
+        self._check_open()
+        if self._writer is not None:
+            self._writer.pool.rest()
+        return self._client.request(do, deadline=deadline, **fields)
