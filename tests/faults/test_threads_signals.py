@@ -24,7 +24,6 @@ from tests.support.helpers import (
     answer,
     everything,
     fill,
-    only_subscriber,
     pattern,
     readable,
     take,
@@ -78,6 +77,9 @@ def test_threads_share_one_handle(bus: Bus, children: Children, fork: BaseContex
     counts = {"small": 2000, "page": 500, "pieces": 60}
 
     def publish(name: str) -> None:
+        if name == "small":
+            assert bus.publish_many((name, number, pattern(number, 20)) for number in range(counts[name])) == counts[name]
+            return
         for number in range(counts[name]):
             bus.publish((name, number, pattern(number, sizes[name])))
 
@@ -88,16 +90,6 @@ def test_threads_share_one_handle(bus: Bus, children: Children, fork: BaseContex
         assert numbers_of(seen, name) == list(range(counts[name]))
         assert {length for source, _, length in seen if source == name} == {size}
     assert len(seen) == sum(counts.values())
-
-
-def test_threads_share_publish_many(bus: Bus) -> None:
-    """Two threads in ``publish_many`` lose nothing, and each keeps its order."""
-    channel = bus.subscribe()
-    threads = [Background(bus.publish_many, [(name, number) for number in range(5000)]) for name in "ab"]
-    messages = take(channel, 10_000)
-    assert [thread.result() for thread in threads] == [5000, 5000]
-    for wanted in "ab":
-        assert [number for name, number in messages if name == wanted] == list(range(5000))
 
 
 def test_threads_subscribe_and_ask_at_once(bus: Bus) -> None:
@@ -166,42 +158,9 @@ def handler(number: int, function: Callable[..., Any]) -> Iterator[None]:
         signal.signal(number, before)
 
 
-@pytest.mark.parametrize("size", [20, 30_000])
-def test_signal_handler_publishes_in_the_middle_of_publishes(
-    bus: Bus, children: Children, fork: BaseContext, size: int
-) -> None:
-    """A storm of signals whose handler publishes while the main thread does: each message comes once, and whole."""
-    stop = subscribe_elsewhere(bus, children, fork)
-    signals = 0
-    running = False
-
-    def publish_too(*_: Any) -> None:
-        nonlocal signals, running
-        if running:
-            return  # one handler at a time, so that its numbers have an order
-        running = True
-        number, signals = signals, signals + 1
-        bus.publish(("handler", number, pattern(number, size)))
-        running = False
-
-    count = 0
-    with handler(signal.SIGPROF, publish_too):
-        signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)
-        try:
-            while signals < 40 and count < 1_000_000:
-                bus.publish(("main", count, pattern(count, size)))
-                count += 1
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-    assert signals >= 40
-    seen = stop()
-    assert numbers_of(seen, "main") == list(range(count))
-    assert numbers_of(seen, "handler") == list(range(signals))
-    assert {length for _, _, length in seen} == {size}
-
-
-def test_signal_handlers_may_nest(bus: Bus, children: Children, fork: BaseContext) -> None:
-    """Signals that interrupt the handlers of other signals, each publishing: all come exactly once."""
+@pytest.mark.parametrize("size", [20, 5000, 30_000])
+def test_signal_handlers_publish_in_the_middle_of_publishes(bus: Bus, children: Children, fork: BaseContext, size: int) -> None:
+    """Signals that interrupt a publish and the handlers of other signals, each publishing: all come exactly once, and whole."""
     stop = subscribe_elsewhere(bus, children, fork)
     signals = 0
     depth = 0
@@ -212,7 +171,7 @@ def test_signal_handlers_may_nest(bus: Bus, children: Children, fork: BaseContex
             return
         depth += 1
         number, signals = signals, signals + 1
-        bus.publish(("handler", number, pattern(number, 5000)))
+        bus.publish(("handler", number, pattern(number, size)))
         depth -= 1
 
     orders, theirs = fork.Pipe()
@@ -222,8 +181,8 @@ def test_signal_handlers_may_nest(bus: Bus, children: Children, fork: BaseContex
             children(fork, workers.signal_until_told, os.getpid(), number, theirs)
             for number in (signal.SIGUSR1, signal.SIGUSR2)
         ]
-        while signals < 200:
-            bus.publish(("main", count, pattern(count, 5000)))
+        while signals < 100:
+            bus.publish(("main", count, pattern(count, size)))
             count += 1
         orders.send("stop")
         for process in storm:
@@ -231,7 +190,7 @@ def test_signal_handlers_may_nest(bus: Bus, children: Children, fork: BaseContex
     seen = stop()
     assert numbers_of(seen, "main") == list(range(count))
     assert sorted(numbers_of(seen, "handler")) == list(range(signals))
-    assert {length for _, _, length in seen} == {5000}
+    assert {length for _, _, length in seen} == {size}
 
 
 @pytest.mark.parametrize("size", [1000, 100_000])
@@ -286,16 +245,6 @@ def test_publish_that_ran_out_of_time_is_never_delivered(bus: Bus, size: int) ->
     bus.publish(("last", b""), timeout=DEADLINE)
     assert [number for number, _ in receiving.result()] == [*published, "last"]
     assert everything(bus, channel) == []
-
-
-def test_waiting_publish_goes_on_when_the_subscriber_reads(bus: Bus) -> None:
-    """A publish without limit waits for room, and its message comes behind all the others."""
-    channel = bus.subscribe(capacity=50_000)
-    published = fill(bus)
-    publishing = Background(bus.publish, ("waited", bytes(1000)))
-    publishing.wait_until_blocked("publish")
-    assert [number for number, _ in take(channel, len(published) + 1)] == [*published, "waited"]
-    assert publishing.result() is None
 
 
 def test_other_calls_work_while_publish_waits(bus: Bus) -> None:
@@ -409,22 +358,6 @@ def test_slow_subscriber_does_not_hold_up_a_quick_one(bus: Bus) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_broker_does_not_grow_under_a_subscriber_that_does_not_read(bus: Bus) -> None:
-    """A full backlog stops the publisher after little more than the capacity and its ring; the broker's memory is bounded."""
-    channel = bus.subscribe(capacity=MEBIBYTE)
-    channel.fileno()
-    broker = psutil.Process(bus.stats().pid)
-    before = broker.memory_info().rss
-    published = fill(bus, size=16_000)
-    assert len(published) * 16_000 < 20 * MEBIBYTE
-    for _ in range(200):
-        with pytest.raises(TimeoutError):
-            bus.publish((-1, bytes(16_000)), timeout=0)
-    assert broker.memory_info().rss - before < 32 * MEBIBYTE
-    assert only_subscriber(bus).waiting_bytes <= 2 * MEBIBYTE
-    assert [number for number, _ in take(channel, len(published))] == published
-
-
 def test_broker_does_not_grow_under_a_slow_subscriber(bus: Bus, children: Children, fork: BaseContext) -> None:
     """While 100 times the capacity passes through, the broker's memory stays where it was."""
     channel = bus.subscribe(capacity=MEBIBYTE // 2)
@@ -443,12 +376,3 @@ def test_broker_does_not_grow_under_a_slow_subscriber(bus: Bus, children: Childr
     assert publishing.result() == count
     assert highest - before < 32 * MEBIBYTE
     assert channel.missed == 0
-
-
-def test_one_large_message_is_not_kept_for_ever(bus: Bus) -> None:
-    """After a message of many MiB has passed, the broker holds nothing of it."""
-    channel = bus.subscribe()
-    receiving = Background(take, channel, 1)
-    bus.publish(bytes(16 * MEBIBYTE), timeout=2 * DEADLINE)
-    assert len(receiving.result(2 * DEADLINE)[0]) == 16 * MEBIBYTE
-    wait_until(lambda: bus.stats().memory == 0)
