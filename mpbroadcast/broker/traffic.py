@@ -49,7 +49,8 @@ class Traffic:
     def round(self, *, at_once: bool = False) -> None:
         """Wait for what happens, unless ``at_once`` is set or something is left to do, and handle it."""
         routing = self.routing
-        self.intake.wait(at_once=at_once or bool(routing.behind or self.intake.ready or self.delivery.dirty))
+        is_left = routing.behind or routing.resuming or self.intake.ready or self.delivery.dirty
+        self.intake.wait(at_once=at_once or bool(is_left))
         for publisher in list(routing.behind):
             self._route(publisher, TURN)
         self.run_until_idle()
