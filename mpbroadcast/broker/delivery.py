@@ -7,6 +7,7 @@ both are put on lists, which the caller works off when nothing iterates over sub
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 from typing import Final
 
 from mpbroadcast.broker.channel_pipe import PIPE_SIZE, SHORTEST_RETRY
@@ -43,10 +44,14 @@ class Delivery:
         else:
             self.gone.append(subscription)  # its reader is
 
-    def write_all(self) -> None:
-        """Write what is in the backlogs of those that are dirty."""
-        dirty = list(self.dirty)
-        self.dirty.clear()
+    def write(self, most: int) -> int:
+        """Write what is in the backlogs of at most so many of those that are dirty. Return how many that were."""
+        dirty = list(islice(self.dirty, most))
+        if len(dirty) < len(self.dirty):
+            for subscription in dirty:
+                del self.dirty[subscription]
+        else:
+            self.dirty.clear()
         for subscription in dirty:
             pipe, backlog = subscription.pipe, subscription.backlog
             if pipe.state is not PipeState.OPEN:
@@ -66,6 +71,7 @@ class Delivery:
                     self.has_room.append(subscription)
             if is_full or subscription.waiters or pipe.write_interest:
                 self._wait_for_room(subscription, is_full)
+        return len(dirty)
 
     def _wait_for_room(self, subscription: Subscription, is_full: bool) -> None:
         """Wait for room in the pipe; or, while a publisher waits for that, until some of what is unread is read."""

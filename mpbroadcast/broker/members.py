@@ -20,7 +20,7 @@ from mpbroadcast.broker.memory import Lender
 from mpbroadcast.broker.publisher_pipe import PublisherPipe
 from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.posix.processes import PeerProcess
-from mpbroadcast.protocol.frames import Batch, FrameError, Item, MemfdMessage, References
+from mpbroadcast.protocol.frames import FrameError, Item, MemfdMessage, References
 
 log = logging.getLogger("mpbroadcast.broker")
 
@@ -152,11 +152,7 @@ class Publisher:
     @property
     def held(self) -> int:
         """Bytes of it in the broker's memory that are in no backlog."""
-        parked = sum(
-            len(item.frames) if isinstance(item, Batch) else item.length
-            for item in self.parked
-            if isinstance(item, (Batch, MemfdMessage))
-        )
+        parked = sum(item.charge for item in self.parked if not callable(item) and not isinstance(item, References))
         return self.pipe.splitter.unfinished + parked
 
 

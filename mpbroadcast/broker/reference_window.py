@@ -64,7 +64,7 @@ class ReferenceWindow:
 
     def prepare(self, hold: Memory | RingHold) -> bool | None:
         """Return whether the reader has all that it needs for this; ``None`` if it must read, or answer, before that."""
-        if isinstance(hold, Memory):
+        if hold.ring is None:
             return self._send_memory(hold)
         mapped = self.rings.get(hold.ring)
         if not mapped:
@@ -92,7 +92,7 @@ class ReferenceWindow:
 
     def wrote(self, run: Run) -> None:
         """Note that a run that was prepared is in the pipe."""
-        self.unread.wrote(run.count, run.charge, None if isinstance(run.hold, Memory) else run.hold)
+        self.unread.wrote(run.count, run.charge, None if run.hold.ring is None else run.hold)
 
     def has_read(self, count: int) -> None:
         """Note that the reader has read so many, of all references and memories that were ever written."""

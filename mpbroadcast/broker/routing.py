@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.history import History
@@ -21,6 +21,7 @@ from mpbroadcast.broker.core.router import Router, matches
 from mpbroadcast.broker.core.states import SubscriptionState
 from mpbroadcast.broker.delivery import Dirty
 from mpbroadcast.broker.members import Publisher, Subscription
+from mpbroadcast.broker.memory import Ring
 from mpbroadcast.broker.memory_exchange import MemoryExchange
 from mpbroadcast.protocol.fd_packets import ROUTED, pack
 from mpbroadcast.protocol.frames import Batch, Item, MemfdMessage, References
@@ -88,9 +89,9 @@ class Routing:
 
         Return the first of them that is full, if one is: what is left is parked again.
         """
-        ring, account = None, self._memory.store.account
-        if isinstance(item, References):
-            ring = item.hold.ring
+        hold, account = item.hold, self._memory.store.account
+        ring = None if hold is None else hold.ring
+        if ring is not None:
             if ring.retired:
                 self.refused[publisher] = "a reference into a ring that it has left"
                 return None
@@ -108,7 +109,7 @@ class Routing:
                 publisher.parked.appendleft(item)
                 return subscription
             if run is None:
-                run = run_of(item, account) if isinstance(item, Batch) else _shared_run(item, account)
+                run = _RUNS[type(item)](item, account)
             if backlog.waiting_charge + backlog.pipe + backlog.referred + run.charge > backlog.capacity:
                 subscription.refresh()
                 if backlog.blocks and (least := backlog.fitting(run)) < fits:
@@ -122,18 +123,20 @@ class Routing:
         if run is not None:
             self._enqueue(run, ring, targets, publisher.last_in)
         if self.history is not None:
-            self.history.add(self.routed, item.hold.copied(item) if isinstance(item, References) else item)
+            self.history.add(self.routed, item if not isinstance(item, References) else item.hold.copied(item))
         self.routed += fits
-        if isinstance(item, MemfdMessage):
+        if hold is not None:
             _done(item, publisher)
         return full
 
-    def _enqueue(self, run: Run, ring: object, targets: tuple[Subscription, ...], last_in: dict[Subscription, int]) -> None:
+    def _enqueue(
+        self, run: Run, ring: Ring | None, targets: tuple[Subscription, ...], last_in: dict[Subscription, int]
+    ) -> None:
         """Put a run that all of these take into their backlogs."""
         for subscription in targets:
             backlog = subscription.backlog
             own = run
-            if ring is not None and isinstance(run, SharedRun) and not self._memory.takes(subscription, run.hold.ring):
+            if ring is not None and not self._memory.takes(subscription, ring):
                 own = run.copied()
             if entered := backlog.put(own):  # else all of it was dropped at once
                 last_in[subscription] = entered
@@ -148,7 +151,7 @@ class Routing:
         if self.history is not None and count:
             most = 1 if backlog.policy == "latest" else count
             for batch in self.history.last(topics, most, backlog.capacity, made):
-                backlog.put(run_of(batch, account) if isinstance(batch, Batch) else _shared_run(batch, account))
+                backlog.put(_RUNS[type(batch)](batch, account))
             self._dirty[subscription] = None
 
     def _block(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:
@@ -182,8 +185,11 @@ def _allowed(targets: tuple[Subscription, ...], item: Item, publisher: Publisher
     return tuple(target for target in targets if target.number != item.exclude and target not in late)
 
 
-def _shared_run(item: References | MemfdMessage, account: Account) -> Run:
-    return SharedRun(item, item.hold.ring.account if isinstance(item, References) else account)
+def _run_in_ring(item: References, _account: Account) -> Run:
+    return SharedRun(item, item.hold.ring.account)
+
+
+_RUNS: Final[dict[type, Callable[[Any, Account], Run]]] = {Batch: run_of, References: _run_in_ring, MemfdMessage: SharedRun}
 
 
 def _done(item: Item, publisher: Publisher) -> None:

@@ -12,6 +12,7 @@ iterates over subscriptions any more: ``departed`` has those that are done, clos
 
 from __future__ import annotations
 
+import sys
 from typing import Final
 
 from mpbroadcast.broker.channel_pipe import PIPE_SIZE
@@ -27,6 +28,8 @@ from mpbroadcast.broker.stalls import Stalls
 from mpbroadcast.posix.poller import Poller
 from mpbroadcast.posix.shared_memory import keep_freed_memory
 
+_WRITES: Final = 1 << 10  # into pipes, in one round: some ten milliseconds
+_REMOVAL: Final = 4  # of a subscription, in the time of a write
 _BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
 
 
@@ -48,17 +51,20 @@ class Traffic:
 
     def round(self, *, at_once: bool = False) -> None:
         """Wait for what happens, unless ``at_once`` is set or something is left to do, and handle it."""
-        routing = self.routing
-        is_left = routing.behind or routing.resuming or self.intake.ready or self.delivery.dirty
-        self.intake.wait(at_once=at_once or bool(is_left))
+        intake, delivery, routing = self.intake, self.delivery, self.routing
+        left = routing.behind or intake.ready or delivery.dirty or delivery.gone or routing.resuming
+        intake.wait(at_once=at_once or bool(left))
         for publisher in list(routing.behind):
             self._route(publisher, TURN)
-        self.run_until_idle()
+        self.run_until_idle(_WRITES)
 
-    def run_until_idle(self) -> None:
-        """Route what was read, write what can be written, and route again what waited for that, until nothing moves."""
+    def run_until_idle(self, writes: int = sys.maxsize) -> None:
+        """Route what was read, write what can be written, and route again what waited for that, until nothing moves.
+
+        Stop after writing into about so many pipes, and removing as many subscriptions.
+        """
         intake, delivery, routing = self.intake, self.delivery, self.routing
-        while intake.ready or delivery.dirty or delivery.gone or routing.resuming:
+        while writes > 0 and (intake.ready or delivery.dirty or delivery.gone or routing.resuming):
             if intake.ready:
                 self._route_ready()
             resuming, routing.resuming = routing.resuming, []
@@ -66,11 +72,12 @@ class Traffic:
                 if publisher.parked or publisher.blocked:
                     self._route(publisher, TURN)
             if delivery.dirty:
-                delivery.write_all()
+                writes -= delivery.write(writes)
             while delivery.has_room:
                 routing.unblock(delivery.has_room.pop())
-            while delivery.gone:
+            while delivery.gone and writes > 0:
                 self._depart(delivery.gone.pop())
+                writes -= _REMOVAL
 
     def _route_ready(self) -> None:
         """Route what was read, and choose how each pipe is read next."""

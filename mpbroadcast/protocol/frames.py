@@ -114,15 +114,12 @@ class Batch(NamedTuple):
     exclude: int
     skip: int
     image: bool = False
+    hold: None = None  # it is in no shared memory
 
     @property
     def charge(self) -> int:
         """What it counts in a backlog."""
         return len(self.frames) + len(self.sizes) * OVERHEAD
-
-    def fitting(self, room: int) -> int:
-        """How many of its first messages fit into ``room`` of charge."""
-        return _fitting(self.sizes, room)
 
     def cut(self, count: int) -> tuple[Batch, Batch]:
         """Its first ``count`` messages, and the others."""
@@ -149,10 +146,6 @@ class References(NamedTuple):
     def charge(self) -> int:
         """What its messages count in a backlog."""
         return sum(self.sizes) + len(self.sizes) * OVERHEAD
-
-    def fitting(self, room: int) -> int:
-        """How many of its first messages fit into ``room`` of charge."""
-        return _fitting(self.sizes, room)
 
     def cut(self, count: int) -> tuple[References, References]:
         """Its first ``count`` messages, and the others."""
@@ -195,10 +188,6 @@ class MemfdMessage(NamedTuple):
         """What it counts in a backlog."""
         return len(self.head) + self.length + OVERHEAD
 
-    def fitting(self, room: int) -> int:
-        """Whether it fits into ``room`` of charge."""
-        return int(self.charge <= room)
-
     def cut(self, count: int) -> tuple[MemfdMessage, MemfdMessage]:
         """It cannot be: it is all that follows its first 0 messages."""
         return self, self
@@ -206,14 +195,6 @@ class MemfdMessage(NamedTuple):
     def copied(self, payload: bytes) -> Batch:
         """The message itself."""
         return Batch(self.head + payload, self.sizes, self.topic, self.exclude, len(self.head), self.image)
-
-
-def _fitting(sizes: array[int], room: int) -> int:
-    for index, size in enumerate(sizes):
-        room -= size + OVERHEAD
-        if room < 0:
-            return index
-    return len(sizes)
 
 
 Item = Batch | References | MemfdMessage

@@ -90,6 +90,10 @@ class Run:
             return [self.charge]
         return [size + OVERHEAD for size in array("I", self.data[RUN.size : RUN.size + 4 * self.count])]
 
+    def copied(self) -> Run:
+        """Return the messages in no shared memory."""
+        return self
+
     def part(self, start: int, stop: int) -> Run:
         """Its messages from ``start`` to before ``stop``, as a run of their own."""
         if start == 0 and stop == self.count:

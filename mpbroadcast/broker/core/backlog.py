@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import deque
 from typing import ClassVar, Final
 
-from mpbroadcast.protocol.runs import END, Run, SharedRun, note_run
+from mpbroadcast.protocol.runs import END, Run, note_run
 
 _WRITE: Final = 1 << 18  # bytes to join for one write at the most: what the pipe can take
 
@@ -186,19 +186,17 @@ class Backlog:
 
     def copy_first(self) -> None:
         """Replace the first run by one with the same messages, in no shared memory."""
-        run = self.runs[0]
-        if isinstance(run, SharedRun):
-            self._replace(0, (run.copied(),))
+        self._replace(0, (self.runs[0].copied(),))
 
     def refers_to(self, ring: object) -> bool:
         """Return whether references into ``ring`` wait."""
-        return any(isinstance(run, SharedRun) and run.hold.ring is ring for run in self.runs)
+        return any(run.hold is not None and run.hold.ring is ring for run in self.runs)
 
     def copy_out(self, ring: object) -> int:
         """Copy what waits out of ``ring``. Return how many bytes."""
         copied = 0
         for index, run in enumerate(list(self.runs)):
-            if isinstance(run, SharedRun) and run.hold.ring is ring:
+            if run.hold is not None and run.hold.ring is ring:
                 self._replace(index, (run.copied(),))
                 copied += run.charge
         return copied
