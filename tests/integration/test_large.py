@@ -130,16 +130,6 @@ def test_arrays_are_everybodys_own(size: int, bus: Bus) -> None:
     wait_until(lambda: descriptors(os.getpid()) <= held)
 
 
-@pytest.mark.parametrize("library", ["pandas", "pyarrow"])
-def test_tables_of_other_libraries(library: str, bus: Bus) -> None:
-    """Tables arrive equal."""
-    made = pytest.importorskip(library)
-    table = (made.DataFrame if library == "pandas" else made.table)({"number": range(400_000)})
-    with bus.subscribe() as channel:
-        bus.publish(table)
-        assert channel.recv(timeout=DEADLINE).equals(table)
-
-
 def test_many_kept_arrays_need_no_descriptors(
     own_memory: None, bus: Bus, children: Children, pipe: tuple[Connection, Connection]
 ) -> None:

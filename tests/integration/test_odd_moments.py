@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import multiprocessing.util
 import os
@@ -18,7 +19,7 @@ import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, connect, start_broadcaster
-from tests.support.helpers import DEADLINE, Background, Children, answer, finish, stopped, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, answer, finish, rest, stopped, take, wait_until
 
 Bus = Broadcaster[Any]
 
@@ -73,23 +74,17 @@ def test_who_waits_is_not_overtaken(bus: Bus) -> None:
 
 
 def test_every_thread_that_receives_gets_the_clean_end(bus: Bus) -> None:
-    """However many threads receive from a channel, each has the same clean end."""
-
-    def drain(channel: Channel[Any]) -> str:
-        try:
-            while True:
-                channel.recv(timeout=DEADLINE)
-        except Exception as error:
-            return type(error).__name__
-
-    for _ in range(20):
+    """However many threads receive from a channel, each message comes once, in each thread in order, and all have the end."""
+    for count in (20, 20, 20, 3000):
         channel = bus.subscribe()
         channel.poll(0)
-        threads = [Background(drain, channel) for _ in range(6)]
-        bus.publish_many(range(20))
+        threads = [Background(rest, channel) for _ in range(6)]
+        bus.publish_many(range(count))
         bus.flush()
         bus.unsubscribe(channel)
-        assert {thread.result() for thread in threads} == {"EOFError"}
+        parts = [thread.result() for thread in threads]
+        assert all(part == sorted(part) for part in parts)
+        assert sorted(itertools.chain(*parts)) == list(range(count))
         channel.close()
 
 
@@ -145,6 +140,7 @@ def test_a_process_can_use_the_next_broker_at_the_same_address(
 # ------------------------------------------------------------------------------------------------------ a stopped broker
 
 BRIEF = 0.2
+LATE = 2.0  # seconds: the one that is promised, and one for a busy machine
 CALLS: dict[str, Callable[[Bus, Channel[Any]], object]] = {
     "recv": lambda bus, channel: channel.recv(timeout=BRIEF),
     "recv_many": lambda bus, channel: channel.recv_many(timeout=BRIEF),
@@ -197,7 +193,7 @@ def test_a_timeout_holds_while_the_broker_is_stopped(where: str, bus: Bus, fork:
             assert channel.recv(timeout=DEADLINE) == "goes on"
     print(outcomes)
     assert {name: outcome for name, (outcome, _) in outcomes.items()} == dict.fromkeys(CALLS, "TimedOut") | {"poll": False}
-    assert max(seconds for _, seconds in outcomes.values()) < 1 + BRIEF
+    assert max(seconds for _, seconds in outcomes.values()) < BRIEF + LATE
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -217,7 +213,7 @@ def test_closing_a_broker_that_is_stopped(timeout: float, restart: bool) -> None
         handle.close(timeout=timeout)
         seconds.append(time.monotonic() - start)
     print(seconds)
-    assert max(seconds) < 1 + timeout
+    assert max(seconds) < timeout + LATE
     wait_until(lambda: not broker.is_running() or broker.status() == psutil.STATUS_ZOMBIE)
     for channel in channels:
         channel.close()

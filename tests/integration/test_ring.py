@@ -8,7 +8,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, count, islice
+from itertools import count, islice
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -24,7 +24,6 @@ from mpbroadcast.protocol.frames import PIPE_BUF
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST
 from tests.support.helpers import DEADLINE, Background, Children, answer, pattern, rest, take, wait_until
 from tests.support.victims import Counter, memories, shared_maps, stopped, written
-from tests.support.workers import signal_until_told
 
 Bus = Broadcaster[Any]
 
@@ -319,26 +318,6 @@ def test_every_size_comes_in_its_place(bus: Bus) -> None:
     assert not any(channel.poll() for channel in (everything, excluded, some))
 
 
-def test_large_messages_of_two_publishers_may_overtake_each_other(bus: Bus) -> None:
-    """One that waited in the broker for somebody's room, while another was sent on, is there for all when it comes."""
-    with connect(bus.address) as one, connect(bus.address) as other:
-        full, both = bus.subscribe("one", capacity=4096), bus.subscribe()
-        for channel in (full, both):
-            channel.fileno()
-        for number in range(2):
-            one.publish(message(number, 3000), topic="one")
-        one.publish(message(2, 2 * LONGEST), topic="one")
-        wait_until(lambda: bus.stats().subscribers[0].stalls)
-        for number in (3, 4):
-            other.publish(message(number, 2 * LONGEST), topic="other")
-        other.flush(timeout=DEADLINE)
-        assert numbers(take(full, 3)) == [0, 1, 2]
-        one.flush(timeout=DEADLINE)
-        assert sorted(numbers(take(both, 5))) == [0, 1, 2, 3, 4]
-        full.close()
-        both.close()
-
-
 # ------------------------------------------------------------------------------------------- the end of a publisher
 
 
@@ -451,60 +430,6 @@ def by_source(received: Iterable[Any], found: dict[Any, list[int]] | None = None
     for source, number in checked(received):
         result.setdefault(source, []).append(number)
     return result
-
-
-# --------------------------------------------------------------------------------- threads, handlers, and interrupts
-
-
-@contextlib.contextmanager
-def storming(children: Children, fork: BaseContext, handler: Callable[..., None]) -> Iterator[None]:
-    """A process sends this one signals as fast as it can, for this handler."""
-    orders, theirs = fork.Pipe()
-    before = signal.signal(signal.SIGUSR1, handler)
-    try:
-        sender = children(fork, signal_until_told, os.getpid(), signal.SIGUSR1, theirs)
-        yield
-    finally:
-        orders.send("stop")
-        sender.join(DEADLINE)
-        signal.signal(signal.SIGUSR1, before)
-        orders.close()
-        theirs.close()
-
-
-def test_threads_handlers_and_processes_at_once(bus: Bus, children: Children, fork: BaseContext) -> None:
-    """Two threads, a signal handler in the middle of a publish, another process: each in its order, and one order for all."""
-    channels = [bus.subscribe(), bus.subscribe()]
-    prime(bus, os.getpid(), channels=channels, maps=3)
-    amount = 60  # nobody reads meanwhile
-    handled = count()
-    done = 0
-    busy = False
-
-    def handle(*_: object) -> None:
-        nonlocal busy, done
-        if not busy and done < 300:
-            busy = True
-            number = next(handled)
-            bus.publish(message(number, 3000 if number % 5 else 30_000, "handler"))
-            done = number + 1
-            busy = False
-
-    with storming(children, fork, handle):
-        children(fork, publish_from, bus, "process", amount)
-        threads = [Background(publish_from, bus, f"thread {number}", amount) for number in range(2)]
-        publish_from(bus, "main", amount)
-    for thread in threads:
-        thread.result()
-    total = 4 * amount + done
-    stories = [list(chain.from_iterable(checked(take(channel, 1)) for _ in range(total))) for channel in channels]
-    assert stories[0] == stories[1]
-    found: dict[Any, list[int]] = {}
-    for source, number in stories[0]:
-        found.setdefault(source, []).append(number)
-    assert found.pop("handler") == list(range(done))
-    assert done
-    assert found == {source: list(range(amount)) for source in ("main", "thread 0", "thread 1", "process")}
 
 
 # -------------------------------------------------------------------------------------------------------- all at once

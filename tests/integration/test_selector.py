@@ -105,25 +105,17 @@ def test_selector_receives_from_connections(bus: Bus) -> None:
         assert receive(selector, 10) == list(range(10))
 
 
-def test_process_is_reported_once_joined_and_removed(children: Children, context: BaseContext) -> None:
-    """The end of a process is reported once, with its exit code there; then it is selected no more."""
-    process = children(context, workers.exit_with, 3)
-    selector = Selector[Any]().select(process)
-    assert selector.receive(timeout=DEADLINE) is process
-    assert process.exitcode == 3
-    with pytest.raises(EOFError):
-        selector.receive(timeout=DEADLINE)
-
-
-def test_running_process_is_not_reported(children: Children, fork: BaseContext) -> None:
-    """A process that still runs is no event; its handler is called with it when it has ended."""
-    orders, theirs = fork.Pipe()
-    process = children(fork, workers.exit_when_told, theirs)
-    selector = Selector[Any]().select(process, lambda ended: ("ended", ended.exitcode))
+def test_process_is_reported_once_it_has_ended_joined_and_removed(children: Children, context: BaseContext) -> None:
+    """A process that runs is no event; its end is reported once, with its exit code there; then it is selected no more."""
+    orders, theirs = context.Pipe()
+    process = children(context, workers.exit_when_told, theirs)
+    selector = Selector[Any]().select(process, lambda ended: (ended, ended.exitcode))
     with pytest.raises(TimeoutError):
         selector.receive(timeout=0.05)
     orders.send("end")
-    assert selector.receive(timeout=DEADLINE) == ("ended", 0)
+    assert selector.receive(timeout=DEADLINE) == (process, 0)
+    with pytest.raises(EOFError):
+        selector.receive(timeout=DEADLINE)
 
 
 def test_anything_with_a_descriptor_can_be_selected(bus: Bus) -> None:
@@ -167,31 +159,6 @@ def test_merge_takes_over_sources_with_their_handlers(bus: Bus) -> None:
     assert selector.receive(timeout=DEADLINE) == ("first", 1)
     bus.publish(2, topic="second")
     assert selector.receive(timeout=DEADLINE) == ("second", 2)
-
-
-def test_one_chain_has_it_all(bus: Bus, children: Children, fork: BaseContext) -> None:
-    """Channel, connection, process and another selector, in one chain, with one map for all."""
-    channel, other = bus.subscribe("here"), bus.subscribe("there")
-    connection, end = fork.Pipe()
-    orders, theirs = fork.Pipe()
-    process = children(fork, workers.exit_when_told, theirs)
-    selector: Selector[Any] = (
-        Selector[Any]()
-        .select(channel)
-        .select(connection, lambda message: f"connection {message}")
-        .select(process, lambda ended: f"exit code {ended.exitcode}")
-        .merge(channel_to_selector(other))
-        .map(lambda result: f"got {result}")
-    )
-    with connection, end:
-        bus.publish("message", topic="here")
-        assert selector.receive(timeout=DEADLINE) == "got message"
-        end.send("message")
-        assert selector.receive(timeout=DEADLINE) == "got connection message"
-        bus.publish("other", topic="there")
-        assert selector.receive(timeout=DEADLINE) == "got other"
-        orders.send("end")
-        assert selector.receive(timeout=DEADLINE) == "got exit code 0"
 
 
 def test_deselected_sources_are_left_alone(bus: Bus) -> None:

@@ -26,7 +26,6 @@ from tests.support.helpers import (
     Children,
     answer,
     fill,
-    finish,
     only_subscriber,
     pattern,
     rest,
@@ -47,13 +46,6 @@ def publish_to(bus: Bus, topic: str, counter: Counter) -> None:
         bus.publish((number, pattern(number, 1000)), topic=topic)
         number += 1
         counter.value = number
-
-
-def publish_some(bus: Bus, topic: str, count: int, results: Connection) -> None:
-    """Publishes ``(number, pattern)`` to a topic and says so."""
-    for number in range(count):
-        bus.publish((number, pattern(number, 1000)), topic=topic)
-    results.send("published")
 
 
 @pytest.fixture
@@ -162,28 +154,6 @@ def test_stats_say_who_waits_for_whom(bus: Bus, publishers: Publishers) -> None:
     for channel in channels.values():
         channel.fileno()  # it was there for children to open
         channel.close()
-
-
-def test_the_other_publishers_go_on(bus: Bus, children: Children, publishers: Publishers, fork: BaseContext) -> None:
-    """While one publisher process waits for a stopped reader, another one and its subscriber go on."""
-    slow, quick = bus.subscribe("slow", capacity=50_000), bus.subscribe("quick", capacity=50_000)
-    orders, theirs = fork.Pipe()
-    reader = children(fork, workers.open_and_hold, slow, theirs)
-    assert answer(orders) == reader.pid
-    os.kill(reader.pid or 0, signal.SIGSTOP)
-    waiting, counter = publishers(bus, "slow")
-    wait_until(lambda: stalls(bus) == {("slow",): {waiting.pid}})
-    before = counter.value
-
-    results, theirs = fork.Pipe()
-    other = children(fork, publish_some, bus, "quick", 3000, theirs)
-    assert [number for number, _ in take(quick, 3000)] == list(range(3000))
-    assert answer(results) == "published"
-    finish(other)
-    assert stalls(bus) == {("slow",): {waiting.pid}}
-    assert counter.value - before <= 1000  # what its own pipe still took
-    reader.kill()
-    wait_until(lambda: counter.value > before + 1000)
 
 
 def test_what_the_waiting_one_had_sent_reaches_the_others(bus: Bus, publishers: Publishers) -> None:
