@@ -48,7 +48,7 @@ Item = tuple[int, str, int]
 Event = tuple[str, int, int, str, int]
 """What a channel gave: its kind, the handle and number of a message or the length of a gap, the topic, and ``missed``."""
 
-SECONDS: Final = float(os.environ.get("MPBROADCAST_SOAK", "6"))
+SECONDS: Final = float(os.environ.get("MPBROADCAST_SOAK", "4"))
 STEPS: Final = 400  # of one run
 HERE: Final = 0  # the place that is this process; actors are numbered from 1
 WITNESS_CAPACITY: Final = 1 << 40

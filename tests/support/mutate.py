@@ -74,6 +74,7 @@ TESTS: Final = (
 # Why no test can tell these from the original, or need not. They are given by their beginnings.
 EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     "it is only slower, or quicker": (
+        "Router.add: made -> False",
         "Router.targets: found is None -> True",
         "Router.targets: len(self._found) >= _CACHED_TOPICS -> True",
         "Router.targets: len(self._found) >= _CACHED_TOPICS -> len(self._found) > _CACHED_TOPICS",
