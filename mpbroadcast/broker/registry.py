@@ -1,8 +1,8 @@
 """Sessions and subscriptions: how they begin, change and end, and what of them is written down for the next broker.
 
 A subscription belongs to the session that subscribed, until a process opens its channel: then to that process's session. What
-a session, or a process, leaves behind is removed some at a time, as that may be thousands of subscriptions: they are on a list,
-which the server works off, some in each round.
+a session, or a process, leaves behind is removed some at a time, as that may be thousands of subscriptions: they are not found
+any more, and on a list, which the server works off, some in each round. So is one with very many topics.
 
 Opening takes two requests. With the first, the pipe is made and its end goes to the process; with the second, that process has
 it. If the connection ends in between, the channel is unopened again.
@@ -23,9 +23,9 @@ from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
 from mpbroadcast.broker.core.patterns import Matcher
 from mpbroadcast.broker.core.policies import new_backlog
 from mpbroadcast.broker.core.router import Router
-from mpbroadcast.broker.core.states import SubscriptionState
+from mpbroadcast.broker.core.states import PipeState, SubscriptionState
 from mpbroadcast.broker.host.journal import Entry, Journal
-from mpbroadcast.broker.members import Publisher, Session, Subscription
+from mpbroadcast.broker.members import Peer, Publisher, Session, Subscription
 from mpbroadcast.broker.peers import Peers
 from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.broker.traffic import Traffic
@@ -36,7 +36,8 @@ from mpbroadcast.posix.processes import birth
 log = logging.getLogger("mpbroadcast.broker")
 
 UNCLAIMED: Final = 60.0  # seconds for a process that cannot be watched to go on with what the last broker had for it
-MOST_REMOVED: Final = 64  # subscriptions in a round: some milliseconds
+_MOST_REMOVED: Final = 64  # subscriptions in a round: some milliseconds
+_MANY_TOPICS: Final = 1024  # the same time
 _MOST_FORMER: Final = 65536
 
 
@@ -110,7 +111,7 @@ class Registry:
 
     def _remove_unclaimed(self, subscription: Subscription) -> None:
         if subscription.restored:
-            self.to_remove.append((subscription, "its process, of another PID namespace, has not come back"))
+            self.remove_in_parts(subscription, "its process, of another PID namespace, has not come back")
 
     def _write_down(self, subscription: Subscription) -> None:
         if self._journal is not None:
@@ -152,38 +153,39 @@ class Registry:
         self.sessions.pop(session.number, None)
         for publisher in list(session.publishers):
             self._traffic.finish(publisher)
-        self.to_remove.extend(
-            (subscription, why)
-            for subscription in session.subscriptions
-            if subscription.is_open or not (clean or session.peer.is_starter)
-        )
+        for subscription in session.subscriptions:
+            if subscription.is_open or not (clean or session.peer.is_starter):
+                self.remove_in_parts(subscription, why)
+
+    def remove_all_of(self, peer: Peer) -> None:
+        """Remove all that is a process's own, but for what the starter may have handed on."""
+        for subscription in peer.subscriptions:
+            if subscription.is_open or not peer.is_starter:
+                self.remove_in_parts(subscription, "its process has ended")
 
     # --- subscriptions
 
-    def add_subscription(
-        self,
-        number: int,
-        session: Session,
-        topics: list[str],
-        capacity: int,
-        policy: str,
-        made: Mapping[str, Matcher] | None = None,
-    ) -> Subscription:
-        """Make a subscription; ``made`` are matchers of its patterns.
+    def add_subscription(self, number: int, session: Session, capacity: int, policy: str, cost: Cost) -> Subscription:
+        """Make a subscription that will have topics of this cost; :meth:`route` adds them.
 
         :raises OverBudget: the session has no room for it.
         """
-        cost = cost_of(set(topics), 1)
         session.budget.check(cost)
         subscription = Subscription(number, session, new_backlog(capacity, policy))
         self._spend(subscription, cost)
         self.subscriptions[number] = subscription
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
-        self._router.add(subscription, topics, made)
-        self._write_down(subscription)
-        self.has_changed = True
         return subscription
+
+    def route(
+        self, subscription: Subscription, topics: list[str], made: Mapping[str, Matcher] | None = None, *, is_last: bool = True
+    ) -> None:
+        """Route these topics to it, too; ``made`` are matchers of the patterns. With the last of them it is written down."""
+        self._router.add(subscription, topics, made)
+        self.has_changed = True
+        if is_last:
+            self._write_down(subscription)
 
     @staticmethod
     def _spend(subscription: Subscription, cost: Cost) -> None:
@@ -202,32 +204,24 @@ class Registry:
             publisher.not_yet.append(entry)
             publisher.after_written(partial(publisher.not_yet.remove, entry))
 
-    def add_topics(
-        self, subscription: Subscription, session: Session, topics: list[str], made: Mapping[str, Matcher] | None = None
-    ) -> None:
-        """Route these topics to it, too, from behind what the session has published; ``made`` are matchers of its patterns.
+    def add_topics(self, subscription: Subscription, session: Session, cost: Cost) -> None:
+        """Prepare it for topics of this cost, which :meth:`route` adds, from behind what the session has published.
 
         :raises OverBudget: its session has no room for them.
         """
-        before = self._router.topics(subscription)
-        cost = cost_of(set(topics).difference(before), 0)
         subscription.session.budget.check(cost)
         self._spend(subscription, cost)
+        before = self._router.topics(subscription)
         for publisher in session.publishers:
             self.begin_behind(publisher, subscription, before)
-        self._router.add(subscription, topics, made)
-        self._write_down(subscription)
-        self.has_changed = True
 
-    def drop_topics(self, subscription: Subscription, topics: list[str]) -> None:
-        """Route these topics to it no more, from behind what has been published."""
-        self._traffic.take_in()
-        if not subscription.is_live:  # its reader was found to be gone
-            return
-        dropped = cost_of(set(topics).intersection(self._router.topics(subscription)), 0)
-        self._spend(subscription, dropped.negated())
+    def drop_topics(self, subscription: Subscription, topics: list[str], *, is_last: bool = True) -> None:
+        """Route these topics to it no more."""
+        dropped = {*topics}.intersection(self._router.topics(subscription))
+        self._spend(subscription, cost_of(dropped, 0).negated())
         self._router.drop(subscription, topics)
-        self._write_down(subscription)
+        if is_last:
+            self._write_down(subscription)
         self._traffic.routing.unblock(subscription)  # what waits for it may not be for it any more
 
     def unsubscribe(self, subscription: Subscription) -> None:
@@ -245,8 +239,9 @@ class Registry:
 
     def remove(self, subscription: Subscription) -> None:
         """Remove it, with all that is in its backlog."""
-        if self.subscriptions.pop(subscription.number, None) is None:
+        if subscription.pipe.state is PipeState.GONE:
             return
+        self.subscriptions.pop(subscription.number, None)
         self._forget_entry(subscription.number)
         self.unopen(subscription)
         self._traffic.drop(subscription)
@@ -258,14 +253,35 @@ class Registry:
 
     def remove_for(self, subscription: Subscription, why: str) -> None:
         """Remove it, and log why, unless it is removed already."""
-        if subscription.number in self.subscriptions:
+        if subscription.pipe.state is not PipeState.GONE:
             log.info("channel %d of process %d is removed: %s", subscription.number, subscription.pid, why)
             self.remove(subscription)
 
+    def remove_in_parts(self, subscription: Subscription, why: str) -> None:
+        """Remove it when the server has time; from now on it is not found."""
+        if self.subscriptions.pop(subscription.number, None) is not None:
+            self.to_remove.append((subscription, why))
+
+    def close(self, subscription: Subscription, why: str) -> None:
+        """Remove it: at once, if that does not take long."""
+        if len(self.topics(subscription)) <= _MANY_TOPICS:
+            self.remove_for(subscription, why)
+        else:
+            self._forget_entry(subscription.number)
+            self.remove_in_parts(subscription, why)
+
     def remove_some(self) -> None:
-        """Remove what sessions and processes have left, as much as a round has time for."""
-        for _ in range(min(len(self.to_remove), MOST_REMOVED)):
-            self.remove_for(*self.to_remove.popleft())
+        """Remove what is to be removed in parts, as much as a round has time for."""
+        room = _MANY_TOPICS
+        while self.to_remove and room > 0:
+            subscription, why = self.to_remove[0]
+            topics = self._router.topics(subscription)
+            room -= len(topics) + _MANY_TOPICS // _MOST_REMOVED
+            if len(topics) > _MANY_TOPICS:
+                self._router.drop(subscription, topics[-_MANY_TOPICS:])
+            else:
+                self.to_remove.popleft()
+                self.remove_for(subscription, why)
 
     def _detach(self, subscription: Subscription) -> None:
         session = subscription.session

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final
 
 from mpbroadcast.broker.control_connection import ControlConnection
-from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, MOST_STEPS, SESSION, OverBudget, cost_of
+from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, MOST_STEPS, SESSION, Cost, OverBudget, cost_of
 from mpbroadcast.broker.core.patterns import Matcher, is_pattern, matcher
 from mpbroadcast.broker.members import Publisher, Session, Subscription
 from mpbroadcast.broker.server import Broker
@@ -125,53 +125,81 @@ def _flush(broker: Broker, connection: ControlConnection, message: dict[str, Any
 
 
 def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
-    topics = _topics(message)
-    _session(broker, connection, message).budget.check(cost_of(set(topics), 1))
-    made = yield from _matchers(topics)
+    topics = [*dict.fromkeys(_topics(message))]
+    cost, made = yield from _prepare(_session(broker, connection, message), topics, 1)
     _refuse_when_stopping(broker)
     capacity = _checked(check_count, message.get("capacity"), "capacity", 1)
     policy = _checked(check_overflow, message.get("overflow"))
     replay = _checked(check_count, message.get("replay"), "replay", 0)
-    if replay and broker.traffic.routing.history is None:
+    registry, history = broker.registry, broker.traffic.routing.history
+    if replay and history is None:
         raise _Refused("value", "replay needs a broker that keeps a history: start_broadcaster(history=...)")
     session = _session(broker, connection, message)
     number = _integer(message, "subscription")
-    if number in broker.registry.dropped_early:
+    if number in registry.dropped_early:
         raise _Refused("closed", "this subscription was dropped before it was made")
-    known = broker.registry.subscriptions.get(number)
-    if known is not None and known.session.peer.pid == connection.peer.pid:  # the answer was lost with the broker
-        connection.reply({})
-        return
-    if known is not None or not 0 < number <= _MOST:
+    known = registry.subscriptions.get(number)
+    if known is not None and known.session.peer.pid == connection.peer.pid:  # the reply was lost, perhaps with the broker
+        there = {*registry.topics(known)}
+        yield from _route(broker, known, [topic for topic in topics if topic not in there], made)
+    elif known is not None or not 0 < number <= _MOST:
         raise _Refused("value", f"subscription must be a new number of 48 bits, not {number}")
-    if replay:
+    elif history is not None and replay:
         broker.traffic.take_in()  # so that it is in the history
-        if broker.traffic.routing.history is not None and broker.traffic.routing.history.steps(topics, made) > MOST_STEPS:
+        if history.steps(topics, made) > MOST_STEPS:
             raise _Refused("value", "replay of so many patterns takes too long: name topics, or begin patterns differently")
-    subscription = broker.registry.add_subscription(number, session, topics, capacity, policy, made)
-    publisher = _find_publisher(broker, message)
-    if replay:
+        subscription = registry.add_subscription(number, session, capacity, policy, cost)
+        registry.route(subscription, topics, made)  # at once, so that nothing is missing behind what is replayed
         broker.traffic.routing.replay(subscription, topics, replay, made)
-    elif publisher is not None:
-        broker.registry.begin_behind(publisher, subscription)
+    else:
+        subscription = registry.add_subscription(number, session, capacity, policy, cost)
+        publisher = _find_publisher(broker, message)
+        if publisher is not None:
+            registry.begin_behind(publisher, subscription)
+        yield from _route(broker, subscription, topics, made)
     connection.reply({})
 
 
-def _topics_changed(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
-    topics = _topics(message)
-    made: dict[str, Matcher] = {}
-    if message["do"] == "add topics":
-        _find_subscription(broker, connection, message).session.budget.check(cost_of(set(topics), 0))
-        made = yield from _matchers(topics)
+def _route(broker: Broker, subscription: Subscription, topics: list[str], made: dict[str, Matcher]) -> Iterator[None]:
+    """Route these topics to it, in parts: of other handles it may get messages that were published a moment before."""
+    for start in range(0, len(topics), _TOPICS):
+        if start:
+            yield
+        _check_live(subscription)
+        end = start + _TOPICS
+        broker.registry.route(subscription, topics[start:end], made, is_last=end >= len(topics))
+
+
+def _add_topics(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     subscription = _find_subscription(broker, connection, message)
+    there = {*broker.registry.topics(subscription)}
+    topics = [topic for topic in dict.fromkeys(_topics(message)) if topic not in there]
+    cost, made = yield from _prepare(subscription.session, topics, 0)
+    subscription = _find_subscription(broker, connection, message)
+    _check_live(subscription)
+    broker.registry.add_topics(subscription, _session(broker, connection, message), cost)
+    yield from _route(broker, subscription, topics, made)
+    connection.reply({})
+
+
+def _drop_topics(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
+    topics = [*dict.fromkeys(_topics(message))]
+    subscription = _find_subscription(broker, connection, message)
+    _check_live(subscription)
+    _session(broker, connection, message)
+    broker.traffic.take_in()  # so that they are dropped behind what has been published
+    for start in range(0, len(topics), _TOPICS):
+        if start:
+            yield
+        if subscription.is_live:  # else its reader was found to be gone
+            end = start + _TOPICS
+            broker.registry.drop_topics(subscription, topics[start:end], is_last=end >= len(topics))
+    connection.reply({})
+
+
+def _check_live(subscription: Subscription) -> None:
     if not subscription.is_live:
         raise _Refused("closed", "this channel was unsubscribed: subscribe again for a new one")
-    session = _session(broker, connection, message)
-    if message["do"] == "add topics":
-        broker.registry.add_topics(subscription, session, topics, made)
-    else:
-        broker.registry.drop_topics(subscription, topics)
-    connection.reply({})
 
 
 def _open(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
@@ -213,7 +241,7 @@ def _unsubscribe(broker: Broker, connection: ControlConnection, message: dict[st
 def _close(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     subscription = broker.registry.subscriptions.get(_integer(message, "subscription"))
     if subscription is not None and subscription.owner in (None, connection.peer.pid):
-        broker.registry.remove(subscription)
+        broker.registry.close(subscription, "its channel was closed")
     connection.reply({})
 
 
@@ -224,7 +252,7 @@ def _drop(broker: Broker, connection: ControlConnection, message: dict[str, Any]
     if subscription is None:
         broker.registry.dropped_early.append(number)
     elif subscription.owner in (None, connection.peer.pid):
-        broker.registry.remove(subscription)
+        broker.registry.close(subscription, "its channel was collected")
     connection.no_reply()
 
 
@@ -298,6 +326,7 @@ _FOREVER: Final = 1e9
 _MOST: Final = (1 << 48) - 1
 
 _PART: Final = 2048  # characters of patterns to compile, or a 16th of those of statistics: some milliseconds
+_TOPICS: Final = 1024  # that are routed to a subscription in the same time
 
 _HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]], Iterator[None] | None]]] = {
     "attach": _attach,
@@ -307,8 +336,8 @@ _HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]],
     "retire": _retire,
     "flush": _flush,
     "subscribe": _subscribe,
-    "add topics": _topics_changed,
-    "drop topics": _topics_changed,
+    "add topics": _add_topics,
+    "drop topics": _drop_topics,
     "open": _open,
     "opened": _opened,
     "unsubscribe": _unsubscribe,
@@ -374,22 +403,42 @@ def _topics(message: dict[str, Any]) -> list[str]:
         raise _Refused("value", "topics must be a list of at least one")
     if len(topics) > SESSION.topics:
         raise _Refused("value", f"a session may have {SESSION.topics} topics and patterns, and these are {len(topics)}")
-    for topic in topics:
-        _checked(encode_topic, topic)
+    for kind in {*map(type, topics)} - {str}:
+        raise _Refused("value", f"a topic must be a str, not {kind.__name__}")
     return topics
 
 
-def _matchers(topics: list[str]) -> Generator[None, None, dict[str, Matcher]]:
-    """Make the matchers of the patterns in these, in parts."""
+def _prepare(session: Session, topics: list[str], subscriptions: int) -> Generator[None, None, tuple[Cost, dict[str, Matcher]]]:
+    """Check topics, in parts. Return their cost, and the matchers of the patterns in them.
+
+    :raises OverBudget: the session has no room for them.
+    """
+    cost = Cost(subscriptions, len(topics))
+    session.budget.check(cost)
     made: dict[str, Matcher] = {}
-    room = _PART
-    for pattern in filter(is_pattern, topics):
-        made[pattern] = matcher(pattern)
-        room -= len(pattern)
-        if room < 0:
-            room = _PART
+    for index, part in enumerate(_parts_of(topics)):
+        if index:
             yield
-    return made
+        for topic in part:
+            _checked(encode_topic, topic)
+        cost = cost.plus(cost_of(part, 0)._replace(topics=0))
+        session.budget.check(cost)
+        for pattern in filter(is_pattern, part):
+            made[pattern] = matcher(pattern)
+    return cost, made
+
+
+def _parts_of(topics: list[str]) -> Iterator[list[str]]:
+    """Cut topics into parts, each of which is checked, and its patterns compiled, in some milliseconds."""
+    part: list[str] = []
+    room = _PART
+    for topic in topics:
+        part.append(topic)
+        room -= len(topic) if is_pattern(topic) else 4
+        if room < 0:
+            yield part
+            part, room = [], _PART
+    yield part
 
 
 def _checked(check: Callable[..., Any], *args: object) -> Any:

@@ -129,14 +129,9 @@ class Broker:
             self.registry.remove_for(subscription, "its reader has closed it" if was_accepting else "it was unsubscribed")
 
     def _remove_peer(self, peer: Peer) -> None:
-        """Remove all that was a process's own, but for what the starter may have handed on."""
         self.acceptor.close_connections(peer, "its process has ended")
         self._remove_connections()  # while it still counts as the starter
-        self.registry.to_remove.extend(
-            (subscription, "its process has ended")
-            for subscription in peer.subscriptions
-            if subscription.is_open or not peer.is_starter
-        )
+        self.registry.remove_all_of(peer)
         if peer.is_starter:
             peer.is_starter = False  # so that it is watched no more
             self.stop(DRAIN_TIMEOUT)

@@ -13,7 +13,8 @@ from typing import Any, cast
 import pytest
 
 from mpbroadcast.broker.control_connection import ControlConnection
-from mpbroadcast.broker.members import Peer
+from mpbroadcast.broker.core.limits import cost_of
+from mpbroadcast.broker.members import Peer, Session, Subscription
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
 from mpbroadcast.posix.processes import PeerProcess
@@ -73,8 +74,17 @@ def take_away(broker: Broker) -> None:
         broker.registry.end_session(session, clean=False)
     for subscription in list(broker.registry.subscriptions.values()):
         broker.registry.remove(subscription)
+    while broker.registry.to_remove:
+        broker.registry.remove_some()
     broker.traffic.run_until_idle()
     broker.poller.close_forgotten()
+
+
+def subscribed(broker: Broker, number: int, session: Session, topics: list[str], policy: str) -> Subscription:
+    """A subscription that nobody has asked for."""
+    made = broker.registry.add_subscription(number, session, 1 << 16, policy, cost_of({*topics}, 1))
+    broker.registry.route(made, topics)
+    return made
 
 
 def ask(broker: Broker, asker: Asker, message: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from mpbroadcast.protocol.frames import Batch, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.protocol.runs import MESSAGES, RUN, TAIL
 from tests.support.helpers import DEADLINE, pattern, wait_until
-from tests.support.own_broker import Asker, asking, own_broker, subscribing
+from tests.support.own_broker import Asker, asking, own_broker, subscribed, subscribing
 from tests.support.rude import RING_SIZE, Lent, Rude, shares_memory
 
 __all__ = ["own_broker"]
@@ -58,7 +58,7 @@ def test_an_item_that_cannot_be_routed_costs_its_publisher(own_broker: Broker, c
     """Whatever routing an item raises, its publisher is closed, and others' messages go on."""
     with asking(own_broker) as (_, _, number):
         session = own_broker.registry.sessions[number]
-        subscription = own_broker.registry.add_subscription(1 << 40, session, ["topic"], 1 << 16, "drop_oldest")
+        subscription = subscribed(own_broker, 1 << 40, session, ["topic"], "drop_oldest")
         bad, bad_pipe = own_broker.traffic.intake.add(own_broker.registry.new_id(), session)
         _, good_pipe = own_broker.traffic.intake.add(own_broker.registry.new_id(), session)
         bad.parked.append(Batch(bytes(8), array("I", (8,)), b"topic", 0, 1 << 16))  # its head is longer than a run can tell
@@ -121,9 +121,7 @@ def test_statistics_of_many_subscriptions_come_in_parts(own_broker: Broker) -> N
     """Statistics of 5,000 subscriptions hold nobody up: between two parts the loop goes on."""
     with asking(own_broker) as (one, other, session):
         for number in range(1000, 6000):
-            own_broker.registry.add_subscription(
-                number, own_broker.registry.sessions[session], [str(number)], 1 << 16, "drop_oldest"
-            )
+            subscribed(own_broker, number, own_broker.registry.sessions[session], [str(number)], "drop_oldest")
         rows = in_rounds(own_broker, one, {"do": "stats"}, 8000)["subscribers"]
         assert {row["id"] for row in rows} > set(range(1000, 6000))
         assert in_rounds(own_broker, other, {"do": "wait", "count": 5001, "now": True}, 100)["done"]
@@ -133,9 +131,7 @@ def test_many_requests_at_once(own_broker: Broker, tmp_path: Path) -> None:
     """Thousands of notes of one connection, as when thousands of channels are dropped, are not handled in one round."""
     with asking(own_broker) as (_, _, session), socket.socket(socket.AF_UNIX) as client:
         for number in range(1000, 3000):
-            own_broker.registry.add_subscription(
-                number, own_broker.registry.sessions[session], [str(number)], 1 << 16, "drop_oldest"
-            )
+            subscribed(own_broker, number, own_broker.registry.sessions[session], [str(number)], "drop_oldest")
         client.connect(str(tmp_path / "s"))
         handshake = client_handshake(b"key")
         next(handshake)
@@ -156,13 +152,62 @@ def test_many_requests_at_once(own_broker: Broker, tmp_path: Path) -> None:
         own_broker.poller.close_forgotten()
 
 
+def test_what_a_dead_process_leaves_is_removed_in_parts(own_broker: Broker) -> None:
+    """Thousands of subscriptions of one process are not found any more when it has died, and are removed in many rounds."""
+    with asking(own_broker) as (one, _, session):
+        for number in range(1000, 6000):
+            subscribed(own_broker, number, own_broker.registry.sessions[session], [str(number)], "drop_oldest")
+        own_broker.peers.dead.append(one.peer)
+        with at_most(50_000):
+            own_broker.round(at_once=True)
+        assert not own_broker.registry.subscriptions
+        rounds = 0
+        while own_broker.registry.to_remove:
+            rounds += 1
+            with at_most(8000):
+                own_broker.round(at_once=True)
+        assert (rounds > 50, own_broker.router.count) == (True, 0)
+
+
+def test_many_topics_of_one_subscription_come_and_go_in_parts(own_broker: Broker) -> None:
+    """10,000 patterns are added, dropped, and removed with their subscription in many rounds, and none of them takes long."""
+    patterns = [f"room:{number}:*" for number in range(10_000)]
+    with asking(own_broker) as (one, other, session):
+        assert in_rounds(own_broker, one, subscribing(session, 1000, *patterns), 40_000) == {}
+        assert own_broker.router.topics(own_broker.registry.subscriptions[1000]) == tuple(patterns)
+        changes = {"session": session, "subscription": 1000, "topics": [f"more {pattern}" for pattern in patterns]}
+        for do in ("add topics", "drop topics"):
+            assert in_rounds(own_broker, other, {"do": do, **changes}, 60_000) == {}
+        assert own_broker.router.topics(own_broker.registry.subscriptions[1000]) == tuple(patterns)
+        assert in_rounds(own_broker, one, {"do": "close", "subscription": 1000}, 1000) == {}
+        assert 1000 not in own_broker.registry.subscriptions
+        while own_broker.registry.to_remove:
+            with at_most(30_000):
+                own_broker.round(at_once=True)
+        assert own_broker.router.count == 1
+
+
+def test_a_subscription_whose_topics_are_half_there(own_broker: Broker) -> None:
+    """A request that is sent again, as its connection has ended before the reply, adds the topics that are missing."""
+    topics = [str(number) for number in range(3000)]
+    with asking(own_broker) as (one, other, session):
+        answer(own_broker, cast("ControlConnection", other), subscribing(session, 1000, *topics))
+        while 1000 not in own_broker.registry.subscriptions:
+            own_broker.round(at_once=True)
+        other.is_closed = True
+        own_broker.round(at_once=True)
+        assert len(own_broker.router.topics(own_broker.registry.subscriptions[1000])) < 3000
+        assert in_rounds(own_broker, one, subscribing(session, 1000, *topics), 40_000) == {}
+        assert {*own_broker.router.topics(own_broker.registry.subscriptions[1000])} == {*topics}
+
+
 def test_many_waits_and_many_subscriptions(own_broker: Broker) -> None:
     """All who wait for subscriptions are looked at once in a round, at no more cost when there are many subscriptions."""
     with asking(own_broker) as (one, other, session):
         for number in range(1000, 1400):
             waits = Asker(one.peer)
             answer(own_broker, cast("ControlConnection", waits), {"do": "wait", "count": 5000, "topic": None})
-            own_broker.registry.add_subscription(number, own_broker.registry.sessions[session], ["*"], 1 << 16, "drop_oldest")
+            subscribed(own_broker, number, own_broker.registry.sessions[session], ["*"], "drop_oldest")
         with at_most(20_000):
             for number in range(2000, 2100):
                 answer(own_broker, cast("ControlConnection", other), subscribing(session, number, "fuzz"))
@@ -173,7 +218,7 @@ def test_an_honest_session_has_room(own_broker: Broker) -> None:
     """A session can have 16,000 subscriptions, or 20,000 topics and 10,000 patterns, also of those that need ``re``."""
     with asking(own_broker) as (one, _, session):
         for number in range(1000, 17_000):
-            own_broker.registry.add_subscription(number, own_broker.registry.sessions[session], ["*"], 1 << 16, "block")
+            subscribed(own_broker, number, own_broker.registry.sessions[session], ["*"], "block")
         other = own_broker.registry.new_session(cast("ControlConnection", one)).number
         names = [f"a quite ordinary name of a topic: {number}" for number in range(20_000)]
         patterns = [f"room:{number}:{'*:user:*' if number % 10 else '[ab]?'}" for number in range(10_000)]
@@ -212,7 +257,7 @@ def test_a_session_with_too_many_subscriptions(own_broker: Broker) -> None:
     """One subscription more than there may be is refused, until another one is closed."""
     with asking(own_broker) as (one, _, session):
         for number in range(1000, 999 + SESSION.subscriptions):
-            own_broker.registry.add_subscription(number, own_broker.registry.sessions[session], ["*"], 1 << 16, "block")
+            subscribed(own_broker, number, own_broker.registry.sessions[session], ["*"], "block")
         assert "subscriptions" in in_rounds(own_broker, one, subscribing(session, 1, "*"), 1000)["text"]
         in_rounds(own_broker, one, {"do": "close", "subscription": 1000, "session": session}, 1000)
         assert in_rounds(own_broker, one, subscribing(session, 1, "*"), 1000) == {}
@@ -375,10 +420,7 @@ def test_publishers_have_turns(gone: bool, own_broker: Broker) -> None:
     """What one publisher has written for many subscriptions takes many rounds, and in each the others have their turn."""
     with asking(own_broker) as (_, _, number):
         session, traffic = own_broker.registry.sessions[number], own_broker.traffic
-        subscriptions = [
-            own_broker.registry.add_subscription(number, session, ["turn*"], 1 << 16, "drop_newest")
-            for number in range(1000, 1500)
-        ]
+        subscriptions = [subscribed(own_broker, number, session, ["turn*"], "drop_newest") for number in range(1000, 1500)]
         one, one_pipe = traffic.intake.add(own_broker.registry.new_id(), session)
         other, other_pipe = traffic.intake.add(own_broker.registry.new_id(), session)
         os.write(one_pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 100)
@@ -406,7 +448,7 @@ def test_what_waits_for_its_turn_comes_before_what_is_asked_next(own_broker: Bro
     with asking(own_broker) as (one, _, number):
         session, traffic = own_broker.registry.sessions[number], own_broker.traffic
         for subscription in range(1000, 1500):
-            own_broker.registry.add_subscription(subscription, session, ["turn*"], 1 << 16, "drop_newest")
+            subscribed(own_broker, subscription, session, ["turn*"], "drop_newest")
         publisher, pipe = traffic.intake.add(own_broker.registry.new_id(), session)
         os.write(pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 50)
         traffic.finish(publisher)
