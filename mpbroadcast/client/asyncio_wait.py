@@ -7,7 +7,7 @@ import contextlib
 
 
 class AsyncWaiters:
-    """Those that wait for what is a descriptor at a time."""
+    """The tasks that wait for one source, whose descriptor may change."""
 
     __slots__ = ("_waiters",)
 
@@ -15,7 +15,7 @@ class AsyncWaiters:
         self._waiters: dict[tuple[asyncio.AbstractEventLoop, int], set[asyncio.Future[None]]] = {}
 
     async def readable(self, fd: int) -> None:
-        """Wait until it is, or until :meth:`wake`."""
+        """Wait until the descriptor is readable, or until :meth:`wake`."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
         waiters = self._waiters.setdefault((loop, fd), set())
@@ -31,18 +31,18 @@ class AsyncWaiters:
                 self._waiters.pop((loop, fd), None)
 
     def wake(self) -> None:
-        """Let all of them look, from any thread: what they wait for is not there any more."""
+        """Wake all tasks, from any thread: the descriptor that they wait for is not the source's any more."""
         for loop, fd in list(self._waiters):
             waiters = self._waiters.pop((loop, fd), set())
             with contextlib.suppress(RuntimeError):  # it is not in a loop, or that is closed
                 if asyncio.get_running_loop() is loop:
-                    _let_go(loop, fd, waiters)
+                    _release(loop, fd, waiters)
                     continue
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(_let_go, loop, fd, waiters)
+                loop.call_soon_threadsafe(_release, loop, fd, waiters)
 
 
-def _let_go(loop: asyncio.AbstractEventLoop, fd: int, waiters: set[asyncio.Future[None]]) -> None:
+def _release(loop: asyncio.AbstractEventLoop, fd: int, waiters: set[asyncio.Future[None]]) -> None:
     loop.remove_reader(fd)
     _wake(waiters)
 

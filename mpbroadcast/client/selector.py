@@ -89,7 +89,7 @@ class Selector(Generic[M]):
         return cast("Selector[N]", self)
 
     def receive(self, timeout: float | None = None) -> M:
-        """What the next source that has something gives. Waits at most ``timeout`` seconds; ``None`` waits for ever.
+        """Return what the next source gives. Block at most ``timeout`` seconds; ``None``: no limit, 0: do not block.
 
         A channel's or connection's end removes it. A process is reported once, joined, and removed.
 
@@ -120,7 +120,7 @@ class Selector(Generic[M]):
             return cast(M, value if handler is None else handler(value))
 
     def close(self) -> None:
-        """Deselect all. The sources stay as they are: whoever made them closes them."""
+        """Deselect all. The sources stay open: their owners close them."""
         self._handlers.clear()
         self._ready.clear()
 
@@ -147,7 +147,7 @@ class Selector(Generic[M]):
         )
 
     def _take(self, source: Source) -> Any:
-        """What ``source`` gives.
+        """Return what ``source`` gives.
 
         :raises _Nothing: it has nothing after all, or has ended.
         """
@@ -165,7 +165,7 @@ class Selector(Generic[M]):
             except Exception:
                 self._ready.append(source)
                 raise
-            self._ready.append(source)  # it may have more; to ask it costs less than to wait
+            self._ready.append(source)  # it may have more, and to try costs less than to wait
             return value
         if isinstance(source, Connection):
             try:
@@ -188,5 +188,5 @@ def _composed(handler: Handler | None, function: Callable[[Any], Any]) -> Handle
 
 
 def channel_to_selector(channel: Channel[M]) -> Selector[M]:
-    """A selector with this channel selected."""
+    """Return a selector with this channel selected."""
     return Selector[M]().select(channel)

@@ -1,8 +1,8 @@
 """Requests, replies and the handshake on a control connection. Sans-IO: bytes in, bytes out.
 
 A message is a length (4 bytes, big-endian) and a body, as ``multiprocessing.connection`` has it. First comes its
-challenge: each side proves that it has the key, the client first. It stands here again as a state machine, because the
-standard functions block: a client that says nothing would hold up a thread each. The digest is HMAC-SHA256, which
+challenge: each side proves that it has the key, the client first. Here it is a state machine, because the standard functions
+block: each silent client would keep a thread. The digest is HMAC-SHA256, which
 ``multiprocessing`` has from Python 3.12 on.
 
 Behind the handshake a body is JSON, an object: never a pickle.
@@ -18,7 +18,7 @@ from struct import Struct
 from typing import Any, Final
 
 MAX_REQUEST: Final = 4 << 20  # bytes of one request: some thousand topics of full length
-MAX_REPLY: Final = 1 << 30  # bytes of one reply, from the broker, who is trusted: stats of very many subscriptions
+MAX_REPLY: Final = 1 << 30  # bytes of one reply of the broker, which is trusted: stats of very many subscriptions
 _DEEPEST: Final = 16  # levels of lists and objects in a body; ours have 4
 _NO_BRACKETS: Final = bytes({*range(256)} - {*b"[]{}"})
 MAX_HANDSHAKE: Final = 256  # bytes of one of its messages
@@ -44,11 +44,11 @@ class Inbox:
         self._data += data
 
     def __len__(self) -> int:
-        """How many bytes have come that were not taken out."""
+        """Return how many bytes have come and were not taken out."""
         return len(self._data)
 
     def next(self) -> bytes | None:
-        """The first body, taken out, or ``None`` while it is not whole.
+        """Take out and return the first body; ``None`` while it is not whole.
 
         :raises ControlError: a length below 0 or above the limit.
         """
@@ -75,12 +75,12 @@ def frame_of(*parts: bytes) -> list[bytes]:
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """A request or a reply as it travels."""
+    """Return a request or a reply as it travels."""
     return frame(json.dumps(message, separators=(",", ":")).encode())
 
 
 def decode(body: bytes) -> dict[str, Any]:
-    """The request or reply in a body.
+    """Return the request or reply in a body.
 
     :raises ControlError: it is no JSON object, or a deep one.
     """
@@ -112,7 +112,7 @@ Handshake = Generator[bytes, bytes, bytes]
 
 
 def serve_handshake(keys: Sequence[bytes]) -> Handshake:
-    """The broker's side, which asks first: it takes any of ``keys``, and answers with the one that the client has."""
+    """Return the handshake of the broker, which challenges first. It takes any of ``keys``, and answers with the client's."""
     question = _SHA256 + os.urandom(32)
     response = yield frame(_CHALLENGE + question)
     key = next((key for key in keys if _is_answer(response, key, question)), None)
@@ -126,7 +126,7 @@ def serve_handshake(keys: Sequence[bytes]) -> Handshake:
 
 
 def client_handshake(key: bytes) -> Handshake:
-    """The side of who connects."""
+    """Return the handshake of a client."""
     challenge = yield b""
     verdict = yield frame(_answer(key, challenge))
     if verdict != _WELCOME:

@@ -49,7 +49,7 @@ class LargeBuffer(Exception):
 
 
 def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
-    """For :func:`dumps`: small buffers go into the pickle.
+    """Return True, for :func:`dumps`: a small buffer goes into the pickle.
 
     :raises LargeBuffer: this one is not small.
     """
@@ -76,7 +76,7 @@ def gather(message: object) -> Payload:
         return False
 
     pickle.dump(message, parts, PROTOCOL, buffer_callback=keep)
-    # A bytearray cannot change its size while something looks at it.
+    # A bytearray cannot change its size while a view of it exists.
     pickled = [memoryview(part) if type(part) is bytearray else part for part in parts]
     size = sum(map(len, pickled))
     if not buffers:
@@ -95,7 +95,7 @@ def gather(message: object) -> Payload:
 
 
 def explain(error: Exception, message: object, topic: str) -> None:
-    """Add to an error of pickling that it is about a message, and which."""
+    """Add a note to an error of pickling: the type of the message, and its topic."""
     with contextlib.suppress(Exception):  # a user's exception
         kind = type(message).__name__
         error.add_note(f"publish() could not pickle this message, a {kind}, for topic {topic!r}: nothing was sent of it")
@@ -106,24 +106,24 @@ def _aligned(position: int) -> int:
 
 
 def load_image(buffer: Any) -> Any:
-    """The message of an image; its buffers stay where they are, so ``buffer`` must be the message's own.
+    """Return the message of an image. Its buffers are parts of ``buffer``, which must therefore be the message's own.
 
     :raises pickle.UnpicklingError: it is no image.
     """
     view = memoryview(buffer).cast("B")
     try:
         count, _ = _COUNT.unpack_from(view)
-        places = list(_PART.iter_unpack(view[_COUNT.size : _COUNT.size + count * _PART.size]))
+        positions = list(_PART.iter_unpack(view[_COUNT.size : _COUNT.size + count * _PART.size]))
     except error:
-        places = []
-    parts = [view[offset : offset + length] for offset, length in places]
-    if not parts or len(parts) != count or any(len(part) != length for part, (_, length) in zip(parts, places, strict=True)):
-        raise pickle.UnpicklingError("a message whose buffers are not where it says")
+        positions = []
+    parts = [view[offset : offset + length] for offset, length in positions]
+    if not parts or len(parts) != count or any(len(part) != length for part, (_, length) in zip(parts, positions, strict=True)):
+        raise pickle.UnpicklingError("the message's buffers are not where its head has them")
     return loads(parts[0], buffers=parts[1:])
 
 
 class Failure:
-    """Stands in the place of a message: ``error`` is raised when its turn comes."""
+    """Stands for a message that could not be unpickled: ``error`` is raised at its position."""
 
     __slots__ = ("error",)
 
@@ -132,10 +132,10 @@ class Failure:
 
 
 def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
-    """The messages of a run whose frames are all in ``data``, and whether all could be unpickled.
+    """Return the messages of a run whose frames are all in ``data``, and whether all could be unpickled.
 
-    One that could not is a :class:`Failure` in its place. An interrupt, which is what raises once and not again, goes
-    through, and the run can be loaded again.
+    One that could not is a :class:`Failure` at its position. An error that does not come again was an interrupt: it is raised,
+    and the run can be loaded again.
     """
     start = run.first + run.skip
     view = memoryview(data)
@@ -160,9 +160,9 @@ def load_each(
     messages: list[Any] | None = None,
     failed: Exception | None = None,
 ) -> tuple[list[Any], bool]:
-    """The messages in these, and whether all could be unpickled; otherwise as :func:`load_run`.
+    """Return the messages in ``payloads``, and whether all could be unpickled, as :func:`load_run`.
 
-    ``messages`` are those that were unpickled before, and ``failed`` is what the next one raised.
+    ``messages`` are the first ones, unpickled before, and ``failed`` is the error that the next one has raised.
     """
     messages = [] if messages is None else messages
     whole = True
@@ -176,7 +176,7 @@ def load_each(
 
 
 def _extend(messages: list[Any], more: Iterable[Any], count: int) -> Exception | None:
-    """Add what ``more`` gives, until there are ``count``; what it raised before that."""
+    """Append ``more`` until there are ``count`` messages. Return the error that came before that."""
     try:
         messages.extend(more)
     except Exception as raised:  # extend has kept those before it
@@ -187,12 +187,12 @@ def _extend(messages: list[Any], more: Iterable[Any], count: int) -> Exception |
 
 
 def load_copied_image(payload: memoryview) -> Any:
-    """The message of an image in memory that will not stay as it is."""
+    """Return the message of an image in memory that will be written again: of a copy."""
     return load_image(bytearray(payload))
 
 
 def _failure(payload: memoryview, error: Exception, loader: Callable[[Any], Any]) -> Failure:
-    """What stands in the place of a message whose unpickling raised ``error``; if it does not again, that was an interrupt."""
+    """Return the failure of a message whose unpickling raised ``error``, or raise that if it does not come again."""
     try:
         loader(payload)
     except _NOT_OF_A_MESSAGE as again:

@@ -21,17 +21,17 @@ class RingAllocator:
     """
 
     def __init__(self, chunks: int, chunk: int) -> None:
-        self.free = (1 << chunks) - 1  # a bit for each chunk; the broker says when one is free again
+        self.free = (1 << chunks) - 1  # a bit for each chunk; the broker reports those that are free again
         self.next = self.end = 0
         self._chunk = chunk
         self._before = (0, 0, 0)  # next and end before the last take(), and the chunks that it has taken
 
     def fits_behind(self, length: int) -> bool:
-        """Whether :meth:`take` would not begin another chunk."""
+        """Return True if :meth:`take` would not begin another chunk."""
         return self.next + length <= self.end
 
     def take(self, length: int) -> int | None:
-        """A position with room for so many bytes, or ``None`` when there is none."""
+        """Take room for so many bytes. Return its position, or ``None`` when there is none."""
         size = self._chunk
         start = self.next
         first, last = self.end // size, (start + length - 1) // size  # the chunks that it takes, besides the one it begins in
@@ -65,10 +65,10 @@ class RingAllocator:
 
 
 def aligned(position: int) -> int:
-    """The first position from there on where a message may begin."""
+    """Return the first position from there on at which a message may begin."""
     return -(-position // _ALIGNMENT) * _ALIGNMENT
 
 
 def span(offset: int, length: int, chunk: int) -> range:
-    """The chunks that a message is in."""
+    """Return the chunks that a message is in."""
     return range(offset // chunk, (offset + length - 1) // chunk + 1)

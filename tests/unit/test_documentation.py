@@ -299,13 +299,8 @@ NOT_DONE: set[str] = {
     "mpbroadcast/broker/members.py",
     "mpbroadcast/broker/stalls.py",
     "mpbroadcast/client/api.py",
-    "mpbroadcast/client/asyncio_wait.py",
     "mpbroadcast/client/broadcaster.py",
-    "mpbroadcast/client/selector.py",
-    "mpbroadcast/protocol/control.py",
     "mpbroadcast/protocol/frames.py",
-    "mpbroadcast/protocol/pickling.py",
-    "mpbroadcast/protocol/ring_allocator.py",
     "mpbroadcast/protocol/runs.py",
 }
 

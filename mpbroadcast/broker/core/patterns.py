@@ -1,8 +1,8 @@
 """Patterns of topics: ``fnmatch.fnmatchcase``, and what matching them costs. Pure: no descriptor, no clock.
 
-A **step** is what comparing one character takes, some nanoseconds; a call of a matcher counts as ``_CALL`` of them.
-Many patterns differ in how they begin, before their first special character: a topic is compared with those only that begin
-as it does.
+A **step** is the time in which one character is compared, some nanoseconds; a call of a matcher counts as ``_CALL`` of them.
+Patterns are kept by their beginnings, up to the first special character: a topic is compared only with those that begin as it
+does.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _FIND: Final = 10  # characters that str.find compares in the time of a step
 
 
 class Matcher(Protocol):
-    """What :func:`matcher` makes of a pattern."""
+    """A pattern, compiled by :func:`matcher`."""
 
     def match(self, text: str, /) -> object:
-        """Something that is true, if the text matches."""
+        """Return a true value if the text matches."""
 
 
 class _Parts:
@@ -53,12 +53,12 @@ def is_pattern(topic: str) -> bool:
 
 
 def matcher(pattern: str) -> Matcher:
-    """Matches as ``fnmatch.fnmatchcase`` does."""
+    """Return a matcher that matches as ``fnmatch.fnmatchcase`` does."""
     return re.compile(translate(pattern)) if "?" in pattern or "[" in pattern else _Parts(pattern)
 
 
 def steps(pattern: str) -> int:
-    """What comparing the longest topic with it takes at the most, beside the call."""
+    """Return the most steps that it takes to compare the longest topic with a pattern, without the call."""
     star = pattern.find("*")
     if star < 0:
         return len(pattern)
@@ -67,7 +67,7 @@ def steps(pattern: str) -> int:
 
 
 def steps_of_all(topics: Iterable[str]) -> int:
-    """What comparing the longest topic with the patterns in these takes at the most."""
+    """Return the most steps that it takes to compare the longest topic with all patterns among ``topics``."""
     return sum(_CALL + steps(topic) for topic in topics if is_pattern(topic))
 
 
@@ -84,7 +84,7 @@ class Patterns(Generic[S]):
         self._lengths: Counter[int] = Counter()  # of the beginnings
 
     def add(self, pattern: str, member: S, made: Matcher | None = None) -> None:
-        """One more member; ``made`` is the pattern's matcher, if there is one already."""
+        """Add a member to a pattern; ``made`` is the pattern's matcher, if there is one already."""
         beginning = _beginning(pattern)
         if beginning not in self._alike:
             self._alike[beginning] = {}
@@ -96,7 +96,7 @@ class Patterns(Generic[S]):
         alike[pattern][1][member] = None
 
     def drop(self, pattern: str, member: S) -> None:
-        """One less."""
+        """Remove a member of a pattern."""
         beginning = _beginning(pattern)
         alike = self._alike[beginning]
         members = alike[pattern][1]
@@ -114,14 +114,14 @@ class Patterns(Generic[S]):
         return (text[:length] for length in self._lengths if length <= len(text) and text[:length] in self._alike)
 
     def steps(self, text: str) -> int:
-        """What finding those that match this topic takes at the most."""
+        """Return the most steps that :meth:`matching` takes for this topic."""
         total = len(self._lengths)
         for beginning in self._begin_as(text):
             total += _CALL * len(self._alike[beginning]) + self._steps[beginning] * len(text) // MAX_TOPIC
         return total
 
     def matching(self, text: str) -> Iterator[dict[S, None]]:
-        """The members of each that matches this topic."""
+        """Return the members of each pattern that matches this topic."""
         for beginning in self._begin_as(text):
             for made, members in self._alike[beginning].values():
                 if made.match(text):
