@@ -119,7 +119,7 @@ def _flush(broker: Broker, connection: ControlConnection, message: dict[str, Any
     elif now and not publisher.all_routed:
         connection.reply({"done": False})
     elif delivered:
-        publisher.after_written(lambda: broker.waits.for_delivery(connection, publisher, now=now))
+        publisher.after_written(lambda: broker.waits.wait_for_delivery(connection, publisher, now=now))
     else:
         publisher.after_written(lambda: connection.reply({"done": True}))  # one that has gone meanwhile takes it quietly
 
@@ -267,7 +267,7 @@ def _wait(broker: Broker, connection: ControlConnection, message: dict[str, Any]
     if message.get("now"):
         connection.reply({"done": there() >= count, "there": there()})
     else:
-        broker.waits.for_count(connection, lambda: there() >= count)
+        broker.waits.wait_for_count(connection, lambda: there() >= count)
 
 
 def _stats(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:

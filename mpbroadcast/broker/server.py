@@ -80,7 +80,7 @@ class Broker:
 
     def run(self) -> None:
         """Serve until stopped, and all has been drained or the time for it is over."""
-        while not self.is_finished:
+        while self.shutdown is None or not self.is_finished:
             self.round()
         self.acceptor.close()
         self.poller.close_forgotten()
@@ -89,14 +89,17 @@ class Broker:
         """Wait for what happens, unless ``at_once`` is set or something is left to do, and handle it."""
         registry, found = self.registry, self.acceptor.found
         self.traffic.round(at_once=at_once or bool(self.parts or registry.to_remove or found.readable or found.closed))
-        for connection, request in self.acceptor.requests():
-            self._answer(self, connection, request)
+        if found.readable:
+            for connection, request in self.acceptor.requests():
+                self._answer(self, connection, request)
         if self.parts:
             part = self.parts.popleft()
             if next(part, True) is None:
                 self.parts.append(part)
-        self._work_off()
-        registry.remove_some()
+        if self._has_found():
+            self._work_off()
+        if registry.to_remove:
+            registry.remove_some()
         if self.ends_unneeded and not (registry.sessions or registry.subscriptions):
             self.stop(DRAIN_TIMEOUT)
         if self.shutdown is not None:
@@ -105,13 +108,18 @@ class Broker:
         if registry.has_changed:
             registry.has_changed = False
             self.waits.check_counts()
-        self.waits.check_deliveries(registry.subscriptions)
+        if self.waits.for_delivery:
+            self.waits.check_deliveries(registry.subscriptions)
         self.poller.close_forgotten()
+
+    def _has_found(self) -> bool:
+        traffic = self.traffic
+        return bool(traffic.overflowed or traffic.departed or self.peers.dead or self.acceptor.found.closed)
 
     def _work_off(self) -> None:
         """Do what the round has found to be done."""
-        traffic, registry, peers, found = self.traffic, self.registry, self.peers, self.acceptor.found
-        while traffic.overflowed or traffic.departed or peers.dead or found.closed:
+        traffic, registry, peers = self.traffic, self.registry, self.peers
+        while self._has_found():
             while traffic.overflowed:
                 registry.note_ended(traffic.overflowed.pop())
             departed, traffic.departed = traffic.departed, {}

@@ -13,16 +13,16 @@ class Waits:
 
     def __init__(self) -> None:
         self._for_count: dict[ControlConnection, Callable[[], bool]] = {}
-        self._for_delivery: dict[ControlConnection, dict[Subscription, int]] = {}
+        self.for_delivery: dict[ControlConnection, dict[Subscription, int]] = {}
 
-    def for_count(self, connection: ControlConnection, is_enough: Callable[[], bool]) -> None:
+    def wait_for_count(self, connection: ControlConnection, is_enough: Callable[[], bool]) -> None:
         """Reply when there are enough subscriptions."""
         if is_enough():
             connection.reply({"done": True})
         else:
             self._for_count[connection] = is_enough
 
-    def for_delivery(self, connection: ControlConnection, publisher: Publisher, *, now: bool = False) -> None:
+    def wait_for_delivery(self, connection: ControlConnection, publisher: Publisher, *, now: bool = False) -> None:
         """Reply when what the publisher has put into backlogs until now has left them; ``now``: reply whether it has."""
         pending = {
             subscription: position
@@ -32,7 +32,7 @@ class Waits:
         if now or not pending:
             connection.reply({"done": not pending})
         else:
-            self._for_delivery[connection] = pending
+            self.for_delivery[connection] = pending
 
     def check_counts(self) -> None:
         """Look at those that wait for subscriptions, as these or their topics have changed."""
@@ -43,15 +43,15 @@ class Waits:
 
     def check_deliveries(self, subscriptions: dict[int, Subscription]) -> None:
         """Look at those that wait for messages to leave their backlogs. ``subscriptions`` are those that are not removed."""
-        for connection, pending in list(self._for_delivery.items()):
+        for connection, pending in list(self.for_delivery.items()):
             for subscription, position in list(pending.items()):
                 if subscription.backlog.left >= position or subscription.number not in subscriptions:
                     del pending[subscription]
             if not pending:
-                del self._for_delivery[connection]
+                del self.for_delivery[connection]
                 connection.reply({"done": True})
 
     def forget(self, connection: ControlConnection) -> None:
         """Forget one that is closed."""
         self._for_count.pop(connection, None)
-        self._for_delivery.pop(connection, None)
+        self.for_delivery.pop(connection, None)

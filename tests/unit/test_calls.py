@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from mpbroadcast.broker.core.limits import TOGETHER, Budget
 from mpbroadcast.broker.core.policies import new_backlog
-from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.members import Peer, Session, Subscription
-from mpbroadcast.broker.traffic import Traffic
-from mpbroadcast.posix.poller import Poller
+from mpbroadcast.broker.requests import answer
+from mpbroadcast.broker.server import Broker
 from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.protocol.frames import frame_head
 from tests.conftest import descriptors as open_files
@@ -22,14 +23,13 @@ MOST = 30
 
 
 class Pipes:
-    """The data path of a broker, with one publisher and one channel, in this process."""
+    """A broker with one publisher and one channel, in this process."""
 
-    def __init__(self, policy: str = "block") -> None:
+    def __init__(self, listener: socket.socket, policy: str) -> None:
         self.before = open_files()
         self.peer = Peer(PeerProcess(os.getpid()))
-        self.poller = Poller()
-        self.router: Router[Subscription] = Router()
-        self.traffic = Traffic(self.poller, self.router, None, None)
+        self.broker = Broker(listener, [b"key"], answer)
+        self.traffic, self.router = self.broker.traffic, self.broker.router
         session = Session(1, self.peer, Budget(TOGETHER))
         self.publisher, self.write_end = self.traffic.intake.add(2, session)
         self.subscription = Subscription(3, session, new_backlog(1 << 20, policy))
@@ -53,8 +53,8 @@ class Pipes:
         os.close(self.write_end)
         os.close(self.read_end)
         self.traffic.finish(self.publisher)
-        self.poller.close(self.subscription.pipe.close())
-        self.poller.close_forgotten()
+        self.broker.poller.close(self.subscription.pipe.close())
+        self.broker.poller.close_forgotten()
         os.close(self.peer.process.fd)
         for fd, target in open_files() - self.before:
             if target == os.devnull:  # what the broker has until its process ends
@@ -62,15 +62,19 @@ class Pipes:
 
 
 @contextmanager
-def pipes(policy: str = "block") -> Iterator[Pipes]:
-    made = Pipes(policy)
-    try:
-        yield made
-    finally:
-        made.close()
+def pipes(folder: Path, policy: str = "block") -> Iterator[Pipes]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "s"))
+        listener.listen()
+        made = Pipes(listener, policy)
+        try:
+            yield made
+        finally:
+            made.close()
+            vars(made.broker).clear()  # what closes itself when nothing refers to it any more
 
 
-def test_one_small_message_takes_few_calls() -> None:
+def test_one_small_message_takes_few_calls(tmp_path: Path) -> None:
     """From one pipe into the other, it takes at most :data:`MOST` Python calls."""
     calls: list[str] = []
 
@@ -78,21 +82,20 @@ def test_one_small_message_takes_few_calls() -> None:
         if event == "call":
             calls.append(frame.f_code.co_qualname)
 
-    with pipes() as path:
+    with pipes(tmp_path) as path:
         for number in (1, 2):  # the first fills the router's cache
             path.publish(b"payload %d" % number)
             sys.setprofile(note if number == 2 else None)
-            path.traffic.round()
-            path.poller.close_forgotten()
+            path.broker.round()
             sys.setprofile(None)
             assert b"payload %d" % number in path.received()
     print(len(calls), *calls, sep="\n")
     assert 10 < len(calls) <= MOST
 
 
-def test_a_subscription_that_is_removed_while_its_own_message_is_routed() -> None:
+def test_a_subscription_that_is_removed_while_its_own_message_is_routed(tmp_path: Path) -> None:
     """A reader that is gone is found while its message is written: it is on the round's list, and nothing else is touched."""
-    with pipes() as path:
+    with pipes(tmp_path) as path:
         path.publish(b"one")
         os.close(path.read_end)
         path.traffic.round()
@@ -104,9 +107,9 @@ def test_a_subscription_that_is_removed_while_its_own_message_is_routed() -> Non
         path.read_end = os.open(os.devnull, os.O_RDONLY)
 
 
-def test_a_subscription_that_ends_itself_while_its_own_message_is_routed() -> None:
+def test_a_subscription_that_ends_itself_while_its_own_message_is_routed(tmp_path: Path) -> None:
     """A backlog that overflows under ``disconnect`` is routed nothing more, not even of the same round."""
-    with pipes("disconnect") as path:
+    with pipes(tmp_path, "disconnect") as path:
         path.subscription.backlog.capacity = 100
         for _ in range(3):
             path.publish(bytes(80))
