@@ -52,7 +52,9 @@ def temporary_folder() -> Iterator[Path]:
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     # these two live as long as this process: started here, they belong to no test
     multiprocessing.resource_tracker.ensure_running()
-    multiprocessing.forkserver.set_forkserver_preload(["tests.support.workers"])
+    multiprocessing.forkserver.set_forkserver_preload(
+        [f"tests.support.{name}" for name in ("workers", "large_workers", "victims")]
+    )
     multiprocessing.forkserver.ensure_running()
     # What the run itself has allocated stays: each test's collection need not go through it.
     gc.collect()

@@ -23,6 +23,7 @@ from mpbroadcast import (
     trap_points,
 )
 from mpbroadcast.broker.host.logs import RateLimitFilter
+from tests.support import workers
 from tests.support.helpers import DEADLINE, Children, fill, wait_until
 
 Bus = Broadcaster[Any]
@@ -49,17 +50,11 @@ def wait_for_line(file: Path, *words: str) -> str:
     return found
 
 
-def _die(bus: Bus) -> None:
-    channel = bus.subscribe("a")
-    channel.poll()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_dictionary_works_under_each_start_method(every_context: BaseContext, tmp_path: Path, children: Children) -> None:
     """The log goes where it says, in the broker's process; who was removed is there, and why."""
     file = tmp_path / "log"
     with start_broadcaster(context=every_context, log_config=to_file(file)) as bus:
-        children(every_context, _die, bus)
+        children(every_context, workers.subscribe_and_die, bus)
         line = wait_for_line(file, "mpbroadcast.broker INFO", "channel", "is removed")
         assert str(bus.stats().pid) in line
 

@@ -38,6 +38,7 @@ from mpbroadcast import (
 )
 from mpbroadcast.broker.host.journal import Journal, replayed
 from mpbroadcast.broker.host.supervisor import Patience
+from tests.support import workers
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, rest, take, wait_until
 from tests.support.large_workers import limited
 
@@ -224,19 +225,6 @@ def test_flush_says_once_that_something_may_be_missing(kept: Bus) -> None:
     other.close()
 
 
-def _worker(channel: Channel[Any], bus: Bus, report: Connection) -> None:
-    report.send("here")
-    report.recv()
-    seen: list[Any] = []
-    while not seen or seen[-1] != "end":
-        try:
-            seen.append(channel.recv(timeout=DEADLINE))
-        except BrokerRestarted:
-            seen.append("gap")
-    report.send(seen)
-    bus.publish("from the worker")
-
-
 @pytest.mark.parametrize("opened", [False, True])
 def test_a_channel_that_was_handed_on(kept: Bus, context: BaseContext, children: Children, opened: bool) -> None:
     """It goes on in its worker, whether it was open when the broker died or not; nobody else can open it then."""
@@ -244,7 +232,7 @@ def test_a_channel_that_was_handed_on(kept: Bus, context: BaseContext, children:
     mine = kept.subscribe()
     ours, theirs = context.Pipe()
     with ours, theirs:
-        worker = children(context, _worker, channel, kept, theirs)
+        worker = children(context, workers.receive_over_a_gap, channel, kept, theirs)
         assert answer(ours) == "here"
         if opened:
             ours.send("go")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from mpbroadcast import Broadcaster, Channel
+from mpbroadcast import Broadcaster, BrokerRestarted, Channel
 from tests.support.helpers import DEADLINE, answer, pattern, record, rest, take
 
 
@@ -90,6 +91,26 @@ def receive_numbered(channel: Channel[Any], results: Connection) -> None:
             break
         seen.append((source, number, len(data) if data == pattern(number, len(data)) else -1))
     results.send(seen)
+
+
+def receive_over_a_gap(channel: Channel[Any], bus: Broadcaster[Any], orders: Connection) -> None:
+    """Once told to, receive up to the message "end", while the broker may be replaced; send home all, then publish."""
+    orders.send("here")
+    answer(orders)
+    seen: list[Any] = []
+    while not seen or seen[-1] != "end":
+        try:
+            seen.append(channel.recv(timeout=DEADLINE))
+        except BrokerRestarted:
+            seen.append("gap")
+    orders.send(seen)
+    bus.publish("from the worker")
+
+
+def subscribe_and_die(bus: Broadcaster[Any]) -> None:
+    """Open a channel, and be killed."""
+    bus.subscribe("a").poll()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def open_and_hold(channel: Channel[Any], orders: Connection) -> None:
