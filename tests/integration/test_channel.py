@@ -47,6 +47,7 @@ from tests.support.helpers import (
     readable,
     stopped,
     take,
+    until_tasks_wait,
     wait_delivered,
     wait_for,
     wait_until,
@@ -202,7 +203,7 @@ def test_async_iteration_waits_without_blocking_the_loop(bus: Bus) -> None:
         received: list[Any] = []
         for number in range(20):
             receiving = asyncio.create_task(take_async(channel, 1))
-            await asyncio.sleep(0.001)
+            await until_tasks_wait()
             assert not receiving.done()
             bus.publish(number)
             received += await asyncio.wait_for(receiving, DEADLINE)
@@ -220,7 +221,7 @@ def test_two_tasks_share_a_channel(bus: Bus) -> None:
 
     async def main() -> list[list[int]]:
         tasks = [asyncio.create_task(receive()) for _ in range(2)]
-        await asyncio.sleep(0)
+        await until_tasks_wait()
         bus.publish_many(range(1000))
         bus.flush(timeout=DEADLINE)
         bus.unsubscribe(channel)
@@ -236,7 +237,7 @@ def test_second_task_goes_on_when_the_first_is_cancelled(bus: Bus) -> None:
 
     async def main() -> list[Any]:
         first, second = (asyncio.create_task(take_async(channel, 3)) for _ in range(2))
-        await asyncio.sleep(0.01)
+        await until_tasks_wait()
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
@@ -422,7 +423,7 @@ def test_close_ends_waiting_async_iteration(bus: Bus) -> None:
 
     async def main() -> None:
         receiving = asyncio.create_task(take_async(channel, 1))
-        await asyncio.sleep(0.01)
+        await until_tasks_wait()
         channel.close()
         with pytest.raises(ClosedError):
             await asyncio.wait_for(receiving, DEADLINE)

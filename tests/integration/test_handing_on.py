@@ -291,6 +291,7 @@ def test_close_does_not_wait_for_what_nobody_will_open(why: str, children: Child
     with pytest.raises(workers.Boom):
         fail()
     assert time.monotonic() - begun[0] < 4.0
+    orders.send("end")
 
 
 # --- a broadcaster for a child ----------------------------------------------------------------------------------------

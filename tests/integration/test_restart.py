@@ -39,7 +39,7 @@ from mpbroadcast import (
 from mpbroadcast.broker.host.journal import Journal, replayed
 from mpbroadcast.broker.host.supervisor import Patience
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, answer, finish, rest, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, answer, finish, rest, take, until_tasks_wait, wait_until
 from tests.support.large_workers import limited
 
 Bus = Broadcaster[Any]
@@ -177,7 +177,7 @@ def test_recv_many_poll_iteration_and_async(kept: Bus) -> None:
 
     async def both() -> Any:
         receiving = asyncio.create_task(receive())
-        await asyncio.sleep(0.05)
+        await until_tasks_wait()
         await asyncio.to_thread(kill_broker, kept)
         return await receiving
 
@@ -286,7 +286,7 @@ def _subscribe_and_sleep(bus: Bus, report: Connection) -> None:
     channel = bus.subscribe("x")
     channel.poll()
     report.send("ready")
-    time.sleep(DEADLINE)
+    signal.pause()
 
 
 def test_who_died_with_the_broker_is_not_kept(kept: Bus, fork: BaseContext, children: Children) -> None:
@@ -414,7 +414,7 @@ def test_two_tasks_go_on_with_one_channel(kept: Bus) -> None:
     async def all_of_it() -> list[Any]:
         got: list[Any] = []
         tasks = [asyncio.create_task(one(got)) for _ in range(2)]
-        await asyncio.sleep(0.05)
+        await until_tasks_wait()
         await asyncio.to_thread(kill_broker, kept)
         while "gap" not in got:
             await asyncio.sleep(0.005)

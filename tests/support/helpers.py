@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import multiprocessing.connection
@@ -36,6 +37,12 @@ def wait_until(predicate: Callable[[], Any], timeout: float = 10.0) -> Any:
             return value
         assert time.monotonic() < deadline, f"still {value!r} after {timeout} s"
         time.sleep(0.005)
+
+
+async def until_tasks_wait() -> None:
+    """Let the other tasks of the event loop run as far as they get."""
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 @contextlib.contextmanager
