@@ -1,4 +1,4 @@
-"""Says who waits for long to publish, and whom for."""
+"""Warnings about publishers that have been blocked for long: the publisher, and the subscription that it waits for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Stalls:
         self._looking = False
 
     def look(self) -> None:
-        """From now on, as somebody waits, until nobody does."""
+        """Look at the publishers from now on, as one is blocked, until none is."""
         if self._timeout is not None and not self._looking:
             self._looking = True
             self._loop.later(self._timeout, lambda: self._look(self._timeout or 0.0))
@@ -55,5 +55,5 @@ class Stalls:
             f"the same process, {full.pid}{must}" if same else f"process {full.pid}",
             listed(full.last_topics or self._router.topics(full)),
             full.backlog.waiting_charge,
-            "" if full.is_open else "; it was never opened: let somebody receive from it, or unsubscribe it",
+            "" if full.is_open else "; it was never opened: receive from it in some process, or unsubscribe it",
         )

@@ -1,4 +1,4 @@
-"""The last messages of each topic, for who subscribes with a replay. Pure: no descriptor, no clock."""
+"""The last messages of each topic, for subscriptions with a replay. Pure: no descriptor, no clock."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class _Topic:
     __slots__ = ("batches", "charge", "count")
 
     def __init__(self) -> None:
-        self.batches: deque[tuple[int, Batch | MemfdMessage]] = deque()  # each with its place in the order of all
+        self.batches: deque[tuple[int, Batch | MemfdMessage]] = deque()  # each with its position in the order of all
         self.count = 0
         self.charge = 0
 
 
 class History:
-    """Keeps ``length`` messages of each topic. Of too many, it forgets the topics that were published to the longest ago."""
+    """The last ``length`` messages of each topic. Of too many topics, those published to the longest ago are forgotten."""
 
     def __init__(self, length: int, most_topics: int = MOST_TOPICS, most_bytes: int = MOST_BYTES) -> None:
         self.length = length
@@ -36,11 +36,11 @@ class History:
 
     @property
     def topics(self) -> int:
-        """How many have a history now."""
+        """How many topics have a history now."""
         return len(self._topics)
 
     def add(self, position: int, batch: Batch | MemfdMessage) -> None:
-        """These were routed; ``position`` is the place of the first in the order of all."""
+        """Keep messages that were routed; ``position`` is that of the first in the order of all."""
         topic = self._topics.get(batch.topic)
         if topic is None:
             topic = self._topics[batch.topic] = _Topic()
@@ -71,14 +71,14 @@ class History:
         self.charge -= charge
 
     def steps(self, topics: Iterable[str], made: Mapping[str, Matcher] | None = None) -> int:
-        """What finding the topics that these patterns match takes at the most; ``made`` are their matchers, if any."""
+        """Return the most steps that :meth:`last` takes for these patterns; ``made`` are their matchers, if any."""
         patterns = _patterns_of(topics, made)
         return 0 if patterns is None else sum(patterns.steps(name.decode()) for name in self._topics)
 
     def last(
         self, topics: Iterable[str], count: int, capacity: int, made: Mapping[str, Matcher] | None = None
     ) -> list[Batch | MemfdMessage]:
-        """The last ``count`` messages that these topics and patterns match, in the order of all, cut at ``capacity``."""
+        """Return the last ``count`` messages that these topics and patterns match, in the order of all, cut at ``capacity``."""
         wanted = set(topics)
         patterns = _patterns_of(wanted, made)
         names = {topic.encode() for topic in wanted} & self._topics.keys()  # looked up; only patterns are tried

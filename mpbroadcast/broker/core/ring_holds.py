@@ -15,11 +15,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 
 class Overlap(Exception):
-    """Messages that no publisher of this package writes: one before the end of another."""
+    """A message lies before the end of an earlier one, as no publisher of this package writes it."""
 
 
 class Holds:
-    """How many there are on each chunk of a ring of so many chunks of ``size`` bytes."""
+    """The holds on each chunk of a ring of so many chunks of ``size`` bytes."""
 
     def __init__(self, chunks: int, size: int) -> None:
         self._size = size
@@ -34,8 +34,9 @@ class Holds:
         return sum(map(bool, self._counts))
 
     def arrived(self, spans: Iterable[tuple[int, int]]) -> tuple[Sequence[int], int]:
-        """Messages at these offsets, with their lengths, have come: their chunks, each with one more hold; and as bits, those
-        that are free now.
+        """Enter messages at these offsets, with their lengths, and add a hold to each of their chunks.
+
+        Return these chunks, and the chunks that are free now, as bits.
 
         :raises Overlap: a message lies before the end of an earlier one.
         """
@@ -56,12 +57,12 @@ class Holds:
         return tuple(chunks), self._freed((before,)) if before >= 0 else 0
 
     def hold(self, chunks: Iterable[int]) -> None:
-        """One more on each."""
+        """Add a hold to each of these chunks."""
         for chunk in chunks:
             self._counts[chunk] += 1
 
     def release(self, chunks: Iterable[int]) -> int:
-        """One less on each: the chunks that are free now, as bits."""
+        """Remove a hold from each of these chunks. Return those that are free now, as bits."""
         for chunk in chunks:
             self._counts[chunk] -= 1
         return self._freed(chunks)
@@ -86,7 +87,7 @@ H = TypeVar("H", bound=Hold)
 
 
 class Unread(Generic[H]):
-    """What one pipe has been given references to, until that has been read: in order, of all rings.
+    """The references that were written into one pipe and are unread: in order, of all rings.
 
     A message in memory of its own is an entry without a hold.
     """
@@ -98,14 +99,14 @@ class Unread(Generic[H]):
         self._entries: deque[tuple[int, H | None, int]] = deque()  # count behind it, hold, bytes
 
     def wrote(self, count: int, size: int, hold: H | None) -> None:
-        """So many references were, to messages of ``size`` bytes in all."""
+        """Enter ``count`` references that were written, to messages of ``size`` bytes in all."""
         self.count += count
         self.bytes += size
         self.memories += hold is None
         self._entries.append((self.count, hold, size))
 
     def holds(self) -> Iterator[H]:
-        """Those of all that is unread."""
+        """Return the holds of all unread references."""
         return (hold for _, hold, _ in self._entries if hold is not None)
 
     def oldest(self, ring: object) -> int | None:
@@ -113,7 +114,7 @@ class Unread(Generic[H]):
         return next((hold.position for hold in self.holds() if hold.ring is ring), None)
 
     def read(self, count: int) -> None:
-        """Of all that were ever written, so many have been read: forget their holds."""
+        """Forget the holds of the first ``count`` references that were ever written, as they have been read."""
         while self._entries and self._entries[0][0] <= count:
             _, hold, size = self._entries.popleft()
             self.bytes -= size

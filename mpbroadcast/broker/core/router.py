@@ -1,4 +1,4 @@
-"""Who gets what is published to a topic. Pure: no descriptor, no clock."""
+"""Which subscriptions get a message, by its topic. Pure: no descriptor, no clock."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Router(Generic[S]):
         self._found: dict[bytes, tuple[S, ...]] = {}
 
     def add(self, subscription: S, topics: Iterable[str], made: Mapping[str, Matcher] | None = None) -> None:
-        """Lead these topics to it, too; ``made`` are matchers of patterns that there are already."""
+        """Route these topics to the subscription, too; ``made`` are the matchers of patterns that have one already."""
         self._found.clear()
         own = self._topics.setdefault(subscription, {})
         for topic in topics:
@@ -36,7 +36,7 @@ class Router(Generic[S]):
                 self._exact.setdefault(topic, {})[subscription] = None
 
     def drop(self, subscription: S, topics: Iterable[str]) -> None:
-        """Lead these topics to it no more; what it does not have is passed over."""
+        """Route these topics to the subscription no more. Topics that it does not have are ignored."""
         self._found.clear()
         own = self._topics.get(subscription, {})
         for topic in topics:
@@ -52,7 +52,7 @@ class Router(Generic[S]):
                     del self._exact[topic]
 
     def remove(self, subscription: S) -> None:
-        """Forget it."""
+        """Route nothing to the subscription any more."""
         self.drop(subscription, self.topics(subscription))
         self._topics.pop(subscription, None)
 
@@ -62,11 +62,11 @@ class Router(Generic[S]):
         return len(self._topics)
 
     def topics(self, subscription: S) -> tuple[str, ...]:
-        """What leads to it, in the order in which it was added."""
+        """Return the topics of the subscription, in the order in which they were added."""
         return tuple(self._topics.get(subscription, ()))
 
     def targets(self, topic: bytes) -> tuple[S, ...]:
-        """Who gets what is published to ``topic``.
+        """Return the subscriptions that get what is published to ``topic``.
 
         :raises UnicodeDecodeError: the topic is not UTF-8.
         """
@@ -85,12 +85,12 @@ class Router(Generic[S]):
 
 
 def listed(topics: Sequence[str]) -> str:
-    """Some of them, for people."""
+    """Return the first of these topics as text for a log, and how many more there are."""
     more = len(topics) - _LISTED
     return ", ".join(topics[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def matches(topics: Iterable[str], topic: bytes) -> bool:
-    """Whether one of these topics and patterns hears what is published to ``topic``."""
+    """Return True if one of these topics and patterns matches ``topic``."""
     text = topic.decode()
     return any(fnmatchcase(text, own) if is_pattern(own) else text == own for own in topics)
