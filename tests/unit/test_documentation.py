@@ -18,6 +18,11 @@ from pathlib import Path
 import pytest
 
 import mpbroadcast
+from mpbroadcast import validation
+from mpbroadcast.broker import acceptor, routing
+from mpbroadcast.broker.core import history, limits
+from mpbroadcast.client import broadcaster, shared_writer
+from mpbroadcast.protocol import control, frames, pickling, ring_allocator
 from tests.support.pages import BLOCKS, PAGES, README, ROOT, SCRIPTS, Block, blocks_of
 
 PACKAGE = ROOT / "mpbroadcast"
@@ -201,6 +206,42 @@ def test_each_argument_is_documented() -> None:
         found = {one.strip().lstrip("*") for one in shown[1].replace("'", '"').split(",")} - {""} if shown else set()
         if found != {one.replace("'", '"') for one in expected}:
             wrong.append(f"{function.__qualname__}: {expected ^ found}")
+    assert not wrong
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    """The limits that the pages state are those of the code."""
+    mib = 1 << 20
+    stated = {
+        "guide.md": [
+            f"at most {validation.MAX_TOPIC:,} bytes of UTF-8",
+            f"`capacity` bytes ({broadcaster.DEFAULT_CAPACITY // mib} MiB by default)",
+            f"Pickles of less than {shared_writer.SHARED_FROM // 1024} KiB",
+            f"Up to {ring_allocator.LONGEST // mib} MiB",
+            f"{ring_allocator.CHUNK * ring_allocator.CHUNKS // mib} MiB of memory",
+            f"Buffers of less than\n  {pickling.OUT_OF_BAND // 1024} KiB",
+            f"at most {history.MOST_TOPICS:,} topics and {history.MOST_BYTES // mib} MiB",
+        ],
+        "tuning.md": [
+            f"at most {frames.MOST_TOGETHER} messages",
+            f"its topic's length and {frames.FRAME_OVERHEAD} bytes",
+            f"at most {limits.SESSION.subscriptions:,} subscriptions with {limits.SESSION.topics:,} topics",
+            f"{ring_allocator.CHUNKS} chunks of {ring_allocator.CHUNK // 1024} KiB",
+        ],
+        "protocol.md": [f"{control.MAX_HANDSHAKE} bytes during the handshake, {control.MAX_REQUEST // mib} MiB for a request"],
+        "../SECURITY.md": [
+            f"within {acceptor.HANDSHAKE_TIMEOUT:.0f} seconds",
+            f"{limits.MOST_ASKED // mib} MiB for each process",
+            f"a process: {limits.MOST_CONNECTIONS:,}",
+            f"some {routing.TURN:,} puts into backlogs",
+        ],
+    }
+    wrong = [
+        f"{page}: {phrase}"
+        for page, phrases in stated.items()
+        for phrase in phrases
+        if re.sub(r"\s+", " ", phrase) not in re.sub(r"\s+", " ", (ROOT / "docs" / page).read_text())
+    ]
     assert not wrong
 
 
