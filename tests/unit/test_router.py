@@ -84,7 +84,7 @@ def test_patterns_match_as_in_the_standard_library(pattern: str, topics: list[st
 
 
 FEW = st.sampled_from(["a", "b", "a*", "*"]) | TOPICS
-ACTIONS = st.one_of(
+ACTIONS: st.SearchStrategy[tuple[str, int, list[str]]] = st.one_of(
     st.tuples(st.sampled_from(["add", "drop"]), st.integers(0, 3), st.lists(FEW, max_size=3)),
     st.tuples(st.sampled_from(["drop own", "remove"]), st.integers(0, 3), st.just([])),
 )
