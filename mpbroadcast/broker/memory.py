@@ -7,19 +7,25 @@ where nothing is.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import logging
-import os
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.ring_holds import Holds, Overlap
-from mpbroadcast.posix.descriptors import OwnedDescriptor
+from mpbroadcast.posix.descriptors import OwnedDescriptor, Reserve
 from mpbroadcast.posix.fd_socket import DescriptorSocket
-from mpbroadcast.posix.shared_memory import MemoryRefused, check_message, check_ring, fits, map_for_reading
+from mpbroadcast.posix.shared_memory import (
+    MemoryRefused,
+    check_message,
+    check_ring,
+    fits,
+    map_for_reading,
+    read_memory,
+    size_of,
+)
 from mpbroadcast.protocol.fd_packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, WANTED, PacketError, pack, unpack
 from mpbroadcast.protocol.frames import MAX_FRAME, Batch, FrameError, MemfdMessage, References
 from mpbroadcast.protocol.runs import Account, memory_run, references_run
@@ -42,9 +48,8 @@ class Store:
         self.rings: set[Ring] = set()
         self.memories = 0  # messages in memory of their own, each with a descriptor
         self._numbers = itertools.count(1)
-        self._reserve = -1
+        self.reserve = Reserve()  # so that a descriptor can be received when none is left
         self._most_memories = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-        self._keep_reserve()
 
     def number(self) -> int:
         """Return an id for a ring or a message, which nothing else has."""
@@ -58,29 +63,6 @@ class Store:
     def may_have(self, size: int) -> bool:
         """Return whether there may be another ring of this size."""
         return sum(ring.size for ring in self.rings) + size <= _MOST_RING_BYTES
-
-    def _keep_reserve(self) -> None:
-        with contextlib.suppress(OSError):
-            self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-
-    @contextlib.contextmanager
-    def a_descriptor(self) -> Iterator[bool]:
-        """Make room for one more descriptor in this block. Yield whether it can be kept."""
-        try:
-            os.close(os.dup(self._reserve))
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.EBADF):
-                raise
-        else:
-            yield True
-            return
-        with contextlib.suppress(OSError):
-            os.close(self._reserve)
-        self._reserve = -1
-        try:
-            yield False
-        finally:
-            self._keep_reserve()
 
 
 class Ring:
@@ -180,7 +162,7 @@ class Memory:
     ring: ClassVar[None] = None  # as a hold, it holds no chunk
 
     def __init__(self, store: Store, descriptor: OwnedDescriptor, kept: bool) -> None:
-        size = os.fstat(descriptor.fd).st_size
+        size = size_of(descriptor)
         check_message(descriptor.fd, size)
         if size > MAX_FRAME:
             raise MemoryRefused(f"a message of {size} bytes")
@@ -188,7 +170,7 @@ class Memory:
         self.size = size
         self.copies = store.account
         self._store = store
-        self._bytes = b"" if kept else _bytes_of(descriptor.fd, size)
+        self._bytes = b"" if kept else read_memory(descriptor.fd, size)
         self.descriptor = descriptor if kept else None
         store.memories += kept
 
@@ -204,18 +186,11 @@ class Memory:
         """Return some of its bytes."""
         if self.descriptor is None:
             return self._bytes[offset : offset + size]
-        return _bytes_of(self.descriptor.fd, size, offset)
+        return read_memory(self.descriptor.fd, size, offset)
 
     def __del__(self) -> None:
         if getattr(self, "descriptor", None) is not None:
             self._store.memories -= 1
-
-
-def _bytes_of(fd: int, size: int, offset: int = 0) -> bytes:
-    data = b""
-    while size > len(data) and (more := os.pread(fd, size - len(data), offset + len(data))):
-        data = data + more if data else more
-    return data
 
 
 class Lender:
@@ -239,7 +214,7 @@ class Lender:
         try:
             more = True
             while more:
-                with self._store.a_descriptor() as kept:
+                with self._store.reserve.room_for_one() as kept:
                     # In a call of its own, so that no variable keeps a descriptor when the reserve is made again.
                     more = self._receive_one(kept)
             return self._has_peer

@@ -47,16 +47,6 @@ def unread(fd: int) -> int:
     return count[0]
 
 
-def break_pipe(fd: int) -> None:
-    """Close an end at once, though its descriptor stays valid. Do nothing if no other descriptor is left for that."""
-    with contextlib.suppress(OSError):
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        try:
-            os.dup2(nothing, fd, inheritable=False)
-        finally:
-            os.close(nothing)
-
-
 def read_buffer(size: int) -> memoryview:
     """Return memory to read into, of which the system gives each page when it is first used."""
     return memoryview(mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS))
