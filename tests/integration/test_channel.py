@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import pickle
 import select
@@ -139,33 +140,31 @@ def test_recv_many_returns_what_precedes_a_bad_message(bus: Bus) -> None:
 # --- messages that fail to unpickle -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        *(EOFError(), StopIteration(), StopAsyncIteration(), Lagged(7), Overflowed()),
-        *(BrokerLost(), BrokerRestarted(), TimedOut(), ClosedError(), ChannelInUse("?", 7)),
-    ],
-    ids=lambda error: type(error).__name__,
-)
+CHANNEL_ERRORS: list[Exception] = [
+    *(EOFError(), StopIteration(), StopAsyncIteration(), Lagged(7), Overflowed()),
+    *(BrokerLost(), BrokerRestarted(), TimedOut(), ClosedError(), ChannelInUse("?", 7)),
+]
+
+
 @pytest.mark.parametrize("padding", [0, 3000, 300_000])
-def test_no_error_of_a_message_is_taken_for_the_channels_own(padding: int, error: Exception, bus: Bus) -> None:
-    """Each comes as the cause of a ``RuntimeError``, in every way to receive, and nothing ends or is counted."""
+def test_no_error_of_a_message_is_taken_for_the_channels_own(padding: int, bus: Bus) -> None:
+    """Each comes as the cause of a ``RuntimeError``, in every call that receives, and nothing ends or is counted."""
 
     async def first(channel: Channel[Any]) -> Any:
         return await anext(channel)
 
     with bus.subscribe() as channel:
         selector = channel_to_selector(channel)
-        ways = [lambda: channel.recv(DEADLINE), lambda: channel.recv_many(1, DEADLINE), lambda: next(channel)]
-        ways += [lambda: asyncio.run(first(channel)), lambda: selector.receive(DEADLINE)]
-        for way in ways:
+        calls = [lambda: channel.recv(DEADLINE), lambda: channel.recv_many(1, DEADLINE), lambda: next(channel)]
+        calls += [lambda: asyncio.run(first(channel)), lambda: selector.receive(DEADLINE)]
+        for error, call in itertools.product(CHANNEL_ERRORS, calls):
             bus.publish([bytes(padding), workers.Raises(error)])
             bus.publish("next")
             with pytest.raises(RuntimeError) as raised:
-                way()
+                call()
             assert type(raised.value) is RuntimeError
             assert type(raised.value.__cause__) is type(error)
-            assert way() in ("next", ["next"])
+            assert call() in ("next", ["next"])
         assert channel.missed == 0
 
 

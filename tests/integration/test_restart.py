@@ -200,18 +200,6 @@ def test_a_selector_goes_on(kept: Bus) -> None:
     assert selector.receive(timeout=DEADLINE) == 1
 
 
-def test_who_waits_in_recv_hears_of_it(kept: Bus) -> None:
-    """A thread that waits when the broker dies gets the gap, and then the next message."""
-    channel = kept.subscribe()
-    channel.poll()
-    waiting = Background(channel.recv)
-    waiting.wait_until_blocked("recv")
-    kill_broker(kept)
-    assert isinstance(waiting.error(), BrokerRestarted)
-    kept.publish(1)
-    assert channel.recv(timeout=DEADLINE) == 1
-
-
 def test_flush_says_once_that_something_may_be_missing(kept: Bus) -> None:
     """Only to a handle that had published."""
     other: Bus = connect(kept.address)
