@@ -47,7 +47,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="there is no shared memo
 Bus = Broadcaster[Any]
 LARGE = Size(3 << 20)
 MIDDLE = Size(300_000)
-TOLERANCE = 24 << 20  # bytes of shared memory: a ring, and some messages
+TOLERANCE = 40 << 20  # bytes of shared memory: two rings, and some messages
 SOAK = int(float(os.environ.get("MPBROADCAST_SOAK", "1")))
 
 
@@ -430,7 +430,7 @@ def test_nothing_leaks(bus: Bus, fork: BaseContext, children: Children, pipe: tu
     wait_until(lambda: descriptors(pid) <= held)
     wait_until(lambda: maps(pid) == 0)
     wait_until(lambda: maps(os.getpid()) <= mapped)
-    wait_until(lambda: shared_memory() <= before + TOLERANCE)
+    wait_until(lambda: bus.stats() and shared_memory() <= before + TOLERANCE)  # what a stream has left goes with a request
 
 
 # ------------------------------------------------------------------------------------------------------------ who is hostile
