@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from mpbroadcast.broker.control_connection import ControlConnection, Found, Trus
 from mpbroadcast.broker.core.limits import MOST_CONNECTIONS
 from mpbroadcast.broker.members import Peer
 from mpbroadcast.broker.peers import Peers
-from mpbroadcast.posix.control_socket import ControlSocket
+from mpbroadcast.posix.control_socket import ControlSocket, Listener
 from mpbroadcast.posix.poller import IN, Poller
 from mpbroadcast.protocol.control import serve_handshake
 
@@ -39,7 +38,7 @@ _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 class Acceptor:
     """Makes a :class:`ControlConnection` of each connection of this user."""
 
-    def __init__(self, poller: Poller, listener: socket.socket, keys: list[bytes], peers: Peers) -> None:
+    def __init__(self, poller: Poller, listener: Listener, keys: list[bytes], peers: Peers) -> None:
         self.found = Found()
         self._poller = poller
         self._listener = listener

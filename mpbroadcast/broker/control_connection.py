@@ -43,7 +43,7 @@ class Found:
 class ControlConnection:
     """One connection. It has one request at a time, until :meth:`reply` or :meth:`no_reply`."""
 
-    def __init__(self, poller: Poller, socket: ControlSocket, peer: Peer, handshake: Handshake, found: Found) -> None:
+    def __init__(self, poller: Poller, control_socket: ControlSocket, peer: Peer, handshake: Handshake, found: Found) -> None:
         self.peer = peer
         self.session: Session | None = None  # which ends with this connection
         self.trust = Trust.STRANGER
@@ -51,7 +51,7 @@ class ControlConnection:
         self.is_refused = False  # independent of the handshake: the broker has closed it for what it sent
         self.why = ""  # it is closed
         self._poller = poller
-        self._socket = socket
+        self._socket = control_socket
         self._handshake = handshake
         self._found = found
         self._inbox = Inbox(MAX_HANDSHAKE)
@@ -59,7 +59,7 @@ class ControlConnection:
         self._out: deque[bytes | memoryview] = deque()
         self._fds: tuple[int, ...] = ()  # that go with the first byte of it
         self._events = IN
-        poller.watch(socket.fileno(), IN, self._ready)
+        poller.watch(control_socket.fileno(), IN, self._ready)
         self._send(next(handshake))
 
     def reply(self, message: dict[str, Any], *fds: int) -> None:

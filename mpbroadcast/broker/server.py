@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from mpbroadcast.broker.registry import Registry
 from mpbroadcast.broker.shutdown import Shutdown
 from mpbroadcast.broker.traffic import Traffic
 from mpbroadcast.broker.waits import Waits
+from mpbroadcast.posix.control_socket import Listener
 from mpbroadcast.posix.poller import Poller
 
 log = logging.getLogger("mpbroadcast.broker")
@@ -42,7 +42,7 @@ class Broker:
 
     def __init__(
         self,
-        listener: socket.socket,
+        listener: Listener,
         keys: list[bytes],
         answer: Callable[[Broker, ControlConnection, dict[str, Any]], None],
         *,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Generic, TypeVar
 
@@ -23,13 +22,13 @@ from mpbroadcast.client.pipe_writer import Route, framed
 from mpbroadcast.client.shared_writer import SHARED_FROM, SharedWriter
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import ClosedError, TimedOut
+from mpbroadcast.posix.pipes import write
 from mpbroadcast.protocol.frames import MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.protocol.pickling import PROTOCOL, LargeBuffer, Payload, dumps, explain, gather, keep_in_band
 from mpbroadcast.validation import check_timeout, encode_topic, encoded_topic
 
 M = TypeVar("M")
 
-_write = os.write
 _NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
 SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)  # bytes of a message below which it is one write into the pipe
 _HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]  # without a topic: looking one up is faster than packing it
@@ -92,7 +91,7 @@ class Publishing(Generic[M]):
         if writer is not None:
             try:
                 if size < SHORT:
-                    _write(writer.pipe.fd, (frame_head(size, encoded) if encoded else _HEADS[size]) + payload)
+                    write(writer.pipe.fd, (frame_head(size, encoded) if encoded else _HEADS[size]) + payload)
                     return
                 self._is_large = size >= _GATHER_FROM
                 if writer.send_quickly(payload, encoded):

@@ -6,13 +6,12 @@ A message is copied, then announced by a frame in the pipe. What is written here
 from __future__ import annotations
 
 from collections.abc import Sequence
-from mmap import mmap
 from typing import Any
 
 from mpbroadcast import trap_points
 from mpbroadcast.posix.forks import on_fork
 from mpbroadcast.posix.pipes import write
-from mpbroadcast.posix.shared_memory import populate
+from mpbroadcast.posix.shared_memory import Map, populate
 from mpbroadcast.protocol.frames import plain_reference, reference_frame
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, RingAllocator, aligned, span
 
@@ -20,7 +19,7 @@ from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, RingAllocator, al
 class Ring:
     """The memory of a ring. ``id`` is the publisher's. A child unmaps it at a fork."""
 
-    def __init__(self, id: int, memory: mmap) -> None:
+    def __init__(self, id: int, memory: Map) -> None:
         self.id = id
         self.allocator = RingAllocator(CHUNKS, CHUNK)
         self._memory = memory

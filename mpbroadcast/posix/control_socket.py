@@ -15,6 +15,8 @@ _SOL_LOCAL: Final = 0  # macOS: level and names of what SO_PEERCRED is on Linux,
 _LOCAL_PEERCRED: Final = 1
 _LOCAL_PEERPID: Final = 2
 
+Listener = socket.socket  # of the same kind
+
 
 class ControlSocket(socket.socket):
     """A socket of the kind AF_UNIX, SOCK_STREAM: new, or one that was accepted."""
@@ -24,7 +26,7 @@ class ControlSocket(socket.socket):
         self.setblocking(False)
 
     @classmethod
-    def accepted(cls, listener: socket.socket) -> ControlSocket:
+    def accepted(cls, listener: Listener) -> ControlSocket:
         """Accept a connection.
 
         :raises BlockingIOError: none is there.

@@ -46,6 +46,9 @@ _LEASE: Final = tuple(getattr(fcntl, name, -1) for name in ("F_SETSIG", "F_SETLE
 _LEASED: Final = (signal.SIGURG, fcntl.F_WRLCK, fcntl.F_UNLCK)
 
 
+Map = mmap.mmap
+
+
 class MemoryRefused(Exception):
     """Memory of another process could shrink, or change, or is too small."""
 
