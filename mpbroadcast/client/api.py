@@ -1,4 +1,4 @@
-"""The functions of the interface: how a broadcaster is come by, and the names of the original."""
+"""Create or connect a broadcaster; function forms of its methods."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def start_broadcaster(
     log_config: dict[str, Any] | None = None,
     restart: bool = False,
 ) -> Broadcaster[Any]:
-    """Start a broker process, and return a handle on it. Wait for it at most ``start_timeout`` seconds.
+    """Start a broker process, and return a handle on it. Block until it is ready, at most ``start_timeout`` seconds.
 
     ``context`` is what ``multiprocessing.get_context()`` returns. If not given, the broker is forked where that is the default
-    start method, and else started in a new interpreter, which does not import the main module. ``address`` is the
-    path of the socket to listen at; if not given, one in a new folder that only this user can enter. ``authkey`` is a key
-    that processes may show beside this process's own, which its children have.
+    start method, and else started in a new interpreter, which does not import the main module. ``address`` is the path of the
+    socket to listen at; if not given, one in a new folder that only this user can enter. ``authkey`` is a key that the broker
+    accepts beside this process's own, which its children have.
 
-    ``history`` is how many messages of each topic are kept for :meth:`Broadcaster.subscribe` with ``replay``: of at most 4,096
-    topics, and at most 64 MiB in all; the topics that were published to the longest ago are forgotten first. When a ``publish``
-    has waited ``stall_timeout`` seconds, the broker logs a warning to standard error, once, that names whom it waits for;
-    ``None`` for never.
+    ``history`` is the number of messages of each topic that are kept for :meth:`Broadcaster.subscribe` with ``replay``: of at
+    most 4,096 topics, and at most 64 MiB in all; the topics with the oldest last message are dropped first. When a ``publish``
+    has blocked for ``stall_timeout`` seconds, the broker logs one warning that names the subscription; ``None`` for never.
 
-    The broker logs to the logger ``mpbroadcast.broker``, in its own process: warnings to standard error, or, with a dictionary
-    ``log_config`` for ``logging.config.dictConfig``, where that says; at ``INFO``, also who was removed and why. It logs at
-    most 20 lines a second.
+    The broker logs to the logger ``mpbroadcast.broker``, in its own process: warnings to standard error, or as the dictionary
+    ``log_config`` for ``logging.config.dictConfig`` has it; at ``INFO``, also each removal and its reason. It logs at most 20
+    lines a second.
 
-    With ``restart``, a small keeper process starts another broker at the same address when the broker dies: handles and
-    channels go on with that one. A channel gets one :class:`BrokerRestarted` in the place of what may be missing. What was in
-    the broker, and its history, is lost. A broker that dies 5 times in 30 seconds is given up.
+    With ``restart``, a small supervisor process starts another broker at the same address when the broker dies: handles and
+    channels go on with that one. A channel raises one :class:`BrokerRestarted` at the position of what may be missing. What
+    was in the broker, and its history, is lost. A broker that dies 5 times in 30 seconds is not replaced again.
 
     The broker ends with :meth:`Broadcaster.close`, at the end of this program, on SIGTERM, and when this process dies; each
     time it drains first.
 
-    :raises StartError: it could not be started, and nothing is left behind; ``__cause__`` has the reason.
+    :raises StartError: the broker could not be started, and nothing is left behind; ``__cause__`` has the reason.
+    :raises TypeError, ValueError: an argument is of the wrong type, or out of range.
     """
     if context is not None and not isinstance(context, BaseContext):
         raise TypeError(
@@ -90,18 +90,19 @@ def start_broadcaster(
 
 
 def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) -> Broadcaster[Any]:
-    """A handle on the broker at ``address``, from any process of the same user. It has its own pipe, and its own order.
+    """Return a handle on the broker at ``address``, in any process of the same user. It has its own pipe, and its own order.
 
-    ``authkey`` is the broker's key; if not given, this process's own, which is right in the starter's children. While a broker
-    is being replaced this waits for the next one, 10 seconds at the most.
+    ``authkey`` is the broker's key; if not given, this process's own, which is right in the starter's children. Block until the
+    broker replies, at most 10 seconds; also while a broker is being replaced.
 
-    :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) it is not the broker's key.
-    :raises BrokerLost: no broker answers there.
-    :raises AddressError: this cannot be an address.
+    :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) the broker has another key.
+    :raises BrokerLost: there is no broker at this address.
+    :raises TimedOut: the broker did not reply in time.
+    :raises AddressError: no socket can have this address.
     """
     path = check_address(address)
     if not os.path.isdir(os.path.dirname(path)):
-        raise AddressError(f"there is no folder {os.path.dirname(path)!r}: pass what the broadcaster's `address` says")
+        raise AddressError(f"there is no folder {os.path.dirname(path)!r}: pass the broadcaster's `address`")
     client = BrokerClient(path, authkey=check_authkey(authkey))
     client.session()
     return Broadcaster(BrokerClient.shared(path, client.broker, client.restarts))

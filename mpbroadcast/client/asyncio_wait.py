@@ -1,4 +1,4 @@
-"""Tasks of asyncio that wait for a descriptor; several may, in several loops."""
+"""Tasks of asyncio that wait for a descriptor: several tasks, in several loops."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class AsyncWaiters:
         """Wake all tasks, from any thread: the descriptor that they wait for is not the source's any more."""
         for loop, fd in list(self._waiters):
             waiters = self._waiters.pop((loop, fd), set())
-            with contextlib.suppress(RuntimeError):  # it is not in a loop, or that is closed
+            with contextlib.suppress(RuntimeError):  # this thread runs no loop
                 if asyncio.get_running_loop() is loop:
                     _release(loop, fd, waiters)
                     continue

@@ -1,4 +1,4 @@
-"""Many sources, one receive."""
+"""Receiving from many sources with one call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ except ImportError:
     M = TypeVar("M")  # type: ignore[misc]
 N = TypeVar("N")
 
-_FAIR = 64  # messages taken from sources that are known to have some, before the others are looked at
+_FAIR = 64  # messages taken from sources that are known to be readable, before the others are polled
 
 
 class _HasFileno(Protocol):
@@ -34,13 +34,13 @@ Handler = Callable[[Any], Any]
 
 
 class Selector(Generic[M]):
-    """Receives from whichever of its sources has something, fair to all of them.
+    """Receives from many sources, fair to all of them.
 
-    A source is a :class:`Channel`, a ``multiprocessing`` connection, a process, or anything with ``fileno()``. Its handler is
-    called with the channel's or connection's message, with the process that has ended, or with the readable object itself,
-    and what it returns is what :meth:`receive` returns; without a handler that is the value itself.
+    A source is a :class:`Channel`, a ``multiprocessing`` connection, a process, or any object with ``fileno()``. Its handler is
+    called with the channel's or connection's message, with the process that has ended, or with the readable object, and
+    :meth:`receive` returns what the handler returns; without a handler it returns the value.
 
-    It holds no descriptor of its own. It is meant for one thread at a time.
+    It has no descriptor of its own. One thread at a time may use it.
     """
 
     def __init__(self) -> None:
@@ -49,11 +49,12 @@ class Selector(Generic[M]):
         self._since_wait = 0
 
     def select(self, source: Source, handler: Callable[[Any], M] | None = None) -> Self:
-        """Receive from ``source``, too; selected again, it gets the new handler. Returns this selector.
+        """Add ``source``; selected again, it gets the new handler. Return this selector.
 
         This opens a channel: it can no longer be handed to another process.
 
-        :raises TypeError: it cannot be waited for. ClosedError, ChannelInUse, BrokerLost: as ``Channel.fileno``.
+        :raises TypeError: ``source`` is none of these kinds.
+        :raises ClosedError, ChannelInUse, BrokerLost: as ``Channel.fileno``.
         """
         if handler is not None and not callable(handler):
             raise TypeError(f"handler must be callable, not {type(handler).__name__}")
@@ -69,19 +70,19 @@ class Selector(Generic[M]):
         return self
 
     def deselect(self, source: Source) -> Self:
-        """Do not receive from ``source`` any more; nothing if it was not selected. Returns this selector."""
+        """Remove ``source``; nothing happens if it was not selected. Return this selector."""
         self._handlers.pop(source, None)
         return self
 
     def merge(self, other: Selector[M]) -> Self:
-        """Receive from all that ``other`` has selected now, too, with its handlers. Returns this selector."""
+        """Add the sources that ``other`` has now, with its handlers. Return this selector."""
         if not isinstance(other, Selector):
             raise TypeError(f"only a Selector can be merged, not {type(other).__name__}")
         self._handlers.update(other._handlers)
         return self
 
     def map(self, function: Callable[[M], N]) -> Selector[N]:
-        """Pass what the sources that are selected now give through ``function``. Returns this selector."""
+        """Pass the values of the sources that are selected now through ``function``. Return this selector."""
         if not callable(function):
             raise TypeError(f"function must be callable, not {type(function).__name__}")
         for source, handler in self._handlers.items():
@@ -103,7 +104,7 @@ class Selector(Generic[M]):
             if not self._handlers:
                 raise EOFError("no source is left to receive from: all have ended, or none was selected")
             if not self._ready or self._since_wait >= _FAIR:
-                self._look(deadline if not self._ready else Deadline(0))
+                self._find_ready(deadline if not self._ready else Deadline(0))
                 if not self._ready:
                     if self._handlers:
                         raise TimedOut(f"no source had anything within {timeout} s")
@@ -130,15 +131,15 @@ class Selector(Generic[M]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _look(self, deadline: Deadline) -> None:
-        """Wait for sources that have something, and put them behind those that are known to."""
+    def _find_ready(self, deadline: Deadline) -> None:
+        """Block until a source is readable, and append the readable ones to those that are known to be."""
         self._since_wait = 0
         waitables: dict[Any, Source] = {}
         for source in list(self._handlers):
             try:
                 waitables[source.sentinel if isinstance(source, BaseProcess) else source.fileno()] = source
             except (OSError, ValueError):
-                del self._handlers[source]  # closed by its owner: it has ended
+                del self._handlers[source]  # closed by its owner
         if not waitables:
             return
         known = set(self._ready)

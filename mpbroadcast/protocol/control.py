@@ -34,7 +34,7 @@ class ControlError(Exception):
 
 
 class Inbox:
-    """Finds the messages in a stream; ``limit`` is the longest that is taken in."""
+    """Splits a stream into messages; ``limit`` is the longest body that is accepted."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -97,8 +97,8 @@ def decode(body: bytes) -> dict[str, Any]:
 
 
 def _is_deep(body: bytes) -> bool:
-    # Since Python 3.14 the decoder recurses until 8 MB of stack are used, which the process then keeps. What stands outside of
-    # strings, without all but its brackets, loses one or two levels with each turn: nothing is left of what is flat enough.
+    # Since Python 3.14 the decoder recurses until 8 MB of stack are used, which the process then keeps. The brackets outside of
+    # strings lose one or two levels with each turn: none is left of a body that is flat enough.
     outside = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
     brackets = outside.translate(None, _NO_BRACKETS)
     for _ in range(_DEEPEST):
@@ -106,7 +106,7 @@ def _is_deep(body: bytes) -> bool:
     return bool(brackets)
 
 
-# What to send comes out of it, what was received goes in; it returns what is still to be sent when all has been proved, and
+# It yields what to send, and is sent what was received. It returns the last bytes to send when both sides have the key, and
 # raises ControlError, whose second argument, if it has one, is still to be sent.
 Handshake = Generator[bytes, bytes, bytes]
 
@@ -117,11 +117,11 @@ def serve_handshake(keys: Sequence[bytes]) -> Handshake:
     response = yield frame(_CHALLENGE + question)
     key = next((key for key in keys if _is_answer(response, key, question)), None)
     if key is None:
-        raise ControlError("the key is not ours", frame(_FAILURE))
+        raise ControlError("the key is not one of the broker's", frame(_FAILURE))
     challenge = yield frame(_WELCOME)
     verdict = yield frame(_answer(key, challenge))
     if verdict != _WELCOME:
-        raise ControlError("the client does not take our answer")
+        raise ControlError("the client does not accept the answer")
     return b""
 
 

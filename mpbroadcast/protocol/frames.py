@@ -4,17 +4,17 @@ A frame is one published message::
 
     size u32 | tag u32 | [excluded subscription u64] | topic | payload
 
-``size`` counts the whole frame. ``tag`` has the topic's length in its low 16 bits, then ``EXCLUDE``, and the kind in its high
-byte. All that decides where a frame goes stands in front of the payload, so neighbours that go the same way are told by
-comparing bytes.
+``size`` counts the whole frame. ``tag`` has the topic's length in its low 16 bits, then ``EXCLUDE`` and ``IMAGE``, and the kind
+in its high byte. All that decides about a frame's targets stands before the payload, so comparing bytes finds neighbours with
+the same targets.
 
-Every write to the broker is whole frames of at most ``PIPE_BUF`` bytes, which a pipe takes all or not at all. A frame that is
-longer travels as **pieces**, each a frame of its own with the message's number, so that no kill, timeout, interrupt or other
-thread ever tears one: pieces of several messages may be mixed, and a message whose last piece never comes does not exist.
+Every write to the broker is whole frames of at most ``PIPE_BUF`` bytes, which a pipe takes all or not at all. A longer frame
+is sent as **pieces**, each a frame of its own with the message's id. So no kill, timeout, interrupt or other thread ever tears
+one: pieces of several messages may be mixed, and a message whose last piece never comes does not exist.
 
 A message in shared memory is a frame of the kind ``REFERENCE`` (into the publisher's ring: ring u32, offset u32, length u32)
-or ``MEMORY`` (in memory of its own: number u64, length u64), instead of its payload. ``IMAGE`` says of a payload, wherever it
-is, that it is no plain pickle; the broker does not look at it.
+or ``MEMORY`` (in memory of its own: id u64, length u64), without its payload. ``IMAGE`` marks a payload, wherever it is, that
+is no plain pickle; the broker does not read it.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ PIECE: Final = 1 << 24
 ABORT: Final = 2 << 24
 REFERENCE: Final = 3 << 24
 MEMORY: Final = 4 << 24
-_WAY: Final = IMAGE | EXCLUDE | TOPIC_LENGTH  # the bits of a tag that are not its kind
+_ROUTE: Final = IMAGE | EXCLUDE | TOPIC_LENGTH  # the bits of a tag that are not its kind
 
-# Neighbouring messages that go together, and that a channel unpickles in one go. More is no faster: it leaves a processor's
-# cache, and Python's garbage collector, which counts the objects that are alive, begins to look at all of them, and so, in a
-# forked process, to copy all of their memory. A policy that drops one by one goes through no more, either.
+# Neighbouring messages that are routed together, and that a channel unpickles at once. More is no faster: it exceeds a
+# processor's cache, and Python's garbage collector, which counts the objects that are alive, begins to visit all of them, and
+# so, in a forked process, to copy all of their memory. A policy that drops one by one visits no more, either.
 MOST_TOGETHER: Final = 128
 HEAD: Final = Struct("<II")
 _EXCLUDED: Final = Struct("<Q")
 _STREAK: Final = 2  # frames of the same length as the one before, from which on it is worth looking for many more
-_PIECE: Final = Struct("<IIQB")  # size, PIECE, message number, last?
-_MOST_UNFINISHED: Final = 4096  # one for each thread that publishes
-_UNFINISHED: Final = 512  # bytes that one takes beside its own
+_PIECE: Final = Struct("<IIQB")  # size, PIECE, message id, last?
+_MOST_UNFINISHED: Final = 4096  # messages, one for each thread that publishes
+_UNFINISHED: Final = 512  # bytes that a message takes beside its own
 _ABORT: Final = Struct("<IIQ")
 _ROOM: Final = PIPE_BUF - _PIECE.size
 _REFERENCE: Final = Struct("<III")  # ring, offset, length
 _RING: Final = Struct("<I")
 _PLAIN: Final = Struct("<IIIII")  # head and reference, without a topic
 REFERENCE_SIZE: Final = _REFERENCE.size  # bytes behind the head
-_MOST_REFERRED: Final = 1 << 20  # bytes that they refer to, so that a reader is given no more at once than it soon reads
-_MOST_REFERENCES: Final = PIPE_BUF - 64  # bytes of them that go together, so that their run is one whole write, too
-_MEMORY: Final = Struct("<QQ")  # number, length
+_MOST_REFERRED: Final = 1 << 20  # bytes that they refer to, so that a reader gets no more at once than it soon reads
+_MOST_REFERENCES: Final = PIPE_BUF - 64  # bytes of them together, so that their run is one whole write, too
+_MEMORY: Final = Struct("<QQ")  # id, length
 
 # A message counts in a backlog as its pickled bytes, its topic's, and this: the frame's head, the run's object with its
-# header, and its place in a queue, rounded up.
+# header, and its entry in a queue, rounded up.
 FRAME_OVERHEAD: Final = 256
-OVERHEAD: Final = FRAME_OVERHEAD - HEAD.size  # what comes to a whole frame
+OVERHEAD: Final = FRAME_OVERHEAD - HEAD.size  # what is added to a whole frame
 
 
 class FrameError(Exception):
@@ -69,7 +69,7 @@ class FrameError(Exception):
 
 
 def frame_head(size: int, topic: bytes, exclude: int = 0, kind: int = 0) -> bytes:
-    """The head of a frame with ``size`` bytes of payload; ``exclude`` is a subscription's number, 0 for none."""
+    """Return the head of a frame with ``size`` bytes of payload; ``exclude`` is a subscription's id, 0 for none."""
     if not exclude:
         return HEAD.pack(size + 8 + len(topic), len(topic) | kind) + topic
     head = HEAD.pack(size + 16 + len(topic), len(topic) | EXCLUDE | kind)
@@ -77,36 +77,36 @@ def frame_head(size: int, topic: bytes, exclude: int = 0, kind: int = 0) -> byte
 
 
 def reference_frame(ring: int, offset: int, length: int, topic: bytes, exclude: int = 0, image: bool = False) -> bytes:
-    """The frame of a message in the publisher's ring of this number."""
+    """Return the frame of a message in the publisher's ring of this id."""
     head = frame_head(_REFERENCE.size, topic, exclude, REFERENCE | IMAGE if image else REFERENCE)
     return head + _REFERENCE.pack(ring, offset, length)
 
 
 def plain_reference(ring: int, offset: int, length: int) -> bytes:
-    """:func:`reference_frame`, without a topic."""
+    """Return :func:`reference_frame` without a topic."""
     return _PLAIN.pack(_PLAIN.size, REFERENCE, ring, offset, length)
 
 
-def memory_frame(number: int, length: int, topic: bytes, exclude: int = 0, image: bool = False) -> bytes:
-    """The frame of a message in memory of its own, which the broker has been sent under this number."""
-    return frame_head(_MEMORY.size, topic, exclude, MEMORY | IMAGE if image else MEMORY) + _MEMORY.pack(number, length)
+def memory_frame(message_id: int, length: int, topic: bytes, exclude: int = 0, image: bool = False) -> bytes:
+    """Return the frame of a message in memory of its own, which was sent to the broker with this id."""
+    return frame_head(_MEMORY.size, topic, exclude, MEMORY | IMAGE if image else MEMORY) + _MEMORY.pack(message_id, length)
 
 
-def pieces(frame: bytes, number: int) -> Iterator[bytes]:
-    """A frame that is too long for one write, as frames that are not. ``number`` differs from any other message's."""
+def pieces(frame: bytes, message_id: int) -> Iterator[bytes]:
+    """Yield the pieces of a frame that is too long for one write. ``message_id`` differs from any other message's."""
     view = memoryview(frame)
     for start in range(0, len(frame), _ROOM):
         part = view[start : start + _ROOM]
-        yield _PIECE.pack(_PIECE.size + len(part), PIECE, number, start + _ROOM >= len(frame)) + part
+        yield _PIECE.pack(_PIECE.size + len(part), PIECE, message_id, start + _ROOM >= len(frame)) + part
 
 
-def abort(number: int) -> bytes:
-    """Says that the rest of message ``number`` will not come."""
-    return _ABORT.pack(_ABORT.size, ABORT, number)
+def abort(message_id: int) -> bytes:
+    """Return the frame that ends a message whose last piece will not come."""
+    return _ABORT.pack(_ABORT.size, ABORT, message_id)
 
 
 class Batch(NamedTuple):
-    """Neighbouring frames that go the same way."""
+    """Neighbouring frames with the same topic and exclusion. ``skip`` is the length of what precedes each payload."""
 
     frames: bytes
     sizes: array[int]
@@ -118,11 +118,11 @@ class Batch(NamedTuple):
 
     @property
     def charge(self) -> int:
-        """What it counts in a backlog."""
+        """The bytes that it counts in a backlog."""
         return len(self.frames) + len(self.sizes) * OVERHEAD
 
     def cut(self, count: int) -> tuple[Batch, Batch]:
-        """Its first ``count`` messages, and the others."""
+        """Return its first ``count`` messages, and the others."""
         middle = sum(self.sizes[:count])
         return (
             self._replace(frames=self.frames[:middle], sizes=self.sizes[:count]),
@@ -131,7 +131,7 @@ class Batch(NamedTuple):
 
 
 class References(NamedTuple):
-    """Neighbouring references into one ring that go the same way. ``sizes`` are of the frames that they stand for."""
+    """Neighbouring references into one ring, with the same targets. ``sizes`` are of the frames that they replace."""
 
     frames: bytes
     sizes: array[int]
@@ -140,15 +140,15 @@ class References(NamedTuple):
     skip: int
     image: bool
     ring: int
-    hold: Any = None  # what keeps the messages in the ring
+    hold: Any = None  # keeps the messages in the ring
 
     @property
     def charge(self) -> int:
-        """What its messages count in a backlog."""
+        """The bytes that its messages count in a backlog."""
         return sum(self.sizes) + len(self.sizes) * OVERHEAD
 
     def cut(self, count: int) -> tuple[References, References]:
-        """Its first ``count`` messages, and the others."""
+        """Return its first ``count`` messages, and the others."""
         middle = count * (self.skip + _REFERENCE.size)
         return (
             self._replace(frames=self.frames[:middle], sizes=self.sizes[:count]),
@@ -156,11 +156,11 @@ class References(NamedTuple):
         )
 
     def positions(self) -> Iterator[tuple[int, int]]:
-        """Offset and length of each message in the ring."""
+        """Return offset and length of each message in the ring."""
         return ((offset, length) for _, offset, length in references_in(self.frames, self.skip))
 
     def copied(self, ring: memoryview) -> Batch:
-        """The messages themselves, out of the ring."""
+        """Return the messages, copied out of the ring."""
         frames: list[Any] = []
         for offset, length in self.positions():
             frames += (frame_head(length, self.topic, self.exclude, IMAGE if self.image else 0), ring[offset : offset + length])
@@ -176,24 +176,24 @@ class MemfdMessage(NamedTuple):
     exclude: int
     head: bytes
     image: bool
-    hold: Any = None  # what has the memory
+    hold: Any = None  # keeps the memory
 
     @property
     def sizes(self) -> array[int]:
-        """That of the frame that it stands for."""
+        """The size of the frame that it replaces."""
         return array("I", (len(self.head) + self.length,))
 
     @property
     def charge(self) -> int:
-        """What it counts in a backlog."""
+        """The bytes that it counts in a backlog."""
         return len(self.head) + self.length + OVERHEAD
 
     def cut(self, count: int) -> tuple[MemfdMessage, MemfdMessage]:
-        """It cannot be: it is all that follows its first 0 messages."""
+        """Return the message as both parts: one of them is empty, and not used."""
         return self, self
 
     def copied(self, payload: bytes) -> Batch:
-        """The message itself."""
+        """Return the message, with its payload."""
         return Batch(self.head + payload, self.sizes, self.topic, self.exclude, len(self.head), self.image)
 
 
@@ -201,7 +201,7 @@ Item = Batch | References | MemfdMessage
 
 
 class Splitter:
-    """Finds the frames in what one publisher wrote, and puts its long messages together."""
+    """Splits the bytes of one publisher into frames, and joins the pieces of its long messages."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -211,9 +211,9 @@ class Splitter:
         self.has_shared = False  # True once references, messages in memory, or aborts have come: the reader resets it
 
     def split(self, chunk: bytes) -> list[Item]:
-        """The frames that ``chunk`` completes, in order, neighbours of one way together, but no more than ``MOST_TOGETHER``.
+        """Return the frames that ``chunk`` completes, in order; neighbours with the same targets are one item, up to a limit.
 
-        :raises FrameError: it is no such stream; the splitter is then of no more use.
+        :raises FrameError: no publisher of this package wrote this; the splitter is then not used again.
         """
         if self._rest:
             chunk = self._rest + chunk
@@ -242,21 +242,21 @@ class Splitter:
                     batches.append(_memfd_message(chunk[start:position]))
                 continue
             skip = 8 + (tag & TOPIC_LENGTH) + (8 if tag & EXCLUDE else 0)
-            if size < skip or size > PIPE_BUF or tag > _WAY or tag & TOPIC_LENGTH > MAX_TOPIC:
+            if size < skip or size > PIPE_BUF or tag > _ROUTE or tag & TOPIC_LENGTH > MAX_TOPIC:
                 raise FrameError(f"a frame of {size} bytes with the tag {tag:#x}")
             if position + size > end:
                 break
             sizes = array("I", (size,))
             add = sizes.append
             same = chunk.startswith
-            way = chunk[start + 8 : start + skip]
+            route = chunk[start + 8 : start + skip]
             position += size
             last, streak = size, 0
             while position + 8 <= end and len(sizes) < MOST_TOGETHER:
                 size, other = unpack(chunk, position)
                 if other != tag or not skip <= size <= PIPE_BUF or position + size > end:
                     break
-                if way and not same(way, position + 8):
+                if route and not same(route, position + 8):
                     break
                 add(size)
                 position += size
@@ -266,42 +266,42 @@ class Splitter:
                     more = _repeats(chunk, position, size, skip, MOST_TOGETHER - len(sizes))
                     sizes.extend(array("I", (size,)) * more)
                     position += more * size
-            topic, exclude = way, 0
+            topic, exclude = route, 0
             if tag & EXCLUDE:
-                topic, exclude = way[_EXCLUDED.size :], _EXCLUDED.unpack_from(way)[0]
+                topic, exclude = route[_EXCLUDED.size :], _EXCLUDED.unpack_from(route)[0]
             batches.append(Batch(chunk[start:position], sizes, topic, exclude, skip, bool(tag & IMAGE)))
         self._rest = chunk[position:]
         return batches
 
     def _piece(self, piece: bytes, tag: int, batches: list[Item]) -> None:
         if tag == ABORT and len(piece) == _ABORT.size:
-            number = _ABORT.unpack(piece)[2]
-            self._drop(number)
-            self.aborted.append(number)
+            message_id = _ABORT.unpack(piece)[2]
+            self._drop(message_id)
+            self.aborted.append(message_id)
             self.has_shared = True
             return
         if tag != PIECE or len(piece) <= _PIECE.size:
             raise FrameError(f"a piece with the tag {tag:#x}")
-        _, _, number, last = _PIECE.unpack_from(piece)
+        _, _, message_id, last = _PIECE.unpack_from(piece)
         part = piece[_PIECE.size :]
-        parts = self._parts.get(number)
+        parts = self._parts.get(message_id)
         if parts is None:
-            self._parts[number] = parts = bytearray()
+            self._parts[message_id] = parts = bytearray()
             if len(self._parts) > _MOST_UNFINISHED:
                 raise FrameError("more unfinished messages than a publisher can have")
             self.unfinished += _UNFINISHED
-        parts += part  # a list of them would take many times the bytes of short ones
+        parts += part  # a list of short parts would take many times their bytes
         self.unfinished += len(part)
         if self.unfinished > MAX_FRAME:
             raise FrameError("more of unfinished messages than one message may have")
         if last:
-            frame = self._drop(number)
+            frame = self._drop(message_id)
             if len(frame) < HEAD.size or HEAD.unpack_from(frame)[0] != len(frame):
-                raise FrameError(f"a message of {len(frame)} bytes that says something else")
+                raise FrameError(f"a message of {len(frame)} bytes whose head has another size")
             batches.append(_batch(frame, array("I", (len(frame),))))
 
-    def _drop(self, number: int) -> bytes:
-        parts = self._parts.pop(number, None)
+    def _drop(self, message_id: int) -> bytes:
+        parts = self._parts.pop(message_id, None)
         if parts is None:
             return b""
         self.unfinished -= len(parts) + _UNFINISHED
@@ -309,7 +309,7 @@ class Splitter:
 
 
 def _repeats(chunk: bytes, position: int, size: int, skip: int, most: int) -> int:
-    """How many frames from ``position`` on, ``most`` at the most, have the head of the one before it, of ``size`` bytes.
+    """Return how many frames from ``position`` on, ``most`` at the most, have the head of the one before it, of ``size`` bytes.
 
     Compares a byte of all their heads at once, in slices: a fraction of what a loop over frames costs.
     """
@@ -321,12 +321,12 @@ def _repeats(chunk: bytes, position: int, size: int, skip: int, most: int) -> in
 
 
 def _references(chunk: bytes, start: int, end: int) -> References:
-    """The references from ``start`` on that go the same way, into the same ring."""
+    """Return the references from ``start`` on with the same targets, into the same ring."""
     size, tag = HEAD.unpack_from(chunk, start)
-    skip, topic, exclude = _way(chunk[start : start + size], size, REFERENCE)
+    skip, topic, exclude = _route(chunk[start : start + size], size, REFERENCE)
     if size != skip + _REFERENCE.size:
         raise FrameError(f"a reference of {size} bytes")
-    same = chunk[start : start + skip + 4]  # with the ring's number
+    same = chunk[start : start + skip + 4]  # with the ring's id
     position = start
     last = min(end, start + _MOST_REFERENCES) - size
     sizes = array("I")
@@ -346,39 +346,39 @@ def _references(chunk: bytes, start: int, end: int) -> References:
 
 
 def references_in(frames: bytes | memoryview, skip: int) -> Iterator[tuple[int, int, int]]:
-    """Ring, offset and length of each of these references, whose heads are ``skip`` bytes long."""
+    """Return ring, offset and length of each reference; their heads are ``skip`` bytes long."""
     return iter_unpack(f"<{skip}xIII", frames)
 
 
 def _memfd_message(frame: bytes) -> MemfdMessage:
     size, tag = HEAD.unpack_from(frame)
-    skip, topic, exclude = _way(frame, size, MEMORY)
+    skip, topic, exclude = _route(frame, size, MEMORY)
     if size != skip + _MEMORY.size:
         raise FrameError(f"the frame of {size} bytes of a message in memory")
-    number, length = _MEMORY.unpack_from(frame, skip)
+    message_id, length = _MEMORY.unpack_from(frame, skip)
     if skip + length > MAX_FRAME:
         raise FrameError(f"a message of {length} bytes in memory")
     image = bool(tag & IMAGE)
-    return MemfdMessage(number, length, topic, exclude, frame_head(length, topic, exclude, IMAGE if image else 0), image)
+    return MemfdMessage(message_id, length, topic, exclude, frame_head(length, topic, exclude, IMAGE if image else 0), image)
 
 
 def _batch(frames: bytes, sizes: array[int]) -> Batch:
-    skip, topic, exclude = _way(frames, sizes[0])
+    skip, topic, exclude = _route(frames, sizes[0])
     return Batch(frames, sizes, topic, exclude, skip, bool(frames[6] & (IMAGE >> 16)))
 
 
-def _way(frame: bytes, size: int, kind: int = 0) -> tuple[int, bytes, int]:
-    """How long the head of a frame of this kind is, its topic, and who is excluded."""
+def _route(frame: bytes, size: int, kind: int = 0) -> tuple[int, bytes, int]:
+    """Return the length of the head of a frame of this kind, its topic, and the excluded subscription."""
     tag = HEAD.unpack_from(frame)[1]
     if not tag:
         return HEAD.size, b"", 0
     start = HEAD.size + (_EXCLUDED.size if tag & EXCLUDE else 0)
     skip = start + (tag & TOPIC_LENGTH)
-    if tag & ~_WAY != kind or skip > min(size, len(frame)) or tag & TOPIC_LENGTH > MAX_TOPIC:
+    if tag & ~_ROUTE != kind or skip > min(size, len(frame)) or tag & TOPIC_LENGTH > MAX_TOPIC:
         raise FrameError(f"a frame of {size} bytes with the tag {tag:#x}")
     return skip, frame[start:skip], _EXCLUDED.unpack_from(frame, HEAD.size)[0] if tag & EXCLUDE else 0
 
 
 def topic_of(head: bytes) -> str:
-    """The topic in what stands before a payload."""
+    """Return the topic in the bytes before a payload."""
     return head[16 if HEAD.unpack_from(head)[1] & EXCLUDE else 8 :].decode()

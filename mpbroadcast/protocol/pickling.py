@@ -1,7 +1,7 @@
 """A message and the bytes that carry it.
 
-Most messages are one pickle. Large buffers that pickle protocol 5 leaves out of it (those of numpy, pandas, PyArrow, and what
-is wrapped in a ``PickleBuffer``) come behind it, uncopied, in an **image**::
+Most messages are one pickle. Large buffers that pickle protocol 5 leaves out of it (those of numpy, pandas, PyArrow, and of
+``PickleBuffer``) follow it, uncopied, in an **image**::
 
     parts u32 | 0 u32 | for each part: offset u64, length u64 | the pickle | the buffers, each at a multiple of 64 bytes
 
@@ -32,12 +32,12 @@ loads: Final = pickle.loads
 _COUNT: Final = Struct("<II")
 _PART: Final = Struct("<QQ")
 _ALIGNMENT: Final = 64
-# What ends an iteration, or is the channel's own: of a message, it would be taken for that.
+# A message that raises these would be taken for the channel's own end or error.
 _NOT_OF_A_MESSAGE: Final = (EOFError, StopIteration, StopAsyncIteration, BroadcastError)
 
 
 class Payload(NamedTuple):
-    """The bytes of a message, in parts; whether they are an image, not a pickle."""
+    """The bytes of a message, in parts. ``image`` is True if they are no plain pickle."""
 
     parts: Sequence[Any]
     size: int
@@ -45,7 +45,7 @@ class Payload(NamedTuple):
 
 
 class LargeBuffer(Exception):
-    """A message has a buffer that should not be copied into a pickle."""
+    """A message has a buffer that is too large to copy into a pickle."""
 
 
 def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
@@ -64,7 +64,7 @@ class _Parts(list[Any]):
 
 
 def gather(message: object) -> Payload:
-    """Pickle a message, and leave its large buffers where they are, and its large ``bytes`` and ``bytearray``, too."""
+    """Pickle a message without copying its large buffers, ``bytes`` and ``bytearray``."""
     parts = _Parts()
     buffers: list[memoryview] = []
 
@@ -83,7 +83,7 @@ def gather(message: object) -> Payload:
         return Payload(pickled, size, False)
     lengths = [size, *(raw.nbytes for raw in buffers)]
     start = _COUNT.size + len(lengths) * _PART.size
-    # Where each part ends is where the next begins, but for what fills it up.
+    # Each part begins where the one before it ends, aligned.
     offsets = list(accumulate(lengths[:-1], lambda at, length: _aligned(at + length), initial=_aligned(start)))
     head = _COUNT.pack(len(lengths), 0) + b"".join(map(_PART.pack, offsets, lengths))
     whole: list[Any] = [head, bytes(offsets[0] - start), *pickled]
@@ -96,7 +96,7 @@ def gather(message: object) -> Payload:
 
 def explain(error: Exception, message: object, topic: str) -> None:
     """Add a note to an error of pickling: the type of the message, and its topic."""
-    with contextlib.suppress(Exception):  # a user's exception
+    with contextlib.suppress(Exception):  # a user's exception may take no note
         kind = type(message).__name__
         error.add_note(f"publish() could not pickle this message, a {kind}, for topic {topic!r}: nothing was sent of it")
 

@@ -1,6 +1,6 @@
-"""Which part of a publisher's ring is taken. Pure: it has no memory and no descriptor.
+"""Which part of a publisher's ring is taken. Pure: no memory and no descriptor.
 
-A ring is divided into chunks. A message takes room behind the one before it, over the ends of chunks where the next ones are
+A ring is divided into chunks. A message gets room behind the one before it, across the ends of chunks where the next ones are
 free, or from the beginning of free ones. The broker reports which chunks are free again.
 """
 
@@ -15,9 +15,9 @@ _ALIGNMENT: Final = 64
 
 
 class RingAllocator:
-    """Which part of a ring is taken, as its publisher knows. Pure.
+    """The parts of a ring that are taken, in its publisher.
 
-    From ``next`` to ``end`` is what is left of the chunk that is written last.
+    From ``next`` to ``end`` is the rest of the chunk that was written last.
     """
 
     def __init__(self, chunks: int, chunk: int) -> None:
@@ -44,7 +44,7 @@ class RingAllocator:
             runs &= runs >> 1
         if not runs:
             return None
-        # The first, not the next: what was used a moment ago is in the processor's cache.
+        # The first, not the next: a chunk that was just read is in the processor's cache.
         first = (runs & -runs).bit_length() - 1
         return self._taken(first * size, length, ((1 << count) - 1) << first)
 
@@ -58,7 +58,7 @@ class RingAllocator:
         return start
 
     def undo(self) -> None:
-        """Give back what the last :meth:`take` has taken; once."""
+        """Free what the last :meth:`take` has taken; once."""
         self.next, self.end, chunks = self._before
         self.free |= chunks
         self._before = (self.next, self.end, 0)

@@ -1,25 +1,25 @@
 """Runs: what the broker writes to a channel. Sans-IO: bytes in, bytes out.
 
-A run is neighbouring frames, untouched, behind a table of their lengths::
+A run is neighbouring frames, unchanged, behind a table of their lengths::
 
     size u64 | count u32 | kind u8 | image u8 | skip u16 | count lengths u32 (none for a single frame) | frames | tail byte
 
-or, for messages in a ring, the broker's number for that, and the frames that refer to them::
+or, for messages in a ring, the broker's id of the ring, and the frames that refer to them::
 
     size u64 | count u32 | REFERENCES u8 | image u8 | skip u16 | ring u32 | frames | tail byte
 
-or, for a message in memory of its own, which is sent beside the pipe::
+or, for a message in memory of its own, whose descriptor is sent on the socket beside the pipe::
 
-    size u64 | 1 u32 | IN_MEMORY u8 | image u8 | skip u16 | number u64 | length u64 | its head | tail byte
+    size u64 | 1 u32 | IN_MEMORY u8 | image u8 | skip u16 | id u64 | length u64 | its head | tail byte
 
-or a **note**, which stands in the place of messages::
+or a **note** at the position of messages, with a count or the id of a ring::
 
-    size u64 | 0 u32 | kind u8 | 0 u8 | 0 u16 | number u64 | tail byte
+    size u64 | 0 u32 | kind u8 | 0 u8 | 0 u16 | value u64 | tail byte
 
-``skip`` is the length of what stands before each payload. The channel reads ``length`` bytes from behind the first frame's
-head on: each read is one payload and the next frame's head, which unpickling ignores. The tail byte stays in the pipe until
-the last message of the run has been handed out, so that the descriptor stays readable while there is something to receive;
-and so an empty pipe says that all references in it have been read.
+``skip`` is the length of what precedes each payload. The channel reads ``length`` bytes from behind the first frame's head on:
+each read is one payload and the next frame's head, which unpickling ignores. The tail byte stays in the pipe until the last
+message of the run is handed out: so the descriptor stays readable while there is something to receive, and an empty pipe shows
+that all references in it have been read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mpbroadcast.protocol.frames import OVERHEAD, REFERENCE_SIZE, Batch, MemfdMe
 RUN: Final = Struct("<QIBBH")
 _NOTE: Final = Struct("<QIBBHQ")
 TAIL: Final = b"\n"
-PART: Final = 1 << 18  # bytes of a long message to read at once: what a pipe can take
+PART: Final = 1 << 18  # bytes of a long message to read at once: the size of a pipe
 MESSAGES: Final = 0
 END: Final = 1
 GAP: Final = 2
@@ -43,7 +43,7 @@ RING_OFFERED: Final = 5  # the descriptor of a ring has been sent
 RING_GONE: Final = 6  # no later run refers to the ring
 REFERENCES: Final = 7
 IN_MEMORY: Final = 8
-RESTARTED: Final = 9  # the broker is another one: what is missing here, nobody knows
+RESTARTED: Final = 9  # another broker has taken over: an unknown number of messages is missing here
 _NOTES: Final = (END, GAP, SKIPPED, OVERFLOWED, RING_OFFERED, RING_GONE, RESTARTED)
 
 _RING: Final = Struct("<I")
@@ -51,7 +51,7 @@ _MEMORY: Final = Struct("<QQ")
 
 
 class Account:
-    """The bytes of all runs that there are, each once, however many backlogs it is in."""
+    """The bytes of all runs that exist, each once, however many backlogs it is in."""
 
     __slots__ = ("held",)
 
@@ -60,18 +60,18 @@ class Account:
 
 
 class Run:
-    """Messages on their way to channels: ``data`` is what a pipe gets, shared by all backlogs that the run is in."""
+    """Messages for channels: ``data`` is what a pipe gets, shared by all backlogs that the run is in."""
 
     __slots__ = ("account", "charge", "count", "data", "missed", "size")
 
-    hold: Any = None  # what keeps the messages, if they are in shared memory, for which a reader must be prepared
+    hold: Any = None  # keeps the messages if they are in shared memory, for which a reader must be prepared
 
     def __init__(self, data: bytes, count: int, charge: int, missed: int = 0, account: Account | None = None) -> None:
         self.data = data
         self.size = len(data)  # bytes that a pipe gets
         self.count = count
-        self.charge = charge  # what it counts in a backlog
-        self.missed = missed  # what a note says of that
+        self.charge = charge  # bytes that it counts in a backlog
+        self.missed = missed  # the count of a note
         self.account = account
         if account is not None:
             account.held += charge
@@ -81,11 +81,11 @@ class Run:
             self.account.held -= self.charge
 
     def rest(self, offset: int) -> bytes | memoryview:
-        """Some of what a pipe gets from this byte on, at least one."""
+        """Return bytes that a pipe gets from ``offset`` on, at least one."""
         return memoryview(self.data)[offset:]
 
     def charges(self) -> list[int]:
-        """What each of its messages counts in a backlog."""
+        """Return the bytes that each of its messages counts in a backlog."""
         if self.count == 1:
             return [self.charge]
         return [size + OVERHEAD for size in array("I", self.data[RUN.size : RUN.size + 4 * self.count])]
@@ -95,7 +95,7 @@ class Run:
         return self
 
     def part(self, start: int, stop: int) -> Run:
-        """Its messages from ``start`` to before ``stop``, as a run of their own."""
+        """Return its messages from ``start`` to before ``stop``, as a run."""
         if start == 0 and stop == self.count:
             return self
         _, _, _, image, skip = RUN.unpack_from(self.data)
@@ -106,7 +106,7 @@ class Run:
 
 
 def run_of(batch: Batch, account: Account | None = None) -> Run:
-    """The run that carries a batch."""
+    """Return the run of a batch."""
     return _pack(batch.frames, batch.sizes, batch.skip, batch.image, account)
 
 
@@ -137,7 +137,7 @@ class SharedRun(Run):
         return SharedRun(self.item.cut(stop)[0].cut(start)[1], self.account)
 
     def copied(self) -> Run:
-        """The messages in no shared memory: the same run for all that ask."""
+        """Return the messages copied out of shared memory: the same run each time."""
         if self._copy is None:
             if isinstance(self.item, MemfdMessage) and self.item.length > PART:
                 self._copy = LongRun(self.item, self.hold)
@@ -147,9 +147,9 @@ class SharedRun(Run):
 
 
 class LongRun(Run):
-    """A long message in memory of its own, for a pipe that gets the message itself: read part by part, as the pipe takes it.
+    """A long message in memory of its own, for a pipe that gets the message: read part by part, as the pipe takes it.
 
-    Copied at once, it would hold up all others, and take its size once more in the broker.
+    Copied at once, it would delay all others, and take its size once more in the broker.
     """
 
     __slots__ = ("_item", "_memory")
@@ -169,32 +169,32 @@ class LongRun(Run):
 
 
 def references_run(references: References, ring: int) -> bytes:
-    """What a pipe gets for messages in the ring that the broker knows by this number: one whole write."""
+    """Return what a pipe gets for messages in the broker's ring of this id: one whole write."""
     size = RUN.size + _RING.size + len(references.frames) + len(TAIL)
     head = RUN.pack(size, len(references.sizes), REFERENCES, references.image, references.skip)
     return b"".join((head, _RING.pack(ring), references.frames, TAIL))
 
 
-def memory_run(memfd_message: MemfdMessage, number: int) -> bytes:
-    """What a pipe gets for a message in memory of its own, which is sent beside the pipe under this number."""
+def memory_run(memfd_message: MemfdMessage, message_id: int) -> bytes:
+    """Return what a pipe gets for a message in memory of its own, which is sent beside the pipe with this id."""
     size = RUN.size + _MEMORY.size + len(memfd_message.head) + len(TAIL)
     head = RUN.pack(size, 1, IN_MEMORY, memfd_message.image, len(memfd_message.head))
-    return b"".join((head, _MEMORY.pack(number, memfd_message.length), memfd_message.head, TAIL))
+    return b"".join((head, _MEMORY.pack(message_id, memfd_message.length), memfd_message.head, TAIL))
 
 
 def note_run(kind: int, missed: int = 0) -> Run:
-    """Says something in the place of messages: ``END`` (a clean end), ``GAP`` (so many were dropped here), ``SKIPPED`` (so many
-    states were, which nobody wants to hear of), ``OVERFLOWED`` (what came next did not fit)."""
+    """Return a note: ``END`` (a clean end), ``GAP`` (``missed`` messages were dropped here), ``SKIPPED`` (the same under
+    ``latest``, which is counted and not raised), ``OVERFLOWED`` (the next message did not fit)."""
     return Run(note(kind, missed), 0, 0, missed)
 
 
-def note(kind: int, number: int) -> bytes:
-    """A note as a pipe gets it. Of ``RING_OFFERED`` and ``RING_GONE``, the number is the ring's."""
-    return _NOTE.pack(_NOTE.size + len(TAIL), 0, kind, 0, 0, number) + TAIL
+def note(kind: int, value: int) -> bytes:
+    """Return a note as a pipe gets it. The value is a count, or the id of a ring."""
+    return _NOTE.pack(_NOTE.size + len(TAIL), 0, kind, 0, 0, value) + TAIL
 
 
 class RunView(NamedTuple):
-    """What the head of a run says about the bytes behind it. Of a note, ``messages`` is the number that it says."""
+    """The head of a run. ``messages`` is how many it has; in a note, the value."""
 
     size: int
     kind: int
@@ -206,14 +206,14 @@ class RunView(NamedTuple):
 
 
 def read_run(data: bytes, start: int) -> RunView | None:
-    """The run at ``start``, or ``None`` while its head is not whole. The frames may not be there yet."""
+    """Return the run at ``start``, or ``None`` while its head is not whole. The frames may not be there yet."""
     if len(data) - start < RUN.size:
         return None
     size, count, kind, image, skip = RUN.unpack_from(data, start)
     first = start + RUN.size
     if kind in _NOTES:
-        number = _NOTE.unpack_from(data, start)[5] if len(data) - start >= _NOTE.size else 0
-        return RunView(size, kind, number, False, skip, None, first)
+        value = _NOTE.unpack_from(data, start)[5] if len(data) - start >= _NOTE.size else 0
+        return RunView(size, kind, value, False, skip, None, first)
     if kind == MESSAGES and count > 1 and len(data) - first >= 4 * count:
         return RunView(size, kind, count, bool(image), skip, array("I", data[first : first + 4 * count]), first + 4 * count)
     if kind == REFERENCES:
@@ -224,13 +224,13 @@ def read_run(data: bytes, start: int) -> RunView | None:
 
 
 def read_references(data: bytes, run: RunView) -> tuple[int, bytes]:
-    """The ring, and the frames that refer to it, of a run that is all in ``data``."""
+    """Return the ring, and the frames that refer to it, of a run that is all in ``data``."""
     (ring,) = _RING.unpack_from(data, run.first - _RING.size)
     each = run.skip + REFERENCE_SIZE
     return ring, data[run.first : run.first + run.messages * each]
 
 
 def read_memory(data: bytes, run: RunView) -> tuple[int, int]:
-    """The number and the length of the message in memory of its own, of a run that is all in ``data``."""
-    number, length = _MEMORY.unpack_from(data, run.first - _MEMORY.size)
-    return number, length
+    """Return id and length of the message in memory of its own, of a run that is all in ``data``."""
+    message_id, length = _MEMORY.unpack_from(data, run.first - _MEMORY.size)
+    return message_id, length
