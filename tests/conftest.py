@@ -27,7 +27,7 @@ from tests.support.helpers import Children, wait_until
 from tests.support.large_workers import TRANSPORTS, Size
 
 FAILED = pytest.StashKey[bool]()
-WORKERS = min(8, (os.cpu_count() or 1) + 1)  # tests mostly wait, and not for the CPU
+WORKERS = min(8, 2 * (os.cpu_count() or 1))  # tests wait for more than half of their time, and not for the CPU
 
 
 def pytest_configure() -> None:

@@ -26,7 +26,7 @@ from mpbroadcast import (
     Overflowed,
     TimedOut,
 )
-from mpbroadcast.validation import Policy
+from mpbroadcast.validation import POLICIES, Policy
 from tests.support import workers
 from tests.support.helpers import (
     DEADLINE,
@@ -48,7 +48,6 @@ from tests.support.helpers import (
 Bus = Broadcaster[Any]
 Events = list[tuple[str, int]]
 MEBIBYTE = 1 << 20
-POLICIES: tuple[Policy, ...] = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
 DROPPING = ["drop_oldest", "drop_newest"]
 
 
@@ -152,16 +151,6 @@ def publish_all(bus: Bus, messages: list[Any]) -> None:
         bus.publish(message, timeout=DEADLINE)
 
 
-def next_event(channel: Channel[Any], size: int) -> tuple[str, int]:
-    """The next message, with so many bytes, or the next gap."""
-    try:
-        number, data = channel.recv(timeout=DEADLINE)
-    except Lagged as error:
-        return "lagged", error.missed
-    assert data == pattern(number, size)
-    return "message", number
-
-
 def unread(channel: Channel[Any]) -> int:
     """Bytes in the channel's pipe."""
     count = array.array("i", [0])
@@ -218,31 +207,6 @@ def test_all_is_accounted_for_at_every_moment(bus: Bus, slow: MakeReader, overfl
         assert place == 2 * count
         assert len(numbers) + missed == 2 * count
         assert missed == last.subscribers[0].missed > 0
-
-
-@pytest.mark.parametrize("size", [0, 5_000, 200_000])
-@pytest.mark.parametrize("overflow", DROPPING)
-def test_gaps_are_exact_whatever_the_size(bus: Bus, overflow: Policy, size: int) -> None:
-    """What was received and what was missed fill all positions from the first to the last, before and after each pause."""
-    channel = bus.subscribe(overflow=overflow, capacity=12 * (size + 300))
-    channel.fileno()
-    events: Events = []
-    reached = 0
-    for turn in range(3):
-        messages = numbered(turn * 100, 100, size)
-        if turn == 1:
-            publish_all(bus, messages)
-        else:
-            assert bus.publish_many(messages, timeout=DEADLINE) == 100
-        bus.flush(timeout=DEADLINE)
-        check(None, bus.stats())
-        # Read what is there: the position of the last that was published is the position of the last that is known of.
-        while reached < 100 * (turn + 1):
-            events.append(next_event(channel, size))
-            numbers, reached = in_place(events)
-        assert reached == 100 * (turn + 1)
-        assert channel.missed == only_subscriber(bus).missed == reached - len(numbers) > 0
-    assert end(bus, channel) == []
 
 
 # --- drop_oldest and drop_newest --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from mpbroadcast import (
     connect,
     start_broadcaster,
 )
-from mpbroadcast.validation import Policy
+from mpbroadcast.validation import POLICIES, Policy
 from tests.support import large_workers as workers
 from tests.support.helpers import (
     DEADLINE,
@@ -39,7 +39,6 @@ from tests.support.workers import Boom, CannotBePickled, CannotBeUnpickled
 
 Bus = Broadcaster[Any]
 SMALL = SIZES["100"]
-POLICIES: tuple[Policy, ...] = ("block", "drop_oldest", "drop_newest", "latest", "disconnect")
 
 
 def numbers(messages: list[Any]) -> list[int]:
