@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, StartError, connect, start_broadcaster
+from mpbroadcast import Broadcaster, BrokerLost, Channel, StartError, start_broadcaster
 from tests.support import victims
-from tests.support.helpers import DEADLINE, Children, answer, finish, receive_all, take, wait_until
+from tests.support.helpers import DEADLINE, Children, answer, finish, receive_all, wait_until
 from tests.support.victims import Program
 
 METHODS = ["fork", "spawn", "forkserver"]
@@ -441,20 +441,6 @@ signal.pause()
 # ---------------------------------------------------------------------------------------------------------------- close
 
 
-def test_close_waits_for_a_channel_that_was_handed_on(
-    context: BaseContext, children: Children, pipe: tuple[Connection, Connection]
-) -> None:
-    """A worker that starts slowly still gets what was published and closed behind its back."""
-    bus: Broadcaster[Any] = start_broadcaster()
-    reader = children(context, victims.slow_reader, bus.subscribe(), pipe[1])
-    for number in range(10):
-        bus.publish((number, b""))
-    bus.close(timeout=DEADLINE)
-    assert answer(pipe[0]) == "open"
-    assert answer(pipe[0]) == (list(range(10)), "EOFError")
-    reader.join(DEADLINE)
-
-
 def test_close_gives_up_on_a_reader_that_never_reads(
     fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
 ) -> None:
@@ -519,32 +505,6 @@ def test_close_with_timeout_zero(bus: Broadcaster[Any]) -> None:
     assert len(received) < 3000
     assert isinstance(end, BrokerLost)
     channel.close()
-
-
-def test_closing_an_attached_handle_leaves_the_rest_alone(bus: Broadcaster[Any]) -> None:
-    """``close()`` of a handle that did not start the broker detaches it; its channels live on."""
-    with connect(bus.address) as other:
-        channel = other.subscribe()
-    with pytest.raises(ClosedError):
-        other.publish("never")
-    bus.publish("on")
-    assert take(channel, 1) == ["on"]
-    channel.close()
-
-
-def test_a_worker_that_publishes_after_the_end_hears_of_it(
-    fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
-) -> None:
-    """Publishing to a closed broker raises ``BrokerLost`` in other processes, ``ClosedError`` in the closing one."""
-    bus: Broadcaster[Any] = start_broadcaster()
-    worker = children(fork, victims.report_error_of, "publish", bus, pipe[1])
-    assert answer(pipe[0]) == "waiting"
-    wait_until(lambda: bus.stats().published > 10)
-    bus.close(timeout=DEADLINE)
-    assert answer(pipe[0])[0] == BrokerLost.__name__
-    worker.join(DEADLINE)
-    with pytest.raises(ClosedError):
-        bus.publish("late")
 
 
 # ------------------------------------------------------------------------------------------------------ SIGCHLD ignored
