@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
@@ -34,23 +33,32 @@ from mpbroadcast import (
     start_broadcaster,
 )
 from mpbroadcast.posix.shared_memory import available
+from tests.support.fault_processes import (
+    EARLY,
+    GAP,
+    IN_MEMORY,
+    LONG,
+    MANY,
+    SHORT,
+    SMALL,
+    heard,
+    message,
+    publishing_victim,
+    read_to_the_end,
+    starting_victim,
+    subscribing_victim,
+    whole,
+    witness,
+)
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, receive_all, wait_until
-from tests.support.traps import DEAF, IN_RING, INTERRUPTED, WAITING, Bait, Trap, blocked, set_trap, spring_at, trapping
+from tests.support.traps import DEAF, IN_RING, INTERRUPTED, WAITING, Trap, trapping
 from tests.support.victims import alive, asleep, descriptors, shared_maps, stopped
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks at descriptors and maps in /proc")
 
-SMALL: Final = 100_000  # bytes of a backlog that is soon full, its pipe included
-SHORT: Final = 1_900  # bytes of a message that goes through the pipe
-LONG: Final = 600_000  # bytes of a message that no pipe takes at once
-IN_MEMORY: Final = 3_000_000
-MANY: Final = 400  # short messages: more than a small backlog and the pipes before it take
 LETHAL: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-GAP: Final = ("gap", 0)  # stands among the messages that were received where a channel said that the broker is another one
 AT_ONCE: Final = 5.0  # seconds; who went on looking for a broker that will not come would take 10
 
-Entry = tuple[str, int]
-"""Whose message it is, and its number; or the gap."""
 
 # ---------------------------------------------------------------------------------------------------------- the table
 
@@ -71,7 +79,6 @@ MOMENTS: Final = (
     "orphaned",  # the supervisor is dead
 )
 REPLACED: Final = ("replacing", "orphaned")
-EARLY: Final = ("connecting", "handshake", "pipe in flight")  # it comes by itself in the first use of a handle
 IN_FLIGHT: Final = ("pipe in flight", "mid-frame", "mid-ring", "mid-memory", "memory in flight")  # of one message
 SHARED: Final = ("mid-ring", "mid-memory", "memory in flight")  # that there are with shared memory only
 METHODS: Final = ("fork", "spawn", "forkserver")
@@ -135,151 +142,6 @@ def outcome(case: Case) -> str:
     if case.victim == "supervisor":
         return "lost" if replacing else "goes on"
     return "replaced" if case.restart and case.moment not in ("draining", "orphaned") else "lost"
-
-
-# ------------------------------------------------------------------------------------------------------- the processes
-
-
-def message(who: str, number: int, size: int) -> tuple[str, int, bytes]:
-    """A message that shows whether all of it has come."""
-    return Bait(who), number, bytes([number % 251]) * size
-
-
-def whole(received: Any) -> tuple[str, int]:
-    """Whose and which message it is; all of its bytes must have come."""
-    who, number, data = received
-    assert data == bytes([number % 251]) * len(data), f"the bytes of message {number} of {who} are not those that it had"
-    return who, number
-
-
-def heard(channel: Channel[Any]) -> tuple[str, int]:
-    """What a channel gives next: a message, or the gap that a broker which has died leaves."""
-    try:
-        return whole(channel.recv(DEADLINE))
-    except BrokerRestarted:
-        return GAP
-
-
-def read_to_the_end(channel: Channel[Any]) -> tuple[list[tuple[str, int]], str]:
-    """All that a channel gives, and the name of what ends it."""
-    seen = []
-    try:
-        while True:
-            seen.append(heard(channel))
-    except (EOFError, BroadcastError) as error:
-        return seen, type(error).__name__
-
-
-def witness(bus: Broadcaster[Any], orders: Connection, patient: bool) -> None:
-    """Hears everything, and reports all of it at the end; who is patient does not read before it is told to."""
-    channel = bus.subscribe()
-    channel.poll(0)
-    orders.send("open")
-    if patient:
-        answer(orders)
-    orders.send(read_to_the_end(channel))
-
-
-def publishing_victim(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> None:
-    """Publishes, and meets its moment on the way."""
-    set_trap(trap)
-    try:
-        publish_into_trap(bus, trap, orders)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-
-
-def publish_into_trap(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> None:
-    """Some messages, the one in which the trap springs, and two more."""
-    numbers = itertools.count()
-
-    def say(size: int = 10, topic: str = "") -> None:
-        bus.publish(message("victim", next(numbers), size), topic=topic)
-        trap.count_one()
-
-    if trap.moment in EARLY:
-        trap.arm()
-    for _ in range(3):
-        say()
-    match trap.moment:
-        case "mid-frame":
-            trap.arm()
-            say(LONG)
-        case "mid-ring":
-            trap.arm()
-            while not trap.sprung:  # the first few come before there is a ring
-                say(IN_RING)
-                bus.flush(DEADLINE)
-        case "mid-memory" | "memory in flight":
-            trap.arm()
-            say(IN_MEMORY)
-        case "blocked":
-            spring_at("waiting for room", trap, lambda fd: blocked(fd, bus))
-            trap.arm()
-            while not trap.sprung:
-                say(SHORT, "full")
-        case "idle":
-            bus.flush(DEADLINE)
-            trap.arm()
-            trap.spring()
-            answer(orders)
-        case "draining" if trap.victim != "starter":
-            bus.flush(DEADLINE)
-            orders.send("published")
-            answer(orders)  # close() has begun
-            trap.arm()
-            trap.spring()
-            answer(orders)
-            with contextlib.suppress(BrokerLost):
-                bus.publish("too late")
-                raise AssertionError("a broker that is being closed has taken a message")
-            return
-        case "draining":
-            for _ in range(MANY):
-                say(SHORT)
-            return
-    for _ in range(2):
-        say()
-    bus.flush(DEADLINE)
-
-
-def subscribing_victim(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> None:
-    """Subscribes and receives, and meets its moment on the way; reports all that it has received."""
-    set_trap(trap)
-    try:
-        if trap.moment in EARLY:
-            trap.arm()
-        channel = bus.subscribe(capacity=SMALL if trap.moment == "blocked" else None)
-        channel.poll(0)
-        if trap.moment not in EARLY:
-            trap.arm()
-        orders.send("open")
-        if trap.moment in ("blocked", "draining"):
-            trap.spring()
-            answer(orders)
-        orders.send(read_to_the_end(channel))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-
-
-def starting_victim(method: str, trap: Trap, orders: Connection) -> None:
-    """Starts a broadcaster, in a session of its own, publishes through it, and closes it."""
-    set_trap(trap)
-    try:
-        if trap.moment in ("connecting", "handshake"):
-            trap.arm()
-        bus = start_broadcaster(context=multiprocessing.get_context(method))
-        orders.send((bus.address, bus.stats().pid))
-        answer(orders)  # the witnesses are there
-        publish_into_trap(bus, trap, orders)
-        if trap.moment == "draining":
-            trap.arm()
-        else:
-            orders.send("published")
-            answer(orders)
-        bus.close()
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
 
 
 # ----------------------------------------------------------------------------------------------------------- the stage

@@ -41,7 +41,15 @@ from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS
 from tests.conftest import descriptors as open_files
 from tests.support import victims
 from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, take, wait_until
-from tests.support.large_workers import SIZES, Size, limited, number_of, numbers_until_end, report_numbers
+from tests.support.large_workers import (
+    SIZES,
+    Size,
+    limited,
+    number_of,
+    numbers_until_end,
+    receive_with_little_memory,
+    report_numbers,
+)
 from tests.support.victims import ROOT, Counter, alive, asleep, descriptors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and namespaces are looked at as Linux has them")
@@ -711,26 +719,6 @@ def test_a_full_temporary_folder() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- memory
-
-
-def receive_with_little_memory(channel: Channel[Any], orders: Connection, room: int) -> None:
-    """Receive twice with only so much address space more, then all up to the end; send home numbers, and the errors' names."""
-    channel.fileno()
-    assert number_of(channel.recv(timeout=DEADLINE)) == 0
-    orders.send("open")
-    orders.recv()
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    came: list[int | str] = []
-    with limited(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGESIZE") + room):
-        for _ in range(2):
-            try:
-                came.append(number_of(channel.recv(timeout=DEADLINE)))
-            except (MemoryError, OSError) as error:
-                came.append(type(error).__name__)
-    with contextlib.suppress(EOFError):
-        while True:
-            came.append(number_of(channel.recv(timeout=DEADLINE)))
-    orders.send(came)
 
 
 @pytest.mark.parametrize(

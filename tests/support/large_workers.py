@@ -143,3 +143,23 @@ def maps(pid: int) -> int:
     """How many private maps of messages' memory a process has, neighbours counted once."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return sum("memfd:mpbroadcast" in line and " rw-p " in line for line in lines)
+
+
+def receive_with_little_memory(channel: Channel[Any], orders: Connection, room: int) -> None:
+    """Receive twice with only so much address space more, then all up to the end; send home numbers, and the errors' names."""
+    channel.fileno()
+    assert number_of(channel.recv(timeout=DEADLINE)) == 0
+    orders.send("open")
+    orders.recv()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    came: list[int | str] = []
+    with limited(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGESIZE") + room):
+        for _ in range(2):
+            try:
+                came.append(number_of(channel.recv(timeout=DEADLINE)))
+            except (MemoryError, OSError) as error:
+                came.append(type(error).__name__)
+    with contextlib.suppress(EOFError):
+        while True:
+            came.append(number_of(channel.recv(timeout=DEADLINE)))
+    orders.send(came)
