@@ -59,7 +59,7 @@ NOT_TRIED: Final = ("__repr__", "listed")  # texts for people
 
 # They need no fixture of conftest.py but ``bus``.
 TESTS: Final = (
-    *(f"unit/test_{name}.py" for name in ("router", "budget", "backlog", "history", "processes", "validation")),
+    *(f"unit/test_{name}.py" for name in ("router", "budget", "states", "backlog", "history", "processes", "validation")),
     *(f"properties/test_{name}.py" for name in ("frames", "runs", "rings", "control")),
     *(f"integration/test_restart.py::test_{name}" for name in ("patience", "cut_lines_are_the_state_before_them")),
     *(
@@ -86,11 +86,11 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "_way: not tag -> False",
         "Backlog.fitting: self.takes(charge) -> False",
         "Backlog.put: self.takes(run.charge) -> False",
-        "Backlog._drop: run.charge <= excess -> run.charge < excess",
-        "Backlog._drop: run.count == 1 -> ",
-        "Backlog.to_write: len(runs) == 1 -> ",
-        "Backlog.to_write: runs[0].size >= limit -> ",
-        "Backlog.to_write: len(parts) > 1 -> ",
+        "_Dropping._drop: run.charge <= excess -> run.charge < excess",
+        "_Dropping._drop: run.count == 1 -> ",
+        "Backlog._joined: len(runs) == 1 -> ",
+        "Backlog._joined: runs[0].size >= limit -> ",
+        "Backlog._joined: len(parts) > 1 -> ",
     ),
     "no message without a payload comes in pieces": (
         "Splitter._piece: len(frame) < HEAD.size -> len(frame) <= HEAD.size",
@@ -98,10 +98,10 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     ),
     "how much goes together need not be exact": (
         "_references: room > 0 -> room > 1",
-        "Backlog.to_write: 2 * self.pipe -> 3 * self.pipe",
-        "Backlog.to_write: 2 * PIPE_BUF -> 3 * PIPE_BUF",
-        "Backlog.to_write: total = 0 -> total = 1",
-        "Backlog.to_write: total > limit -> total >= limit",
+        "_Dropping.to_write: 2 * self.pipe -> 3 * self.pipe",
+        "_Dropping.to_write: 2 * PIPE_BUF -> 3 * PIPE_BUF",
+        "Backlog._joined: total = 0 -> total = 1",
+        "Backlog._joined: total > limit -> total >= limit",
     ),
     "no other policy has a gap and nothing behind it": ("Backlog.empty: self.policy == 'drop_oldest' -> True",),
     "the size of a pipe is known before it is written to": ("Backlog.__init__: self.pipe_size = 0 -> self.pipe_size = 1",),
@@ -116,9 +116,9 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     "nothing is used before the first message": ("Holds.__init__: -1 ->", "Holds.__init__: [0] -> [1] #2"),
     "there is always one": ("Holds.arrived: -1 -> 0",),
     "a run that fits, or a single message, is not cut, nor is one cut into all of it and nothing": (
-        "Backlog._split_to: run.size <= room",
-        "Backlog._split_to: run.count <= 1 -> ",
-        "Backlog._split_to: fits < run.count -> ",
+        "_Dropping._split_to: run.size <= room",
+        "_Dropping._split_to: run.count <= 1 -> ",
+        "_Dropping._split_to: fits < run.count -> ",
     ),
     "it is dropped as a run without messages": ("Backlog._unsay: del self._runs[place] -> pass",),
     "it is refused below": (

@@ -6,7 +6,7 @@ import tracemalloc
 from fnmatch import fnmatchcase
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mpbroadcast.broker.core.patterns import is_pattern, matcher
@@ -73,10 +73,13 @@ def test_matching_is_that_of_the_standard_library(topics: list[str], topic: str)
     assert all(is_pattern(own) or own == topic for own in topics if fnmatchcase(topic, own))
 
 
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
 @given(
     st.text(alphabet="ab*?[]!-\n", max_size=9).filter(is_pattern),
     st.lists(st.text(alphabet="ab[]*\n", max_size=9), min_size=1, max_size=20),
 )
+@example("a*a", ["a", "aa", "aba"])
+@example("*ab*b", ["ab", "abb"])
 def test_patterns_match_as_in_the_standard_library(pattern: str, topics: list[str]) -> None:
     """Each pattern matches what ``fnmatch.fnmatchcase`` says, also those that are matched without ``re``."""
     for topic in topics:
