@@ -39,20 +39,8 @@ MEMORY: Final = 8 << 30  # bytes of addresses that a mutant may have
 
 # Modules by their names, wherever they are, or what is in them.
 TARGETS: Final = (
-    *(
-        "router",
-        "patterns",
-        "limits",
-        "backlog",
-        "history",
-        "ring_holds",
-        "frames",
-        "runs",
-        "control",
-        "fd_packets",
-        "validation",
-        "ring_allocator",
-    ),
+    *("router", "patterns", "limits", "states", "policies", "backlog", "history", "ring_holds"),
+    *("frames", "runs", "control", "fd_packets", "validation", "ring_allocator"),
     *("processes.PeerProcess", "ring.Ring.put", "pipe_reader.decode", "supervisor.Patience", "journal.replayed"),
 )
 NOT_TRIED: Final = ("__repr__", "listed")  # texts for people
@@ -84,12 +72,10 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "Splitter.split: self._rest -> True",
         "Splitter.split: way -> True",
         "_way: not tag -> False",
-        "Backlog.fitting: self.takes(charge) -> False",
-        "Backlog.put: self.takes(run.charge) -> False",
+        "Backlog.fitting: run.charge <= room -> False",
         "_Dropping._drop: run.charge <= excess -> run.charge < excess",
         "_Dropping._drop: run.count == 1 -> ",
         "Backlog._joined: len(runs) == 1 -> ",
-        "Backlog._joined: runs[0].size >= limit -> ",
         "Backlog._joined: len(parts) > 1 -> ",
     ),
     "no message without a payload comes in pieces": (
@@ -103,15 +89,10 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "Backlog._joined: total = 0 -> total = 1",
         "Backlog._joined: total > limit -> total >= limit",
     ),
-    "no other policy has a gap and nothing behind it": ("Backlog.empty: self.policy == 'drop_oldest' -> True",),
     "the size of a pipe is known before it is written to": ("Backlog.__init__: self.pipe_size = 0 -> self.pipe_size = 1",),
     "nothing was missed before": (
-        "Backlog.put: self.missed += 1 -> self.missed = 1",
+        "Disconnect.put: self.missed += 1 -> self.missed = 1",
         "Backlog._unsay: self._gap += self._runs[place].missed -> self._gap = ",
-    ),
-    "only a run in shared memory has a hold": (
-        "Backlog.refers_to: isinstance(run, SharedRun) -> True",
-        "Backlog.copy_out: isinstance(run, SharedRun) -> True",
     ),
     "nothing is used before the first message": ("Holds.__init__: -1 ->", "Holds.__init__: [0] -> [1] #2"),
     "there is always one": ("Holds.arrived: -1 -> 0",),
