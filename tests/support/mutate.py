@@ -70,17 +70,16 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "matches: is_pattern(own) -> True",
         "encoded_topic: ",
         "Splitter.split: self._rest -> True",
-        "Splitter.split: way -> True",
-        "_way: not tag -> False",
+        "Splitter.split: route -> True",
+        "_route: not tag -> False",
         "Backlog.fitting: run.charge <= room -> False",
         "_Dropping._drop: run.charge <= excess -> run.charge < excess",
         "_Dropping._drop: run.count == 1 -> ",
-        "Backlog._joined: len(runs) == 1 -> ",
         "Backlog._joined: len(parts) > 1 -> ",
     ),
     "no message without a payload comes in pieces": (
         "Splitter._piece: len(frame) < HEAD.size -> len(frame) <= HEAD.size",
-        "_way: skip > min(size, len(frame)) -> skip >=",
+        "_route: skip > min(size, len(frame)) -> skip >=",
     ),
     "how much goes together need not be exact": (
         "_references: room > 0 -> room > 1",
@@ -90,10 +89,7 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "Backlog._joined: total > limit -> total >= limit",
     ),
     "the size of a pipe is known before it is written to": ("Backlog.__init__: self.pipe_size = 0 -> self.pipe_size = 1",),
-    "nothing was missed before": (
-        "Disconnect.put: self.missed += 1 -> self.missed = 1",
-        "Backlog._unsay: self._gap += self._runs[place].missed -> self._gap = ",
-    ),
+    "nothing was missed before": ("Disconnect.put: self.missed += 1 -> self.missed = 1",),
     "nothing is used before the first message": ("Holds.__init__: -1 ->", "Holds.__init__: [0] -> [1] #2"),
     "there is always one": ("Holds.arrived: -1 -> 0",),
     "a run that fits, or a single message, is not cut, nor is one cut into all of it and nothing": (
@@ -101,10 +97,9 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "_Dropping._split_to: run.count <= 1 -> ",
         "_Dropping._split_to: fits < run.count -> ",
     ),
-    "it is dropped as a run without messages": ("Backlog._unsay: del self._runs[place] -> pass",),
     "it is refused below": (
         "Splitter.split: size < 8 -> size <",
-        "Splitter.split: tag > _WAY -> tag >= _WAY",
+        "Splitter.split: tag > _ROUTE -> tag >= _ROUTE",
     ),
     "a longer question is as good": ("serve_handshake: os.urandom(", "client_handshake: os.urandom("),
     "so much is for ever, too": ("check_timeout: timeout > _FOREVER -> timeout >= _FOREVER",),
@@ -118,10 +113,12 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     ),
     "a frame begins with its size, as a table of one would": ("Run.charges: self.count == 1 -> ",),
     "that is the same number": (
-        "_way: min(size, len(frame)) -> max(size, len(frame))",
+        "_route: min(size, len(frame)) -> max(size, len(frame))",
         "RingAllocator._taken: chunks -> True",
     ),
-    "the slower way, which puts it in the same place, is taken": ("Ring.put: start + length > room.end -> start + length >=",),
+    "the slower way, which puts it in the same place, is taken": (
+        "Ring.put: start + length > allocator.end -> start + length >=",
+    ),
     "no clock is so exact": ("Patience.pause: self._last[0] < now - self._seconds -> self._last[0] <=",),
 }
 
