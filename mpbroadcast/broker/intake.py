@@ -40,14 +40,14 @@ class Intake:
         self._came = 0  # bytes since the last nap
         self._buffer = read_buffer(PIPE_SIZE)
 
-    def add(self, number: int, session: Session) -> tuple[Publisher, int]:
+    def add(self, id: int, session: Session) -> tuple[Publisher, int]:
         """Make a publisher, and the descriptor that is its end of the pipe.
 
         :raises OSError: no descriptor is left.
         """
         reader, writer = new_pipe(PIPE_SIZE)
-        publisher = Publisher(number, session, PublisherPipe(reader, self._buffer))
-        self.publishers[number] = publisher
+        publisher = Publisher(id, session, PublisherPipe(reader, self._buffer))
+        self.publishers[id] = publisher
         session.publishers.add(publisher)
         self._watch(publisher)
         return publisher, writer
@@ -147,4 +147,4 @@ class Intake:
     def forget(self, publisher: Publisher) -> bool:
         """Forget a publisher of which all is routed. Return whether it was known."""
         publisher.state = publisher.state.to(PublisherState.GONE)
-        return self.publishers.pop(publisher.number, None) is not None
+        return self.publishers.pop(publisher.id, None) is not None

@@ -50,8 +50,8 @@ class Peer:
 class Session:
     """One handle's attachment to the broker: what belongs to it ends when its control connection does."""
 
-    def __init__(self, number: int, peer: Peer, whole: Budget) -> None:
-        self.number = number
+    def __init__(self, id: int, peer: Peer, whole: Budget) -> None:
+        self.id = id
         self.peer = peer
         self.budget = Budget(SESSION, whole)
         self.publishers: set[Publisher] = set()
@@ -65,8 +65,8 @@ class Publisher:
     stays there, nothing more is read.
     """
 
-    def __init__(self, number: int, session: Session, pipe: PublisherPipe) -> None:
-        self.number = number
+    def __init__(self, id: int, session: Session, pipe: PublisherPipe) -> None:
+        self.id = id
         self.session = session
         self.pid = session.peer.pid
         self.pipe = pipe
@@ -159,8 +159,8 @@ class Publisher:
 class Subscription:
     """What a channel receives: the topics that are routed to it, its backlog, and the pipe to its reader."""
 
-    def __init__(self, number: int, session: Session, backlog: Backlog) -> None:
-        self.number = number
+    def __init__(self, id: int, session: Session, backlog: Backlog) -> None:
+        self.id = id
         self.session = session  # of the subscriber; of the opener once it is open
         self.backlog = backlog
         self.policy = backlog.policy  # as it was subscribed: the backlog of a reserved one has another

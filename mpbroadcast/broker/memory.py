@@ -47,13 +47,13 @@ class Store:
         self.account = Account()  # of all runs but those that refer to rings
         self.rings: set[Ring] = set()
         self.memories = 0  # messages in memory of their own, each with a descriptor
-        self._numbers = itertools.count(1)
+        self._ids = itertools.count(1)
         self.reserve = Reserve()  # so that a descriptor can be received when none is left
         self._most_memories = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
-    def number(self) -> int:
+    def new_id(self) -> int:
         """Return an id for a ring or a message, which nothing else has."""
-        return next(self._numbers)
+        return next(self._ids)
 
     @property
     def full(self) -> bool:
@@ -66,14 +66,14 @@ class Store:
 
 
 class Ring:
-    """A publisher's ring; ``name`` is the publisher's id for it, ``number`` the one that channels get."""
+    """A publisher's ring; ``name`` is the publisher's id for it, ``id`` the one that channels get."""
 
     def __init__(self, store: Store, lender: Lender, name: int, descriptor: OwnedDescriptor, chunk: int) -> None:
         size = check_ring(descriptor.fd)
         chunks = size // chunk if chunk >= _SMALLEST_CHUNK else 0
         if not 1 <= chunks <= _MOST_CHUNKS or size % chunk or size > _LARGEST_RING:
             raise MemoryRefused(f"a ring of {size} bytes in chunks of {chunk}")
-        self.number = store.number()
+        self.id = store.new_id()
         self.name = name
         self.size = size
         self.descriptor = descriptor
@@ -149,7 +149,7 @@ class RingHold:
 
     def data(self, references: References) -> bytes:
         """Return what a pipe gets for these references."""
-        return references_run(references, self.ring.number)
+        return references_run(references, self.ring.id)
 
     def copied(self, references: References) -> Batch:
         """Return the messages themselves."""
@@ -166,7 +166,7 @@ class Memory:
         check_message(descriptor.fd, size)
         if size > MAX_FRAME:
             raise MemoryRefused(f"a message of {size} bytes")
-        self.number = store.number()
+        self.id = store.new_id()
         self.size = size
         self.copies = store.account
         self._store = store
@@ -176,7 +176,7 @@ class Memory:
 
     def data(self, memfd_message: MemfdMessage) -> bytes:
         """Return what a pipe gets for it."""
-        return memory_run(memfd_message, self.number)
+        return memory_run(memfd_message, self.id)
 
     def copied(self, memfd_message: MemfdMessage) -> Batch:
         """Return the message itself."""
@@ -230,9 +230,9 @@ class Lender:
         if not packet:
             self._has_peer = False
             return False
-        kind, number, value = unpack(packet)
+        kind, id, value = unpack(packet)
         if kind == RING:
-            self._take_ring(number, descriptor if kept else None, value)
+            self._take_ring(id, descriptor if kept else None, value)
         elif kind == WANTED:
             self.wants_chunk = True
         elif kind == MEMORY and descriptor is not None:
@@ -253,16 +253,16 @@ class Lender:
             log.warning("the ring of process %d is not used: %s", self._pid, error)
         self.send(pack(answer, name))
 
-    def _take_memory(self, number: int, descriptor: OwnedDescriptor, kept: bool) -> None:
+    def _take_memory(self, id: int, descriptor: OwnedDescriptor, kept: bool) -> None:
         if len(self._memories) >= _MOST_PENDING:
             raise PacketError("too many messages in memory of their own, without their frames")
         with contextlib.suppress(MemoryRefused):  # then it has not come
-            self._memories[number] = Memory(self._store, descriptor, kept and not self._store.full)
+            self._memories[id] = Memory(self._store, descriptor, kept and not self._store.full)
 
-    def give_up(self, number: int) -> None:
+    def give_up(self, id: int) -> None:
         """Forget a message that is not published after all."""
         self.receive()
-        self._memories.pop(number, None)
+        self._memories.pop(id, None)
 
     def fetch(self, memfd_message: MemfdMessage) -> MemfdMessage | None:
         """Return the message with its memory; ``None`` if that has not come, or is not what was announced."""

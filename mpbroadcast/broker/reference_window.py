@@ -42,23 +42,23 @@ class ReferenceWindow:
         self.rings[ring] = None
         if len(self._unanswered) < _MOST_OFFERS:
             with contextlib.suppress(OSError):
-                if self.fd_socket.send_packet(pack(RING, ring.number), ring.descriptor.fd):
+                if self.fd_socket.send_packet(pack(RING, ring.id), ring.descriptor.fd):
                     self.rings[ring] = False
-                    self._unanswered.add(ring.number)
-                    self.notes.append((RING_OFFERED, ring.number))
+                    self._unanswered.add(ring.id)
+                    self.notes.append((RING_OFFERED, ring.id))
 
-    def answered(self, number: int, *, mapped: bool) -> None:
+    def answered(self, id: int, *, mapped: bool) -> None:
         """Note that the reader has mapped the ring of this id, or cannot."""
-        if number in self._unanswered:
-            self._unanswered.remove(number)
+        if id in self._unanswered:
+            self._unanswered.remove(id)
             for ring in self.rings:
-                if ring.number == number:
+                if ring.id == id:
                     self.rings[ring] = True if mapped else None
 
     def retire(self, ring: Ring) -> None:
         """Note that no later run refers to this ring."""
-        if self.rings.pop(ring, None) is not None or ring.number in self._unanswered:
-            self.notes.append((RING_GONE, ring.number))
+        if self.rings.pop(ring, None) is not None or ring.id in self._unanswered:
+            self.notes.append((RING_GONE, ring.id))
 
     # --- what a pipe gets
 
@@ -73,14 +73,14 @@ class ReferenceWindow:
         return True if oldest is None or hold.position - oldest <= hold.ring.size // _PART else None
 
     def _send_memory(self, memory: Memory) -> bool | None:
-        if self._sent == memory.number:
+        if self._sent == memory.id:
             return True
         if self.unread.memories >= _MOST_UNREAD:
             return None
-        packet = pack(MEMORY, 0, memory.number)
+        packet = pack(MEMORY, 0, memory.id)
         with contextlib.suppress(OSError):  # the reader is gone, or too many descriptors are on their way already
             if memory.descriptor is not None and self.fd_socket.send_packet(packet, memory.descriptor.fd):
-                self._sent = memory.number
+                self._sent = memory.id
                 trap_points.reach("sent memory")
                 return True
         return False

@@ -97,7 +97,7 @@ class Registry:
         subscription.policy, subscription.restored = policy, True
         if entry["opened"]:
             subscription.pipe.reserve()
-        self.subscriptions[subscription.number] = subscription
+        self.subscriptions[subscription.id] = subscription
         self._spend(subscription, cost_of(entry["topics"], 1))
         peer.subscriptions.add(subscription)
         if entry["live"]:
@@ -116,7 +116,7 @@ class Registry:
     def _write_down(self, subscription: Subscription) -> None:
         if self._journal is not None:
             entry = {
-                "id": subscription.number,
+                "id": subscription.id,
                 "pid": subscription.pid,
                 "birth": birth(subscription.pid),
                 "topics": list(self.topics(subscription)),
@@ -142,7 +142,7 @@ class Registry:
         """Make the session that ends with this connection."""
         session = Session(self.new_id(), connection.peer, self.budget)
         connection.session = session
-        self.sessions[session.number] = session
+        self.sessions[session.id] = session
         return session
 
     def end_session(self, session: Session, *, clean: bool, why: str = "it has detached") -> None:
@@ -150,7 +150,7 @@ class Registry:
 
         What the starter has not opened stays until the end of the broker: another process may have it.
         """
-        self.sessions.pop(session.number, None)
+        self.sessions.pop(session.id, None)
         for publisher in list(session.publishers):
             self._traffic.finish(publisher)
         for subscription in session.subscriptions:
@@ -165,15 +165,15 @@ class Registry:
 
     # --- subscriptions
 
-    def add_subscription(self, number: int, session: Session, capacity: int, policy: str, cost: Cost) -> Subscription:
+    def add_subscription(self, id: int, session: Session, capacity: int, policy: str, cost: Cost) -> Subscription:
         """Make a subscription that will have topics of this cost; :meth:`route` adds them.
 
         :raises OverBudget: the session has no room for it.
         """
         session.budget.check(cost)
-        subscription = Subscription(number, session, new_backlog(capacity, policy))
+        subscription = Subscription(id, session, new_backlog(capacity, policy))
         self._spend(subscription, cost)
-        self.subscriptions[number] = subscription
+        self.subscriptions[id] = subscription
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
         return subscription
@@ -233,7 +233,7 @@ class Registry:
 
     def note_ended(self, subscription: Subscription) -> None:
         """Note that nothing more is routed to it."""
-        if subscription.number in self.subscriptions:
+        if subscription.id in self.subscriptions:
             self._write_down(subscription)
         self.has_changed = True
 
@@ -241,8 +241,8 @@ class Registry:
         """Remove it, with all that is in its backlog."""
         if subscription.pipe.state is PipeState.GONE:
             return
-        self.subscriptions.pop(subscription.number, None)
-        self._forget_entry(subscription.number)
+        self.subscriptions.pop(subscription.id, None)
+        self._forget_entry(subscription.id)
         self.unopen(subscription)
         self._traffic.drop(subscription)
         self._close_ends(subscription, subscription.pipe.close())
@@ -254,12 +254,12 @@ class Registry:
     def remove_for(self, subscription: Subscription, why: str) -> None:
         """Remove it, and log why, unless it is removed already."""
         if subscription.pipe.state is not PipeState.GONE:
-            log.info("channel %d of process %d is removed: %s", subscription.number, subscription.pid, why)
+            log.info("channel %d of process %d is removed: %s", subscription.id, subscription.pid, why)
             self.remove(subscription)
 
     def remove_in_parts(self, subscription: Subscription, why: str) -> None:
         """Remove it when the server has time; from now on it is not found."""
-        if self.subscriptions.pop(subscription.number, None) is not None:
+        if self.subscriptions.pop(subscription.id, None) is not None:
             self.to_remove.append((subscription, why))
 
     def close(self, subscription: Subscription, why: str) -> None:
@@ -267,7 +267,7 @@ class Registry:
         if len(self.topics(subscription)) <= _MANY_TOPICS:
             self.remove_for(subscription, why)
         else:
-            self._forget_entry(subscription.number)
+            self._forget_entry(subscription.id)
             self.remove_in_parts(subscription, why)
 
     def remove_some(self) -> None:
@@ -332,7 +332,7 @@ class Registry:
             subscription.report_restart()
         self._write_down(subscription)
         self._traffic.watch(subscription)
-        self.former_owners[subscription.number] = session.peer.pid
+        self.former_owners[subscription.id] = session.peer.pid
         if len(self.former_owners) > _MOST_FORMER:
             self.former_owners.popitem(last=False)
 

@@ -74,7 +74,7 @@ def _attach(broker: Broker, connection: ControlConnection, message: dict[str, An
     session = broker.registry.new_session(connection)
     connection.reply(
         {
-            "session": session.number,
+            "session": session.id,
             "broker": broker.identity,
             "number": broker.generation,
             "restarts": broker.restarts,
@@ -94,7 +94,7 @@ def _detach(broker: Broker, connection: ControlConnection, message: dict[str, An
 def _publisher(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     _refuse_when_stopping(broker)
     publisher, descriptor = broker.traffic.intake.add(broker.registry.new_id(), _session(broker, connection, message))
-    connection.reply({"publisher": publisher.number}, descriptor)
+    connection.reply({"publisher": publisher.id}, descriptor)
 
 
 def _fd_socket(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
@@ -135,24 +135,24 @@ def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str,
     if replay and history is None:
         raise _Refused("value", "replay needs a broker that keeps a history: start_broadcaster(history=...)")
     session = _session(broker, connection, message)
-    number = _integer(message, "subscription")
-    if number in registry.dropped_early:
+    id = _integer(message, "subscription")
+    if id in registry.dropped_early:
         raise _Refused("closed", "this subscription was dropped before it was made")
-    known = registry.subscriptions.get(number)
+    known = registry.subscriptions.get(id)
     if known is not None and known.session.peer.pid == connection.peer.pid:  # the reply was lost, perhaps with the broker
         there = {*registry.topics(known)}
         yield from _route(broker, known, [topic for topic in topics if topic not in there], made)
-    elif known is not None or not 0 < number <= _MOST:
-        raise _Refused("value", f"subscription must be a new number of 48 bits, not {number}")
+    elif known is not None or not 0 < id <= _MOST:
+        raise _Refused("value", f"subscription must be a new ID of 48 bits, not {id}")
     elif history is not None and replay:
         broker.traffic.take_in()  # so that it is in the history
         if history.steps(topics, made) > MOST_STEPS:
             raise _Refused("value", "replay of so many patterns takes too long: name topics, or begin patterns differently")
-        subscription = registry.add_subscription(number, session, capacity, policy, cost)
+        subscription = registry.add_subscription(id, session, capacity, policy, cost)
         registry.route(subscription, topics, made)  # at once, so that nothing is missing behind what is replayed
         broker.traffic.routing.replay(subscription, topics, replay, made)
     else:
-        subscription = registry.add_subscription(number, session, capacity, policy, cost)
+        subscription = registry.add_subscription(id, session, capacity, policy, cost)
         publisher = _find_publisher(broker, message)
         if publisher is not None:
             registry.begin_behind(publisher, subscription)
@@ -247,10 +247,10 @@ def _close(broker: Broker, connection: ControlConnection, message: dict[str, Any
 
 def _drop(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     """Remove a channel that was collected: it cannot be opened, or received from, any more."""
-    number = _integer(message, "subscription")
-    subscription = broker.registry.subscriptions.get(number)
+    id = _integer(message, "subscription")
+    subscription = broker.registry.subscriptions.get(id)
     if subscription is None:
-        broker.registry.dropped_early.append(number)
+        broker.registry.dropped_early.append(id)
     elif subscription.owner in (None, connection.peer.pid):
         broker.registry.close(subscription, "its channel was collected")
     connection.no_reply()
@@ -300,7 +300,7 @@ def _stats(broker: Broker, connection: ControlConnection, message: dict[str, Any
 def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
     backlog = subscription.backlog
     return {
-        "id": subscription.number,
+        "id": subscription.id,
         "pid": subscription.pid,
         "topics": broker.router.topics(subscription),
         "overflow": subscription.policy,
@@ -381,10 +381,10 @@ def _own_publisher(broker: Broker, connection: ControlConnection, message: dict[
 
 
 def _find_subscription(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Subscription:
-    number = _integer(message, "subscription")
-    subscription = broker.registry.subscriptions.get(number)
+    id = _integer(message, "subscription")
+    subscription = broker.registry.subscriptions.get(id)
     if subscription is None:
-        owner = broker.registry.former_owners.get(number, connection.peer.pid)
+        owner = broker.registry.former_owners.get(id, connection.peer.pid)
         if owner != connection.peer.pid:
             raise _in_use(owner)
         raise _Refused("closed", "this channel was unsubscribed or closed, or its process has ended: subscribe again")

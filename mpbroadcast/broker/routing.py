@@ -182,7 +182,7 @@ class Routing:
 def _allowed(targets: tuple[Subscription, ...], item: Item, publisher: Publisher) -> tuple[Subscription, ...]:
     """Return the targets without the excluded one, and without those that begin behind this item."""
     late = {subscription for subscription, before in publisher.not_yet if not matches(before, item.topic)}
-    return tuple(target for target in targets if target.number != item.exclude and target not in late)
+    return tuple(target for target in targets if target.id != item.exclude and target not in late)
 
 
 def _run_in_ring(item: References, _account: Account) -> Run:

@@ -120,7 +120,7 @@ class Shutdown:
         log.log(
             logging.DEBUG if own else logging.WARNING,
             "channel %d of process %d (%s) was closed with %d message(s) waiting: it %s",
-            subscription.number,
+            subscription.id,
             subscription.pid,
             listed(registry.topics(subscription)),
             subscription.backlog.waiting,

@@ -51,7 +51,7 @@ class Stalls:
             "process %d has waited %.1f s to publish: the backlog of channel %d of %s (%s) is full, with %d bytes waiting%s",
             publisher.pid,
             seconds,
-            full.number,
+            full.id,
             f"the same process, {full.pid}{must}" if same else f"process {full.pid}",
             listed(full.last_topics or self._router.topics(full)),
             full.backlog.waiting_charge,

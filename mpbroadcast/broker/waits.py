@@ -45,7 +45,7 @@ class Waits:
         """Look at those that wait for messages to leave their backlogs. ``subscriptions`` are those that are not removed."""
         for connection, pending in list(self.for_delivery.items()):
             for subscription, position in list(pending.items()):
-                if subscription.backlog.left >= position or subscription.number not in subscriptions:
+                if subscription.backlog.left >= position or subscription.id not in subscriptions:
                     del pending[subscription]
             if not pending:
                 del self.for_delivery[connection]

@@ -219,7 +219,7 @@ def test_an_honest_session_has_room(own_broker: Broker) -> None:
     with asking(own_broker) as (one, _, session):
         for number in range(1000, 17_000):
             subscribed(own_broker, number, own_broker.registry.sessions[session], ["*"], "block")
-        other = own_broker.registry.new_session(cast("ControlConnection", one)).number
+        other = own_broker.registry.new_session(cast("ControlConnection", one)).id
         names = [f"a quite ordinary name of a topic: {number}" for number in range(20_000)]
         patterns = [f"room:{number}:{'*:user:*' if number % 10 else '[ab]?'}" for number in range(10_000)]
         assert in_rounds(own_broker, one, subscribing(other, 20_000, *names), 400_000) == {}
@@ -269,7 +269,7 @@ def test_sessions_are_bounded_together(own_broker: Broker) -> None:
         topics = [f"{'x' * 1000}{number}" for number in range(20_000)]
         replies = []
         for number in (1001, 1002, 1003, 1004):
-            session = own_broker.registry.new_session(cast("ControlConnection", one)).number
+            session = own_broker.registry.new_session(cast("ControlConnection", one)).id
             replies.append(in_rounds(own_broker, one, subscribing(session, number, *topics), 400_000))
             own_broker.registry.end_session(own_broker.registry.sessions[session], clean=True)
         assert ["together" in reply.get("text", "") for reply in replies] == [False, False, False, True]
@@ -435,7 +435,7 @@ def test_publishers_have_turns(gone: bool, own_broker: Broker) -> None:
         while one.parked:
             traffic.round()
         assert [one.backlog.published for one in subscriptions] == [205] * 500
-        assert (one.number in traffic.publishers) != gone
+        assert (one.id in traffic.publishers) != gone
         os.write(other_pipe, frame_head(0, b"turn 3"))
         traffic.round()
         assert traffic.routing.routed == 206
