@@ -117,11 +117,10 @@ class Channel(Generic[M]):
             check_count(limit, "limit", 1)
         box: list[list[M]] = [[]]
         try:
-            box[0].extend(map(self.recv, (timeout,)))  # one step: an interrupt comes before or after
-            with self._lock:
-                # What was decoded before, and what has come since. No loop: an interrupt at its end may not release the lock.
-                if self._take_decoded(limit, box):
-                    self._take_decoded(limit, box)
+            self._take_ready(limit, box)
+            if not box[0]:
+                box[0].extend(map(self.recv, (timeout,)))  # one step: an interrupt comes before or after
+                self._take_ready(limit, box)
             return box[0]
         except BaseException:
             # An interrupt: what was taken comes next again. One call and no more, so that no second interrupt comes between.
@@ -160,6 +159,13 @@ class Channel(Generic[M]):
                 stream.ready.appendleft(message)
             raise
         self._fail(message)
+
+    def _take_ready(self, limit: int | None, box: list[list[M]]) -> None:
+        """Move messages that can be received now into ``box``, up to ``limit`` there."""
+        with self._lock:
+            # What was decoded before, and what has come since. No loop: an interrupt at its end may not release the lock.
+            if self._take_decoded(limit, box):
+                self._take_decoded(limit, box)
 
     def _take_decoded(self, limit: int | None, box: list[list[M]]) -> bool:
         """Move the messages before the next error into ``box``, up to ``limit`` there. Return True if there was one.
