@@ -102,10 +102,10 @@ class Case(NamedTuple):
     def in_sample(self) -> bool:
         """Whether it runs by default: each victim, signal and moment does with each other one, and SIGKILL at each moment."""
         index = VICTIMS.index(self.victim) + MOMENTS.index(self.moment) + self.restart
-        if self.method != METHODS[index % 3 if index % 7 == 0 and self.victim != "bystander" else 0]:
-            return False
+        usual = self.signal == SIGNALS[index % 4]
         killed = self.signal == signal.SIGKILL and self.victim not in ("bystander", "supervisor")
-        return killed or self.moment in REPLACED or self.signal == SIGNALS[index % 4]
+        method = METHODS[index % 3 if usual and index % 7 == 0 and self.victim != "bystander" else 0]
+        return self.method == method and (killed or usual or self.moment in REPLACED)
 
     def __str__(self) -> str:
         names = (self.victim, "restart" * self.restart, self.signal.name, self.moment.replace(" ", "_"), self.method)

@@ -28,7 +28,7 @@ from mpbroadcast.protocol.control import (
 )
 from tests.support.helpers import Background
 
-STEADY = settings(max_examples=200, derandomize=True, database=None, deadline=None, print_blob=True)
+STEADY = settings(max_examples=100, derandomize=True, database=None, deadline=None, print_blob=True)
 KEY, OTHER = b"one key", b"another key"
 
 

@@ -253,7 +253,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@settings(STEADY, max_examples=500)
+@settings(STEADY, max_examples=250)
 @given(data=damaged() | st.lists(HEADS, max_size=20).map(b"".join) | st.binary(max_size=600), lengths=LENGTHS)
 def test_bytes_that_nobody_writes_are_refused_or_passed(data: bytes, lengths: list[int]) -> None:
     """Damaged streams, heads at and beyond their limits, and any bytes at all: frames, or ``FrameError``; nothing may grow."""

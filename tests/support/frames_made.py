@@ -23,7 +23,7 @@ from mpbroadcast.protocol.frames import (
 from tests.support.helpers import pattern
 
 STEADY: Final = settings(
-    max_examples=100,
+    max_examples=60,
     derandomize=True,
     database=None,
     deadline=None,

@@ -30,8 +30,8 @@ def test_very_many_topics() -> None:
     tracemalloc.start()
     most = []
     try:
-        for first in (0, 20_000, 40_000):
-            for number in range(first, first + 20_000):
+        for first in (0, 17_000, 34_000):
+            for number in range(first, first + 17_000):
                 assert sorted(router.targets(b"%d" % number)) == (["all", "one"] if number == 7 else ["all"])
             most.append(tracemalloc.get_traced_memory()[1])
     finally:
@@ -61,7 +61,7 @@ def test_a_topic_that_is_no_text_is_told() -> None:
     assert sorted(router.targets(b"a")) == ["all"]
 
 
-@settings(max_examples=300, derandomize=True, database=None, deadline=None)
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
 @given(topics=st.lists(TOPICS, max_size=4), topic=TOPICS)
 def test_matching_is_that_of_the_standard_library(topics: list[str], topic: str) -> None:
     """Topics and patterns hear what fnmatchcase says, whichever way it is found out."""
