@@ -40,6 +40,7 @@ from mpbroadcast.validation import Policy
 from tests.support import large_workers as workers
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, only_subscriber, take, wait_until
 from tests.support.large_workers import Size, limited, maps, number_of, without_descriptors
+from tests.support.rude import Lent
 from tests.support.victims import descriptors
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no shared memory here, or it is forbidden")
@@ -436,30 +437,23 @@ def test_nothing_leaks(bus: Bus, fork: BaseContext, children: Children, pipe: tu
 # ------------------------------------------------------------------------------------------------------------ who is hostile
 
 
-class Hostile:
-    """A client of the same user that has the key, and sends what it likes."""
+class Hostile(Lent):
+    """A publisher of the same user that has the key, and sends what it likes."""
 
     def __init__(self, bus: Bus) -> None:
         self.link = BrokerClient(bus.address)
-        reply = self.link.request("publisher")
-        assert reply.pipe is not None
-        self.pipe = reply.pipe
-        fd_socket = self.link.request("fd_socket", publisher=reply.body["publisher"]).fd_socket
-        assert fd_socket is not None
-        self.fd_socket = fd_socket
+        super().__init__(self.link, fd_socket=True)
         self._numbers = itertools.count(1)
-
-    def write(self, frame: bytes) -> None:
-        """Put a frame into the pipe."""
-        os.write(self.pipe.fd, frame)
 
     def send_packet(self, packet: bytes, *fds: int) -> None:
         """Send a packet with descriptors, as soon as there is room for it; or not, when the broker has hung up."""
+        fd_socket = self.fd_socket
+        assert fd_socket is not None
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
 
         def sent() -> bool:
             with contextlib.suppress(BlockingIOError):
-                self.fd_socket.sendmsg([packet], rights)
+                fd_socket.sendmsg([packet], rights)
                 return True
             return False
 
@@ -472,16 +466,8 @@ class Hostile:
         self.send_packet(pack(MEMORY, 0, number), fd)
         self.write(memory_frame(number, length, b"", 0, image))
 
-    def ring(self, number: int = 1) -> None:
-        """Share a good ring, and wait until it is accepted."""
-        descriptor, memory = ring_memory(1 << 20)
-        self.send_packet(pack(RING, number, 1 << 16), descriptor.fd)
-        assert self.fd_socket.wait(DEADLINE)
-        memory.close()
-
     def close(self) -> None:
-        self.pipe.close()
-        self.fd_socket.close()
+        super().close()
         self.link.close()
 
 
@@ -533,7 +519,7 @@ def other_files(hostile: Hostile) -> None:
     read, write = os.pipe()
     with tempfile.TemporaryFile() as file:
         file.truncate(5000)
-        for fd in (file.fileno(), read, write, hostile.fd_socket.fileno()):
+        for fd in (file.fileno(), read, write, hostile.pipe.fd):
             hostile.message(fd, 5000)
             hostile.send_packet(pack(RING, 5, 4096), fd)
     os.close(read)
@@ -541,7 +527,7 @@ def other_files(hostile: Hostile) -> None:
 
 
 def a_flood_of_memory(hostile: Hostile) -> None:
-    hostile.ring()
+    hostile.ring(1)
     hostile.write(reference_frame(1, 0, 100, b""))
     for number in range(300):
         descriptor = message_memory([b"x" * 100])
@@ -566,7 +552,7 @@ def referring(frame: bytes) -> Callable[[Hostile], None]:
     """One whose frame refers to what is not there."""
 
     def attack(hostile: Hostile) -> None:
-        hostile.ring()
+        hostile.ring(1)
         hostile.write(frame)
 
     return attack
