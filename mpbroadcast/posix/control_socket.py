@@ -8,7 +8,7 @@ from array import array
 from typing import Final
 
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.posix.fd_socket import Received, receive
+from mpbroadcast.posix.fd_socket import CLOEXEC, SPACE, Received
 from mpbroadcast.posix.poller import is_ready
 
 _SOL_LOCAL: Final = 0  # macOS: level and names of what SO_PEERCRED is on Linux, from its sys/un.h
@@ -52,8 +52,11 @@ class ControlSocket(socket.socket):
         return self.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))])
 
     def receive(self, size: int) -> Received:
-        """Return what is there, with descriptors; see :func:`receive`."""
-        return receive(self, size)
+        """Return what is there, with descriptors, which get an owner under the same :func:`fork_lock`.
+
+        :raises BlockingIOError: nothing is there.
+        """
+        return self.recvmsg(size, SPACE, CLOEXEC)
 
     def wait(self, events: int, deadline: Deadline) -> bool:
         """Return True if one of ``events`` came before the deadline."""

@@ -18,19 +18,11 @@ from mpbroadcast.posix.descriptors import OwnedDescriptor
 from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.posix.poller import is_ready
 
-_SPACE: Final = socket.CMSG_SPACE(2 * array("i").itemsize)
-_CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+SPACE: Final = socket.CMSG_SPACE(2 * array("i").itemsize)
+CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _PACKET: Final = 64  # bytes of one at the most
 
 Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]  # as `recvmsg` returns it
-
-
-def receive(connection: socket.socket, size: int) -> Received:
-    """Return what is there, with descriptors, which get an owner under the same :func:`fork_lock`.
-
-    :raises BlockingIOError: nothing is there.
-    """
-    return connection.recvmsg(size, _SPACE, _CLOEXEC)
 
 
 def taken_apart(received: Received) -> tuple[bytes, list[int], bool]:
@@ -40,7 +32,7 @@ def taken_apart(received: Received) -> tuple[bytes, list[int], bool]:
     for level, kind, body in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
-    if not _CLOEXEC:
+    if not CLOEXEC:
         for fd in fds:
             os.set_inheritable(fd, False)
     return data, fds.tolist(), bool(flags & socket.MSG_CTRUNC)
@@ -98,12 +90,12 @@ class DescriptorSocket(socket.socket):
         return None
 
     def receive(self, received: list[Received]) -> None:
-        """Append the next packet, as :func:`receive` returns it: in one step, so that an interrupt comes before or after."""
+        """Append the next packet, as ``recvmsg`` returns it: in one step, so that an interrupt comes before or after."""
         # When the other end was closed before it had read all, that is reported once, before what is still there.
         with contextlib.suppress(ConnectionResetError):
-            received.extend(map(self.recvmsg, (_PACKET,), (_SPACE,), (_CLOEXEC,)))
+            received.extend(map(self.recvmsg, (_PACKET,), (SPACE,), (CLOEXEC,)))
             return
-        received.extend(map(self.recvmsg, (_PACKET,), (_SPACE,), (_CLOEXEC,)))
+        received.extend(map(self.recvmsg, (_PACKET,), (SPACE,), (CLOEXEC,)))
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # an interrupt came before it was made

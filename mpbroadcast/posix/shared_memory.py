@@ -222,14 +222,6 @@ def read_memory(fd: int, size: int, offset: int = 0) -> bytes:
     return data
 
 
-def read_memory_into(fd: int, buffer: bytearray) -> None:
-    """Fill the buffer with its first bytes, without a copy in between."""
-    view = memoryview(buffer)
-    done = 0
-    while done < len(view):
-        done += os.preadv(fd, [view[done:]], done)
-
-
 def check_ring(fd: int) -> int:
     """Return the size of a ring's memory.
 

@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from mpbroadcast.posix.fd_socket import DescriptorSocket, receive, taken_apart
+from mpbroadcast.posix.fd_socket import CLOEXEC, SPACE, DescriptorSocket, taken_apart
 from mpbroadcast.posix.shared_memory import MemoryRefused, check_message, check_ring
 from tests.support.rude import any_file, shares_memory
 from tests.support.victims import descriptors
@@ -52,7 +52,7 @@ def test_descriptors_of_any_number() -> None:
         if choose.random() < 0.3:
             assert theirs.receive_packet() == data[:64]
         elif choose.random() < 0.5:
-            came, numbers, lost = taken_apart(receive(theirs, 32))
+            came, numbers, lost = taken_apart(theirs.recvmsg(32, SPACE, CLOEXEC))
             assert (came, lost) == (data[:32], len(fds) > len(numbers))
             assert len(numbers) <= len(fds)
             for fd in numbers:
