@@ -69,7 +69,7 @@ class Intake:
             chunk = publisher.pipe.read()
         except BlockingIOError:
             if publisher.state is PublisherState.NAPPING:
-                self.set_napping(publisher, False)
+                self.watch(publisher)
             return
         if not chunk:
             self.close(publisher)
@@ -93,16 +93,17 @@ class Intake:
         log.warning("process %d sent %s, which is no frame: it cannot publish any more", publisher.pid, error)
         self.close(publisher)
 
-    def set_napping(self, publisher: Publisher, napping: bool) -> None:
-        """Read its pipe after naps, or when the poller reports bytes."""
-        if napping:
-            publisher.state = publisher.state.to(PublisherState.NAPPING)
-            self._napping[publisher] = None
-            self._poller.forget(publisher.pipe.fd)
-        else:
-            publisher.state = publisher.state.to(PublisherState.READING)
-            self._napping.pop(publisher, None)
-            self._watch(publisher)
+    def watch(self, publisher: Publisher) -> None:
+        """Read its pipe when the poller reports bytes, from now on."""
+        publisher.state = publisher.state.to(PublisherState.READING)
+        self._napping.pop(publisher, None)
+        self._watch(publisher)
+
+    def nap(self, publisher: Publisher) -> None:
+        """Read its pipe after naps, from now on."""
+        publisher.state = publisher.state.to(PublisherState.NAPPING)
+        self._napping[publisher] = None
+        self._poller.forget(publisher.pipe.fd)
 
     def pause(self, publisher: Publisher) -> None:
         """Do not read it, nor watch for errors: the poller would report again and again that its writers are gone."""

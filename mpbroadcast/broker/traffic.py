@@ -90,16 +90,16 @@ class Traffic:
             self._route(publisher, TURN)
             busy = routing.routed - before > _BUSY or came > MUCH
             if busy and publisher.state is PublisherState.READING:
-                intake.set_napping(publisher, True)
+                intake.nap(publisher)
             elif not busy and publisher.state is PublisherState.NAPPING:
-                intake.set_napping(publisher, False)
+                intake.watch(publisher)
 
     def _route(self, publisher: Publisher, turn: int | None = None) -> None:
         """Route what is parked, and go on reading its pipe, or not."""
         routing = self.routing
         if routing.route(publisher, turn):
             if publisher.state is PublisherState.PAUSED:
-                self.intake.set_napping(publisher, False)
+                self.intake.watch(publisher)
             elif publisher.state is PublisherState.DRAINING and self.intake.forget(publisher):
                 self.memory.forget(publisher)
         else:
