@@ -120,7 +120,7 @@ class Publisher:
     def _found(self, item: Item) -> Item | None:
         """Return the item with the memory that it is in; ``None`` if that has not come.
 
-        :raises FrameError: it is not where the frame says.
+        :raises FrameError: the frame refers to memory that is not there.
         """
         if isinstance(item, References):
             ring = None if self.lender is None else self.lender.rings.get(item.ring)

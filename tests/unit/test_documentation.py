@@ -152,7 +152,6 @@ def test_each_promise_has_its_test() -> None:
         )
 
 
-@pytest.mark.xfail(strict=False, reason="modules are being renamed; the pages follow at the end")
 def test_each_path_that_a_page_names_is_there() -> None:
     """Each module, folder and test that docs/ names in backticks is there."""
     wrong = []
@@ -333,11 +332,6 @@ BANNED = re.compile(
 )
 BANNED_IDENTIFIERS = {"way", "ways", "place", "places"}
 
-NOT_DONE: set[str] = {
-    # Files that still have words of the old dialect. The goal is none; a file that is new must have none.
-    "mpbroadcast/broker/members.py",
-}
-
 
 def words_in(path: Path) -> list[str]:
     """Where a text has a banned word. The names of tests do not count, nor do they in RELIABILITY.md."""
@@ -360,5 +354,4 @@ def words_in(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", [*MODULES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_words_are_those_of_the_field(path: Path) -> None:
     """No "let go", "tell", "say" or "hear", no "who" as a subject, and nothing is called a way or a place."""
-    if str(path.relative_to(ROOT)) not in NOT_DONE:
-        assert not words_in(path)
+    assert not words_in(path)
