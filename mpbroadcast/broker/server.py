@@ -1,4 +1,4 @@
-"""The broker: puts the rooms together, and turns its wheel.
+"""The broker: puts the rooms together, and runs one round after the other.
 
 A **round** waits until something happens, reads, routes and writes (``traffic``), replies to the requests that have come
 (``acceptor``, ``requests``), and then works off what all of that has found: subscriptions that are over, processes that have

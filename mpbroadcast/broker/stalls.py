@@ -16,9 +16,9 @@ class Stalls:
     """A warning for each of ``publishers`` that has waited ``timeout`` seconds, once for each wait; ``None`` for none."""
 
     def __init__(
-        self, loop: Poller, router: Router[Subscription], publishers: dict[int, Publisher], timeout: float | None
+        self, poller: Poller, router: Router[Subscription], publishers: dict[int, Publisher], timeout: float | None
     ) -> None:
-        self._loop = loop
+        self._poller = poller
         self._router = router
         self._publishers = publishers
         self._timeout = timeout
@@ -28,7 +28,7 @@ class Stalls:
         """Look at the publishers from now on, as one is blocked, until none is."""
         if self._timeout is not None and not self._looking:
             self._looking = True
-            self._loop.later(self._timeout, lambda: self._look(self._timeout or 0.0))
+            self._poller.later(self._timeout, lambda: self._look(self._timeout or 0.0))
 
     def _look(self, timeout: float) -> None:
         now = time.monotonic()
@@ -42,7 +42,7 @@ class Stalls:
         self._looking = bool(waiting)
         if waiting:
             wait = timeout - (now - min(soon)) if soon else timeout
-            self._loop.later(max(wait, 0.01), lambda: self._look(timeout))
+            self._poller.later(max(wait, 0.01), lambda: self._look(timeout))
 
     def _warn(self, publisher: Publisher, full: Subscription, seconds: float) -> None:
         same = publisher.pid == full.pid

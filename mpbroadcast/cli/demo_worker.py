@@ -44,7 +44,7 @@ def _count_words(name: str, text: str) -> dict[str, int]:
 
 def _count_nodes(name: str, text: str) -> dict[str, int]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # what the parser thinks of an escape in somebody's string
+        with warnings.catch_warnings(action="ignore"):  # about escapes in strings
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # a template, for one, or another language version
         return {}

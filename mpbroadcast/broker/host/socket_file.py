@@ -1,7 +1,7 @@
 """The socket that the broker listens at: its file, its folder, and what dead brokers have left there.
 
 The file gets its name, and a mark in its modification time, only when the socket listens. So a socket that has the mark and
-refuses a connection is that of a dead broker, and one without it may be anybody's: it is left alone. Removing and naming are
+refuses a connection is that of a dead broker, and one without it may be of another program: it is left alone. Removing and naming are
 done under a lock on the folder, which leaves nothing behind. Files are unlinked by name, and only sockets that a broker of this
 user has made; a folder is removed when it is empty.
 """
@@ -28,7 +28,7 @@ _SOCKET: Final = "broker"
 _QUEUE: Final = 4096  # connections: a client that waits in it keeps its turn, beside however many others
 _PASSING: Final = re.compile(r"\.mpbroadcast-[0-9a-f]+~")  # a socket's name until it listens
 _MARK: Final = 627_294_121  # nanoseconds in the time of a broker's socket; a connection to it changes the time of access only
-_FORGOTTEN: Final = 60.0  # seconds after which a folder without a socket is nobody's
+_FORGOTTEN: Final = 60.0  # seconds after which a folder without a socket is removed
 
 
 def why_not(error: OSError, address: str | None, temporary: str) -> str:
