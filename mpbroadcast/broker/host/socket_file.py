@@ -1,9 +1,9 @@
 """The socket that the broker listens at: its file, its folder, and what dead brokers have left there.
 
 The file gets its name, and a mark in its modification time, only when the socket listens. So a socket that has the mark and
-refuses a connection is that of a dead broker, and one without it may be of another program: it is left alone. Removing and naming are
-done under a lock on the folder, which leaves nothing behind. Files are unlinked by name, and only sockets that a broker of this
-user has made; a folder is removed when it is empty.
+refuses a connection is that of a dead broker, and one without it may be of another program: it is left alone. Removing and
+naming are done under a lock on the folder, which leaves nothing behind. Files are unlinked by name, and only sockets that a
+broker of this user has made; a folder is removed when it is empty.
 """
 
 from __future__ import annotations
