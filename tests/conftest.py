@@ -154,7 +154,7 @@ def bus(leaves_nothing: None) -> Iterator[Broadcaster[Any]]:
 
 @pytest.fixture
 def pipe(leaves_nothing: None) -> Iterator[tuple[Connection, Connection]]:
-    """A pipe for what a child process says: this process's end, and the child's."""
+    """Yield a pipe for a child process: this process's end, and the child's."""
     ours, theirs = multiprocessing.Pipe()
     with ours, theirs:
         yield ours, theirs

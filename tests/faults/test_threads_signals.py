@@ -178,7 +178,7 @@ def test_signal_handlers_publish_in_the_middle_of_publishes(bus: Bus, children: 
     count = 0
     with handler(signal.SIGUSR1, publish_too), handler(signal.SIGUSR2, publish_too):
         storm = [
-            children(fork, workers.signal_until_told, os.getpid(), number, theirs)
+            children(fork, workers.signal_until_order, os.getpid(), number, theirs)
             for number in (signal.SIGUSR1, signal.SIGUSR2)
         ]
         while signals < 100:

@@ -70,12 +70,12 @@ def outcome(call: Callable[..., Any], value: Any) -> Any:
         return error
 
 
-def refused(call: Callable[..., Any], bad: Sequence[tuple[Any, type[Exception]]], *, says: str = "") -> None:
+def refused(call: Callable[..., Any], bad: Sequence[tuple[Any, type[Exception]]], *, names: str = "") -> None:
     """``call`` refuses each value with its error, whose text names what is wrong."""
     for value, error in bad:
         caught = outcome(call, value)
         assert isinstance(caught, error), f"{value!r} gave {caught!r} instead of {error.__name__}"
-        assert says in str(caught), f"{value!r}: {caught!r} does not say {says!r}"
+        assert names in str(caught), f"{value!r}: {caught!r} does not name {names!r}"
         assert str(caught), f"{value!r} raised an error without text"
 
 
@@ -104,12 +104,12 @@ def unharmed(bus: Broadcaster[Any]) -> Iterator[None]:
 
 def test_publish_refuses(bus: Broadcaster[Any], channel: Channel[Any], unharmed: None) -> None:
     """``publish`` checks topic, timeout and exclude, and then has sent nothing."""
-    refused(lambda value: bus.publish("x", topic=value), BAD_TOPICS, says="topic")
-    refused(lambda value: bus.publish("x", timeout=value), BAD_TIMEOUTS, says="timeout")
+    refused(lambda value: bus.publish("x", topic=value), BAD_TOPICS, names="topic")
+    refused(lambda value: bus.publish("x", timeout=value), BAD_TIMEOUTS, names="timeout")
     refused(
         lambda value: bus.publish("x", exclude=value),
         [(5, TypeError), ("x", TypeError), (bus, TypeError)],
-        says="exclude",
+        names="exclude",
     )
     publish_anyhow: Any = bus.publish
     for arguments, keywords in (((), {}), (("x", "topic"), {}), (("x",), {"room": "y"})):
@@ -121,41 +121,41 @@ def test_publish_refuses(bus: Broadcaster[Any], channel: Channel[Any], unharmed:
 def test_publish_many_refuses(bus: Broadcaster[Any], channel: Channel[Any], unharmed: None) -> None:
     """``publish_many`` checks the same, and that it was given something to go through."""
     refused(bus.publish_many, [(5, TypeError), (None, TypeError), (len, TypeError)])
-    refused(lambda value: bus.publish_many(["x"], topic=value), BAD_TOPICS, says="topic")
-    refused(lambda value: bus.publish_many(["x"], timeout=value), BAD_TIMEOUTS, says="timeout")
-    refused(lambda value: bus.publish_many(["x"], exclude=value), [(5, TypeError), ("x", TypeError)], says="exclude")
+    refused(lambda value: bus.publish_many(["x"], topic=value), BAD_TOPICS, names="topic")
+    refused(lambda value: bus.publish_many(["x"], timeout=value), BAD_TIMEOUTS, names="timeout")
+    refused(lambda value: bus.publish_many(["x"], exclude=value), [(5, TypeError), ("x", TypeError)], names="exclude")
     assert not channel.poll(0)
 
 
 def test_subscribe_refuses(bus: Broadcaster[Any], unharmed: None) -> None:
     """``subscribe`` checks each topic and each option, and then has subscribed nothing."""
-    refused(bus.subscribe, BAD_TOPICS, says="topic")
-    refused(lambda value: bus.subscribe("good", value), BAD_TOPICS, says="topic")
+    refused(bus.subscribe, BAD_TOPICS, names="topic")
+    refused(lambda value: bus.subscribe("good", value), BAD_TOPICS, names="topic")
     refused(
         lambda value: bus.subscribe(overflow=value),
         [(5, TypeError), (None, TypeError), ("drop", ValueError)],
-        says="overflow",
+        names="overflow",
     )
-    refused(lambda value: bus.subscribe(capacity=value), [*BAD_COUNTS, (0, ValueError)], says="capacity")
-    refused(lambda value: bus.subscribe(replay=value), BAD_COUNTS, says="replay")
-    refused(lambda value: bus.subscribe(replay=value), [(1, ValueError)], says="history")
+    refused(lambda value: bus.subscribe(capacity=value), [*BAD_COUNTS, (0, ValueError)], names="capacity")
+    refused(lambda value: bus.subscribe(replay=value), BAD_COUNTS, names="replay")
+    refused(lambda value: bus.subscribe(replay=value), [(1, ValueError)], names="history")
     refused(
         lambda value: bus.subscribe(with_topic=value),
         [("yes", TypeError), (1, TypeError), (None, TypeError)],
-        says="with_topic",
+        names="with_topic",
     )
 
 
 def test_the_other_methods_refuse(bus: Broadcaster[Any], unharmed: None) -> None:
     """``unsubscribe``, ``flush``, ``wait_for_subscribers`` and ``close`` check theirs; no refused ``close`` closes."""
     refused(bus.unsubscribe, [(5, TypeError), ("x", TypeError), (None, TypeError), (bus, TypeError)])
-    refused(bus.flush, BAD_TIMEOUTS, says="timeout")
-    refused(lambda value: bus.flush(delivered=value), [("yes", TypeError), (None, TypeError)], says="delivered")
+    refused(bus.flush, BAD_TIMEOUTS, names="timeout")
+    refused(lambda value: bus.flush(delivered=value), [("yes", TypeError), (None, TypeError)], names="delivered")
     refused(bus.wait_for_subscribers, BAD_COUNTS)
-    refused(lambda value: bus.wait_for_subscribers(0, timeout=value), BAD_TIMEOUTS, says="timeout")
+    refused(lambda value: bus.wait_for_subscribers(0, timeout=value), BAD_TIMEOUTS, names="timeout")
     topics = [(value, error) for value, error in BAD_TOPICS if value is not None]
-    refused(lambda value: bus.wait_for_subscribers(0, topic=value), topics, says="topic")
-    refused(bus.close, BAD_TIMEOUTS, says="timeout")
+    refused(lambda value: bus.wait_for_subscribers(0, topic=value), topics, names="topic")
+    refused(bus.close, BAD_TIMEOUTS, names="timeout")
 
 
 def test_the_functions_refuse(bus: Broadcaster[Any], unharmed: None) -> None:
@@ -195,12 +195,12 @@ def test_a_channel_refuses(bus: Broadcaster[Any], channel: Channel[Any]) -> None
     """Each method of a channel checks its arguments, and then has taken no message."""
     with bus.subscribe("kept") as kept:
         bus.publish("kept", topic="kept")
-        refused(kept.recv, BAD_TIMEOUTS, says="timeout")
-        refused(lambda value: kept.recv_many(None, value), BAD_TIMEOUTS, says="timeout")
-        refused(kept.recv_many, BAD_COUNTS, says="limit")
-        refused(kept.poll, BAD_TIMEOUTS, says="timeout")
-        refused(kept.subscribe, BAD_TOPICS, says="topic")
-        refused(kept.unsubscribe, BAD_TOPICS, says="topic")
+        refused(kept.recv, BAD_TIMEOUTS, names="timeout")
+        refused(lambda value: kept.recv_many(None, value), BAD_TIMEOUTS, names="timeout")
+        refused(kept.recv_many, BAD_COUNTS, names="limit")
+        refused(kept.poll, BAD_TIMEOUTS, names="timeout")
+        refused(kept.subscribe, BAD_TOPICS, names="topic")
+        refused(kept.unsubscribe, BAD_TOPICS, names="topic")
         assert kept.recv(DEADLINE) == "kept"
         bus.publish("again", topic="kept")
         assert kept.recv(DEADLINE) == "again"
@@ -215,7 +215,7 @@ def test_a_selector_refuses(channel: Channel[Any]) -> None:
     refused(lambda value: selector.select(channel, value), [(5, TypeError), ("x", TypeError)])
     refused(selector.map, [(5, TypeError), (None, TypeError)])
     refused(selector.merge, [(5, TypeError), (None, TypeError), (channel, TypeError)])
-    refused(selector.receive, BAD_TIMEOUTS, says="timeout")
+    refused(selector.receive, BAD_TIMEOUTS, names="timeout")
 
 
 # ------------------------------------------------------------------------------------------------------ closed, foreign
@@ -322,25 +322,25 @@ def test_a_message_that_cannot_be_unpickled(size: int, bus: Broadcaster[Any], ch
 def test_start_broadcaster_refuses(temporary_folder: Path) -> None:
     """``start_broadcaster`` checks each argument before it starts anything."""
     wrong = [(5, TypeError), ("spawn", TypeError), (object(), TypeError)]
-    refused(lambda value: start_broadcaster(context=value), wrong, says="context")
-    refused(lambda value: start_broadcaster(address=value), [(5, TypeError), (b"/tmp/x", TypeError)], says="address")
+    refused(lambda value: start_broadcaster(context=value), wrong, names="context")
+    refused(lambda value: start_broadcaster(address=value), [(5, TypeError), (b"/tmp/x", TypeError)], names="address")
     refused(
         lambda value: start_broadcaster(authkey=value),
         [(5, TypeError), ("key", TypeError), (b"", ValueError)],
-        says="authkey",
+        names="authkey",
     )
-    refused(lambda value: start_broadcaster(start_timeout=value), BAD_TIMEOUTS, says="start_timeout")
-    refused(lambda value: start_broadcaster(history=value), BAD_COUNTS, says="history")
-    refused(lambda value: start_broadcaster(stall_timeout=value), BAD_TIMEOUTS, says="stall_timeout")
-    refused(lambda value: start_broadcaster(restart=value), [(1, TypeError), (None, TypeError)], says="restart")
+    refused(lambda value: start_broadcaster(start_timeout=value), BAD_TIMEOUTS, names="start_timeout")
+    refused(lambda value: start_broadcaster(history=value), BAD_COUNTS, names="history")
+    refused(lambda value: start_broadcaster(stall_timeout=value), BAD_TIMEOUTS, names="stall_timeout")
+    refused(lambda value: start_broadcaster(restart=value), [(1, TypeError), (None, TypeError)], names="restart")
     assert not list(temporary_folder.glob("mpbroadcast-*"))
 
 
 def test_connect_refuses(bus: Broadcaster[Any]) -> None:
     """``connect`` checks each argument."""
-    refused(connect, [(5, TypeError), (None, TypeError), (b"/tmp/x", TypeError)], says="address")
+    refused(connect, [(5, TypeError), (None, TypeError), (b"/tmp/x", TypeError)], names="address")
     wrong = [(5, TypeError), ("key", TypeError), (b"", ValueError)]
-    refused(lambda value: connect(bus.address, authkey=value), wrong, says="authkey")
+    refused(lambda value: connect(bus.address, authkey=value), wrong, names="authkey")
 
 
 @pytest.mark.parametrize("address", ["", "a\0b", "/tmp/" + "x" * 200, "/no/such/folder/socket"])
@@ -542,7 +542,7 @@ def test_every_error_has_one_base() -> None:
 
 
 def test_errors_say_what_to_do(bus: Broadcaster[Any], channel: Channel[Any], temporary_folder: Path) -> None:
-    """An error's text says what happened, to whom, and what to do: it is a sentence or more."""
+    """An error's text names what happened, to which object, and what to do: it is a sentence or more."""
     nobody = str(temporary_folder / "nobody")
     closed = bus.subscribe()
     closed.close()

@@ -7,7 +7,6 @@ import gc
 import itertools
 import os
 import pickle
-import select
 import selectors
 import signal
 from collections.abc import Callable, Iterator
@@ -85,7 +84,7 @@ def test_without_a_timeout_a_receiver_sleeps_until_a_message_comes(bus: Bus, wai
 
 
 def test_poll_tells_and_takes_nothing(bus: Bus) -> None:
-    """``poll`` says whether ``recv`` would return, waits no longer than told, and takes no message."""
+    """``poll`` returns whether ``recv`` would return, waits no longer than its timeout, and takes no message."""
     channel = bus.subscribe()
     assert channel.poll() is False
     assert channel.poll(0.05) is False
@@ -311,7 +310,7 @@ def test_added_topic_starts_behind_what_its_handle_has_published(bus: Bus) -> No
 
 
 def test_channel_without_its_last_topic_hears_nothing(bus: Bus) -> None:
-    """Giving up the last topic does not mean to hear everything, and topics can be taken up again."""
+    """Giving up the last topic does not mean to receive everything, and topics can be taken up again."""
     channel = bus.subscribe("a")
     channel.unsubscribe("a")
     bus.publish(1, topic="a")
@@ -390,7 +389,7 @@ def test_unsubscribe_ends_behind_what_was_published_before(
                 pipe[0].send(last)
                 assert answer(pipe[0]) == "published"
             wait_until(lambda: any(row.stalls for row in bus.stats().subscribers))
-            assert take(slow, 5) == list(range(5))  # of which no event tells the broker
+            assert take(slow, 5) == list(range(5))  # of which the broker gets no event
             if what == "channel":
                 bus.unsubscribe(channel)
             else:
@@ -497,7 +496,7 @@ def test_a_handle_that_is_dropped_while_the_broker_takes_nothing(bus: Bus) -> No
     assert handed_on.recv(timeout=DEADLINE) == 1
 
 
-def _let_go(address: str, pid: int, report: Connection) -> None:
+def _drop_all(address: str, pid: int, report: Connection) -> None:
     bus = connect(address)
     channels = [bus.subscribe() for _ in range(1000)]
     with stopped(pid):
@@ -512,7 +511,7 @@ def test_who_lets_go_of_all_and_lives_on(bus: Bus, fork: BaseContext, children: 
     """Nothing of this package is used there any more; and no channel stays."""
     ours, theirs = fork.Pipe()
     with ours, theirs:
-        child = children(fork, _let_go, bus.address, bus.stats().pid, theirs)
+        child = children(fork, _drop_all, bus.address, bus.stats().pid, theirs)
         assert answer(ours) == "done"
         wait_until(lambda: not bus.stats().subscribers)
         ours.send("end")
@@ -538,39 +537,24 @@ def test_a_subscription_is_made_once_and_not_behind_its_drop(bus: Bus) -> None:
 
 @contextmanager
 def by_wait(channel: Channel[Any]) -> Iterator[Callable[[], bool]]:
-    """multiprocessing's own way to wait."""
+    """Wait as multiprocessing does (poll)."""
     channel.fileno()
     yield lambda: wait_for([channel]) == [channel]
 
 
 @contextmanager
 def by_selectors(channel: Channel[Any]) -> Iterator[Callable[[], bool]]:
-    """A selector (epoll) in which the channel stays registered."""
+    """Wait by a selector (epoll) in which the channel stays registered."""
     with selectors.DefaultSelector() as selector:
         selector.register(channel, selectors.EVENT_READ)
         yield lambda: bool(selector.select(0))
 
 
-@contextmanager
-def by_poll(channel: Channel[Any]) -> Iterator[Callable[[], bool]]:
-    """A bare ``poll``."""
-    poll = select.poll()
-    poll.register(channel.fileno(), select.POLLIN)
-    yield lambda: bool(poll.poll(0))
-
-
-@contextmanager
-def by_select(channel: Channel[Any]) -> Iterator[Callable[[], bool]]:
-    """A bare ``select``."""
-    channel.fileno()
-    yield lambda: bool(select.select([channel], [], [], 0)[0])
-
-
 Waiter = Callable[[Channel[Any]], Any]
-every_way = pytest.mark.parametrize("waiter", [by_wait, by_selectors, by_poll, by_select])
+each_waiter = pytest.mark.parametrize("waiter", [by_wait, by_selectors])
 
 
-@every_way
+@each_waiter
 @pytest.mark.parametrize("many", [False, True], ids=["recv", "recv_many"])
 def test_readable_exactly_while_there_is_something_to_receive(bus: Bus, waiter: Waiter, many: bool) -> None:
     """Before each receive that has something to return or to raise the descriptor is readable, and after the last it is not.
@@ -604,7 +588,7 @@ def test_readable_exactly_while_there_is_something_to_receive(bus: Bus, waiter: 
             assert not channel.poll(0)
 
 
-@every_way
+@each_waiter
 def test_readable_while_the_end_is_there(bus: Bus, waiter: Waiter) -> None:
     """The end keeps the descriptor readable, behind the last message and after it was raised."""
     channel = bus.subscribe()
@@ -621,9 +605,9 @@ def test_readable_while_the_end_is_there(bus: Bus, waiter: Waiter) -> None:
             assert ready()
 
 
-@every_way
+@each_waiter
 def test_half_arrived_message_does_not_spin(bus: Bus, waiter: Waiter, inline: None) -> None:
-    """While a large message is half there, ``poll(0)`` takes in what came and says no; then the descriptor is quiet."""
+    """While a large message is half there, ``poll(0)`` takes in what came and is false; then the descriptor is quiet."""
     channel = bus.subscribe()
     broker = bus.stats().pid
     size = 8 * 1_048_576

@@ -238,7 +238,7 @@ def test_other_calls_work_while_it_waits(bus: Bus) -> None:
 
 
 def test_closing_ends_it(bus: Bus) -> None:
-    """When the broker is closed while a thread waits, that thread is told."""
+    """When the broker is closed while a thread waits, that call ends, too."""
     channel: Channel[Any] = bus.subscribe()
     bus.publish("message")
     waiting = flushing(bus)

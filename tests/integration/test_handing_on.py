@@ -52,16 +52,16 @@ def test_child_misses_nothing(bus: Bus, children: Children, every_context: BaseC
 
 
 @pytest.mark.parametrize("farewell", ["close", "collect", "with"])
-def test_parent_may_let_go_of_what_it_handed_on(bus: Bus, children: Children, context: BaseContext, farewell: str) -> None:
+def test_parent_may_drop_what_it_handed_on(bus: Bus, children: Children, context: BaseContext, farewell: str) -> None:
     """When the parent closes, drops, or leaves the ``with`` of a handed-on channel, the child still gets everything."""
     orders, theirs = context.Pipe()
     channel = bus.subscribe()
     bus.publish("before")
     if farewell == "with":
         with channel:
-            child = children(context, workers.receive_when_told, channel, theirs)
+            child = children(context, workers.receive_on_order, channel, theirs)
     else:
-        child = children(context, workers.receive_when_told, channel, theirs)
+        child = children(context, workers.receive_on_order, channel, theirs)
         if farewell == "close":
             channel.close()
         del channel
@@ -91,7 +91,7 @@ def test_parent_may_unsubscribe_what_it_handed_on(bus: Bus, children: Children, 
 
 
 def test_child_becomes_the_owner(bus: Bus, children: Children, context: BaseContext) -> None:
-    """The process that opens a channel owns it: the statistics say so, and its death ends the subscription."""
+    """The process that opens a channel owns it: the statistics show it, and its death ends the subscription."""
     channel = bus.subscribe()
     assert only_subscriber(bus).pid == os.getpid()
     orders, theirs = context.Pipe()
@@ -123,7 +123,7 @@ def test_first_opener_wins(bus: Bus, children: Children, context: BaseContext) -
     bus.publish("for the owner")
     # both get it before anyone opens it
     late_orders, late_theirs = context.Pipe()
-    late = children(context, workers.receive_when_told, channel, late_theirs)
+    late = children(context, workers.receive_on_order, channel, late_theirs)
     assert answer(late_orders) == "started"
     owner = children(context, workers.open_and_hold, channel, theirs)
     assert answer(orders) == owner.pid
@@ -183,7 +183,7 @@ def test_close_waits_for_handed_on_channels(bus: Bus, children: Children, fork: 
     orders, theirs = fork.Pipe()
     bus.publish("nobody")
     channel = bus.subscribe()
-    child = children(fork, workers.receive_when_told, channel, theirs)
+    child = children(fork, workers.receive_on_order, channel, theirs)
     bus.publish_many(range(100))
     assert answer(orders) == "started"
     closing = Background(bus.close, timeout=DEADLINE)
@@ -199,7 +199,7 @@ def test_channel_that_could_not_be_drained_gets_no_clean_end(bus: Bus, children:
     """A handed-on channel that is not opened before ``close`` runs out of time gets ``BrokerLost``, not the end."""
     orders, theirs = fork.Pipe()
     channel = bus.subscribe()
-    child = children(fork, workers.receive_when_told, channel, theirs)
+    child = children(fork, workers.receive_on_order, channel, theirs)
     bus.publish("lost")
     assert answer(orders) == "started"
     bus.close(timeout=0.2)

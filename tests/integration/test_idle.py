@@ -77,7 +77,7 @@ def test_unopened_and_ended_channels_leave_the_broker_idle(bus: Broadcaster[Any]
 def test_silent_clients_leave_the_broker_idle_and_are_sent_away(
     leaves_nothing: None, fork: BaseContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that says nothing, or half of something, wakes nobody up, and cannot keep its connection for ever."""
+    """A client that sends nothing, or half of something, wakes nobody up, and cannot keep its connection for ever."""
     monkeypatch.setattr("mpbroadcast.broker.acceptor.HANDSHAKE_TIMEOUT", 1.5)
     with start_broadcaster(context=fork) as bus, socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as half:
         for client in (silent, half):

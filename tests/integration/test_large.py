@@ -95,7 +95,7 @@ def quiet(bus: Bus) -> tuple[int, int]:
 @pytest.mark.parametrize("size", [300_000, 3 << 20])
 def test_arrays_are_everybodys_own(size: int, bus: Bus) -> None:
     """Arrays, anywhere in a message, arrive equal and writable, and what is written there nobody else sees. The buffers of a
-    very large one are not copied, and let go of when nothing refers to them any more."""
+    very large one are not copied, and released when nothing refers to them any more."""
     numpy = pytest.importorskip("numpy")
     sent = {"one": numpy.arange(size // 8), "more": [{"two": numpy.ones((size // 8, 2), order="F")}], "bytes": bytes(size)}
     sent["bytearray"] = bytearray(size)
@@ -195,8 +195,8 @@ def test_many_threads_take_no_more_than_there_is(own_memory: None, bus: Bus, mon
             thread.result()
 
 
-def test_memory_that_came_before_the_broker_let_go() -> None:
-    """What the broker has sent is there when it has closed its end, also if it has not read what it was told."""
+def test_memory_that_came_before_the_broker_closed_is_read() -> None:
+    """What the broker has sent is there when it has closed its end, also if it has not read the last acknowledgement."""
     ours, number = DescriptorSocket.pair()
     theirs = DescriptorSocket(number)
     inlet = SharedReader(theirs)
@@ -495,9 +495,9 @@ def unsealed(hostile: Hostile) -> None:
 
 
 def wrong_size(hostile: Hostile) -> None:
-    for there, said in ((100, 5000), (9000, 5000), (0, 5000), (5000, 0xFFFF_0000), (5000, 0)):
+    for there, claimed in ((100, 5000), (9000, 5000), (0, 5000), (5000, 0xFFFF_0000), (5000, 0)):
         with memfd(there, SHRINK | GROW | WRITE) as fd:
-            hostile.message(fd, said)
+            hostile.message(fd, claimed)
 
 
 def sparse(hostile: Hostile) -> None:
@@ -572,7 +572,7 @@ for one in (unsealed, wrong_size, sparse, garbage, other_files, a_flood_of_memor
 
 @pytest.fixture
 def undisturbed(bus: Bus) -> Iterator[Channel[Any]]:
-    """A channel that hears of all without a topic. What the test does harms nobody else, and leaves nothing in the broker."""
+    """A channel that receives all without a topic. What the test does harms nobody else, and leaves nothing in the broker."""
     pid, _ = quiet(bus)
     memory = psutil.Process(pid).memory_info().rss
     with bus.subscribe("") as channel:
@@ -618,7 +618,7 @@ def test_a_hostile_publisher(attack: Callable[[Hostile], None], bus: Bus, undist
 
 
 def test_a_hostile_subscriber(bus: Bus, undisturbed: Channel[Any]) -> None:
-    """One that tells nonsense of what it has read and mapped harms nobody else, neither while it is there nor afterwards."""
+    """One that acknowledges nonsense harms nobody else, neither while it is there nor afterwards."""
     link = BrokerClient(bus.address)
     try:
         link.request("subscribe", topics=["*"], overflow="block", capacity=64 << 20, replay=0, subscription=77, publisher=None)
@@ -644,7 +644,7 @@ def test_a_hostile_subscriber(bus: Bus, undisturbed: Channel[Any]) -> None:
 
 
 def test_an_image_that_lies(bus: Bus, undisturbed: Channel[Any]) -> None:
-    """A message whose buffers are not where it says raises an unpickling error, wherever it came from."""
+    """A message whose buffers are not where its head has them raises an unpickling error, wherever it came from."""
     good = pickle.dumps("x")
     head = struct.Struct("<II")
     part = struct.Struct("<QQ")

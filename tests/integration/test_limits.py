@@ -61,7 +61,7 @@ def test_an_item_that_cannot_be_routed_costs_its_publisher(own_broker: Broker, c
         subscription = subscribed(own_broker, 1 << 40, session, ["topic"], "drop_oldest")
         bad, bad_pipe = own_broker.traffic.intake.add(own_broker.registry.new_id(), session)
         _, good_pipe = own_broker.traffic.intake.add(own_broker.registry.new_id(), session)
-        bad.parked.append(Batch(bytes(8), array("I", (8,)), b"topic", 0, 1 << 16))  # its head is longer than a run can tell
+        bad.parked.append(Batch(bytes(8), array("I", (8,)), b"topic", 0, 1 << 16))  # its head is longer than a run can hold
         for pipe in (bad_pipe, good_pipe):
             os.write(pipe, frame_head(0, b"topic"))
             os.close(pipe)
@@ -237,7 +237,7 @@ def test_an_honest_session_has_room(own_broker: Broker) -> None:
     ids=["topics", "patterns that need re", "patterns of stars", "bytes"],
 )
 def test_more_than_a_session_may_have(topics: list[str], what: str, own_broker: Broker) -> None:
-    """What would be too much is refused at once, with an error that says of what; the session goes on, all is given back."""
+    """What would be too much is refused at once, with an error that names it; the session goes on, all is given back."""
     with asking(own_broker) as (one, other, session):
         spent = own_broker.registry.budget.spent
         reply = in_rounds(own_broker, one, subscribing(session, 1000, *topics), 200_000)

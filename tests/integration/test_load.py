@@ -37,18 +37,18 @@ def test_a_short_run_loses_nothing_and_leaves_nothing(temporary_folder: Path) ->
             assert line
         time.sleep(0.7)
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=30)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 0, said
-    assert "losses             0; otherwise wrong: 0" in said
-    assert said.endswith("left behind        nothing\n")
+    assert process.returncode == 0, output
+    assert "losses             0; otherwise wrong: 0" in output
+    assert output.endswith("left behind        nothing\n")
     assert not list(temporary_folder.glob("mpbroadcast-*"))
 
 
 def checked(bus: Broadcaster[Message], context: Any, overflow: str, messages: list[Message]) -> tuple[list[int], list[str]]:
-    """What an account says to these messages, which topic 0 has published: its counts of lost and wrong, and its words."""
+    """Return what an account finds in these messages of topic 0: its counts of lost and wrong, and its words."""
     board = Board(context, 4, 1, 1)
     account = Account.opened(bus, board, Wish(("g0.t0",), (0,), overflow, None))
     mine, its = context.Pipe(duplex=False)

@@ -51,7 +51,7 @@ def wait_for_line(file: Path, *words: str) -> str:
 
 
 def test_a_dictionary_works_under_each_start_method(every_context: BaseContext, tmp_path: Path, children: Children) -> None:
-    """The log goes where it says, in the broker's process; who was removed is there, and why."""
+    """The log goes where the dictionary has it, in the broker's process; who was removed is there, and why."""
     file = tmp_path / "log"
     with start_broadcaster(context=every_context, log_config=to_file(file)) as bus:
         children(every_context, workers.subscribe_and_die, bus)
@@ -143,7 +143,7 @@ def test_a_crash_reaches_every_handle(tmp_path: Path, fork: BaseContext, monkeyp
 
 
 def test_a_killed_broker_has_no_last_words(bus: Bus) -> None:
-    """Then the cause is what the system says, or nothing."""
+    """Then the cause is the system's error, or nothing."""
     channel = bus.subscribe()
     channel.poll()
     os.kill(bus.stats().pid, signal.SIGKILL)

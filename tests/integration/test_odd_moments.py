@@ -39,7 +39,7 @@ def test_a_plain_forks_child_that_ends_leaves_its_parents_broker_alone(bus: Bus)
 
 
 def test_who_does_not_own_a_channel_cannot_close_it(bus: Bus, fork: BaseContext, children: Children) -> None:
-    """``close()`` in a process that has not opened the channel lets go of that handle only."""
+    """``close()`` in a process that has not opened the channel closes that handle only."""
     channel = bus.subscribe()
     channel.poll(0)
     finish(children(fork, channel.close))

@@ -52,7 +52,7 @@ DROPPING = ["drop_oldest", "drop_newest"]
 
 
 class Reader:
-    """Somebody who does not read until told to."""
+    """A channel that is not read until ``go()``."""
 
     def __init__(self, channel: Channel[Any]) -> None:
         self._channel = channel
@@ -392,7 +392,7 @@ def test_of_many_larger_than_the_capacity_one_is_kept(bus: Bus, overflow: Policy
 
 
 def test_each_policy_for_itself_on_one_topic(bus: Bus, children: Children, fork: BaseContext) -> None:
-    """Slow readers of all policies and a quick one share a topic: each gets what its own policy says."""
+    """Slow readers of all policies and a quick one share a topic: each gets what its own policy gives."""
     channels = {overflow: bus.subscribe("t", overflow=overflow, capacity=20_000) for overflow in POLICIES[1:]}
     readers = {overflow: StoppedReader(channel, children, fork) for overflow, channel in channels.items()}
     quick = bus.subscribe("t", capacity=20_000)
@@ -463,7 +463,7 @@ def test_what_is_unread_in_the_pipe_counts_as_backlog(bus: Bus, overflow: Policy
     row = only_subscriber(bus)
     assert row.waiting > 0
     assert row.waiting_bytes + unread(channel) >= row.waiting * (256 + size)
-    # A run that is partly in the pipe, of one page here, counts as waiting until all of it is; and a gap is said, too.
+    # A run that is partly in the pipe, of one page here, counts as waiting until all of it is; and so does the record of a gap.
     assert capacity // 2 < backlog() <= capacity + 4096 + 64
     channel.close()
 

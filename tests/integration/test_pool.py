@@ -68,7 +68,7 @@ def content(descriptor: OwnedDescriptor) -> bytes:
 def kept() -> Iterator[tuple[OwnedDescriptor, mmap.mmap]]:
     """Memory that is kept, and the map to write it."""
     made = kept_memory(5003)
-    assert made is not None, "this system should say who has a file"
+    assert made is not None, "this system knows leases"
     mapped = shared_memory.map_for_writing(made)
     shared_memory.fill_and_seal(made, [b"abc", bytes(5000)])
     yield made, mapped
@@ -129,9 +129,9 @@ def test_somebody_has_it_as_long_as_it_can_be_read(hold: Hold, kept: Kept) -> No
     reader = reader_of(descriptor)
     assert reader is not None
     assert not is_unused(descriptor)
-    let_go = hold(reader)
+    release = hold(reader)
     assert not is_unused(descriptor)
-    let_go()
+    release()
     wait_until(lambda: is_unused(descriptor))
 
 
@@ -182,7 +182,7 @@ def test_who_opens_it_at_the_wrong_moment_does_no_harm(kept: Kept) -> None:
 
 
 def test_a_stream_is_written_into_the_same_memory(unhurried: None) -> None:
-    """From the second message of about a size on memory is kept, and it is written when its reader has let go of it."""
+    """From the second message of about a size on memory is kept, and it is written when its reader has released it."""
     there = MemoryPool()
     used = []
     for number in range(20):
@@ -239,7 +239,7 @@ def test_a_stream_may_have_several_sizes(growth: str, unhurried: None) -> None:
 
 
 def test_what_is_no_stream_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages that come seldom have memory of their own; what was kept before is let go of."""
+    """Messages that come seldom have memory of their own; what was kept before is released."""
     times = itertools.chain([0.0, 0.1, 0.2], itertools.count(2.0, 1.1))
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
     there = MemoryPool()
@@ -265,7 +265,7 @@ def test_it_lets_go_when_nothing_comes_any_more(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_signals_handler_may_come_while_memory_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be the next occasion to let go of all: the message that it has interrupted has its memory all the same."""
+    """It may be the next occasion to release all: the message that it has interrupted has its memory all the same."""
     now = 100.0
     asked = 0
 
@@ -362,7 +362,7 @@ def test_a_child_lets_go_at_a_fork(unhurried: None) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("moment", ["mapping kept memory", "unmapping kept memory"])
 def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child has no map while memory is being made, or let go of: a fork waits until that is done, or comes before."""
+    """A child has no map while memory is being made, or released: a fork waits until that is done, or comes before."""
     forked: list[Background] = []
     about_to = threading.Event()
 
@@ -374,7 +374,7 @@ def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: No
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def reach(name: str, subject: object = None) -> None:
-        if name == moment and not forked:  # else it is the child that lets go of it
+        if name == moment and not forked:  # else it is the child that releases it
             forked.append(Background(fork))
             about_to.wait(DEADLINE)
             forked[0].wait_until_blocked("fork")
@@ -394,7 +394,7 @@ def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: No
 
 
 def read_a_stream(channel: Channel[Any], results: Connection, keep: bool) -> None:
-    """Receive all up to the end, keep each or let go of it, and write over every second; report what there was, and where."""
+    """Receive all up to the end, keep each or release it, and write over every second; report what there was, and where."""
     channel.fileno()
     results.send("open")
     kept: list[tuple[int, Any]] = []
@@ -413,7 +413,7 @@ def read_a_stream(channel: Channel[Any], results: Connection, keep: bool) -> Non
 
 
 def test_a_streams_readers_and_keepers(own_memory: None, unhurried: None, fork: BaseContext, children: Children) -> None:
-    """One subscriber lets go of each message, and one keeps them all as they were and as it has changed them: with the first,
+    """One subscriber releases each message, and one keeps them all as they were and as it has changed them: with the first,
     memory is written again and again; with the second, never while it is there."""
     for keep, most in ((False, 20), (True, 0)):
         ours, theirs = fork.Pipe()

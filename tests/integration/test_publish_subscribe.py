@@ -1,4 +1,4 @@
-"""Publishing and subscribing: who gets what, in which order, in which sizes, and what the statistics say of it."""
+"""Publishing and subscribing: who gets what, in which order, in which sizes, and its statistics."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_subscriber_gets_every_message(bus: Bus) -> None:
 
 
 def test_broadcasters_live_side_by_side(every_context: BaseContext) -> None:
-    """A process may have several broadcasters, whatever it has open with the others, and none hears of another's."""
+    """A process may have several broadcasters, whatever it has open with the others, and none gets another's."""
     with start_broadcaster() as first:
         opened, unopened = first.subscribe(), first.subscribe()
         first.publish("first")
@@ -76,7 +76,7 @@ def test_functions_mean_the_same_as_the_methods(bus: Bus) -> None:
 
 
 def test_topics_select(bus: Bus) -> None:
-    """A channel hears its topics and no others; one that names none hears everything."""
+    """A channel receives its topics and no others; one that names none receives everything."""
     one, two, empty = bus.subscribe("one"), bus.subscribe("two"), bus.subscribe("")
     both, all_of_them = bus.subscribe("one", "two"), bus.subscribe()
     for number, topic in enumerate(["one", "two", "three", "", "one"]):
@@ -140,7 +140,7 @@ def test_subscribe_starts_behind_what_its_handle_has_published(bus: Bus) -> None
 def test_no_slow_joiner(bus: Bus, children: Children, fork: BaseContext) -> None:
     """Once ``subscribe`` has returned, the next message of any process reaches the channel."""
     orders, theirs = fork.Pipe()
-    child = children(fork, workers.publish_when_told, bus, theirs)
+    child = children(fork, workers.publish_on_order, bus, theirs)
     assert answer(orders) == "started"
     for number in range(100):
         with bus.subscribe() as channel:
@@ -240,7 +240,7 @@ def test_wait_for_subscribers_returns_when_they_are_there(bus: Bus, children: Ch
     bus.wait_for_subscribers(0, timeout=0)
     bus.wait_for_subscribers(1, timeout=0)
     orders, theirs = fork.Pipe()
-    children(fork, workers.subscribe_when_told, bus, ("theirs",), theirs)
+    children(fork, workers.subscribe_on_order, bus, ("theirs",), theirs)
     waiting = Background(bus.wait_for_subscribers, 2, timeout=DEADLINE)
     waiting.wait_until_blocked("wait_for_subscribers")
     orders.send("subscribe")
@@ -259,7 +259,7 @@ def test_wait_for_subscribers_of_a_topic_counts_who_gets_it(bus: Bus, children: 
     with pytest.raises(TimeoutError):
         bus.wait_for_subscribers(4, topic="room:1", timeout=0.05)
     orders, theirs = fork.Pipe()
-    children(fork, workers.subscribe_when_told, bus, ("x", "room:[1]"), theirs)
+    children(fork, workers.subscribe_on_order, bus, ("x", "room:[1]"), theirs)
     waiting = Background(bus.wait_for_subscribers, 4, topic="room:1", timeout=DEADLINE)
     orders.send("subscribe")
     waiting.result()
@@ -344,7 +344,7 @@ def test_stats_count_publishers(bus: Bus, fork: BaseContext, children: Children)
         assert bus.stats().publishers == before + 1
     wait_until(lambda: bus.stats().publishers == before)
     orders, theirs = fork.Pipe()
-    child = children(fork, workers.publish_when_told, bus, theirs)
+    child = children(fork, workers.publish_on_order, bus, theirs)
     assert answer(orders) == "started"
     orders.send("third")
     assert answer(orders) == "published"

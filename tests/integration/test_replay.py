@@ -291,7 +291,7 @@ def test_a_replay_waits_for_the_child_that_opens(start: Start, children: Childre
 
 
 def test_the_number_of_topics_is_bounded(start: Start) -> None:
-    """Of more than 4,096 topics those that were published to the longest ago are forgotten, and ``stats`` says so."""
+    """Of more than 4,096 topics those that were published to the longest ago are forgotten, and ``stats`` counts them."""
     bus = start(2)
     assert (bus.stats().history_topics, bus.stats().history_forgotten) == (0, 0)
     for number in range(4096):

@@ -1,4 +1,4 @@
-"""A broker that dies is replaced: handles and channels go on, with one gap that is said; and what the keeper decides."""
+"""A broker that dies is replaced: handles and channels go on, with one error for the gap; and what the supervisor decides."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_a_channel_that_is_not_read_again_holds_up_nobody(kept: Bus) -> None:
 
 
 def test_one_that_was_unsubscribed_still_ends(kept: Bus) -> None:
-    """It hears of the gap, and then has a clean end."""
+    """It raises for the gap, and then has a clean end."""
     channel = kept.subscribe()
     channel.poll()
     kept.unsubscribe(channel)
@@ -297,12 +297,12 @@ def test_threads_that_publish_go_on(kept: Bus) -> None:
     """Through one handle, while brokers die: the reader sees each thread's messages in order, and the last ones."""
     channel = kept.subscribe()
     channel.poll()
-    told = threading.Event()
+    done = threading.Event()
 
     def publish(thread: int) -> int:
         for number in count():
             kept.publish((thread, number))
-            if told.is_set():
+            if done.is_set():
                 return number
         raise AssertionError
 
@@ -318,7 +318,7 @@ def test_threads_that_publish_go_on(kept: Bus) -> None:
                 gaps += 1
         if turn < 3:
             kill_broker(kept)
-    told.set()
+    done.set()
     while any(thread.is_alive() for thread in threads) or channel.poll(timeout=0.2):
         try:
             thread, number = channel.recv(timeout=0.2)
@@ -351,18 +351,18 @@ def keeper_of_folder(bus: Bus) -> int:
 
 
 def test_close_does_not_wait_for_a_broker_that_died_while_it_drained(kept: Bus) -> None:
-    """A broker that was told to end is not replaced."""
+    """A broker that was asked to end is not replaced."""
     channel = kept.subscribe()
     pickle.dumps(channel)  # handed on: it would be waited for
     kept.publish(1)
     broker = psutil.Process(kept.stats().pid)
     closing = Background(kept.close, None)
-    wait_until(lambda: said(lambda: connect(kept.address).subscribe()))
+    wait_until(lambda: is_refused(lambda: connect(kept.address).subscribe()))
     broker.kill()
     closing.result()
 
 
-def said(call: Callable[[], Any]) -> bool:
+def is_refused(call: Callable[[], Any]) -> bool:
     """Whether the broker refuses it, as it is being closed."""
     try:
         call()
@@ -373,7 +373,7 @@ def said(call: Callable[[], Any]) -> bool:
 
 @pytest.mark.parametrize("opened", [False, True])
 def test_a_channel_that_nobody_holds_any_more_is_not_kept(kept: Bus, opened: bool) -> None:
-    """Whether it was let go of before or after another broker was there."""
+    """Whether it was dropped before or after another broker was there."""
     for late in (False, True):
         channel = kept.subscribe(capacity=1000)
         if opened:
@@ -434,7 +434,7 @@ def test_no_descriptor_for_a_moment_is_not_the_end(kept: Bus) -> None:
 
 
 def test_a_broker_that_dies_again_and_again_is_given_up(kept: Bus) -> None:
-    """Then everybody hears that it is lost, at once, also who waits for the next one; and nothing is left."""
+    """Then each call raises that it is lost, at once, also one that waits for the next broker; and nothing is left."""
     channel = kept.subscribe()
     channel.poll()
     for _ in range(4):

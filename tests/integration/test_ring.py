@@ -36,7 +36,7 @@ LAST = 1 << 20  # the number of the last of them
 
 
 def message(number: int, size: int = SIZE, source: Any = "") -> tuple[Any, int, bytes]:
-    """A message that says who it is, and that a wrong or torn byte shows in."""
+    """Return a message with its source and number, in which that a wrong or torn byte shows in."""
     return source, number, pattern(number, size)
 
 
@@ -93,7 +93,7 @@ def uses_ring(bus: Bus, channel: Channel[Any]) -> bool:
 
 
 def read_all(channel: Channel[Any], report: Connection) -> None:
-    """Open it, say so, and check all that comes; send home the sources and numbers, or what was wrong."""
+    """Open it, report that, and check all that comes; send home the sources and numbers, or what was wrong."""
     try:
         channel.fileno()
         report.send(os.getpid())
@@ -162,7 +162,7 @@ def next_of(channel: Channel[Any]) -> int:
 
 
 def test_who_is_stopped_killed_or_not_there_holds_up_nobody(bus: Bus, reader: Callable[..., Reader]) -> None:
-    """Readers stopped at four places of the ring: a fifth goes on; all get all, who opens late or hears little, too."""
+    """Readers stopped at four places of the ring: a fifth goes on; all get all, also one that is opened late or gets little."""
     late, quick, rare = bus.subscribe(), bus.subscribe(), bus.subscribe("rare")
     others = [reader() for _ in range(4)]
     prime(bus, os.getpid(), channels=[quick, rare], maps=3, topic="rare")
@@ -442,7 +442,7 @@ def soak_size(random: Random) -> int:
 
 
 def soak_publish(bus: Bus, name: str, seed: int, stop: Counter, report: Connection | None) -> None:
-    """Publish ``(name and topic, number, pattern)`` until told to stop; fork now and then, and let the child do it, too."""
+    """Publish ``(name and topic, number, pattern)`` until ``stop`` is set; fork now and then, and let the child do it, too."""
     random = Random(seed)
     following = dict.fromkeys(TOPICS, 0)
     forks: list[int] = []
@@ -546,9 +546,9 @@ def test_all_at_once(children: Children, fork: BaseContext) -> None:
                 else:
                     bus.unsubscribe(channel)  # it has its end, when it goes on
                     os.kill(process.pid or 0, signal.SIGCONT)
-                    told = answer(report, 2 * DEADLINE)
-                    assert isinstance(told, tuple), told
-                    received += told[0]
+                    sent = answer(report, 2 * DEADLINE)
+                    assert isinstance(sent, tuple), sent
+                    received += sent[0]
                 report.close()
                 del channel  # a reader that was killed before it had opened its channel leaves it to this process
                 add_reader()
@@ -570,12 +570,12 @@ def test_all_at_once(children: Children, fork: BaseContext) -> None:
         for *_, channel in readers:
             bus.unsubscribe(channel)
         for _, report, topics, _ in readers:
-            told = answer(report, 3 * DEADLINE)
-            assert isinstance(told, tuple), told
-            assert {source: told[1].get(source) for source in finals if source[1] in topics} == {
+            sent = answer(report, 3 * DEADLINE)
+            assert isinstance(sent, tuple), sent
+            assert {source: sent[1].get(source) for source in finals if source[1] in topics} == {
                 source: number for source, number in finals.items() if source[1] in topics
             }
-            received += told[0]
+            received += sent[0]
             report.close()
     print(f"{received} messages")
     assert received

@@ -130,7 +130,7 @@ def test_a_client_that_goes_at_once(what: str, bus: Broadcaster[Any]) -> None:
 
 
 def test_two_hundred_silent_clients(bus: Broadcaster[Any]) -> None:
-    """Many clients that say nothing, all at once, hold up nobody, and cost nothing when they have gone."""
+    """Many clients that send nothing, all at once, hold up nobody, and cost nothing when they have gone."""
     with undisturbed(bus), contextlib.ExitStack() as stack:
         for _ in range(200):
             stack.enter_context(raw(bus))
@@ -138,7 +138,7 @@ def test_two_hundred_silent_clients(bus: Broadcaster[Any]) -> None:
 
 
 def crowd(address: str, orders: Connection) -> None:
-    """For each order, connect 200 times and say nothing; report when the broker has thrown out the first of these."""
+    """For each order, connect 200 times and send nothing; report when the broker has thrown out the first of these."""
     while orders.recv():
         with contextlib.ExitStack() as stack:
             strangers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(200)]
@@ -174,7 +174,7 @@ def test_strangers_do_not_take_the_place_of_who_has_the_key(
 
 
 def test_a_connection_that_was_reset_is_tried_again(temporary_folder: Path) -> None:
-    """Who was thrown out before it could answer tries again, and again, and then hears that nobody answers."""
+    """A client that was thrown out before it could answer tries again, and again, and then raises that nothing answers."""
     address = str(temporary_folder / "resets")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
@@ -353,7 +353,7 @@ def test_a_socket_at_a_chosen_address_is_private_too(temporary_folder: Path) -> 
 
 
 def test_a_wrong_key_is_refused(bus: Broadcaster[Any]) -> None:
-    """A wrong key raises an error that multiprocessing's own handlers catch, too, and says what to do."""
+    """A wrong key raises an error that multiprocessing's own handlers catch, too, and that names what to do."""
     with undisturbed(bus):
         with pytest.raises(AuthenticationFailed) as caught:
             connect(bus.address, authkey=b"wrong")

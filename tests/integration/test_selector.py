@@ -69,7 +69,7 @@ def test_selector_opens_the_channel(bus: Bus, children: Children, fork: BaseCont
     """``select`` is one of the ways to open a channel; another process is refused from then on."""
     channel = bus.subscribe()
     results, theirs = fork.Pipe()
-    orders_child = children(fork, workers.receive_when_told, channel, theirs)
+    orders_child = children(fork, workers.receive_on_order, channel, theirs)
     assert results.poll(DEADLINE)
     assert results.recv() == "started"
     selector = Selector[Any]().select(channel)
@@ -108,7 +108,7 @@ def test_selector_receives_from_connections(bus: Bus) -> None:
 def test_process_is_reported_once_it_has_ended_joined_and_removed(children: Children, context: BaseContext) -> None:
     """A process that runs is no event; its end is reported once, with its exit code there; then it is selected no more."""
     orders, theirs = context.Pipe()
-    process = children(context, workers.exit_when_told, theirs)
+    process = children(context, workers.exit_on_order, theirs)
     selector = Selector[Any]().select(process, lambda ended: (ended, ended.exitcode))
     with pytest.raises(TimeoutError):
         selector.receive(timeout=0.05)

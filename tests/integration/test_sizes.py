@@ -90,7 +90,7 @@ def test_one_order_for_all(transport: Size, bus: Bus) -> None:
 
 
 def test_topics_patterns_and_exclusion(transport: Size, bus: Bus) -> None:
-    """Each channel gets what its topics say, once, and not what excludes it; ``with_topic`` tells which one it was."""
+    """Each channel gets what matches its topics, once, and not what excludes it; ``with_topic`` gives the one that matched."""
     with (
         bus.subscribe() as all_of_it,
         bus.subscribe("room:1") as one_room,
@@ -100,8 +100,8 @@ def test_topics_patterns_and_exclusion(transport: Size, bus: Bus) -> None:
             bus.publish(transport.message(number), topic=topic)
         bus.publish(transport.message(5), topic="room:1", exclude=rooms)
         bus.publish_many([transport.message(6), transport.message(7)], topic="room:1", exclude=all_of_it)
-        heard = everything(bus, rooms)
-        assert [(topic, number_of(message)) for topic, message in heard] == [
+        received = everything(bus, rooms)
+        assert [(topic, number_of(message)) for topic, message in received] == [
             ("room:1", 0), ("room:2", 1), ("room:1", 4), ("room:1", 6), ("room:1", 7),
         ]  # fmt: skip
         assert numbers(everything(bus, one_room)) == [0, 4, 5, 6, 7]
@@ -321,7 +321,7 @@ def test_each_way_to_receive(transport: Size, bus: Bus) -> None:
 
 
 def test_messages_that_cannot_be_pickled_or_unpickled(transport: Size, bus: Bus) -> None:
-    """They raise in their places, ``sent`` says how many came before, and the others come."""
+    """They raise in their places, ``sent`` counts those before, and the others come."""
     with bus.subscribe() as channel, bus.subscribe() as other:
         with pytest.raises(Boom):
             bus.publish((transport.message(9), CannotBePickled()))

@@ -77,7 +77,7 @@ def stalls(bus: Bus) -> dict[tuple[str, ...], set[int]]:
 
 
 def read_at(channel: Channel[Any], pace: str, report: Connection) -> None:
-    """Open it and say so; then read nothing, or a message now and then, or all, whatever was dropped, until the end."""
+    """Open it and report that; then read nothing, or a message now and then, or all, whatever was dropped, until the end."""
     channel.fileno()
     report.send(os.getpid())
     while pace == "stopped":
@@ -343,7 +343,7 @@ if __name__ == "__main__":
 
 
 def run(path: str, *arguments: str) -> tuple[list[int], list[str]]:
-    """The numbers that the program prints, and the lines that it, or its broker, says on standard error."""
+    """The numbers that the program prints, and the lines that it, or its broker, writes to standard error."""
     with Program(path, *arguments) as program:
         code, printed, errors = program.end()
         assert code == 0, errors
@@ -363,7 +363,7 @@ def test_each_publisher_that_waits_is_named(script: Script) -> None:
 
 @pytest.mark.parametrize("reader", ["own", "nobody"])
 def test_a_process_that_waits_for_itself_is_told_so(script: Script, reader: str) -> None:
-    """A process whose own full channel makes its own ``publish`` wait is told exactly that."""
+    """A process whose own full channel makes its own ``publish`` wait is warned of exactly that."""
     (subscriber, publisher, waiting), errors = run(script(STALL), reader, "0", "0.6", "{'stall_timeout': 0.3}")
     assert subscriber == publisher
     assert len(errors) == 1
@@ -408,6 +408,6 @@ if __name__ == "__main__":
 
 
 def test_slow_but_going_on_is_no_stall(script: Script) -> None:
-    """A reader that is slow, and reads all the time, makes publishers wait for moments, and nothing is said."""
+    """A reader that is slow, and reads all the time, makes publishers wait for moments, and there is no warning."""
     _, errors = run(script(SLOW))
     assert errors == []

@@ -1,4 +1,4 @@
-"""What errors and warnings say: each names what is wrong, and what to do."""
+"""The texts of errors and warnings: each names what is wrong, and what to do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Bus = Broadcaster[Any]
 
 
 def text_of(kind: type[Exception], function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
-    """What the error of a call says, with its notes."""
+    """Return the text of a call's error, with its notes."""
     with pytest.raises(kind) as caught:
         function(*arguments, **options)
     return "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
@@ -164,7 +164,7 @@ def test_wait_for_subscribers_counts_those_that_there_are(bus: Bus) -> None:
 
 
 def test_a_bad_log_config_has_its_cause_in_the_text() -> None:
-    """``logging.config`` says only which handler it was, and keeps why as the cause."""
+    """``logging.config`` names only the handler, and keeps why as the cause."""
     config = {"version": 1, "handlers": {"mine": {"class": "no.such.Handler"}}}
     text = text_of(StartError, start_broadcaster, log_config=config)
     assert "Unable to configure handler 'mine'" in text

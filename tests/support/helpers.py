@@ -100,7 +100,7 @@ def record(channel: Channel[Any]) -> list[tuple[str, int]]:
 
 
 def in_place(events: list[tuple[str, int]]) -> tuple[list[int], int]:
-    """The numbers that were received, each where those before it and the gaps say; and the one that would come next."""
+    """The numbers that were received, each at its position behind the gaps; and the one that would come next."""
     numbers = []
     place = 0
     for kind, value in events:

@@ -58,7 +58,7 @@ def numbers_until_end(channel: Channel[Any]) -> tuple[list[int], str]:
 
 
 def report_numbers(channel: Channel[Any], results: Connection) -> None:
-    """Open the channel, say so, and send home the numbers of all messages up to the end, and what that was."""
+    """Open the channel, report that, and send home the numbers of all messages up to the end, and what that was."""
     channel.fileno()
     results.send("open")
     results.send(numbers_until_end(channel))
@@ -110,7 +110,7 @@ def receive_in_need(channel: Channel[Any], orders: Connection, need: str) -> Non
         try:
             came.append(number_of(channel.recv(timeout=DEADLINE)))
         except OSError as error:
-            came.append(f"OSError {error.errno}" if str(error) else "an OSError that says nothing")
+            came.append(f"OSError {error.errno}" if str(error) else "an OSError without a text")
 
     orders.send("open")
     orders.recv()

@@ -96,7 +96,7 @@ class Counter:
 
 
 def subscriber(bus: Broadcaster[Any], report: Connection) -> None:
-    """Subscribes, says so, and at the message ``None`` reports all that came before it."""
+    """Subscribes, reports that, and at the message ``None`` reports all that came before it."""
     channel = bus.subscribe()
     channel.poll(0)
     report.send(os.getpid())
@@ -131,7 +131,7 @@ def changing_subscriber(bus: Broadcaster[Any], report: Connection) -> None:
 
 
 def idle_reader(channel: Channel[Any], report: Connection) -> None:
-    """Opens the channel and does not read; when told to, reads all and reports how many came and how it ended."""
+    """Opens the channel and does not read; on an order, reads all and reports how many came and how it ended."""
     channel.poll(0)
     report.send("open")
     report.recv()
@@ -253,7 +253,7 @@ class Program:
             left = [process.cmdline() for process in self.processes()]
             self.kill()
             out, err = self.process.communicate(timeout=timeout)
-            raise AssertionError(f"the program hangs; processes: {left}; it said {out!r} and {err!r}") from None
+            raise AssertionError(f"the program hangs; processes: {left}; it printed {out!r} and {err!r}") from None
         return self.process.returncode, out, err
 
     def processes(self) -> list[psutil.Process]:

@@ -68,8 +68,8 @@ def receive_until_end(channel: Channel[Any], results: Connection) -> None:
         results.send(describe(error))
 
 
-def receive_when_told(channel: Channel[Any], orders: Connection) -> None:
-    """Say that the process runs, leave the channel alone until told, then receive up to the end."""
+def receive_on_order(channel: Channel[Any], orders: Connection) -> None:
+    """Report that the process runs, leave the channel alone until an order comes, then receive up to the end."""
     orders.send("started")
     answer(orders)
     receive_until_end(channel, orders)
@@ -94,7 +94,7 @@ def receive_numbered(channel: Channel[Any], results: Connection) -> None:
 
 
 def receive_over_a_gap(channel: Channel[Any], bus: Broadcaster[Any], orders: Connection) -> None:
-    """Once told to, receive up to the message "end", while the broker may be replaced; send home all, then publish."""
+    """On an order, receive up to the message "end", while the broker may be replaced; send home all, then publish."""
     orders.send("here")
     answer(orders)
     seen: list[Any] = []
@@ -114,14 +114,14 @@ def subscribe_and_die(bus: Broadcaster[Any]) -> None:
 
 
 def open_and_hold(channel: Channel[Any], orders: Connection) -> None:
-    """Open the channel, say so, and hold it until told."""
+    """Open the channel, report that, and hold it until an order comes."""
     channel.fileno()
     orders.send(os.getpid())
     answer(orders, 3 * DEADLINE)
 
 
 def record_channel(channel: Channel[Any], results: Connection) -> None:
-    """Open the channel, say so, and send home all that it gives up to the clean end, and its ``missed``."""
+    """Open the channel, report that, and send home all that it gives up to the clean end, and its ``missed``."""
     channel.fileno()
     results.send("open")
     try:
@@ -131,7 +131,7 @@ def record_channel(channel: Channel[Any], results: Connection) -> None:
 
 
 def publish_patterns(bus: Broadcaster[Any], orders: Connection, topic: str, size: int) -> None:
-    """Publish ``(number, pattern)`` without end, until told to stop; then send home how many."""
+    """Publish ``(number, pattern)`` until an order to stop comes; then send home how many."""
     orders.send("started")
     number = 0
     while not orders.poll(0):
@@ -155,23 +155,23 @@ def publish_numbers(bus: Broadcaster[Any], name: str, count: int) -> None:
         bus.publish((name, number))
 
 
-def publish_when_told(bus: Broadcaster[Any], orders: Connection) -> None:
-    """Publish each thing that comes through the pipe, say so, and end at ``None``."""
+def publish_on_order(bus: Broadcaster[Any], orders: Connection) -> None:
+    """Publish each thing that comes through the pipe, report that, and end at ``None``."""
     orders.send("started")
     while (message := orders.recv()) is not None:
         bus.publish(message)
         orders.send("published")
 
 
-def subscribe_when_told(bus: Broadcaster[Any], topics: tuple[str, ...], orders: Connection) -> None:
-    """Subscribe once told to, and hold the channel until told again."""
+def subscribe_on_order(bus: Broadcaster[Any], topics: tuple[str, ...], orders: Connection) -> None:
+    """Subscribe once an order has come, and hold the channel until the next one."""
     answer(orders)
     with bus.subscribe(*topics):
         answer(orders, 3 * DEADLINE)
 
 
 def subscribe_and_send_away(bus: Broadcaster[Any], orders: Connection) -> None:
-    """Subscribe for whoever is at the other end, close the broadcaster's handle, and live on until told."""
+    """Subscribe for the process at the other end, close the broadcaster's handle, and live on until an order comes."""
     orders.send(bus.subscribe())
     bus.close()
     orders.send("detached")
@@ -179,7 +179,7 @@ def subscribe_and_send_away(bus: Broadcaster[Any], orders: Connection) -> None:
 
 
 def hear_itself(bus: Broadcaster[Any], results: Connection) -> None:
-    """Subscribe and publish in one process: once heard, once excluded; send home what was heard."""
+    """Subscribe and publish in one process: once received, once excluded; send home what was received."""
     channel = bus.subscribe()
     bus.publish("to all")
     bus.publish("to all others", exclude=channel)
@@ -199,13 +199,13 @@ def exit_with(code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def exit_when_told(orders: Connection) -> None:
-    """End once told to."""
+def exit_on_order(orders: Connection) -> None:
+    """End once an order has come."""
     answer(orders, 3 * DEADLINE)
 
 
-def signal_until_told(pid: int, number: int, orders: Connection) -> None:
-    """Send a signal again and again, until told to stop."""
+def signal_until_order(pid: int, number: int, orders: Connection) -> None:
+    """Send a signal again and again, until an order comes."""
     while not orders.poll(0):
         os.kill(pid, number)
         time.sleep(0.0001)
