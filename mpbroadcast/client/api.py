@@ -111,7 +111,7 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
 def publish(
     bus: Broadcaster[M], message: M, *, topic: str = "", exclude: Channel[Any] | None = None, timeout: float | None = None
 ) -> None:
-    """:meth:`Broadcaster.publish`, as a function."""
+    """Call :meth:`Broadcaster.publish`."""
     _checked(bus).publish(message, topic=topic, exclude=exclude, timeout=timeout)
 
 
@@ -150,12 +150,12 @@ def subscribe(
     replay: int = 0,
     with_topic: bool = False,
 ) -> Channel[Any]:
-    """:meth:`Broadcaster.subscribe`, as a function."""
+    """Call :meth:`Broadcaster.subscribe`."""
     return _checked(bus).subscribe(*topics, overflow=overflow, capacity=capacity, replay=replay, with_topic=with_topic)
 
 
 def unsubscribe(bus: Broadcaster[Any], channel: Channel[Any]) -> None:
-    """:meth:`Broadcaster.unsubscribe`, as a function."""
+    """Call :meth:`Broadcaster.unsubscribe`."""
     _checked(bus).unsubscribe(channel)
 
 
