@@ -214,7 +214,7 @@ class Machine(RuleBasedStateMachine):
 
     policy = ""
 
-    @initialize(capacity=st.sampled_from([1, 3000, 10_000, 30_000, 100_000]), pages=st.sampled_from([1, 2, 1, 16]))
+    @initialize(capacity=st.sampled_from([1, 3000, 10_000, 30_000, 100_000, 300_000]), pages=st.sampled_from([1, 2, 16, 16]))
     def begin(self, capacity: int, pages: int) -> None:
         self.account = Account()
         self.backlog = new_backlog(capacity, self.policy)
@@ -243,9 +243,10 @@ class Machine(RuleBasedStateMachine):
             if not charges:
                 return
         before = backlog.charge
-        left = backlog.left
-        backlog.put(run_of(batch, self.account))
+        left, first = backlog.left, len(plain.fates)
+        entered = backlog.put(run_of(batch, self.account))
         plain.put(charges)
+        assert entered == (backlog.entered if plain.waiting and plain.waiting[-1] >= first else 0)
         self.puts += 1
         self.promised.append((backlog.entered, len(plain.fates)))
         assert backlog.left >= left
@@ -261,6 +262,7 @@ class Machine(RuleBasedStateMachine):
         """Let the pipe take what it has room for, the less of it the worse its pages are used."""
         backlog, plain = self.backlog, self.plain
         if backlog.is_empty:
+            assert not backlog.to_write()
             return
         if backlog.drops:
             self.refresh()
