@@ -233,10 +233,11 @@ class ReceivingEnd:
         self._lock = locks.rlock()
         self._is_subscriber = False
         if self.pipe is not None or self._former is not None:
-            self._owner = os.getppid()
+            owner = os.getppid()
+            state = self.state if self.is_closed else transition(self.state, ELSEWHERE)
+            # No call from here on, so that an interrupt finds all of it or nothing.
+            self.state, self._owner = state, owner
             self.pipe = self._former = None
-            if not self.is_closed:
-                self._move(ELSEWHERE)
         self.shared = None
 
     def closed_error(self) -> ClosedError:
