@@ -85,7 +85,7 @@ class Intake:
     def _reject(self, publisher: Publisher, error: Exception) -> None:
         """Refuse a publisher, whatever is wrong with what it has sent: it does not end the broker."""
         if not isinstance(error, FrameError):
-            log.error("what process %d sent was not understood", publisher.pid, exc_info=error)
+            log.error("bytes of process %d could not be parsed", publisher.pid, exc_info=error)
         self.refuse(publisher, str(error))
 
     def refuse(self, publisher: Publisher, error: str) -> None:

@@ -69,7 +69,7 @@ class MemoryExchange:
                 self._watch_ring(lender, list(lender.rings.values())[-1])
 
     def _watch_ring(self, lender: Lender, ring: Ring) -> None:
-        """Look in a moment what has been read of a ring, as its publisher waits for a chunk."""
+        """Call :meth:`_look` in 10 ms, as the ring's publisher waits for a chunk."""
         moved = {subscription: subscription.window.moved for subscription in ring.readers if subscription.window is not None}
         self._poller.later(_GRACE, partial(self._look, lender, ring, ring.freed, moved))
 

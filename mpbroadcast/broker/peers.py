@@ -27,7 +27,7 @@ class Peers:
         self._is_sweeping = False
 
     def get(self, pid: int) -> Peer:
-        """Return the peer with this process ID, which is known to live.
+        """Return the peer with this process ID; the caller knows that the process lives.
 
         :raises ProcessLookupError: it does not any more.
         """

@@ -73,7 +73,7 @@ class Routing:
                 _done(item, publisher)
                 continue
             except Exception as error:  # an item that the broker cannot route costs its publisher, and no other one
-                log.exception("what process %d published could not be routed", publisher.pid)
+                log.exception("a message of process %d could not be routed", publisher.pid)
                 self.refused[publisher] = str(error)
                 continue
             if full is not None:

@@ -208,7 +208,7 @@ class Channel(Generic[M]):
                 read_into(self._stream, pipe.fd, 1)
 
     def poll(self, timeout: float | None = 0.0) -> bool:
-        """Return True if :meth:`recv` would not block, within ``timeout`` seconds: it would return a message, or raise.
+        """Block until :meth:`recv` would return or raise at once, at most ``timeout`` seconds. Return True if it would.
 
         :raises ClosedError, ChannelInUse: as :meth:`recv`.
         :raises BrokerLost: the channel was not opened before the broker died.

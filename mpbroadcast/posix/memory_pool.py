@@ -41,7 +41,7 @@ _SLICE: Final = 1 << 22  # bytes to go through at once: other threads, and signa
 
 
 class MemoryPool:
-    """The memory for messages: new or not, as it comes. Several threads may ask at once."""
+    """Memory for large messages: that of an earlier one if it is free, else new. Several threads may use it at once."""
 
     def __init__(self) -> None:
         # A signal handler may come in while its own thread has it. Nothing waits under it, and nothing loops: from Python 3.12

@@ -215,7 +215,7 @@ def size_of(descriptor: OwnedDescriptor) -> int:
 
 
 def read_memory(fd: int, size: int, offset: int = 0) -> bytes:
-    """Return these bytes of it; fewer where it ends before."""
+    """Return ``size`` bytes of the memory from ``offset`` on; fewer where it ends before."""
     data = b""
     while size > len(data) and (more := os.pread(fd, size - len(data), offset + len(data))):
         data = data + more if data else more

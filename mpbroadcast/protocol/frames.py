@@ -293,7 +293,7 @@ class Splitter:
         parts += part  # a list of short parts would take many times their bytes
         self.unfinished += len(part)
         if self.unfinished > MAX_FRAME:
-            raise FrameError("more of unfinished messages than one message may have")
+            raise FrameError("more bytes of unfinished messages than one message may have")
         if last:
             frame = self._drop(message_id)
             if len(frame) < HEAD.size or HEAD.unpack_from(frame)[0] != len(frame):
@@ -309,7 +309,7 @@ class Splitter:
 
 
 def _repeats(chunk: bytes, position: int, size: int, skip: int, most: int) -> int:
-    """Return how many frames from ``position`` on, ``most`` at the most, have the head of the one before it, of ``size`` bytes.
+    """Return how many frames of ``size`` bytes from ``position`` on, at most ``most``, have the head of the frame before it.
 
     Compares a byte of all their heads at once, in slices: a fraction of what a loop over frames costs.
     """
@@ -325,7 +325,7 @@ def _references(chunk: bytes, start: int, end: int) -> References:
     size, tag = HEAD.unpack_from(chunk, start)
     skip, topic, exclude = _route(chunk[start : start + size], size, REFERENCE)
     if size != skip + _REFERENCE.size:
-        raise FrameError(f"a reference of {size} bytes")
+        raise FrameError(f"a reference frame of {size} bytes")
     same = chunk[start : start + skip + 4]  # with the ring's id
     position = start
     last = min(end, start + _MOST_REFERENCES) - size
@@ -334,12 +334,12 @@ def _references(chunk: bytes, start: int, end: int) -> References:
     while room > 0 and position <= last and chunk.startswith(same, position):
         length = _REFERENCE.unpack_from(chunk, position + skip)[2]
         if skip + length > MAX_FRAME:
-            raise FrameError(f"a reference to {length} bytes")
+            raise FrameError(f"a reference to {length} bytes, more than a message may have")
         sizes.append(skip + length)
         room -= length
         position += size
     if not sizes:
-        raise FrameError("a reference with too long a topic")
+        raise FrameError("a reference frame whose topic is too long")
     frames = chunk[start:position]
     (ring,) = _RING.unpack_from(chunk, start + skip)
     return References(frames, sizes, topic, exclude, skip, bool(tag & IMAGE), ring)
@@ -354,10 +354,10 @@ def _memfd_message(frame: bytes) -> MemfdMessage:
     size, tag = HEAD.unpack_from(frame)
     skip, topic, exclude = _route(frame, size, MEMORY)
     if size != skip + _MEMORY.size:
-        raise FrameError(f"the frame of {size} bytes of a message in memory")
+        raise FrameError(f"a memory frame of {size} bytes")
     message_id, length = _MEMORY.unpack_from(frame, skip)
     if skip + length > MAX_FRAME:
-        raise FrameError(f"a message of {length} bytes in memory")
+        raise FrameError(f"a message of {length} bytes in memory of its own, more than a message may have")
     image = bool(tag & IMAGE)
     return MemfdMessage(message_id, length, topic, exclude, frame_head(length, topic, exclude, IMAGE if image else 0), image)
 

@@ -91,7 +91,7 @@ class Run:
         return [size + OVERHEAD for size in array("I", self.data[RUN.size : RUN.size + 4 * self.count])]
 
     def copied(self) -> Run:
-        """Return the messages in no shared memory."""
+        """Return a run with the same messages that needs no shared memory."""
         return self
 
     def part(self, start: int, stop: int) -> Run:

@@ -60,9 +60,9 @@ class Budget:
         self._whole = whole
 
     def check(self, cost: Cost) -> None:
-        """Check that so much is left.
+        """Check that ``cost`` fits into what is left of this budget, and of the one that it is a part of.
 
-        :raises OverBudget: less is left.
+        :raises OverBudget: it does not.
         """
         for name, spent, more, most in zip(_NAMES, self.spent, cost, self.limit, strict=True):
             if spent + more > most:
@@ -72,13 +72,13 @@ class Budget:
             self._whole.check(cost)
 
     def spend(self, cost: Cost) -> None:
-        """Count it, whether there is so much left or not."""
+        """Add ``cost`` to what is spent, without a check."""
         self.spent = self.spent.plus(cost)
         if self._whole is not None:
             self._whole.spend(cost)
 
     def release(self, cost: Cost) -> None:
-        """Count it no more."""
+        """Subtract ``cost`` from what is spent."""
         self.spend(cost.negated())
 
     @property

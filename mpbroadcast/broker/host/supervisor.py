@@ -67,7 +67,7 @@ def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], b
             return
         why = f"was ended by signal {-status}" if status < 0 else f"has ended with exit code {status}"
         if not wanted():
-            log.error("the broker (process %d) %s: no other one is wanted", child, why)
+            log.error("the broker (process %d) %s, not ready yet or being closed: no other one is started", child, why)
             return
         pause = patience.pause(clock())
         trap_points.reach("replacing")
