@@ -40,7 +40,7 @@ def set_channel(error: Exception, channel: object) -> None:
 
 
 def _without_channel(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Return the attributes with a note in the position of the channel."""
+    """Return the attributes without the channel, and with a note that names it."""
     state = dict(attributes)
     channel = state.pop("channel", None)
     if channel is not None:

@@ -181,7 +181,7 @@ class Registry:
     def route(
         self, subscription: Subscription, topics: list[str], made: Mapping[str, Matcher] | None = None, *, is_last: bool = True
     ) -> None:
-        """Route these topics to it, too; ``made`` are matchers of the patterns. With the last of them it is written down."""
+        """Add topics to a subscription; ``made`` are matchers of the patterns. The journal is written with the last of them."""
         self._router.add(subscription, topics, made)
         self.has_changed = True
         if is_last:
@@ -198,16 +198,16 @@ class Registry:
 
     @staticmethod
     def begin_behind(publisher: Publisher, subscription: Subscription, before: tuple[str, ...] = ()) -> None:
-        """Route nothing to it that this publisher has written until now, but for its topics from ``before``."""
+        """Route nothing to the subscription that this publisher has written until now, but for the topics in ``before``."""
         if not publisher.all_routed:
             entry = (subscription, before)
             publisher.not_yet.append(entry)
             publisher.after_written(partial(publisher.not_yet.remove, entry))
 
     def add_topics(self, subscription: Subscription, session: Session, cost: Cost) -> None:
-        """Prepare it for topics of this cost, which :meth:`route` adds, from behind what the session has published.
+        """Spend the cost of topics that :meth:`route` adds next. They begin behind what the session has published until now.
 
-        :raises OverBudget: its session has no room for them.
+        :raises OverBudget: the subscription's session has no room for them.
         """
         subscription.session.budget.check(cost)
         self._spend(subscription, cost)

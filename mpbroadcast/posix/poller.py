@@ -89,7 +89,7 @@ class Poller:
             heapq.heappop(self._timers)[2]()
 
     def close_forgotten(self) -> None:
-        """End the round."""
+        """Close the descriptors that :meth:`close` was called for, at the end of the round."""
         while self._closing:
             os.close(self._closing.pop())
 

@@ -21,7 +21,7 @@ _UNCOUNTED: Final = 1 << 18  # bytes, of all sessions: what an ordinary program 
 
 
 class OverBudget(Exception):
-    """More than there may be."""
+    """A session, or all sessions together, would have more than they may have."""
 
 
 class Cost(NamedTuple):
