@@ -50,7 +50,7 @@ def isolated() -> Callable[[str], object]:
 def test_a_handle_in_an_isolated_interpreter() -> None:
     """It connects, publishes and subscribes there, where psutil cannot be imported; large messages, too."""
     run = isolated()
-    # A process that Python 3.15 forks beside another interpreter is killed by SIGSEGV.
+    # A process that Python 3.14 or 3.15 forks beside another interpreter is killed by SIGSEGV (cpython#139759).
     spawn = multiprocessing.get_context("spawn")
     with start_broadcaster(context=spawn, authkey=KEY) as bus, bus.subscribe("from the other") as channel:
         code = EXCHANGE.format(address=bus.address, key=KEY, count=COUNT, deadline=DEADLINE)
