@@ -108,9 +108,10 @@ class SharedWriter(PipeWriter):
 
     def _request_socket(self, deadline: Deadline) -> DescriptorSocket | None:
         now = time.monotonic()
-        if now < self._no_socket_before:
-            return None
-        self._no_socket_before = now + _SOCKET_PATIENCE  # no call since it was read, so only one thread comes here
+        with self._lock:  # so that a single thread sends the request, also without the GIL
+            if now < self._no_socket_before:
+                return None
+            self._no_socket_before = now + _SOCKET_PATIENCE
         with contextlib.suppress(OSError):  # no descriptor is left, here or in the broker
             deadline = for_reply(deadline)
             reply = self._client.request("fd_socket", session=self.session, publisher=self.id, deadline=deadline)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
+import shutil
+import subprocess
 import sys
+import sysconfig
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mpbroadcast
 from mpbroadcast import Broadcaster, connect, start_broadcaster
 from tests.support.helpers import DEADLINE, Background, take
 
+ROOT = Path(mpbroadcast.__file__).parent.parent
 KEY = b"of the test"
 COUNT = 1000
 
@@ -81,3 +88,62 @@ def test_threads_with_an_event_loop_each(bus: Broadcaster[Any]) -> None:
     received = [thread.result() for thread in threads]
     assert sorted(received[0]) == [(number, turn) for number in range(loops) for turn in range(100)]
     assert all(one == received[0] for one in received)
+
+
+MANY_THREADS = """
+import sys
+from threading import Thread
+from mpbroadcast import connect, start_broadcaster
+
+SIZES = (20, 3_000, 20, 60_000, 400_000, 20, 2_500_000)
+COUNT = 70
+received = []
+
+def message(publisher, index):
+    return publisher, index, bytes([index]) * SIZES[index % len(SIZES)]
+
+def publish(publisher):
+    for index in range(COUNT):
+        bus.publish(message(publisher, index), topic=str(publisher % 2))
+
+def receive():
+    last = [-1] * 8
+    for publisher, index, data in channel:
+        assert last[publisher] < index and (publisher, index, data) == message(publisher, index)
+        last[publisher] = index
+        received.append((publisher, index))
+
+if __name__ == "__main__":
+    with start_broadcaster() as bus:
+        channel, unopened, other = bus.subscribe("0", "1"), bus.subscribe("unopened"), connect(bus.address)
+        publishing = [Thread(target=publish, args=(publisher,)) for publisher in range(8)]
+        receiving = [Thread(target=receive) for _ in range(8)]
+        for thread in publishing + receiving:
+            thread.start()
+        for thread in publishing:
+            thread.join()
+        other.publish_many([bytes(3_000_000)] * 3, topic="nobody")
+        bus.flush()
+        bus.unsubscribe(channel)
+        for thread in receiving:
+            thread.join()
+        assert sorted(received) == [(publisher, index) for publisher in range(8) for index in range(COUNT)]
+        print("in turn" if getattr(sys, "_is_gil_enabled", lambda: True)() else "parallel")
+"""
+
+
+@pytest.mark.parametrize("python", [sys.executable, "python3.13t", "python3.14t", "python3.15t"])
+def test_many_threads_use_one_handle_and_one_channel(python: str, tmp_path: Path) -> None:
+    """Each message comes once and whole, and those of a thread in its order; without the GIL, too, where it can be had.
+
+    The program's globals outlive those of the modules there: nothing is reported for that at the end.
+    """
+    program = tmp_path / "program.py"
+    program.write_text(MANY_THREADS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = shutil.which(python)
+    if command is None or subprocess.run([command, "-c", "import psutil"], capture_output=True, check=False).returncode:
+        pytest.skip(f"there is no {python} with psutil")
+    done = subprocess.run([command, program], env=environment, capture_output=True, text=True, check=False)
+    parallel = python != sys.executable or bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "parallel\n" if parallel else "in turn\n", "")
