@@ -256,7 +256,7 @@ class BrokerClient:
 
     def __del__(self) -> None:
         session: Session | None = getattr(self, "_session", None)
-        if session is not None:
+        if session is not None and _last_notes is not None:  # else the interpreter has cleared this module
             notes = b"".join(map(_drop_note, list(self.dropped))) + encode({"do": "detach", "end": self.ends_broker})
             _last_notes.append((session.lifeline, notes))
             _send_last_notes()

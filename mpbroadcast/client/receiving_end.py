@@ -215,7 +215,7 @@ class ReceivingEnd:
 
     def drop(self) -> None:
         """End the subscription from a finaliser, unless another process has it or can open it."""
-        if self.state is CLOSED or self._owner:
+        if CLOSED is None or self.state is CLOSED or self._owner:  # without CLOSED the interpreter has cleared this module
             return
         if self.can_be_opened_elsewhere:
             self._leave_to_heirs()

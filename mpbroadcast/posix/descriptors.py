@@ -34,7 +34,8 @@ class OwnedDescriptor:
                 os.close(fd)
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):  # else an interrupt came before there was one
+        # Without `_fd` an interrupt came before there was one; without `fork_lock` the interpreter has cleared this module.
+        if hasattr(self, "_fd") and fork_lock is not None:
             OwnedDescriptor.close(self)
 
 

@@ -98,5 +98,6 @@ class DescriptorSocket(socket.socket):
         received.extend(map(self.recvmsg, (_PACKET,), (SPACE,), (CLOEXEC,)))
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # an interrupt came before it was made
-            self.close()
+        if fork_lock is not None:  # see OwnedDescriptor
+            with contextlib.suppress(AttributeError):  # an interrupt came before it was made
+                self.close()

@@ -154,7 +154,7 @@ class _Kept:
         self.descriptor.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_map"):
+        if hasattr(self, "_map") and fork_lock is not None:  # else the interpreter has cleared this module
             self.close()
 
 
