@@ -30,6 +30,7 @@ Bus = Broadcaster[Any]
 pytestmark = pytest.mark.skipif(not available(), reason="there is no memory to share here")
 
 RING = CHUNK * CHUNKS
+RINGS = 4  # of one publisher at the most
 SIZE = 16_000  # bytes of a usual message here
 PRIME = "prime"  # the source of messages that only bring the ring into use
 LAST = 1 << 20  # the number of the last of them
@@ -206,7 +207,8 @@ def test_a_full_ring_is_no_limit(bus: Bus, reader: Callable[..., Reader]) -> Non
     with contextlib.suppress(TimeoutError):
         for published in count():
             bus.publish(message(published), timeout=0.3)
-    assert capacity * 0.7 < published * SIZE < capacity + 2 * RING
+    # The rest is in the ring, and in others if the broker is so slow that no chunk of it seems free.
+    assert capacity * 0.7 < published * SIZE < capacity + RINGS * RING + (1 << 20)
     for other in others:
         other.signal(signal.SIGCONT)
     with bus.subscribe() as channel:
