@@ -24,7 +24,7 @@ M = TypeVar("M")
 
 DEFAULT_CAPACITY: Final = 64 << 20  # bytes
 CLOSE_TIMEOUT: Final = 5.0  # seconds
-_MARGIN: Final = 0.6  # seconds that a broker's replies and end may take longer than the timeout of close()
+_MARGIN: Final = 0.5  # seconds that a broker's replies and end may take longer than the timeout of close()
 
 
 class _Process(Protocol):
