@@ -383,6 +383,8 @@ def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: No
     there = MemoryPool()
     for _ in range(2):
         there.memory([bytes(SIZE)], SIZE)
+    for thread in forked:
+        thread.join(DEADLINE)  # or it may fork in a collection, between the end of the hooks and the finalisers
     cycle: list[Any] = [there]
     cycle.append(cycle)
     del there, cycle
