@@ -34,7 +34,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import pytest
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-AT_ONCE: Final = 1
+AT_ONCE: Final = 2
 MEMORY: Final = 8 << 30  # bytes of addresses that a mutant may have
 
 # Modules by their names, wherever they are, or what is in them.
@@ -90,6 +90,10 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     ),
     "the size of a pipe is known before it is written to": ("Backlog.__init__: self.pipe_size = 0 -> self.pipe_size = 1",),
     "nothing was missed before": ("Disconnect.put: self.missed += 1 -> self.missed = 1",),
+    "what was dropped is in a note or counted, never both": (
+        "_Dropping._drop: self._gap += runs[index].missed -> self._gap = ",
+    ),
+    "it is dropped as a run without messages": ("_Dropping._drop: del runs[index] -> pass",),
     "nothing is used before the first message": ("Holds.__init__: -1 ->", "Holds.__init__: [0] -> [1] #2"),
     "there is always one": ("Holds.arrived: -1 -> 0",),
     "a run that fits, or a single message, is not cut, nor is one cut into all of it and nothing": (

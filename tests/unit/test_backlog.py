@@ -516,6 +516,11 @@ def test_a_capacity_can_be_used_to_its_last_byte() -> None:
     assert not backlog.takes(run.charge)
     backlog.pipe, backlog.referred = 0, 1
     assert (backlog.takes(run.charge), backlog.charge) == (False, 1)
+    for more, missed in ((0, 0), (1, 1)):
+        backlog = new_backlog(2 * run.charge - more, "drop_oldest")
+        backlog.put(run)
+        backlog.put(run)
+        assert backlog.missed == missed
 
 
 def test_many_tiny_messages_are_cut_to_what_the_pipe_takes_for_certain() -> None:
