@@ -31,10 +31,6 @@ from tests.support.helpers import (
 Bus = Broadcaster[Any]
 
 
-# Python 3.12 and later warn when a process with threads forks, which is what these tests are about
-quiet_forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-
-
 # --- a channel for a child --------------------------------------------------------------------------------------------
 
 
@@ -249,7 +245,6 @@ def test_what_no_forked_process_can_open_any_more_is_dropped(
     wait_until(lambda: not bus.stats().memory)
 
 
-@quiet_forks
 def test_many_forks_leave_little(bus: Bus, children: Children, fork: BaseContext, pipe: tuple[Connection, Connection]) -> None:
     """Of the processes that have ended nothing is kept, and one that lives is noticed among them."""
     channel = bus.subscribe()
@@ -308,7 +303,6 @@ def test_broadcaster_goes_to_a_running_pool(bus: Bus, every_context: BaseContext
     assert sorted(take(channel, 20)) == list(range(20))
 
 
-@quiet_forks
 def test_broadcaster_goes_to_a_process_pool_executor(bus: Bus, context: BaseContext) -> None:
     """Tasks of a ``ProcessPoolExecutor`` publish through a broadcaster among their arguments."""
     channel = bus.subscribe()
@@ -338,7 +332,6 @@ def test_broadcaster_comes_back_from_its_pickle(bus: Bus) -> None:
     assert everything(bus, channel) == ["through the original"]
 
 
-@quiet_forks
 def test_handle_survives_a_fork_while_another_thread_publishes(bus: Bus, children: Children, fork: BaseContext) -> None:
     """Forked at any moment of the parent's publishing, a child publishes at once, and neither harms the other."""
     channel = bus.subscribe(capacity=1 << 32)

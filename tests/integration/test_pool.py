@@ -359,7 +359,6 @@ def test_a_child_lets_go_at_a_fork(unhurried: None) -> None:
     assert content(there.memory([b"x" * SIZE], SIZE))[:SIZE] == b"x" * SIZE
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("moment", ["mapping kept memory", "unmapping kept memory"])
 def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child has no map while memory is being made, or released: a fork waits until that is done, or comes before."""

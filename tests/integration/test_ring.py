@@ -398,7 +398,6 @@ def publish_after_a_look(bus: Bus, channel: Channel[Any], source: str, amount: i
     report.send(shared_maps(os.getpid()))
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_publisher_and_subscriber_fork_in_the_middle(bus: Bus, children: Children, fork: BaseContext) -> None:
     """Parent, its threads, and children that are made meanwhile all publish, in rings of their own; none spoils another."""
     channel = bus.subscribe()
@@ -491,7 +490,6 @@ def soak_read(channel: Channel[Any], seed: int, report: Connection) -> None:
         report.send(repr(error))
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.soak
 @pytest.mark.timeout(int(float(os.environ.get("MPBROADCAST_SOAK", "3"))) + 120)
 def test_all_at_once(children: Children, fork: BaseContext) -> None:
