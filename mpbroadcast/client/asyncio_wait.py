@@ -1,9 +1,12 @@
-"""Tasks of asyncio that wait for a descriptor: several tasks, in several loops."""
+"""Tasks of asyncio that wait for a descriptor: several tasks, in several loops.
+
+``asyncio`` is imported by the first task that waits, as it takes as long to import as all of this package.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+from typing import Any
 
 
 class AsyncWaiters:
@@ -12,12 +15,14 @@ class AsyncWaiters:
     __slots__ = ("_waiters",)
 
     def __init__(self) -> None:
-        self._waiters: dict[tuple[asyncio.AbstractEventLoop, int], set[asyncio.Future[None]]] = {}
+        self._waiters: dict[tuple[Any, int], set[Any]] = {}  # loop and descriptor -> futures
 
     async def readable(self, fd: int) -> None:
         """Wait until the descriptor is readable, or until :meth:`wake`."""
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[None] = loop.create_future()
+        from asyncio import get_running_loop
+
+        loop = get_running_loop()
+        waiter = loop.create_future()
         waiters = self._waiters.setdefault((loop, fd), set())
         if not waiters:
             loop.add_reader(fd, _wake, waiters)
@@ -32,22 +37,33 @@ class AsyncWaiters:
 
     def wake(self) -> None:
         """Wake all tasks, from any thread: the descriptor that they wait for is not the source's any more."""
+        if not self._waiters:
+            return
+        from asyncio import get_running_loop
+
         for loop, fd in list(self._waiters):
             waiters = self._waiters.pop((loop, fd), set())
             with contextlib.suppress(RuntimeError):  # this thread runs no loop
-                if asyncio.get_running_loop() is loop:
+                if get_running_loop() is loop:
                     _release(loop, fd, waiters)
                     continue
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_release, loop, fd, waiters)
 
 
-def _release(loop: asyncio.AbstractEventLoop, fd: int, waiters: set[asyncio.Future[None]]) -> None:
+async def give_turn() -> None:
+    """Let the other tasks of this loop run."""
+    from asyncio import sleep
+
+    await sleep(0)
+
+
+def _release(loop: Any, fd: int, waiters: set[Any]) -> None:
     loop.remove_reader(fd)
     _wake(waiters)
 
 
-def _wake(waiters: set[asyncio.Future[None]]) -> None:
+def _wake(waiters: set[Any]) -> None:
     for waiter in waiters:
         if not waiter.done():
             waiter.set_result(None)

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import select
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -20,7 +19,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 from mpbroadcast import trap_points
-from mpbroadcast.client.asyncio_wait import AsyncWaiters
+from mpbroadcast.client.asyncio_wait import AsyncWaiters, give_turn
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel_state import OPEN
 from mpbroadcast.client.pipe_reader import END_OF_MESSAGES, LOST, LOST_FOR_GOOD, End, Stream, follow, read_into
@@ -248,7 +247,7 @@ class Channel(Generic[M]):
     async def __anext__(self) -> M:
         self._turn = (self._turn + 1) % _TURN
         if not self._turn:
-            await asyncio.sleep(0)
+            await give_turn()
         while True:
             try:
                 return self.recv(0.0)

@@ -302,11 +302,11 @@ def test_the_broker_never_unpickles_through_others() -> None:
 
 
 def test_an_import_loads_no_broker() -> None:
-    """Who only connects, publishes and subscribes needs neither psutil nor any module of the broker."""
+    """A process that only connects, publishes and subscribes loads neither asyncio nor psutil, nor any module of the broker."""
     code = "import sys, mpbroadcast; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert "mpbroadcast.client.broker_client" in loaded
-    assert not [name for name in loaded if name == "psutil" or name.startswith("mpbroadcast.broker")]
+    assert not [name for name in loaded if name in ("asyncio", "psutil") or name.startswith("mpbroadcast.broker")]
 
 
 def test_all_is_exactly_the_public_names() -> None:
