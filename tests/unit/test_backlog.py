@@ -444,7 +444,7 @@ def test_each_policy_does_what_a_plain_list_does(policy: str) -> None:
 
 def test_another_policy_takes_over() -> None:
     """The gap that has not been said is said by the same policy only."""
-    for policy, said in (("drop_oldest", [("gap", 2)]), ("drop_newest", [])):
+    for policy, said in (("drop_oldest", [("gap", 2)]), ("drop_newest", []), ("latest", [])):
         backlog = new_backlog(charge_of(0, 100), "drop_oldest")
         backlog.put(messages(0, 3))
         backlog = under(policy, backlog)
@@ -520,6 +520,9 @@ def test_a_capacity_can_be_used_to_its_last_byte() -> None:
         backlog = new_backlog(2 * run.charge - more, "drop_oldest")
         backlog.put(run)
         backlog.put(run)
+        assert backlog.missed == missed
+        backlog = new_backlog(2 * run.charge - more, "drop_oldest")
+        backlog.put(a_run(2))
         assert backlog.missed == missed
 
 
