@@ -86,8 +86,6 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "_references: room > 0 -> room > 1",
         "_Dropping.to_write: 2 * self.pipe -> 3 * self.pipe",
         "_Dropping.to_write: 2 * PIPE_BUF -> 3 * PIPE_BUF",
-        "Backlog._joined: total = 0 -> total = 1",
-        "Backlog._joined: total > limit -> total >= limit",
     ),
     "the size of a pipe is known before it is written to": ("Backlog.__init__: self.pipe_size = 0 -> self.pipe_size = 1",),
     "nothing was missed before": ("Disconnect.put: self.missed += 1 -> self.missed = 1",),
