@@ -59,7 +59,7 @@ class Registry:
         self.openings: dict[Subscription, ControlConnection] = {}  # those that are being opened, and over which connection
         self.dropped_early: deque[int] = deque(maxlen=1024)  # subscriptions whose request may still come, if it was interrupted
         self.former_owners: OrderedDict[int, int] = OrderedDict()  # subscription -> process that had it open
-        self.to_remove: deque[tuple[Subscription, str]] = deque()  # with the reason
+        self.to_remove: OrderedDict[int, tuple[Subscription, str]] = OrderedDict()  # by their IDs, each with the reason
         self.has_changed = False  # subscriptions or their topics, since the server looked
         self._poller = poller
         self._peers = peers
@@ -187,6 +187,14 @@ class Registry:
         if is_last:
             self._write_down(subscription)
 
+    def spend(self, subscription: Subscription, cost: Cost) -> None:
+        """Spend the cost of topics that :meth:`route` adds next.
+
+        :raises OverBudget: the subscription's session has no room for them.
+        """
+        subscription.session.budget.check(cost)
+        self._spend(subscription, cost)
+
     @staticmethod
     def _spend(subscription: Subscription, cost: Cost) -> None:
         subscription.session.budget.spend(cost)
@@ -209,8 +217,7 @@ class Registry:
 
         :raises OverBudget: the subscription's session has no room for them.
         """
-        subscription.session.budget.check(cost)
-        self._spend(subscription, cost)
+        self.spend(subscription, cost)
         before = self._router.topics(subscription)
         for publisher in session.publishers:
             self.begin_behind(publisher, subscription, before)
@@ -260,7 +267,7 @@ class Registry:
     def remove_in_parts(self, subscription: Subscription, why: str) -> None:
         """Remove it when the server has time; from now on it is not found."""
         if self.subscriptions.pop(subscription.id, None) is not None:
-            self.to_remove.append((subscription, why))
+            self.to_remove[subscription.id] = subscription, why
 
     def close(self, subscription: Subscription, why: str) -> None:
         """Remove it: at once, if that does not take long."""
@@ -274,13 +281,13 @@ class Registry:
         """Remove what is to be removed in parts, as much as a round has time for."""
         room = _MANY_TOPICS
         while self.to_remove and room > 0:
-            subscription, why = self.to_remove[0]
+            id, (subscription, why) = next(iter(self.to_remove.items()))
             topics = self._router.topics(subscription)
             room -= len(topics) + _MANY_TOPICS // _MOST_REMOVED
             if len(topics) > _MANY_TOPICS:
                 self._router.drop(subscription, topics[-_MANY_TOPICS:])
             else:
-                self.to_remove.popleft()
+                del self.to_remove[id]
                 self.remove_for(subscription, why)
 
     def _detach(self, subscription: Subscription) -> None:

@@ -39,9 +39,8 @@ def answer(broker: Broker, connection: ControlConnection, message: dict[str, Any
         if handler is None:
             raise _Refused("value", f"the broker does not know how to {do!r}: is it of another version?")
         if connection.peer.connections > MOST_CONNECTIONS:
-            raise _Refused(
-                "value", f"this process has more than {MOST_CONNECTIONS} connections to the broker: use fewer handles"
-            )
+            text = f"this process has more than {MOST_CONNECTIONS} connections to the broker: use fewer handles"
+            raise _Refused("value", text)
         parts = handler(broker, connection, message)
         if parts is not None and next(parts, True) is None:
             broker.parts.append(_rest(connection, parts))
@@ -99,7 +98,7 @@ def _publisher(broker: Broker, connection: ControlConnection, message: dict[str,
 
 def _fd_socket(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     publisher = _own_publisher(broker, connection, message)
-    if publisher is None:
+    if publisher is None or publisher.is_closed:  # what it shared now, nothing would release
         raise _Refused("lost", "the broker does not know this publisher any more")
     connection.reply({"fd_socket": True}, broker.traffic.memory.add(publisher))
 
@@ -141,8 +140,11 @@ def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str,
     known = registry.subscriptions.get(id)
     if known is not None and known.session.peer.pid == connection.peer.pid:  # the reply was lost, perhaps with the broker
         there = {*registry.topics(known)}
-        yield from _route(broker, known, [topic for topic in topics if topic not in there], made)
-    elif known is not None or not 0 < id <= _MOST:
+        missing = [topic for topic in topics if topic not in there]
+        if missing:  # of a request in parts that was cut off; or others, so they cost again
+            registry.spend(known, cost._replace(subscriptions=0))
+        yield from _route(broker, known, missing, made)
+    elif known is not None or id in registry.to_remove or not 0 < id <= _MOST:
         raise _Refused("value", f"subscription must be a new ID of 48 bits, not {id}")
     elif history is not None and replay:
         broker.traffic.take_in()  # so that it is in the history
