@@ -63,6 +63,8 @@ TESTS: Final = (
 EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     "it is only slower, or quicker": (
         "Router.add: made -> False",
+        "matcher: '?' in pattern or '[' in pattern -> True",
+        "_beginning: 1 -> ",
         "Router.targets: found is None -> True",
         "Router.targets: len(self._found) >= _CACHED_TOPICS -> True",
         "Router.targets: len(self._found) >= _CACHED_TOPICS -> len(self._found) > _CACHED_TOPICS",
