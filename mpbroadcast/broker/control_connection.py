@@ -102,8 +102,9 @@ class ControlConnection:
     def _ready(self, events: int) -> None:
         if events & OUT:
             self._send()
-        if events & IN and not self.is_waiting and not self._out:
-            self._read()
+        if events & (IN | ERROR) and not self.is_waiting and not self._out:
+            if self not in self._found.readable:  # else the requests that have come are handled first
+                self._read()
         elif events & ERROR:
             self.close("it has closed its connection")
 
