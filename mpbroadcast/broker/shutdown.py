@@ -2,18 +2,20 @@
 
 ::
 
+    0. STOPPING is written into the journal: the supervisor (restart=True) starts no other broker
+
     publisher process          broker process                                          subscriber process
                      pipe                                                    pipe
     publish() ────────────▶ intake ─▶ Publisher.parked ─▶ backlogs ─▶ delivery ────────────▶ recv()
-              1. read to its end;      2. routed, as far    3. ended; written,  4. read, or closed
-                 closed                   as backlogs          then END            without END
+              1. read to its end;      2. routed, as far    3. ended; written,  4. read, until the
+                 closed                   as backlogs          then END            time is over
                                           have room
 
-    supervisor (restart=True): starts no other broker, as the journal has had STOPPING since step 0
+    5. each channel whose backlog is not empty is closed without END; what waited for room in it is routed
+    6. that is written, in 0.1 s at most; what is left then is closed without END
 
-A reader that goes on reading gets all. The time is over when none has made progress for ``timeout`` seconds: then what is left
-is closed without an END, and its reader gets ``BrokerLost``. What the process that requested the end has open itself is not
-waited for.
+A reader that goes on reading gets all. The time is over when none has made progress for ``timeout`` seconds. A reader whose
+channel is closed without END gets ``BrokerLost``. What the process that requested the end has open itself is not waited for.
 """
 
 from __future__ import annotations
@@ -98,9 +100,7 @@ class Shutdown:
                 registry.remove(subscription)
             else:
                 registry.unsubscribe(subscription)
-                traffic.mark(
-                    subscription
-                )  # one that was unsubscribed before does not keep anything from being written any more
+                traffic.mark(subscription)  # one that was unsubscribed before keeps nothing from being written any more
             if not count % _AT_ONCE:
                 yield
 

@@ -20,12 +20,8 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from mpbroadcast import Broadcaster, BroadcastError, Channel, Selector, start_broadcaster
 from mpbroadcast.cli.demo_worker import JOBS, Report, Tally, Text, work
-from mpbroadcast.client.api import start_broadcaster
-from mpbroadcast.client.broadcaster import Broadcaster
-from mpbroadcast.client.channel import Channel
-from mpbroadcast.client.selector import Selector
-from mpbroadcast.errors import BroadcastError
 
 # Small, so that the slowest worker sets the pace and memory stays bounded, however large the tree is.
 _CAPACITY = 1 << 20

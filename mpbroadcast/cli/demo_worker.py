@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from mpbroadcast.client.channel import Channel
+from mpbroadcast import Channel
 
 _KEYWORDS = frozenset(keyword.kwlist)
 

@@ -10,8 +10,8 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
+from mpbroadcast import BroadcastError
 from mpbroadcast.cli import demo
-from mpbroadcast.errors import BroadcastError
 
 _COMMANDS = {"demo": (demo, "publish a tree of source files to CPU-bound workers")}
 

@@ -18,8 +18,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top to the bottom. A module imports what stands below its own row, and in its own row only what is in its own room.
 LAYERS = [
-    {"__init__", "__main__"},
+    {"__main__"},
     {"cli"},
+    {"__init__"},
     {"client", "broker"},
     {"posix", "protocol"},
     {"validation", "deadline", "trap_points"},

@@ -3,7 +3,7 @@
 What is in the pipe cannot be dropped, nor what follows a part that is. So a policy that drops writes a run of many messages
 only when all of it has room for certain, and else in writes that the pipe takes whole or not at all.
 
-To add a policy, add a class to :data:`POLICIES`, and its name to ``validation.POLICIES``.
+To add a policy, add a class to :data:`POLICIES`, and its name to ``validation.Policy``.
 """
 
 from __future__ import annotations

@@ -119,9 +119,10 @@ class BrokerProcess:
         return at_exit is not None
 
     def end(self, timeout: float | None, *, asked: int, time_left: Callable[[], float]) -> None:
-        """Wait for it, for at most ``timeout`` seconds, and end it then. Process ``asked``, if any, was requested to stop.
+        """End it.
 
-        Readers that go on reading give it more time: ``time_left`` requests from it how many seconds remain.
+        If ``asked`` (the PID that confirmed the stop request; 0: none did), wait for it first, for at most ``timeout`` seconds,
+        and longer while ``time_left()`` is not 0. Then send SIGTERM, and SIGKILL if that does not end it.
         """
         trap_points.reach("ending the broker")
         broker = _process(asked) if asked and self._restart else None

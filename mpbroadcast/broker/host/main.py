@@ -93,10 +93,7 @@ def _serve_again_and_again(settings: Settings, ready: Connection, listening: Lis
     supervise(settings.starter, serve, lambda: Journal(journal.files).is_another_wanted, time.monotonic)
 
 
-def _report_failure(ready: Connection | None, text: str, error: OSError | None = None) -> None:
-    if ready is None:
-        log.error("%s", text)
-        sys.exit(_FAILED)
+def _report_failure(ready: Connection, text: str, error: OSError | None = None) -> None:
     with contextlib.suppress(BrokenPipeError):  # the starter has died before it could read this
         ready.send_bytes(json.dumps({"error": text, "errno": (error and error.errno) or 0}).encode())
 
