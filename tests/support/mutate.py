@@ -63,6 +63,8 @@ TESTS: Final = (
 EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     "it is only slower, or quicker": (
         "Router.add: made -> False",
+        "Patterns.add: made -> False",
+        "Backlog._put_fitting: self.takes(run.charge) -> False",
         "matcher: '?' in pattern or '[' in pattern -> True",
         "_beginning: 1 -> ",
         "Router.targets: found is None -> True",
@@ -124,6 +126,7 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     "the slower way, which puts it in the same place, is taken": (
         "Ring.put: start + length > allocator.end -> start + length >=",
     ),
+    "both are of one length": ("Cost.plus: True -> False", "Budget.check: True -> False"),
     "no clock is so exact": ("Patience.pause: self._last[0] < now - self._seconds -> self._last[0] <=",),
 }
 

@@ -516,6 +516,10 @@ def test_a_capacity_can_be_used_to_its_last_byte() -> None:
     assert not backlog.takes(run.charge)
     backlog.pipe, backlog.referred = 0, 1
     assert (backlog.takes(run.charge), backlog.charge) == (False, 1)
+    for unread, is_clear in ((1, True), (2, False)):
+        backlog = new_backlog(1)
+        backlog.pipe = unread
+        assert backlog.is_clear == is_clear
     for more, missed in ((0, 0), (1, 1)):
         backlog = new_backlog(2 * run.charge - more, "drop_oldest")
         backlog.put(run)

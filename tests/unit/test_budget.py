@@ -73,6 +73,7 @@ def test_costs_are_of_different_kinds() -> None:
 def test_what_a_topic_takes_is_that_of_the_patterns_that_begin_as_it_does(patterns: list[str], topic: str) -> None:
     """The estimate counts each such pattern, whatever else has come and gone; and those that match are found."""
     found: Patterns[int] = Patterns()
+    topic *= 200
     chosen = [pattern for pattern in patterns if is_pattern(pattern)]
     for member, pattern in enumerate(chosen):
         for each in (member, member, -1):

@@ -148,3 +148,13 @@ def test_what_is_kept_holds_no_larger_bytes(length: int) -> None:
     Publisher(history).add("a", *[1000] * 200)
     kept = history.last(["a"], 1000, ALL)
     assert sum(len(batch.frames) for batch in kept if isinstance(batch, Batch)) < length * 1100
+
+
+def test_a_history_keeps_as_many_bytes_as_it_may() -> None:
+    """What fits exactly is kept; one byte more, and the topic that was published to the longest ago goes."""
+    for more, topics in ((0, 2), (1, 1)):
+        history = History(100, most_bytes=2 * Message(0, "a", 0).charge - more)
+        publisher = Publisher(history)
+        publisher.add("a", 0)
+        publisher.add("b", 0)
+        assert history.topics == topics

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mpbroadcast.broker.core.patterns import is_pattern, matcher
+from mpbroadcast.broker.core.patterns import Patterns, is_pattern, matcher
 from mpbroadcast.broker.core.router import Router, matches
 
 PLAIN = ["", "a", "b", "room:1", "a[", "]", "a\nb", "ü", "\\", "."]
@@ -127,9 +127,17 @@ def test_any_changes_lead_where_a_plain_list_leads(actions: list[tuple[str, int,
 
 def test_nothing_is_left_of_patterns_that_nobody_has() -> None:
     """Patterns that came and went leave nothing behind, however many there were."""
-    router: Router[int] = Router()
-    empty = {name: dict(value) for name, value in vars(router).items() if isinstance(value, dict)}
+
+    def held(one: object) -> dict[str, object]:
+        return {name: dict(value) for name, value in vars(one).items() if isinstance(value, dict)}
+
+    router, patterns = Router[int](), Patterns[int]()
+    empty = held(router), held(patterns)
     router.add(0, ["a*", "a?", "ab*", "b"])
     router.drop(0, ["a*", "ab*"])
     router.remove(0)
-    assert {name: dict(value) for name, value in vars(router).items() if isinstance(value, dict)} == empty
+    for pattern in ("a*", "a?", "b*"):
+        patterns.add(pattern, 1)
+    for pattern in ("a?", "a*", "b*"):
+        patterns.drop(pattern, 1)
+    assert (held(router), held(patterns)) == empty
