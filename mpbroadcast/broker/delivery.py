@@ -115,7 +115,7 @@ def _write(subscription: Subscription) -> bool:
         if run.hold:
             is_ready = _prepare(subscription, run)
             if is_ready is None:
-                return False
+                return subscription.not_waited_for  # else the packet that must come lets it be written
             if not is_ready:
                 backlog.copy_first()
                 continue
@@ -124,6 +124,7 @@ def _write(subscription: Subscription) -> bool:
         except BlockingIOError:
             return True
         backlog.wrote(size)
+        subscription.pipe.retry = SHORTEST_RETRY
         if window is not None:
             window.moved += size
             if run.hold:

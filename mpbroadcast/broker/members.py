@@ -62,7 +62,7 @@ class Publisher:
     """A pipe from a publisher, and the queue of what was read from it and is not routed yet.
 
     ``parked`` has that in order, and between it what is to be called when all before it has been routed. While something
-    stays there, nothing more is read.
+    stays there, nothing more is read, but for what comes before the end of a publisher that is finished.
     """
 
     def __init__(self, id: int, session: Session, pipe: PublisherPipe) -> None:
@@ -77,8 +77,8 @@ class Publisher:
         self.blocked_since = 0.0  # when something of it was routed last
         self.warned = False  # independent of the state: a warning of this wait is in the log
         self.last_in: dict[Subscription, int] = {}  # what had entered each backlog with the last of its messages
-        # Subscriptions that begin behind something that is still to be routed; with topics, what they had before that.
-        self.not_yet: list[tuple[Subscription, tuple[str, ...]]] = []
+        # Subscriptions that begin behind something still to be routed, with the topics and patterns that they had before.
+        self.not_yet: list[tuple[Subscription, frozenset[str], tuple[str, ...]]] = []
 
     @property
     def is_closed(self) -> bool:

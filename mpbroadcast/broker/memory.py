@@ -206,8 +206,8 @@ class Lender:
         self._memories: dict[int, Memory] = {}
         self._store = store
         self._pid = pid
-        self._is_closed = False
-        self._has_peer = True
+        self._is_closed = False  # nothing more is sent
+        self._has_peer = True  # independent of that: the publisher has not closed its end
 
     def receive(self) -> bool:
         """Receive all packets that have come. Return ``False`` when none will come any more."""

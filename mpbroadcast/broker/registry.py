@@ -20,7 +20,7 @@ from typing import Final
 from mpbroadcast import trap_points
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
-from mpbroadcast.broker.core.patterns import Matcher
+from mpbroadcast.broker.core.patterns import Matcher, is_pattern
 from mpbroadcast.broker.core.policies import new_backlog
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import PipeState, SubscriptionState
@@ -208,7 +208,8 @@ class Registry:
     def begin_behind(publisher: Publisher, subscription: Subscription, before: tuple[str, ...] = ()) -> None:
         """Route nothing to the subscription that this publisher has written until now, but for the topics in ``before``."""
         if not publisher.all_routed:
-            entry = (subscription, before)
+            patterns = tuple(filter(is_pattern, before))
+            entry = (subscription, frozenset(before).difference(patterns), patterns)
             publisher.not_yet.append(entry)
             publisher.after_written(partial(publisher.not_yet.remove, entry))
 
@@ -221,6 +222,14 @@ class Registry:
         before = self._router.topics(subscription)
         for publisher in session.publishers:
             self.begin_behind(publisher, subscription, before)
+
+    def recount(self, subscription: Subscription) -> None:
+        """Let the session pay for the topics that were added before the request for more was cut off, and write these down."""
+        if subscription.id in self.subscriptions:
+            subscription.session.budget.release(subscription.cost)
+            subscription.cost = Cost()
+            self._spend(subscription, cost_of({*self.topics(subscription)}, 1))
+            self._write_down(subscription)
 
     def drop_topics(self, subscription: Subscription, topics: list[str], *, is_last: bool = True) -> None:
         """Route these topics to it no more."""
@@ -325,7 +334,12 @@ class Registry:
                 self.unopen(subscription)
 
     def confirm_open(self, subscription: Subscription, session: Session, *, waited_for: bool) -> None:
-        """Give it to ``session``, whose process has its reader's end, and write its backlog into the pipe."""
+        """Give it to ``session``, whose process has its reader's end, and write its backlog into the pipe.
+
+        :raises BrokenPipeError: the reader's end is closed already; nothing has changed.
+        """
+        if subscription.restored:
+            subscription.report_restart()
         self.openings.pop(subscription, None)
         subscription.session.budget.release(subscription.cost)
         session.budget.spend(subscription.cost)
@@ -335,8 +349,6 @@ class Registry:
         session.peer.subscriptions.add(subscription)
         subscription.pipe.open()
         subscription.not_waited_for = not waited_for
-        if subscription.restored:
-            subscription.report_restart()
         self._write_down(subscription)
         self._traffic.watch(subscription)
         self.former_owners[subscription.id] = session.peer.pid

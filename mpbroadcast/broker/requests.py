@@ -118,7 +118,7 @@ def _flush(broker: Broker, connection: ControlConnection, message: dict[str, Any
     elif now and not publisher.all_routed:
         connection.reply({"done": False})
     elif delivered:
-        publisher.after_written(lambda: broker.waits.wait_for_delivery(connection, publisher, now=now))
+        publisher.after_written(lambda: broker.late_replies.wait_for_delivery(connection, publisher, now=now))
     else:
         publisher.after_written(lambda: connection.reply({"done": True}))  # one that has gone meanwhile takes it quietly
 
@@ -180,7 +180,13 @@ def _add_topics(broker: Broker, connection: ControlConnection, message: dict[str
     subscription = _find_subscription(broker, connection, message)
     _check_live(subscription)
     broker.registry.add_topics(subscription, _session(broker, connection, message), cost)
-    yield from _route(broker, subscription, topics, made)
+    is_done = False
+    try:
+        yield from _route(broker, subscription, topics, made)
+        is_done = True
+    finally:
+        if not is_done:  # the connection has ended in between
+            broker.registry.recount(subscription)
     connection.reply({})
 
 
@@ -227,7 +233,12 @@ def _opened(broker: Broker, connection: ControlConnection, message: dict[str, An
     if not subscription.is_open:
         session = _session(broker, connection, message)
         is_last = broker.shutdown is not None and session.peer is broker.shutdown.by
-        broker.registry.confirm_open(subscription, session, waited_for=not is_last)
+        try:
+            broker.registry.confirm_open(subscription, session, waited_for=not is_last)
+        except BrokenPipeError:  # the process has closed its end meanwhile
+            broker.registry.unopen(subscription)
+            connection.reply({"opened": False})
+            return
     connection.reply({"opened": True})
 
 
@@ -269,7 +280,7 @@ def _wait(broker: Broker, connection: ControlConnection, message: dict[str, Any]
     if message.get("now"):
         connection.reply({"done": there() >= count, "there": there()})
     else:
-        broker.waits.wait_for_count(connection, lambda: there() >= count)
+        broker.late_replies.wait_for_count(connection, lambda: there() >= count)
 
 
 def _stats(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:

@@ -30,6 +30,7 @@ from mpbroadcast.protocol.runs import Account, Run, SharedRun, run_of
 log = logging.getLogger("mpbroadcast.broker")
 
 TURN: Final = 1 << 12  # puts into backlogs, of one publisher's messages in a round: some 20 ms
+_TRIES: Final = 1 << 3  # of single patterns, in the time of a put
 _STEPS: Final = 1 << 10  # of trying patterns, in the time of a put
 
 
@@ -98,7 +99,7 @@ class Routing:
             self._memory.use(ring, publisher)
         targets = self._router.targets(item.topic)
         if item.exclude or publisher.not_yet:
-            targets = _allowed(targets, item, publisher)
+            targets = self._allowed(targets, item, publisher)
         self._puts += 1 + len(targets)
         run: Run | None = None
         count = len(item.sizes)
@@ -154,6 +155,17 @@ class Routing:
                 backlog.put(_RUNS[type(batch)](batch, account))
             self._dirty[subscription] = None
 
+    def _allowed(self, targets: tuple[Subscription, ...], item: Item, publisher: Publisher) -> tuple[Subscription, ...]:
+        """Return the targets without the excluded one, and without those that begin behind this item."""
+        late = set()
+        topic = item.topic.decode()
+        for subscription, names, patterns in publisher.not_yet:
+            if subscription in targets and topic not in names:
+                self._puts += len(patterns) // _TRIES
+                if not matches(patterns, item.topic):
+                    late.add(subscription)
+        return tuple(target for target in targets if target.id != item.exclude and target not in late)
+
     def _block(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:
         if went_on or not publisher.blocked:
             publisher.blocked_since = time.monotonic()
@@ -177,12 +189,6 @@ class Routing:
             self._router.remove(subscription)
         self._dirty[subscription] = None
         self.unblock(subscription)
-
-
-def _allowed(targets: tuple[Subscription, ...], item: Item, publisher: Publisher) -> tuple[Subscription, ...]:
-    """Return the targets without the excluded one, and without those that begin behind this item."""
-    late = {subscription for subscription, before in publisher.not_yet if not matches(before, item.topic)}
-    return tuple(target for target in targets if target.id != item.exclude and target not in late)
 
 
 def _run_in_ring(item: References, _account: Account) -> Run:

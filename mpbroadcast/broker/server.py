@@ -22,12 +22,12 @@ from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.host.journal import Succession
+from mpbroadcast.broker.late_replies import LateReplies
 from mpbroadcast.broker.members import Peer, Subscription
 from mpbroadcast.broker.peers import Peers
 from mpbroadcast.broker.registry import Registry
 from mpbroadcast.broker.shutdown import Shutdown
 from mpbroadcast.broker.traffic import Traffic
-from mpbroadcast.broker.waits import Waits
 from mpbroadcast.posix.control_socket import Listener
 from mpbroadcast.posix.poller import Poller
 
@@ -64,7 +64,7 @@ class Broker:
         journal = succession.journal if succession is not None else None
         # The IDs of one broker are above those of all before it.
         self.registry = Registry(self.poller, self.peers, self.router, self.traffic, journal, (self.generation << 40) + 1)
-        self.waits = Waits()
+        self.late_replies = LateReplies()
         self.parts: deque[Iterator[None]] = deque()  # requests that take long: the rest of each
         self.shutdown: Shutdown | None = None
         self._shutdown_steps: Iterator[None] = iter(())
@@ -107,9 +107,9 @@ class Broker:
             self._work_off()
         if registry.has_changed:
             registry.has_changed = False
-            self.waits.check_counts()
-        if self.waits.for_delivery:
-            self.waits.check_deliveries(registry.subscriptions)
+            self.late_replies.check_counts()
+        if self.late_replies.for_delivery:
+            self.late_replies.check_deliveries(registry.subscriptions)
         self.poller.close_forgotten()
 
     def _has_found(self) -> bool:
@@ -134,7 +134,7 @@ class Broker:
         if subscription.not_waited_for and not subscription.backlog.is_empty and self.shutdown is not None:
             self.shutdown.give_up(subscription, self.registry)
         else:
-            self.registry.remove_for(subscription, "its reader has closed it" if was_accepting else "it was unsubscribed")
+            self.registry.remove_for(subscription, "its reader has closed it" if was_accepting else "it had ended")
 
     def _remove_peer(self, peer: Peer) -> None:
         self.acceptor.close_connections(peer, "its process has ended")
@@ -149,7 +149,7 @@ class Broker:
         while closed:
             connection = closed.pop()
             self.registry.unopen_all(connection)
-            self.waits.forget(connection)
+            self.late_replies.forget(connection)
             if connection.session is not None:
                 self.registry.end_session(connection.session, clean=False, why=connection.why)
             elif connection.is_refused and self.shutdown is None:

@@ -47,7 +47,7 @@ class Shutdown:
         self._progress: dict[Subscription, tuple[int, ...]] = {}
         self._progress_at = time.monotonic()
         self._next_look = self._progress_at + min(timeout, _LOOK)
-        self._all_ended = False
+        self._all_ended = False  # each backlog has its end: nothing more can be published
 
     @property
     def time_left(self) -> float:

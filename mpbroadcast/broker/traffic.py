@@ -24,7 +24,7 @@ from mpbroadcast.broker.intake import MUCH, Intake
 from mpbroadcast.broker.members import Publisher, Subscription
 from mpbroadcast.broker.memory_exchange import MemoryExchange
 from mpbroadcast.broker.routing import TURN, Routing
-from mpbroadcast.broker.stalls import Stalls
+from mpbroadcast.broker.stall_warnings import Stalls
 from mpbroadcast.posix.poller import Poller
 from mpbroadcast.posix.shared_memory import keep_freed_memory
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from mpbroadcast import Broadcaster, BroadcastError, Channel, ChannelInUse, connect, start_broadcaster
+from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, Channel, ChannelInUse, connect, start_broadcaster
 from mpbroadcast.client.shared_writer import SHARED_FROM
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.frames import PIPE_BUF
@@ -579,3 +579,27 @@ def test_all_at_once(children: Children, fork: BaseContext) -> None:
             report.close()
     print(f"{received} messages")
     assert received
+
+
+def publish_until_the_end(bus: Bus, pipe: Connection) -> None:
+    """Publish messages in a ring, until the broker is gone."""
+    with contextlib.suppress(BrokerLost):
+        for number in range(1000):
+            bus.publish(bytes(1 << 20))
+            if number == 8:
+                pipe.send("begun")
+    pipe.send("ended")
+
+
+def test_a_close_does_not_wait_for_references_that_its_own_channel_has_not_read(
+    children: Children, fork: BaseContext, pipe: tuple[Connection, Connection]
+) -> None:
+    """What the closer has open itself is not waited for, even if what it has not read leaves the pipe with room."""
+    bus = start_broadcaster()
+    channel = bus.subscribe(capacity=12 << 20)
+    children(fork, publish_until_the_end, bus, pipe[1])
+    take(channel, 40)  # so that this process has mapped the ring
+    assert answer(pipe[0]) == "begun"
+    wait_until(lambda: bus.stats().subscribers[0].stalls)
+    bus.close(timeout=None)
+    assert answer(pipe[0]) == "ended"

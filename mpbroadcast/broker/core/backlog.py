@@ -45,7 +45,7 @@ class Backlog:
         self.pipe = 0  # bytes in the pipe that are unread, as far as is known
         self.pipe_size = 0  # bytes that an empty pipe takes
         self.referred = 0  # bytes in shared memory that the pipe refers to, and that are unread
-        self.ended = False
+        self.ended = False  # an end was put: independent of SubscriptionState.ENDED, which a subscription that departs has, too
         self.overflowed = False  # it has ended itself
         self.runs: deque[Run] = deque()  # read by the pipe, changed here only
         self._offset = 0  # of what is written of the first run

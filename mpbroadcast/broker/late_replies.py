@@ -8,7 +8,7 @@ from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.members import Publisher, Subscription
 
 
-class Waits:
+class LateReplies:
     """The connections that wait, each with what it waits for. The server looks at them at the end of a round."""
 
     def __init__(self) -> None:
@@ -24,6 +24,8 @@ class Waits:
 
     def wait_for_delivery(self, connection: ControlConnection, publisher: Publisher, *, now: bool = False) -> None:
         """Reply when what the publisher has put into backlogs until now has left them; ``now``: reply whether it has."""
+        if connection.is_closed:  # while the publisher was blocked
+            return
         pending = {
             subscription: position
             for subscription, position in publisher.last_in.items()
