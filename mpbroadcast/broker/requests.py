@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
-import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final
 
@@ -20,6 +18,7 @@ from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, MOST_STEPS, SESSION
 from mpbroadcast.broker.core.patterns import Matcher, is_pattern, matcher
 from mpbroadcast.broker.members import Publisher, Session, Subscription
 from mpbroadcast.broker.server import Broker
+from mpbroadcast.broker.statistics import encoded_stats
 from mpbroadcast.protocol.control import frame_of
 from mpbroadcast.validation import check_count, check_overflow, encode_topic
 
@@ -284,47 +283,8 @@ def _wait(broker: Broker, connection: ControlConnection, message: dict[str, Any]
 
 
 def _stats(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
-    history = broker.traffic.routing.history
-    head = {
-        "pid": os.getpid(),
-        "uptime": time.monotonic() - broker.started,
-        "published": broker.traffic.routing.routed,
-        "publishers": len(broker.traffic.publishers),
-        "memory": broker.held,
-        "history_topics": history.topics if history is not None else 0,
-        "history_forgotten": history.forgotten if history is not None else 0,
-    }
-    parts = [json.dumps(head)[:-1].encode(), b', "subscribers": [']
-    rows: list[str] = []
-    room = 16 * _PART
-    for subscription in list(broker.registry.subscriptions.values()):
-        if subscription.is_live:
-            rows.append(json.dumps(_row(broker, subscription)))
-            room -= len(rows[-1])
-        if room < 0:
-            room = 16 * _PART
-            parts.append(", ".join(rows).encode())
-            rows = [""]  # so that the next part begins with a comma
-            yield
-    parts.append(", ".join(rows if rows != [""] else ()).encode())
-    connection.reply_encoded(frame_of(*parts, b"]}"))
-
-
-def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
-    backlog = subscription.backlog
-    return {
-        "id": subscription.id,
-        "pid": subscription.pid,
-        "topics": broker.router.topics(subscription),
-        "overflow": subscription.policy,
-        "capacity": backlog.capacity,
-        "published": backlog.published,
-        "delivered": backlog.delivered,
-        "missed": backlog.missed,
-        "waiting": backlog.waiting,
-        "waiting_bytes": backlog.waiting_charge,
-        "stalls": [publisher.pid for publisher in subscription.waiters],
-    }
+    parts = yield from encoded_stats(broker)
+    connection.reply_encoded(frame_of(*parts))
 
 
 def _stop(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
@@ -338,7 +298,7 @@ def _stop(broker: Broker, connection: ControlConnection, message: dict[str, Any]
 _FOREVER: Final = 1e9
 _MOST: Final = (1 << 48) - 1
 
-_PART: Final = 2048  # characters of patterns to compile, or a 16th of those of statistics: some milliseconds
+_PART: Final = 2048  # characters of patterns to compile: some milliseconds
 _TOPICS: Final = 1024  # that are routed to a subscription in the same time
 
 _HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]], Iterator[None] | None]]] = {

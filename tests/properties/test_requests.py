@@ -364,7 +364,7 @@ class World:
         assert not traffic.routing.resuming
         assert not traffic.intake.ready
         assert self.broker.is_finished or not traffic.memory.store.rings
-        assert not self.broker.waits.for_delivery
+        assert not self.broker.late_replies.for_delivery
         assert self.broker.held == 0
         assert self.journal is None or not self.journal.subscriptions
         self.broker.acceptor.close()
