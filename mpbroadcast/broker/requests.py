@@ -70,14 +70,8 @@ def _attach(broker: Broker, connection: ControlConnection, message: dict[str, An
     if connection.session is not None:
         raise _Refused("value", "this connection is a session's already")
     session = broker.registry.new_session(connection)
-    connection.reply(
-        {
-            "session": session.id,
-            "broker": broker.identity,
-            "number": broker.generation,
-            "restarts": broker.restarts,
-        }
-    )
+    identity = {"broker": broker.identity, "number": broker.generation, "restarts": broker.restarts}
+    connection.reply({"session": session.id, **identity})
 
 
 def _detach(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
@@ -125,13 +119,15 @@ def _flush(broker: Broker, connection: ControlConnection, message: dict[str, Any
 def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     topics = [*dict.fromkeys(_topics(message))]
     cost, made = yield from _prepare(_session(broker, connection, message), topics, 1)
-    _refuse_when_stopping(broker)
     capacity = _checked(check_count, message.get("capacity"), "capacity", 1)
     policy = _checked(check_overflow, message.get("overflow"))
     replay = _checked(check_count, message.get("replay"), "replay", 0)
     registry, history = broker.registry, broker.traffic.routing.history
     if replay and history is None:
         raise _Refused("value", "replay needs a broker that keeps a history: start_broadcaster(history=...)")
+    if replay:
+        yield from broker.traffic.take_in()  # so that it is in the history
+    _refuse_when_stopping(broker)
     session = _session(broker, connection, message)
     id = _integer(message, "subscription")
     if id in registry.dropped_early:
@@ -146,7 +142,6 @@ def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str,
     elif known is not None or id in registry.to_remove or not 0 < id <= _MOST:
         raise _Refused("value", f"subscription must be a new ID of 48 bits, not {id}")
     elif history is not None and replay:
-        broker.traffic.take_in()  # so that it is in the history
         if history.steps(topics, made) > MOST_STEPS:
             raise _Refused("value", "replay of so many patterns takes too long: name topics, or begin patterns differently")
         subscription = registry.add_subscription(id, session, capacity, policy, cost)
@@ -194,7 +189,7 @@ def _drop_topics(broker: Broker, connection: ControlConnection, message: dict[st
     subscription = _find_subscription(broker, connection, message)
     _check_live(subscription)
     _session(broker, connection, message)
-    broker.traffic.take_in()  # so that they are dropped behind what has been published
+    yield from broker.traffic.take_in()  # so that they are dropped behind what has been published
     for start in range(0, len(topics), _TOPICS):
         if start:
             yield
@@ -241,11 +236,11 @@ def _opened(broker: Broker, connection: ControlConnection, message: dict[str, An
     connection.reply({"opened": True})
 
 
-def _unsubscribe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+def _unsubscribe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     subscription = broker.registry.subscriptions.get(_integer(message, "subscription"))
     if subscription is not None:
         _session(broker, connection, message)
-        broker.traffic.take_in()
+        yield from broker.traffic.take_in()
         broker.registry.unsubscribe(subscription)
     connection.reply({})
 

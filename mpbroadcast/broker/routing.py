@@ -49,6 +49,11 @@ class Routing:
         self._dirty = dirty
         self._puts = 0
 
+    @property
+    def work(self) -> int:
+        """What all turns have taken so far."""
+        return self._puts + self._router.steps // _STEPS
+
     def route(self, publisher: Publisher, turn: int | None = None) -> bool:
         """Route what is parked, as far as the backlogs take it, and as far as that is done in this ``turn``.
 

@@ -13,6 +13,8 @@ iterates over subscriptions any more: ``departed`` has those that are done, clos
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 from mpbroadcast.broker.channel_pipe import PIPE_SIZE
@@ -110,19 +112,29 @@ class Traffic:
         while routing.refused:
             self.intake.refuse(*routing.refused.popitem())
 
-    def take_in(self) -> None:
-        """Route what all publishers have written until now, as far as backlogs take it.
+    def take_in(self) -> Iterator[None]:
+        """Route what all publishers have written until now, as far as backlogs take it, in parts: some turns each.
 
         So that what is requested next comes behind it: a process may have learnt from another one that it has published.
         """
-        self.catch_up()
+        pending: dict[Publisher, None] = {}
         for publisher in list(self.publishers.values()):
-            end = publisher.pipe.end_of_written()
             self._look_for_room(publisher)
-            while not (publisher.is_closed or publisher.blocked) and publisher.pipe.position < end:
-                self.intake.read_to(publisher, end)
-                self._route(publisher)
-                self._look_for_room(publisher)
+            if not (publisher.blocked or publisher.all_routed):
+                pending[publisher] = None
+                publisher.after_written(partial(pending.pop, publisher, None))
+        last = self.routing.work + TURN
+        while pending:
+            publisher = next(iter(pending))
+            if not publisher.parked:
+                self.intake.read_to(publisher, publisher.pipe.end_of_written())
+            self._route(publisher, TURN)
+            self._look_for_room(publisher)
+            if publisher.blocked:
+                pending.pop(publisher, None)
+            if pending and self.routing.work > last:
+                yield
+                last = self.routing.work + TURN
 
     def _look_for_room(self, publisher: Publisher) -> None:
         """Let a blocked publisher go on if there is room by now: no event reports that a pipe has been read empty."""

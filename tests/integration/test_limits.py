@@ -117,6 +117,24 @@ def in_rounds(broker: Broker, asker: Asker, message: dict[str, Any], most: int) 
     return reply
 
 
+@pytest.mark.parametrize("do", ["unsubscribe", "drop topics", "subscribe"])
+def test_a_request_that_comes_behind_a_flood(do: str, own_broker: Broker) -> None:
+    """What was published before a request is routed before it, in turns with all others."""
+    with asking(own_broker) as (one, _, session):
+        for number in range(5000, 5032):
+            subscribed(own_broker, number, own_broker.registry.sessions[session], ["a", "b"], "drop_oldest")
+        first = own_broker.registry.subscriptions[5000]
+        _, fd = own_broker.traffic.intake.add(own_broker.registry.new_id(), own_broker.registry.sessions[session])
+        for _ in range(16):
+            os.write(fd, 64 * (frame_head(0, b"a") + frame_head(0, b"b")))
+        request = {**subscribing(session, 6000 if do == "subscribe" else 5000, "a"), "do": do, "replay": 1}
+        assert in_rounds(own_broker, one, request, 400_000) == {}
+        os.write(fd, frame_head(0, b"a"))
+        os.close(fd)
+        own_broker.round(at_once=True)
+        assert first.backlog.published == (2049 if do == "subscribe" else 2048)
+
+
 def test_statistics_of_many_subscriptions_come_in_parts(own_broker: Broker) -> None:
     """Statistics of 5,000 subscriptions hold nobody up: between two parts the loop goes on."""
     with asking(own_broker) as (one, other, session):
