@@ -48,7 +48,7 @@ class Peer:
 
 
 class Session:
-    """One handle's attachment to the broker: what belongs to it ends when its control connection does."""
+    """A process's attachment to the broker: what belongs to it ends with its lifeline. All handles of a process share one."""
 
     def __init__(self, id: int, peer: Peer, whole: Budget) -> None:
         self.id = id
