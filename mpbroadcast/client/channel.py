@@ -6,13 +6,15 @@
 - The descriptor is readable for as long as there is something to receive: the tail byte of the last run that was read stays in
   the pipe until the last decoded message is handed out (see ``protocol/runs.py``).
 - :meth:`Channel._receive_nowait` takes one message, or none, and never blocks: each other call that receives goes through it.
-  ``_lock`` is held while a message is read, decoded and taken. Nothing waits for a message under it.
+  ``_lock`` is held while a message is read, decoded and taken. Nothing waits under it, for a message or for the broker.
 - ``receiving_end.py`` has the pipe, which process owns it, and the channel's state.
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from types import TracebackType
@@ -25,7 +27,7 @@ from mpbroadcast.client.channel_state import OPEN
 from mpbroadcast.client.pipe_reader import END_OF_MESSAGES, LOST, LOST_FOR_GOOD, End, Stream, follow, read_into
 from mpbroadcast.client.receiving_end import ReceivingEnd
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import BroadcastError, Lagged, TimedOut, set_channel
+from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, set_channel
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.forks import on_fork
 from mpbroadcast.posix.pipes import PipeEnd
@@ -272,13 +274,19 @@ class Channel(Generic[M]):
         :raises TimedOut: none came in time.
         :raises EOFError, BrokerLost: none comes any more.
         """
+        end: End | None = None
         with self._lock:
-            ready = self._stream.ready
-            if ready:
-                if type(ready[0]) is End:
-                    self._go_on_behind(ready[0], deadline)
-                return
-        if not self._wait_readable(deadline):
+            stream = self._stream
+            if stream.ready:
+                if type(stream.ready[0]) is not End:
+                    return
+                end = stream.ready[0]
+                if end is not LOST or not self._receiving_end.client.restarts:
+                    raise self._end(end)
+                self._receiving_end.begin_reconnecting()
+        if end is not None:
+            self._reconnect(stream, deadline)
+        elif not self._wait_readable(deadline):
             raise self._about_this(TimedOut(f"no message came within {timeout} s"))
 
     def _wait_readable(self, deadline: Deadline) -> bool:
@@ -292,20 +300,21 @@ class Channel(Generic[M]):
         trap_points.reach("waiting for messages", self._stream)
         return pipe.wait(select.POLLIN, deadline)
 
-    def _go_on_behind(self, end: End, deadline: Deadline) -> None:
-        """Go over to the pipe of the broker that takes over, if one does. The caller holds the lock.
+    def _reconnect(self, stream: Stream, deadline: Deadline) -> None:
+        """Go over from ``stream``, which has ended, to the pipe of the broker that takes over, or to the end if none does.
 
-        :raises EOFError, BrokerLost: no message comes any more.
+        :raises TimedOut: the broker did not reply in time; a later call goes on from there.
         """
-        if end is LOST and self._receiving_end.client.restarts:
-            if self._receiving_end.reconnect(deadline):
-                self._stream = Stream()
+        after = Stream(deque((LOST_FOR_GOOD,)), plain=False)
+        with contextlib.suppress(BrokerLost, ChannelInUse, ClosedError):
+            self._open(deadline)  # not under the lock: a broker that is stopped delays no other thread
+            after = Stream()
+        with self._lock:
+            if self._stream is stream:  # else another thread has gone over, or closed the channel
+                self._stream = after
                 self._has_tail = False
                 self._tasks.wake()
                 self._receiving_end.release_former()
-                return
-            self._stream.ready[0] = LOST_FOR_GOOD
-        raise self._end(end)
 
     def _end(self, end: object) -> Exception:
         """Return the error behind all messages, which stays there."""

@@ -6,13 +6,13 @@
 - A subscription that this process has made can be opened by another one if it was pickled, or if a process was forked since and
   lives. Then closing, or dropping, this handle does not end it.
 - When a broker has died and another one takes over, the old pipe is kept as ``_former`` until what was read from it is done.
-- The lock is held while the broker is asked, and taken behind the channel's own lock, never before it. ``close_pipe`` does not
-  take it, so a close does not wait for the broker's reply to another thread: ``_move`` finds which one was first.
+- The lock is held while the broker is asked, so a thread waits for it until its own deadline, and never under the channel's
+  lock. ``close_pipe`` does not take it: a close does not wait for the broker's reply to another thread, and ``_move`` finds
+  which one was first.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Any, Final
 
@@ -79,28 +79,33 @@ class ReceivingEnd:
         :raises TimedOut: the broker did not reply in time.
         :raises BrokerLost: the broker has ended.
         """
-        while True:
-            pipe = self.pipe
-            if pipe is not None and self.state is OPEN:
-                return pipe
-            with self._lock:
+        pipe = self.pipe
+        if pipe is not None and self.state is OPEN:
+            return pipe
+        limit = for_reply(deadline)
+        while pipe is None or self.state is not OPEN:
+            with locks.within(self._lock, limit):
                 if self.is_closed:
                     raise self.closed_error()
                 if self.state is ELSEWHERE:
                     raise _in_use(self._owner)
-                if self.state is OPEN:  # opened by another thread meanwhile
-                    continue
                 try:
-                    self._open_once(for_reply(deadline))
+                    if self.state is not OPEN:  # else another thread has opened it meanwhile
+                        self._open_once(limit)
                 except IllegalTransition:  # closed by another thread meanwhile
-                    self.pipe = None
+                    self.pipe = self.shared = None
                     raise self.closed_error() from None
-                except ChannelInUse as error:
-                    self.pipe = None
-                    if self.state is not RECONNECTING:
+                except (BrokerLost, ChannelInUse, ClosedError) as error:
+                    former = self._former
+                    if former is not None and self.state is RECONNECTING:  # no call until it is OPEN again
+                        (self.pipe, self.shared), self.state, self._former = former, OPEN, None
+                    elif isinstance(error, ChannelInUse):
+                        self.pipe = None
                         self._owner = error.pid or -1
                         self._move(ELSEWHERE)
                     raise
+            pipe = self.pipe
+        return pipe
 
     def _open_once(self, deadline: Deadline) -> None:
         if self.pipe is None:
@@ -129,25 +134,16 @@ class ReceivingEnd:
                 self.state = after
                 return
 
-    def reconnect(self, deadline: Deadline) -> bool:
-        """Replace the pipe of a broker that has died by that of the one that takes over. Return False if none does.
+    def begin_reconnecting(self) -> None:
+        """Note that the broker of this pipe has died: :meth:`open` replaces it, or gives it back if no other takes over.
 
         The caller holds the channel's lock, and calls :meth:`release_former` when it has gone over to the new pipe.
-
-        :raises TimedOut: the broker did not reply in time; a later call goes on from there.
         """
         if self._former is None:
             reconnecting = transition(self.state, RECONNECTING)
             # No call from here on, so that an interrupt finds all of it or nothing.
             self.state, self._former = reconnecting, (self.pipe, self.shared)
             self.pipe = self.shared = None
-        with contextlib.suppress(BrokerLost, ChannelInUse, ClosedError):
-            self.open(deadline)
-        if self.state is not RECONNECTING:
-            return True
-        opened = transition(self.state, OPEN)
-        (self.pipe, self.shared), self.state, self._former = self._former, opened, None
-        return False
 
     def release_former(self) -> None:
         """Close the pipe and the memory of the broker that has died."""

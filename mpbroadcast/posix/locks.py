@@ -11,6 +11,9 @@ import sys
 import threading
 from typing import Any, Final
 
+from mpbroadcast.deadline import Deadline
+from mpbroadcast.errors import TimedOut
+
 
 class InterruptSafe:
     """A lock that is taken without a point at which the interpreter checks for signals, up to the end of ``__enter__``."""
@@ -26,6 +29,24 @@ class InterruptSafe:
         [_] = map(self.acquire, (True,))  # unpacking is no call, so no check follows; nothing may stand behind this line
 
 
+class Within:
+    """A lock that ``with`` acquires by a deadline, or not at all; see :func:`within`."""
+
+    __slots__ = ("__exit__", "_acquire", "_deadline")
+
+    def __init__(self, lock: Any, deadline: Deadline) -> None:
+        self._acquire = lock.acquire
+        self._deadline = deadline
+        self.__exit__ = lock.__exit__
+
+    def __enter__(self) -> None:
+        seconds = self._deadline.remaining()
+        limit = -1 if seconds is None else min(seconds, threading.TIMEOUT_MAX)
+        [is_held] = map(self._acquire, (True,), (limit,))  # as above: nothing is called behind this line if it is held
+        if not is_held:
+            raise TimedOut("another thread waits for the broker's reply, which did not come in time")
+
+
 _NEEDED: Final = sys.version_info[:2] == (3, 14)
 
 
@@ -37,3 +58,11 @@ def lock() -> threading.Lock | InterruptSafe:
 def rlock() -> threading.RLock | InterruptSafe:
     """Return a new ``threading.RLock``, safe with interrupts."""
     return InterruptSafe(threading.RLock()) if _NEEDED else threading.RLock()
+
+
+def within(lock: Any, deadline: Deadline) -> Within:
+    """Return what holds ``lock`` in a ``with`` statement, safe with interrupts.
+
+    :raises TimedOut: at the start of the statement, if another thread holds it until ``deadline``.
+    """
+    return Within(lock, deadline)

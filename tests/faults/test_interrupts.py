@@ -28,6 +28,7 @@ import pytest
 from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, start_broadcaster, trap_points
 from mpbroadcast.broker.host.launcher import BrokerProcess
 from mpbroadcast.client.broker_client import BrokerClient
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import OwnedDescriptor
 from mpbroadcast.posix.pipes import PipeEnd
@@ -418,14 +419,22 @@ def test_an_interrupted_close_of_an_attached_handle_can_be_done_again(bus: Bus, 
     nothing_grows(before, bus, storm)
 
 
-@pytest.mark.parametrize("make", [locks.lock, locks.rlock], ids=["lock", "rlock"])
-def test_an_interrupt_leaves_no_lock_held(make: Callable[[], Any], storm: Storm) -> None:
+@pytest.mark.parametrize(
+    ("make", "hold"),
+    [
+        (locks.lock, lambda lock: lock),
+        (locks.rlock, lambda lock: lock),
+        (locks.rlock, lambda lock: locks.within(lock, Deadline(1.0))),
+    ],
+    ids=["lock", "rlock", "rlock within a second"],
+)
+def test_an_interrupt_leaves_no_lock_held(make: Callable[[], Any], hold: Callable[[Any], Any], storm: Storm) -> None:
     """Wherever a block under a lock is interrupted, its end releases the lock (a plain one stays held on Python 3.14)."""
     lock = make()
 
     def use() -> None:
         for _ in range(100):
-            with lock:
+            with hold(lock):
                 os.getpid()
 
     for _ in storm.moments():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import multiprocessing.util
@@ -10,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, connect, start_broadcaster
+from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, TimedOut, connect, start_broadcaster, trap_points
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, rest, stopped, take, wait_until
 
 Bus = Broadcaster[Any]
@@ -140,6 +142,7 @@ def test_a_process_can_use_the_next_broker_at_the_same_address(
 # ------------------------------------------------------------------------------------------------------ a stopped broker
 
 BRIEF = 0.2
+CLOSING = 5.0
 LATE = 2.0  # seconds: the one that is promised, and one for a busy machine
 CALLS: dict[str, Callable[[Bus, Channel[Any]], object]] = {
     "recv": lambda bus, channel: channel.recv(timeout=BRIEF),
@@ -194,6 +197,40 @@ def test_a_timeout_holds_while_the_broker_is_stopped(where: str, bus: Bus, fork:
     print(outcomes)
     assert {name: outcome for name, (outcome, _) in outcomes.items()} == dict.fromkeys(CALLS, "TimedOut") | {"poll": False}
     assert max(seconds for _, seconds in outcomes.values()) < BRIEF + LATE
+
+
+@pytest.mark.parametrize("moment", ["opening", "reconnecting"])
+def test_a_thread_that_waits_for_a_stopped_broker_delays_no_other(
+    moment: str, leaves_nothing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread opens a channel, or reconnects, without a timeout; those of the other threads hold, and ``close`` returns."""
+    waits = threading.Event()
+
+    def reach(name: str, subject: object = None) -> None:
+        if name == "waiting for a reply":
+            waits.set()
+
+    monkeypatch.setattr(trap_points, "reach", reach)
+    with start_broadcaster(restart=True) as bus:
+        channel = bus.subscribe()
+        if moment == "reconnecting":
+            channel.poll(0)
+            broker = bus.stats().pid
+            os.kill(broker, signal.SIGKILL)
+            wait_until(lambda: bus.stats().pid != broker)
+        with stopped(bus.stats().pid):
+            waits.clear()
+            receiving = Background(channel.recv)
+            assert waits.wait(DEADLINE)
+            seconds = []
+            for call in (partial(channel.recv, timeout=BRIEF), channel.poll, channel.close):
+                start = time.monotonic()
+                with contextlib.suppress(TimedOut):
+                    call()
+                seconds.append(time.monotonic() - start)
+        assert isinstance(receiving.error(), ClosedError)
+    assert max(seconds[:2]) < BRIEF + LATE
+    assert seconds[2] < CLOSING + LATE
 
 
 @pytest.mark.parametrize("restart", [False, True])
