@@ -1,8 +1,8 @@
 """What one session may have of the broker, and all sessions together. Pure: no descriptor, no clock.
 
-A session is one handle of one process. A subscription beyond its budget is refused, by an error in that call. What only a
-program that does not use this package sends (half requests, connections without end) closes the connection. Messages are not
-counted here: each backlog has a capacity.
+A session is one process, with all its handles. A subscription beyond its budget is refused, by an error in that call. What
+only a program that does not use this package sends (half requests, connections without end) closes the connection. Messages
+are not counted here: each backlog has a capacity.
 """
 
 from __future__ import annotations
