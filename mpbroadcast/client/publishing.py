@@ -23,7 +23,7 @@ from mpbroadcast.client.shared_writer import SHARED_FROM, SharedWriter
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import ClosedError, TimedOut
 from mpbroadcast.posix.pipes import write
-from mpbroadcast.protocol.frames import MAX_FRAME, PIPE_BUF, frame_head
+from mpbroadcast.protocol.frames import HEAD, MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.protocol.pickling import PROTOCOL, LargeBuffer, Payload, dumps, explain, gather, keep_in_band
 from mpbroadcast.validation import check_timeout, encode_topic, encoded_topic
 
@@ -31,6 +31,9 @@ M = TypeVar("M")
 
 _NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
 SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)  # bytes of a message below which it is one write into the pipe
+_ROOM: Final = (
+    PIPE_BUF - HEAD.size
+)  # bytes of a message and its topic in one write; where PIPE_BUF is 512, a topic may have more
 _HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]  # without a topic: looking one up is faster than packing it
 _GATHER_FROM: Final = 1 << 18  # bytes of a message from which on its parts are better not joined
 
@@ -91,8 +94,12 @@ class Publishing(Generic[M]):
         if writer is not None:
             try:
                 if size < SHORT:
-                    write(writer.pipe.fd, (frame_head(size, encoded) if encoded else _HEADS[size]) + payload)
-                    return
+                    if not encoded:
+                        write(writer.pipe.fd, _HEADS[size] + payload)
+                        return
+                    if size + len(encoded) <= _ROOM:
+                        write(writer.pipe.fd, frame_head(size, encoded) + payload)
+                        return
                 self._is_large = size >= _GATHER_FROM
                 if writer.send_quickly(payload, encoded):
                     return

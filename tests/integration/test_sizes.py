@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -371,3 +373,24 @@ def test_close_drains(transport: Size, fork: BaseContext, children: Children, pi
     bus.close(timeout=DEADLINE)
     assert answer(pipe[0]) == (list(range(6)), "EOFError")
     finish(process)
+
+
+SHORT_PIPES = """
+import multiprocessing, select
+select.PIPE_BUF = 512
+from mpbroadcast import start_broadcaster
+
+with start_broadcaster(context=multiprocessing.get_context("fork")) as bus, bus.subscribe(with_topic=True) as channel:
+    for length in (0, 1, 200, 270, 400, 500, 1024):
+        for size in (1, 100, 200, 230, 300):
+            sent = "t" * length, bytes(size)
+            bus.publish(sent[1], topic=sent[0])
+            assert channel.recv(timeout=10) == sent
+"""
+
+
+def test_where_a_pipe_takes_512_bytes_at_once() -> None:
+    """A write is atomic there, too, and within what the broker takes, also with a topic that is longer than that."""
+    command = [sys.executable, "-W", "ignore", "-c", SHORT_PIPES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 0, done.stderr
