@@ -188,6 +188,7 @@ class ReceivingEnd:
         if self.shared is not None:
             self.shared.close()
             self.shared = None
+        self.release_former()
         return True
 
     def end_subscription(self) -> None:

@@ -39,7 +39,18 @@ from mpbroadcast import (
 from mpbroadcast.broker.host.journal import Journal, replayed
 from mpbroadcast.broker.host.supervisor import Patience
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, answer, finish, rest, take, until_tasks_wait, wait_until
+from tests.support.helpers import (
+    DEADLINE,
+    Background,
+    Children,
+    answer,
+    finish,
+    rest,
+    stopped,
+    take,
+    until_tasks_wait,
+    wait_until,
+)
 from tests.support.large_workers import limited
 
 Bus = Broadcaster[Any]
@@ -252,6 +263,30 @@ def test_a_channel_that_is_not_read_again_holds_up_nobody(kept: Bus) -> None:
         numbers.append(channel.recv(timeout=DEADLINE)[0])
     assert numbers == list(range(numbers[0], 1000))
     assert kept.stats().subscribers[0].overflow == "block"
+
+
+def pipes() -> list[str]:
+    """The pipes that this process has open."""
+    return [link for fd in os.listdir("/proc/self/fd") if (link := _link(fd)).startswith("pipe:")]
+
+
+def _link(fd: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/self/fd/{fd}")
+    return ""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="shows the descriptors of a process")
+def test_a_channel_that_is_closed_before_it_has_gone_over_keeps_no_pipe(kept: Bus) -> None:
+    """Neither that of the broker that has died, nor that of the next one."""
+    channel = kept.subscribe()
+    before = pipes()
+    channel.poll(0)
+    kill_broker(kept)
+    with stopped(kept.stats().pid), pytest.raises(TimeoutError):
+        channel.recv(timeout=0.2)
+    channel.close()
+    assert sorted(pipes()) == sorted(before)
 
 
 def test_one_that_was_unsubscribed_still_ends(kept: Bus) -> None:
