@@ -32,6 +32,7 @@ _MOST_STRANGERS: Final = 128
 _LEAST_TIME: Final = 0.25  # seconds
 _AGAIN: Final = 0.2  # seconds, until there may be descriptors
 _MOST_REQUESTS: Final = 64  # of one connection in a round: thousands of notes come at once when channels are dropped
+_TURN: Final = 0.02  # seconds for all requests in a round, but one at the least
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 
 
@@ -52,13 +53,21 @@ class Acceptor:
     def requests(self) -> Iterator[tuple[ControlConnection, dict[str, Any]]]:
         """Yield the requests that have come, of each connection as many as it may have in a round."""
         readable, self.found.readable = self.found.readable, {}
+        end = time.monotonic() + _TURN
+        served: list[ControlConnection] = []
         for connection in readable:
-            count = 0
-            while count < _MOST_REQUESTS and (request := connection.next_request()) is not None:
+            count, is_over = 0, bool(served) and time.monotonic() > end
+            while count < _MOST_REQUESTS and not is_over and (request := connection.next_request()) is not None:
                 self._strangers.pop(connection, None)
                 yield connection, request
                 count += 1
-            connection.end_turn(has_more=count == _MOST_REQUESTS)
+                is_over = time.monotonic() > end
+            if count:
+                served.append(connection)
+            connection.end_turn(has_more=is_over or count == _MOST_REQUESTS)
+        for connection in served:  # the others are the first in the next round
+            if connection in self.found.readable:
+                self.found.readable[connection] = self.found.readable.pop(connection)
 
     def close(self) -> None:
         """Close all connections."""

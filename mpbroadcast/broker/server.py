@@ -87,8 +87,9 @@ class Broker:
 
     def round(self, *, at_once: bool = False) -> None:
         """Wait for what happens, unless ``at_once`` is set or something is left to do, and handle it."""
-        registry, found = self.registry, self.acceptor.found
-        self.traffic.round(at_once=at_once or bool(self.parts or registry.to_remove or found.readable or found.closed))
+        registry, found, late = self.registry, self.acceptor.found, self.late_replies
+        left = self.parts or registry.to_remove or found.readable or found.closed or late.to_check
+        self.traffic.round(at_once=at_once or bool(left))
         if found.readable:
             for connection, request in self.acceptor.requests():
                 self._answer(self, connection, request)
@@ -107,9 +108,11 @@ class Broker:
             self._work_off()
         if registry.has_changed:
             registry.has_changed = False
-            self.late_replies.check_counts()
-        if self.late_replies.for_delivery:
-            self.late_replies.check_deliveries(registry.subscriptions)
+            late.recheck_counts()
+        if late.to_check:
+            late.check_counts()
+        if late.for_delivery:
+            late.check_deliveries(registry.subscriptions)
         self.poller.close_forgotten()
 
     def _has_found(self) -> bool:

@@ -32,7 +32,7 @@ from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from mpbroadcast.protocol.frames import Batch, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.protocol.runs import MESSAGES, RUN, TAIL
 from tests.support.helpers import DEADLINE, pattern, wait_until
-from tests.support.own_broker import Asker, asking, own_broker, subscribed, subscribing
+from tests.support.own_broker import Asker, ask, asking, own_broker, subscribed, subscribing
 from tests.support.rude import RING_SIZE, Lent, Rude, shares_memory
 
 __all__ = ["own_broker"]
@@ -145,6 +145,22 @@ def test_statistics_of_many_subscriptions_come_in_parts(own_broker: Broker) -> N
         assert in_rounds(own_broker, other, {"do": "wait", "count": 5001, "now": True}, 100)["done"]
 
 
+def connect(broker: Broker, client: socket.socket, folder: Path) -> None:
+    """Connect to a broker of this process, with its key."""
+    client.connect(str(folder / "s"))
+    handshake = client_handshake(b"key")
+    next(handshake)
+    broker.round(at_once=True)
+    client.sendall(handshake.send(client.recv(1000)[4:]))
+    broker.round(at_once=True)
+    client.sendall(handshake.send(client.recv(1000)[4:]))
+    broker.round(at_once=True)
+    with pytest.raises(StopIteration) as done:
+        handshake.send(client.recv(1000)[4:])
+    client.sendall(done.value.value)
+    broker.round(at_once=True)
+
+
 def test_many_requests_at_once(own_broker: Broker, tmp_path: Path) -> None:
     """Thousands of notes of one connection, as when thousands of channels are dropped, are not handled in one round.
 
@@ -153,18 +169,7 @@ def test_many_requests_at_once(own_broker: Broker, tmp_path: Path) -> None:
     with asking(own_broker) as (_, _, session), socket.socket(socket.AF_UNIX) as client:
         for number in range(1000, 3000):
             subscribed(own_broker, number, own_broker.registry.sessions[session], [str(number)], "drop_oldest")
-        client.connect(str(tmp_path / "s"))
-        handshake = client_handshake(b"key")
-        next(handshake)
-        own_broker.round(at_once=True)
-        client.sendall(handshake.send(client.recv(1000)[4:]))
-        own_broker.round(at_once=True)
-        client.sendall(handshake.send(client.recv(1000)[4:]))
-        own_broker.round(at_once=True)
-        with pytest.raises(StopIteration) as done:
-            handshake.send(client.recv(1000)[4:])
-        client.sendall(done.value.value)
-        own_broker.round(at_once=True)
+        connect(own_broker, client, tmp_path)
         client.sendall(b"".join(encode({"do": "drop", "subscription": number}) for number in range(1000, 3000)))
         client.close()
         for _ in range(100):
@@ -233,6 +238,37 @@ def test_many_waits_and_many_subscriptions(own_broker: Broker) -> None:
         with at_most(20_000):
             for number in range(2000, 2100):
                 answer(own_broker, cast("ControlConnection", other), subscribing(session, number, "fuzz"))
+            own_broker.round(at_once=True)
+
+
+def test_requests_that_take_long(own_broker: Broker, tmp_path: Path) -> None:
+    """Of those that come at once, a round handles one, or what it has time for."""
+    with asking(own_broker) as (one, _, session), socket.socket(socket.AF_UNIX) as client:
+        connect(own_broker, client, tmp_path)
+        slow = [f"*[ab]{'?' * 900}{number}" for number in range(35)]
+        assert in_rounds(own_broker, one, subscribing(session, 5000, *slow), 100_000) == {}
+        waits = [{"do": "wait", "count": 1, "topic": "a" * 1000 + str(number), "now": True} for number in range(20)]
+        client.sendall(b"".join(map(encode, waits)))
+        before = own_broker.router.steps
+        own_broker.round(at_once=True)
+        own_broker.round(at_once=True)
+        assert 0 < own_broker.router.steps - before < 10 * SESSION.steps
+
+
+def test_waits_whose_topics_take_long_to_match(own_broker: Broker) -> None:
+    """When a subscription comes, only some of those that wait for one are looked at in a round; all in the end."""
+    with asking(own_broker) as (one, _, session):
+        slow = [f"*[ab]{'?' * 900}{number}" for number in range(35)]
+        assert in_rounds(own_broker, one, subscribing(session, 5000, *slow), 100_000) == {}
+        waits = [Asker(one.peer) for _ in range(20)]
+        for number, asker in enumerate(waits):
+            message = {"do": "wait", "count": 1, "topic": "a" * 1000 + f"{number}.", "now": False}
+            answer(own_broker, cast("ControlConnection", asker), message)
+        before = own_broker.router.steps
+        ask(own_broker, one, subscribing(session, 5001, "*."))
+        own_broker.round(at_once=True)
+        assert own_broker.router.steps - before < 10 * SESSION.steps
+        while not all(asker.replies for asker in waits):
             own_broker.round(at_once=True)
 
 
