@@ -7,7 +7,7 @@
   the pipe until the last decoded message is handed out (see ``protocol/runs.py``).
 - :meth:`Channel._receive_nowait` takes one message, or none, and never blocks: each other call that receives goes through it.
   ``_lock`` is held while a message is read, decoded and taken. Nothing waits under it, for a message or for the broker.
-- ``receiving_end.py`` has the pipe, which process owns it, and the channel's state.
+- ``pipe_ownership.py`` has the pipe, which process owns it, and the channel's state.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from mpbroadcast import trap_points
 from mpbroadcast.client.asyncio_wait import AsyncWaiters, give_turn
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel_state import OPEN
+from mpbroadcast.client.pipe_ownership import PipeOwnership
 from mpbroadcast.client.pipe_reader import END_OF_MESSAGES, LOST, LOST_FOR_GOOD, End, Stream, follow, read_into
-from mpbroadcast.client.receiving_end import ReceivingEnd
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, set_channel
 from mpbroadcast.posix import locks
@@ -59,7 +59,7 @@ class Channel(Generic[M]):
     def __init__(self, client: BrokerClient, id: int, with_topic: bool, *, subscriber: bool = False) -> None:
         self.id = id  # the subscription's, at the broker
         self._with_topic = with_topic
-        self._receiving_end = ReceivingEnd(client, id, subscriber)
+        self._ownership = PipeOwnership(client, id, subscriber)
         self._missed = 0
         self._begin()
         on_fork(self, Channel._begin)
@@ -189,9 +189,9 @@ class Channel(Generic[M]):
 
     def _fill(self) -> None:
         """Read and decode what is in the pipe. The caller holds the lock, and no decoded message is left."""
-        end, before = self._receiving_end, self._stream
-        pipe, shared = end.pipe, end.shared
-        if pipe is None or end.state is not OPEN or pipe.fd < 0:
+        ownership, before = self._ownership, self._stream
+        pipe, shared = ownership.pipe, ownership.shared
+        if pipe is None or ownership.state is not OPEN or pipe.fd < 0:
             return
         after, has_tail = follow(before, pipe, self._has_tail, self._with_topic, shared)
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile
@@ -204,7 +204,7 @@ class Channel(Generic[M]):
         """Read the tail byte, so that the descriptor shows what is behind it. The caller holds the lock."""
         if self._has_tail and not self._stream.decodable(self._has_tail):
             self._has_tail = False
-            pipe = self._receiving_end.pipe
+            pipe = self._ownership.pipe
             if pipe is not None:
                 read_into(self._stream, pipe.fd, 1)
 
@@ -231,7 +231,7 @@ class Channel(Generic[M]):
         """
         fd = self._open(Deadline(None)).fd
         if fd < 0:
-            raise self._about_this(self._receiving_end.closed_error())
+            raise self._about_this(self._ownership.closed_error())
         return fd
 
     def __iter__(self) -> Iterator[M]:
@@ -281,9 +281,9 @@ class Channel(Generic[M]):
                 if type(stream.ready[0]) is not End:
                     return
                 end = stream.ready[0]
-                if end is not LOST or not self._receiving_end.client.restarts:
+                if end is not LOST or not self._ownership.client.restarts:
                     raise self._end(end)
-                self._receiving_end.begin_reconnecting()
+                self._ownership.begin_reconnecting()
         if end is not None:
             self._reconnect(stream, deadline)
         elif not self._wait_readable(deadline):
@@ -314,13 +314,13 @@ class Channel(Generic[M]):
                 self._stream = after
                 self._has_tail = False
                 self._tasks.wake()
-                self._receiving_end.release_former()
+                self._ownership.release_former()
 
     def _end(self, end: object) -> Exception:
         """Return the error behind all messages, which stays there."""
         if end is END_OF_MESSAGES:
             return self._about_this(EOFError("no message follows: this channel was unsubscribed, or its broadcaster closed"))
-        return self._about_this(self._receiving_end.client.lost_error())
+        return self._about_this(self._ownership.client.lost_error())
 
     def _about_this(self, error: E) -> E:
         set_channel(error, self)
@@ -330,7 +330,7 @@ class Channel(Generic[M]):
 
     def _open(self, deadline: Deadline) -> PipeEnd:
         try:
-            return self._receiving_end.open(deadline)
+            return self._ownership.open(deadline)
         except BroadcastError as error:
             error.channel = self
             raise
@@ -359,8 +359,8 @@ class Channel(Generic[M]):
             raise ValueError("name at least one topic")
         check_topics(topics)
         if self.closed:
-            raise self._about_this(self._receiving_end.closed_error())
-        self._receiving_end.request(do, topics=topics)
+            raise self._about_this(self._ownership.closed_error())
+        self._ownership.request(do, topics=topics)
 
     @property
     def missed(self) -> int:
@@ -373,7 +373,7 @@ class Channel(Generic[M]):
     @property
     def closed(self) -> bool:
         """True if it was closed in this process."""
-        return self._receiving_end.is_closed
+        return self._ownership.is_closed
 
     def close(self) -> None:
         """Unsubscribe, and close the pipe: what was not received is dropped. It can be called again.
@@ -383,12 +383,12 @@ class Channel(Generic[M]):
         from any process. It blocks until the broker replies, at most 5 seconds, and raises nothing if that does not reply.
         """
         with self._lock:
-            if not self._receiving_end.close_pipe():
+            if not self._ownership.close_pipe():
                 return
             self._stream = Stream()
             self._has_tail = False
         self._tasks.wake()
-        self._receiving_end.end_subscription()
+        self._ownership.end_subscription()
 
     def __enter__(self) -> Self:
         return self
@@ -397,35 +397,35 @@ class Channel(Generic[M]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_receiving_end"):
-            self._receiving_end.drop()
+        if hasattr(self, "_ownership"):
+            self._ownership.drop()
 
     def __repr__(self) -> str:
-        end = self._receiving_end
-        state = "closed" if end.is_closed else "open" if end.state is OPEN else "not open here"
-        return f"<mpbroadcast.Channel {self.id} at {end.client.address!r}, {state}>"
+        ownership = self._ownership
+        state = "closed" if ownership.is_closed else "open" if ownership.state is OPEN else "not open here"
+        return f"<mpbroadcast.Channel {self.id} at {ownership.client.address!r}, {state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         try:
-            self._receiving_end.hand_on()
+            self._ownership.hand_on()
         except BroadcastError as error:
             error.channel = self
             raise
-        return Channel, (self._receiving_end.client, self.id, self._with_topic)
+        return Channel, (self._ownership.client, self.id, self._with_topic)
 
     @property
     def broker(self) -> str:
         """The identity of its broker."""
-        return self._receiving_end.client.broker
+        return self._ownership.client.broker
 
     def broker_has_ended(self) -> bool:
         """Release the descriptors that show which processes could open it: none can any more. Return True."""
-        self._receiving_end.release_heirs()
+        self._ownership.release_heirs()
         return True
 
     def open_if_own(self, deadline: Deadline) -> None:
         """Open it, if this process has subscribed and no other one can open it."""
-        if self._receiving_end.is_own:
+        if self._ownership.is_own:
             self._open(deadline)
 
 

@@ -41,7 +41,7 @@ from mpbroadcast.posix.shared_memory import available
 _CLOSE_TIMEOUT: Final = 5.0  # seconds until close() no longer waits for the broker's reply
 
 
-class ReceivingEnd:
+class PipeOwnership:
     """The pipe of one subscription in one process. ``state`` is OPEN only while ``pipe`` is there and confirmed."""
 
     def __init__(self, client: BrokerClient, subscription: int, is_subscriber: bool) -> None:
@@ -58,7 +58,7 @@ class ReceivingEnd:
         self._is_pickled = False  # another process may have it that was not forked from this one
         self._heirs = descendants()  # processes that were forked from this one
         self._lock = locks.rlock()
-        on_fork(self, ReceivingEnd._in_child)
+        on_fork(self, PipeOwnership._in_child)
 
     @property
     def is_closed(self) -> bool:
