@@ -45,7 +45,10 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Session:
-    """This process as one broker knows it, for as long as the lifeline is open. ``id`` is the broker's."""
+    """This process as one broker knows it, for as long as the lifeline is open.
+
+    ``id`` is the ID that the broker gave this session.
+    """
 
     lifeline: ControlConnection
     id: int

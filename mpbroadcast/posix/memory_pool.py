@@ -127,9 +127,9 @@ class _Kept:
         self.size = len(self._map)
 
     def fill(self, parts: Sequence[Any]) -> None:
-        """Write the parts of a message, one behind the other.
+        """Write the parts of a message, one behind the other. The first fill allocates all of the memory, and seals it.
 
-        :raises OSError: the system has no memory for it.
+        :raises OSError: in the first fill only: the system has no memory for it, or cannot seal it.
         """
         self._fills += 1
         if self._fills == 1:

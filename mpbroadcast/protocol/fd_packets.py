@@ -69,5 +69,5 @@ def unpack(data: bytes) -> Packet:
     except error as cause:
         raise PacketError(f"a packet of {len(data)} bytes") from cause
     if not RING <= packet.kind <= NONE:
-        raise PacketError(f"a packet of kind {packet.kind}")
+        raise PacketError(f"a packet of the unknown kind {packet.kind}")
     return packet

@@ -325,7 +325,7 @@ def _references(chunk: bytes, start: int, end: int) -> References:
     size, tag = HEAD.unpack_from(chunk, start)
     skip, topic, exclude = _route(chunk[start : start + size], size, REFERENCE)
     if size != skip + _REFERENCE.size:
-        raise FrameError(f"a reference frame of {size} bytes")
+        raise FrameError(f"a REFERENCE frame of {size} bytes instead of {skip + _REFERENCE.size}")
     same = chunk[start : start + skip + 4]  # with the ring's id
     position = start
     last = min(end, start + _MOST_REFERENCES) - size
@@ -354,7 +354,7 @@ def _memfd_message(frame: bytes) -> MemfdMessage:
     size, tag = HEAD.unpack_from(frame)
     skip, topic, exclude = _route(frame, size, MEMORY)
     if size != skip + _MEMORY.size:
-        raise FrameError(f"a memory frame of {size} bytes")
+        raise FrameError(f"a MEMORY frame of {size} bytes instead of {skip + _MEMORY.size}")
     message_id, length = _MEMORY.unpack_from(frame, skip)
     if skip + length > MAX_FRAME:
         raise FrameError(f"a message of {length} bytes in memory of its own, more than a message may have")
