@@ -4,7 +4,8 @@
   handler finds it as it was or as it will be. Bytes are read by ``list.extend(map(read, ...))``, which has no moment between
   reading and keeping. A signal handler that itself receives from the same channel is not provided for.
 - The descriptor is readable for as long as there is something to receive: the tail byte of the last run that was read stays in
-  the pipe until the last decoded message is handed out (see ``protocol/runs.py``).
+  the pipe until the last decoded message is handed out (see ``protocol/runs.py``). An interrupt behind the reading of that
+  byte puts the message back, but not the byte. To read it with the next call instead would wake each waiter once in vain.
 - :meth:`Channel._receive_nowait` takes one message, or none, and never blocks: each other call that receives goes through it.
   ``_lock`` is held while a message is read, decoded and taken. Nothing waits under it, for a message or for the broker.
 - ``pipe_ownership.py`` has the pipe, which process owns it, and the channel's state.
@@ -51,7 +52,8 @@ class Channel(Generic[M]):
     A channel can be waited for, in ``multiprocessing.connection.wait``, ``selectors``, ``asyncio`` and a
     :class:`~mpbroadcast.Selector`: its descriptor is readable whenever :meth:`recv` has something to return or to raise. It
     may also be readable when only a part of a message has come; then ``poll(0)`` reads that part and returns False. Wait for
-    it level-triggered, not edge-triggered.
+    it level-triggered, not edge-triggered. When an exception from a signal handler has interrupted a call that receives, call
+    ``poll(0)`` before the next wait: a message may be ready, and the descriptor not readable.
 
     Used with ``with``, it is closed at the end. An iteration ends where the messages end.
     """

@@ -163,7 +163,7 @@ class Selector(Generic[M]):
             except BrokerLost:
                 self._handlers.pop(source, None)
                 raise
-            except Exception:
+            except BaseException:  # behind an interrupt a message may be ready, and the descriptor not readable
                 self._ready.append(source)
                 raise
             self._ready.append(source)  # it may have more, and to try costs less than to wait

@@ -25,7 +25,7 @@ from weakref import WeakSet
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, start_broadcaster, trap_points
+from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, channel_to_selector, start_broadcaster, trap_points
 from mpbroadcast.broker.host.launcher import BrokerProcess
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.deadline import Deadline
@@ -290,6 +290,22 @@ def test_an_interrupted_receive_loses_nothing(bus: Bus, storm: Storm, kind: str,
             assert (message[1] if topic else message) == (number, pattern(number, size))
     assert not channel.poll(0)
     channel.close()
+
+
+def test_an_interrupted_selector_overlooks_no_message(bus: Bus) -> None:
+    """Wherever it is interrupted: a message that the channel still has is received, without another one that wakes it."""
+    channel = bus.subscribe()
+    selector = channel_to_selector(channel)
+    bus.publish(-1)
+    assert selector.receive(timeout=DEADLINE) == -1
+    for count in itertools.count():
+        bus.publish(count)
+        bus.flush(delivered=True)
+        if not Interrupting(behind_call(count), sys.setprofile)(selector.receive, DEADLINE):
+            break
+        if channel.poll(0):
+            assert selector.receive(timeout=1.0) == count
+    assert count > 10
 
 
 # ----------------------------------------------------------------------------------------- subscribing, asking, and closing
