@@ -83,7 +83,7 @@ class BrokerClient:
         # Ids of subscriptions that no handle refers to any more, until a reply shows that the broker has dropped them.
         self.dropped: set[int] = _dropped.setdefault(broker, set()) if broker else set()
         # Subscriptions that only these processes, forked from this one, can still open.
-        self.inherited: dict[int, Descendants] = {}
+        self.inherited: dict[int, Descendants] = _inherited.setdefault(broker, {}) if broker else {}
         self.ends_broker = False  # True if the broker is to end with this session, as no other process needs it
         self._noted: set[int] = set()  # dropped subscriptions whose notes were sent since the last reply
         on_fork(self, BrokerClient._in_child)
@@ -118,6 +118,7 @@ class BrokerClient:
             raise self.lost_error()
         self.broker = str(reply["broker"])
         self.dropped = _dropped.setdefault(self.broker, self.dropped)
+        self.inherited = _inherited.setdefault(self.broker, self.inherited)
         self.restarts = bool(reply["restarts"])
         if self._authkey is not None:
             _keys[self.address] = self._authkey  # for handles of this process that come without a key
@@ -246,6 +247,7 @@ class BrokerClient:
         self.dropped = set()
         _clients.clear()
         _dropped.clear()
+        _inherited.clear()
         _last_notes.clear()
 
     def close(self) -> None:
@@ -278,6 +280,7 @@ def _send_last_notes() -> None:
 
 
 _dropped: dict[str, set[int]] = {}  # by the broker's identity: the broker that takes over may be the first to get the notes
+_inherited: dict[str, dict[int, Descendants]] = {}  # likewise: the handle that has left them may be closed
 _last_notes: deque[tuple[ControlConnection, bytes]] = (
     deque()
 )  # lifelines that are kept until there is room for their last notes

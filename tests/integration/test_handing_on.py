@@ -245,6 +245,39 @@ def test_what_no_forked_process_can_open_any_more_is_dropped(
     wait_until(lambda: not bus.stats().memory)
 
 
+def _leave_to_a_child(address: str, report: Connection) -> None:
+    """Subscribe, fork, and close all; then the child ends, and another handle on the broker is made."""
+    reader, writer = os.pipe()
+    handle: Bus = connect(address)
+    channel = handle.subscribe()
+    child = os.fork()
+    if not child:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    channel.close()
+    handle.close()
+    del channel, handle
+    with connect(address) as another:
+        report.send(len(another.stats().subscribers))
+    os.close(writer)
+    os.waitpid(child, 0)
+    with connect(address) as another:
+        another.stats()
+    answer(report)
+
+
+def test_what_no_forked_process_can_open_any_more_is_dropped_without_the_handle_that_made_it(
+    bus: Bus, children: Children, fork: BaseContext, pipe: tuple[Connection, Connection]
+) -> None:
+    """Also when that handle was closed before the forked process ended: the next one of this process on the broker does it."""
+    process = children(fork, _leave_to_a_child, bus.address, pipe[1])
+    assert answer(pipe[0]) == 1
+    wait_until(lambda: not bus.stats().subscribers)
+    pipe[0].send("end")
+    finish(process)
+
+
 def test_many_forks_leave_little(bus: Bus, children: Children, fork: BaseContext, pipe: tuple[Connection, Connection]) -> None:
     """Of the processes that have ended nothing is kept, and one that lives is noticed among them."""
     channel = bus.subscribe()
