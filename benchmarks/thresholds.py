@@ -23,9 +23,9 @@ from unittest import mock
 from mpbroadcast import Channel, start_broadcaster
 
 _SHARED_FROM = (
-    "mpbroadcast.client.broadcaster.SHARED_FROM",
+    "mpbroadcast.client.publishing.SHARED_FROM",
     "mpbroadcast.client.shared_writer.SHARED_FROM",
-    "mpbroadcast.client.broadcaster.SHORT",  # the quick way into the pipe
+    "mpbroadcast.client.publishing.SHORT",  # the fast path into the pipe
 )
 _LONGEST = "mpbroadcast.client.shared_writer.LONGEST"
 _MEMORY_FROM = "mpbroadcast.client.shared_writer.MEMORY_FROM"

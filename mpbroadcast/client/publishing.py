@@ -31,9 +31,8 @@ M = TypeVar("M")
 
 _NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
 SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)  # bytes of a message below which it is one write into the pipe
-_ROOM: Final = (
-    PIPE_BUF - HEAD.size
-)  # bytes of a message and its topic in one write; where PIPE_BUF is 512, a topic may have more
+# Bytes of a message and its topic in one write: where PIPE_BUF is 512, a topic may have more.
+_ROOM: Final = PIPE_BUF - HEAD.size
 _HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]  # without a topic: looking one up is faster than packing it
 _GATHER_FROM: Final = 1 << 18  # bytes of a message from which on its parts are better not joined
 

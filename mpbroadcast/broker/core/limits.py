@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from mpbroadcast.broker.core.patterns import steps_of_all
 
-MOST_CONNECTIONS: Final = 1024  # of a process: a lifeline for each link, and one for each request at the same moment
+MOST_CONNECTIONS: Final = 1024  # of a process: one for each session, and one for each request at the same moment
 MOST_ASKED: Final = 128 << 20  # bytes of a process's requests that are not whole
 MOST_STEPS: Final = 1 << 25  # some 0.1 s, of a session's patterns against one topic, or of a replay's against the history
 _PER_SUBSCRIPTION: Final = 4096  # bytes, about
