@@ -20,8 +20,8 @@ def run_script(script: Path, *flags: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=60,
-        # Unbuffered, a line of print() is two writes, and those of several processes mix.
-        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"PYTHONPATH": path},
+        # Unbuffered, as in many containers: a line of print() is two writes then, and those of several processes may mix.
+        env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
         cwd=script.parent,
         check=False,
     )
