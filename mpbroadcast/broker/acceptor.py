@@ -21,7 +21,7 @@ from mpbroadcast.broker.control_connection import ControlConnection, Found, Trus
 from mpbroadcast.broker.core.limits import MOST_CONNECTIONS
 from mpbroadcast.broker.members import Peer
 from mpbroadcast.broker.peers import Peers
-from mpbroadcast.posix.control_socket import ControlSocket, Listener
+from mpbroadcast.posix.fd_socket import Socket, peer_of
 from mpbroadcast.posix.poller import IN, Poller
 from mpbroadcast.protocol.control import serve_handshake
 
@@ -39,7 +39,7 @@ _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 class Acceptor:
     """Makes a :class:`ControlConnection` of each connection of this user."""
 
-    def __init__(self, poller: Poller, listener: Listener, keys: list[bytes], peers: Peers) -> None:
+    def __init__(self, poller: Poller, listener: Socket, keys: list[bytes], peers: Peers) -> None:
         self.found = Found()
         self._poller = poller
         self._listener = listener
@@ -104,7 +104,8 @@ class Acceptor:
             self._pause(wait)
             return
         try:
-            connection = ControlSocket.accepted(self._listener)
+            connection, _ = self._listener.accept()
+            connection.setblocking(False)
         except BlockingIOError:
             return
         except OSError as error:
@@ -136,9 +137,9 @@ class Acceptor:
             self._strangers.pop(oldest)
         return wait
 
-    def _admit(self, connection: ControlSocket) -> None:
+    def _admit(self, connection: Socket) -> None:
         try:
-            pid, uid = connection.peer()
+            pid, uid = peer_of(connection)
             if uid != os.geteuid():
                 log.warning("refused process %d of user %d: only user %d may connect", pid, uid, os.geteuid())
                 connection.close()

@@ -17,7 +17,7 @@ from typing import Any, Final
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.limits import MOST_ASKED
 from mpbroadcast.broker.members import Peer, Session
-from mpbroadcast.posix.control_socket import ControlSocket
+from mpbroadcast.posix.fd_socket import Socket, send_fds
 from mpbroadcast.posix.poller import ERROR, IN, OUT, Poller
 from mpbroadcast.protocol.control import MAX_HANDSHAKE, MAX_REQUEST, ControlError, Handshake, Inbox, decode, encode
 
@@ -43,7 +43,7 @@ class Found:
 class ControlConnection:
     """One connection. It has one request at a time, until :meth:`reply` or :meth:`no_reply`."""
 
-    def __init__(self, poller: Poller, control_socket: ControlSocket, peer: Peer, handshake: Handshake, found: Found) -> None:
+    def __init__(self, poller: Poller, connection: Socket, peer: Peer, handshake: Handshake, found: Found) -> None:
         self.peer = peer
         self.session: Session | None = None  # which ends with this connection
         self.trust = Trust.STRANGER
@@ -51,7 +51,7 @@ class ControlConnection:
         self.is_refused = False  # independent of the handshake: the broker has closed it for what it sent
         self.why = ""  # it is closed
         self._poller = poller
-        self._socket = control_socket
+        self._socket = connection
         self._handshake = handshake
         self._found = found
         self._inbox = Inbox(MAX_HANDSHAKE)
@@ -59,7 +59,7 @@ class ControlConnection:
         self._out: deque[bytes | memoryview] = deque()
         self._fds: tuple[int, ...] = ()  # that go with the first byte of it
         self._events = IN
-        poller.watch(control_socket.fileno(), IN, self._ready)
+        poller.watch(connection.fileno(), IN, self._ready)
         self._send(next(handshake))
 
     def reply(self, message: dict[str, Any], *fds: int) -> None:
@@ -172,7 +172,7 @@ class ControlConnection:
             while out and not self.is_closed:
                 data = out[0]
                 if self._fds:
-                    sent = self._socket.send_with_fds(data, self._fds)
+                    sent = send_fds(self._socket, [data], self._fds)
                     self._drop_fds()
                 else:
                     sent = self._socket.send(data)

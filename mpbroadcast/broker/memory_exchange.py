@@ -17,7 +17,7 @@ from typing import Final
 
 from mpbroadcast.broker.members import Publisher, Subscription
 from mpbroadcast.broker.memory import Lender, Ring, Store
-from mpbroadcast.posix.fd_socket import DescriptorSocket
+from mpbroadcast.posix.fd_socket import PACKET, DescriptorSocket
 from mpbroadcast.posix.poller import IN, Poller
 from mpbroadcast.protocol.fd_packets import MAPPED, NONE, READ, REFUSED, PacketError, pack, unpack
 
@@ -129,17 +129,18 @@ class MemoryExchange:
         if window is None:
             return
         try:
-            while (packet := window.fd_socket.receive_packet()) is not None:
-                if not packet:
-                    raise ConnectionError("it has closed its socket")
+            while packet := window.fd_socket.recv(PACKET):
                 window.received += 1
                 kind, ring, value = unpack(packet)
                 if kind == READ:
                     subscription.has_read(value)
                 elif kind in (MAPPED, REFUSED):
                     window.answered(ring, mapped=kind == MAPPED)
-        except (OSError, PacketError):
             self._poller.forget(window.fd_socket.fileno())  # its pipe reports whether it is gone
+        except BlockingIOError:
+            pass
+        except (OSError, PacketError):
+            self._poller.forget(window.fd_socket.fileno())
         if subscription.waiters or subscription.backlog.ended or not subscription.backlog.is_empty:
             self._dirty[subscription] = None
 

@@ -28,7 +28,7 @@ from mpbroadcast.broker.peers import Peers
 from mpbroadcast.broker.registry import Registry
 from mpbroadcast.broker.shutdown import Shutdown
 from mpbroadcast.broker.traffic import Traffic
-from mpbroadcast.posix.control_socket import Listener
+from mpbroadcast.posix.fd_socket import Socket
 from mpbroadcast.posix.poller import Poller
 
 log = logging.getLogger("mpbroadcast.broker")
@@ -42,7 +42,7 @@ class Broker:
 
     def __init__(
         self,
-        listener: Listener,
+        listener: Socket,
         keys: list[bytes],
         answer: Callable[[Broker, ControlConnection, dict[str, Any]], None],
         *,

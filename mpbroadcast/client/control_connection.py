@@ -1,7 +1,7 @@
 """A control connection, at the user's end: the handshake, then one request at a time and its reply.
 
 It is used by one thread at a time. A call that is interrupted, or that runs out of time, leaves it in the middle of a request:
-then it is closed, and never used again. Its socket never blocks: what waits is :meth:`ControlSocket.wait`, until a deadline.
+then it is closed, and never used again. Its socket never blocks: what waits is ``_wait``, until a deadline.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Final
 from mpbroadcast import trap_points
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import AuthenticationFailed, BrokerCrashed, BrokerLost, TimedOut
-from mpbroadcast.posix.control_socket import ControlSocket
 from mpbroadcast.posix.descriptors import close_fd
-from mpbroadcast.posix.fd_socket import DescriptorSocket, taken_apart
+from mpbroadcast.posix.fd_socket import CLOEXEC, SPACE, DescriptorSocket, control_socket, taken_apart
 from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.posix.pipes import PipeEnd
+from mpbroadcast.posix.poller import is_ready
 from mpbroadcast.protocol.control import (
     MAX_HANDSHAKE,
     MAX_REPLY,
@@ -51,7 +51,7 @@ class ControlConnection:
         self._crash: BrokerCrashed | None = None
         self._fds: list[int] = []  # descriptors that were received and have no other owner yet
         with fork_lock():
-            self._socket = ControlSocket()
+            self._socket = control_socket()
             on_fork(self, ControlConnection.close)
         try:
             self._connect(deadline)
@@ -142,14 +142,14 @@ class ControlConnection:
 
     def _read(self) -> bytes:
         with fork_lock():
-            data, fds, lost = taken_apart(self._socket.receive(_READ))
+            data, fds, lost = taken_apart(self._socket.recvmsg(_READ, SPACE, CLOEXEC))
             self._fds += fds
         if lost:
             raise OSError(errno.EMFILE, "no descriptor is left in this process for a pipe: close some, or raise `ulimit -n`")
         return data
 
     def _wait(self, events: int, deadline: Deadline) -> None:
-        if not self._socket.wait(events, deadline):
+        if not is_ready(self._socket, events, deadline.milliseconds()):
             raise TimedOut("the broker did not answer in time")
 
     def _lost(self) -> BrokerLost:

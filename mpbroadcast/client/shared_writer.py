@@ -179,11 +179,10 @@ class SharedWriter(PipeWriter):
                 patience = deadline.at_most(_CHUNK_PATIENCE)
                 with contextlib.suppress(OSError):
                     fd_socket.send_packet(pack(WANTED))
-            seconds = patience.remaining()
-            if not seconds:
+            if not patience.remaining():
                 self._is_dry = True
                 return False
-            fd_socket.wait(seconds)
+            fd_socket.wait(patience)
 
     def _put(self, fd_socket: DescriptorSocket, payload: Payload, route: Route, done: list[int]) -> bool:
         """Copy a message into the ring, and announce it if the pipe has room. Return True if the ring had none."""
@@ -263,5 +262,5 @@ class SharedWriter(PipeWriter):
                 return False
             if deadline.remaining() == 0:
                 raise TimedOut(NOT_IN_TIME)
-            fd_socket.wait(deadline.at_most(_SLICE).remaining() or 0)
+            fd_socket.wait(deadline.at_most(_SLICE))
             self._client.send_notes()

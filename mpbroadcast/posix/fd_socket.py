@@ -1,4 +1,4 @@
-"""The socket beside a pipe, on which descriptors travel, and small packets that belong to them.
+"""Sockets that carry descriptors: control connections, and the socket beside a pipe with its small packets. None blocks.
 
 What was received is kept as ``recvmsg`` returns it, in one step, and taken apart under the lock that keeps forks out: so no
 interrupt and no fork finds a descriptor without an owner.
@@ -7,22 +7,47 @@ interrupt and no fork finds a descriptor without an owner.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import select
 import socket
+import struct
 from array import array
 from typing import Any, Final
 
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.descriptors import OwnedDescriptor
 from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.posix.poller import is_ready
 
 SPACE: Final = socket.CMSG_SPACE(2 * array("i").itemsize)
 CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-_PACKET: Final = 64  # bytes of one at the most
+PACKET: Final = 64  # bytes of one at the most
 
+_SOL_LOCAL: Final = 0  # macOS: level and names of what SO_PEERCRED is on Linux, from its sys/un.h
+_LOCAL_PEERCRED: Final = 1
+_LOCAL_PEERPID: Final = 2
+
+Socket = socket.socket
 Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]  # as `recvmsg` returns it
+
+send_fds = socket.send_fds
+
+
+def control_socket() -> Socket:
+    """Return a socket to listen at, or for a control connection."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made.setblocking(False)
+    return made
+
+
+def peer_of(connection: Socket) -> tuple[int, int]:
+    """Return the process ID and the effective user ID of the process that connected, as they were then."""
+    if hasattr(socket, "SO_PEERCRED"):
+        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return pid, uid
+    (pid,) = struct.unpack("i", connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID, 4))
+    _, uid = struct.unpack_from("2I", connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, 76))
+    return pid, uid
 
 
 def taken_apart(received: Received) -> tuple[bytes, list[int], bool]:
@@ -39,7 +64,7 @@ def taken_apart(received: Received) -> tuple[bytes, list[int], bool]:
 
 
 class DescriptorSocket(socket.socket):
-    """One end of the socket. It never blocks. No other thread uses it at the moment when it is closed."""
+    """One end of the socket beside a pipe. No other thread uses it at the moment when it is closed."""
 
     def __init__(self, fd: int) -> None:
         """Take the descriptor over; see :class:`OwnedDescriptor`."""
@@ -62,19 +87,16 @@ class DescriptorSocket(socket.socket):
         :raises OSError: the other end is gone, or the system does not take a descriptor.
         """
         with contextlib.suppress(BlockingIOError):
-            self.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))] if fd >= 0 else [])
+            if fd >= 0:
+                send_fds(self, [packet], [fd])
+            else:
+                self.send(packet)
             return True
         return False
 
-    def wait(self, seconds: float) -> bool:
-        """Return True if a packet, or the other end's close, comes within that time, rounded up to whole milliseconds."""
-        return is_ready(self, select.POLLIN, math.ceil(seconds * 1000))
-
-    def receive_packet(self) -> bytes | None:
-        """Return as :meth:`receive_packet_with_fd`, where no packet has a descriptor."""
-        with contextlib.suppress(BlockingIOError):
-            return self.recv(_PACKET)
-        return None
+    def wait(self, deadline: Deadline) -> bool:
+        """Return True if a packet, or the other end's close, comes before the deadline."""
+        return is_ready(self, select.POLLIN, deadline.milliseconds())
 
     def receive_packet_with_fd(self) -> tuple[bytes, OwnedDescriptor | None] | None:
         """Return the next packet and its descriptor; ``None`` when none is there; an empty one at the end.
@@ -93,9 +115,9 @@ class DescriptorSocket(socket.socket):
         """Append the next packet, as ``recvmsg`` returns it: in one step, so that an interrupt comes before or after."""
         # When the other end was closed before it had read all, that is reported once, before what is still there.
         with contextlib.suppress(ConnectionResetError):
-            received.extend(map(self.recvmsg, (_PACKET,), (SPACE,), (CLOEXEC,)))
+            received.extend(map(self.recvmsg, (PACKET,), (SPACE,), (CLOEXEC,)))
             return
-        received.extend(map(self.recvmsg, (_PACKET,), (SPACE,), (CLOEXEC,)))
+        received.extend(map(self.recvmsg, (PACKET,), (SPACE,), (CLOEXEC,)))
 
     def __del__(self) -> None:
         if fork_lock is not None:  # see OwnedDescriptor

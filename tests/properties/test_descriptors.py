@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from mpbroadcast.posix.fd_socket import CLOEXEC, SPACE, DescriptorSocket, taken_apart
+from mpbroadcast.posix.fd_socket import CLOEXEC, PACKET, SPACE, DescriptorSocket, taken_apart
 from mpbroadcast.posix.shared_memory import MemoryRefused, check_message, check_ring
 from tests.support.rude import any_file, shares_memory
 from tests.support.victims import descriptors
@@ -50,7 +50,7 @@ def test_descriptors_of_any_number() -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         ours.sendmsg([data], rights)
         if choose.random() < 0.3:
-            assert theirs.receive_packet() == data[:64]
+            assert theirs.recv(PACKET) == data[:PACKET]
         elif choose.random() < 0.5:
             came, numbers, lost = taken_apart(theirs.recvmsg(32, SPACE, CLOEXEC))
             assert (came, lost) == (data[:32], len(fds) > len(numbers))
@@ -60,7 +60,7 @@ def test_descriptors_of_any_number() -> None:
         else:
             heard = theirs.receive_packet_with_fd()
             assert heard is not None
-            assert heard[0] == data[:64]
+            assert heard[0] == data[:PACKET]
             assert (heard[1] is not None) == bool(fds)
             del heard
         assert theirs.receive_packet_with_fd() is None

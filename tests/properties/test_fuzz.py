@@ -29,6 +29,7 @@ import pytest
 from mpbroadcast import Broadcaster, BroadcastError, Channel, connect, start_broadcaster
 from mpbroadcast.broker.core.history import MOST_TOPICS
 from mpbroadcast.client.broker_client import BrokerClient
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.shared_memory import available, ring_memory
 from mpbroadcast.protocol.control import (
     MAX_HANDSHAKE,
@@ -564,7 +565,7 @@ def answers_to_two_rings(bus: Broadcaster[Any]) -> list[bytes]:
         descriptor, memory = ring_memory(1 << 24)
         memory.close()
         lent.send_packet(pack(RING, number, 1 << 18), descriptor.fd)
-        assert lent.fd_socket.wait(DEADLINE)
+        assert lent.fd_socket.wait(Deadline(DEADLINE))
         answers.append(lent.fd_socket.recv(64))
     lent.write(b"".join(reference_frame(number, 100 * index, 100, b"nobody") for index, number in enumerate((1, 2, 1))))
     lent.close()

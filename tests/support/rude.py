@@ -17,6 +17,7 @@ from typing import Any, Final
 import pytest
 
 from mpbroadcast.client.broker_client import BrokerClient
+from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.shared_memory import available, message_memory, ring_memory
 from mpbroadcast.protocol.control import (
     Inbox,
@@ -105,7 +106,7 @@ class Lent:
         descriptor, memory = ring_memory(RING_SIZE)
         self.send_packet(pack(RING, number, 1 << 16), descriptor.fd)
         if self.fd_socket is not None:
-            self.fd_socket.wait(seconds)
+            self.fd_socket.wait(Deadline(seconds))
         memory.close()
 
     def memory(self, number: int, size: int) -> None:
