@@ -296,8 +296,8 @@ def sized(number: int, size: int) -> tuple[str, int, bytes]:
 
 def test_every_size_comes_in_its_place(bus: Bus) -> None:
     """Around each size from which on a message goes another way: whole, in order, with topics and exclusions."""
-    excluded, some = bus.subscribe(with_topic=True), bus.subscribe(), bus.subscribe("even")
-    prime(bus, os.getpid(), channels=[excluded], maps=3)
+    everything, excluded, some = bus.subscribe(with_topic=True), bus.subscribe(), bus.subscribe("even")
+    prime(bus, os.getpid(), channels=[everything, excluded], maps=3)
     limits = [SHARED_FROM, PIPE_BUF, CHUNK, LONGEST, RING]
     sizes = [60, *(limit + off for limit in limits for off in (-1, 0, 1)), 3 * CHUNK]
     Random(1).shuffle(sizes)
@@ -309,7 +309,7 @@ def test_every_size_comes_in_its_place(bus: Bus) -> None:
             bus.publish(one, topic="odd" if number % 2 else "even", exclude=None if number % 3 else excluded)
 
     publishing = Background(publish)
-    got = [one for one in take(len(messages)) if one[1][0] != PRIME]
+    got = [one for one in take(everything, len(messages)) if one[1][0] != PRIME]
     publishing.result()
     assert [topic for topic, _ in got] == ["even" if number % 2 == 0 else "odd" for number in range(len(messages))]
     assert numbers(one for _, one in got) == list(range(len(messages)))
@@ -317,7 +317,7 @@ def test_every_size_comes_in_its_place(bus: Bus) -> None:
     wanted = [number for number in range(len(messages)) if number % 3]
     assert numbers(take(excluded, len(wanted))) == wanted
     bus.flush()
-    assert not any(channel.poll() for channel in (excluded, some))
+    assert not any(channel.poll() for channel in (everything, excluded, some))
 
 
 # ------------------------------------------------------------------------------------------- the end of a publisher
