@@ -1,10 +1,10 @@
-"""Whether the tests notice small faults: changes one thing at a time in the pure parts of the library, and runs the tests.
+"""Change one thing at a time in the pure modules, and see whether a test fails.
 
-``python tests/support/mutate.py [words]`` tries all mutants, or those whose file or function has one of the words, and
-``--most 100`` a sample. It ends with 1 when one survived that :data:`EXPECTED` does not explain.
+``python tests/support/mutate.py [words]`` tries all mutants, or those whose module or text has one of the words, prints the
+survivors (``-v``: all), and ends with 1 unless :data:`EQUIVALENT` explains each.
 
-A mutant is a function whose syntax tree differs in one place: no line and no layout matters. The tests are collected once. Each
-mutant is a fork in which the function has got other code; of the tests, only those that reach it are run, the quickest first.
+A mutant is a function whose syntax tree differs in one position: no line and no layout matters. The tests run once without a
+mutant; then each mutant is a fork, in which the function has other code and the tests that call it run, the quickest first.
 (Of the well-kept tools, mutmut deletes no statements and has no list of what may survive, but for comments in the library.)
 """
 
@@ -12,55 +12,33 @@ from __future__ import annotations
 
 import argparse
 import ast
-import builtins
 import copy
 import gc
-import linecache
 import os
-import pickle
-import random
 import resource
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
-from typing import Any, Final, NamedTuple, TypeVar
+from types import CodeType, FrameType, FunctionType
+from typing import Any, Final, NamedTuple
 
 import pytest
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-AT_ONCE: Final = 2
 MEMORY: Final = 8 << 30  # bytes of addresses that a mutant may have
-
-# Modules by their names, wherever they are, or what is in them.
-TARGETS: Final = (
-    *("router", "patterns", "limits", "states", "policies", "backlog", "history", "ring_holds"),
-    *("frames", "runs", "control", "fd_packets", "validation", "ring_allocator"),
-    *("processes.PeerProcess", "ring.Ring.put", "pipe_reader.decode", "supervisor.Patience", "journal.replayed"),
-)
-NOT_TRIED: Final = ("__repr__", "listed")  # texts for people
-
-# They need no fixture of conftest.py but ``bus``.
+TARGETS: Final = ("protocol/*.py", "broker/core/*.py", "validation.py")
+NOT_TRIED: Final = ("pickling.", "router.listed")  # what needs brokers and channels, and a text for people
 TESTS: Final = (
-    *(f"unit/test_{name}.py" for name in ("router", "budget", "states", "backlog", "history", "processes", "validation")),
+    *(f"unit/test_{name}.py" for name in ("router", "budget", "states", "backlog", "history", "validation")),
     *(f"properties/test_{name}.py" for name in ("frames", "runs", "rings", "control")),
-    *(f"integration/test_restart.py::test_{name}" for name in ("patience", "cut_lines_are_the_state_before_them")),
-    *(
-        f"integration/test_bad_input.py::test_{name}"
-        for name in (
-            *("publish_refuses", "subscribe_refuses", "topics_at_the_limit", "timeouts_that_are_good"),
-            *("a_channel_refuses", "connect_refuses", "connect_to_an_impossible_address"),
-        )
-    ),
 )
 
-# Why no test can tell these from the original, or need not. They are given by their beginnings.
-EXPECTED: Final[dict[str, tuple[str, ...]]] = {
+# The mutants, by their beginnings, that no test can tell from the original, or need not, and the reason.
+EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
     "it is only slower, or quicker": (
         "Router.add: made -> False",
         "Patterns.add: made -> False",
@@ -110,9 +88,6 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
     ),
     "a longer question is as good": ("serve_handshake: os.urandom(", "client_handshake: os.urandom("),
     "so much is for ever, too": ("check_timeout: timeout > _FOREVER -> timeout >= _FOREVER",),
-    "then psutil says that there is no such process, but for a number that is used again": (
-        "PeerProcess.is_dead: not self._process.is_running() -> False",
-    ),
     "only what was taken is given back, and once": (
         "RingAllocator.__init__: self._before = (0, 0, 0) -> pass",
         "RingAllocator.__init__: (0, 0, 0) -> ",
@@ -123,11 +98,7 @@ EXPECTED: Final[dict[str, tuple[str, ...]]] = {
         "_route: min(size, len(frame)) -> max(size, len(frame))",
         "RingAllocator._taken: chunks -> True",
     ),
-    "the slower way, which puts it in the same place, is taken": (
-        "Ring.put: start + length > allocator.end -> start + length >=",
-    ),
     "both are of one length": ("Cost.plus: True -> False", "Budget.check: True -> False"),
-    "no clock is so exact": ("Patience.pause: self._last[0] < now - self._seconds -> self._last[0] <=",),
 }
 
 OTHER: Final = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn}
@@ -192,228 +163,152 @@ def edits(parent: ast.AST) -> Iterator[str]:
             yield from edits(child)
 
 
-def definitions(parent: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
-    """The functions and methods, by qualified name."""
-    for node in parent.body:
+def functions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Yield the functions and methods, with their qualified names."""
+    for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            yield from definitions(node, f"{prefix}{node.name}.")
-        elif isinstance(node, ast.FunctionDef) and node.name not in NOT_TRIED:
+            yield from functions(node, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.FunctionDef):
             yield prefix + node.name, node
 
 
-def parsed(file: str) -> tuple[ast.Module, dict[str, ast.FunctionDef]]:
-    tree = ast.parse("".join(linecache.getlines(file)))  # which does not change meanwhile
-    return tree, dict(definitions(tree))
+class Mutant(NamedTuple):
+    """A function with one change."""
+
+    file: str
+    name: str
+    text: str
+    code: CodeType
+
+    def install(self) -> None:
+        """Give the function its other code, in this process."""
+        for function in gc.get_objects():
+            if isinstance(function, FunctionType) and place_of(function.__code__) == self[:2]:
+                function.__code__ = self.code
 
 
-Place = tuple[str, str]  # the file of a function, and its qualified name
-
-
-def place_of(code: CodeType) -> Place:
+def place_of(code: CodeType) -> tuple[str, str]:
     return code.co_filename, code.co_qualname
 
 
-def install(tree: ast.Module, file: str) -> None:
-    """Let the functions of a module have the code that they have in ``tree``, in this process."""
-    codes = [compile(ast.fix_missing_locations(tree), file, "exec", dont_inherit=True)]
+def code_in(tree: ast.Module, file: str, name: str) -> CodeType:
+    """Return the code of a function in a module."""
+    codes = [compile(tree, file, "exec", dont_inherit=True)]
     for code in codes:
         codes += (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    found = {place_of(code): code for code in codes if "<" not in code.co_qualname}
-    for function in gc.get_objects():
-        if isinstance(function, FunctionType):
-            function.__code__ = found.get(place_of(function.__code__), function.__code__)
+    return next(code for code in codes if code.co_qualname == name)
 
 
-def reported(files: Iterable[str]) -> set[Place]:
-    """The functions in these files that are called from now on, in this process."""
-    reached: set[Place] = set()
-    vars(builtins)["mutate_reached"] = lambda *place: reached.add(place)
-    for file in files:
-        tree, functions = parsed(file)
-        for name, node in functions.items():
-            node.body[:0] = ast.parse(f"mutate_reached({file!r}, {name!r})").body
-        install(tree, file)
-    return reached
-
-
-class Mutant(NamedTuple):
-    """The change of this number in the function there."""
-
-    place: Place
-    number: int
-    text: str
-
-
-def mutants() -> Iterator[Mutant]:
-    """All that there are."""
-    for target in TARGETS:
-        stem, _, inside = target.partition(".")
-        (file,) = map(str, (ROOT / "mpbroadcast").rglob(f"{stem}.py"))
-        chosen = {name: node for name, node in parsed(file)[1].items() if f"{name}.".startswith(f"{inside}.") or not inside}
-        assert chosen, f"there is no {target}"
-        for name, node in chosen.items():
+def mutants(words: list[str]) -> Iterator[Mutant]:
+    """Yield each mutant whose module or text has one of the words."""
+    for file in sorted(str(path) for target in TARGETS for path in (ROOT / "mpbroadcast").glob(target)):
+        tree = ast.parse(Path(file).read_text())
+        stem = Path(file).stem
+        for name, node in functions(tree, ""):
+            if any(word in f"{stem}.{name}" for word in NOT_TRIED):
+                continue
             seen: Counter[str] = Counter()
-            for index, change in enumerate(edits(node)):
+            for change in edits(node):
                 text = f"{name}: {' '.join(change.split())}"
                 seen[text] += 1
-                yield Mutant((file, name), index, text if seen[text] == 1 else f"{text} #{seen[text]}")
-
-
-J = TypeVar("J")
-
-
-def in_children(jobs: Iterable[J], do: Callable[[J], Any]) -> Iterator[tuple[J, Any]]:
-    """Do each in a fork: with what ``do`` returned, or the status with which the fork has ended."""
-    left = iter(jobs)
-    running: dict[int, tuple[J, Any]] = {}
-    while True:
-        for job in islice(left, AT_ONCE - len(running)):
-            file = tempfile.TemporaryFile()  # noqa: SIM115 - it is closed below
-            child = os.fork()
-            if not child:
-                try:
-                    null = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(null, 1)
-                    os.dup2(null, 2)
-                    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-                    pickle.dump(do(job), file)
-                    file.flush()
-                    os._exit(0)
-                finally:
-                    os._exit(1)
-            running[child] = job, file
-        if not running:
-            return
-        child, status = os.wait()
-        job, file = running.pop(child)
-        with file:
-            file.seek(0)
-            yield job, status or pickle.load(file)
+                text += f" #{seen[text]}" if seen[text] > 1 else ""
+                if not words or any(word in f"{stem}.{text}" for word in words):
+                    yield Mutant(file, name, text, code_in(ast.fix_missing_locations(tree), file, name))
 
 
 class Failed(BaseException):
-    """A test has failed: no other is run."""
-
-
-class Tried(NamedTuple):
-    """A test: what it takes, in seconds of the processor, its place among the items, and what it reaches."""
-
-    seconds: float
-    place: int
-    reached: frozenset[Place]
+    """A test has failed: no other one runs."""
 
 
 class Plugin:
-    """Lets pytest collect the tests, and runs them itself."""
+    """Pytest collects the tests; this runs them, once for each mutant."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.mutants = [*mutants()]
-        self.items: Sequence[pytest.Item] = ()
-        self.tests: list[Tried] = []
+    def __init__(self, words: list[str], verbose: bool) -> None:
+        self.mutants = [*mutants(words)]
+        self.verbose = verbose
         self.unexplained = 0
 
     def pytest_configure(self) -> None:
-        """That a test fails is enough: the shortest way to the failure takes long."""
-        from hypothesis import Phase, settings
+        from hypothesis import Phase, settings  # pytest rewrites it when it loads it first
 
-        phases = [Phase.explicit, Phase.generate]
-        settings.register_profile("mutants", phases=phases, derandomize=True, database=None, deadline=None)
+        settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])  # the shortest failure takes long
         settings.load_profile("mutants")
-
-    @pytest.fixture
-    def bus(self) -> Iterator[Any]:
-        """As in conftest.py."""
-        from mpbroadcast import start_broadcaster
-
-        with start_broadcaster() as broadcaster:
-            yield broadcaster
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             raise Failed(report.nodeid)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Instead of running each test once."""
+        """Replace pytest's own loop."""
         assert not session.testsfailed, "not all tests could be collected"
-        self.items = session.items
-        for _, answer in in_children(range(AT_ONCE), self.watched):
-            assert isinstance(answer, list), f"without any fault, this fails: {answer}"
-            self.tests += answer
-        self.tests.sort()
-        self.try_all()
+        tests = sorted((self.reached(item) for item in session.items), key=lambda test: test[0])
+        counts: Counter[str] = Counter()
+        for mutant in self.mutants:
+            chosen = [(seconds, item) for seconds, places, item in tests if mutant[:2] in places]
+            killer = self.killer(mutant, chosen)
+            reason = next((reason for reason, texts in EQUIVALENT.items() if mutant.text.startswith(texts)), "")
+            verdict = "killed" if killer else "equivalent" if reason else "SURVIVED"
+            counts[verdict] += 1
+            if self.verbose or verdict == "SURVIVED":
+                print(f"{Path(mutant.file).stem}: {mutant.text}: {verdict} {killer or reason}", flush=True)
+        print(f"{len(self.mutants)} mutants: {dict(counts)}")
+        self.unexplained = counts["SURVIVED"]
         return True
 
-    def failure(self, index: int) -> str:
-        """The name of this test, if it fails."""
+    def reached(self, item: pytest.Item) -> tuple[float, set[tuple[str, str]], pytest.Item]:
+        """Run a test. Return its seconds of the processor, and the functions that it calls."""
+        places: set[tuple[str, str]] = set()
+
+        def note(frame: FrameType, event: str, _: object) -> None:
+            if event == "call":
+                places.add(place_of(frame.f_code))
+
+        start = time.process_time()
+        sys.setprofile(note)
         try:
-            self.items[index].config.hook.pytest_runtest_protocol(item=self.items[index], nextitem=None)
-        except Failed as failed:
-            return str(failed)
-        return ""
+            self.run(item)
+        finally:
+            sys.setprofile(None)
+        return time.process_time() - start, places, item
 
-    def watched(self, part: int) -> list[Tried] | str:
-        """What each of a part of the tests takes and reaches."""
-        tests = []
-        reached = reported({mutant.place[0] for mutant in self.mutants})
-        for index in range(part, len(self.items), AT_ONCE):
-            reached.clear()
-            start = time.process_time()
-            if failure := self.failure(index):
-                return failure
-            tests.append(Tried(time.process_time() - start, index, frozenset(reached)))
-        return tests
+    def run(self, item: pytest.Item) -> None:
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
 
-    def killer(self, mutant: Mutant) -> str:
-        """The first test that fails."""
-        tree, functions = parsed(mutant.place[0])
-        for index, _ in enumerate(edits(functions[mutant.place[1]])):
-            if index == mutant.number:
-                install(tree, mutant.place[0])
-        for test in self.tests:
-            if mutant.place in test.reached:
-                signal.setitimer(signal.ITIMER_PROF, 2 + 4 * test.seconds)
-                signal.alarm(20 + int(20 * test.seconds))  # if it waits for something
-                if failure := self.failure(test.place):
-                    return failure
-        return ""
-
-    def try_all(self) -> None:
-        """Try the mutants that were asked for."""
-        words, most = self.options.words, self.options.most
-        chosen = [each for each in self.mutants if not words or any(word in f"{each.place[0]} {each.text}" for word in words)]
-        if most is not None and most < len(chosen):
-            chosen = random.Random(self.options.seed).sample(chosen, most)
-        survivors = set()
-        start = time.monotonic()
-        for mutant, answer in in_children(chosen, self.killer):
-            reason = next((reason for reason, texts in EXPECTED.items() if mutant.text.startswith(texts)), "")
-            if not answer:
-                survivors.add(mutant.text)
-                self.unexplained += not reason
-            if self.options.verbose or not (answer or reason):
-                verdict = f"killed by {answer}" if answer else f"survived: {reason}" if reason else "SURVIVED"
-                print(f"{Path(mutant.place[0]).stem}: {mutant.text}: {verdict}", flush=True)
-        for text in (text for texts in EXPECTED.values() for text in texts):
-            found = {mutant.text for mutant in self.mutants if mutant.text.startswith(text)}
-            if not found or (found <= {mutant.text for mutant in chosen} and not found & survivors):
-                print(f"stale, as {'it is killed' if found else 'there is no such mutant'}: {text}")
-        seconds, killed = time.monotonic() - start, len(chosen) - len(survivors)
-        print(f"{killed} of {len(chosen)} killed, {self.unexplained} survived without a reason, in {seconds:.0f} s")
+    def killer(self, mutant: Mutant, tests: list[tuple[float, pytest.Item]]) -> str:
+        """Return the first test that fails with the mutant, in a fork, or how the fork has ended; empty if it survives."""
+        with tempfile.TemporaryFile() as answer:
+            child = os.fork()
+            if not child:
+                try:
+                    for stream in (1, 2):
+                        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+                    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+                    mutant.install()
+                    for seconds, item in tests:
+                        signal.setitimer(signal.ITIMER_PROF, 2 + 4 * seconds)
+                        signal.alarm(20 + int(20 * seconds))  # for a test that waits
+                        self.run(item)
+                    os._exit(0)
+                except Failed as failed:
+                    os.write(answer.fileno(), str(failed).encode())
+                finally:
+                    os._exit(1)
+            _, status = os.waitpid(child, 0)
+            answer.seek(0)
+            return answer.read().decode() or (f"with status {status}" if status else "")
 
 
 def main() -> int:
-    """1 when one survived unexplained."""
+    """Return 1 if one survived unexplained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="of files or functions")
-    parser.add_argument("--most", type=int, help="how many mutants, which the seed chooses")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("words", nargs="*", help="of modules or mutants")
     parser.add_argument("-v", "--verbose", action="store_true", help="also what was killed, and by which test")
-    plugin = Plugin(parser.parse_args())
+    options = parser.parse_args()
     sys.path[0] = str(ROOT)
     os.chdir(ROOT)
-    options = ["-o", "addopts=", "--noconftest", "-p", "no:cacheprovider", "-p", "no:terminal", "-s", "--timeout", "0"]
-    code = pytest.main([*options, *(f"tests/{name}" for name in TESTS)], [plugin])
+    plugin = Plugin(options.words, options.verbose)
+    flags = ["-o", "addopts=", "--noconftest", "-p", "no:cacheprovider", "-p", "no:terminal", "-s", "--timeout", "0"]
+    code = pytest.main([*flags, *(f"tests/{name}" for name in TESTS)], [plugin])
     return int(code) or int(plugin.unexplained > 0)
 
 
