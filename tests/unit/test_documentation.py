@@ -11,9 +11,8 @@ import inspect
 import io
 import re
 import tokenize
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from enum import Enum
-from pathlib import Path
 
 import pytest
 
@@ -23,189 +22,124 @@ from mpbroadcast.broker import acceptor, routing
 from mpbroadcast.broker.core import history, limits
 from mpbroadcast.client import broadcaster, shared_writer
 from mpbroadcast.protocol import control, frames, pickling, ring_allocator
-from tests.support.pages import BLOCKS, PAGES, README, ROOT, SCRIPTS, Block, blocks_of
+from tests.support.pages import BLOCKS, PAGES, README, ROOT, SCRIPTS
 
 PACKAGE = ROOT / "mpbroadcast"
 TESTS = ROOT / "tests"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-WITH_CHANGES = [*PAGES, ROOT / "CHANGELOG.md"]
-
-LONGEST_README = 200
-LONGEST_USE = 14
-LONGEST_OF_LINES = 450
-LANGUAGES = {"python", "sh", "text", "mermaid"}
+TEXTS = {page: page.read_text() for page in [*PAGES, ROOT / "CHANGELOG.md"]}
+PROSE = {page: re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE) for page, text in TEXTS.items()}
+API = TEXTS[ROOT / "docs" / "api.md"]
 
 
 # ------------------------------------------------------------------------------------------------------- code blocks
 
 
-def test_each_block_is_of_a_known_kind() -> None:
-    """Each block is a script, a command, a picture or an output: nothing is shown that is not checked."""
-    assert not [f"{block.name}: {block.language!r}" for block in BLOCKS if block.language not in LANGUAGES]
-
-
-@pytest.mark.parametrize("word", ["pytest", "demo"])
-def test_ci_runs_the_commands_of_the_readme(word: str) -> None:
-    """CI runs the README's commands, the one for the demo and the one for the tests, exactly as they stand."""
-    commands = [
-        line.strip()
-        for block in blocks_of(README)
-        for line in block.text.splitlines()
-        if block.language == "sh" and re.search(rf"\b{word}\b", line)
-    ]
-    assert commands
-    run = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
-    assert not [command for command in commands if command not in run]
-
-
-def commands() -> Iterator[tuple[Block, str]]:
-    """Each single command of the ``sh`` blocks."""
-    for block in BLOCKS:
-        if block.language == "sh":
-            for line in block.text.splitlines():
-                for command in line.partition("#")[0].split("&&"):
-                    if command.strip():
-                        yield block, command.strip()
-
-
-def test_commands_name_what_is_there() -> None:
-    """Each command runs a module that can be found, and each of its paths leads to a file or folder."""
-    wrong = []
-    for block, command in commands():
-        module = re.search(r"python3? -m (\S+)", command)
-        if module and not importlib.util.find_spec(module[1]):
-            wrong.append(f"{block.name}: no module {module[1]}")
-        paths = re.findall(r"(?<=\s)((?:tests|docs|benchmarks|mpbroadcast|\.ci)/[\w./-]*)", f" {command}")
-        wrong += [f"{block.name}: no {path}" for path in paths if not (ROOT / path).exists()]
-    assert list(commands())
-    assert not wrong
-
-
-# ------------------------------------------------------------------------------------------------- length, links, tables
-
-
 def test_the_readme_is_short() -> None:
     """At most 200 lines; each script that shows a use has at most 14 lines of code."""
-    assert len(README.read_text().splitlines()) <= LONGEST_README
-    long = {
-        block.name: len(lines)
-        for block in SCRIPTS[1:]
-        if block.page == README and len(lines := list(filter(None, block.text.splitlines()))) > LONGEST_USE
-    }
-    assert not long
+    assert len(TEXTS[README].splitlines()) <= 200
+    uses = [block for block in SCRIPTS[1:] if block.page == README]
+    assert not [block.name for block in uses if len([*filter(None, block.text.splitlines())]) > 14]
 
 
-def test_no_page_is_too_long() -> None:
-    """No page of docs/ is longer than a module may be."""
-    long = {page.name: count for page in PAGES if (count := len(page.read_text().splitlines())) > LONGEST_OF_LINES}
-    assert not long
+def test_each_block_is_checked() -> None:
+    """Each block is a script, a command, a picture or an output; commands name modules and paths that are there.
+
+    CI runs the README's commands for the demo and the tests exactly as they stand.
+    """
+    ci = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    checked = set()
+    for block in BLOCKS:
+        assert block.language in ("python", "sh", "text", "mermaid"), block.name
+        for line in block.text.splitlines() if block.language == "sh" else ():
+            if block.page == README and (word := re.search(r"\b(pytest|demo)\b", line)):
+                assert line.strip() in ci
+                checked.add(word[0])
+            command = line.partition("#")[0]
+            for module in re.findall(r"python3? -m (\S+)", command):
+                assert importlib.util.find_spec(module), f"{block.name}: no module {module}"
+            for path in re.findall(r"(?<=\s)((?:tests|docs|benchmarks|mpbroadcast|\.ci)/[\w./-]*)", f" {command}"):
+                assert (ROOT / path).exists(), f"{block.name}: no {path}"
+    assert checked == {"pytest", "demo"}
+
+
+# --------------------------------------------------------------------------------------------------- links and names
 
 
 def test_a_ratio_was_printed_by_a_benchmark() -> None:
     """Each "1.23 times" of the README stands in a committed report."""
     reports = "".join(path.read_text() for path in (ROOT / "benchmarks" / "results").rglob("*.md"))
-    claims = re.findall(r"\b(\d+\.\d\d)\s+times", README.read_text())
+    claims = re.findall(r"\b(\d+\.\d\d)\s+times", TEXTS[README])
     assert claims
     assert not [claim for claim in claims if f"{claim} times" not in reports]
 
 
-def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 def test_each_link_leads_somewhere() -> None:
-    """Each relative link leads to a file or folder of the project, each anchor to a heading."""
+    """Each relative link leads to a file or folder of the project, each anchor to a heading. The README links to each page."""
     wrong = []
-    for page in WITH_CHANGES:
-        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            if re.match(r"[a-z]+:", link):
-                continue
+    for page, text in PROSE.items():
+        for link in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", text):
             path, _, anchor = link.partition("#")
             target = (page.parent / path).resolve() if path else page
-            if not target.exists() or ROOT not in (target, *target.parents):
+            headings = re.findall(r"^#+ (.*)$", PROSE.get(target, ""), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            if not target.exists() or ROOT not in (target, *target.parents) or (anchor and anchor not in anchors):
                 wrong.append(f"{page.name}: {link}")
-            elif anchor and anchor not in anchors(target):
-                wrong.append(f"{page.name}: no heading for {link}")
     assert not wrong
-
-
-def test_the_map_has_each_page() -> None:
-    """The README links to each page of docs/."""
-    text = README.read_text()
-    assert not [page.name for page in PAGES if page.parent.name == "docs" and f"(docs/{page.name}" not in text]
+    assert not [page.name for page in PAGES if page.parent.name == "docs" and f"(docs/{page.name}" not in TEXTS[README]]
 
 
 def test_each_promise_has_its_test() -> None:
     """The tests that RELIABILITY.md and SECURITY.md name are there."""
-    texts = ((ROOT / name).read_text() for name in ("RELIABILITY.md", "SECURITY.md"))
-    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", "".join(texts))
+    texts = TEXTS[ROOT / "RELIABILITY.md"] + TEXTS[ROOT / "SECURITY.md"]
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", texts)
     assert len(named) > 80
     for module, function in named:
         (path,) = TESTS.rglob(module)
-        text = path.read_text()
-        assert not function or re.search(rf"^(?:async )?def {function}\(", text, flags=re.MULTILINE), (
+        assert re.search(rf"^(?:async )?def {function or 'test'}", path.read_text(), flags=re.MULTILINE), (
             f"{module} has no {function}"
         )
 
 
 def test_each_path_that_a_page_names_is_there() -> None:
-    """Each module, folder and test that docs/ names in backticks is there."""
-    wrong = []
+    """Each module, folder and test that a page names in backticks is there."""
     roots = (ROOT, PACKAGE, TESTS, PACKAGE / "broker", PACKAGE / "client")
-    for page in PAGES:
-        for name in re.findall(r"`((?:[\w.]+/)+[\w.]*)`", page.read_text()):
-            if not any((root / name).exists() for root in roots) and not name.startswith("/"):
-                wrong.append(f"{page.name}: {name}")
-    assert not wrong
+    named = {(page.name, name) for page in PAGES for name in re.findall(r"`((?:[\w.]+/)+[\w.]*)`", TEXTS[page])}
+    assert not [one for one in named if not any((root / one[1]).exists() for root in roots)]
 
 
 FOR_THE_BROADCASTER = {"broker", "broker_has_ended", "open_if_own"}
 """What a channel has for its broadcaster only."""
 
 
-def public_members() -> Iterator[str]:
-    """Each public name, and each public method, property and field of a public class, in backticks as a page has it."""
-    for name in mpbroadcast.__all__:
-        thing = getattr(mpbroadcast, name)
-        yield name
-        if inspect.isclass(thing) and not issubclass(thing, BaseException):
-            yield from (member for member in {**vars(thing), **thing.__annotations__} if not member.startswith("_"))
-
-
 def test_each_public_name_is_documented() -> None:
     """docs/api.md names each public function, class, method and field."""
-    named = {*re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", (ROOT / "docs" / "api.md").read_text())))}
-    assert not {*public_members()} - named - FOR_THE_BROADCASTER
+    named = {*re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", API)))}
+    public = {*mpbroadcast.__all__}
+    for thing in (getattr(mpbroadcast, name) for name in mpbroadcast.__all__):
+        if inspect.isclass(thing) and not issubclass(thing, BaseException):
+            public |= {member for member in {**vars(thing), **thing.__annotations__} if not member.startswith("_")}
+    assert not public - named - FOR_THE_BROADCASTER
 
 
-def test_each_argument_is_documented() -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("start_broadcaster", "connect", "Broadcaster.publish", "Broadcaster.publish_many", "Broadcaster.subscribe"),
+        *("Broadcaster.flush", "Broadcaster.wait_for_subscribers", "Broadcaster.close"),
+        *("Channel.recv", "Channel.recv_many", "Channel.poll"),
+    ],
+)
+def test_each_argument_is_documented(name: str) -> None:
     """docs/api.md shows the signatures of the calls that have options, as they are."""
-    text = (ROOT / "docs" / "api.md").read_text()
-    wrong = []
-    for function in (
-        mpbroadcast.start_broadcaster,
-        mpbroadcast.connect,
-        mpbroadcast.Broadcaster.publish,
-        mpbroadcast.Broadcaster.publish_many,
-        mpbroadcast.Broadcaster.subscribe,
-        mpbroadcast.Broadcaster.flush,
-        mpbroadcast.Broadcaster.wait_for_subscribers,
-        mpbroadcast.Broadcaster.close,
-        mpbroadcast.Channel.recv,
-        mpbroadcast.Channel.recv_many,
-        mpbroadcast.Channel.poll,
-    ):
-        shown = re.search(rf"`{function.__name__}\((.*?)\)`", text)  # the first: Channel.subscribe comes later
-        options = [(name, one.default) for name, one in inspect.signature(function).parameters.items() if name != "self"]
-        expected = {name if default is inspect.Parameter.empty else f"{name}={default!r}" for name, default in options}
-        found = {one.strip().lstrip("*") for one in shown[1].replace("'", '"').split(",")} - {""} if shown else set()
-        if found != {one.replace("'", '"') for one in expected}:
-            wrong.append(f"{function.__qualname__}: {expected ^ found}")
-    assert not wrong
+    kind, _, method = name.rpartition(".")
+    parameters = inspect.signature(getattr(getattr(mpbroadcast, kind) if kind else mpbroadcast, method)).parameters
+    empty = inspect.Parameter.empty
+    options = [one if value.default is empty else f"{one}={value.default!r}" for one, value in parameters.items()]
+    shown = re.search(rf"`{method}\((.*?)\)`", API)  # the first: Channel.subscribe comes later
+    assert shown
+    found = [one.strip().lstrip("*") for one in shown[1].replace('"', "'").split(",")]
+    assert {*found} - {""} == {*options} - {"self"}
 
 
 def test_the_limits_are_those_of_the_code() -> None:
@@ -218,7 +152,7 @@ def test_the_limits_are_those_of_the_code() -> None:
             f"Pickles of less than {shared_writer.SHARED_FROM // 1024} KiB",
             f"Up to {ring_allocator.LONGEST // mib} MiB",
             f"{ring_allocator.CHUNK * ring_allocator.CHUNKS // mib} MiB of memory",
-            f"Buffers of less than\n  {pickling.OUT_OF_BAND // 1024} KiB",
+            f"Buffers of less than {pickling.OUT_OF_BAND // 1024} KiB",
             f"at most {history.MOST_TOPICS:,} topics and {history.MOST_BYTES // mib} MiB",
         ],
         "tuning.md": [
@@ -228,93 +162,65 @@ def test_the_limits_are_those_of_the_code() -> None:
             f"{ring_allocator.CHUNKS} chunks of {ring_allocator.CHUNK // 1024} KiB",
         ],
         "protocol.md": [f"{control.MAX_HANDSHAKE} bytes during the handshake, {control.MAX_REQUEST // mib} MiB for a request"],
-        "../SECURITY.md": [
+        "SECURITY.md": [
             f"within {acceptor.HANDSHAKE_TIMEOUT:.0f} seconds",
             f"{limits.MOST_ASKED // mib} MiB for each process",
             f"a process: {limits.MOST_CONNECTIONS:,}",
             f"some {routing.TURN:,} puts into backlogs",
         ],
     }
-    wrong = [
-        f"{page}: {phrase}"
-        for page, phrases in stated.items()
-        for phrase in phrases
-        if re.sub(r"\s+", " ", phrase) not in re.sub(r"\s+", " ", (ROOT / "docs" / page).read_text())
-    ]
-    assert not wrong
+    texts = {page.name: " ".join(text.split()) for page, text in TEXTS.items()}
+    assert not [phrase for name, phrases in stated.items() for phrase in phrases if phrase not in texts[name]]
 
 
-# ------------------------------------------------------------------------------------------------ the protocol's tables
+# ------------------------------------------------------------------------------------------ the protocol and the states
 
 
 def section_of(page: str, heading: str) -> str:
-    """The text below one heading of a page."""
-    text = (ROOT / "docs" / page).read_text()
-    start = text.index(f"\n## {heading}")
-    return text[start : text.find("\n## ", start + 1)]
+    """Return the text below one heading of a page."""
+    return TEXTS[ROOT / "docs" / page].partition(f"\n## {heading}")[2].partition("\n## ")[0]
 
 
 def test_each_request_is_documented() -> None:
     """The table of requests in docs/protocol.md has each request that the broker answers, and no other."""
-    tables = [
-        value
-        for value in vars(importlib.import_module("mpbroadcast.broker.requests")).values()
-        if isinstance(value, dict) and value and all(map(callable, value.values())) and "attach" in value
-    ]
-    (handlers,) = tables
+    tables = vars(importlib.import_module("mpbroadcast.broker.requests")).values()
+    (handlers,) = [one for one in tables if isinstance(one, dict) and "attach" in one]
     rows = re.findall(r"^\| (`[^|]*`) \|.*\|.*\|$", section_of("protocol.md", "Control connections"), flags=re.MULTILINE)
-    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
-    assert sorted(named) == sorted({*handlers, "do"})
+    assert sorted(re.findall(r"`([^`]+)`", " ".join(rows))) == sorted({*handlers, "do"})
 
 
 @pytest.mark.parametrize(
     ("module", "heading", "kinds"),
-    [
-        ("runs", "A channel's pipe: runs", range(10)),
-        ("fd_packets", "The descriptor socket", range(1, 11)),
-    ],
+    [("runs", "A channel's pipe: runs", range(10)), ("fd_packets", "The descriptor socket", range(1, 11))],
 )
 def test_each_kind_is_documented(module: str, heading: str, kinds: range) -> None:
     """Each kind of run and of packet stands in docs/protocol.md with its number."""
     constants = vars(importlib.import_module(f"mpbroadcast.protocol.{module}"))
-    text = section_of("protocol.md", heading)
-    documented = {name: int(kind) for kind, name in re.findall(r"\b(\d+) (?:\| )?([A-Z][A-Z_]+)\b", text)}
-    assert documented == {name: constants[name] for name in documented}
-    assert {*documented.values()} == {*kinds}
+    named = re.findall(r"\b(\d+) (?:\| )?([A-Z][A-Z_]+)\b", section_of("protocol.md", heading))
+    assert {int(kind) for kind, _ in named} == {*kinds}
+    assert not [name for kind, name in named if constants[name] != int(kind)]
 
 
-# -------------------------------------------------------------------------------------------------------------- states
-
-
-def state_tables() -> Iterator[tuple[str, dict[Enum, Collection[Enum]]]]:
-    """Each table of transitions in the code, with the name of its enumeration."""
+def state_tables() -> Iterator[tuple[str, dict[str, set[str]]]]:
+    """Yield each table of transitions in the code, with the name of its enumeration."""
     for path in MODULES:
-        text = path.read_text()
-        if re.search(r"^from enum import|^import enum", text, flags=re.MULTILINE):
+        if "from enum import" in path.read_text():
             parts = path.relative_to(ROOT).with_suffix("").parts
-            for value in vars(importlib.import_module(".".join(parts))).values():
-                if isinstance(value, dict) and value and all(isinstance(key, Enum) for key in value):
-                    yield type(next(iter(value))).__name__, value
-
-
-def documented_states() -> dict[str, dict[str, set[str]]]:
-    """The tables of docs/states.md, by the enumeration that their section names: the states and what may follow them."""
-    tables: dict[str, dict[str, set[str]]] = {}
-    for section in re.split(r"^## ", (ROOT / "docs" / "states.md").read_text(), flags=re.MULTILINE)[1:]:
-        if named := re.search(r"^`(\w+)` in `", section, flags=re.MULTILINE):
-            rows = re.findall(r"^\| ([A-Z]+) \|[^|]*\|([^|]*)\|$", section, flags=re.MULTILINE)
-            tables[named[1]] = {state: {*re.findall(r"\w+", following)} for state, following in rows}
-    return tables
+            for table in vars(importlib.import_module(".".join(parts))).values():
+                if isinstance(table, dict) and table and all(isinstance(state, Enum) for state in table):
+                    names = {state.name: {following.name for following in after} for state, after in table.items()}
+                    yield type(next(iter(table))).__name__, names
 
 
 def test_the_states_are_documented() -> None:
     """docs/states.md has each table of transitions in the code, and no other."""
-    in_code = {
-        name: {state.name: {following.name for following in after} for state, after in transitions.items()}
-        for name, transitions in state_tables()
-    }
-    assert len(in_code) == 4
-    assert documented_states() == in_code
+    documented = {}
+    for section in re.split(r"^## ", TEXTS[ROOT / "docs" / "states.md"], flags=re.MULTILINE)[1:]:
+        if named := re.search(r"^`(\w+)` in `", section, flags=re.MULTILINE):
+            rows = re.findall(r"^\| ([A-Z]+) \|[^|]*\|([^|]*)\|$", section, flags=re.MULTILINE)
+            documented[named[1]] = {state: {*re.findall(r"\w+", following)} for state, following in rows}
+    assert len(documented) == 4
+    assert documented == dict(state_tables())
 
 
 # --------------------------------------------------------------------------------------------------------------- words
@@ -333,25 +239,18 @@ BANNED = re.compile(
 BANNED_IDENTIFIERS = {"way", "ways", "place", "places"}
 
 
-def words_in(path: Path) -> list[str]:
-    """Where a text has a banned word. The names of tests do not count, nor do they in RELIABILITY.md."""
-    text = re.sub(r"\btest_\w+", "", path.read_text())
-    found = [
-        f"{path.relative_to(ROOT)}:{number}: {word}"
-        for number, line in enumerate(text.splitlines(), 1)
-        for word in BANNED.findall(line)
-    ]
-    if path.suffix == ".py":
-        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-        found += [
-            f"{path.relative_to(ROOT)}:{token.start[0]}: {token.string}"
-            for token in tokens
-            if token.type == tokenize.NAME and BANNED_IDENTIFIERS & {*token.string.split("_")}
-        ]
-    return found
+def test_the_words_are_those_of_the_field() -> None:
+    """No "let go", "tell", "say" or "hear", no "who" as a subject, and nothing is called a way or a place.
 
-
-@pytest.mark.parametrize("path", [*MODULES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_words_are_those_of_the_field(path: Path) -> None:
-    """No "let go", "tell", "say" or "hear", no "who" as a subject, and nothing is called a way or a place."""
-    assert not words_in(path)
+    The names of tests do not count, nor do they in RELIABILITY.md.
+    """
+    found = []
+    for path in [*MODULES, *PAGES]:
+        text = re.sub(r"\btest_\w+", "", path.read_text())
+        for number, line in enumerate(text.splitlines(), 1):
+            found += [f"{path}:{number}: {word}" for word in BANNED.findall(line)]
+        if path.suffix == ".py":
+            for token in tokenize.generate_tokens(io.StringIO(text).readline):
+                if token.type == tokenize.NAME and BANNED_IDENTIFIERS & {*token.string.split("_")}:
+                    found.append(f"{path}:{token.start[0]}: {token.string}")
+    assert not found
