@@ -1,4 +1,4 @@
-"""Tasks of asyncio that wait for a descriptor: several tasks, in several loops.
+"""Tasks of asyncio that wait for a descriptor, several tasks in several loops, or for a call that blocks.
 
 ``asyncio`` is imported by the first task that waits, as it takes as long to import as all of this package.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 
@@ -56,6 +57,29 @@ async def give_turn() -> None:
     from asyncio import sleep
 
     await sleep(0)
+
+
+async def in_thread(call: Callable[..., object], *arguments: Any) -> None:
+    """Call this in a thread of its own, which ends with the call, also when the task is cancelled. Raise what it raises."""
+    from asyncio import get_running_loop
+    from threading import Thread
+
+    loop = get_running_loop()
+    waiter = loop.create_future()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call(*arguments)
+        except BaseException as error:
+            errors.append(error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(_wake, {waiter})
+
+    Thread(target=run, daemon=True).start()
+    await waiter
+    if errors:
+        raise errors.pop()
 
 
 def _release(loop: Any, fd: int, waiters: set[Any]) -> None:

@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TypeVar, overload
 from weakref import WeakSet
 
-from mpbroadcast.client.broker_client import BrokerClient, for_reply
-from mpbroadcast.client.channel import Channel, open_own
+from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient
+from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.pipe_ownership import PipeOwnership, open_own
 from mpbroadcast.client.publishing import Publishing
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, TimedOut
@@ -49,7 +50,7 @@ class Broadcaster(Publishing[M]):
         super().__init__(client)
         self._process = process  # the broker's, in its starter
         self._is_closing_done = False  # False after an interrupted close(), which can be called again
-        self._channels: WeakSet[Channel[Any]] = WeakSet()
+        self._subscribed: WeakSet[PipeOwnership] = WeakSet()
         self._is_pickled = False  # True if a process may have it that was not forked from this one
         self._heirs = descendants()  # processes forked from this one
         on_fork(self, Broadcaster._in_child)
@@ -128,7 +129,7 @@ class Broadcaster(Publishing[M]):
                 replay=replay,
                 publisher=None if writer is None else writer.id,  # a broker that takes over ignores it
             )
-            self._channels.add(channel)
+            self._subscribed.add(channel.ownership)
         except BaseException:
             self._client.dropped.add(subscription)  # if a second interrupt stops the finaliser, the next request does it
             del channel
@@ -196,7 +197,7 @@ class Broadcaster(Publishing[M]):
 
     def _request_and_wait(self, timeout: float | None, what: str, do: str, **fields: Any) -> None:
         # A timeout of 0 does not wait for the condition, but for the reply.
-        deadline = for_reply(Deadline(0)) if timeout == 0 else Deadline(timeout)
+        deadline = Deadline(LEAST_TIME if timeout == 0 else timeout)
         try:
             done = bool(self._request(do, deadline, now=timeout == 0, **fields).body["done"])
         except TimedOut:
@@ -227,7 +228,7 @@ class Broadcaster(Publishing[M]):
         process, client, writer = self._process, self._client, self._writer
         limit = Deadline(None if timeout is None else timeout + _MARGIN)  # also when the broker is stopped
         if process is not None:
-            open_own(self._channels, limit.at_most(CLOSE_TIMEOUT))
+            open_own(self._subscribed, limit.at_most(CLOSE_TIMEOUT))
         self._closed = True
         if writer is not None:
             writer.pipe.close()
@@ -247,7 +248,8 @@ class Broadcaster(Publishing[M]):
         self._client = BrokerClient(client.address, client.broker)  # the session ends with its last handle
         self._heirs = Descendants()  # closes their descriptors
         if process is not None:
-            all(map(Channel.broker_has_ended, self._channels))
+            for ownership in list(self._subscribed):
+                ownership.release_heirs()
         self._is_closing_done = True
 
     @staticmethod

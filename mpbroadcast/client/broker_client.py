@@ -38,21 +38,19 @@ CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a bro
 # Seconds before another try to connect, when a connection was reset: by a broker that has died and is replaced, or by one that
 # had more unauthenticated connections than it keeps.
 _PAUSES: Final = [0.02 * 2**power for power in range(8)]
-_LEAST_TIME: Final = 0.6  # seconds for a reply that needs no waiting, whatever the caller's timeout
+# Seconds for a reply that needs no waiting, whatever the caller's timeout: 0 does not forbid a request, and a broker that is
+# stopped makes the call longer by less than a second.
+LEAST_TIME: Final = 0.6
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class Session:
-    """This process as one broker knows it, for as long as the lifeline is open.
-
-    ``id`` is the ID that the broker gave this session.
-    """
+    """This process as one broker knows it, for as long as the lifeline is open."""
 
     lifeline: ControlConnection
     id: int
-    generation: int  # how many brokers were at this address before this one
     idle: list[ControlConnection] = field(default_factory=list)
     lost: bool = False  # True once the broker is known to have ended; pipes may have data left all the same
 
@@ -79,7 +77,6 @@ class BrokerClient:
         self.restarts = restarts
         self._authkey = authkey
         self._session: Session | None = None  # the last one
-        self._sessions: dict[int, Session] = {}  # those that are not lost, by generation
         # Ids of subscriptions that no handle refers to any more, until a reply shows that the broker has dropped them.
         self.dropped: set[int] = _dropped.setdefault(broker, set()) if broker else set()
         # Subscriptions that only these processes, forked from this one, can still open.
@@ -123,10 +120,10 @@ class BrokerClient:
         if self._authkey is not None:
             _keys[self.address] = self._authkey  # for handles of this process that come without a key
         _clients.setdefault(self.broker, self)
-        made = Session(lifeline, int(reply["session"]), int(reply["number"]))
-        # The first of several threads that come here makes it for all: this is one step, where `if` and `=` are two.
-        self._session = session = self._sessions.setdefault(made.generation, made)
-        return session
+        made = Session(lifeline, int(reply["session"]))
+        if self._session is session:  # else another thread has attached. No call in between, so no thread either
+            self._session = made
+        return self._session or made
 
     def _connected(self, connect: Callable[[Deadline], T], deadline: Deadline) -> T:
         for pause in _PAUSES:
@@ -176,7 +173,7 @@ class BrokerClient:
         try:
             if control is None:
                 control = self._connected(self._connect, deadline.at_most(CONNECT_TIMEOUT))
-            body = control.request(message, deadline, b"".join(map(_drop_note, to_drop)))
+            body = control.request(message, deadline, _notes(to_drop))
             if body.get("error") == "unknown":  # another broker has replied, which does not know the session
                 raise BrokerLost(str(body["text"]))
             reply = Reply(session, body, *control.received_descriptors(body))
@@ -196,7 +193,6 @@ class BrokerClient:
 
     def _lose(self, session: Session) -> None:
         session.lost = True  # the lifeline stays open: a broker that is being closed may still drain
-        self._sessions.pop(session.generation, None)
         if not self.restarts:
             _clients.pop(self.broker, None)
 
@@ -224,7 +220,7 @@ class BrokerClient:
         control = session.lifeline
         with contextlib.suppress(IndexError):
             control = session.idle.pop()
-        rest = control.send_now(_drop_note(subscription))
+        rest = control.send_now(_notes([subscription]))
         if control is not session.lifeline:
             session.idle.append(control)
         if not rest:
@@ -233,22 +229,22 @@ class BrokerClient:
 
     def send_notes(self) -> None:
         """Send the notes that had no room before, as far as there is room now. A publish that waits calls it repeatedly."""
+        self._drop_inherited()
+        all(map(self.drop, self.dropped - self._noted))
+        _send_last_notes()
+
+    def _drop_inherited(self) -> None:
         for subscription, processes in list(self.inherited.items()):
             if not processes.live():
                 self.dropped.add(subscription)
                 self.inherited.pop(subscription, None)
-        all(map(self.drop, self.dropped - self._noted))
-        _send_last_notes()
 
     def _in_child(self) -> None:
         self._session = None
-        self._sessions = {}
         self.inherited = {}
         self.dropped = set()
-        _clients.clear()
-        _dropped.clear()
-        _inherited.clear()
-        _last_notes.clear()
+        for kept in (_clients, _dropped, _inherited, _last_notes):
+            kept.clear()
 
     def close(self) -> None:
         """Close all connections: the broker has ended, or no handle of this process needs it any more."""
@@ -262,13 +258,14 @@ class BrokerClient:
     def __del__(self) -> None:
         session: Session | None = getattr(self, "_session", None)
         if session is not None and _last_notes is not None:  # else the interpreter has cleared this module
-            notes = b"".join(map(_drop_note, list(self.dropped))) + encode({"do": "detach", "end": self.ends_broker})
+            self._drop_inherited()
+            notes = _notes([*self.dropped]) + encode({"do": "detach", "end": self.ends_broker})
             _last_notes.append((session.lifeline, notes))
             _send_last_notes()
 
 
-def _drop_note(subscription: int) -> bytes:
-    return encode({"do": "drop", "subscription": subscription})
+def _notes(dropped: list[int]) -> bytes:
+    return b"".join(encode({"do": "drop", "subscription": subscription}) for subscription in dropped)
 
 
 def _send_last_notes() -> None:
@@ -281,19 +278,10 @@ def _send_last_notes() -> None:
 
 _dropped: dict[str, set[int]] = {}  # by the broker's identity: the broker that takes over may be the first to get the notes
 _inherited: dict[str, dict[int, Descendants]] = {}  # likewise: the handle that has left them may be closed
-_last_notes: deque[tuple[ControlConnection, bytes]] = (
-    deque()
-)  # lifelines that are kept until there is room for their last notes
+# Lifelines that are kept until there is room for their last notes.
+_last_notes: deque[tuple[ControlConnection, bytes]] = deque()
 _clients: WeakValueDictionary[str, BrokerClient] = WeakValueDictionary()  # by the broker's identity
 _keys: dict[str, bytes] = {}  # by address
-
-
-def for_reply(deadline: Deadline) -> Deadline:
-    """Return the deadline of a request that the broker answers at once, sent on behalf of a call that waits until ``deadline``.
-
-    A timeout of 0 does not forbid the request. A broker that is stopped makes the call longer by less than a second.
-    """
-    return deadline.at_least(_LEAST_TIME)
 
 
 def _error(body: dict[str, Any]) -> Exception:

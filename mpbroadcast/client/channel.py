@@ -16,16 +16,15 @@ from __future__ import annotations
 import contextlib
 import select
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 from mpbroadcast import trap_points
-from mpbroadcast.client.asyncio_wait import AsyncWaiters, give_turn
+from mpbroadcast.client.asyncio_wait import AsyncWaiters, give_turn, in_thread
 from mpbroadcast.client.broker_client import BrokerClient
-from mpbroadcast.client.channel_state import OPEN
-from mpbroadcast.client.pipe_ownership import PipeOwnership
+from mpbroadcast.client.pipe_ownership import OPEN, PipeOwnership
 from mpbroadcast.client.pipe_reader import END_OF_MESSAGES, LOST, LOST_FOR_GOOD, End, Stream, follow, read_into
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, set_channel
@@ -61,7 +60,7 @@ class Channel(Generic[M]):
     def __init__(self, client: BrokerClient, id: int, with_topic: bool, *, subscriber: bool = False) -> None:
         self.id = id  # the subscription's, at the broker
         self._with_topic = with_topic
-        self._ownership = PipeOwnership(client, id, subscriber)
+        self.ownership = PipeOwnership(client, id, subscriber)
         self._missed = 0
         self._begin()
         on_fork(self, Channel._begin)
@@ -191,7 +190,7 @@ class Channel(Generic[M]):
 
     def _fill(self) -> None:
         """Read and decode what is in the pipe. The caller holds the lock, and no decoded message is left."""
-        ownership, before = self._ownership, self._stream
+        ownership, before = self.ownership, self._stream
         pipe, shared = ownership.pipe, ownership.shared
         if pipe is None or ownership.state is not OPEN or pipe.fd < 0:
             return
@@ -206,7 +205,7 @@ class Channel(Generic[M]):
         """Read the tail byte, so that the descriptor shows what is behind it. The caller holds the lock."""
         if self._has_tail and not self._stream.decodable(self._has_tail):
             self._has_tail = False
-            pipe = self._ownership.pipe
+            pipe = self.ownership.pipe
             if pipe is not None:
                 read_into(self._stream, pipe.fd, 1)
 
@@ -233,7 +232,7 @@ class Channel(Generic[M]):
         """
         fd = self._open(Deadline(None)).fd
         if fd < 0:
-            raise self._about_this(self._ownership.closed_error())
+            raise self._about_this(self.ownership.closed_error())
         return fd
 
     def __iter__(self) -> Iterator[M]:
@@ -253,10 +252,15 @@ class Channel(Generic[M]):
         if not self._turn:
             await give_turn()
         while True:
-            try:
-                return self.recv(0.0)
-            except TimedOut:
+            message = self._receive_nowait()
+            if message is not _NOTHING:
+                return message
+            if self.ownership.state is OPEN and not self._stream.ready:
                 await self._tasks.readable(self.fileno())
+                continue
+            try:
+                with contextlib.suppress(TimedOut):
+                    await in_thread(self._wait, Deadline(0), 0)  # a broker that is stopped does not block the loop
             except EOFError:
                 raise StopAsyncIteration from None
 
@@ -283,9 +287,12 @@ class Channel(Generic[M]):
                 if type(stream.ready[0]) is not End:
                     return
                 end = stream.ready[0]
-                if end is not LOST or not self._ownership.client.restarts:
-                    raise self._end(end)
-                self._ownership.begin_reconnecting()
+                if end is END_OF_MESSAGES:
+                    text = "no message follows: this channel was unsubscribed, or its broadcaster closed"
+                    raise self._about_this(EOFError(text))
+                if end is not LOST or not self.ownership.client.restarts:
+                    raise self._about_this(self.ownership.client.lost_error())
+                self.ownership.begin_reconnecting()
         if end is not None:
             self._reconnect(stream, deadline)
         elif not self._wait_readable(deadline):
@@ -316,13 +323,7 @@ class Channel(Generic[M]):
                 self._stream = after
                 self._has_tail = False
                 self._tasks.wake()
-                self._ownership.release_former()
-
-    def _end(self, end: object) -> Exception:
-        """Return the error behind all messages, which stays there."""
-        if end is END_OF_MESSAGES:
-            return self._about_this(EOFError("no message follows: this channel was unsubscribed, or its broadcaster closed"))
-        return self._about_this(self._ownership.client.lost_error())
+                self.ownership.release_former()
 
     def _about_this(self, error: E) -> E:
         set_channel(error, self)
@@ -332,7 +333,7 @@ class Channel(Generic[M]):
 
     def _open(self, deadline: Deadline) -> PipeEnd:
         try:
-            return self._ownership.open(deadline)
+            return self.ownership.open(deadline)
         except BroadcastError as error:
             error.channel = self
             raise
@@ -361,8 +362,8 @@ class Channel(Generic[M]):
             raise ValueError("name at least one topic")
         check_topics(topics)
         if self.closed:
-            raise self._about_this(self._ownership.closed_error())
-        self._ownership.request(do, topics=topics)
+            raise self._about_this(self.ownership.closed_error())
+        self.ownership.request(do, topics=topics)
 
     @property
     def missed(self) -> int:
@@ -375,7 +376,7 @@ class Channel(Generic[M]):
     @property
     def closed(self) -> bool:
         """True if it was closed in this process."""
-        return self._ownership.is_closed
+        return self.ownership.is_closed
 
     def close(self) -> None:
         """Unsubscribe, and close the pipe: what was not received is dropped. It can be called again.
@@ -385,12 +386,12 @@ class Channel(Generic[M]):
         from any process. It blocks until the broker replies, at most 5 seconds, and raises nothing if that does not reply.
         """
         with self._lock:
-            if not self._ownership.close_pipe():
+            if not self.ownership.close_pipe():
                 return
             self._stream = Stream()
             self._has_tail = False
         self._tasks.wake()
-        self._ownership.end_subscription()
+        self.ownership.end_subscription()
 
     def __enter__(self) -> Self:
         return self
@@ -399,44 +400,18 @@ class Channel(Generic[M]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_ownership"):
-            self._ownership.drop()
+        if hasattr(self, "ownership"):
+            self.ownership.drop()
 
     def __repr__(self) -> str:
-        ownership = self._ownership
+        ownership = self.ownership
         state = "closed" if ownership.is_closed else "open" if ownership.state is OPEN else "not open here"
         return f"<mpbroadcast.Channel {self.id} at {ownership.client.address!r}, {state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         try:
-            self._ownership.hand_on()
+            self.ownership.hand_on()
         except BroadcastError as error:
             error.channel = self
             raise
-        return Channel, (self._ownership.client, self.id, self._with_topic)
-
-    @property
-    def broker(self) -> str:
-        """The identity of its broker."""
-        return self._ownership.client.broker
-
-    def broker_has_ended(self) -> bool:
-        """Release the descriptors that show which processes could open it: none can any more. Return True."""
-        self._ownership.release_heirs()
-        return True
-
-    def open_if_own(self, deadline: Deadline) -> None:
-        """Open it, if this process has subscribed and no other one can open it."""
-        if self._ownership.is_own:
-            self._open(deadline)
-
-
-def open_own(channels: Iterable[Channel[Any]], deadline: Deadline) -> None:
-    """Open those of the channels that no other process can open, until the deadline."""
-    for channel in list(channels):
-        try:
-            channel.open_if_own(deadline)
-        except TimedOut:
-            return  # the next ones would, too
-        except (BroadcastError, OSError):
-            continue
+        return Channel, (self.ownership.client, self.id, self._with_topic)

@@ -2,36 +2,34 @@
 
 - The first process that opens a subscription is its owner; the broker decides. Opening takes two requests: ``open``, whose
   reply has the pipe, and ``opened``, which confirms it. So an interrupted opening leaves the subscription unopened: a pipe that
-  was not confirmed is confirmed, or requested anew, by the next call. ``channel_state.py`` has the states.
+  was not confirmed is confirmed, or requested anew, by the next call.
 - A subscription that this process has made can be opened by another one if it was pickled, or if a process was forked since and
   lives. Then closing, or dropping, this handle does not end it.
 - When a broker has died and another one takes over, the old pipe is kept as ``_former`` until what was read from it is done.
 - The lock is held while the broker is asked, so a thread waits for it until its own deadline, and never under the channel's
   lock. ``close_pipe`` does not take it: a close does not wait for the broker's reply to another thread, and ``_move`` finds
   which one was first.
+
+The states of a channel in one process::
+
+    UNOPENED --> OPENING --> OPEN <--> RECONNECTING
+        ^___________|
+
+UNOPENED, OPENING, OPEN and RECONNECTING can become ELSEWHERE; each state but CLOSED can become CLOSING, then CLOSED.
+Another process that opens a channel, and each fork of a process that has it open, lead to ELSEWHERE, for good.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from enum import Enum, auto
 from typing import Any, Final
 
-from mpbroadcast.client.broker_client import BrokerClient, Reply, for_reply
-from mpbroadcast.client.channel_state import (
-    CLOSED,
-    CLOSING,
-    ELSEWHERE,
-    OPEN,
-    OPENING,
-    RECONNECTING,
-    UNOPENED,
-    ChannelState,
-    IllegalTransition,
-    transition,
-)
+from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient, Reply
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError
+from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descendants import Descendants, descendants
 from mpbroadcast.posix.forks import on_fork
@@ -39,6 +37,45 @@ from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.shared_memory import available
 
 _CLOSE_TIMEOUT: Final = 5.0  # seconds until close() no longer waits for the broker's reply
+
+
+class ChannelState(Enum):
+    """What a channel is in one process."""
+
+    UNOPENED = auto()  # no pipe: the first process that receives opens the channel
+    OPENING = auto()  # the broker has sent the pipe, and has not confirmed that this process is the owner
+    OPEN = auto()  # this process is the owner, and receives
+    RECONNECTING = auto()  # the broker has died; the pipe of the one that takes over is not confirmed yet
+    ELSEWHERE = auto()  # another process is the owner
+    CLOSING = auto()  # close() has begun; after an interrupt it can be called again
+    CLOSED = auto()  # the broker knows, or the next request will show it
+
+
+UNOPENED, OPENING, OPEN, RECONNECTING, ELSEWHERE, CLOSING, CLOSED = ChannelState
+
+TRANSITIONS: Final[dict[ChannelState, tuple[ChannelState, ...]]] = {
+    UNOPENED: (OPENING, ELSEWHERE, CLOSING),
+    OPENING: (OPEN, UNOPENED, ELSEWHERE, CLOSING),
+    OPEN: (RECONNECTING, ELSEWHERE, CLOSING),
+    RECONNECTING: (OPEN, ELSEWHERE, CLOSING),
+    ELSEWHERE: (CLOSING,),
+    CLOSING: (CLOSED,),
+    CLOSED: (),
+}
+
+
+class IllegalTransition(RuntimeError):
+    """A state that cannot follow the one before it."""
+
+
+def transition(state: ChannelState, to: ChannelState) -> ChannelState:
+    """Return ``to``, if it may follow ``state``.
+
+    :raises IllegalTransition: it may not.
+    """
+    if to not in TRANSITIONS[state]:
+        raise IllegalTransition(f"a channel that is {state.name} cannot become {to.name}")
+    return to
 
 
 class PipeOwnership:
@@ -82,7 +119,7 @@ class PipeOwnership:
         pipe = self.pipe
         if pipe is not None and self.state is OPEN:
             return pipe
-        limit = for_reply(deadline)
+        limit = deadline.at_least(LEAST_TIME)
         while pipe is None or self.state is not OPEN:
             with locks.within(self._lock, limit):
                 if self.is_closed:
@@ -182,12 +219,10 @@ class PipeOwnership:
             return False
         if self.state is not CLOSING:
             self._move(CLOSING)
-        if self.pipe is not None:
-            self.pipe.close()
-            self.pipe = None
-        if self.shared is not None:
-            self.shared.close()
-            self.shared = None
+        for end in (self.pipe, self.shared):
+            if end is not None:
+                end.close()
+        self.pipe = self.shared = None
         self.release_former()
         return True
 
@@ -240,6 +275,18 @@ class PipeOwnership:
     def closed_error(self) -> ClosedError:
         """Return the error for a call on a closed channel."""
         return ClosedError("this channel was closed in this process: subscribe again for another")
+
+
+def open_own(ownerships: Iterable[PipeOwnership], deadline: Deadline) -> None:
+    """Open those that this process has subscribed and no other one can open, until the deadline."""
+    for ownership in list(ownerships):
+        try:
+            if ownership.is_own:
+                ownership.open(deadline)
+        except TimedOut:
+            return  # the next ones would, too
+        except (BroadcastError, OSError):
+            continue
 
 
 def _in_use(pid: int) -> ChannelInUse:

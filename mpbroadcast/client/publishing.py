@@ -16,7 +16,7 @@ import errno
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Generic, TypeVar
 
-from mpbroadcast.client.broker_client import BrokerClient, Reply, Session, for_reply
+from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient, Reply, Session
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.pipe_writer import Route, framed
 from mpbroadcast.client.shared_writer import SHARED_FROM, SharedWriter
@@ -177,7 +177,7 @@ class Publishing(Generic[M]):
         if not isinstance(channel, Channel):
             hint = "; channel.unsubscribe(topic) drops a topic" if isinstance(channel, str) and name == "channel" else ""
             raise TypeError(f"{name} must be a Channel, not {type(channel).__name__}{hint}")
-        if channel.broker != self._client.broker:
+        if channel.ownership.client.broker != self._client.broker:
             raise ValueError(f"{name} is a channel of another broker, not of the one at {self.address!r}")
         return channel
 
@@ -222,7 +222,7 @@ class Publishing(Generic[M]):
                 self._drop_writer(writer)
 
     def _make_writer(self, deadline: Deadline) -> SharedWriter:
-        reply = self._request("publisher", for_reply(deadline))
+        reply = self._request("publisher", deadline.at_least(LEAST_TIME))
         if reply.pipe is None:
             raise self._client.lost_error()
         made = SharedWriter(self._client, reply.session, reply.pipe, reply.body["publisher"])

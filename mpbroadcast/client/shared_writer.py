@@ -21,7 +21,7 @@ import time
 from typing import Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.client.broker_client import CONNECT_TIMEOUT, BrokerClient, Session, for_reply
+from mpbroadcast.client.broker_client import CONNECT_TIMEOUT, LEAST_TIME, BrokerClient, Session
 from mpbroadcast.client.pipe_writer import NOT_IN_TIME, PipeWriter, Route, framed, message_ids
 from mpbroadcast.client.ring import Ring
 from mpbroadcast.deadline import Deadline
@@ -113,7 +113,7 @@ class SharedWriter(PipeWriter):
                 return None
             self._no_socket_before = now + _SOCKET_PATIENCE
         with contextlib.suppress(OSError):  # no descriptor is left, here or in the broker
-            deadline = for_reply(deadline)
+            deadline = deadline.at_least(LEAST_TIME)
             reply = self._client.request("fd_socket", session=self.session, publisher=self.id, deadline=deadline)
             self._fd_socket = reply.fd_socket
         self._no_socket_before = time.monotonic() + _RETRY

@@ -245,8 +245,8 @@ def test_what_no_forked_process_can_open_any_more_is_dropped(
     wait_until(lambda: not bus.stats().memory)
 
 
-def _leave_to_a_child(address: str, report: Connection) -> None:
-    """Subscribe, fork, and close all; then the child ends, and another handle on the broker is made."""
+def _leave_to_a_child(address: str, report: Connection, ends: str) -> None:
+    """Subscribe, fork, and close all. The child ends before the last handle is closed, or before the next one is made."""
     reader, writer = os.pipe()
     handle: Bus = connect(address)
     channel = handle.subscribe()
@@ -256,22 +256,26 @@ def _leave_to_a_child(address: str, report: Connection) -> None:
         os.read(reader, 1)
         os._exit(0)
     channel.close()
-    handle.close()
-    del channel, handle
-    with connect(address) as another:
-        report.send(len(another.stats().subscribers))
+    report.send(len(handle.stats().subscribers))
+    if ends == "after":
+        handle.close()
+        del channel, handle
     os.close(writer)
     os.waitpid(child, 0)
-    with connect(address) as another:
-        another.stats()
+    if ends == "before":
+        handle.close()
+    else:
+        with connect(address) as another:
+            another.stats()
     answer(report)
 
 
+@pytest.mark.parametrize("ends", ["before", "after"])
 def test_what_no_forked_process_can_open_any_more_is_dropped_without_the_handle_that_made_it(
-    bus: Bus, children: Children, fork: BaseContext, pipe: tuple[Connection, Connection]
+    ends: str, bus: Bus, children: Children, fork: BaseContext, pipe: tuple[Connection, Connection]
 ) -> None:
-    """Also when that handle was closed before the forked process ended: the next one of this process on the broker does it."""
-    process = children(fork, _leave_to_a_child, bus.address, pipe[1])
+    """The last handle does it when it is closed, if the forked process has ended; else the next one of this process does."""
+    process = children(fork, _leave_to_a_child, bus.address, pipe[1], ends)
     assert answer(pipe[0]) == 1
     wait_until(lambda: not bus.stats().subscribers)
     pipe[0].send("end")

@@ -35,6 +35,7 @@ from mpbroadcast import (
     Selector,
     connect,
     start_broadcaster,
+    trap_points,
 )
 from mpbroadcast.broker.host.journal import Journal, replayed
 from mpbroadcast.broker.host.supervisor import Patience
@@ -404,6 +405,49 @@ def is_refused(call: Callable[[], Any]) -> bool:
     except BrokerLost:
         return True
     return False
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_async_iteration_leaves_the_loop_free_while_the_next_broker_is_stopped(
+    kept: Bus, opened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A channel is opened, or goes over to the next broker, without blocking the loop; it then goes on."""
+    channel = kept.subscribe()
+    if opened:
+        channel.poll()
+    kill_broker(kept)
+    ticks = waits = 0
+
+    def reach(name: str, subject: object = None) -> None:
+        nonlocal waits
+        if name in ("answering", "waiting for a reply"):  # in the call that blocks
+            begin = ticks
+            wait_until(lambda: ticks > begin + 10)
+            waits += 1
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.001)
+            ticks += 1
+
+    async def receive() -> Any:
+        ticking = asyncio.create_task(tick())
+        with stopped(kept.stats().pid):
+            monkeypatch.setattr(trap_points, "reach", reach)
+            receiving = asyncio.ensure_future(anext(channel))
+            while waits < 2 and not receiving.done():  # the first was in vain
+                await asyncio.sleep(0.001)
+            assert not receiving.done()
+        with pytest.raises(BrokerRestarted):
+            await asyncio.wait_for(receiving, DEADLINE)
+        monkeypatch.undo()
+        kept.publish("next")
+        message = await asyncio.wait_for(anext(channel), DEADLINE)
+        ticking.cancel()
+        return message
+
+    assert asyncio.run(receive()) == "next"
 
 
 @pytest.mark.parametrize("opened", [False, True])

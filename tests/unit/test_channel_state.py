@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpbroadcast.client.channel_state import TRANSITIONS, ChannelState, IllegalTransition, transition
+from mpbroadcast.client.pipe_ownership import TRANSITIONS, ChannelState, IllegalTransition, transition
 
 LEGAL = {
     ("UNOPENED", "OPENING"),

@@ -108,10 +108,6 @@ def test_each_path_that_a_page_names_is_there() -> None:
     assert not [one for one in named if not any((root / one[1]).exists() for root in roots)]
 
 
-FOR_THE_BROADCASTER = {"broker", "broker_has_ended", "open_if_own"}
-"""What a channel has for its broadcaster only."""
-
-
 def test_each_public_name_is_documented() -> None:
     """docs/api.md names each public function, class, method and field."""
     named = {*re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", API)))}
@@ -119,7 +115,7 @@ def test_each_public_name_is_documented() -> None:
     for thing in (getattr(mpbroadcast, name) for name in mpbroadcast.__all__):
         if inspect.isclass(thing) and not issubclass(thing, BaseException):
             public |= {member for member in {**vars(thing), **thing.__annotations__} if not member.startswith("_")}
-    assert not public - named - FOR_THE_BROADCASTER
+    assert not public - named
 
 
 @pytest.mark.parametrize(
