@@ -37,8 +37,6 @@ class MemoryExchange:
     @property
     def held(self) -> int:
         """Bytes that wait in backlogs, and of rings that readers still have to read, as far as is known, in whole chunks."""
-        for subscription in {subscription for ring in self.store.rings for subscription in ring.readers}:
-            subscription.refresh()  # each once, however many rings it reads; some rings are released in here
         return self.store.account.held + sum(ring.held for ring in self.store.rings)
 
     # --- publishers

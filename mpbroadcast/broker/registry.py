@@ -2,7 +2,8 @@
 
 A subscription belongs to the session that subscribed, until a process opens its channel: then to that process's session. What
 a session, or a process, leaves behind is removed some at a time, as that may be thousands of subscriptions: they are not found
-any more, and on a list, which the server works off, some in each round. So is one with very many topics.
+any more, and on a list, which the server works off, some in each round. So is one with very many topics. Publishers that are
+to be read to their end are on another list.
 
 Opening takes two requests. With the first, the pipe is made and its end goes to the process; with the second, that process has
 it. If the connection ends in between, the channel is unopened again.
@@ -60,7 +61,7 @@ class Registry:
         self.dropped_early: deque[int] = deque(maxlen=1024)  # subscriptions whose request may still come, if it was interrupted
         self.former_owners: OrderedDict[int, int] = OrderedDict()  # subscription -> process that had it open
         self.to_remove: OrderedDict[int, tuple[Subscription, str]] = OrderedDict()  # by their IDs, each with the reason
-        self.has_changed = False  # subscriptions or their topics, since the server looked
+        self.to_finish: list[Publisher] = []  # of sessions that have ended
         self._poller = poller
         self._peers = peers
         self._router = router
@@ -151,8 +152,7 @@ class Registry:
         What the starter has not opened stays until the end of the broker: another process may have it.
         """
         self.sessions.pop(session.id, None)
-        for publisher in list(session.publishers):
-            self._traffic.finish(publisher)
+        self.to_finish.extend(session.publishers)
         for subscription in session.subscriptions:
             if subscription.is_open or not (clean or session.peer.is_starter):
                 self.remove_in_parts(subscription, why)
@@ -183,7 +183,6 @@ class Registry:
     ) -> None:
         """Add topics to a subscription; ``made`` are matchers of the patterns. The journal is written with the last of them."""
         self._router.add(subscription, topics, made)
-        self.has_changed = True
         if is_last:
             self._write_down(subscription)
 
@@ -248,10 +247,9 @@ class Registry:
             self.note_ended(subscription)
 
     def note_ended(self, subscription: Subscription) -> None:
-        """Note that nothing more is routed to it."""
+        """Write down that nothing more is routed to it."""
         if subscription.id in self.subscriptions:
             self._write_down(subscription)
-        self.has_changed = True
 
     def remove(self, subscription: Subscription) -> None:
         """Remove it, with all that is in its backlog."""
@@ -265,7 +263,6 @@ class Registry:
         subscription.session.budget.release(subscription.cost)
         self._detach(subscription)
         subscription.backlog.discard()
-        self.has_changed = True
 
     def remove_for(self, subscription: Subscription, why: str) -> None:
         """Remove it, and log why, unless it is removed already."""

@@ -17,7 +17,7 @@ from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, MOST_STEPS, SESSION, Cost, OverBudget, cost_of
 from mpbroadcast.broker.core.patterns import Matcher, is_pattern, matcher
 from mpbroadcast.broker.members import Publisher, Session, Subscription
-from mpbroadcast.broker.server import Broker
+from mpbroadcast.broker.server import WAIT, Broker, Parts
 from mpbroadcast.broker.statistics import encoded_stats
 from mpbroadcast.protocol.control import frame_of
 from mpbroadcast.validation import check_count, check_overflow, encode_topic
@@ -41,15 +41,17 @@ def answer(broker: Broker, connection: ControlConnection, message: dict[str, Any
             text = f"this process has more than {MOST_CONNECTIONS} connections to the broker: use fewer handles"
             raise _Refused("value", text)
         parts = handler(broker, connection, message)
-        if parts is not None and next(parts, True) is None:
-            broker.parts.append(_rest(connection, parts))
+        if parts is not None:
+            broker.do(_while_open(connection, parts))
 
 
-def _rest(connection: ControlConnection, parts: Iterator[None]) -> Iterator[None]:
-    """Do the other parts of what takes long, unless the connection is closed meanwhile."""
+def _while_open(connection: ControlConnection, parts: Parts) -> Parts:
+    """Do what takes long, unless the connection is closed meanwhile."""
     with _errors_to(connection):
-        while not connection.is_closed and next(parts, True) is None:
-            yield
+        for waits in parts:
+            yield waits
+            if connection.is_closed:
+                break
 
 
 @contextlib.contextmanager
@@ -103,17 +105,25 @@ def _retire(broker: Broker, connection: ControlConnection, message: dict[str, An
     connection.reply({})
 
 
-def _flush(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+def _flush(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Parts:
     publisher = _find_publisher(broker, message)
     delivered, now = bool(message.get("delivered")), bool(message.get("now"))
-    if publisher is None:
-        connection.reply({"done": True})
-    elif now and not publisher.all_routed:
-        connection.reply({"done": False})
-    elif delivered:
-        publisher.after_written(lambda: broker.late_replies.wait_for_delivery(connection, publisher, now=now))
-    else:
-        publisher.after_written(lambda: connection.reply({"done": True}))  # one that has gone meanwhile takes it quietly
+    if publisher is None or (now and not publisher.all_routed):
+        connection.reply({"done": publisher is None})
+        return
+    routed: list[dict[Subscription, int]] = []  # once it is: what has entered each backlog by then
+    publisher.after_written(lambda: routed.append({**publisher.last_in} if delivered else {}))
+    while not routed:
+        yield WAIT
+    (entered,) = routed
+    while entered:  # one that waits on is enough: there may be thousands
+        subscription, position = entered.popitem()
+        if subscription.backlog.left < position and subscription.id in broker.registry.subscriptions:
+            entered[subscription] = position
+            if now:
+                break
+            yield WAIT
+    connection.reply({"done": not entered})
 
 
 def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
@@ -263,18 +273,16 @@ def _drop(broker: Broker, connection: ControlConnection, message: dict[str, Any]
     connection.no_reply()
 
 
-def _wait(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+def _wait(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Parts:
     count = _integer(message, "count")
     topic = message.get("topic")
     encoded = None if topic is None else _checked(encode_topic, topic)
 
-    def there() -> int:
-        return broker.router.count if encoded is None else len(broker.router.targets(encoded))
-
-    if message.get("now"):
-        connection.reply({"done": there() >= count, "there": there()})
-    else:
-        broker.late_replies.wait_for_count(connection, lambda: there() >= count)
+    while (there := broker.router.count if encoded is None else len(broker.router.targets(encoded))) < count:
+        if message.get("now"):
+            break
+        yield WAIT
+    connection.reply({"done": there >= count, "there": there})
 
 
 def _stats(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
@@ -296,7 +304,7 @@ _MOST: Final = (1 << 48) - 1
 _PART: Final = 2048  # characters of patterns to compile: some milliseconds
 _TOPICS: Final = 1024  # that are routed to a subscription in the same time
 
-_HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]], Iterator[None] | None]]] = {
+_HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]], Parts | None]]] = {
     "attach": _attach,
     "detach": _detach,
     "publisher": _publisher,

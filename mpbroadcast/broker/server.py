@@ -4,8 +4,9 @@ A **round** waits until something happens, reads, routes and writes (``traffic``
 (``acceptor``, ``requests``), and then works off what all of that has found: subscriptions that are over, processes that have
 died, connections that are closed. There nothing iterates over subscriptions, publishers or connections any more.
 
-Nothing keeps a round for long. A request that takes long is done in parts (``parts``), and of what sessions leave behind
-(``registry.to_remove``) only some is removed in a round.
+Nothing keeps a round for long. What takes long is an iterator that is advanced once in a round (:meth:`Broker.do`), as far as
+the round has time for it; one that waits for something yields :data:`WAIT`, and no round is run for it alone. Of what sessions
+leave behind (``registry.to_finish``, ``registry.to_remove``), only some is worked off in a round.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.host.journal import Succession
-from mpbroadcast.broker.late_replies import LateReplies
 from mpbroadcast.broker.members import Peer, Subscription
 from mpbroadcast.broker.peers import Peers
 from mpbroadcast.broker.registry import Registry
@@ -34,7 +34,11 @@ from mpbroadcast.posix.poller import Poller
 log = logging.getLogger("mpbroadcast.broker")
 
 _LAST_WORDS: Final = 1 << 14  # characters
+_TURN: Final = 0.01  # seconds in a round for what takes long, and what waits: patterns may take long to match
 DRAIN_TIMEOUT: Final = 5.0  # seconds, when the request for the end has no other
+WAIT: Final = True  # what a part yields that has nothing to do until something has happened
+
+Parts = Iterator[bool | None]
 
 
 class Broker:
@@ -64,8 +68,8 @@ class Broker:
         journal = succession.journal if succession is not None else None
         # The IDs of one broker are above those of all before it.
         self.registry = Registry(self.poller, self.peers, self.router, self.traffic, journal, (self.generation << 40) + 1)
-        self.late_replies = LateReplies()
-        self.parts: deque[Iterator[None]] = deque()  # requests that take long: the rest of each
+        self.parts: deque[Parts] = deque()  # what takes long: the rest of each
+        self.waiting: deque[Parts] = deque()  # of those, what waits until something has happened
         self.shutdown: Shutdown | None = None
         self._shutdown_steps: Iterator[None] = iter(())
         self._answer = answer
@@ -87,18 +91,16 @@ class Broker:
 
     def round(self, *, at_once: bool = False) -> None:
         """Wait for what happens, unless ``at_once`` is set or something is left to do, and handle it."""
-        registry, found, late = self.registry, self.acceptor.found, self.late_replies
-        left = self.parts or registry.to_remove or found.readable or found.closed or late.to_check
-        self.traffic.round(at_once=at_once or bool(left))
+        registry, traffic, found = self.registry, self.traffic, self.acceptor.found
+        left = self.parts or registry.to_finish or registry.to_remove or found.readable or found.closed
+        traffic.round(at_once=at_once or bool(left or traffic.overflowed or traffic.departed))
         if found.readable:
             for connection, request in self.acceptor.requests():
                 self._answer(self, connection, request)
-        if self.parts:
-            part = self.parts.popleft()
-            if next(part, True) is None:
-                self.parts.append(part)
         if self._has_found():
             self._work_off()
+        if registry.to_finish:
+            traffic.finish(registry.to_finish.pop())
         if registry.to_remove:
             registry.remove_some()
         if self.ends_unneeded and not (registry.sessions or registry.subscriptions):
@@ -106,14 +108,26 @@ class Broker:
         if self.shutdown is not None:
             next(self._shutdown_steps, None)
             self._work_off()
-        if registry.has_changed:
-            registry.has_changed = False
-            late.recheck_counts()
-        if late.to_check:
-            late.check_counts()
-        if late.for_delivery:
-            late.check_deliveries(registry.subscriptions)
+        if self.parts or self.waiting:
+            self._do_parts()
         self.poller.close_forgotten()
+
+    def do(self, part: Parts) -> None:
+        """Advance what takes long by one step; the others are for later rounds."""
+        for waits in part:
+            (self.waiting if waits else self.parts).append(part)
+            break
+
+    def _do_parts(self) -> None:
+        """Advance what takes long, and look at what waits, each once: as many as there is time for."""
+        parts = self.parts
+        parts.extend(self.waiting)
+        self.waiting.clear()
+        end = time.monotonic() + _TURN
+        for _ in range(len(parts)):
+            self.do(parts.popleft())
+            if time.monotonic() > end:
+                break
 
     def _has_found(self) -> bool:
         traffic = self.traffic
@@ -135,7 +149,7 @@ class Broker:
 
     def _remove_departed(self, subscription: Subscription, was_accepting: bool) -> None:
         if subscription.not_waited_for and not subscription.backlog.is_empty and self.shutdown is not None:
-            self.shutdown.give_up(subscription, self.registry)
+            self.shutdown.give_up(subscription)
         else:
             self.registry.remove_for(subscription, "its reader has closed it" if was_accepting else "it had ended")
 
@@ -152,7 +166,6 @@ class Broker:
         while closed:
             connection = closed.pop()
             self.registry.unopen_all(connection)
-            self.late_replies.forget(connection)
             if connection.session is not None:
                 self.registry.end_session(connection.session, clean=False, why=connection.why)
             elif connection.is_refused and self.shutdown is None:
@@ -162,20 +175,14 @@ class Broker:
     def stop(self, timeout: float, by: Peer | None = None) -> Shutdown:
         """Drain until no reader makes progress for ``timeout`` seconds, then end. What ``by`` has open is not waited for."""
         if self.shutdown is None:
-            self.shutdown = Shutdown(timeout, by)
-            self._shutdown_steps = self.shutdown.steps(self.poller, self.registry, self.traffic)
+            self.shutdown = Shutdown(self.poller, self.registry, self.traffic, timeout, by)
+            self._shutdown_steps = self.shutdown.steps()
         return self.shutdown
 
     @property
     def is_finished(self) -> bool:
         """True if it was stopped, and nothing is left to drain."""
         return self.shutdown is not None and not self.registry.subscriptions and not self.traffic.publishers
-
-    @property
-    def held(self) -> int:
-        """Bytes of messages that are here, of what is still to be read of publishers' rings, and of what is requested."""
-        messages = self.traffic.memory.held + sum(one.held for one in self.traffic.publishers.values())
-        return messages + self.registry.budget.memory + self.peers.asked
 
     def report_crash(self, traceback: str) -> None:
         """Send every process the traceback; nothing else will be done."""

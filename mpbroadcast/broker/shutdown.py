@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from mpbroadcast.broker.core.router import listed
@@ -35,14 +35,17 @@ log = logging.getLogger("mpbroadcast.broker")
 
 _LAST: Final = 0.1  # seconds, after the time is over
 _LOOK: Final = 0.1  # seconds from one look at what readers have read to the next
-_AT_ONCE: Final = 256  # subscriptions that are ended in a round
+_AT_ONCE: Final = 256  # subscriptions that are ended, or closed, in a round
 
 
 class Shutdown:
     """The end that was requested by the process ``by``, if by any, and its time."""
 
-    def __init__(self, timeout: float, by: Peer | None) -> None:
+    def __init__(self, poller: Poller, registry: Registry, traffic: Traffic, timeout: float, by: Peer | None) -> None:
         self.by = by
+        self._poller = poller
+        self._registry = registry
+        self._traffic = traffic
         self._patience = timeout
         self._progress: dict[Subscription, tuple[int, ...]] = {}
         self._progress_at = time.monotonic()
@@ -54,8 +57,9 @@ class Shutdown:
         """Seconds until what is left is closed, if no reader makes progress until then."""
         return max(0.0, self._progress_at + self._patience - time.monotonic())
 
-    def steps(self, poller: Poller, registry: Registry, traffic: Traffic) -> Iterator[None]:
+    def steps(self) -> Iterator[None]:
         """End the broker. Between two steps it has a round; at the end, no publisher and no subscription is left."""
+        registry, traffic, poller = self._registry, self._traffic, self._poller
         # 0. No other broker follows. What only the process that closes could open is not opened any more.
         registry.note_stopping()
         for subscription in list(registry.subscriptions.values()):
@@ -63,58 +67,69 @@ class Shutdown:
             if subscription.not_waited_for and subscription.owner is not None and not subscription.is_open:
                 registry.remove(subscription)
         # 1. What publishers have written is read, and their pipes are closed, which wakes each publish that waits.
-        for publisher in list(traffic.publishers.values()):
-            traffic.finish(publisher)
+        registry.to_finish.extend(traffic.publishers.values())
+        while registry.to_finish:
+            yield
         for subscription in registry.subscriptions.values():
             traffic.mark(subscription)
         # 2. to 4. It is routed; then each backlog is ended, and written while readers make progress.
         poller.later(self._next_look - time.monotonic(), _wake)
         while registry.subscriptions or traffic.publishers:
-            yield from self._end_backlogs(registry, traffic)
-            if time.monotonic() >= self._next_look and not self._look(poller, registry):
+            yield from self._end_backlogs()
+            if time.monotonic() >= self._next_look and not self._look():
                 break
             yield
         # 5. What has not been read in time is closed; the publishers that waited for it are routed.
-        traffic.catch_up()
-        traffic.run_until_idle()
-        for subscription in list(registry.subscriptions.values()):
-            if not subscription.backlog.is_empty:
-                self.give_up(subscription, registry)
+        while traffic.is_behind:
+            yield
+        yield from self._each(self._close_unread)
         # 6. What waited for those has a last moment.
         end = time.monotonic() + _LAST
         poller.later(_LAST, _wake)
         while (registry.subscriptions or traffic.publishers) and time.monotonic() < end:
-            yield from self._end_backlogs(registry, traffic)
+            yield from self._end_backlogs()
             yield
-        for subscription in list(registry.subscriptions.values()):
-            self.give_up(subscription, registry)
+        yield from self._each(self.give_up)
         traffic.publishers.clear()
 
-    def _end_backlogs(self, registry: Registry, traffic: Traffic) -> Iterator[None]:
-        """End each backlog, once nothing more can be published. Remove the subscriptions that no process would open."""
-        if traffic.publishers or self._all_ended:
-            return
-        self._all_ended = True
-        for count, subscription in enumerate(list(registry.subscriptions.values()), 1):
-            if subscription.has_nothing_to_open_for:
-                registry.remove(subscription)
-            else:
-                registry.unsubscribe(subscription)
-                traffic.mark(subscription)  # one that was unsubscribed before keeps nothing from being written any more
+    def _each(self, handle: Callable[[Subscription], None]) -> Iterator[None]:
+        """Handle each subscription, some in a round."""
+        for count, subscription in enumerate(list(self._registry.subscriptions.values()), 1):
+            if subscription.id in self._registry.subscriptions:
+                handle(subscription)
             if not count % _AT_ONCE:
+                self._poller.later(0, _wake)
                 yield
 
-    def _look(self, poller: Poller, registry: Registry) -> bool:
+    def _end_backlogs(self) -> Iterator[None]:
+        """End each backlog, once nothing more can be published. Remove the subscriptions that no process would open."""
+        if self._traffic.publishers or self._all_ended:
+            return
+        self._all_ended = True
+        yield from self._each(self._end_backlog)
+
+    def _end_backlog(self, subscription: Subscription) -> None:
+        if subscription.has_nothing_to_open_for:
+            self._registry.remove(subscription)
+        else:
+            self._registry.unsubscribe(subscription)
+            self._traffic.mark(subscription)  # one that was unsubscribed before keeps nothing from being written any more
+
+    def _look(self) -> bool:
         """Look at what readers have read. Return whether there is time left."""
-        before, self._progress = self._progress, {one: one.progress for one in registry.subscriptions.values()}
+        before, self._progress = self._progress, {one: one.progress for one in self._registry.subscriptions.values()}
         if self._progress != before:
             self._progress_at = time.monotonic()
         wait = min(self.time_left, _LOOK)
         self._next_look = time.monotonic() + wait
-        poller.later(wait, _wake)
+        self._poller.later(wait, _wake)
         return wait > 0
 
-    def give_up(self, subscription: Subscription, registry: Registry) -> None:
+    def _close_unread(self, subscription: Subscription) -> None:
+        if not subscription.backlog.is_empty:
+            self.give_up(subscription)
+
+    def give_up(self, subscription: Subscription) -> None:
         """Close it without a clean end."""
         own = self.by is subscription.session.peer
         log.log(
@@ -122,11 +137,11 @@ class Shutdown:
             "channel %d of process %d (%s) was closed with %d message(s) waiting: it %s",
             subscription.id,
             subscription.pid,
-            listed(registry.topics(subscription)),
+            listed(self._registry.topics(subscription)),
             subscription.backlog.waiting,
             "was never opened" if subscription.owner is None else "was not read in time",
         )
-        registry.remove(subscription)
+        self._registry.remove(subscription)
 
 
 def _wake() -> None:

@@ -123,18 +123,20 @@ class Traffic:
             if not (publisher.blocked or publisher.all_routed):
                 pending[publisher] = None
                 publisher.after_written(partial(pending.pop, publisher, None))
-        last = self.routing.work + TURN
+        last, room = self.routing.work + TURN, MUCH
         while pending:
             publisher = next(iter(pending))
             if not publisher.parked:
-                self.intake.read_to(publisher, publisher.pipe.end_of_written())
+                position = publisher.pipe.position
+                self.intake.read_to(publisher, min(publisher.pipe.end_of_written(), position + MUCH))
+                room -= publisher.pipe.position - position
             self._route(publisher, TURN)
             self._look_for_room(publisher)
             if publisher.blocked:
                 pending.pop(publisher, None)
-            if pending and self.routing.work > last:
+            if pending and (room <= 0 or self.routing.work > last):
                 yield
-                last = self.routing.work + TURN
+                last, room = self.routing.work + TURN, MUCH
 
     def _look_for_room(self, publisher: Publisher) -> None:
         """Let a blocked publisher go on if there is room by now: no event reports that a pipe has been read empty."""
@@ -145,11 +147,11 @@ class Traffic:
                 self.mark(full)
                 self.run_until_idle()
 
-    def catch_up(self) -> None:
-        """Route what is left for this round or the next, also of publishers that are gone."""
-        for publisher in (*self.routing.behind, *self.intake.ready):
-            if publisher.blocked is None:
-                self._route(publisher)
+    @property
+    def is_behind(self) -> bool:
+        """True if there is something to route or to write that waits for nothing."""
+        routing, delivery = self.routing, self.delivery
+        return bool(routing.behind or self.intake.ready or delivery.dirty or delivery.gone or routing.resuming)
 
     def finish(self, publisher: Publisher) -> None:
         """Take what it has written until now, whether it can be routed or not, and nothing more."""

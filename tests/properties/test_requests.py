@@ -35,7 +35,7 @@ from mpbroadcast.protocol.control import Inbox, client_handshake, decode, encode
 from mpbroadcast.protocol.fd_packets import MAPPED, READ, REFUSED, RING, WANTED, pack
 from mpbroadcast.protocol.frames import frame_head, pieces, reference_frame
 from tests.conftest import descriptors as open_files
-from tests.support.own_broker import ask, asking, own_broker, subscribing
+from tests.support.own_broker import ask, asking, held, own_broker, subscribing
 
 __all__ = ["own_broker"]
 
@@ -364,8 +364,8 @@ class World:
         assert not traffic.routing.resuming
         assert not traffic.intake.ready
         assert self.broker.is_finished or not traffic.memory.store.rings
-        assert not self.broker.late_replies.for_delivery
-        assert self.broker.held == 0
+        assert not self.broker.waiting
+        assert held(self.broker) == 0
         assert self.journal is None or not self.journal.subscriptions
         self.broker.acceptor.close()
         self.broker.poller.close_forgotten()
