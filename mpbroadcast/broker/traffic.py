@@ -56,8 +56,11 @@ class Traffic:
         intake, delivery, routing = self.intake, self.delivery, self.routing
         left = routing.behind or intake.ready or delivery.dirty or delivery.gone or routing.resuming
         intake.wait(at_once=at_once or bool(left))
+        last = routing.work + TURN if routing.behind else 0
         for publisher in list(routing.behind):
             self._route(publisher, TURN)
+            if routing.work > last:  # the others are the first in the next round
+                break
         self.run_until_idle(_WRITES)
 
     def run_until_idle(self, writes: int = sys.maxsize) -> None:
@@ -154,19 +157,12 @@ class Traffic:
         return bool(routing.behind or self.intake.ready or delivery.dirty or delivery.gone or routing.resuming)
 
     def finish(self, publisher: Publisher) -> None:
-        """Take what it has written until now, whether it can be routed or not, and nothing more."""
-        if publisher.is_closed:
-            return
-        intake = self.intake
+        """Read what it has written until now, whether it can be routed or not, and nothing more. The next round routes it."""
         end = publisher.pipe.end_of_written()
         while not publisher.is_closed and publisher.pipe.position < end:
-            intake.read_to(publisher, end)
-            if publisher.blocked is None:
-                self._route(publisher, TURN)
+            self.intake.read_to(publisher, end)
         if not publisher.is_closed:
-            intake.read_last(publisher)
-        if publisher.blocked is None:
-            self._route(publisher, TURN)
+            self.intake.read_last(publisher)
 
     # --- subscriptions
 

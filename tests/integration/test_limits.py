@@ -24,12 +24,13 @@ from mpbroadcast.broker.core.history import MOST_TOPICS, History
 from mpbroadcast.broker.core.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION, Cost
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
+from mpbroadcast.broker.statistics import memory
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.shared_memory import message_memory, ring_memory
 from mpbroadcast.protocol.control import MAX_REQUEST, client_handshake, encode
 from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
-from mpbroadcast.protocol.frames import Batch, frame_head, memory_frame, pieces, reference_frame
+from mpbroadcast.protocol.frames import PIECE, Batch, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.protocol.runs import MESSAGES, RUN, TAIL
 from tests.support.helpers import DEADLINE, pattern, wait_until
 from tests.support.own_broker import Asker, ask, asking, held, own_broker, subscribed, subscribing
@@ -517,3 +518,82 @@ def test_what_waits_for_its_turn_comes_before_what_is_asked_next(own_broker: Bro
         in_rounds(own_broker, one, {"do": "unsubscribe", "session": number, "subscription": 1000}, 1_000_000)
         assert own_broker.registry.subscriptions[1000].backlog.waiting == 100
         os.close(pipe)
+
+
+def test_what_is_taken_in_comes_in_parts(own_broker: Broker) -> None:
+    """What publishers have written before a request is read in parts, also if it is a message whose last piece never comes."""
+    with asking(own_broker) as (_, _, number):
+        session, traffic = own_broker.registry.sessions[number], own_broker.traffic
+        pipes = [traffic.intake.add(own_broker.registry.new_id(), session)[1] for _ in range(4)]
+        parts = (struct.pack("<IIQB", 18, PIECE, 7, 0) + b"x") * 200
+        for pipe in pipes * 60:
+            os.write(pipe, parts)
+        steps = traffic.take_in()
+        more = True
+        while more:
+            with at_most(50_000):
+                more = next(steps, True) is None
+        assert all(publisher.all_routed for publisher in traffic.publishers.values())
+        for pipe in pipes:
+            os.close(pipe)
+
+
+def test_publishers_of_a_dead_session_are_read_in_turn(own_broker: Broker) -> None:
+    """What many blocked publishers have left in their pipes is not all read in the round in which their process has died."""
+    with asking(own_broker) as (_, other, number):
+        session, traffic = own_broker.registry.sessions[number], own_broker.traffic
+        others = own_broker.registry.new_session(cast("ControlConnection", other))
+        full = subscribed(own_broker, 5000, others, ["a"], "block")
+        full.backlog.capacity = 1
+        pipes = [traffic.intake.add(own_broker.registry.new_id(), session)[1] for _ in range(16)]
+        for pipe in pipes:
+            os.write(pipe, 2 * frame_head(0, b"a"))
+        own_broker.round(at_once=True)
+        assert len(full.waiters) == 16
+        for pipe in pipes:
+            for _ in range(30):
+                os.write(pipe, (frame_head(0, b"") + frame_head(0, b"a")) * 120)
+            os.close(pipe)
+        own_broker.registry.end_session(session, clean=False)
+        while own_broker.registry.to_finish:
+            with at_most(400_000):
+                own_broker.round(at_once=True)
+        own_broker.registry.remove(full)
+        while traffic.publishers:
+            own_broker.round(at_once=True)
+
+
+def test_the_memory_of_blocked_publishers_is_counted_in_parts(own_broker: Broker) -> None:
+    """Statistics hold nothing up, though publishers are blocked that have very many messages here."""
+    batch = Batch(bytes(8), array("I", (8,)), b"", 0, 8)
+    with asking(own_broker) as (_, _, session):
+        for _ in range(8):
+            publisher, fd = own_broker.traffic.intake.add(own_broker.registry.new_id(), own_broker.registry.sessions[session])
+            publisher.parked.extend([batch] * 10_000)
+            os.close(fd)
+        steps = memory(own_broker)
+        total = None
+        while total is None:
+            with at_most(350_000):
+                try:
+                    next(steps)
+                except StopIteration as done:
+                    total = done.value
+        assert total >= 80_000 * batch.charge
+        for publisher in own_broker.traffic.publishers.values():
+            publisher.parked.clear()
+
+
+def test_a_broker_that_ends_closes_many_channels_in_parts(own_broker: Broker) -> None:
+    """When the time is over, no round closes thousands of channels that were not read."""
+    with asking(own_broker) as (_, _, session):
+        for number in range(5000, 7000):
+            subscribed(own_broker, number, own_broker.registry.sessions[session], ["all"], "drop_oldest")
+        _, fd = own_broker.traffic.intake.add(own_broker.registry.new_id(), own_broker.registry.sessions[session])
+        os.write(fd, frame_head(0, b"all"))
+        own_broker.round(at_once=True)
+        os.close(fd)
+        own_broker.stop(0)
+        while not own_broker.is_finished:
+            with at_most(60_000):
+                own_broker.round(at_once=True)
