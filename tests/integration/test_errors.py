@@ -1,21 +1,188 @@
-"""Errors in other processes: each arrives as itself, its attributes kept, without the channel that it carried."""
+"""Errors: their kinds; their texts, each of which names what is wrong, and what to do; and how they reach other processes."""
 
 from __future__ import annotations
 
 import gc
 import os
 import pickle
+import re
+import signal
 import weakref
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import mpbroadcast
-from mpbroadcast import Broadcaster, BroadcastError, Channel, ChannelInUse, Lagged, TimedOut
+from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, Channel, TimedOut, connect, start_broadcaster
+from tests.support.helpers import DEADLINE, Children, answer, stopped, take, wait_until
+from tests.support.victims import alive
+from tests.support.workers import PACKAGE_ERRORS, Raises
 
 Bus = Broadcaster[Any]
+KINDS: dict[str, type[BaseException]] = {
+    "StartError": RuntimeError,
+    "AddressError": OSError,
+    "AuthenticationFailed": Exception,
+    "BrokerCrashed": Exception,
+    "BrokerLost": ConnectionError,
+    "BrokerRestarted": Exception,
+    "ClosedError": OSError,
+    "ChannelInUse": RuntimeError,
+    "Lagged": Exception,
+    "Overflowed": Exception,
+    "TimedOut": TimeoutError,
+}
+
+
+def test_every_error_has_one_base_and_the_built_in_kind_of_its_meaning() -> None:
+    errors = {type(error).__name__: error for error in PACKAGE_ERRORS if type(error) is not BroadcastError}
+    assert set(errors) == set(KINDS)
+    for name, error in errors.items():
+        assert isinstance(error, BroadcastError), name
+        assert isinstance(error, KINDS[name]), name
+    assert not isinstance(errors["Overflowed"], mpbroadcast.Lagged)
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+def text_of(kind: type[Exception], name: str, owner: Any, *arguments: Any, **options: Any) -> str:
+    """Return the text of a call's error, with its notes."""
+    with pytest.raises(kind) as caught:
+        getattr(owner, name)(*arguments, **options)
+    text = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert len(text.split()) >= 6, text
+    return text
+
+
+def test_a_text_names_what_happened_to_which_object(bus: Bus, temporary_folder: Path) -> None:
+    nobody = str(temporary_folder / "nobody")
+    with bus.subscribe() as closed:
+        assert "0" in text_of(TimedOut, "recv", closed, 0)
+    assert "closed" in text_of(BroadcastError, "recv", closed)
+    assert nobody in text_of(BrokerLost, "connect", mpbroadcast, nobody)
+    assert "authkey" in text_of(BroadcastError, "connect", mpbroadcast, bus.address, authkey=b"wrong")
+    assert bus.address in text_of(BroadcastError, "start_broadcaster", mpbroadcast, address=bus.address)
+
+
+def text_when_full(bus: Bus, timeout: float) -> str:
+    """Publish until that has to wait, and return the text of its error."""
+    while True:
+        try:
+            bus.publish(bytes(4000), topic="mine", timeout=timeout)
+        except TimedOut as error:
+            return str(error)
+
+
+def test_a_publish_that_does_not_wait_names_the_broker_as_a_reason(bus: Bus) -> None:
+    bus.publish(0)
+    with stopped(bus.stats().pid):
+        assert "or the broker has not read yet what was published before" in text_when_full(bus, 0)
+
+
+@pytest.mark.parametrize("state", ["unopened", "opened", "unsubscribed"])
+def test_a_stall_warning_names_the_topics_and_what_the_process_must_do(state: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Name the process itself only if it has the channel open: a worker that it was handed on to may still be starting."""
+    with start_broadcaster(stall_timeout=0.2) as bus, bus.subscribe("mine", "yours", capacity=1000) as channel:
+        if state != "unopened":
+            channel.fileno()
+        text_when_full(bus, 0.05)
+        if state == "unsubscribed":
+            bus.unsubscribe(channel)
+        warned = wait_until(lambda: capfd.readouterr().err)
+    assert "(mine, yours)" in warned
+    assert ("must receive before it publishes" in warned) == (state != "unopened")
+    assert ("never opened" in warned) == (state == "unopened")
+
+
+ENDED = "the broker at '/.*' has ended: start another one, or connect\\(\\) to the one that is there now, and subscribe again"
+
+
+def _send_text(channel: Channel[Any], connection: Connection) -> None:
+    connection.recv()
+    try:
+        channel.recv(timeout=DEADLINE)
+    except BrokerLost as error:
+        connection.send(str(error))
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_a_broker_that_has_ended_has_one_text(
+    end: str, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+) -> None:
+    """From a channel, a publish, a request, a handle that has never been used, and a worker that opens its channel too late."""
+    bus = start_broadcaster()
+    unopened = bus.subscribe("nothing")
+    children(fork, _send_text, unopened, pipe[1])
+    unopened.fileno()
+    other: Bus = connect(bus.address)
+    channel = other.subscribe()
+    channel.fileno()
+    other.publish(0)
+    assert take(channel, 1) == [0]
+    texts = []
+    if end == "kill":
+        pid = bus.stats().pid
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not alive(pid))
+        texts = [text_of(BrokerLost, name, bus, *more) for name, *more in (("publish", 1), ("subscribe",), ("stats",))]
+        texts.append(text_of(BrokerLost, "recv", channel, timeout=DEADLINE))
+    bus.close()
+    texts += [text_of(BrokerLost, name, other) for name in ("stats", "subscribe", "flush")]
+    pipe[0].send("go")
+    texts.append(answer(pipe[0]))
+    assert len({*texts}) == 1
+    assert re.fullmatch(ENDED, texts[0])
+
+
+def test_an_old_handle_at_a_new_broker_raises_to_connect_again(tmp_path: Path) -> None:
+    """Whether it had been used before or not."""
+    first = start_broadcaster(address=tmp_path / "socket")
+    used: Bus = connect(first.address)
+    used.publish(1)
+    unused = pickle.dumps(used)
+    first.close()
+    with start_broadcaster(address=first.address):
+        assert "connect()" in text_of(BrokerLost, "stats", used)
+        assert "connect()" in text_of(BrokerLost, "stats", pickle.loads(unused))
+
+
+@pytest.mark.parametrize("route", ["publish", "timeout", "publish_many", "large"])
+def test_a_message_that_cannot_be_pickled_is_named(route: str, bus: Bus) -> None:
+    """Raise the error of its pickling as it was, with a note: that it is a message, of which type, and its topic."""
+
+    def function() -> None:
+        raise AssertionError
+
+    message = [bytes(1 << 22), function] if route == "large" else function
+    options = {"timeout": 1} if route == "timeout" else {}
+    if route == "publish_many":
+        text = text_of(Exception, "publish_many", bus, [message], topic="room")
+    else:
+        text = text_of(Exception, "publish", bus, message, topic="room", **options)
+    kind = type(message).__name__
+    assert "function" in text.splitlines()[0]
+    assert text.endswith(f"publish() could not pickle this message, a {kind}, for topic 'room': nothing was sent of it")
+    assert text.count("publish()") == 1
+    assert bus.stats().published == 0
+
+
+def test_wait_for_subscribers_counts_those_that_there_are(bus: Bus) -> None:
+    """Of the topic, if one was given; a broker that is stopped does not reply."""
+    wait = "wait_for_subscribers"
+    with bus.subscribe("a"), bus.subscribe("b"):
+        for timeout in (0, 0.05):
+            assert text_of(TimedOut, wait, bus, 3, timeout=timeout).endswith("Now there are 2")
+            assert text_of(TimedOut, wait, bus, 3, topic="a", timeout=timeout).endswith("Now there are 1")
+        with stopped(bus.stats().pid):
+            assert "Now the broker does not reply" in text_of(TimedOut, wait, bus, 3, timeout=0.05)
+
+
+# ------------------------------------------------------------------------------------------------------ other processes
 
 
 class Foreign(Exception):
@@ -26,28 +193,9 @@ class Foreign(Exception):
         self.more = [text]
 
 
-def fail(*arguments: Any) -> None:
-    """What a message is unpickled by."""
-    raise Foreign(*arguments)
-
-
-class Failing:
-    """A message that cannot be unpickled."""
-
-    def __reduce__(self) -> Any:
-        return fail, ("text", 7)
-
-
-ERRORS = [
-    getattr(mpbroadcast, name)(*{"Lagged": (3,), "ChannelInUse": ("text", 5)}.get(name, ("text",)))
-    for name in sorted(mpbroadcast.__all__)
-    if isinstance(getattr(mpbroadcast, name), type) and issubclass(getattr(mpbroadcast, name), BroadcastError)
-]
-
-
 def raise_with_channel(bus: Bus, number: int) -> None:
     """Raise an error of this package, with an open channel and something else, in a pool's worker."""
-    error = ERRORS[number]
+    error = PACKAGE_ERRORS[number]
     with bus.subscribe() as channel:
         channel.fileno()
         error.channel = channel
@@ -55,64 +203,57 @@ def raise_with_channel(bus: Bus, number: int) -> None:
         raise error
 
 
-def receive(bus: Bus, kind: str) -> None:
+def receive(bus: Bus, kind: type[Exception]) -> None:
     """Raise what a channel raises, in a pool's worker."""
     with bus.subscribe() as channel:
         channel.fileno()
-        if kind == "EOFError":
+        if kind is EOFError:
             bus.unsubscribe(channel)
-        elif kind == "Foreign":
-            bus.publish(Failing())
-        channel.recv(timeout=0 if kind == "TimedOut" else 20)
+        elif kind is Foreign:
+            bus.publish(Raises(Foreign("text", 7)))
+        channel.recv(timeout=0 if kind is TimedOut else DEADLINE)
 
 
-def in_worker(workers: Any, function: Any, *arguments: Any) -> None:
-    """Call the function in a pool's worker, and wait for its end."""
-    if isinstance(workers, ProcessPoolExecutor):
-        workers.submit(function, *arguments).result()
-    else:
-        workers.apply(function, arguments)
-
-
-def is_note_of_worker(error: BaseException) -> bool:
-    """Whether its last note names a channel of another process."""
+def has_note_of_worker(error: BaseException) -> bool:
+    """Return whether the only note names a channel of another process."""
     (note,) = error.__notes__
     return "<mpbroadcast.Channel" in note and " at '/" in note and f"process {os.getpid()}," not in note
 
 
 @pytest.mark.parametrize("pool", ["executor", "pool"])
 def test_an_error_of_the_package_leaves_a_pool_worker(bus: Bus, fork: BaseContext, pool: str) -> None:
-    """Each one, in both kinds of pools, with what it carries; a note names its channel, and the pool goes on."""
-    assert len(ERRORS) > 10
+    """As itself, with what it carries; a note names its channel, and the pool goes on. So do errors that a channel raises."""
     with ProcessPoolExecutor(1, fork) if pool == "executor" else fork.Pool(1) as workers:
-        for number, error in enumerate(ERRORS):
-            with pytest.raises(type(error)) as caught:
-                in_worker(workers, raise_with_channel, bus, number)
-            arrived: Any = caught.value
-            assert type(arrived) is type(error)
+
+        def run(function: Any, *arguments: Any) -> None:
+            if isinstance(workers, ProcessPoolExecutor):
+                workers.submit(function, *arguments).result()
+            else:
+                workers.apply(function, arguments)
+
+        def raised(kind: type[Exception], function: Any, *arguments: Any) -> Any:
+            with pytest.raises(kind) as caught:
+                run(function, *arguments)
+            assert type(caught.value) is kind
+            assert has_note_of_worker(caught.value)
+            return caught.value
+
+        for number, error in enumerate(PACKAGE_ERRORS):
+            arrived = raised(type(error), raise_with_channel, bus, number)
             assert (str(arrived), arrived.args, arrived.sent, arrived.channel) == (str(error), error.args, 17, None)
-            assert is_note_of_worker(arrived)
-            if isinstance(error, Lagged | ChannelInUse):
-                assert getattr(arrived, "missed", arrived.__dict__.get("pid")) in (3, 5)
-
-
-@pytest.mark.parametrize(("kind", "expected"), [("EOFError", EOFError), ("Foreign", Foreign), ("TimedOut", TimedOut)])
-def test_what_a_channel_raises_leaves_a_pool_worker(bus: Bus, fork: BaseContext, kind: str, expected: type[Exception]) -> None:
-    """So do the end of messages, the error of a message, and a timeout."""
-    with ProcessPoolExecutor(1, fork) as workers, pytest.raises(expected) as caught:
-        workers.submit(receive, bus, kind).result()
-    assert type(caught.value) is expected
-    assert is_note_of_worker(caught.value)
-    if isinstance(caught.value, Foreign):
-        assert (caught.value.args, caught.value.more) == (("text", 7), ["text"])
+            for name in ("missed", "pid"):
+                assert getattr(arrived, name, None) == getattr(error, name, None)
+        for kind in (EOFError, TimedOut, Foreign):
+            arrived = raised(kind, receive, bus, kind)
+        assert (arrived.args, arrived.more) == (("text", 7), ["text"])
 
 
 def test_an_error_with_a_channel_is_in_no_cycle(bus: Bus) -> None:
-    """The channel that it carries goes when the error does, without a collection, and pickling changes neither."""
+    """Free its channel with the error, without a collection; pickling changes neither."""
     gc.disable()
     try:
         channel = bus.subscribe()
-        bus.publish(Failing())
+        bus.publish(Raises(Foreign("text", 7)))
         bus.flush()
         bus.unsubscribe(channel)
         for kind in (Foreign, EOFError):
@@ -128,8 +269,8 @@ def test_an_error_with_a_channel_is_in_no_cycle(bus: Bus) -> None:
 
 
 def error_of(channel: Channel[Any]) -> Any:
-    """What it raises."""
+    """Return the error of a receive, in no frame that is still there."""
     try:
-        return channel.recv(timeout=20)
+        return channel.recv(timeout=DEADLINE)
     except Exception as error:
         return error

@@ -192,21 +192,6 @@ def start_in_daemon(report: Connection, address: str) -> None:
     report.send("connected")
 
 
-def boom(text: str) -> None:
-    raise LookupError(text)
-
-
-class Explodes:
-    """Can be pickled; unpickling it fails."""
-
-    def __init__(self, text: str, ballast: bytes = b"") -> None:
-        self.text = text
-        self.ballast = ballast
-
-    def __reduce__(self) -> Any:
-        return boom, (self.text,), self.ballast
-
-
 # ------------------------------------------------------------------------------------------------------------ programs
 
 

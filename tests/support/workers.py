@@ -8,8 +8,16 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from mpbroadcast import Broadcaster, BrokerRestarted, Channel
+import mpbroadcast
+from mpbroadcast import Broadcaster, BroadcastError, BrokerRestarted, Channel
 from tests.support.helpers import DEADLINE, answer, pattern, record, rest, take
+
+PACKAGE_ERRORS: list[Any] = [
+    kind(*{"Lagged": (3,), "ChannelInUse": ("text", 5)}.get(name, ("text",)))
+    for name, kind in vars(mpbroadcast).items()
+    if isinstance(kind, type) and issubclass(kind, BroadcastError)
+]
+"""One error of each public class."""
 
 
 class Boom(Exception):
@@ -36,8 +44,11 @@ class CannotBeUnpickled:
 
 
 def throw(error: Exception) -> NoReturn:
-    """Raise this, while something is unpickled."""
-    raise error
+    """Raise this, while something is unpickled, with no frame in its traceback that refers to it."""
+    try:
+        raise error
+    finally:
+        del error
 
 
 class Raises:
