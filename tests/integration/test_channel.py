@@ -333,7 +333,7 @@ def test_a_channel_that_is_closed_while_the_broker_takes_nothing(bus: Bus, monke
     channel = bus.subscribe()
     with stopped(bus.stats().pid):
         asking = Background(bus.stats)  # which has the one connection that there is
-        asking.wait_until_blocked("wait")
+        asking.wait_until_blocked("stats")
         channel.close()
     asking.result()
     wait_until(lambda: not bus.stats().subscribers)
@@ -344,7 +344,7 @@ def test_a_publish_that_waits_for_dropped_channels_goes_on(bus: Bus) -> None:
     channels = [bus.subscribe(capacity=1000) for _ in range(MANY)]
     fill(bus, size=10_000)
     waiting = Background(bus.publish, bytes(10_000))
-    waiting.wait_until_blocked("wait")
+    waiting.wait_until_blocked("publish")
     with stopped(bus.stats().pid):
         channels.clear()
         gc.collect()
