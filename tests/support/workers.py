@@ -86,12 +86,6 @@ def receive_on_order(channel: Channel[Any], orders: Connection) -> None:
     receive_until_end(channel, orders)
 
 
-def receive_from_pipe(orders: Connection, count: int) -> None:
-    """Receive from a channel that comes through a pipe."""
-    channel = orders.recv()
-    orders.send(take(channel, count))
-
-
 def receive_numbered(channel: Channel[Any], results: Connection) -> None:
     """Check ``(source, number, bytes)`` messages up to the source "stop"; send home the sources, numbers, and sizes."""
     results.send("open" if channel.fileno() >= 0 else "?")
@@ -152,14 +146,6 @@ def publish_patterns(bus: Broadcaster[Any], orders: Connection, topic: str, size
     orders.send(number)
 
 
-def try_to_receive(channel: Channel[Any], results: Connection) -> None:
-    """Send home what ``recv`` gives or raises."""
-    try:
-        results.send(("message", channel.recv(timeout=DEADLINE)))
-    except BaseException as error:
-        results.send(describe(error))
-
-
 def publish_numbers(bus: Broadcaster[Any], name: str, count: int) -> None:
     """Publish ``(name, number)``, in order."""
     for number in range(count):
@@ -187,16 +173,6 @@ def subscribe_and_send_away(bus: Broadcaster[Any], orders: Connection) -> None:
     bus.close()
     orders.send("detached")
     answer(orders, 3 * DEADLINE)
-
-
-def hear_itself(bus: Broadcaster[Any], results: Connection) -> None:
-    """Subscribe and publish in one process: once received, once excluded; send home what was received."""
-    channel = bus.subscribe()
-    bus.publish("to all")
-    bus.publish("to all others", exclude=channel)
-    bus.publish("last")
-    results.send(take(channel, 2))
-    channel.close()
 
 
 def publish_one(bus: Broadcaster[Any], message: Any) -> int:
