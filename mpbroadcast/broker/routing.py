@@ -125,7 +125,7 @@ class Routing:
             publisher.parked.appendleft(rest)
             if not fits:
                 return full
-            run = run.part(0, fits)
+            run = _RUNS[type(item)](item, account)
         if run is not None:
             self._enqueue(run, ring, targets, publisher.last_in)
         if self.history is not None:

@@ -22,9 +22,9 @@ from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
 from mpbroadcast.posix.pipes import FIONREAD, PipeEnd, ioctl, read
 from mpbroadcast.protocol import runs
-from mpbroadcast.protocol.frames import MOST_TOGETHER, topic_of
+from mpbroadcast.protocol.frames import topic_of
 from mpbroadcast.protocol.pickling import Failure, load_run
-from mpbroadcast.protocol.runs import RUN, RunView, read_run
+from mpbroadcast.protocol.runs import MOST_AT_ONCE, RUN, RunView, read_run
 
 
 class End:
@@ -95,7 +95,7 @@ def decode(stream: Stream, has_tail: bool, with_topic: bool, shared: SharedReade
     position, end = stream.skip, len(data) + has_tail
     room = _AT_ONCE
     while (run := read_run(data, position)) is not None and position + run.size <= end:
-        if room <= 0 or len(ready) >= MOST_TOGETHER:
+        if room <= 0 or len(ready) >= MOST_AT_ONCE:
             break
         kind = run.kind
         if kind == runs.MESSAGES or kind in _SHARED:

@@ -38,10 +38,7 @@ REFERENCE: Final = 3 << 24
 MEMORY: Final = 4 << 24
 _ROUTE: Final = IMAGE | EXCLUDE | TOPIC_LENGTH  # the bits of a tag that are not its kind
 
-# Neighbouring messages that are routed together, and that a channel unpickles at once. More is no faster: it exceeds a
-# processor's cache, and Python's garbage collector, which counts the objects that are alive, begins to visit all of them, and
-# so, in a forked process, to copy all of their memory. A policy that drops one by one visits no more, either.
-MOST_TOGETHER: Final = 128
+MOST_TOGETHER: Final = 1 << 11  # neighbouring messages that are routed together
 HEAD: Final = Struct("<II")
 _EXCLUDED: Final = Struct("<Q")
 _STREAK: Final = 2  # frames of the same length as the one before, from which on it is worth looking for many more

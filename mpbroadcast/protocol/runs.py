@@ -1,6 +1,6 @@
 """Runs: what the broker writes to a channel. Sans-IO: bytes in, bytes out.
 
-A run is neighbouring frames, unchanged, behind a table of their lengths::
+A run is at most ``MOST_AT_ONCE`` neighbouring frames, unchanged, behind a table of their lengths::
 
     size u64 | count u32 | kind u8 | image u8 | skip u16 | count lengths u32 (none for a single frame) | frames | tail byte
 
@@ -20,6 +20,8 @@ or a **note** at the position of messages, with a count or the id of a ring::
 each read is one payload and the next frame's head, which unpickling ignores. The tail byte stays in the pipe until the last
 message of the run is handed out: so the descriptor stays readable while there is something to receive, and an empty pipe shows
 that all references in it have been read.
+
+A :class:`Run` of the broker has as many of these as its batch needs, one behind the other: a backlog has the cost of one.
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ from mpbroadcast.protocol.frames import OVERHEAD, REFERENCE_SIZE, Batch, MemfdMe
 RUN: Final = Struct("<QIBBH")
 _NOTE: Final = Struct("<QIBBHQ")
 TAIL: Final = b"\n"
+# Messages that a channel unpickles at once. More is no faster: they exceed a processor's cache, and Python's garbage collector
+# begins to visit all of them, and so, in a forked process, to copy all of their memory. A reader shows its progress, too, by
+# what it unpickles next: with more, ``close`` would not wait for one that takes long for a message.
+MOST_AT_ONCE: Final = 128
 PART: Final = 1 << 18  # bytes of a long message to read at once: the size of a pipe
 MESSAGES: Final = 0
 END: Final = 1
@@ -62,16 +68,26 @@ class Account:
 class Run:
     """Messages for channels: ``data`` is what a pipe gets, shared by all backlogs that the run is in."""
 
-    __slots__ = ("account", "charge", "count", "data", "missed", "size")
+    __slots__ = ("account", "charge", "count", "data", "missed", "size", "sizes")
 
     hold: Any = None  # keeps the messages if they are in shared memory, for which a reader must be prepared
 
-    def __init__(self, data: bytes, count: int, charge: int, missed: int = 0, account: Account | None = None) -> None:
+    def __init__(
+        self,
+        data: bytes | memoryview,
+        count: int,
+        charge: int,
+        *,
+        missed: int = 0,
+        sizes: array[int] | None = None,
+        account: Account | None = None,
+    ) -> None:
         self.data = data
         self.size = len(data)  # bytes that a pipe gets
         self.count = count
         self.charge = charge  # bytes that it counts in a backlog
         self.missed = missed  # the count of a note
+        self.sizes = sizes  # of the frames, if there are several
         self.account = account
         if account is not None:
             account.held += charge
@@ -86,9 +102,7 @@ class Run:
 
     def charges(self) -> list[int]:
         """Return the bytes that each of its messages counts in a backlog."""
-        if self.count == 1:
-            return [self.charge]
-        return [size + OVERHEAD for size in array("I", self.data[RUN.size : RUN.size + 4 * self.count])]
+        return [self.charge] if self.sizes is None else [size + OVERHEAD for size in self.sizes]
 
     def copied(self) -> Run:
         """Return a run with the same messages that needs no shared memory."""
@@ -96,13 +110,60 @@ class Run:
 
     def part(self, start: int, stop: int) -> Run:
         """Return its messages from ``start`` to before ``stop``, as a run."""
-        if start == 0 and stop == self.count:
+        if self.sizes is None or stop - start == self.count:
             return self
         _, _, _, image, skip = RUN.unpack_from(self.data)
-        sizes = array("I", self.data[RUN.size : RUN.size + 4 * self.count])
-        first = RUN.size + 4 * self.count + sum(sizes[:start])
-        sizes = sizes[start:stop]
-        return _pack(self.data[first : first + sum(sizes)], sizes, skip, image, self.account)
+        first = sum(self.sizes[:start])
+        sizes = self.sizes[start:stop]
+        return _pack(self._frames()[first : first + sum(sizes)], sizes, skip, image, self.account)
+
+    def _frames(self) -> bytes:
+        frames: list[bytes | memoryview] = []
+        start = 0
+        while start < self.size:
+            size, count, *_ = RUN.unpack_from(self.data, start)
+            frames.append(self.data[start + RUN.size + (4 * count if count > 1 else 0) : start + size - len(TAIL)])
+            start += size
+        return b"".join(frames)
+
+    def divided(self, offset: int) -> tuple[Run, Run] | None:
+        """Return it as two runs without a copy, the first with the messages that end within the first ``offset`` bytes.
+
+        ``None`` if that would leave one of the two empty: what a channel unpickles at once is not divided.
+        """
+        if self.count <= MOST_AT_ONCE or self.sizes is None:
+            return None
+        count, middle = 0, 0
+        while middle < self.size:
+            size, messages, *_ = RUN.unpack_from(self.data, middle)
+            if middle + size > offset:
+                break
+            middle += size
+            count += messages
+        if not 0 < count < self.count:
+            return None
+        data = memoryview(self.data)
+        return _View(self, data[:middle], self.sizes[:count]), _View(self, data[middle:], self.sizes[count:])
+
+    @property
+    def first(self) -> int:
+        """How many bytes the messages take that a channel unpickles first."""
+        size: int = RUN.unpack_from(self.data)[0]
+        return size
+
+
+class _View(Run):
+    """A part of another run's data, all of which stays in the account as long as it is in a backlog."""
+
+    __slots__ = ("_whole",)
+
+    def __init__(self, whole: Run, data: memoryview, sizes: array[int]) -> None:
+        super().__init__(data, len(sizes), sum(sizes) + len(sizes) * OVERHEAD, sizes=sizes)
+        self.account = whole.account
+        self._whole = whole
+
+    def __del__(self) -> None:
+        pass  # the whole run leaves the account
 
 
 def run_of(batch: Batch, account: Account | None = None) -> Run:
@@ -112,9 +173,20 @@ def run_of(batch: Batch, account: Account | None = None) -> Run:
 
 def _pack(frames: bytes, sizes: array[int], skip: int, image: bool, account: Account | None) -> Run:
     count = len(sizes)
-    table = sizes.tobytes() if count > 1 else b""
-    head = RUN.pack(RUN.size + len(table) + len(frames) + len(TAIL), count, MESSAGES, image, skip)
-    return Run(b"".join((head, table, frames, TAIL)), count, len(frames) + count * OVERHEAD, 0, account)
+    charge = len(frames) + count * OVERHEAD
+    if count == 1:
+        head = RUN.pack(RUN.size + len(frames) + len(TAIL), 1, MESSAGES, image, skip)
+        return Run(b"".join((head, frames, TAIL)), 1, charge, account=account)
+    parts: list[Any] = []
+    view = memoryview(frames)
+    end = 0
+    for first in range(0, count, MOST_AT_ONCE):
+        table = sizes[first : first + MOST_AT_ONCE]
+        start, end = end, end + sum(table)
+        entries = table.tobytes() if len(table) > 1 else b""
+        size = RUN.size + len(entries) + end - start + len(TAIL)
+        parts += (RUN.pack(size, len(table), MESSAGES, image, skip), entries, view[start:end], TAIL)
+    return Run(b"".join(parts), count, charge, sizes=sizes, account=account)
 
 
 class SharedRun(Run):
@@ -126,10 +198,7 @@ class SharedRun(Run):
         self.item = item
         self.hold = item.hold
         self._copy: Run | None = None
-        super().__init__(self.hold.data(item), len(item.sizes), item.charge, 0, account)
-
-    def charges(self) -> list[int]:
-        return [size + OVERHEAD for size in self.item.sizes]
+        super().__init__(self.hold.data(item), len(item.sizes), item.charge, sizes=item.sizes, account=account)
 
     def part(self, start: int, stop: int) -> Run:
         if start == 0 and stop == self.count:
@@ -158,7 +227,8 @@ class LongRun(Run):
         self._item = item
         self._memory = memory
         size = RUN.size + len(item.head) + item.length + len(TAIL)
-        super().__init__(RUN.pack(size, 1, MESSAGES, item.image, len(item.head)) + item.head, 1, item.charge, 0, memory.copies)
+        head = RUN.pack(size, 1, MESSAGES, item.image, len(item.head)) + item.head
+        super().__init__(head, 1, item.charge, account=memory.copies)
         self.size = size
 
     def rest(self, offset: int) -> bytes | memoryview:
@@ -185,7 +255,7 @@ def memory_run(memfd_message: MemfdMessage, message_id: int) -> bytes:
 def note_run(kind: int, missed: int = 0) -> Run:
     """Return a note: ``END`` (a clean end), ``GAP`` (``missed`` messages were dropped here), ``SKIPPED`` (the same under
     ``latest``, which is counted and not raised), ``OVERFLOWED`` (the next message did not fit)."""
-    return Run(note(kind, missed), 0, 0, missed)
+    return Run(note(kind, missed), 0, 0, missed=missed)
 
 
 def note(kind: int, value: int) -> bytes:

@@ -7,7 +7,7 @@ import tracemalloc
 from array import array
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +61,7 @@ def messages_in(item: Item) -> list[Message]:
         assert [*item.sizes] == [heads[0] + length for _, length in item.positions()]
         assert len(item.frames) + 64 <= PIPE_BUF
     else:
-        starts = [sum(item.sizes[:index]) for index in range(len(item.sizes))]
+        starts = accumulate(item.sizes[:-1], initial=0)
         payloads = [item.frames[start + item.skip : start + size] for start, size in zip(starts, item.sizes, strict=True)]
         assert sum(item.sizes) == len(item.frames)
     return [Message(item.topic, item.exclude, payload, item.image) for payload in payloads]
@@ -151,7 +151,7 @@ ODD_ONES = {
 @pytest.mark.parametrize("odd", ODD_ONES.values(), ids=ODD_ONES.keys())
 def test_one_that_differs_is_found_at_any_place(odd: Message | None) -> None:
     """In a long row of frames of one size and way, one that differs in anything is itself, wherever it stands."""
-    count = MOST_TOGETHER - 1
+    count = 127
     frame = b"" if odd is None else odd.frame
     between = abort(5) if odd is None else frame if len(frame) <= PIPE_BUF else b"".join(pieces(frame, 5))
     for place in range(count):
@@ -188,7 +188,7 @@ def test_a_row_of_one_size_is_not_looked_at_one_by_one(monkeypatch: pytest.Monke
         return struct.unpack_from("<II", data, start)
 
     short = frame_head(1, b"t") + b"x"
-    row = [frame_head(4, b"t") + struct.pack("<I", number * 0x01010101) for number in range(MOST_TOGETHER - 2)]
+    row = [frame_head(4, b"t") + struct.pack("<I", number % 256 * 0x01010101) for number in range(MOST_TOGETHER - 2)]
     monkeypatch.setattr(frames, "HEAD", SimpleNamespace(size=8, unpack_from=counted))
     for before in ([], [short, short]):
         looks = 0

@@ -19,7 +19,6 @@ from mpbroadcast.errors import Lagged, Overflowed
 from mpbroadcast.protocol.frames import (
     FRAME_OVERHEAD,
     IMAGE,
-    MOST_TOGETHER,
     OVERHEAD,
     PIPE_BUF,
     MemfdMessage,
@@ -37,6 +36,7 @@ from mpbroadcast.protocol.runs import (
     GAP,
     IN_MEMORY,
     MESSAGES,
+    MOST_AT_ONCE,
     OVERFLOWED,
     REFERENCES,
     RING_GONE,
@@ -83,10 +83,10 @@ def test_a_run_and_each_part_of_it_carries_its_messages(
     run = run_of(batch)
     assert run.charges() == [size + OVERHEAD for size in batch.sizes]
     for _ in range(3):
-        view = view_of(run.data)
-        assert load_run(run.data, view) == (values, True)
+        view = view_of(bytes(run.data))
+        assert load_run(bytes(run.data), view) == (values, True)
         assert (view.kind, view.messages) == (MESSAGES, len(values))
-        assert topic_of(run.data[view.first : view.first + view.skip]) == topic.decode()
+        assert topic_of(bytes(run.data[view.first : view.first + view.skip])) == topic.decode()
         assert (run.count, run.charge, run.missed) == (len(values), sum(run.charges()), 0)
         assert run.part(0, run.count) is run
         start = data.draw(st.integers(0, run.count - 1))
@@ -100,12 +100,12 @@ def test_a_run_is_read_as_far_as_it_is_there() -> None:
     """Of a run that is cut anywhere, nothing is said before its head is whole, and then its right size."""
     for run in (run_of(batch_of([1])), run_of(batch_of(range(5), b"t")), note_run(GAP, 7), note_run(END)):
         for length in range(len(run.data)):
-            view = read_run(run.data[:length], 0)
+            view = read_run(bytes(run.data[:length]), 0)
             assert (view is None) == (length < RUN.size)
             assert view is None or view.size == len(run.data)
             assert view is None or (view.sizes is not None) == (run.count > 1 and length >= RUN.size + 4 * run.count)
             assert view is None or run.count or view.messages == (run.missed if length >= len(run.data) - 1 else 0)
-            assert read_run(run.data, len(run.data) - length) is None or length >= RUN.size
+            assert read_run(bytes(run.data), len(bytes(run.data)) - length) is None or length >= RUN.size
 
 
 @pytest.mark.parametrize("kind", [END, GAP, SKIPPED, OVERFLOWED, RING_OFFERED, RING_GONE])
@@ -113,7 +113,7 @@ def test_a_note_says_its_kind_and_number(kind: int) -> None:
     """A note is a run without messages, which counts nothing against a capacity."""
     for missed in (0, 1, 2**64 - 1):
         run = note_run(kind, missed)
-        assert view_of(run.data) == (len(run.data), kind, missed, False, 0, None, RUN.size)
+        assert view_of(bytes(run.data)) == (len(bytes(run.data)), kind, missed, False, 0, None, RUN.size)
         assert run.data == note(kind, missed) == struct.pack("<QIBBHQ", len(run.data), 0, kind, 0, 0, missed) + b"\n"
         assert (run.count, run.charge, run.missed) == (0, 0, missed)
 
@@ -211,7 +211,7 @@ def test_one_that_cannot_be_unpickled_stands_in_its_place(error: type[Exception]
         values: list[Any] = list(range(count))
         values[place] = Unloadable(error)
         run = run_of(batch_of(values))
-        messages, whole = load_run(run.data, view_of(run.data))
+        messages, whole = load_run(bytes(run.data), view_of(bytes(run.data)))
         assert not whole
         assert isinstance(messages[place], Failure)
         found = messages[place].error
@@ -239,8 +239,8 @@ def test_an_interrupt_that_is_an_exception_is_no_bad_message(place: int, monkeyp
     monkeypatch.setattr("mpbroadcast.protocol.pickling.BytesIO", Interrupted)
     run = run_of(batch_of([10, 11, 12, 13]))
     with pytest.raises(ValueError, match="handler"):
-        load_run(run.data, view_of(run.data))
-    assert load_run(run.data, view_of(run.data)) == ([10, 11, 12, 13], True)
+        load_run(bytes(run.data), view_of(bytes(run.data)))
+    assert load_run(bytes(run.data), view_of(bytes(run.data))) == ([10, 11, 12, 13], True)
 
 
 # ------------------------------------------------------------------------------------------------- what a channel does
@@ -288,7 +288,7 @@ def test_long_runs_are_decoded_in_parts() -> None:
     data = b"".join((*first, note_run(SKIPPED, 3).data, *(run_of(batch_of(values[:10])).data for _ in range(27))))
     stream, items, skipped = Stream(chunks=[data]), list[Any](), 0
     while (after := decode(stream, False, False)) is not None:
-        assert len(after.ready) < MOST_TOGETHER + 125
+        assert len(after.ready) < MOST_AT_ONCE + 125
         assert not after.decodable(False) or after.chunks[0] is data
         items += after.ready
         skipped += after.skipped
@@ -379,12 +379,12 @@ def test_bytes_are_not_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("mpbroadcast.client.pipe_reader.read_run", counted)
     for start in range(0, len(run.data) - 1000, 1000):
-        stream.chunks.append(run.data[start : start + 1000])
+        stream.chunks.append(bytes(run.data[start : start + 1000]))
         assert decode(stream, True, False) is None
     assert looks == 1
     assert stream.need == len(run.data)
     assert len(stream.chunks) > 90
-    stream.chunks.append(run.data[sum(map(len, stream.chunks)) :])
+    stream.chunks.append(bytes(run.data[sum(map(len, stream.chunks)) :]))
     after = decode(stream, False, False)
     assert after is not None
     assert list(after.ready) == [bytes(100_000)]
@@ -488,9 +488,9 @@ def test_as_much_is_decoded_at_once_as_is_soon_handed_out() -> None:
         after = decode(Stream(chunks=[runs]), False, False, shared)
         assert after is not None
         assert len(after.ready) == count
-    runs = run_of(batch_of([0] * (MOST_TOGETHER // 2))).data * 5
+    runs = bytes(run_of(batch_of([0] * (MOST_AT_ONCE // 2))).data) * 5
     after = decode(Stream(chunks=[runs]), False, False)
     assert after is not None
-    assert len(after.ready) == MOST_TOGETHER
+    assert len(after.ready) == MOST_AT_ONCE
     with pytest.raises(RuntimeError, match="shared memory"):
         decode(Stream(chunks=[shared_run(IN_MEMORY, 0, 4, 1)]), False, False)

@@ -29,6 +29,7 @@ from mpbroadcast.protocol.runs import (
     END,
     GAP,
     MESSAGES,
+    MOST_AT_ONCE,
     OVERFLOWED,
     RUN,
     SKIPPED,
@@ -487,7 +488,7 @@ def test_dropping_one_by_one_does_not_go_through_everything_each_time(monkeypatc
 
     monkeypatch.setattr(Run, "charges", counted_charges)
     monkeypatch.setattr(Run, "part", counted_part)
-    count = 80 * MOST_TOGETHER
+    count = 10 * MOST_TOGETHER
     one = charge_of(0, 0)
     backlog = new_backlog(count * one, "drop_oldest")
     single = batch_of(0, [0])
@@ -497,7 +498,7 @@ def test_dropping_one_by_one_does_not_go_through_everything_each_time(monkeypatc
     for _ in range(count):
         backlog.put(run_of(single))
     assert (backlog.missed, backlog.waiting) == (count, count)
-    assert looked_at < 1.2 * MOST_TOGETHER * count
+    assert looked_at < 1.2 * MOST_AT_ONCE * count
 
 
 def a_run(count: int = 1, size: int = 100) -> Run:
@@ -532,8 +533,8 @@ def test_a_capacity_can_be_used_to_its_last_byte() -> None:
 
 def test_many_tiny_messages_are_cut_to_what_the_pipe_takes_for_certain() -> None:
     """Their heads and the table of their lengths count, too. What is never dropped need not be cut."""
-    run = a_run(20_000, 1)
     each = 8 + 1 + 4
+    run = a_run(20_000, 1)
     for more in range(each):
         for policy, capacity in (("drop_oldest", 1 << 24), ("drop_oldest", run.charge), ("block", 1 << 24)):
             backlog = new_backlog(capacity, policy)
@@ -543,7 +544,70 @@ def test_many_tiny_messages_are_cut_to_what_the_pipe_takes_for_certain() -> None
             if policy == "block":
                 assert backlog.to_write() == run.data
             else:
-                assert 0 <= backlog.pipe_size - 2 * PIPE_BUF - len(backlog.to_write()) < each
+                assert 0 <= backlog.pipe_size - 2 * PIPE_BUF - len(backlog.to_write()) < MOST_AT_ONCE * each
+
+
+@pytest.mark.parametrize("count", [1, MOST_AT_ONCE, MOST_AT_ONCE + 1, 3 * MOST_AT_ONCE])
+def test_a_run_is_divided_between_what_is_unpickled_at_once(count: int) -> None:
+    """No copy is made, both parts together are the run, and the account has the whole until neither is left."""
+    account = Account()
+    frames = b"".join(frame_head(3, b"t") + b"%03d" % index for index in range(count))
+    run = run_of(Batch(frames, array("I", [12] * count), b"t", 0, 9), account)
+    held = account.held
+    bounds = {0}
+    while (start := max(bounds)) < run.size:
+        bounds.add(start + RUN.unpack_from(run.data, start)[0])
+    assert len(bounds) - 1 == -(-count // MOST_AT_ONCE)
+    assert run.first == sorted(bounds)[1]
+    data, charges = bytes(run.data), run.charges()
+    for offset in range(run.size + 1):
+        parts = run.divided(offset)
+        before = max(bound for bound in bounds if bound <= offset)
+        if before in (0, run.size):
+            assert parts is None
+            continue
+        assert parts is not None
+        first, rest = parts
+        assert (first.size, b"".join((first.data, rest.data))) == (before, data)
+        assert (first.charges() + rest.charges(), first.charge + rest.charge) == (charges, run.charge)
+        assert rest.part(0, 1).charge == rest.charges()[0]
+        del first, rest
+    parts = run.divided(run.size - 1)
+    assert account.held == held
+    del run
+    assert account.held == (held if parts else 0)
+    parts = None
+    assert account.held == 0
+
+
+@pytest.mark.parametrize("policy", ["block", "drop_oldest"])
+def test_what_a_pipe_has_taken_of_a_long_run_waits_no_more(policy: str) -> None:
+    """What is unpickled at once counts as delivered when all of it is written; what is behind it can still be dropped."""
+    run = a_run(4 * MOST_AT_ONCE, 1)
+    backlog = new_backlog(run.charge + (1 << 16), policy)
+    backlog.pipe_size = 1 << 20
+    backlog.put(run)
+    backlog.to_write()
+    backlog.wrote(run.first + 1)
+    assert (backlog.delivered, backlog.waiting, backlog.left) == (MOST_AT_ONCE, 3 * MOST_AT_ONCE, MOST_AT_ONCE)
+    assert backlog.waiting_charge == 3 * run.charge // 4
+    if policy == "drop_oldest":
+        backlog.pipe = 1 << 16
+        backlog.put(a_run(2 * MOST_AT_ONCE, 1))
+        assert (backlog.missed, backlog.waiting) == (MOST_AT_ONCE, 4 * MOST_AT_ONCE)
+    written = bytearray(run.data[: run.first + 1])
+    while not backlog.is_empty:
+        data = backlog.to_write()
+        backlog.wrote(min(len(data), 1000))
+        written += data[:1000]
+    kinds = []
+    start = 0
+    while (view := read_run(bytes(written), start)) is not None:
+        kinds.append((view.kind, view.messages))
+        start += view.size
+    each = (MESSAGES, MOST_AT_ONCE)
+    assert kinds == ([each] * 4 if policy == "block" else [each, each, (GAP, MOST_AT_ONCE), each, each, each])
+    assert backlog.left == backlog.delivered + backlog.missed == backlog.published
 
 
 def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
@@ -575,7 +639,7 @@ def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
 
 def in_memory(ring: int) -> SharedRun:
     """The run of a message in shared memory, which may belong to a ring."""
-    copy = a_run().data[RUN.size : -1]
+    copy = bytes(a_run().data[RUN.size : -1])
     copied = Batch(copy, array("I", [len(copy)]), b"", 0, 8)
     hold = SimpleNamespace(data=lambda item: memory_run(item, 1), copied=lambda _: copied, copies=None, ring=ring)
     return SharedRun(MemfdMessage(7, 100, b"", 0, frame_head(100, b""), False, hold))
@@ -603,7 +667,7 @@ def test_what_is_copied_out_is_written_as_it_would_have_been() -> None:
     assert [backlog.copy_out(ring) for ring in (1, 3)] == [2 * plain.charge, 0]
     assert [backlog.refers_to(ring) for ring in (1, 2, 3)] == [False, True, False]
     backlog.copy_first()
-    assert (backlog.to_write(), backlog.is_between_runs) == (plain.data * 3, True)
+    assert (backlog.to_write(), backlog.is_between_runs) == (bytes(plain.data) * 3, True)
     backlog.wrote(len(plain.data) * 3 - 1)
     assert not backlog.is_between_runs
     backlog.wrote(1)

@@ -21,7 +21,7 @@ from mpbroadcast import validation
 from mpbroadcast.broker import acceptor, routing
 from mpbroadcast.broker.core import history, limits
 from mpbroadcast.client import broadcaster, shared_writer
-from mpbroadcast.protocol import control, frames, pickling, ring_allocator
+from mpbroadcast.protocol import control, frames, pickling, ring_allocator, runs
 from tests.support.pages import BLOCKS, PAGES, README, ROOT, SCRIPTS
 
 PACKAGE = ROOT / "mpbroadcast"
@@ -152,7 +152,7 @@ def test_the_limits_are_those_of_the_code() -> None:
             f"at most {history.MOST_TOPICS:,} topics and {history.MOST_BYTES // mib} MiB",
         ],
         "tuning.md": [
-            f"at most {frames.MOST_TOGETHER} messages",
+            f"at most {frames.MOST_TOGETHER:,} messages, and a channel unpickles at most {runs.MOST_AT_ONCE} at once",
             f"its topic's length and {frames.FRAME_OVERHEAD} bytes",
             f"at most {limits.SESSION.subscriptions:,} subscriptions with {limits.SESSION.topics:,} topics",
             f"{ring_allocator.CHUNKS} chunks of {ring_allocator.CHUNK // 1024} KiB",

@@ -134,6 +134,15 @@ class Backlog:
         self.waiting += sum(part.count for part in parts) - run.count
         self.waiting_charge += sum(part.charge for part in parts) - run.charge
 
+    def _divide(self, index: int, offset: int) -> bool:
+        """Make two runs of one, as :meth:`Run.divided`, if that is possible."""
+        parts = self.runs[index].divided(offset)
+        if parts is None:
+            return False
+        self.runs[index] = parts[1]
+        self.runs.insert(index, parts[0])
+        return True
+
     # --- writing
 
     @property
@@ -155,11 +164,11 @@ class Backlog:
             return runs[0].rest(self._offset)
         return runs[0].data if len(runs) == 1 else self._joined(_WRITE)
 
-    def _joined(self, limit: int) -> bytes:
+    def _joined(self, limit: int) -> bytes | memoryview:
         """Return the first run, with those behind it that fit into ``limit`` bytes and are in no shared memory."""
         first = self.runs[0]
         total = 0
-        parts: list[bytes] = []
+        parts: list[bytes | memoryview] = []
         for run in self.runs:
             total += run.size
             if parts and (total > limit or first.hold or run.hold):
@@ -172,7 +181,7 @@ class Backlog:
         self.pipe += size
         size += self._offset
         runs = self.runs
-        while runs and size >= runs[0].size:
+        while size and (size >= runs[0].size or self._divide(0, size)):
             run = runs.popleft()
             size -= run.size
             self.delivered += run.count

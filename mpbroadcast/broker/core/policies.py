@@ -91,8 +91,10 @@ class _Dropping(Backlog):
             return
         run = self.runs[index]
         room = limit - len(self.runs[0].data) * index
-        if run.size <= room or run.count <= 1:
+        if run.size <= room or run.count <= 1 or self._divide(index, room):
             return
+        if self._divide(index, run.first):
+            run = self.runs[index]
         room -= RUN.size + 1
         fits = 0
         for charge in run.charges():
@@ -107,10 +109,14 @@ class _Dropping(Backlog):
     def _drop(self, excess: int) -> None:
         """Drop the oldest messages that are not partly in the pipe, until ``excess`` of charge is gone."""
         runs, index = self.runs, 1 if self._offset else 0
+        if index:
+            self._divide(0, runs[0].first)  # what is behind the part can be dropped
         if len(runs) > index and runs[index].missed:  # a note that is not written yet: its messages are reported with these
             self._gap += runs[index].missed
             del runs[index]
         while excess > 0 and len(runs) > index:
+            if runs[index].charge > excess:
+                self._divide(index, runs[index].first)
             run = runs[index]
             if run.charge <= excess or run.count == 1:
                 excess -= run.charge
