@@ -16,8 +16,7 @@ from mpbroadcast.broker.channel_pipe import PIPE_SIZE
 from mpbroadcast.broker.core.states import PublisherState
 from mpbroadcast.broker.members import Publisher, Session
 from mpbroadcast.broker.publisher_pipe import PublisherPipe
-from mpbroadcast.posix.descriptors import replace_with_null
-from mpbroadcast.posix.pipes import new_pipe, read_buffer
+from mpbroadcast.posix.pipes import new_pipe, read_buffer, replace_with_dead_pipe
 from mpbroadcast.posix.poller import IN, Poller
 from mpbroadcast.protocol.frames import FrameError
 
@@ -125,8 +124,7 @@ class Intake:
         with contextlib.suppress(BlockingIOError):
             self.read_to(publisher, publisher.pipe.position + PIPE_SIZE)
         if not publisher.is_closed:
-            with contextlib.suppress(OSError):  # at once, not at the end of the round: it wakes a publish that waits
-                replace_with_null(publisher.pipe.fd)
+            replace_with_dead_pipe(publisher.pipe.fd)  # at once, not at the end of the round: it wakes a publish that waits
             self.close(publisher)
 
     def close(self, publisher: Publisher) -> None:

@@ -18,38 +18,23 @@ from mpbroadcast.posix.poller import is_ready
 
 
 class Descendants:
-    """The processes that are forked from now on, and those that they fork.
+    """The processes that are forked from now on, and those that they fork, if :func:`descendants` returns it."""
 
-    What is forked later is in a chain of these, which is as long as something in front of it is held.
-    """
-
-    __slots__ = ("__weakref__", "_end", "_later")
+    __slots__ = ("__weakref__", "ends")
 
     def __init__(self) -> None:
-        self._end: OwnedDescriptor | None = None  # of the first one's pipe; None: no descriptor was left for it
-        self._later: Descendants | None = None  # None: nothing has been forked since
-
-    def begin(self, end: OwnedDescriptor | None, later: Descendants) -> None:
-        """Enter the first one, which has just been forked."""
-        self._end, self._later = end, later
+        self.ends: dict[OwnedDescriptor | None, None] = {}  # of each fork's pipe; None: no descriptor was left for it
 
     def live(self) -> bool:
         """Return True if one of them may live."""
-        while (later := self._later) is not None:
-            if self._end is None:
-                return True
-            if self._end.fd >= 0:
-                if not is_ready(self._end.fd, 0, 0):
-                    return True
-                self._end.close()  # the first has ended
-            if later._later is None:
-                return False
-            self._end, self._later = later._end, later._later
-        return False
+        for end in list(self.ends):
+            if end is not None and (end.fd < 0 or is_ready(end.fd, 0, 0)):
+                self.ends.pop(end, None)  # a descriptor is closed when nothing refers to it any more
+        return bool(self.ends)
 
 
 class _Pipes:
-    """The pipe of the fork that is being made, and what is forked from now on."""
+    """The pipe of the fork that is being made, and all that were returned by :func:`descendants`."""
 
     def __init__(self) -> None:
         self.thread_without_heirs = 0  # its forks are the library's own, and no handle is used in them
@@ -66,13 +51,14 @@ class _Pipes:
         if self.thread_without_heirs == threading.get_ident():
             return
         ends, self.ends = self.ends, ()
-        for one in list(self.before):  # so that nothing is kept of those that have ended
-            one.live()
-        before, self.next = self.next, Descendants()
-        self.before.add(before)
+        end = OwnedDescriptor(ends[0]) if ends else None
+        self.before.add(self.next)
+        self.next = Descendants()
+        for one in list(self.before):
+            one.live()  # so that nothing is kept of those that have ended
+            one.ends[end] = None
         if ends:
             os.close(ends[1])
-        before.begin(OwnedDescriptor(ends[0]) if ends else None, self.next)
 
     def keep_write_end(self) -> None:
         ends, self.ends = self.ends, ()

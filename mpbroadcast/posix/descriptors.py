@@ -68,13 +68,3 @@ class Reserve:
             yield False
         finally:
             self._open()
-
-
-def replace_with_null(fd: int) -> None:
-    """Put ``/dev/null`` under this number: what it was is closed, and the number is not free yet.
-
-    :raises OSError: no descriptor is left.
-    """
-    nowhere = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nowhere, fd, inheritable=False)
-    os.close(nowhere)

@@ -22,12 +22,9 @@ ioctl, FIONREAD = fcntl.ioctl, termios.FIONREAD
 
 def new_pipe(size: int) -> tuple[int, int]:
     """Make a pipe, not blocking and not inherited at either end, of that size as far as the system allows."""
-    if hasattr(os, "pipe2"):
-        ends = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    else:
-        ends = os.pipe()
-        for end in ends:
-            os.set_blocking(end, False)
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         # Best effort: all pipes of a user share a limit.
         with contextlib.suppress(OSError):
@@ -52,12 +49,26 @@ def read_buffer(size: int) -> memoryview:
     return memoryview(mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS))
 
 
+def replace_with_dead_pipe(fd: int) -> None:
+    """Put a pipe with no other end under this number, so that the number is not free yet. What it was is closed.
+
+    If no descriptor is left, do nothing.
+    """
+    with contextlib.suppress(OSError):
+        reader, writer = os.pipe()
+        try:
+            os.dup2(reader, fd, inheritable=False)
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+
 class PipeEnd(OwnedDescriptor):
     """One end of a pipe, closed safely while other threads use it, without a lock.
 
     A call that was given ``fd`` may still be on its way into the kernel when another thread closes this end. So the number is
-    not free at once, for the user's next file to get it: :meth:`close` puts another, dead pipe under it, and the number is
-    freed when nothing refers to this object any more, such as a thread that is using it.
+    not free at once, for the user's next file to get it: :meth:`close` puts a dead pipe under it, and the number is freed when
+    nothing refers to this object any more, such as a thread that is using it.
     """
 
     __slots__ = ()
@@ -73,12 +84,5 @@ class PipeEnd(OwnedDescriptor):
     def close(self) -> None:
         """Release the pipe."""
         fd, self.fd = self.fd, -1
-        if fd < 0:
-            return
-        with contextlib.suppress(OSError):  # no descriptor is left: then it stays open until nothing refers to it
-            reader, writer = os.pipe()
-            try:
-                os.dup2(reader, fd, inheritable=False)
-            finally:
-                os.close(reader)
-                os.close(writer)
+        if fd >= 0:
+            replace_with_dead_pipe(fd)

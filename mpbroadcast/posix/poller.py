@@ -40,15 +40,10 @@ class Poller:
         self._closing: list[int] = []
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
-        if hasattr(select, "epoll"):
-            self._epoll = select.epoll()
-            self._poll: select.epoll | select.poll = self._epoll
-            self._napper = self._epoll.fileno() if self._epoll.fileno() < _FD_SETSIZE else -1
-            self._wait = self._wait_epoll
-        else:
-            self._poll = self._plain = select.poll()
-            self._napper = -1
-            self._wait = self._wait_poll
+        epoll = select.epoll() if hasattr(select, "epoll") else None
+        self._poll: select.epoll | select.poll = epoll or select.poll()
+        self._second = 1 if epoll else 1000  # in the unit of its timeouts
+        self._napper = epoll.fileno() if epoll and epoll.fileno() < _FD_SETSIZE else -1
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
         """Call ``handler`` with what is ready of ``events``, and with errors."""
@@ -80,7 +75,7 @@ class Poller:
         """Wait until something happens, for at most ``nap`` seconds, and handle all that has."""
         if nap is not None:
             self._nap(nap)
-        for fd, events in self._wait(nap is not None):
+        for fd, events in self._poll.poll(self._until_timer() if nap is None else 0):
             handler = self._handlers.get(fd)
             if handler is not None:
                 handler(events)
@@ -93,12 +88,6 @@ class Poller:
         while self._closing:
             os.close(self._closing.pop())
 
-    def _wait_epoll(self, at_once: bool) -> list[tuple[int, int]]:
-        return self._epoll.poll(0 if at_once else self._until_timer() if self._timers else None)
-
-    def _wait_poll(self, at_once: bool) -> list[tuple[int, int]]:
-        return self._plain.poll(0 if at_once else int(self._until_timer() * 1000) + 1 if self._timers else None)
-
     def _nap(self, seconds: float) -> None:
         # poll and epoll round up to a whole millisecond; select does not, but takes no descriptor above 1,023.
         if self._napper < 0:
@@ -106,5 +95,7 @@ class Poller:
         else:
             select.select((self._napper,), (), (), seconds)
 
-    def _until_timer(self) -> float:
-        return min(max(0.0, self._timers[0][0] - time.monotonic()), _LONGEST)
+    def _until_timer(self) -> float | None:
+        if not self._timers:
+            return None
+        return min(max(0.0, self._timers[0][0] - time.monotonic()), _LONGEST) * self._second
