@@ -12,8 +12,14 @@ as there is no thread here that could do it by itself.
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
+import os
+import signal
 import time
+from collections import deque
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, Final
 
 from mpbroadcast import trap_points
@@ -21,14 +27,14 @@ from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import OwnedDescriptor
 from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.posix.shared_memory import (
-    fill_and_seal,
+    NO_DESCRIPTOR,
+    SEAL_FUTURE_WRITE,
+    fill,
     fits,
-    is_unused,
-    kept_memory,
-    map_for_writing,
     message_memory,
+    new_memory,
     populate,
-    reader_of,
+    seal,
 )
 
 _MOST: Final = 4  # memories: one that is read, one that waits, one on its way to them, and one to be written
@@ -37,6 +43,9 @@ LARGEST: Final = 9 << 25  # bytes of a message that is kept: beyond that, it is 
 STREAM: Final = 1.0  # seconds between two messages that belong to one
 PATIENCE: Final = 1e-10  # seconds for each byte: a part of what new memory takes
 _PAUSE: Final = 5e-5  # seconds
+# Taken, and given back. SIGURG is ignored where no handler is set; the default would be a signal that kills.
+_LEASE: Final = tuple(getattr(fcntl, name, -1) for name in ("F_SETSIG", "F_SETLEASE", "F_SETLEASE"))
+_LEASED: Final = (signal.SIGURG, fcntl.F_WRLCK, fcntl.F_UNLCK)
 _SLICE: Final = 1 << 22  # bytes to go through at once: other threads, and signals, have their turn in between
 
 
@@ -47,7 +56,7 @@ class MemoryPool:
         # A signal handler may come in while its own thread has it. Nothing waits under it, and nothing loops: from Python 3.12
         # on, an interrupt at the end of a loop's turn does not release the lock around it.
         self._lock = locks.rlock()
-        self._kept: list[_Kept] = []  # that no thread is about to write; what was used last is last
+        self._kept: list[KeptMemory] = []  # that no thread is about to write; what was used last is last
         self._possible = True
         self._patient = True  # to wait for memory helped, the last time
         self._when = -STREAM  # that the last message came
@@ -71,17 +80,16 @@ class MemoryPool:
 
     def _in_kept(self, parts: Sequence[Any], size: int, now: float) -> OwnedDescriptor | None:
         try:
-            kept = self._wait(size, now) or self._make(size)
-            reader = reader_of(kept.descriptor) if kept is not None else None
-            if kept is not None and reader is not None:
-                kept.fill(parts)
-                self._keep(kept)
-                return reader
+            kept = self._wait(size, now) or KeptMemory(size)
+            reader = kept.reader()
+            kept.fill(parts)
+            self._keep(kept)
+            return reader
         except OSError as error:  # what is not to be kept may need less
-            self._possible = error.errno != errno.EINVAL  # a seal that the system does not know
+            self._possible = error.errno not in (errno.EINVAL, errno.ENOENT)  # the system has no such seal, lease, or /proc
         return None
 
-    def _wait(self, size: int, now: float) -> _Kept | None:
+    def _wait(self, size: int, now: float) -> KeptMemory | None:
         """Return kept memory that no other process has. Quick readers are waited for, if there is enough for a stream."""
         while True:
             with self._lock:
@@ -98,12 +106,7 @@ class MemoryPool:
                 return None
             time.sleep(_PAUSE)
 
-    def _make(self, size: int) -> _Kept | None:
-        made = kept_memory(size)
-        self._possible = made is not None
-        return _Kept(made) if made is not None else None
-
-    def _keep(self, kept: _Kept) -> None:
+    def _keep(self, kept: KeptMemory) -> None:
         with self._lock:
             released, self._kept = self._kept, _without_excess([*self._kept, kept])
         del released  # not under the lock: it takes its time
@@ -114,26 +117,67 @@ class MemoryPool:
         del released
 
 
-class _Kept:
-    """Memory and the map by which it is written. A child releases both at a fork."""
+class KeptMemory:
+    """Memory to be written more than once, and the map by which it is written. A child releases both at a fork.
 
-    def __init__(self, descriptor: OwnedDescriptor) -> None:
-        self.descriptor = descriptor
+    Receivers get what :meth:`reader` opens. While there is such a descriptor, or a map of it, anywhere, :meth:`is_unused` is
+    false.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Make memory for messages of about ``size``. Nothing is in it yet, so that little is lost if something is missing.
+
+        :raises OSError: the system has none to give, or cannot watch its use.
+        """
+        made = new_memory()
+        size += size // 32  # the next message may be longer
+        self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._fills = 0
+        os.ftruncate(made.fd, self.size)
+        # The system counts the open files for writing, but not the one that has made it.
+        self.descriptor = _opened_again(made, os.O_RDWR)
+        made.close()
+        if not self.is_unused():
+            raise OSError(errno.EINVAL, "the system has no leases")
         with fork_lock():  # a child has the map only if it has the hook
-            self._map = map_for_writing(descriptor)
+            self._map = mmap.mmap(self.descriptor.fd, 0, **NO_DESCRIPTOR)
             trap_points.reach("mapping kept memory")
-            on_fork(self, _Kept.close)
-        self.size = len(self._map)
+            on_fork(self, KeptMemory.close)
+
+    def reader(self) -> OwnedDescriptor:
+        """Return a descriptor that can only be read.
+
+        :raises OSError: no descriptor is left.
+        """
+        return _opened_again(self.descriptor, os.O_RDONLY)
+
+    def is_unused(self) -> bool:
+        """Return True if this memory is not open or mapped in any process, except through this object.
+
+        Just then the system gives a lease for writing. It is given back at once; an open that would have to wait for that makes
+        the system send a signal, one that is ignored where no handler is set.
+        """
+        try:
+            # In one step, as far as an interrupt can see: under a lease that is not given back, no open() would return. (Where
+            # it is seen, as audit hooks may run, the next call here gives it back.)
+            deque(map(fcntl.fcntl, repeat(self.descriptor.fd), _LEASE, _LEASED), maxlen=0)
+        except OSError:
+            return False
+        return True
 
     def fill(self, parts: Sequence[Any]) -> None:
-        """Write the parts of a message, one behind the other. The first fill allocates all of the memory, and seals it.
+        """Write the parts of a message, one behind the other. From the first fill on, only maps that are there can write.
+
+        The first fill allocates all of the memory, so that no later write can fail for want of it.
 
         :raises OSError: in the first fill only: the system has no memory for it, or cannot seal it.
         """
         self._fills += 1
         if self._fills == 1:
-            fill_and_seal(self.descriptor, parts)
+            written = fill(self.descriptor.fd, parts)
+            if written < self.size:
+                os.posix_fallocate(self.descriptor.fd, written, self.size - written)
+            seal(self.descriptor.fd, SEAL_FUTURE_WRITE)
             return
         if self._fills == 2:
             for start in range(0, self.size, _SLICE):
@@ -158,16 +202,25 @@ class _Kept:
             self.close()
 
 
-def _taken(kept: list[_Kept], size: int) -> _Kept | None:
+def _opened_again(descriptor: OwnedDescriptor, how: int) -> OwnedDescriptor:
+    """Return a descriptor with an open file of its own.
+
+    :raises OSError: the system has no path to it, or no descriptor is left.
+    """
+    with fork_lock():
+        return OwnedDescriptor(os.open(f"/proc/self/fd/{descriptor.fd}", how | os.O_NONBLOCK))
+
+
+def _taken(kept: list[KeptMemory], size: int) -> KeptMemory | None:
     """Return memory for a message of this size that no other process has, taken out of ``kept``."""
     for one in reversed(kept):
-        if fits(size, one.size) and is_unused(one.descriptor):
+        if fits(size, one.size) and one.is_unused():
             kept.remove(one)
             return one
     return None
 
 
-def _without_excess(there: list[_Kept]) -> list[_Kept]:
+def _without_excess(there: list[KeptMemory]) -> list[KeptMemory]:
     while _too_much([one.size for one in there]):
         del there[0]
     return there

@@ -16,11 +16,8 @@ import fcntl
 import functools
 import mmap
 import os
-import signal
 import sys
-from collections import deque
 from collections.abc import Sequence
-from itertools import repeat
 from typing import Any, Final
 
 from mpbroadcast.posix.descriptors import OwnedDescriptor
@@ -30,8 +27,8 @@ from mpbroadcast.posix.forks import fork_lock
 _SEAL_SEAL: Final = 0x1
 _SEAL_SHRINK: Final = 0x2
 _SEAL_GROW: Final = 0x4
-_SEAL_WRITE: Final = 0x8
-_SEAL_FUTURE_WRITE: Final = 0x10
+SEAL_WRITE: Final = 0x8
+SEAL_FUTURE_WRITE: Final = 0x10
 _NO_EXECUTION: Final = 0x8  # MFD_NOEXEC_SEAL, from Linux 6.3 on
 _MAP_FIXED: Final = 0x10
 
@@ -40,11 +37,6 @@ _POPULATE_WRITE: Final = 23  # MADV_POPULATE_WRITE, from Linux 5.14 on
 _LARGE_BLOCK: Final = 1 << 23  # bytes
 _MOST_PARTS: Final = 512  # in one call; the system takes 1,024
 _WRITE: Final = 1 << 30  # bytes; the system takes nearly twice that
-
-# Taken, and given back. SIGURG is ignored where no handler is set; the default would be a signal that kills.
-_LEASE: Final = tuple(getattr(fcntl, name, -1) for name in ("F_SETSIG", "F_SETLEASE", "F_SETLEASE"))
-_LEASED: Final = (signal.SIGURG, fcntl.F_WRLCK, fcntl.F_UNLCK)
-
 
 Map = mmap.mmap
 
@@ -59,7 +51,11 @@ def available() -> bool:
     return possible and os.environ.get("MPBROADCAST_INLINE", "0") in ("", "0")
 
 
-def _create() -> OwnedDescriptor:
+def new_memory() -> OwnedDescriptor:
+    """Make memory of no size.
+
+    :raises OSError: the system has none to give.
+    """
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     with fork_lock():
         try:
@@ -75,10 +71,10 @@ def ring_memory(size: int) -> tuple[OwnedDescriptor, mmap.mmap]:
 
     :raises OSError: the system has none to give.
     """
-    descriptor = _create()
+    descriptor = new_memory()
     os.ftruncate(descriptor.fd, size)
-    mapped = mmap.mmap(descriptor.fd, size, **_NO_DESCRIPTOR)
-    fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _FIXED | _SEAL_FUTURE_WRITE | _SEAL_SEAL)
+    mapped = mmap.mmap(descriptor.fd, size, **NO_DESCRIPTOR)
+    seal(descriptor.fd, SEAL_FUTURE_WRITE)
     return descriptor, mapped
 
 
@@ -87,13 +83,22 @@ def message_memory(parts: Sequence[Any]) -> OwnedDescriptor:
 
     :raises OSError: the system has none to give.
     """
-    descriptor = _create()
-    _fill(descriptor.fd, parts)
-    fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _FIXED | _SEAL_WRITE | _SEAL_SEAL)
+    descriptor = new_memory()
+    fill(descriptor.fd, parts)
+    seal(descriptor.fd, SEAL_WRITE)
     return descriptor
 
 
-def _fill(fd: int, parts: Sequence[Any]) -> int:
+def seal(fd: int, writing: int) -> None:
+    """Let memory never change its size, nor be written: by any process (``SEAL_WRITE``), or but through maps that are there.
+
+    :raises OSError: the system does not know this seal.
+    """
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED | writing | _SEAL_SEAL)
+
+
+def fill(fd: int, parts: Sequence[Any]) -> int:
+    """Write these bytes into new memory. Return how many."""
     views = [memoryview(part).cast("B") for part in parts if len(part)]
     whole = sum(map(len, views))
     # Written, not mapped and copied: half the time, as no page is zeroed first.
@@ -112,45 +117,6 @@ def _fill(fd: int, parts: Sequence[Any]) -> int:
     return whole
 
 
-def kept_memory(size: int) -> OwnedDescriptor | None:
-    """Make memory for messages of about ``size``, to be written more than once; ``None`` if the system cannot watch its use.
-
-    Receivers get what :func:`reader_of` opens. While there is such a descriptor, or a map of it, anywhere, :func:`is_unused` is
-    false. Nothing is in it yet, so that little is lost if something is missing.
-
-    :raises OSError: the system has none to give.
-    """
-    made = _create()
-    size += size // 32  # the next message may be longer
-    os.ftruncate(made.fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-    # The system counts the open files for writing, but not the one that has made it.
-    descriptor = _opened_again(made, os.O_RDWR)
-    made.close()
-    return descriptor if descriptor is not None and is_unused(descriptor) else None
-
-
-def map_for_writing(kept: OwnedDescriptor) -> mmap.mmap:
-    """Map memory that is kept.
-
-    :raises OSError: the system does not map it.
-    """
-    return mmap.mmap(kept.fd, 0, **_NO_DESCRIPTOR)
-
-
-def fill_and_seal(kept: OwnedDescriptor, parts: Sequence[Any]) -> None:
-    """Write the first message into memory that is kept; from then on only maps that are there can write it.
-
-    All of the memory is there then, so that no later write can fail for want of it.
-
-    :raises OSError: the system has no memory for it, or cannot seal it.
-    """
-    written = _fill(kept.fd, parts)
-    size = os.fstat(kept.fd).st_size
-    if written < size:
-        os.posix_fallocate(kept.fd, written, size - written)
-    fcntl.fcntl(kept.fd, fcntl.F_ADD_SEALS, _FIXED | _SEAL_FUTURE_WRITE | _SEAL_SEAL)
-
-
 def populate(mapped: mmap.mmap, start: int, length: int) -> bool:
     """Have all pages there and in the map, as far as the system can do that. Return False if it has not the memory.
 
@@ -161,38 +127,6 @@ def populate(mapped: mmap.mmap, start: int, length: int) -> bool:
     except OSError as error:
         return error.errno not in (errno.EFAULT, errno.ENOMEM)
     return True
-
-
-def reader_of(kept: OwnedDescriptor) -> OwnedDescriptor | None:
-    """Return a descriptor that can only be read, of memory that is kept.
-
-    :raises OSError: no descriptor is left.
-    """
-    return _opened_again(kept, os.O_RDONLY)
-
-
-def is_unused(kept: OwnedDescriptor) -> bool:
-    """Return True if this memory is not open or mapped in any process, except through ``kept``.
-
-    Just then the system gives a lease for writing. It is given back at once; an open that would have to wait for that makes the
-    system send a signal, one that is ignored where no handler is set.
-    """
-    try:
-        # In one step, as far as an interrupt can see: under a lease that is not given back, no open() would return. (Where it
-        # is seen, as audit hooks may run, the next call here gives it back.)
-        deque(map(fcntl.fcntl, repeat(kept.fd), _LEASE, _LEASED), maxlen=0)
-    except OSError:
-        return False
-    return True
-
-
-def _opened_again(descriptor: OwnedDescriptor, how: int) -> OwnedDescriptor | None:
-    """Return a descriptor with an open file of its own; ``None`` where the system has no path to it."""
-    try:
-        with fork_lock():
-            return OwnedDescriptor(os.open(f"/proc/self/fd/{descriptor.fd}", how | os.O_CLOEXEC | os.O_NONBLOCK))
-    except FileNotFoundError:
-        return None
 
 
 def keep_freed_memory(size: int = _LARGE_BLOCK) -> None:
@@ -227,7 +161,7 @@ def check_ring(fd: int) -> int:
 
     :raises MemoryRefused: it is not one.
     """
-    return _checked(fd, _SEAL_FUTURE_WRITE, 1)
+    return _checked(fd, SEAL_FUTURE_WRITE, 1)
 
 
 def check_message(fd: int, size: int) -> None:
@@ -235,7 +169,7 @@ def check_message(fd: int, size: int) -> None:
 
     :raises MemoryRefused: it is not.
     """
-    _checked(fd, _SEAL_WRITE | _SEAL_FUTURE_WRITE, size)
+    _checked(fd, SEAL_WRITE | SEAL_FUTURE_WRITE, size)
 
 
 def _checked(fd: int, writing: int, size: int) -> int:
@@ -256,12 +190,12 @@ def map_for_reading(fd: int, size: int) -> mmap.mmap:
 
     :raises OSError: the system does not map it.
     """
-    return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ, **_NO_DESCRIPTOR)
+    return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ, **NO_DESCRIPTOR)
 
 
 # mmap.mmap keeps a duplicate of the descriptor for as long as the map lives, unless ``trackfd`` is false, from 3.13 on: a
 # process that keeps a thousand arrays would have no descriptor left. Before that, the system's own function maps.
-_NO_DESCRIPTOR: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+NO_DESCRIPTOR: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 if sys.version_info >= (3, 13):
 

@@ -26,8 +26,8 @@ import pytest
 from mpbroadcast import Broadcaster, Channel, start_broadcaster, trap_points
 from mpbroadcast.posix import memory_pool, shared_memory
 from mpbroadcast.posix.descriptors import OwnedDescriptor
-from mpbroadcast.posix.memory_pool import MemoryPool
-from mpbroadcast.posix.shared_memory import available, check_message, is_unused, kept_memory, reader_of
+from mpbroadcast.posix.memory_pool import KeptMemory, MemoryPool
+from mpbroadcast.posix.shared_memory import available, check_message
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, pattern, wait_until
 from tests.support.large_workers import limited, lowest_free
 from tests.support.victims import memories
@@ -65,18 +65,14 @@ def content(descriptor: OwnedDescriptor) -> bytes:
 
 
 @pytest.fixture
-def kept() -> Iterator[tuple[OwnedDescriptor, mmap.mmap]]:
-    """Memory that is kept, and the map to write it."""
-    made = kept_memory(5003)
-    assert made is not None, "this system knows leases"
-    mapped = shared_memory.map_for_writing(made)
-    shared_memory.fill_and_seal(made, [b"abc", bytes(5000)])
-    yield made, mapped
-    mapped.close()
+def kept() -> Iterator[KeptMemory]:
+    """Memory that is kept."""
+    made = KeptMemory(5003)
+    made.fill([b"abc", bytes(5000)])
+    yield made
     made.close()
 
 
-Kept = tuple[OwnedDescriptor, mmap.mmap]
 Hold = Callable[[OwnedDescriptor], Callable[[], object]]
 
 
@@ -122,24 +118,20 @@ def hold_it_in_a_child(reader: OwnedDescriptor) -> Callable[[], object]:
 @pytest.mark.parametrize(
     "hold", [hold_a_descriptor, hold_a_duplicate, hold_a_map, hold_it_in_a_socket, hold_it_in_a_child], ids=lambda f: f.__name__
 )
-def test_somebody_has_it_as_long_as_it_can_be_read(hold: Hold, kept: Kept) -> None:
+def test_somebody_has_it_as_long_as_it_can_be_read(hold: Hold, kept: KeptMemory) -> None:
     """Whoever has it, however, and even if that is a child of a reader's: it is not free before that is gone."""
-    descriptor, _ = kept
-    assert is_unused(descriptor)
-    reader = reader_of(descriptor)
-    assert reader is not None
-    assert not is_unused(descriptor)
+    assert kept.is_unused()
+    reader = kept.reader()
+    assert not kept.is_unused()
     release = hold(reader)
-    assert not is_unused(descriptor)
+    assert not kept.is_unused()
     release()
-    wait_until(lambda: is_unused(descriptor))
+    wait_until(kept.is_unused)
 
 
-def test_only_its_publisher_can_change_it(kept: Kept) -> None:
+def test_only_its_publisher_can_change_it(kept: KeptMemory) -> None:
     """Who is given it can neither write nor resize it, also not through a new file; and passes the check for a message."""
-    descriptor, mapped = kept
-    reader = reader_of(descriptor)
-    assert reader is not None
+    reader = kept.reader()
     check_message(reader.fd, 5003)
     again = OwnedDescriptor(os.open(f"/proc/self/fd/{reader.fd}", os.O_RDWR))
     for fd in (reader.fd, again.fd):
@@ -149,15 +141,14 @@ def test_only_its_publisher_can_change_it(kept: Kept) -> None:
         with pytest.raises(PermissionError):
             mmap.mmap(fd, 100)
     assert content(reader)[:3] == b"abc"
-    mapped[:3] = b"new"
+    kept.fill([b"new"])
     assert content(reader)[:3] == b"new"
-    assert not is_unused(descriptor)
+    assert not kept.is_unused()
 
 
-def test_who_opens_it_at_the_wrong_moment_does_no_harm(kept: Kept) -> None:
+def test_who_opens_it_at_the_wrong_moment_does_no_harm(kept: KeptMemory) -> None:
     """One that looks at all files of this process while that asks who has them neither ends it nor is held up for long."""
-    descriptor, _ = kept
-    path = f"/proc/{os.getpid()}/fd/{descriptor.fd}"
+    path = f"/proc/{os.getpid()}/fd/{kept.descriptor.fd}"
     reports, report = os.pipe()
     pid = os.fork()
     if not pid:
@@ -170,12 +161,12 @@ def test_who_opens_it_at_the_wrong_moment_does_no_harm(kept: Kept) -> None:
     os.close(report)
     asked = 0
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
-        is_unused(descriptor)
+        kept.is_unused()
         asked += 1
     assert os.read(reports, 10) == b"done"
     os.close(reports)
     assert asked
-    assert is_unused(descriptor)
+    assert kept.is_unused()
 
 
 # ------------------------------------------------------------------------------------------------------------- the pool
