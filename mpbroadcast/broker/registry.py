@@ -14,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
-from mpbroadcast.broker.core.patterns import Matcher, is_pattern
+from mpbroadcast.broker.core.patterns import is_pattern
 from mpbroadcast.broker.core.policies import new_backlog
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import PipeState, SubscriptionState
@@ -178,11 +177,9 @@ class Registry:
         session.peer.subscriptions.add(subscription)
         return subscription
 
-    def route(
-        self, subscription: Subscription, topics: list[str], made: Mapping[str, Matcher] | None = None, *, is_last: bool = True
-    ) -> None:
-        """Add topics to a subscription; ``made`` are matchers of the patterns. The journal is written with the last of them."""
-        self._router.add(subscription, topics, made)
+    def route(self, subscription: Subscription, topics: list[str], *, is_last: bool = True) -> None:
+        """Add topics to a subscription. The journal is written with the last of them."""
+        self._router.add(subscription, topics)
         if is_last:
             self._write_down(subscription)
 

@@ -128,7 +128,7 @@ def _flush(broker: Broker, connection: ControlConnection, message: dict[str, Any
 
 def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     topics = [*dict.fromkeys(_topics(message))]
-    cost, made = yield from _prepare(_session(broker, connection, message), topics, 1)
+    cost, _matchers = yield from _prepare(_session(broker, connection, message), topics, 1)
     capacity = _checked(check_count, message.get("capacity"), "capacity", 1)
     policy = _checked(check_overflow, message.get("overflow"))
     replay = _checked(check_count, message.get("replay"), "replay", 0)
@@ -148,45 +148,45 @@ def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str,
         missing = [topic for topic in topics if topic not in there]
         if missing:  # of a request in parts that was cut off; or others, so they cost again
             registry.spend(known, cost._replace(subscriptions=0))
-        yield from _route(broker, known, missing, made)
+        yield from _route(broker, known, missing)
     elif known is not None or id in registry.to_remove or not 0 < id <= _MOST:
         raise _Refused("value", f"subscription must be a new ID of 48 bits, not {id}")
     elif history is not None and replay:
-        if history.steps(topics, made) > MOST_STEPS:
+        if history.steps(topics) > MOST_STEPS:
             raise _Refused("value", "replay of so many patterns takes too long: name topics, or begin patterns differently")
         subscription = registry.add_subscription(id, session, capacity, policy, cost)
-        registry.route(subscription, topics, made)  # at once, so that nothing is missing behind what is replayed
-        broker.traffic.routing.replay(subscription, topics, replay, made)
+        registry.route(subscription, topics)  # at once, so that nothing is missing behind what is replayed
+        broker.traffic.routing.replay(subscription, topics, replay)
     else:
         subscription = registry.add_subscription(id, session, capacity, policy, cost)
         publisher = _find_publisher(broker, message)
         if publisher is not None:
             registry.begin_behind(publisher, subscription)
-        yield from _route(broker, subscription, topics, made)
+        yield from _route(broker, subscription, topics)
     connection.reply({})
 
 
-def _route(broker: Broker, subscription: Subscription, topics: list[str], made: dict[str, Matcher]) -> Iterator[None]:
+def _route(broker: Broker, subscription: Subscription, topics: list[str]) -> Iterator[None]:
     """Route these topics to it, in parts: of other handles it may get messages that were published a moment before."""
     for start in range(0, len(topics), _TOPICS):
         if start:
             yield
         _check_live(subscription)
         end = start + _TOPICS
-        broker.registry.route(subscription, topics[start:end], made, is_last=end >= len(topics))
+        broker.registry.route(subscription, topics[start:end], is_last=end >= len(topics))
 
 
 def _add_topics(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     subscription = _find_subscription(broker, connection, message)
     there = {*broker.registry.topics(subscription)}
     topics = [topic for topic in dict.fromkeys(_topics(message)) if topic not in there]
-    cost, made = yield from _prepare(subscription.session, topics, 0)
+    cost, _matchers = yield from _prepare(subscription.session, topics, 0)
     subscription = _find_subscription(broker, connection, message)
     _check_live(subscription)
     broker.registry.add_topics(subscription, _session(broker, connection, message), cost)
     is_done = False
     try:
-        yield from _route(broker, subscription, topics, made)
+        yield from _route(broker, subscription, topics)
         is_done = True
     finally:
         if not is_done:  # the connection has ended in between
@@ -384,14 +384,14 @@ def _topics(message: dict[str, Any]) -> list[str]:
     return topics
 
 
-def _prepare(session: Session, topics: list[str], subscriptions: int) -> Generator[None, None, tuple[Cost, dict[str, Matcher]]]:
-    """Check topics, in parts. Return their cost, and the matchers of the patterns in them.
+def _prepare(session: Session, topics: list[str], subscriptions: int) -> Generator[None, None, tuple[Cost, list[Matcher]]]:
+    """Check topics, in parts. Return their cost, and the matchers of their patterns, to be kept until they are routed.
 
     :raises OverBudget: the session has no room for them.
     """
     cost = Cost(subscriptions, len(topics))
     session.budget.check(cost)
-    made: dict[str, Matcher] = {}
+    matchers: list[Matcher] = []
     for index, part in enumerate(_parts_of(topics)):
         if index:
             yield
@@ -399,9 +399,8 @@ def _prepare(session: Session, topics: list[str], subscriptions: int) -> Generat
             _checked(encode_topic, topic)
         cost = cost.plus(cost_of(part, 0)._replace(topics=0))
         session.budget.check(cost)
-        for pattern in filter(is_pattern, part):
-            made[pattern] = matcher(pattern)
-    return cost, made
+        matchers += map(matcher, filter(is_pattern, part))
+    return cost, matchers
 
 
 def _parts_of(topics: list[str]) -> Iterator[list[str]]:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.history import History
-from mpbroadcast.broker.core.patterns import Matcher
 from mpbroadcast.broker.core.router import Router, matches
 from mpbroadcast.broker.core.states import SubscriptionState
 from mpbroadcast.broker.delivery import Dirty
@@ -151,12 +150,12 @@ class Routing:
                 self.end(subscription)
                 self.overflowed.append(subscription)
 
-    def replay(self, subscription: Subscription, topics: list[str], count: int, made: Mapping[str, Matcher]) -> None:
-        """Put the last ``count`` messages that are for it into its backlog; ``made`` are the matchers of its patterns."""
+    def replay(self, subscription: Subscription, topics: list[str], count: int) -> None:
+        """Put the last ``count`` messages that are for it into its backlog."""
         backlog, account = subscription.backlog, self._memory.store.account
         if self.history is not None and count:
             most = 1 if backlog.policy == "latest" else count
-            for batch in self.history.last(topics, most, backlog.capacity, made):
+            for batch in self.history.last(topics, most, backlog.capacity):
                 backlog.put(_RUNS[type(batch)](batch, account))
             self._dirty[subscription] = None
 

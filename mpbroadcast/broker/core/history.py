@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Final
 
-from mpbroadcast.broker.core.patterns import Matcher, Patterns, is_pattern
+from mpbroadcast.broker.core.patterns import Patterns, is_pattern
 from mpbroadcast.protocol.frames import OVERHEAD, Batch, MemfdMessage
 
 MOST_TOPICS: Final = 4096
@@ -70,17 +70,15 @@ class History:
         topic.charge -= charge
         self.charge -= charge
 
-    def steps(self, topics: Iterable[str], made: Mapping[str, Matcher] | None = None) -> int:
-        """Return the most steps that :meth:`last` takes for these patterns; ``made`` are their matchers, if any."""
-        patterns = _patterns_of(topics, made)
+    def steps(self, topics: Iterable[str]) -> int:
+        """Return the most steps that :meth:`last` takes for these topics and patterns."""
+        patterns = _patterns_of(topics)
         return 0 if patterns is None else sum(patterns.steps(name.decode()) for name in self._topics)
 
-    def last(
-        self, topics: Iterable[str], count: int, capacity: int, made: Mapping[str, Matcher] | None = None
-    ) -> list[Batch | MemfdMessage]:
+    def last(self, topics: Iterable[str], count: int, capacity: int) -> list[Batch | MemfdMessage]:
         """Return the last ``count`` messages that these topics and patterns match, in the order of all, cut at ``capacity``."""
         wanted = set(topics)
-        patterns = _patterns_of(wanted, made)
+        patterns = _patterns_of(wanted)
         names = {topic.encode() for topic in wanted} & self._topics.keys()  # looked up; only patterns are tried
         if patterns is not None:
             names.update(name for name in self._topics if any(patterns.matching(name.decode())))
@@ -104,9 +102,9 @@ class History:
         return batches
 
 
-def _patterns_of(topics: Iterable[str], made: Mapping[str, Matcher] | None) -> Patterns[None] | None:
+def _patterns_of(topics: Iterable[str]) -> Patterns[None] | None:
     patterns: Patterns[None] = Patterns()
     found = [topic for topic in topics if is_pattern(topic)]
     for pattern in found:
-        patterns.add(pattern, None, made.get(pattern) if made else None)
+        patterns.add(pattern, None)
     return patterns if found else None

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from fnmatch import translate
 from typing import Final, Generic, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from mpbroadcast.validation import MAX_TOPIC
 
@@ -52,9 +53,16 @@ def is_pattern(topic: str) -> bool:
     return "*" in topic or "?" in topic or "[" in topic
 
 
+_matchers: WeakValueDictionary[str, Matcher] = WeakValueDictionary()
+
+
 def matcher(pattern: str) -> Matcher:
-    """Return a matcher that matches as ``fnmatch.fnmatchcase`` does."""
-    return re.compile(translate(pattern)) if "?" in pattern or "[" in pattern else _Parts(pattern)
+    """Return a matcher that matches as ``fnmatch.fnmatchcase`` does: for as long as it is kept anywhere, the same one."""
+    made = _matchers.get(pattern)
+    if made is None:
+        made = re.compile(translate(pattern)) if "?" in pattern or "[" in pattern else _Parts(pattern)
+        _matchers[pattern] = made
+    return made
 
 
 def steps(pattern: str) -> int:
@@ -83,20 +91,18 @@ class Patterns(Generic[S]):
         self._steps: Counter[str] = Counter()  # of those that begin so
         self._lengths: Counter[int] = Counter()  # of the beginnings
 
-    def add(self, pattern: str, member: S, made: Matcher | None = None) -> None:
-        """Add a member to a pattern; ``made`` is the pattern's matcher, if there is one already."""
+    def add(self, pattern: str, member: S) -> None:
         beginning = _beginning(pattern)
         if beginning not in self._alike:
             self._alike[beginning] = {}
             self._lengths[len(beginning)] += 1
         alike = self._alike[beginning]
         if pattern not in alike:
-            alike[pattern] = (made or matcher(pattern), {})
+            alike[pattern] = (matcher(pattern), {})
             self._steps[beginning] += steps(pattern)
         alike[pattern][1][member] = None
 
     def drop(self, pattern: str, member: S) -> None:
-        """Remove a member of a pattern."""
         beginning = _beginning(pattern)
         alike = self._alike[beginning]
         members = alike[pattern][1]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Final, Generic, TypeVar
 
-from mpbroadcast.broker.core.patterns import Matcher, Patterns, is_pattern
+from mpbroadcast.broker.core.patterns import Patterns, is_pattern
 
 S = TypeVar("S")
 
@@ -24,14 +24,14 @@ class Router(Generic[S]):
         self.steps = 0  # what trying patterns has taken so far
         self._found: dict[bytes, tuple[S, ...]] = {}
 
-    def add(self, subscription: S, topics: Iterable[str], made: Mapping[str, Matcher] | None = None) -> None:
-        """Route these topics to the subscription, too; ``made`` are the matchers of patterns that have one already."""
+    def add(self, subscription: S, topics: Iterable[str]) -> None:
+        """Route these topics to the subscription, too."""
         self._found.clear()
         own = self._topics.setdefault(subscription, {})
         for topic in topics:
             own[topic] = None
             if is_pattern(topic):
-                self._patterns.add(topic, subscription, made.get(topic) if made else None)
+                self._patterns.add(topic, subscription)
             else:
                 self._exact.setdefault(topic, {})[subscription] = None
 
