@@ -70,7 +70,7 @@ def start_broadcaster(
         raise StartError(str(error)) from error
     # And with it psutil: a program that only connects needs neither.
     from mpbroadcast.broker.host.launcher import BrokerProcess
-    from mpbroadcast.broker.host.settings import Settings
+    from mpbroadcast.broker.host.main import Settings
 
     process: BrokerProcess | None = None
     try:

@@ -30,9 +30,8 @@ from weakref import WeakMethod
 import psutil
 
 from mpbroadcast import trap_points
-from mpbroadcast.broker.host.main import run
+from mpbroadcast.broker.host.main import Settings, run
 from mpbroadcast.broker.host.no_main import NoMainContext
-from mpbroadcast.broker.host.settings import Settings
 from mpbroadcast.broker.host.socket_file import identity, remove_leftovers
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import StartError
@@ -104,7 +103,13 @@ class BrokerProcess:
 
         That is before multiprocessing terminates daemons and joins the others, which may wait for what is to be delivered.
         """
-        self._at_exit = Finalize(None, _call, (WeakMethod(close),), exitpriority=10)
+        method = WeakMethod(close)
+
+        def call() -> None:
+            if (still_there := method()) is not None:
+                still_there()
+
+        self._at_exit = Finalize(None, call, exitpriority=10)
 
     def leave(self) -> bool:
         """Leave its end to itself, or else to multiprocessing, which terminates daemons at the end of the program.
@@ -152,8 +157,7 @@ class BrokerProcess:
         if process.pid is None:
             return
         if watched is not None:
-            if not watched.wait(0):
-                watched.send_signal(signal.SIGTERM)
+            watched.send_signal(signal.SIGTERM)
             if not watched.wait(grace):
                 below = _children(watched.pid) if self._restart else []
                 watched.send_signal(signal.SIGKILL)
@@ -169,12 +173,6 @@ class BrokerProcess:
             process.close()
         except ValueError:  # other code has reaped it, so its exit code is not to be had
             self._forget()
-
-
-def _call(method: WeakMethod[Callable[[], None]]) -> None:
-    close = method()
-    if close is not None:
-        close()
 
 
 def _process(pid: int | None) -> PeerProcess | None:

@@ -22,23 +22,41 @@ import resource
 import secrets
 import signal
 import sys
-import time
+import tempfile
 import traceback
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
 from mpbroadcast.broker.host.journal import Journal, Succession
 from mpbroadcast.broker.host.logs import configure
-from mpbroadcast.broker.host.settings import Settings
 from mpbroadcast.broker.host.socket_file import Listening, identity, remove_forgotten_folders, why_not
 from mpbroadcast.broker.host.supervisor import supervise
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import DRAIN_TIMEOUT, Broker
+from mpbroadcast.posix.pipes import new_pipe
 from mpbroadcast.posix.poller import IN
 
 log = logging.getLogger("mpbroadcast.broker")
 
 _FAILED: Final = 1  # exit code
+_SIGNALS: Final = 4096  # that are read at once
+
+
+@dataclass
+class Settings:
+    """The arguments of ``start_broadcaster``, and what the broker takes over from its starter: sent to the new process."""
+
+    address: str | None
+    authkey: bytes | None
+    history: int
+    stall_timeout: float | None
+    log_config: dict[str, Any] | None
+    restart: bool
+    keys: list[bytes] = field(default_factory=list)
+    starter: int = field(default_factory=os.getpid)
+    temporary: str = field(default_factory=lambda: os.path.abspath(tempfile.gettempdir()))
+    inherited: frozenset[tuple[int, int, int]] = frozenset()  # descriptors, each with the device and inode of its file
 
 
 def run(settings: Settings, ready: Connection) -> None:
@@ -56,7 +74,7 @@ def run(settings: Settings, ready: Connection) -> None:
         listening = Listening(settings.address, settings.temporary)
         journal = Journal() if settings.restart else None
     except OSError as error:
-        _report_failure(ready, why_not(error, settings.address, settings.temporary), error)
+        _report_failure(ready, why_not(error, settings.address, settings.temporary), error.errno)
     else:
         if journal is None:
             _serve(settings, ready, listening)
@@ -90,16 +108,24 @@ def _serve_again_and_again(settings: Settings, ready: Connection, listening: Lis
         succession = Succession(identity, generation, Journal(journal.files))
         _serve(settings, None if generation else ready, listening, succession)
 
-    supervise(settings.starter, serve, lambda: Journal(journal.files).is_another_wanted, time.monotonic)
+    supervise(settings.starter, serve, lambda: Journal(journal.files).is_another_wanted)
 
 
-def _report_failure(ready: Connection, text: str, error: OSError | None = None) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the starter has died before it could read this
-        ready.send_bytes(json.dumps({"error": text, "errno": (error and error.errno) or 0}).encode())
+def _report_failure(ready: Connection, text: str, errno: int | None = None) -> None:
+    _report(ready, error=text, errno=errno or 0)
+
+
+def _report(ready: Connection, **report: Any) -> bool:
+    """Return False if the starter does not read that any more."""
+    try:
+        ready.send_bytes(json.dumps(report).encode())
+    except BrokenPipeError:
+        return False
+    ready.close()
+    return True
 
 
 def _serve(settings: Settings, ready: Connection | None, listening: Listening, succession: Succession | None = None) -> None:
-    signals = _take_over_signals()
     broker: Broker | None = None
     try:
         broker = Broker(
@@ -110,19 +136,15 @@ def _serve(settings: Settings, ready: Connection | None, listening: Listening, s
             stall_timeout=settings.stall_timeout,
             succession=succession,
         )
-        _watch(broker, signals)
+        _stop_on_sigterm(broker)
         try:
             broker.end_with(settings.starter)
         except ProcessLookupError as error:
             if ready is not None:
-                _report_failure(ready, why_not(error, settings.address, settings.temporary), error)
+                _report_failure(ready, "its starter has ended", error.errno)
             return
-        if ready is not None:
-            try:
-                ready.send_bytes(json.dumps({"address": listening.address}).encode())
-            except BrokenPipeError:  # the starter has died before it could read this
-                return
-            ready.close()
+        if ready is not None and not _report(ready, address=listening.address):
+            return
         if succession is not None:
             succession.journal.note_ready()
         broker.run()
@@ -152,23 +174,17 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _take_over_signals() -> int:
-    """Return the read end of a pipe that becomes readable with SIGTERM."""
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    os.set_blocking(writer, False)
+def _stop_on_sigterm(broker: Broker) -> None:
+    reader, writer = new_pipe(_SIGNALS)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    return reader
 
-
-def _watch(broker: Broker, signals: int) -> None:
-    def terminate(events: int) -> None:
-        if signal.SIGTERM in os.read(signals, 4096):
+    def read(events: int) -> None:
+        if signal.SIGTERM in os.read(reader, _SIGNALS):
             broker.stop(DRAIN_TIMEOUT)
 
-    broker.poller.watch(signals, IN, terminate)
+    broker.poller.watch(reader, IN, read)
 
 
 def _release_descriptors(inherited: frozenset[tuple[int, int, int]]) -> None:

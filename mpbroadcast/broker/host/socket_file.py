@@ -13,13 +13,13 @@ import errno
 import fcntl
 import os
 import re
-import socket
 import stat
 import tempfile
 import time
 from typing import Final
 
 from mpbroadcast import trap_points
+from mpbroadcast.posix.fd_socket import control_socket
 from mpbroadcast.validation import MAX_ADDRESS
 
 _FOLDER: Final = "mpbroadcast-broker-"
@@ -34,8 +34,6 @@ _FORGOTTEN: Final = 60.0  # seconds after which a folder without a socket is rem
 def why_not(error: OSError, address: str | None, temporary: str) -> str:
     """Return the text for an error of :class:`Listening`."""
     where = address or f"a folder in {temporary!r}"
-    if isinstance(error, ProcessLookupError):
-        return "its starter has ended"
     if error.errno == errno.EADDRINUSE:
         return f"the address {where!r} is in use: {error.strerror}"
     return f"the broker cannot listen at {where!r}: {error.strerror or error}"
@@ -48,8 +46,7 @@ class Listening:
     """
 
     def __init__(self, address: str | None, temporary: str) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.setblocking(False)
+        self.socket = control_socket()
         self._made = ""  # its folder, if it is its own
         try:
             if address is None:
@@ -162,8 +159,7 @@ def _is_unfinished(path: str) -> bool:
 
 
 def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
+    with control_socket() as probe:
         try:
             probe.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):

@@ -13,13 +13,13 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-import psutil
-
 from mpbroadcast import trap_points
+from mpbroadcast.posix.processes import PeerProcess
 
 log = logging.getLogger("mpbroadcast.broker")
 
@@ -46,7 +46,7 @@ class Patience:
         return _FIRST_PAUSE * (1 << (len(self._last) - 1))
 
 
-def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], bool], clock: Callable[[], float]) -> None:
+def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], bool]) -> None:
     """Call ``serve`` in a child process, with its generation, from 0 on, until one has ended with exit code 0.
 
     None follows either when no other one is ``wanted``, after SIGTERM, which is forwarded to the child, and when process
@@ -54,22 +54,22 @@ def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], b
     """
     patience = Patience()
     try:
-        watched = psutil.Process(starter)
-    except psutil.NoSuchProcess:
+        watched = PeerProcess(starter)
+    except ProcessLookupError:
         return
     generation = 0
     while True:
         child = os.fork()
         if not child:
-            _be_broker(lambda generation=generation: serve(generation))  # type: ignore[misc]
+            _be_broker(serve, generation)
         status, ending = _wait_for(child)
-        if status == 0 or ending or not _lives(watched):
+        if status == 0 or ending or watched.wait(0):
             return
         why = f"was ended by signal {-status}" if status < 0 else f"has ended with exit code {status}"
         if not wanted():
             log.error("the broker (process %d) %s, not ready yet or being closed: no other one is started", child, why)
             return
-        pause = patience.pause(clock())
+        pause = patience.pause(time.monotonic())
         trap_points.reach("replacing")
         if pause is None:
             log.critical("the broker (process %d) %s, again and again: it is given up", child, why)
@@ -80,10 +80,10 @@ def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], b
         generation += 1
 
 
-def _be_broker(serve: Callable[[], None]) -> None:
+def _be_broker(serve: Callable[[int], None], generation: int) -> None:
     code = 1
     try:
-        serve()
+        serve(generation)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -104,10 +104,3 @@ def _wait_for(child: int) -> tuple[int, bool]:
         if signal.sigwait({signal.SIGTERM, signal.SIGCHLD}) == signal.SIGTERM:
             ending = True
             os.kill(child, signal.SIGTERM)
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
