@@ -24,7 +24,6 @@ from mpbroadcast.posix.shared_memory import (
     fits,
     map_for_reading,
     read_memory,
-    size_of,
 )
 from mpbroadcast.protocol.fd_packets import ACCEPTED, FREE, MEMORY, REFUSED, RING, WANTED, PacketError, pack, unpack
 from mpbroadcast.protocol.frames import MAX_FRAME, Batch, FrameError, MemfdMessage, References
@@ -162,8 +161,7 @@ class Memory:
     ring: ClassVar[None] = None  # as a hold, it holds no chunk
 
     def __init__(self, store: Store, descriptor: OwnedDescriptor, kept: bool) -> None:
-        size = size_of(descriptor)
-        check_message(descriptor.fd, size)
+        size = check_message(descriptor.fd)
         if size > MAX_FRAME:
             raise MemoryRefused(f"a message of {size} bytes")
         self.id = store.new_id()

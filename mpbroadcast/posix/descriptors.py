@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 
@@ -26,7 +25,6 @@ class OwnedDescriptor:
         on_fork(self, OwnedDescriptor.close)
 
     def close(self) -> None:
-        """Close it, unless that has been done."""
         self.fd = -1
         with fork_lock():  # so that a child has a copy of it only while this object knows of it
             fd, self._fd = self._fd, -1  # before it is closed: an interrupt may leak it, never close it twice
@@ -53,18 +51,15 @@ class Reserve:
     @contextlib.contextmanager
     def room_for_one(self) -> Iterator[bool]:
         """Have room for one more descriptor in the block. Yield True if it can be kept."""
-        try:
+        has_room = False
+        with contextlib.suppress(OSError):  # none is left, or the reserve is not there
             os.close(os.dup(self._fd))
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.EBADF):
-                raise
-        else:
-            yield True
-            return
-        with contextlib.suppress(OSError):
-            os.close(self._fd)
-        self._fd = -1
+            has_room = True
+        if not has_room and self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
         try:
-            yield False
+            yield has_room
         finally:
-            self._open()
+            if not has_room:
+                self._open()

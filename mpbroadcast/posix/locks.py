@@ -29,8 +29,11 @@ class InterruptSafe:
         [_] = map(self.acquire, (True,))  # unpacking is no call, so no check follows; nothing may stand behind this line
 
 
-class Within:
-    """A lock that ``with`` acquires by a deadline, or not at all; see :func:`within`."""
+class within:
+    """Hold ``lock`` in a ``with`` statement, safe with interrupts.
+
+    :raises TimedOut: at the start of the statement, if another thread holds it until ``deadline``.
+    """
 
     __slots__ = ("__exit__", "_acquire", "_deadline")
 
@@ -58,11 +61,3 @@ def lock() -> threading.Lock | InterruptSafe:
 def rlock() -> threading.RLock | InterruptSafe:
     """Return a new ``threading.RLock``, safe with interrupts."""
     return InterruptSafe(threading.RLock()) if _NEEDED else threading.RLock()
-
-
-def within(lock: Any, deadline: Deadline) -> Within:
-    """Return what holds ``lock`` in a ``with`` statement, safe with interrupts.
-
-    :raises TimedOut: at the start of the statement, if another thread holds it until ``deadline``.
-    """
-    return Within(lock, deadline)

@@ -191,7 +191,6 @@ class KeptMemory:
                 position += len(piece)
 
     def close(self) -> None:
-        """Unmap and close it."""
         with fork_lock():  # so that a child has a copy only while this knows of it
             trap_points.reach("unmapping kept memory")
             self._map.close()

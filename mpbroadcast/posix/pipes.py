@@ -82,7 +82,6 @@ class PipeEnd(OwnedDescriptor):
         return fd < 0 or is_ready(fd, events, deadline.milliseconds())
 
     def close(self) -> None:
-        """Release the pipe."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             replace_with_dead_pipe(fd)

@@ -100,7 +100,6 @@ class PeerProcess:
                 self._process.send_signal(signal_number)
 
     def close(self) -> None:
-        """Close its descriptor."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)

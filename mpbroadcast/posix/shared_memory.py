@@ -143,11 +143,6 @@ def fits(length: int, size: int) -> bool:
     return 0 <= size - length <= length // 16 + mmap.PAGESIZE
 
 
-def size_of(descriptor: OwnedDescriptor) -> int:
-    """Return how many bytes this memory has."""
-    return os.fstat(descriptor.fd).st_size
-
-
 def read_memory(fd: int, size: int, offset: int = 0) -> bytes:
     """Return ``size`` bytes of the memory from ``offset`` on; fewer where it ends before."""
     data = b""
@@ -164,12 +159,12 @@ def check_ring(fd: int) -> int:
     return _checked(fd, SEAL_FUTURE_WRITE, 1)
 
 
-def check_message(fd: int, size: int) -> None:
-    """Check that this is the memory of a message of so many bytes.
+def check_message(fd: int, size: int = 0) -> int:
+    """Return the size of the memory of a message, which has ``size`` bytes at least.
 
-    :raises MemoryRefused: it is not.
+    :raises MemoryRefused: it is none, or smaller.
     """
-    _checked(fd, SEAL_WRITE | SEAL_FUTURE_WRITE, size)
+    return _checked(fd, SEAL_WRITE | SEAL_FUTURE_WRITE, size)
 
 
 def _checked(fd: int, writing: int, size: int) -> int:

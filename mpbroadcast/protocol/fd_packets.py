@@ -26,7 +26,7 @@ Between the broker and a channel::
 from __future__ import annotations
 
 from struct import Struct, error
-from typing import Final, NamedTuple
+from typing import Final
 
 RING: Final = 1
 ACCEPTED: Final = 2
@@ -46,28 +46,19 @@ class PacketError(Exception):
     """A packet that no peer of this package sends."""
 
 
-class Packet(NamedTuple):
-    """``kind`` decides what ``ring`` and ``value`` mean."""
-
-    kind: int
-    ring: int
-    value: int
-
-
 def pack(kind: int, ring: int = 0, value: int = 0) -> bytes:
-    """Return the bytes of a packet."""
     return _PACKET.pack(kind, ring, value)
 
 
-def unpack(data: bytes) -> Packet:
-    """Return the packet in ``data``.
+def unpack(data: bytes) -> tuple[int, int, int]:
+    """Return kind, ring and value of the packet in ``data``.
 
     :raises PacketError: ``data`` is no packet.
     """
     try:
-        packet = Packet(*_PACKET.unpack(data))
+        kind, ring, value = _PACKET.unpack(data)
     except error as cause:
         raise PacketError(f"a packet of {len(data)} bytes") from cause
-    if not RING <= packet.kind <= NONE:
-        raise PacketError(f"a packet of the unknown kind {packet.kind}")
-    return packet
+    if not RING <= kind <= NONE:
+        raise PacketError(f"a packet of the unknown kind {kind}")
+    return kind, ring, value

@@ -412,7 +412,7 @@ def beside_channels(target: Target, choose: Random) -> None:
                 with contextlib.suppress(OSError):  # the broker may have ended the subscription meanwhile
                     while choose.random() < 0.5 and (heard := reply.fd_socket.receive_packet_with_fd()) is not None:
                         if heard[0] and heard[0][0] == RING and choose.random() < 0.8:
-                            reply.fd_socket.send_packet(pack(MAPPED, unpack(heard[0]).ring))
+                            reply.fd_socket.send_packet(pack(MAPPED, unpack(heard[0])[1]))
                 if choose.random() < 0.4 and reply.pipe is not None:
                     with contextlib.suppress(BlockingIOError):
                         os.read(reply.pipe.fd, choose.choice([1, 100, 1 << 18]))
