@@ -16,7 +16,7 @@ from mpbroadcast.broker.channel_pipe import PIPE_SIZE
 from mpbroadcast.broker.core.states import PublisherState
 from mpbroadcast.broker.members import Publisher, Session
 from mpbroadcast.broker.publisher_pipe import PublisherPipe
-from mpbroadcast.posix.pipes import new_pipe, read_buffer, replace_with_dead_pipe
+from mpbroadcast.posix.pipes import new_pipe, replace_with_dead_pipe
 from mpbroadcast.posix.poller import IN, Poller
 from mpbroadcast.protocol.frames import FrameError
 
@@ -37,7 +37,7 @@ class Intake:
         self._napping: dict[Publisher, None] = {}
         self._nap = _SHORTEST_NAP
         self._came = 0  # bytes since the last nap
-        self._buffer = read_buffer(PIPE_SIZE)
+        self._buffer = memoryview(bytearray(PIPE_SIZE))
 
     def add(self, id: int, session: Session) -> tuple[Publisher, int]:
         """Make a publisher, and the descriptor that is its end of the pipe.

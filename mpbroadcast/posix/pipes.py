@@ -10,7 +10,6 @@ import fcntl
 import os
 import termios
 from array import array
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.descriptors import OwnedDescriptor
@@ -42,11 +41,6 @@ def unread(fd: int) -> int:
     count = array("i", (0,))
     ioctl(fd, FIONREAD, count)
     return count[0]
-
-
-def read_buffer(size: int) -> memoryview:
-    """Return memory to read into, of which the system gives each page when it is first used."""
-    return memoryview(mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS))
 
 
 def replace_with_dead_pipe(fd: int) -> None:

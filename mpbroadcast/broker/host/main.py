@@ -14,6 +14,7 @@ of it that inherits both.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import logging
@@ -30,7 +31,7 @@ from typing import Any, Final
 
 from mpbroadcast.broker.host.journal import Journal, Succession
 from mpbroadcast.broker.host.logs import configure
-from mpbroadcast.broker.host.socket_file import Listening, identity, remove_forgotten_folders, why_not
+from mpbroadcast.broker.host.socket_file import Listening, identity, remove_forgotten_folders
 from mpbroadcast.broker.host.supervisor import supervise
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import DRAIN_TIMEOUT, Broker
@@ -74,7 +75,10 @@ def run(settings: Settings, ready: Connection) -> None:
         listening = Listening(settings.address, settings.temporary)
         journal = Journal() if settings.restart else None
     except OSError as error:
-        _report_failure(ready, why_not(error, settings.address, settings.temporary), error.errno)
+        where = settings.address or f"a folder in {settings.temporary!r}"
+        is_used = error.errno == errno.EADDRINUSE
+        problem = f"the address {where!r} is in use" if is_used else f"the broker cannot listen at {where!r}"
+        _report_failure(ready, f"{problem}: {error.strerror or error}", error.errno)
     else:
         if journal is None:
             _serve(settings, ready, listening)
@@ -111,8 +115,8 @@ def _serve_again_and_again(settings: Settings, ready: Connection, listening: Lis
     supervise(settings.starter, serve, lambda: Journal(journal.files).is_another_wanted)
 
 
-def _report_failure(ready: Connection, text: str, errno: int | None = None) -> None:
-    _report(ready, error=text, errno=errno or 0)
+def _report_failure(ready: Connection, text: str, code: int | None = None) -> None:
+    _report(ready, error=text, errno=code or 0)
 
 
 def _report(ready: Connection, **report: Any) -> bool:

@@ -31,18 +31,10 @@ _MARK: Final = 627_294_121  # nanoseconds in the time of a broker's socket; a co
 _FORGOTTEN: Final = 60.0  # seconds after which a folder without a socket is removed
 
 
-def why_not(error: OSError, address: str | None, temporary: str) -> str:
-    """Return the text for an error of :class:`Listening`."""
-    where = address or f"a folder in {temporary!r}"
-    if error.errno == errno.EADDRINUSE:
-        return f"the address {where!r} is in use: {error.strerror}"
-    return f"the broker cannot listen at {where!r}: {error.strerror or error}"
-
-
 class Listening:
     """The socket, and its file, which only this user can open.
 
-    :raises OSError: it cannot be made; :func:`why_not` has the text.
+    :raises OSError: it cannot be made.
     """
 
     def __init__(self, address: str | None, temporary: str) -> None:
@@ -50,7 +42,7 @@ class Listening:
         self._made = ""  # its folder, if it is its own
         try:
             if address is None:
-                self._made = _make_folder(temporary)
+                self._made = tempfile.mkdtemp(prefix=_FOLDER, dir=_short(temporary))  # of mode 0700
                 address = os.path.join(self._made, _SOCKET)
             self.address = address
             folder, name = os.path.split(address)
@@ -114,10 +106,6 @@ def identity(file: str | int) -> tuple[int, int]:
 def _short(temporary: str) -> str:
     longest = MAX_ADDRESS - len("/" + _FOLDER + "12345678/" + _SOCKET)
     return temporary if len(os.fsencode(temporary)) <= longest else "/tmp"  # socket paths are short, and TMPDIR may be long
-
-
-def _make_folder(temporary: str) -> str:
-    return tempfile.mkdtemp(prefix=_FOLDER, dir=_short(temporary))  # it makes folders with mode 0700
 
 
 def _remove_dead_socket(path: str) -> None:
