@@ -20,6 +20,7 @@ import mpbroadcast
 from mpbroadcast import validation
 from mpbroadcast.broker import acceptor, routing
 from mpbroadcast.broker.core import history, limits
+from mpbroadcast.broker.core.states import State
 from mpbroadcast.client import broadcaster, shared_writer
 from mpbroadcast.protocol import control, frames, pickling, ring_allocator, runs
 from tests.support.pages import BLOCKS, PAGES, README, ROOT, SCRIPTS
@@ -203,6 +204,8 @@ def state_tables() -> Iterator[tuple[str, dict[str, set[str]]]]:
         if "from enum import" in path.read_text():
             parts = path.relative_to(ROOT).with_suffix("").parts
             for table in vars(importlib.import_module(".".join(parts))).values():
+                if isinstance(table, type) and issubclass(table, State) and table is not State:
+                    yield table.__name__, {state.name: {*state.following} for state in table}
                 if isinstance(table, dict) and table and all(isinstance(state, Enum) for state in table):
                     names = {state.name: {following.name for following in after} for state, after in table.items()}
                     yield type(next(iter(table))).__name__, names
