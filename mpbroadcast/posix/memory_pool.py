@@ -11,6 +11,7 @@ as there is no thread here that could do it by itself.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -23,7 +24,6 @@ from itertools import repeat
 from typing import Any, Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import OwnedDescriptor
 from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.posix.shared_memory import (
@@ -53,10 +53,9 @@ class MemoryPool:
     """Memory for large messages: that of an earlier one if it is free, else new. Several threads may use it at once."""
 
     def __init__(self) -> None:
-        # A signal handler may come in while its own thread has it. Nothing waits under it, and nothing loops: from Python 3.12
-        # on, an interrupt at the end of a loop's turn does not release the lock around it.
-        self._lock = locks.rlock()
-        self._kept: list[KeptMemory] = []  # that no thread is about to write; what was used last is last
+        # That no thread is about to write; what was used last is last. It needs no lock: a thread writes only what it has
+        # itself removed from the list, and what an interrupt loses is released.
+        self._kept: list[KeptMemory] = []
         self._possible = True
         self._patient = True  # to wait for memory helped, the last time
         self._when = -STREAM  # that the last message came
@@ -70,20 +69,22 @@ class MemoryPool:
         follows = self._possible and size <= LARGEST and now < self._when + STREAM
         self._when = now
         if not follows:
-            self._release()
+            self._kept.clear()
         return (self._in_kept(parts, size, now) if follows else None) or message_memory(parts)
 
     def rest(self) -> None:
         """Release all, if no large message has come for a while."""
         if self._kept and time.monotonic() >= self._when + STREAM:
-            self._release()
+            self._kept.clear()
 
     def _in_kept(self, parts: Sequence[Any], size: int, now: float) -> OwnedDescriptor | None:
         try:
             kept = self._wait(size, now) or KeptMemory(size)
             reader = kept.reader()
             kept.fill(parts)
-            self._keep(kept)
+            self._kept.append(kept)
+            while _too_much([one.size for one in self._kept]):
+                del self._kept[:1]
             return reader
         except OSError as error:  # what is not to be kept may need less
             self._possible = error.errno not in (errno.EINVAL, errno.ENOENT)  # the system has no such seal, lease, or /proc
@@ -92,13 +93,11 @@ class MemoryPool:
     def _wait(self, size: int, now: float) -> KeptMemory | None:
         """Return kept memory that no other process has. Quick readers are waited for, if there is enough for a stream."""
         while True:
-            with self._lock:
-                found = _taken(self._kept, size)
-            if found is not None:
+            if (found := self._taken(size)) is not None:
                 self._patient = True
                 return found
-            there = self._kept
-            enough = any(fits(size, kept.size) for kept in there) and _too_much([*(kept.size for kept in there), size])
+            there = [kept.size for kept in self._kept]
+            enough = any(fits(size, one) for one in there) and _too_much([*there, size])
             if not (enough and self._patient):
                 return None
             if time.monotonic() > now + size * PATIENCE:
@@ -106,15 +105,14 @@ class MemoryPool:
                 return None
             time.sleep(_PAUSE)
 
-    def _keep(self, kept: KeptMemory) -> None:
-        with self._lock:
-            released, self._kept = self._kept, _without_excess([*self._kept, kept])
-        del released  # not under the lock: it takes its time
-
-    def _release(self) -> None:
-        with self._lock:
-            released, self._kept = self._kept, []
-        del released
+    def _taken(self, size: int) -> KeptMemory | None:
+        """Return memory for a message of this size that no other process has, removed from what is kept."""
+        for kept in reversed(list(self._kept)):
+            if fits(size, kept.size) and kept.is_unused():
+                with contextlib.suppress(ValueError):  # another thread has it
+                    self._kept.remove(kept)
+                    return kept
+        return None
 
 
 class KeptMemory:
@@ -208,21 +206,6 @@ def _opened_again(descriptor: OwnedDescriptor, how: int) -> OwnedDescriptor:
     """
     with fork_lock():
         return OwnedDescriptor(os.open(f"/proc/self/fd/{descriptor.fd}", how | os.O_NONBLOCK))
-
-
-def _taken(kept: list[KeptMemory], size: int) -> KeptMemory | None:
-    """Return memory for a message of this size that no other process has, taken out of ``kept``."""
-    for one in reversed(kept):
-        if fits(size, one.size) and one.is_unused():
-            kept.remove(one)
-            return one
-    return None
-
-
-def _without_excess(there: list[KeptMemory]) -> list[KeptMemory]:
-    while _too_much([one.size for one in there]):
-        del there[0]
-    return there
 
 
 def _too_much(sizes: Sequence[int]) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from fnmatch import translate
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 from mpbroadcast.validation import MAX_TOPIC
@@ -21,13 +21,6 @@ S = TypeVar("S")
 _SPECIAL: Final = re.compile(r"[*?[]")
 _CALL: Final = 100
 _FIND: Final = 10  # characters that str.find compares in the time of a step
-
-
-class Matcher(Protocol):
-    """A pattern, compiled by :func:`matcher`."""
-
-    def match(self, text: str, /) -> object:
-        """Return a true value if the text matches."""
 
 
 class _Parts:
@@ -47,6 +40,9 @@ class _Parts:
                 return False
             position += len(part)
         return True
+
+
+Matcher = re.Pattern[str] | _Parts  # a pattern, compiled by `matcher`
 
 
 def is_pattern(topic: str) -> bool:
