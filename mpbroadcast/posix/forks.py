@@ -27,8 +27,6 @@ Hook = Callable[[Any], None]
 
 
 class _Forks:
-    """The lock, and the hooks for the child."""
-
     def __init__(self) -> None:
         self.renew()
         self.hooks: WeakKeyDictionary[Any, Hook] = WeakKeyDictionary()

@@ -75,7 +75,6 @@ def frame_of(*parts: bytes) -> list[bytes]:
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """Return a request or a reply as it travels."""
     return frame(json.dumps(message, separators=(",", ":")).encode())
 
 
@@ -126,7 +125,6 @@ def serve_handshake(keys: Sequence[bytes]) -> Handshake:
 
 
 def client_handshake(key: bytes) -> Handshake:
-    """Return the handshake of a client."""
     challenge = yield b""
     verdict = yield frame(_answer(key, challenge))
     if verdict != _WELCOME:

@@ -33,11 +33,9 @@ class Cost(NamedTuple):
     steps: int = 0
 
     def plus(self, more: Cost) -> Cost:
-        """Return the sum, field by field."""
         return Cost(*map(sum, zip(self, more, strict=True)))
 
     def negated(self) -> Cost:
-        """Return it with each field negated."""
         return Cost(*(-value for value in self))
 
 
@@ -78,7 +76,6 @@ class Budget:
             self._whole.spend(cost)
 
     def release(self, cost: Cost) -> None:
-        """Subtract ``cost`` from what is spent."""
         self.spend(cost.negated())
 
     @property

@@ -57,7 +57,6 @@ class Holds:
         return tuple(chunks), self._freed((before,)) if before >= 0 else 0
 
     def hold(self, chunks: Iterable[int]) -> None:
-        """Add a hold to each of these chunks."""
         for chunk in chunks:
             self._counts[chunk] += 1
 
@@ -106,7 +105,6 @@ class Unread(Generic[H]):
         self._entries.append((self.count, hold, size))
 
     def holds(self) -> Iterator[H]:
-        """Return the holds of all unread references."""
         return (hold for _, hold, _ in self._entries if hold is not None)
 
     def oldest(self, ring: object) -> int | None:

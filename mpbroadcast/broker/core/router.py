@@ -25,7 +25,6 @@ class Router(Generic[S]):
         self._found: dict[bytes, tuple[S, ...]] = {}
 
     def add(self, subscription: S, topics: Iterable[str]) -> None:
-        """Route these topics to the subscription, too."""
         self._found.clear()
         own = self._topics.setdefault(subscription, {})
         for topic in topics:

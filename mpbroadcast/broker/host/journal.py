@@ -64,13 +64,11 @@ class Journal:
             self._refuse()
 
     def put(self, entry: Entry) -> None:
-        """Write down how the subscription ``entry["id"]`` is now."""
         if self.entries.get(entry["id"]) != entry:
             self.entries[entry["id"]] = entry
             self._write(entry)
 
     def drop(self, id: int) -> None:
-        """Write down that this subscription is gone."""
         if self.entries.pop(id, None) is not None:
             self._write({"id": id})
 
@@ -89,7 +87,6 @@ class Journal:
 
     @property
     def subscriptions(self) -> list[Entry]:
-        """The entries of subscriptions."""
         return [entry for id, entry in self.entries.items() if id > 0]
 
     def _write(self, entry: Entry) -> None:

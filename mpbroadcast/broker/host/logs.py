@@ -27,7 +27,6 @@ class RateLimitFilter(logging.Filter):
         self._left_out = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return True if it passes."""
         now = self._clock()
         if now - self._since >= 1.0:
             self._since, self._passed = now, 0
