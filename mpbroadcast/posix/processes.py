@@ -50,19 +50,15 @@ class PeerProcess:
         self._process: psutil.Process | None = None
         if pid <= 0:
             return
-        if hasattr(os, "pidfd_open"):
-            try:
-                self.fd = os.pidfd_open(pid)
-            except ProcessLookupError:
-                raise
-            except OSError:  # forbidden, not there, or no descriptor left: ask instead
-                pass
-            else:
-                return
         try:
-            self._process = psutil.Process(pid)
-        except psutil.NoSuchProcess:
-            raise ProcessLookupError(f"process {pid} has ended") from None
+            self.fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise
+        except (AttributeError, OSError):  # the system has none, forbids it, or no descriptor is left: ask instead
+            try:
+                self._process = psutil.Process(pid)
+            except psutil.NoSuchProcess:
+                raise ProcessLookupError(f"process {pid} has ended") from None
 
     @property
     def must_be_asked(self) -> bool:
