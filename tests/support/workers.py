@@ -86,18 +86,6 @@ def receive_on_order(channel: Channel[Any], orders: Connection) -> None:
     receive_until_end(channel, orders)
 
 
-def receive_numbered(channel: Channel[Any], results: Connection) -> None:
-    """Check ``(source, number, bytes)`` messages up to the source "stop"; send home the sources, numbers, and sizes."""
-    results.send("open" if channel.fileno() >= 0 else "?")
-    seen = []
-    while True:
-        source, number, data = channel.recv(timeout=DEADLINE)
-        if source == "stop":
-            break
-        seen.append((source, number, len(data) if data == pattern(number, len(data)) else -1))
-    results.send(seen)
-
-
 def receive_over_a_gap(channel: Channel[Any], bus: Broadcaster[Any], orders: Connection) -> None:
     """On an order, receive up to the message "end", while the broker may be replaced; send home all, then publish."""
     orders.send("here")
