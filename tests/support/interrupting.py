@@ -1,4 +1,4 @@
-"""Interrupts of calls: at one moment that a test names, or at random ones, many times.
+"""Interrupts of calls: at one moment that a test names, at each moment in turn, or at random ones.
 
 ``MPBROADCAST_SEED`` repeats a run's random moments, ``MPBROADCAST_SOAK`` is how many seconds each storm takes.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import random
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pytest
 
@@ -29,44 +31,52 @@ STORM: Final = SOAK or 0.1
 """How many seconds a storm takes."""
 _PACKAGE: Final = str(Path(mpbroadcast.__file__).parent)
 
-Moment = Callable[[FrameType, str], bool]
+Interrupted = Callable[..., object]
+"""Calls a function with its arguments, and interrupts it; what it returns is true if it came to that."""
 
 
 class Interrupt(KeyboardInterrupt):
-    """What the handler raises: a Ctrl-C that no other can be taken for."""
+    """What is raised: a Ctrl-C that no other can be taken for."""
 
 
 # ------------------------------------------------------------------------------------------------------------ one moment
 
 
+class Moment(NamedTuple):
+    """Whether an event of the tracer, or of the profiler, is the moment."""
+
+    is_here: Callable[[FrameType, str], bool]
+    install: Callable[[Any], None] = sys.settrace
+
+
 def entering(function: Callable[..., Any]) -> Moment:
     """Where this function is entered."""
     code = function.__code__
-    return lambda frame, event: event == "call" and frame.f_code is code
+    return Moment(lambda frame, event: event == "call" and frame.f_code is code)
 
 
 def before_opcode(count: int) -> Moment:
     """Before the bytecode that comes after so many others, the call's own and its callees'."""
     left = iter(range(count))
 
-    def moment(frame: FrameType, event: str) -> bool:
+    def is_here(frame: FrameType, event: str) -> bool:
         frame.f_trace_opcodes = True
         return event == "opcode" and next(left, None) is None
 
-    return moment
+    return Moment(is_here)
 
 
 def before_line(count: int, file: str) -> Moment:
     """Before the line of this file that comes after so many others."""
     left = iter(range(count))
-    return lambda frame, event: event == "line" and frame.f_code.co_filename == file and next(left, None) is None
+    return Moment(lambda frame, event: event == "line" and frame.f_code.co_filename == file and next(left, None) is None)
 
 
 def behind_call(count: int) -> Moment:
-    """Behind the return of a call in the package, as a signal's handler can come, after so many others: of a profiler."""
+    """Behind the return of a call in the package, as a signal's handler can come, after so many others."""
     left = iter(range(count))
 
-    def moment(at: FrameType, event: str) -> bool:
+    def is_here(at: FrameType, event: str) -> bool:
         if event not in ("return", "c_return") or not at.f_code.co_filename.startswith(_PACKAGE):
             return False
         frame: FrameType | None = at
@@ -77,50 +87,48 @@ def behind_call(count: int) -> Moment:
             frame = frame.f_back
         return next(left, None) is None
 
-    return moment
-
-
-class Interrupting:
-    """Raises once, at the first moment of its kind, in this thread."""
-
-    def __init__(self, moment: Moment, install: Callable[[Any], None] = sys.settrace) -> None:
-        self.came = False
-        self._moment = moment
-        self._install = install
-
-    def begin(self) -> None:
-        """Look for the moment from here on."""
-        self._install(self._look)
-
-    def _look(self, frame: FrameType, event: str, called: Any) -> Any:
-        if event == "c_return" and called.__name__ == "__enter__":
-            return self._look  # Python 3.15 reports it, and checks for no signal behind it
-        if self._moment(frame, event):
-            self._install(None)
-            self.came = True
-            raise Interrupt
-        return self._look
-
-    def end(self) -> None:
-        """Look no more."""
-        self._install(None)
-
-    def __call__(self, function: Callable[..., Any], *args: Any, begin: bool = True) -> bool:
-        """Call the function; whether it was interrupted. Without ``begin``, something else begins the looking."""
-        try:
-            if begin:
-                self.begin()
-            function(*args)
-        except Interrupt as error:
-            error.__traceback__ = error.__context__ = None  # which would keep what the call has held
-        finally:
-            self._install(None)
-        return self.came
+    return Moment(is_here, sys.setprofile)
 
 
 def interrupting(moment: Moment, function: Callable[..., Any], *args: Any) -> bool:
-    """Call the function, and interrupt it at this moment; whether it came to that."""
-    return Interrupting(moment)(function, *args)
+    """Call the function, and interrupt it at this moment, once. Return whether it came to that."""
+    came = False
+
+    def look(frame: FrameType, event: str, called: Any) -> Any:
+        nonlocal came
+        if event == "c_return" and called.__name__ == "__enter__":
+            return look  # Python 3.15 reports it, and checks for no signal behind it
+        if moment.is_here(frame, event):
+            moment.install(None)
+            came = True
+            raise Interrupt
+        return look
+
+    try:
+        moment.install(look)
+        function(*args)
+    except Interrupt as error:
+        error.__traceback__ = error.__context__ = None  # which would keep what the call has held
+    finally:
+        moment.install(None)
+    return came
+
+
+def each_moment() -> Iterator[Interrupted]:
+    """Yield what interrupts a call, one moment later each time, until a call is over before its moment."""
+    came = True
+
+    def interrupted(function: Callable[..., Any], *args: Any) -> bool:
+        nonlocal came
+        came = False
+        came = interrupting(behind_call(count), function, *args)
+        return came
+
+    for count in itertools.count():
+        yield interrupted
+        if not came:
+            assert count > 10
+            return
 
 
 # -------------------------------------------------------------------------------------------------------- random moments
@@ -129,17 +137,17 @@ def interrupting(moment: Moment, function: Callable[..., Any], *args: Any) -> bo
 class Storm:
     """Interrupts calls after random times; often twice, so that a second one meets what the first has set off."""
 
-    def __init__(self, times: int) -> None:
+    def __init__(self) -> None:
         self.raised = 0
-        self.times = times
+        self.times = 2  # interrupts of one call, at most
         self._left = 0
         self._random = random.Random(SEED)
-        self._error: Interrupt | None = None
+        self._seconds: dict[str, list[float]] = defaultdict(list)  # that the first calls of each function took
         # pytest's own timeout has the same timer: it gets it back between the calls.
         self._deadline = time.monotonic() + (signal.getitimer(signal.ITIMER_REAL)[0] or 1e6)
-        self._before = signal.signal(signal.SIGALRM, self)
+        self._before = signal.signal(signal.SIGALRM, self._on_alarm)
 
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
+    def _on_alarm(self, signum: int, frame: FrameType | None) -> None:
         if self._left:
             self._left -= 1
             self.raised += 1
@@ -157,9 +165,19 @@ class Storm:
         signal.signal(signal.SIGALRM, self._before)
         self._quiet()
 
-    def interrupts(self, longest: float, function: Callable[..., Any], *args: Any, **keywords: Any) -> Interrupt | None:
-        """Call the function, and interrupt it before ``longest`` seconds are over; the interrupt, if it came out of it."""
-        self._error = None
+    def __call__(self, function: Callable[..., Any], *args: Any, within: float = 0, **keywords: Any) -> Interrupt | None:
+        """Call the function, and interrupt it ``within`` so many seconds, or as many as its first calls have taken.
+
+        Those are not interrupted. Return the interrupt, if it came out of the call.
+        """
+        seconds = self._seconds[function.__name__]
+        if not within and len(seconds) < 5:
+            start = time.perf_counter()
+            function(*args, **keywords)
+            seconds.append(time.perf_counter() - start)
+            return None
+        longest = within or 1.5 * min(seconds) + 10e-6
+        came = None
         try:
             self._left = self._random.randint(1, self.times)
             # Some come late, or else a call that takes longer now and then would never be done.
@@ -170,11 +188,11 @@ class Storm:
         except Interrupt as error:
             self._left = 0
             error.__traceback__ = error.__context__ = error.__cause__ = None  # which would keep what the call has held
-            self._error = error
+            came = error
         finally:
             self._left = 0
             self._quiet()
-        return self._error
+        return came
 
     def moments(self, most: int = 1_000_000) -> Iterator[int]:
         """Count up, until the time of a storm is over, or there were so many."""
@@ -186,10 +204,10 @@ class Storm:
 
 
 @contextlib.contextmanager
-def storming(times: int, node: Any) -> Iterator[Storm]:
-    """A storm for the length of a block, with up to so many interrupts a call."""
+def storming(node: Any) -> Iterator[Storm]:
+    """A storm for the length of a block."""
     print(f"MPBROADCAST_SEED={SEED}")
-    raising = Storm(times)
+    raising = Storm()
     gc.disable()  # a collection in a call takes longer than the call
     hook, sys.unraisablehook = sys.unraisablehook, id  # one in Python would be interrupted itself; id() does nothing
     try:
@@ -200,13 +218,3 @@ def storming(times: int, node: Any) -> Iterator[Storm]:
         raising.end()
     node.add_marker(pytest.mark.interrupted(raising.raised))
     assert raising.raised or node.stash.get(FAILED, False)
-
-
-def duration(function: Callable[..., Any], *args: Any, **keywords: Any) -> float:
-    """How many seconds a call takes, and half as many more: the shortest of a few."""
-    taken = []
-    for _ in range(5):
-        start = time.perf_counter()
-        function(*args, **keywords)
-        taken.append(time.perf_counter() - start)
-    return 1.5 * min(taken) + 10e-6
