@@ -68,8 +68,9 @@ def test_calls_that_wait_raise_when_the_broker_dies(bus: Broadcaster[Any]) -> No
     wait_until(lambda: any(row.stalls for row in bus.stats().subscribers))
     os.kill(bus.stats().pid, signal.SIGKILL)
     assert {name: type(call.error(SOON)) for name, call in waiting.items()} == dict.fromkeys(calls, BrokerLost)
-    for handle in (*channels, other):
-        handle.close()
+    for channel in channels:
+        channel.close()
+    other.close()
 
 
 # ------------------------------------------------------------------------------------------- what a start finds, and leaves
