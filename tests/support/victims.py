@@ -141,15 +141,15 @@ def idle_reader(channel: Channel[Any], report: Connection) -> None:
     report.send((len(messages), type(error).__name__))
 
 
-def slow_reader(channel: Channel[Any], report: Connection) -> None:
-    """Reads with pauses to the end, and reports what came and how it ended."""
+def slow_reader(channel: Channel[Any], report: Connection, pause: float) -> None:
+    """Reads with pauses to the end, and reports the first part of each message, and how it ended."""
     channel.poll(0)
     report.send("open")
     messages = []
     try:
         while True:
             messages.append(channel.recv(DEADLINE)[0])
-            time.sleep(0.0005)
+            time.sleep(pause)
     except (EOFError, mpbroadcast.BroadcastError) as error:
         report.send((messages, type(error).__name__))
 
