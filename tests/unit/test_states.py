@@ -1,34 +1,44 @@
-"""The states of publishers, subscriptions and their pipes: each transition is in the table, or raises and changes nothing."""
+"""The states of publishers, subscriptions, their pipes and channels: a transition is listed, or raises."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
 
 import pytest
 
 from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.states import IllegalTransition, PipeState, PublisherState, State, SubscriptionState
+from mpbroadcast.client import pipe_ownership
 
-KINDS: list[type[State]] = [PublisherState, PipeState, SubscriptionState]
+CHANNEL = {state.name: [to.name for to in following] for state, following in pipe_ownership.TRANSITIONS.items()}
+BROKER = [{state.name: state.following for state in kind} for kind in (PublisherState, PipeState, SubscriptionState)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_the_transitions_that_are_listed(kind: type[State]) -> None:
-    """Each pair of states is legal, and returned, or raises with both names."""
+@pytest.mark.parametrize(
+    ("kind", "table", "to", "error"),
+    [
+        (PublisherState, BROKER[0], State.to, IllegalTransition),
+        (PipeState, BROKER[1], State.to, IllegalTransition),
+        (SubscriptionState, BROKER[2], State.to, IllegalTransition),
+        (pipe_ownership.ChannelState, CHANNEL, pipe_ownership.transition, pipe_ownership.IllegalTransition),
+    ],
+)
+def test_only_the_transitions_that_are_listed(
+    kind: type[Enum], table: dict[str, list[str]], to: Callable[[Any, Any], Any], error: type[Exception]
+) -> None:
+    """Each pair of states is legal, and returned, or raises with both names. Only the last is final, each can be reached."""
     for state in kind:
         for other in kind:
-            if other.name in state.following:
-                assert state.to(other) is other
+            if other.name in table[state.name]:
+                assert to(state, other) is other
             else:
-                with pytest.raises(IllegalTransition, match=f"{state.name} -> {other.name}"):
-                    state.to(other)
-
-
-def test_each_state_can_be_reached_and_left() -> None:
-    """No state is a dead end but the last, and none is never entered but the first ones."""
-    for kind in KINDS:
-        states = list(kind)
-        entered = {name for state in states for name in state.following}
-        assert [state for state in states if not state.following] == [states[-1]]
-        assert {state for state in states if state.name not in entered} <= {states[0], PipeState.RESERVED}
+                with pytest.raises(error, match=rf"{state.name}.* {other.name}$"):
+                    to(state, other)
+    first, *_, last = table
+    assert [name for name, following in table.items() if not following] == [last]
+    assert {*table} - {name for following in table.values() for name in following} <= {first}
 
 
 def test_an_illegal_transition_changes_nothing() -> None:
