@@ -26,7 +26,6 @@ class Pipes:
     """A broker with one publisher and one channel, in this process."""
 
     def __init__(self, listener: socket.socket, policy: str) -> None:
-        self.before = open_files()
         self.peer = Peer(PeerProcess(os.getpid()))
         self.broker = Broker(listener, [b"key"], answer)
         self.traffic, self.router = self.broker.traffic, self.broker.router
@@ -35,6 +34,7 @@ class Pipes:
         self.subscription = Subscription(3, session, new_backlog(1 << 20, policy))
         self.router.add(self.subscription, ["*"])
         self.read_end = self.subscription.pipe.begin_opening(self.subscription.backlog)
+        os.set_blocking(self.read_end, False)
         self.subscription.pipe.open()
         self.traffic.watch(self.subscription)
         self.traffic.run_until_idle()
@@ -42,27 +42,18 @@ class Pipes:
     def publish(self, payload: bytes) -> None:
         os.write(self.write_end, frame_head(len(payload), b"topic") + payload)
 
-    def received(self) -> bytes:
-        os.set_blocking(self.read_end, False)
-        try:
-            return os.read(self.read_end, 1 << 16)
-        except BlockingIOError:
-            return b""
-
     def close(self) -> None:
         os.close(self.write_end)
         os.close(self.read_end)
         self.traffic.finish(self.publisher)
         self.broker.poller.close(self.subscription.pipe.close())
         self.broker.poller.close_forgotten()
-        os.close(self.peer.process.fd)
-        for fd, target in open_files() - self.before:
-            if target == os.devnull:  # what the broker has until its process ends
-                os.close(fd)
+        self.peer.process.close()
 
 
 @contextmanager
 def pipes(folder: Path, policy: str = "block") -> Iterator[Pipes]:
+    before = open_files()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "s"))
         listener.listen()
@@ -71,6 +62,9 @@ def pipes(folder: Path, policy: str = "block") -> Iterator[Pipes]:
             yield made
         finally:
             made.close()
+            for fd, target in open_files() - before:
+                if target == os.devnull:  # what the broker has until its process ends
+                    os.close(fd)
             vars(made.broker).clear()  # what closes itself when nothing refers to it any more
 
 
@@ -88,7 +82,7 @@ def test_one_small_message_takes_few_calls(tmp_path: Path) -> None:
             sys.setprofile(note if number == 2 else None)
             path.broker.round()
             sys.setprofile(None)
-            assert b"payload %d" % number in path.received()
+            assert b"payload %d" % number in os.read(path.read_end, 1 << 16)
     print(len(calls), *calls, sep="\n")
     assert 10 < len(calls) <= MOST
 
@@ -118,4 +112,4 @@ def test_a_subscription_that_ends_itself_while_its_own_message_is_routed(tmp_pat
         assert path.traffic.overflowed == [path.subscription]
         assert not path.subscription.is_live
         assert path.router.targets(b"topic") == ()
-        assert b"behind" not in path.received()
+        assert b"behind" not in os.read(path.read_end, 1 << 16)
