@@ -68,17 +68,12 @@ def temporary_folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def helper_pids() -> set[int | None]:
-    """The processes that multiprocessing starts for itself, once in a run."""
-    return {
+def child_processes() -> list[psutil.Process]:
+    """Return all processes below this one, but for those that multiprocessing starts for itself, once in a run."""
+    helpers = {
         multiprocessing.forkserver._forkserver._forkserver_pid,  # type: ignore[attr-defined]
         multiprocessing.resource_tracker._resource_tracker._pid,  # type: ignore[attr-defined]
     }
-
-
-def child_processes() -> list[psutil.Process]:
-    """All processes below this one, but for multiprocessing's own helpers."""
-    helpers = helper_pids()
     return [child for child in psutil.Process().children(recursive=True) if child.pid not in helpers]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from mpbroadcast import Broadcaster, Channel, Selector, TimedOut, channel_to_selector
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Children, everything, only_subscriber, wait_delivered, wait_until
+from tests.support.helpers import DEADLINE, Children, answer, everything, only_subscriber, wait_delivered, wait_until
 
 Bus = Broadcaster[Any]
 
@@ -108,7 +108,7 @@ def test_selector_receives_from_connections(bus: Bus) -> None:
 def test_process_is_reported_once_it_has_ended_joined_and_removed(children: Children, context: BaseContext) -> None:
     """A process that runs is no event; its end is reported once, with its exit code there; then it is selected no more."""
     orders, theirs = context.Pipe()
-    process = children(context, workers.exit_on_order, theirs)
+    process = children(context, answer, theirs)
     selector = Selector[Any]().select(process, lambda ended: (ended, ended.exitcode))
     with pytest.raises(TimeoutError):
         selector.receive(timeout=0.05)

@@ -12,7 +12,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -80,7 +82,7 @@ def rest(channel: Channel[Any]) -> list[Any]:
 
 
 def record(channel: Channel[Any]) -> list[tuple[str, int]]:
-    """All that a channel of ``(number, pattern)`` messages gives up to its clean end, by kind.
+    """Return all that a channel of ``(number, pattern)`` messages gives up to its clean end, by kind.
 
     ``("message", number)``, ``("lagged", how many)`` and ``("overflowed", 0)``.
     """
@@ -100,18 +102,18 @@ def record(channel: Channel[Any]) -> list[tuple[str, int]]:
 
 
 def in_place(events: list[tuple[str, int]]) -> tuple[list[int], int]:
-    """The numbers that were received, each at its position behind the gaps; and the one that would come next."""
+    """Return the numbers that were received, each at its position behind the gaps, and the one that would come next."""
     numbers = []
-    place = 0
+    position = 0
     for kind, value in events:
         if kind == "lagged":
             assert value > 0
-            place += value
+            position += value
         elif kind == "message":
-            assert value == place, f"{value} came in the place of {place}"
+            assert value == position, f"{value} came instead of {position}"
             numbers.append(value)
-            place += 1
-    return numbers, place
+            position += 1
+    return numbers, position
 
 
 def everything(bus: Broadcaster[Any], channel: Channel[Any]) -> list[Any]:
@@ -153,7 +155,6 @@ def pattern(number: int, size: int) -> bytes:
 
 @functools.lru_cache(4096)
 def _step(number: int) -> bytes:
-    """Return what is repeated in the pattern of this number."""
     return b"".join((number * 1009 + index).to_bytes(5, "big") for index in range(251))
 
 
@@ -202,32 +203,30 @@ class Background(threading.Thread):
 
     def __init__(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> None:
         super().__init__(daemon=True)
-        self._call = (function, args, keywords)
-        self._value: Any = None
-        self._error: BaseException | None = None
+        self._function = functools.partial(function, *args, **keywords)
+        self._outcome: Future[Any] = Future()
         self.start()
 
     def run(self) -> None:
         """Call the function."""
-        function, args, keywords = self._call
         try:
-            self._value = function(*args, **keywords)
+            self._outcome.set_result(self._function())
         except BaseException as error:
-            self._error = error
+            self._outcome.set_exception(error)
+
+    def ended(self, timeout: float) -> Future[Any]:
+        """Wait for the end of the call."""
+        self.join(timeout)
+        assert not self.is_alive(), f"still running after {timeout} s"
+        return self._outcome
 
     def result(self, timeout: float = DEADLINE) -> Any:
         """Wait for the end of the call; return its value or raise its error."""
-        self.join(timeout)
-        assert not self.is_alive(), f"still running after {timeout} s"
-        if self._error is not None:
-            raise self._error
-        return self._value
+        return self.ended(timeout).result(0)
 
     def error(self, timeout: float = DEADLINE) -> BaseException | None:
         """Wait for the end of the call; return the error that it raised, or ``None``."""
-        self.join(timeout)
-        assert not self.is_alive(), f"still running after {timeout} s"
-        return self._error
+        return self.ended(timeout).exception(0)
 
     def wait_until_blocked(self, function: str) -> None:
         """Wait until the thread sleeps in the kernel somewhere below the function of this name.
@@ -235,20 +234,13 @@ class Background(threading.Thread):
         It is looked at several times: once, it may wait for the interpreter's lock only.
         """
         for _ in range(5):
-            wait_until(lambda: function in self._stack() and self._state() == "S")
+            wait_until(lambda: self._sleeps_below(function))
             time.sleep(0.002)
 
-    def _stack(self) -> set[str]:
-        frame = sys._current_frames().get(self.ident or 0)
-        names = set()
-        while frame is not None:
-            names.add(frame.f_code.co_name)
-            frame = frame.f_back
-        return names
-
-    def _state(self) -> str:
+    def _sleeps_below(self, function: str) -> bool:
+        names = {frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames().get(self.ident or 0))}
         stat = Path(f"/proc/{os.getpid()}/task/{self.native_id}/stat").read_text()
-        return stat.rpartition(")")[2].split()[0]
+        return function in names and stat.rpartition(")")[2].split()[0] == "S"
 
 
 class Children:

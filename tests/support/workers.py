@@ -31,18 +31,6 @@ class CannotBePickled:
         raise Boom("this cannot be pickled")
 
 
-def explode() -> NoReturn:
-    """Raise, while something is unpickled."""
-    raise Boom("this cannot be unpickled")
-
-
-class CannotBeUnpickled:
-    """Pickles well, and raises when it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return explode, ()
-
-
 def throw(error: Exception) -> NoReturn:
     """Raise this, while something is unpickled, with no frame in its traceback that refers to it."""
     try:
@@ -59,6 +47,13 @@ class Raises:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return throw, (self.error,)
+
+
+class CannotBeUnpickled(Raises):
+    """Raises :class:`Boom` when it is unpickled."""
+
+    def __init__(self) -> None:
+        super().__init__(Boom("this cannot be unpickled"))
 
 
 def describe(error: BaseException) -> tuple[str, Any]:
@@ -172,11 +167,6 @@ def publish_one(bus: Broadcaster[Any], message: Any) -> int:
 def exit_with(code: int) -> NoReturn:
     """End with this exit code."""
     raise SystemExit(code)
-
-
-def exit_on_order(orders: Connection) -> None:
-    """End once an order has come."""
-    answer(orders, 3 * DEADLINE)
 
 
 def signal_until_order(pid: int, number: int, orders: Connection) -> None:

@@ -255,6 +255,7 @@ class Trial:
         assert backlog.published == len(plain.fates)
         assert backlog.delivered == plain.fates.count(DELIVERED)
         assert backlog.missed == plain.fates.count(MISSED)
+        assert backlog.left == backlog.delivered or self.policy != "block"
         assert backlog.waiting == len(plain.waiting)
         assert backlog.waiting_charge == plain.waiting_charge == self.account.held
         assert backlog.pipe == plain.pipe
