@@ -189,7 +189,7 @@ def test_what_no_forked_process_can_open_any_more_is_dropped(
     Of the processes that have ended meanwhile nothing is kept.
     """
     channel = bus.subscribe()
-    child = children(fork, workers.exit_on_order, pipe[1])
+    child = children(fork, answer, pipe[1])
     bus.publish_many(bytes(1000) for _ in range(100))
     descriptors = len(os.listdir("/dev/fd"))
     for _ in range(15):
@@ -258,7 +258,7 @@ def test_close_does_not_wait_for_what_nobody_will_open(why: str, children: Child
         nonlocal begun
         with start_broadcaster() as bus:
             channel = bus.subscribe("a")
-            child = children(fork, workers.exit_on_order, pipe[1])
+            child = children(fork, answer, pipe[1])
             if why == "nothing waits":
                 pickle.dumps(channel)
             else:
