@@ -87,7 +87,7 @@ class Run:
         self.count = count
         self.charge = charge  # bytes that it counts in a backlog
         self.missed = missed  # the count of a note
-        self.sizes = sizes  # of the frames, if there are several
+        self.sizes = sizes  # of the frames; None for a note, and for what is not copied whole
         self.account = account
         if account is not None:
             account.held += charge
@@ -174,18 +174,19 @@ def run_of(batch: Batch, account: Account | None = None) -> Run:
 def _pack(frames: bytes, sizes: array[int], skip: int, image: bool, account: Account | None) -> Run:
     count = len(sizes)
     charge = len(frames) + count * OVERHEAD
-    if count == 1:
-        head = RUN.pack(RUN.size + len(frames) + len(TAIL), 1, MESSAGES, image, skip)
-        return Run(b"".join((head, frames, TAIL)), 1, charge, account=account)
+    if count <= MOST_AT_ONCE:
+        table = sizes.tobytes() if count > 1 else b""
+        head = RUN.pack(RUN.size + len(table) + len(frames) + len(TAIL), count, MESSAGES, image, skip)
+        return Run(b"".join((head, table, frames, TAIL)), count, charge, sizes=sizes, account=account)
     parts: list[Any] = []
     view = memoryview(frames)
     end = 0
     for first in range(0, count, MOST_AT_ONCE):
-        table = sizes[first : first + MOST_AT_ONCE]
-        start, end = end, end + sum(table)
-        entries = table.tobytes() if len(table) > 1 else b""
-        size = RUN.size + len(entries) + end - start + len(TAIL)
-        parts += (RUN.pack(size, len(table), MESSAGES, image, skip), entries, view[start:end], TAIL)
+        some = sizes[first : first + MOST_AT_ONCE]
+        start, end = end, end + sum(some)
+        table = some.tobytes() if len(some) > 1 else b""
+        size = RUN.size + len(table) + end - start + len(TAIL)
+        parts += (RUN.pack(size, len(some), MESSAGES, image, skip), table, view[start:end], TAIL)
     return Run(b"".join(parts), count, charge, sizes=sizes, account=account)
 
 
