@@ -1,9 +1,9 @@
-"""Rude clients, wrong keys, and who may reach the socket at all."""
+"""Rude clients, wrong keys, and which process may reach the socket at all."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -13,7 +13,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Listener
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,20 @@ from typing import Any
 import psutil
 import pytest
 
-import mpbroadcast
 from mpbroadcast import AuthenticationFailed, Broadcaster, BrokerLost, TimedOut, connect, start_broadcaster, trap_points
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.deadline import Deadline
-from tests.support.helpers import DEADLINE, Background, Children, answer, finish, keyed_connection, wait_until
-from tests.support.victims import Program, descriptors
+from tests.support.helpers import DEADLINE, Background, Children, answer, finish, wait_until
+from tests.support.rude import Rude
+from tests.support.victims import descriptors
 
-PACKAGE = Path(mpbroadcast.__file__).parent
+Bus = Broadcaster[Any]
 GROWTH = 8 << 20  # bytes that a broker's memory may differ by between two quiet moments
-HELD_UP = 2.0  # seconds in which a round of everybody else's business is done, on a busy machine
+HELD_UP = 2.0  # seconds in which a round of all others' business is done, on a busy machine
 
 
-def raw(bus: Broadcaster[Any]) -> socket.socket:
-    """A bare connection to the broker's socket."""
+def raw(bus: Bus) -> socket.socket:
+    """Return a bare connection to the broker's socket."""
     client = socket.socket(socket.AF_UNIX)
     client.settimeout(DEADLINE)
 
@@ -45,27 +45,19 @@ def raw(bus: Broadcaster[Any]) -> socket.socket:
             return False
         return True
 
-    try:
-        wait_until(connected)
-    except BaseException:
-        client.close()
-        raise
+    wait_until(connected)
     return client
 
 
-def keyed(bus: Broadcaster[Any]) -> Any:
-    """A connection that has proved that it has the key."""
-    return keyed_connection(bus.address)
-
-
-def send(client: Any, data: bytes) -> None:
+def send(client: socket.socket, *parts: bytes) -> None:
     """Send what the broker takes of it: it may hang up at any byte."""
     with contextlib.suppress(OSError):
-        client.sendall(data)
+        for part in parts:
+            client.sendall(part)
 
 
-def goes_on(bus: Broadcaster[Any]) -> None:
-    """Everybody else's business is done, and quickly: old and new handles, subscribing, publishing, statistics."""
+def goes_on(bus: Bus) -> None:
+    """Do all others' business, quickly: old and new handles, subscribing, publishing, statistics."""
     start = time.monotonic()
     with bus.subscribe("check") as channel:
         bus.publish("through the old handle", topic="check", timeout=DEADLINE)
@@ -78,8 +70,8 @@ def goes_on(bus: Broadcaster[Any]) -> None:
 
 
 @contextlib.contextmanager
-def undisturbed(bus: Broadcaster[Any]) -> Iterator[None]:
-    """What happens within changes nothing for others; afterwards no descriptor and no memory of it is left."""
+def undisturbed(bus: Bus) -> Iterator[None]:
+    """Expect that what happens within changes nothing for others, and leaves no descriptor and no memory."""
     goes_on(bus)
     broker = psutil.Process(bus.stats().pid)
     before, memory = descriptors(broker.pid), broker.memory_info().rss
@@ -92,6 +84,7 @@ def undisturbed(bus: Broadcaster[Any]) -> Iterator[None]:
 
 LENGTH = struct.Struct("!i")
 NOISE = random.Random(20).randbytes(100_000)
+PICKLE = pickle.dumps(["a pickle"])
 RUDE: dict[str, list[bytes]] = {
     "no bytes": [],
     "one byte": [b"\0"],
@@ -106,31 +99,33 @@ RUDE: dict[str, list[bytes]] = {
     "a wrong short answer": [LENGTH.pack(16) + b"x" * 16],
     "a welcome instead of an answer": [LENGTH.pack(9) + b"#WELCOME#"],
     "a request instead of an answer": [LENGTH.pack(14) + b'{"do":"stats"}'],
-    "a pickle": [LENGTH.pack(len(pickle.dumps(["a pickle"]))) + pickle.dumps(["a pickle"])],
+    "a pickle": [LENGTH.pack(len(PICKLE)) + PICKLE],
 }
+REQUESTS = [NOISE[:2000], b"", b'{"do": ', b"[1]", b"null", b"{}", b'{"do":1e999,"session":NaN}', b'{"do":"\xff\xfe"}']
 
 
-@pytest.mark.parametrize("what", RUDE)
-def test_a_rude_client_holds_up_nobody(what: str, bus: Broadcaster[Any]) -> None:
-    """What a client sends instead of proving that it has the key disturbs nobody, while it stays and when it goes."""
-    with undisturbed(bus), raw(bus) as client:
-        for part in RUDE[what]:
-            send(client, part)
-        goes_on(bus)
-
-
-@pytest.mark.parametrize("what", ["no bytes", "random bytes", "half an answer"])
-def test_a_client_that_goes_at_once(what: str, bus: Broadcaster[Any]) -> None:
-    """Clients that hang up in the middle, hundreds of them one after the other, leave nothing."""
+def test_a_rude_client_holds_up_nobody(bus: Bus) -> None:
+    """Disturb nothing by what is sent in place of a proof of the key, while the client stays and when it goes."""
+    for what, parts in RUDE.items():
+        with undisturbed(bus), raw(bus) as client:
+            print(what)
+            send(client, *parts)
+            goes_on(bus)
     with undisturbed(bus):
-        for _ in range(200):
-            with raw(bus) as client:
-                for part in RUDE[what]:
-                    send(client, part[:50])
+        for _ in range(20):
+            for parts in RUDE.values():  # of clients that go in the middle
+                with raw(bus) as client:
+                    send(client, *(part[:50] for part in parts))
 
 
-def test_two_hundred_silent_clients(bus: Broadcaster[Any]) -> None:
-    """Many clients that send nothing, all at once, hold up nobody, and cost nothing when they have gone."""
+def test_a_client_with_the_key_that_sends_nonsense_holds_up_nobody(bus: Bus) -> None:
+    for body in REQUESTS:
+        with undisturbed(bus), contextlib.closing(Rude(bus.address)) as client:
+            client.send(LENGTH.pack(len(body)) + body)
+            goes_on(bus)
+
+
+def test_two_hundred_silent_clients(bus: Bus) -> None:
     with undisturbed(bus), contextlib.ExitStack() as stack:
         for _ in range(200):
             stack.enter_context(raw(bus))
@@ -138,7 +133,7 @@ def test_two_hundred_silent_clients(bus: Broadcaster[Any]) -> None:
 
 
 def crowd(address: str, orders: Connection) -> None:
-    """For each order, connect 200 times and send nothing; report when the broker has thrown out the first of these."""
+    """For each order, connect 200 times and send nothing; report when the broker has closed the first of these."""
     while orders.recv():
         with contextlib.ExitStack() as stack:
             strangers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(200)]
@@ -148,259 +143,152 @@ def crowd(address: str, orders: Connection) -> None:
                 with contextlib.suppress(ConnectionResetError):
                     while stranger.recv(100):
                         pass
-            orders.send("thrown out")
+            orders.send("closed")
 
 
 def test_strangers_do_not_take_the_place_of_who_has_the_key(
-    bus: Broadcaster[Any], fork: BaseContext, children: Children, monkeypatch: pytest.MonkeyPatch
+    bus: Bus, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that is about to answer stays, though more strangers have come since than the broker keeps."""
-    ours, theirs = fork.Pipe()
-    with ours, theirs:
-        process = children(fork, crowd, bus.address, theirs)
-        thrown_out = []
+    """Keep a client that is about to answer, though more strangers have come since than the broker keeps."""
+    process = children(fork, crowd, bus.address, pipe[1])
+    crowds = []
 
-        def reach(name: str, subject: object = None) -> None:
-            if name == "answering":
-                ours.send(True)
-                thrown_out.append(answer(ours))
+    def reach(name: str, subject: object = None) -> None:
+        if name == "answering":
+            pipe[0].send(True)
+            crowds.append(answer(pipe[0]))
 
-        monkeypatch.setattr(trap_points, "reach", reach)
-        with connect(bus.address):
-            assert len(thrown_out) == 3  # the challenge is answered once, and nothing was tried again
-        monkeypatch.undo()
-        ours.send(False)
-        finish(process)
+    monkeypatch.setattr(trap_points, "reach", reach)
+    with connect(bus.address):
+        assert len(crowds) == 3  # the challenge is answered once, and nothing was tried again
+    monkeypatch.undo()
+    pipe[0].send(False)
+    finish(process)
 
 
-def test_a_connection_that_was_reset_is_tried_again(temporary_folder: Path) -> None:
-    """A client that was thrown out before it could answer tries again, and again, and then raises that nothing answers."""
-    address = str(temporary_folder / "resets")
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(address)
-        server.listen()
-        server.settimeout(DEADLINE)
-        connecting = Background(connect, address)
-        for _ in range(7):
-            server.accept()[0].close()
-    with pytest.raises(BrokerLost):
-        raise connecting.error() or AssertionError
-    os.unlink(address)
+@pytest.fixture
+def server(temporary_folder: Path) -> Iterator[socket.socket]:
+    """Yield a socket that listens at an address, and is no broker's."""
+    address = temporary_folder / "resets"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(address))
+        listening.listen()
+        listening.settimeout(DEADLINE)
+        yield listening
+    address.unlink()
 
 
-def test_a_connection_that_was_reset_when_the_time_is_over(temporary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_was_reset_is_tried_again(server: socket.socket) -> None:
+    """And again; then raise that no broker answers."""
+    connecting = Background(connect, server.getsockname())
+    for _ in range(7):
+        server.accept()[0].close()
+    server.close()
+    assert isinstance(connecting.error(), BrokerLost)
+
+
+def test_a_connection_that_was_reset_when_the_time_is_over(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     """There may be a broker all the same, so it is not taken for lost."""
-    address = str(temporary_folder / "resets")
     deadline = Deadline(0.1)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(address)
-        server.listen()
 
-        def reach(name: str, subject: object = None) -> None:
-            if name == "connected":
-                server.accept()[0].close()
-                wait_until(lambda: deadline.remaining() == 0)
+    def reach(name: str, subject: object = None) -> None:
+        if name == "connected":
+            server.accept()[0].close()
+            wait_until(lambda: deadline.remaining() == 0)
 
-        monkeypatch.setattr(trap_points, "reach", reach)
-        with pytest.raises(TimedOut):
-            BrokerClient(address).session(deadline)
-    os.unlink(address)
+    monkeypatch.setattr(trap_points, "reach", reach)
+    with pytest.raises(TimedOut):
+        BrokerClient(server.getsockname()).session(deadline)
 
 
-def endless(client: Any) -> int:
-    """Send without end, until the broker hangs up, takes no more, or has had far more than it may: how much it took."""
-    block = b"x" * (1 << 20)
-    taken = 0
-    with contextlib.suppress(OSError):
-        while taken < 256 << 20:
-            taken += client.send(block)
-    return taken
-
-
-def test_a_client_that_sends_without_end(bus: Broadcaster[Any]) -> None:
-    """One announces a message of two GiB before it has proved its key, and sends it: the broker does not take it in."""
-    with undisturbed(bus), raw(bus) as client:
+@pytest.mark.parametrize("what", ["before the key", "one request", "requests whose replies it does not read"])
+def test_a_client_that_sends_without_end(what: str, bus: Bus) -> None:
+    """Take in little of it, whether a message of two GiB is announced, or the replies would pile up."""
+    request = b'{"do":"stats"}'
+    block = (LENGTH.pack(len(request)) + request) * 10_000 if what.startswith("requests") else b"x" * (1 << 20)
+    with undisturbed(bus), contextlib.ExitStack() as stack:
+        if what == "before the key":
+            client = stack.enter_context(raw(bus))
+        else:
+            client = stack.enter_context(contextlib.closing(Rude(bus.address))).socket
         client.settimeout(0.5)
-        send(client, LENGTH.pack(0x7FFF_0000))
-        assert endless(client) < GROWTH
+        if not what.startswith("requests"):
+            send(client, LENGTH.pack(0x7FFF_0000))
+        taken = 0
+        with contextlib.suppress(OSError):
+            while taken < 256 << 20:
+                taken += client.send(block[taken % len(block) :])
+        assert taken < GROWTH
         goes_on(bus)
-
-
-# ------------------------------------------------------------------------------------------ with the key, and then rude
 
 
 class Planted:
     """A pickle that would leave a trace where it is unpickled."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self) -> Any:
-        return Path(self.path).write_text, ("unpickled",)
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return self.path.write_text, ("unpickled",)
 
 
-def json_bytes(value: Any) -> bytes:
-    return json.dumps(value).encode()
-
-
-KEYED: dict[str, Callable[[], list[bytes]]] = {
-    "nothing": list,
-    "random bytes": lambda: [NOISE[:2000]],
-    "much": lambda: [NOISE] * 30,
-    "an empty message": lambda: [b""],
-    "no JSON": lambda: [b'{"do": '],
-    "deep JSON": lambda: [b"[" * 100_000],
-    "deep objects": lambda: [b'{"do":' * 50_000],
-    "no object": lambda: [json_bytes([1, 2, 3]), json_bytes("text"), json_bytes(None), json_bytes(7)],
-    "an empty object": lambda: [b"{}"],
-    "an unknown request": lambda: [json_bytes({"do": "explode"}), json_bytes({"do": "explode", "session": 1})],
-    "wrong types": lambda: [json_bytes({"do": ["stats"], "session": {}, "topics": 5, "capacity": "x", "pid": -1})],
-    "huge numbers": lambda: [b'{"do":"subscribe","session":' + b"9" * 5000 + b"}", b'{"do":1e999,"session":NaN}'],
-    "no text": lambda: [b'{"do":"\xff\xfe"}', b'{"do":"\\ud800"}'],
-}
-
-
-@pytest.mark.parametrize("what", KEYED)
-def test_a_client_with_the_key_that_talks_nonsense(what: str, bus: Broadcaster[Any]) -> None:
-    """Nonsense behind the right key ends that client's connection at most; the others notice nothing."""
-    with undisturbed(bus):
-        client = keyed(bus)
-        with client:
-            for body in KEYED[what]():
-                with contextlib.suppress(OSError):
-                    client.send_bytes(body)
-            goes_on(bus)
-
-
-def test_a_pickle_behind_the_key_is_never_unpickled(bus: Broadcaster[Any], tmp_path: Path) -> None:
-    """A control message is never unpickled, whoever sends it."""
+def test_a_pickle_behind_the_key_is_never_unpickled(bus: Bus, tmp_path: Path) -> None:
+    """Neither as a request, nor as a message, which its subscriber unpickles in ``recv``."""
     trace = tmp_path / "trace"
     with undisturbed(bus):
-        client = keyed(bus)
-        with client, contextlib.suppress(OSError):
-            client.send(Planted(str(trace)))
-            client.send({"do": Planted(str(trace))})
-            goes_on(bus)
-    assert not trace.exists()
-
-
-def test_a_message_is_unpickled_in_its_subscriber_only(bus: Broadcaster[Any], tmp_path: Path) -> None:
-    """The broker forwards a message without looking into it: only ``recv`` unpickles."""
-    trace = tmp_path / "trace"
-    with bus.subscribe() as channel:
-        bus.publish(Planted(str(trace)))
-        bus.flush(DEADLINE)
-        wait_until(lambda: bus.stats().subscribers[0].waiting + bus.stats().subscribers[0].delivered == 1)
-        assert not trace.exists()
-        channel.recv(DEADLINE)
-        assert trace.exists()
-
-
-def test_a_flood_of_control_bytes_behind_the_key(bus: Broadcaster[Any]) -> None:
-    """One request of hundreds of MiB is refused before it is taken in."""
-    with undisturbed(bus):
-        client = keyed(bus)
-        with client, socket.socket(fileno=os.dup(client.fileno())) as bare:
-            bare.settimeout(0.5)
-            send(bare, LENGTH.pack(0x7FFF_0000))
-            assert endless(bare) < GROWTH
-            goes_on(bus)
-
-
-def test_a_client_that_reads_no_answer(bus: Broadcaster[Any]) -> None:
-    """A client with the key that asks and never reads holds up nobody, and its answers do not pile up."""
-    with undisturbed(bus):
-        client = keyed(bus)
-        with client, socket.socket(fileno=os.dup(client.fileno())) as bare:
-            bare.settimeout(0.5)
-            request = json_bytes({"do": "stats"})
-            requests = (LENGTH.pack(len(request)) + request) * 1000
-            taken = 0
-            with contextlib.suppress(OSError):
-                while taken < 256 << 20:
-                    taken += bare.send(requests[taken % len(requests) :])
-            assert taken < GROWTH
-            goes_on(bus)
+        for planted in (Planted(trace), {"do": Planted(trace)}):
+            body = pickle.dumps(planted)
+            with contextlib.closing(Rude(bus.address)) as client:
+                client.send(LENGTH.pack(len(body)) + body)
+                goes_on(bus)
+        with bus.subscribe() as channel:
+            bus.publish(Planted(trace))
+            bus.flush(DEADLINE)
+            wait_until(lambda: bus.stats().subscribers[0].waiting + bus.stats().subscribers[0].delivered == 1)
+            assert not trace.exists()
+            channel.recv(DEADLINE)
+            assert trace.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------- keys
 
 
-def test_only_this_user_reaches_the_socket(bus: Broadcaster[Any]) -> None:
-    """The socket file has mode 0600, in a folder with mode 0700, whatever the umask."""
-    assert stat.S_IMODE(os.stat(bus.address).st_mode) == 0o600
-    assert stat.S_IMODE(os.stat(os.path.dirname(bus.address)).st_mode) == 0o700
-    assert stat.S_ISSOCK(os.stat(bus.address).st_mode)
-    before = os.umask(0)
-    try:
-        with start_broadcaster() as other:
-            assert stat.S_IMODE(os.stat(other.address).st_mode) == 0o600
-            assert stat.S_IMODE(os.stat(os.path.dirname(other.address)).st_mode) == 0o700
-    finally:
-        os.umask(before)
+@pytest.mark.parametrize("chosen", [False, True])
+def test_only_this_user_reaches_the_socket(chosen: bool, temporary_folder: Path) -> None:
+    """Give the socket file mode 0600, in a folder with mode 0700 unless it is a chosen one, whatever the umask."""
+    for umask in (0o022, 0):
+        before = os.umask(umask)
+        try:
+            with start_broadcaster(address=temporary_folder / "chosen" if chosen else None) as bus:
+                assert os.stat(bus.address).st_mode == stat.S_IFSOCK | 0o600
+                if not chosen:
+                    assert stat.S_IMODE(os.stat(os.path.dirname(bus.address)).st_mode) == 0o700
+        finally:
+            os.umask(before)
+        assert not os.path.exists(bus.address)
 
 
-def test_a_socket_at_a_chosen_address_is_private_too(temporary_folder: Path) -> None:
-    """A socket at an address of the user's has mode 0600, though its folder is anybody's."""
-    before = os.umask(0)
-    try:
-        with start_broadcaster(address=str(temporary_folder / "chosen")) as bus:
-            assert bus.address == str(temporary_folder / "chosen")
-            assert stat.S_IMODE(os.stat(bus.address).st_mode) == 0o600
-    finally:
-        os.umask(before)
-    assert not (temporary_folder / "chosen").exists()
-
-
-def test_a_wrong_key_is_refused(bus: Broadcaster[Any]) -> None:
-    """A wrong key raises an error that multiprocessing's own handlers catch, too, and that names what to do."""
-    with undisturbed(bus):
-        with pytest.raises(AuthenticationFailed) as caught:
+def test_a_wrong_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise what handlers of multiprocessing's error catch, too; a process that is no child needs the broker's own key."""
+    key = os.urandom(32)
+    with start_broadcaster(authkey=key) as bus, undisturbed(bus):
+        with pytest.raises(AuthenticationFailed, match="key") as caught:
             connect(bus.address, authkey=b"wrong")
         assert isinstance(caught.value, AuthenticationError)
-        assert "key" in str(caught.value)
-
-
-CONNECT = """
-import sys
-import mpbroadcast
-from mpbroadcast import AuthenticationFailed, connect
-address, key = sys.argv[1:]
-try:
-    connect(address)
-except AuthenticationFailed:
-    print("refused")
-with connect(address, authkey=bytes.fromhex(key)) as bus:
-    bus.publish("from a stranger")
-    print("published")
-"""
-
-
-def test_a_process_that_is_no_child_connects_with_the_key() -> None:
-    """A process that is no child of the starter gets in with the starter's key, and not with its own."""
-    key = os.urandom(32)
-    with start_broadcaster(authkey=key) as bus, bus.subscribe() as channel:
-        with Program("-W", "error", "-c", CONNECT, bus.address, key.hex()) as program:
-            assert program.end() == (0, "refused\npublished\n", "")
-        assert channel.recv(DEADLINE) == "from a stranger"
-        with connect(bus.address, authkey=key) as other:
-            assert other.stats().pid == bus.stats().pid
+        with monkeypatch.context() as patch:
+            patch.setattr(multiprocessing.current_process(), "authkey", os.urandom(32))
+            with pytest.raises(AuthenticationFailed):
+                connect(bus.address)
+            with connect(bus.address, authkey=key) as other, other.subscribe() as channel:
+                other.publish("from a stranger")
+                assert channel.recv(DEADLINE) == "from a stranger"
 
 
 def test_a_server_that_does_not_have_the_key_is_not_trusted(temporary_folder: Path) -> None:
-    """Who listens at an address without having the key is found out, and gets no answer that helps it."""
-    from multiprocessing.connection import Listener
-    from threading import Thread
-
+    """Find out what listens at the address, and give it no answer that helps it."""
     address = str(temporary_folder / "stranger")
     with Listener(address, "AF_UNIX", authkey=b"the stranger's key") as listener:
-
-        def serve() -> None:
-            with contextlib.suppress(AuthenticationError, OSError, EOFError):
-                listener.accept().close()
-
-        thread = Thread(target=serve, daemon=True)
-        thread.start()
+        accepting = Background(listener.accept)
         with pytest.raises(AuthenticationFailed):
             connect(address)
-        thread.join(DEADLINE)
+        assert isinstance(accepting.error(), AuthenticationError | OSError | EOFError)
