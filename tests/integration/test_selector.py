@@ -99,7 +99,7 @@ def test_each_kind_of_source(bus: Bus, sources: Sources, children: Children, con
     """Return a connection's messages, what has a descriptor as long as it is readable, a process once it has ended."""
     channel = bus.subscribe()
     orders, theirs = context.Pipe()
-    process = children(context, workers.exit_on_order, theirs)
+    process = children(context, answer, theirs)
     selector: Selector[Any] = Selector().select(channel).select(sources.connection).select(sources.socket)
     selector.select(process, lambda ended: (ended, ended.exitcode))
     nothing_comes(selector)
@@ -183,7 +183,7 @@ def test_busy_channel_starves_no_other_source(bus: Bus, sources: Sources, childr
     channel.fileno()
     bus.publish_many(["busy"] * 1000)
     bus.flush(timeout=DEADLINE, delivered=True)
-    process = children(fork, workers.exit_on_order, sources.sender)
+    process = children(fork, answer, sources.sender)
     sources.connection.send("end")
     process.join(DEADLINE)
     selector = Selector[Any]().select(channel).select(sources.connection).select(process, lambda _: "process")
