@@ -7,15 +7,13 @@ nap at once.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from functools import partial
 from typing import Final
 
 from mpbroadcast.broker.channel_pipe import PIPE_SIZE
 from mpbroadcast.broker.core.states import PublisherState
-from mpbroadcast.broker.members import Publisher, Session
-from mpbroadcast.broker.publisher_pipe import PublisherPipe
+from mpbroadcast.broker.members import Publisher, PublisherPipe, Session
 from mpbroadcast.posix.pipes import new_pipe, replace_with_dead_pipe
 from mpbroadcast.posix.poller import IN, Poller
 from mpbroadcast.protocol.frames import FrameError
@@ -62,10 +60,10 @@ class Intake:
     def _watch(self, publisher: Publisher) -> None:
         self._poller.watch(publisher.pipe.fd, IN, partial(self.read, publisher))
 
-    def read(self, publisher: Publisher, _events: int = IN) -> None:
-        """Read once what is in its pipe, and park it."""
+    def read(self, publisher: Publisher, _events: int = IN, *, limit: int | None = None) -> None:
+        """Read once what is in its pipe, at most ``limit`` bytes, and park it."""
         try:
-            chunk = publisher.pipe.read()
+            chunk = publisher.pipe.read(limit)
         except BlockingIOError:
             if publisher.state is PublisherState.NAPPING:
                 self.watch(publisher)
@@ -76,16 +74,12 @@ class Intake:
         try:
             came = publisher.take(chunk)
         except Exception as error:
-            self._reject(publisher, error)
+            if not isinstance(error, FrameError):  # whatever is wrong with what it has sent, it does not end the broker
+                log.exception("bytes of process %d could not be parsed", publisher.pid)
+            self.refuse(publisher, str(error))
             return
         self._came += came
         self.ready[publisher] = came
-
-    def _reject(self, publisher: Publisher, error: Exception) -> None:
-        """Refuse a publisher, whatever is wrong with what it has sent: it does not end the broker."""
-        if not isinstance(error, FrameError):
-            log.error("bytes of process %d could not be parsed", publisher.pid, exc_info=error)
-        self.refuse(publisher, str(error))
 
     def refuse(self, publisher: Publisher, error: str) -> None:
         """Read nothing more of a publisher that has sent what it must not."""
@@ -110,19 +104,15 @@ class Intake:
         self._poller.forget(publisher.pipe.fd)
         self._napping.pop(publisher, None)
 
-    def read_to(self, publisher: Publisher, end: int) -> None:
-        """Read what is in its pipe, but nothing behind this position, and park it."""
-        chunk = publisher.pipe.read(end - publisher.pipe.position)
-        try:
-            publisher.take(chunk)
-        except Exception as error:
-            self._reject(publisher, error)
-
-    def read_last(self, publisher: Publisher) -> None:
-        """Read once more, and close."""
+    def finish(self, publisher: Publisher) -> None:
+        """Read what it has written until now, whether it can be routed or not, and nothing more."""
+        end = publisher.pipe.end_of_written()
+        while not publisher.is_closed and publisher.pipe.position < end:
+            self.read(publisher, limit=end - publisher.pipe.position)
+        if publisher.is_closed:
+            return
         # A publish that waited for room may have gone on when there was some: that is published, but what comes later is not.
-        with contextlib.suppress(BlockingIOError):
-            self.read_to(publisher, publisher.pipe.position + PIPE_SIZE)
+        self.read(publisher)
         if not publisher.is_closed:
             replace_with_dead_pipe(publisher.pipe.fd)  # at once, not at the end of the round: it wakes a publish that waits
             self.close(publisher)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.backlog import Backlog
@@ -17,29 +17,25 @@ from mpbroadcast.broker.core.limits import SESSION, Budget, Cost
 from mpbroadcast.broker.core.policies import under
 from mpbroadcast.broker.core.states import PipeState, PublisherState, SubscriptionState
 from mpbroadcast.broker.memory import Lender
-from mpbroadcast.broker.publisher_pipe import PublisherPipe
 from mpbroadcast.broker.reference_window import ReferenceWindow
+from mpbroadcast.posix.pipes import readv, unread
 from mpbroadcast.posix.processes import PeerProcess
-from mpbroadcast.protocol.frames import FrameError, Item, MemfdMessage, References
+from mpbroadcast.protocol.frames import FrameError, Item, MemfdMessage, References, Splitter
 
 log = logging.getLogger("mpbroadcast.broker")
 
 Parked = Item | Callable[[], None]
 
 
-class Peer:
+class Peer(PeerProcess):
     """A process, and all that is removed when it dies."""
 
-    def __init__(self, process: PeerProcess) -> None:
-        self.process = process
+    def __init__(self, pid: int) -> None:
+        super().__init__(pid)
         self.is_starter = False  # of the broker, which ends with it
         self.connections = 0  # control connections that it has
         self.asked = 0  # bytes of their requests that are not whole
         self.subscriptions: set[Subscription] = set()
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
 
     @property
     def is_unused(self) -> bool:
@@ -56,6 +52,47 @@ class Session:
         self.budget = Budget(SESSION, whole)
         self.publishers: set[Publisher] = set()
         self.subscriptions: set[Subscription] = set()
+
+
+class PublisherPipe:
+    """A pipe that is read into ``buffer``, which all publishers use in turn.
+
+    ``barriers`` are positions that no read goes beyond, each with what is to be called when all before it is routed.
+    """
+
+    def __init__(self, fd: int, buffer: memoryview) -> None:
+        self.fd = fd  # -1 once it is closed
+        self.position = 0  # bytes read so far
+        self.barriers: deque[tuple[int, Callable[[], None]]] = deque()
+        self.splitter = Splitter()
+        self._buffer = buffer
+
+    def read(self, limit: int | None = None) -> bytes:
+        """Return what is there, but nothing behind the next barrier; nothing when all writers are gone.
+
+        :raises BlockingIOError: nothing is there.
+        """
+        if self.barriers:
+            end = self.barriers[0][0] - self.position
+            limit = end if limit is None else min(limit, end)
+        buffer = self._buffer
+        # Not os.read: memory for the most that may come would be mapped and unmapped each time.
+        return bytes(buffer[: readv(self.fd, (buffer if limit is None else buffer[:limit],))])
+
+    def passed(self) -> Iterator[Callable[[], None]]:
+        """Return what belongs to the barriers that are reached, and forget these."""
+        while self.barriers and self.barriers[0][0] <= self.position:
+            yield self.barriers.popleft()[1]
+
+    def end_of_written(self) -> int:
+        """Return the position behind all that has been written until now."""
+        return self.position + (unread(self.fd) if self.fd >= 0 else 0)
+
+    def closed(self) -> int:
+        """Forget what is not complete, and the descriptor. Return it: the caller closes it."""
+        fd, self.fd = self.fd, -1
+        self.splitter = Splitter()
+        return fd
 
 
 class Publisher:

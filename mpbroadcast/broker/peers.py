@@ -12,7 +12,6 @@ from typing import Final
 
 from mpbroadcast.broker.members import Peer
 from mpbroadcast.posix.poller import IN, Poller
-from mpbroadcast.posix.processes import PeerProcess
 
 SWEEP: Final = 1.0  # seconds, where deaths are no events
 
@@ -32,17 +31,16 @@ class Peers:
         :raises ProcessLookupError: it does not any more.
         """
         peer = self._peers.get(pid)
-        if peer is not None and peer.process.is_dead():  # the ID is another one's by now
+        if peer is not None and peer.is_dead():  # the ID is another one's by now
             self._note_death(peer)
             peer = None
         if peer is None:
-            process = PeerProcess(pid)
-            peer = Peer(process)
+            peer = Peer(pid)
             if pid > 0:
                 self._peers[pid] = peer
-            if process.fd >= 0:
-                self._poller.watch(process.fd, IN, partial(self._note_death, peer))
-            elif process.must_be_asked and not self._is_sweeping:
+            if peer.fd >= 0:
+                self._poller.watch(peer.fd, IN, partial(self._note_death, peer))
+            elif peer.must_be_asked and not self._is_sweeping:
                 self._is_sweeping = True
                 self._poller.later(SWEEP, self._sweep)
         return peer
@@ -59,9 +57,9 @@ class Peers:
 
     def _sweep(self) -> None:
         for peer in list(self._peers.values()):
-            if peer.process.is_dead():
+            if peer.is_dead():
                 self._note_death(peer)
-        self._is_sweeping = any(peer.process.must_be_asked for peer in self._peers.values())
+        self._is_sweeping = any(peer.must_be_asked for peer in self._peers.values())
         if self._is_sweeping:
             self._poller.later(SWEEP, self._sweep)
 
@@ -72,5 +70,5 @@ class Peers:
     def _forget(self, peer: Peer) -> None:
         if self._peers.get(peer.pid, peer) is peer:
             self._peers.pop(peer.pid, None)
-            fd, peer.process.fd = peer.process.fd, -1
+            fd, peer.fd = peer.fd, -1
             self._poller.close(fd)

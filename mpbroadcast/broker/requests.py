@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final
 
 from mpbroadcast.broker.control_connection import ControlConnection
-from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, MOST_STEPS, SESSION, Cost, OverBudget, cost_of
+from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, SESSION, Cost, OverBudget, cost_of
 from mpbroadcast.broker.core.patterns import Matcher, is_pattern, matcher
 from mpbroadcast.broker.members import Publisher, Session, Subscription
 from mpbroadcast.broker.server import WAIT, Broker, Parts
@@ -101,7 +101,7 @@ def _fd_socket(broker: Broker, connection: ControlConnection, message: dict[str,
 def _retire(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     publisher = _own_publisher(broker, connection, message)
     if publisher is not None:
-        broker.traffic.finish(publisher)
+        broker.traffic.intake.finish(publisher)
     connection.reply({})
 
 
@@ -135,8 +135,9 @@ def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str,
     registry, history = broker.registry, broker.traffic.routing.history
     if replay and history is None:
         raise _Refused("value", "replay needs a broker that keeps a history: start_broadcaster(history=...)")
-    if replay:
+    if replay and history is not None:
         yield from broker.traffic.take_in()  # so that it is in the history
+        published = yield from history.matching(topics)
     _refuse_when_stopping(broker)
     session = _session(broker, connection, message)
     id = _integer(message, "subscription")
@@ -151,12 +152,10 @@ def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str,
         yield from _route(broker, known, missing)
     elif known is not None or id in registry.to_remove or not 0 < id <= _MOST:
         raise _Refused("value", f"subscription must be a new ID of 48 bits, not {id}")
-    elif history is not None and replay:
-        if history.steps(topics) > MOST_STEPS:
-            raise _Refused("value", "replay of so many patterns takes too long: name topics, or begin patterns differently")
+    elif replay:
         subscription = registry.add_subscription(id, session, capacity, policy, cost)
         registry.route(subscription, topics)  # at once, so that nothing is missing behind what is replayed
-        broker.traffic.routing.replay(subscription, topics, replay)
+        broker.traffic.routing.replay(subscription, published, replay)
     else:
         subscription = registry.add_subscription(id, session, capacity, policy, cost)
         publisher = _find_publisher(broker, message)

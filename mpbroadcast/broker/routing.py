@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from mpbroadcast import trap_points
@@ -150,8 +150,8 @@ class Routing:
                 self.end(subscription)
                 self.overflowed.append(subscription)
 
-    def replay(self, subscription: Subscription, topics: list[str], count: int) -> None:
-        """Put the last ``count`` messages that are for it into its backlog."""
+    def replay(self, subscription: Subscription, topics: Iterable[bytes], count: int) -> None:
+        """Put the last ``count`` messages of these topics into its backlog."""
         backlog, account = subscription.backlog, self._memory.store.account
         if self.history is not None and count:
             most = 1 if backlog.policy == "latest" else count

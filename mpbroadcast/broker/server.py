@@ -100,7 +100,7 @@ class Broker:
         if self._has_found():
             self._work_off()
         if registry.to_finish:
-            traffic.finish(registry.to_finish.pop())
+            traffic.intake.finish(registry.to_finish.pop())
         if registry.to_remove:
             registry.remove_some()
         if self.ends_unneeded and not (registry.sessions or registry.subscriptions):

@@ -131,7 +131,7 @@ class Traffic:
             publisher = next(iter(pending))
             if not publisher.parked:
                 position = publisher.pipe.position
-                self.intake.read_to(publisher, min(publisher.pipe.end_of_written(), position + MUCH))
+                self.intake.read(publisher, limit=min(publisher.pipe.end_of_written() - position, MUCH))
                 room -= publisher.pipe.position - position
             self._route(publisher, TURN)
             self._look_for_room(publisher)
@@ -155,14 +155,6 @@ class Traffic:
         """True if there is something to route or to write that waits for nothing."""
         routing, delivery = self.routing, self.delivery
         return bool(routing.behind or self.intake.ready or delivery.dirty or delivery.gone or routing.resuming)
-
-    def finish(self, publisher: Publisher) -> None:
-        """Read what it has written until now, whether it can be routed or not, and nothing more. The next round routes it."""
-        end = publisher.pipe.end_of_written()
-        while not publisher.is_closed and publisher.pipe.position < end:
-            self.intake.read_to(publisher, end)
-        if not publisher.is_closed:
-            self.intake.read_last(publisher)
 
     # --- subscriptions
 

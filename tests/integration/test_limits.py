@@ -33,7 +33,7 @@ from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from mpbroadcast.protocol.frames import PIECE, Batch, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.protocol.runs import MESSAGES, RUN, TAIL
 from tests.support.helpers import DEADLINE, pattern, wait_until
-from tests.support.own_broker import Asker, ask, asking, held, own_broker, subscribed, subscribing
+from tests.support.own_broker import Asker, ask, asking, complete, held, own_broker, subscribed, subscribing
 from tests.support.rude import RING_SIZE, Lent, Rude, shares_memory
 
 __all__ = ["own_broker"]
@@ -102,8 +102,26 @@ def test_a_replay_looks_names_up() -> None:
         history.add(number, Batch(bytes(8), array("I", (8,)), b"%d" % number, 0, 8))
     names = [str(number) for number in range(10_000)]
     with at_most(100_000):
-        found = history.last(names, 2, 1 << 20)
+        found = history.last(complete(history.matching(names)), 2, 1 << 20)
     assert [batch.topic for batch in found] == [b"4094", b"4095"]
+
+
+def test_a_replay_tries_patterns_in_parts() -> None:
+    """Many patterns are not tried with 4,096 topics in one round; what is published meanwhile is found, too."""
+    history = History(3)
+    for number in range(MOST_TOPICS):
+        history.add(number, Batch(bytes(8), array("I", (8,)), b"%d" % number, 0, 8))
+    parts = history.matching([f"*{number}*7" for number in range(30)])
+    next(parts)
+    history.add(MOST_TOPICS, Batch(bytes(8), array("I", (8,)), b"4 and 7", 0, 8))
+    found: set[bytes] = set()
+    while not found:
+        with at_most(60_000):
+            try:
+                next(parts)
+            except StopIteration as done:
+                found = done.value
+    assert {b"4 and 7", b"1997"} < found
 
 
 def in_rounds(broker: Broker, asker: Asker, message: dict[str, Any], most: int) -> dict[str, Any]:
@@ -487,7 +505,7 @@ def test_publishers_have_turns(gone: bool, own_broker: Broker) -> None:
         other, other_pipe = traffic.intake.add(own_broker.registry.new_id(), session)
         os.write(one_pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 100)
         if gone:
-            traffic.finish(one)
+            traffic.intake.finish(one)
         for _ in range(5):
             os.write(other_pipe, frame_head(0, b"turn 3"))
             with at_most(200_000):
@@ -513,7 +531,7 @@ def test_what_waits_for_its_turn_comes_before_what_is_asked_next(own_broker: Bro
             subscribed(own_broker, subscription, session, ["turn*"], "drop_newest")
         publisher, pipe = traffic.intake.add(own_broker.registry.new_id(), session)
         os.write(pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 50)
-        traffic.finish(publisher)
+        traffic.intake.finish(publisher)
         assert publisher.parked
         in_rounds(own_broker, one, {"do": "unsubscribe", "session": number, "subscription": 1000}, 1_000_000)
         assert own_broker.registry.subscriptions[1000].backlog.waiting == 100

@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 
@@ -18,9 +18,10 @@ from mpbroadcast.broker.members import Peer, Session, Subscription
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
 from mpbroadcast.broker.statistics import memory
-from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.protocol.control import decode
 from tests.conftest import descriptors as open_files
+
+T = TypeVar("T")
 
 
 class Asker:
@@ -69,14 +70,18 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
         vars(broker).clear()  # what closes itself when nothing refers to it any more
 
 
-def held(broker: Broker) -> int:
-    """The bytes that the broker's statistics report as its memory."""
-    parts = memory(broker)
+def complete(parts: Generator[None, None, T]) -> T:
+    """The result of what is done in parts."""
     while True:
         try:
             next(parts)
         except StopIteration as done:
-            return int(done.value)
+            return cast("T", done.value)
+
+
+def held(broker: Broker) -> int:
+    """The bytes that the broker's statistics report as its memory."""
+    return complete(memory(broker))
 
 
 def take_away(broker: Broker) -> None:
@@ -86,7 +91,7 @@ def take_away(broker: Broker) -> None:
     for subscription in list(broker.registry.subscriptions.values()):
         broker.registry.remove(subscription)
     while broker.registry.to_finish:
-        broker.traffic.finish(broker.registry.to_finish.pop())
+        broker.traffic.intake.finish(broker.registry.to_finish.pop())
     while broker.registry.to_remove:
         broker.registry.remove_some()
     broker.traffic.run_until_idle()
@@ -116,7 +121,7 @@ def subscribing(session: int, subscription: int, *topics: str) -> dict[str, Any]
 @contextlib.contextmanager
 def asking(broker: Broker) -> Iterator[tuple[Asker, Asker, int]]:
     """Two connections of this process; the first has a session, whose number is given, a publisher, and a subscription."""
-    peer = Peer(PeerProcess(os.getpid()))
+    peer = Peer(os.getpid())
     one, other = Asker(peer), Asker(peer)
     try:
         ask(broker, one, {"do": "attach"})
@@ -128,6 +133,4 @@ def asking(broker: Broker) -> Iterator[tuple[Asker, Asker, int]]:
         for subscription in list(broker.registry.openings):
             broker.registry.unopen(subscription)
         take_away(broker)
-        fd, peer.process.fd = peer.process.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        peer.close()

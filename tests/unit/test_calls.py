@@ -15,7 +15,6 @@ from mpbroadcast.broker.core.policies import new_backlog
 from mpbroadcast.broker.members import Peer, Session, Subscription
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
-from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.protocol.frames import frame_head
 from tests.conftest import descriptors as open_files
 
@@ -26,7 +25,7 @@ class Pipes:
     """A broker with one publisher and one channel, in this process."""
 
     def __init__(self, listener: socket.socket, policy: str) -> None:
-        self.peer = Peer(PeerProcess(os.getpid()))
+        self.peer = Peer(os.getpid())
         self.broker = Broker(listener, [b"key"], answer)
         self.traffic, self.router = self.broker.traffic, self.broker.router
         session = Session(1, self.peer, Budget(TOGETHER))
@@ -45,10 +44,10 @@ class Pipes:
     def close(self) -> None:
         os.close(self.write_end)
         os.close(self.read_end)
-        self.traffic.finish(self.publisher)
+        self.traffic.intake.finish(self.publisher)
         self.broker.poller.close(self.subscription.pipe.close())
         self.broker.poller.close_forgotten()
-        self.peer.process.close()
+        self.peer.close()
 
 
 @contextmanager

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from itertools import islice
 from typing import Final
 
+from mpbroadcast.broker.core.limits import MOST_STEPS, OverBudget
 from mpbroadcast.broker.core.patterns import Patterns, is_pattern
 from mpbroadcast.protocol.frames import OVERHEAD, Batch, MemfdMessage
 
 MOST_TOPICS: Final = 4096
 MOST_BYTES: Final = 64 << 20  # of charge, in all
+
+# A part of matching, some milliseconds:
+_PATTERNS: Final = 1024  # to be made ready
+_TOPICS: Final = 256  # to be tried
+_STEPS: Final = 1 << 22
 
 
 class _Topic:
@@ -70,20 +77,44 @@ class History:
         topic.charge -= charge
         self.charge -= charge
 
-    def steps(self, topics: Iterable[str]) -> int:
-        """Return the most steps that :meth:`last` takes for these topics and patterns."""
-        patterns = _patterns_of(topics)
-        return 0 if patterns is None else sum(patterns.steps(name.decode()) for name in self._topics)
+    def matching(self, topics: Iterable[str]) -> Generator[None, None, set[bytes]]:
+        """Return which topics these topics and patterns match, in parts of some milliseconds.
 
-    def last(self, topics: Iterable[str], count: int, capacity: int) -> list[Batch | MemfdMessage]:
-        """Return the last ``count`` messages that these topics and patterns match, in the order of all, cut at ``capacity``."""
-        wanted = set(topics)
-        patterns = _patterns_of(wanted)
-        names = {topic.encode() for topic in wanted} & self._topics.keys()  # looked up; only patterns are tried
-        if patterns is not None:
-            names.update(name for name in self._topics if any(patterns.matching(name.decode())))
-        entries = (entry for name in names for entry in self._topics[name].batches)
-        found = heapq.nlargest(count, entries, key=lambda entry: entry[0])
+        What is published between two parts is matched, too.
+
+        :raises OverBudget: that takes too many steps.
+        """
+        patterns: Patterns[None] = Patterns()
+        count = 0
+        for count, pattern in enumerate(filter(is_pattern, topics), 1):
+            patterns.add(pattern, None)
+            if not count % _PATTERNS:
+                yield
+        found: set[bytes] = set()
+        tried: set[bytes] = set()
+        steps = 0
+        while count and (untried := self._topics.keys() - tried):
+            if tried:
+                yield
+                untried = self._topics.keys() - tried
+            end = steps + _STEPS
+            for name in islice(untried, _TOPICS):
+                tried.add(name)
+                text = name.decode()
+                steps += patterns.steps(text)
+                if any(patterns.matching(text)):
+                    found.add(name)
+                if steps > end:
+                    break
+            if steps > MOST_STEPS:
+                raise OverBudget("replay of so many patterns takes too long: name topics, or begin patterns differently")
+        found.update(map(str.encode, topics))  # looked up; only patterns are tried
+        return found & self._topics.keys()
+
+    def last(self, topics: Iterable[bytes], count: int, capacity: int) -> list[Batch | MemfdMessage]:
+        """Return the last ``count`` messages of these topics, in the order of all, cut at ``capacity``."""
+        each = [reversed(self._topics[topic].batches) for topic in topics]
+        found = islice(heapq.merge(*each, key=lambda entry: entry[0], reverse=True), count)
         batches: list[Batch | MemfdMessage] = []
         for _, batch in found:
             fits, room = 0, capacity
@@ -100,11 +131,3 @@ class History:
                 break
         batches.reverse()
         return batches
-
-
-def _patterns_of(topics: Iterable[str]) -> Patterns[None] | None:
-    patterns: Patterns[None] = Patterns()
-    found = [topic for topic in topics if is_pattern(topic)]
-    for pattern in found:
-        patterns.add(pattern, None)
-    return patterns if found else None
