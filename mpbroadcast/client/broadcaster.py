@@ -26,6 +26,7 @@ M = TypeVar("M")
 DEFAULT_CAPACITY: Final = 64 << 20  # bytes
 CLOSE_TIMEOUT: Final = 5.0  # seconds
 _MARGIN: Final = 0.5  # seconds that a broker's replies and end may take longer than the timeout of close()
+_TOO_SHORT: Final = "{} s were not enough for {}: stats() shows how things are; wait longer"
 
 
 class _Process(Protocol):
@@ -59,8 +60,6 @@ class Broadcaster(Publishing[M]):
     def closed(self) -> bool:
         """True if this handle was closed in this process."""
         return self._closed
-
-    # --- subscribing
 
     @overload
     def subscribe(
@@ -148,8 +147,6 @@ class Broadcaster(Publishing[M]):
         """
         self._request("unsubscribe", subscription=self._own_channel(channel, "channel").id)
 
-    # --- requests about all
-
     def flush(self, timeout: float | None = None, *, delivered: bool = False) -> None:
         """Block until the broker has routed all that this handle has published in this process, at most ``timeout`` seconds.
 
@@ -167,8 +164,9 @@ class Broadcaster(Publishing[M]):
         self._check_open()
         writer = self._writer
         if writer is not None:
-            what = "all to leave its backlog" if delivered else "the broker to route all"
-            self._request_and_wait(limit, what, "flush", publisher=writer.id, delivered=delivered)
+            if not self._is_done(limit, "flush", publisher=writer.id, delivered=delivered):
+                what = "all to leave its backlog" if delivered else "the broker to route all"
+                raise TimedOut(_TOO_SHORT.format(limit, what))
             if writer.session is not self._client.session():
                 self._drop_writer(writer)
         if self._has_gap:
@@ -184,26 +182,21 @@ class Broadcaster(Publishing[M]):
         check_count(count, "count", 0)
         if topic is not None:
             encode_topic(topic)
-        what = f"{count} subscription(s)" + ("" if topic is None else f" to {topic!r}")
         timeout = check_timeout(timeout)
-        try:
-            self._request_and_wait(timeout, what, "wait", count=count, topic=topic)
-        except TimedOut as error:
+        if not self._is_done(timeout, "wait", count=count, topic=topic):
+            what = f"{count} subscription(s)" + ("" if topic is None else f" to {topic!r}")
             now = "the broker does not reply"
             with contextlib.suppress(TimedOut):
                 reply = self._request("wait", Deadline(0.3), now=True, count=count, topic=topic)
                 now = f"there are {reply.body['there']}"
-            raise TimedOut(f"{error}. Now {now}") from None
+            raise TimedOut(f"{_TOO_SHORT.format(timeout, what)}. Now {now}")
 
-    def _request_and_wait(self, timeout: float | None, what: str, do: str, **fields: Any) -> None:
+    def _is_done(self, timeout: float | None, do: str, **fields: Any) -> bool:
         # A timeout of 0 does not wait for the condition, but for the reply.
         deadline = Deadline(LEAST_TIME if timeout == 0 else timeout)
-        try:
-            done = bool(self._request(do, deadline, now=timeout == 0, **fields).body["done"])
-        except TimedOut:
-            done = False
-        if not done:
-            raise TimedOut(f"{timeout} s were not enough for {what}: stats() shows how things are; wait longer")
+        with contextlib.suppress(TimedOut):
+            return bool(self._request(do, deadline, now=timeout == 0, **fields).body["done"])
+        return False
 
     def stats(self) -> BrokerStats:
         """Return a snapshot of the broker and its subscriptions. The difference of two gives rates.
@@ -232,32 +225,28 @@ class Broadcaster(Publishing[M]):
         self._closed = True
         if writer is not None:
             writer.pipe.close()
-        if process is None and writer is not None:
+        if process is not None:
+            asked = int(self._stop(timeout, limit.at_most(CLOSE_TIMEOUT))["pid"])
+            # Seconds that the broker goes on draining, unless a reader makes progress.
+            process.end(limit.remaining(), asked=asked, time_left=lambda: self._stop(timeout, Deadline(1.0))["left"])
+            client.close()
+            for ownership in list(self._subscribed):
+                ownership.release_heirs()
+        elif writer is not None:
             # A publish that waits in another thread is woken when the broker closes its end.
             with contextlib.suppress(BroadcastError, OSError):
                 deadline = limit.at_most(CLOSE_TIMEOUT)
                 client.request("retire", session=writer.session, publisher=writer.id, deadline=deadline)
-        if process is not None:
-            asked = 0
-            with contextlib.suppress(BroadcastError, OSError):
-                asked = client.request("stop", deadline=limit.at_most(CLOSE_TIMEOUT), timeout=timeout).body["pid"]
-            process.end(limit.remaining(), asked=asked, time_left=lambda: self._time_left(client, timeout))
-            client.close()
         self._writer = None
-        self._writers.clear()
         self._client = BrokerClient(client.address, client.broker)  # the session ends with its last handle
         self._heirs = Descendants()  # closes their descriptors
-        if process is not None:
-            for ownership in list(self._subscribed):
-                ownership.release_heirs()
         self._is_closing_done = True
 
-    @staticmethod
-    def _time_left(client: BrokerClient, timeout: float | None) -> float:
-        """Return the seconds that the broker goes on draining, unless a reader makes progress; 0 if it does not reply."""
+    def _stop(self, timeout: float | None, deadline: Deadline) -> dict[str, float]:
+        """Request the end of the broker. Return its PID, and the seconds left for draining; 0 if it does not reply."""
         with contextlib.suppress(BroadcastError, OSError):
-            return float(client.request("stop", deadline=Deadline(1.0), timeout=timeout).body["left"])
-        return 0.0
+            return self._client.request("stop", deadline=deadline, timeout=timeout).body
+        return {"pid": 0, "left": 0.0}
 
     def __enter__(self) -> Self:
         return self
@@ -282,6 +271,5 @@ class Broadcaster(Publishing[M]):
 
     def _in_child(self) -> None:
         self._writer = None
-        self._writers = {}
         self._has_gap = False
         self._process = None

@@ -16,7 +16,7 @@ import errno
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Generic, TypeVar
 
-from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient, Reply, Session
+from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient, Reply
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.pipe_writer import Route, framed
 from mpbroadcast.client.shared_writer import SHARED_FROM, SharedWriter
@@ -43,7 +43,6 @@ class Publishing(Generic[M]):
     def __init__(self, client: BrokerClient) -> None:
         self._client = client
         self._writer: SharedWriter | None = None  # None until something is published
-        self._writers: dict[Session, SharedWriter] = {}
         self._has_gap = False  # True if something was published to a broker that has died since
         self._is_large = False  # True if the last message was, and so perhaps the next
         self._closed = False
@@ -125,43 +124,32 @@ class Publishing(Generic[M]):
         """
         counts: list[int] = []  # messages in each write that was begun
         done: list[int] = []  # one item for each write that was done
+        waiting: list[bytes] = []
         try:
-            route = self._route(topic, exclude)
-            self._publish_all(messages, topic, route, Deadline(check_timeout(timeout)), counts, done)
+            route, deadline = self._route(topic, exclude), Deadline(check_timeout(timeout))
+            size = 0
+            try:
+                for message in messages:
+                    payload = self._pickled(message, topic)
+                    frame = framed(payload, route) if payload.size < SHARED_FROM else b""
+                    if not frame or size + len(frame) > PIPE_BUF:
+                        self._send_all(waiting, deadline, counts, done)
+                        size = 0
+                    if not frame or len(frame) > PIPE_BUF:
+                        counts.append(1)
+                        self._publish(payload, route, deadline, done)
+                    else:
+                        waiting.append(frame)
+                        size += len(frame)
+            except Exception:
+                self._send_all(waiting, deadline, counts, done)  # the messages before the one that cannot be sent
+                raise
+            self._send_all(waiting, deadline, counts, done)
         except BaseException as error:
             with contextlib.suppress(AttributeError):
                 error.sent = sum(counts[: len(done)])  # type: ignore[attr-defined]
             raise
         return sum(counts)
-
-    def _publish_all(
-        self,
-        messages: Iterable[M],
-        topic: str,
-        route: Route,
-        deadline: Deadline,
-        counts: list[int],
-        done: list[int],
-    ) -> None:
-        waiting: list[bytes] = []
-        size = 0
-        try:
-            for message in messages:
-                payload = self._pickled(message, topic)
-                frame = framed(payload, route) if payload.size < SHARED_FROM else b""
-                if not frame or size + len(frame) > PIPE_BUF:
-                    self._send_all(waiting, deadline, counts, done)
-                    size = 0
-                if not frame or len(frame) > PIPE_BUF:
-                    counts.append(1)
-                    self._publish(payload, route, deadline, done)
-                else:
-                    waiting.append(frame)
-                    size += len(frame)
-        except Exception:
-            self._send_all(waiting, deadline, counts, done)  # the messages before the one that cannot be sent
-            raise
-        self._send_all(waiting, deadline, counts, done)
 
     def _send_all(self, waiting: list[bytes], deadline: Deadline, counts: list[int], done: list[int]) -> None:
         if waiting:
@@ -184,19 +172,16 @@ class Publishing(Generic[M]):
     def _pickled(self, message: M, topic: str) -> Payload:
         try:
             if self._is_large:
-                return self._gathered(message)
-            payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
+                payload = gather(message)
+            else:
+                data = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
+                payload = Payload((data,), len(data), False)
         except LargeBuffer:
             self._is_large = True
             return self._pickled(message, topic)
         except Exception as error:
             explain(error, message, topic)
             raise
-        self._is_large = len(payload) >= _GATHER_FROM
-        return Payload((payload,), len(payload), False)
-
-    def _gathered(self, message: M) -> Payload:
-        payload = gather(message)
         self._is_large = payload.image or payload.size >= _GATHER_FROM
         return payload
 
@@ -225,9 +210,10 @@ class Publishing(Generic[M]):
         reply = self._request("publisher", deadline.at_least(LEAST_TIME))
         if reply.pipe is None:
             raise self._client.lost_error()
-        made = SharedWriter(self._client, reply.session, reply.pipe, reply.body["publisher"])
-        # The first of several threads that come here makes it for all: this is one step, where `if` and `=` are two.
-        self._writer = writer = self._writers.setdefault(reply.session, made)
+        writer = SharedWriter(self._client, reply.session, reply.pipe, reply.body["publisher"])
+        if self._writer is None:  # no call in between, so no other thread either: the first one makes it for all
+            self._writer = writer
+        writer = self._writer or writer
         if self._closed:  # meanwhile, by another thread
             writer.pipe.close()
         self._check_open()
@@ -236,7 +222,6 @@ class Publishing(Generic[M]):
     def _drop_writer(self, writer: SharedWriter) -> None:
         """Drop the writer of a broker that has died: the next publish makes one for the broker that has taken over."""
         self._has_gap = True
-        self._writers.pop(writer.session, None)
         if writer is self._writer:
             self._writer = None
 
