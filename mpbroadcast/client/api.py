@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from multiprocessing.context import BaseContext
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 from mpbroadcast.client.broadcaster import Broadcaster
 from mpbroadcast.client.broker_client import BrokerClient
+from mpbroadcast.client.channel import Channel
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
-from mpbroadcast.validation import check_address, check_authkey, check_count, check_timeout
+from mpbroadcast.validation import Policy, check_address, check_authkey, check_count, check_timeout
+
+M = TypeVar("M")
 
 
 def start_broadcaster(
@@ -105,7 +108,58 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
     return Broadcaster(BrokerClient.shared(path, client.broker, client.restarts))
 
 
-# The function forms are the methods themselves.
-publish = Broadcaster.publish
-subscribe = Broadcaster.subscribe
-unsubscribe = Broadcaster.unsubscribe
+def publish(
+    bus: Broadcaster[M], message: M, *, topic: str = "", exclude: Channel[Any] | None = None, timeout: float | None = None
+) -> None:
+    """Call :meth:`Broadcaster.publish`."""
+    _checked(bus).publish(message, topic=topic, exclude=exclude, timeout=timeout)
+
+
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: Literal[False] = False,
+) -> Channel[M]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: Literal[True],
+) -> Channel[tuple[str, M]]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: bool,
+) -> Channel[M] | Channel[tuple[str, M]]: ...
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: bool = False,
+) -> Channel[Any]:
+    """Call :meth:`Broadcaster.subscribe`."""
+    return _checked(bus).subscribe(*topics, overflow=overflow, capacity=capacity, replay=replay, with_topic=with_topic)
+
+
+def unsubscribe(bus: Broadcaster[Any], channel: Channel[Any]) -> None:
+    """Call :meth:`Broadcaster.unsubscribe`."""
+    _checked(bus).unsubscribe(channel)
+
+
+def _checked(bus: Broadcaster[M]) -> Broadcaster[M]:
+    if not isinstance(bus, Broadcaster):
+        raise TypeError(f"bus must be a Broadcaster, not {type(bus).__name__}")
+    return bus

@@ -21,7 +21,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import NoneType
 from typing import Any, Final, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
@@ -94,11 +93,9 @@ class BrokerClient:
         return BrokerClient.shared, (self.address, self.broker, self.restarts)
 
     def session(self, deadline: Deadline | None = None) -> Session:
-        """Return the session, attached to the broker that has taken over if the last one was lost.
+        """Return the session, attached to the broker that has taken over if the last one was lost. Raise as ControlConnection.
 
-        :raises BrokerLost: there is no broker.
-        :raises AuthenticationFailed: the broker has another key.
-        :raises TimedOut: the broker did not answer by ``deadline``, or within ``CONNECT_TIMEOUT`` seconds.
+        Block until ``deadline``, at most ``CONNECT_TIMEOUT`` seconds.
         """
         session = self._session
         if session is not None and not (session.lost and self.restarts):
@@ -109,7 +106,6 @@ class BrokerClient:
             self.restarts = False  # no later call needs to wait for another broker
             if self.broker:  # it was there before
                 raise self.lost_error(error.__cause__)  # noqa: B904, it has its cause
-            error.__cause__ = self._crash() or error.__cause__
             raise
         if self.broker not in ("", reply["broker"]):
             raise self.lost_error()
@@ -130,7 +126,7 @@ class BrokerClient:
             try:
                 return connect(deadline)
             except BrokerLost as error:
-                if not isinstance(error.__cause__, (ConnectionResetError, BrokenPipeError, NoneType)):
+                if not isinstance(error.__cause__, (ConnectionResetError, BrokenPipeError)):
                     raise
                 if deadline.remaining() == 0:  # there may be a broker all the same
                     raise TimedOut(f"the broker at {self.address!r} accepted no connection in time") from error
@@ -139,7 +135,7 @@ class BrokerClient:
 
     def _attach(self, deadline: Deadline) -> tuple[ControlConnection, dict[str, Any]]:
         lifeline = self._connect(deadline)
-        return lifeline, lifeline.request({"do": "attach"}, deadline)
+        return lifeline, lifeline.request({"do": "attach"}, deadline)[0]
 
     def _connect(self, deadline: Deadline) -> ControlConnection:
         key = self._authkey or _keys.get(self.address) or bytes(multiprocessing.current_process().authkey)
@@ -173,10 +169,9 @@ class BrokerClient:
         try:
             if control is None:
                 control = self._connected(self._connect, deadline.at_most(CONNECT_TIMEOUT))
-            body = control.request(message, deadline, _notes(to_drop))
+            body, pipe, fd_socket = control.request(message, deadline, _notes(to_drop))
             if body.get("error") == "unknown":  # another broker has replied, which does not know the session
                 raise BrokerLost(str(body["text"]))
-            reply = Reply(session, body, *control.received_descriptors(body))
         except BaseException as error:
             if control is not None:
                 control.close()
@@ -189,7 +184,7 @@ class BrokerClient:
         self._noted.clear()
         if "error" in body:
             raise _error(body)
-        return reply
+        return Reply(session, body, pipe, fd_socket)
 
     def _lose(self, session: Session) -> None:
         session.lost = True  # the lifeline stays open: a broker that is being closed may still drain

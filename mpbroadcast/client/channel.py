@@ -17,7 +17,6 @@ import contextlib
 import select
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
 from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
@@ -130,10 +129,7 @@ class Channel(Generic[M]):
             raise
 
     def _receive_nowait(self) -> M:
-        """Take the next message that is decoded or can be. Return ``_NOTHING`` if there is none, or the end is next.
-
-        :raises Exception: the error at the position of a message.
-        """
+        """Take the next message, or raise the error at its position. Return ``_NOTHING`` if there is none, or only the end."""
         message: M = _NOTHING
         try:
             with self._lock:
@@ -170,23 +166,18 @@ class Channel(Generic[M]):
                 self._take_decoded(limit, box)
 
     def _take_decoded(self, limit: int | None, box: list[list[M]]) -> bool:
-        """Move the messages before the next error into ``box``, up to ``limit`` there. Return True if there was one.
-
-        The caller holds the lock.
-        """
+        """Do as :meth:`_take_ready`, up to the next error. Return True if there was a message. The caller holds the lock."""
         if limit is not None and len(box[0]) >= limit:
             return False
         if not self._stream.ready:
             self._fill()
-        stream = self._stream
-        count = stream.sound(limit if limit is None else limit - len(box[0]))
-        if count:
-            more = [*box[0], *islice(stream.ready, count)]
-            rest = stream.without(count)
+        taken, rest = self._stream.split(limit if limit is None else limit - len(box[0]))
+        if taken:
+            more = box[0] + taken
             box[0], self._stream = more, rest  # no call between the two: an interrupt finds neither or both
             if not rest.ready:
                 self._consume_tail_byte()
-        return count > 0
+        return bool(taken)
 
     def _fill(self) -> None:
         """Read and decode what is in the pipe. The caller holds the lock, and no decoded message is left."""
@@ -275,11 +266,7 @@ class Channel(Generic[M]):
             del error  # which has this frame in its traceback, and so this channel
 
     def _wait(self, deadline: Deadline, timeout: float | None) -> None:
-        """Block until there may be a message.
-
-        :raises TimedOut: none came in time.
-        :raises EOFError, BrokerLost: none comes any more.
-        """
+        """Block until there may be a message, or raise TimedOut; raise EOFError or BrokerLost if none comes any more."""
         end: End | None = None
         with self._lock:
             stream = self._stream
@@ -312,7 +299,7 @@ class Channel(Generic[M]):
     def _reconnect(self, stream: Stream, deadline: Deadline) -> None:
         """Go over from ``stream``, which has ended, to the pipe of the broker that takes over, or to the end if none does.
 
-        :raises TimedOut: the broker did not reply in time; a later call goes on from there.
+        If it raises TimedOut, a later call goes on from there.
         """
         after = Stream(deque((LOST_FOR_GOOD,)), plain=False)
         with contextlib.suppress(BrokerLost, ChannelInUse, ClosedError):

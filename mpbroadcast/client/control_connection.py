@@ -36,6 +36,9 @@ _READ: Final = 1 << 16  # bytes to receive at once
 _FULL_QUEUE_PAUSE: Final = 0.005  # seconds until another try to connect
 ENDED: Final = "the broker at {!r} has ended: start another one, or connect() to the one that is there now, and subscribe again"
 
+# A reply, and the pipe and the descriptor socket that came with it.
+Answer = tuple[dict[str, Any], PipeEnd | None, DescriptorSocket | None]
+
 
 class ControlConnection:
     """A control connection of this process, behind its handshake.
@@ -91,25 +94,18 @@ class ControlConnection:
                 "its start_broadcaster() as connect(address, authkey=...)"
             ) from error
 
-    def request(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> dict[str, Any]:
-        """Send ``notes``, then a request. Return the reply: the broker has then handled the notes, too.
-
-        :raises BrokerLost: the broker closed the connection.
-        :raises TimedOut: the reply did not come by ``deadline``.
-        """
+    def request(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> Answer:
+        """Send ``notes``, then a request. Return the reply: the broker has then handled the notes, too."""
         data = encode(message)
         if len(data) > MAX_REQUEST:
             raise ValueError(f"a request of {len(data)} bytes is too long: name fewer topics in one call")
         self._send(notes + data, deadline)
         trap_points.reach("waiting for a reply", (message["do"], self._socket))
-        return decode(self._receive(deadline))
-
-    def received_descriptors(self, reply: dict[str, Any]) -> tuple[PipeEnd | None, DescriptorSocket | None]:
-        """Return the pipe and the descriptor socket that came with a reply."""
+        reply = decode(self._receive(deadline))
         fds = self._fds
         with fork_lock():
             fd_socket = DescriptorSocket(fds.pop()) if fds and reply.get("fd_socket") else None
-            return PipeEnd(fds.pop(0)) if fds else None, fd_socket
+            return reply, PipeEnd(fds.pop(0)) if fds else None, fd_socket
 
     def _send(self, data: bytes, deadline: Deadline) -> None:
         view = memoryview(data)
@@ -119,26 +115,19 @@ class ControlConnection:
                     view = view[self._socket.send(view) :]
                     continue
             except OSError as error:
-                raise self._lost() from error
+                raise BrokerLost(ENDED.format(self._address)) from error
             self._wait(select.POLLOUT, deadline)
 
     def _receive(self, deadline: Deadline) -> bytes:
-        while True:
-            body = self._inbox.next()
-            if body is not None:
-                return body
-            data = None
+        while (body := self._inbox.next()) is None:
             try:
                 with contextlib.suppress(BlockingIOError):
-                    data = self._read()
+                    self._inbox.feed(self._read())
+                    continue
             except ConnectionError as error:
-                raise self._lost() from error
-            if data is None:
-                self._wait(select.POLLIN, deadline)
-            elif data:
-                self._inbox.feed(data)
-            else:
-                raise self._lost()
+                raise BrokerLost(ENDED.format(self._address)) from error
+            self._wait(select.POLLIN, deadline)
+        return body
 
     def _read(self) -> bytes:
         with fork_lock():
@@ -146,14 +135,13 @@ class ControlConnection:
             self._fds += fds
         if lost:
             raise OSError(errno.EMFILE, "no descriptor is left in this process for a pipe: close some, or raise `ulimit -n`")
+        if not data:
+            raise ConnectionResetError("the connection was closed")
         return data
 
     def _wait(self, events: int, deadline: Deadline) -> None:
         if not is_ready(self._socket, events, deadline.milliseconds()):
             raise TimedOut("the broker did not answer in time")
-
-    def _lost(self) -> BrokerLost:
-        return BrokerLost(ENDED.format(self._address))
 
     def crash(self) -> BrokerCrashed | None:
         """Return the error that the broker sent when a bug ended it."""

@@ -69,10 +69,7 @@ class IllegalTransition(RuntimeError):
 
 
 def transition(state: ChannelState, to: ChannelState) -> ChannelState:
-    """Return ``to``, if it may follow ``state``.
-
-    :raises IllegalTransition: it may not.
-    """
+    """Return ``to``, or raise IllegalTransition if it may not follow ``state``."""
     if to not in TRANSITIONS[state]:
         raise IllegalTransition(f"a channel that is {state.name} cannot become {to.name}")
     return to
@@ -99,11 +96,9 @@ class PipeOwnership:
 
     @property
     def is_closed(self) -> bool:
-        """True if it was closed in this process, or is being closed."""
         return self.state is CLOSED or self.state is CLOSING
 
     def request(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Reply:
-        """Request something of the broker for this subscription; see :meth:`BrokerClient.request`."""
         return self.client.request(do, deadline=deadline, subscription=self.subscription, **fields)
 
     # --- opening
@@ -111,10 +106,8 @@ class PipeOwnership:
     def open(self, deadline: Deadline) -> PipeEnd:
         """Return the pipe; the first call requests it from the broker.
 
-        :raises ClosedError: it was closed in this process.
-        :raises ChannelInUse: another process is the owner.
+        :raises ClosedError, ChannelInUse, BrokerLost: as ``Channel.recv``.
         :raises TimedOut: the broker did not reply in time.
-        :raises BrokerLost: the broker has ended.
         """
         pipe = self.pipe
         if pipe is not None and self.state is OPEN:
@@ -160,10 +153,7 @@ class PipeOwnership:
             self._move(UNOPENED)
 
     def _move(self, to: ChannelState) -> None:
-        """Change the state, unless another thread closes the channel at this moment.
-
-        :raises IllegalTransition: another thread has closed it.
-        """
+        """Change the state, or raise IllegalTransition: another thread has closed the channel meanwhile."""
         while True:
             state = self.state
             after = transition(state, to)
@@ -184,19 +174,13 @@ class PipeOwnership:
 
     def release_former(self) -> None:
         """Close the pipe and the memory of the broker that has died."""
-        (pipe, shared), self._former = self._former or (None, None), None
-        for former in (shared, pipe):
-            if former is not None:
-                former.close()
+        former, self._former = self._former or (), None
+        _close(*former)
 
     # --- handing on and closing
 
     def hand_on(self) -> None:
-        """Note that the channel is being pickled, for another process.
-
-        :raises ClosedError: it was closed.
-        :raises ChannelInUse: a process has opened it.
-        """
+        """Note that the channel is being pickled, for another process, or raise ClosedError or ChannelInUse."""
         if self.is_closed:
             raise self.closed_error()
         if self.state is not UNOPENED:
@@ -219,9 +203,7 @@ class PipeOwnership:
             return False
         if self.state is not CLOSING:
             self._move(CLOSING)
-        for end in (self.pipe, self.shared):
-            if end is not None:
-                end.close()
+        _close(self.pipe, self.shared)
         self.pipe = self.shared = None
         self.release_former()
         return True
@@ -273,7 +255,6 @@ class PipeOwnership:
         self.shared = None
 
     def closed_error(self) -> ClosedError:
-        """Return the error for a call on a closed channel."""
         return ClosedError("this channel was closed in this process: subscribe again for another")
 
 
@@ -287,6 +268,12 @@ def open_own(ownerships: Iterable[PipeOwnership], deadline: Deadline) -> None:
             return  # the next ones would, too
         except (BroadcastError, OSError):
             continue
+
+
+def _close(*ends: PipeEnd | SharedReader | None) -> None:
+    for end in ends:
+        if end is not None:
+            end.close()
 
 
 def _in_use(pid: int) -> ChannelInUse:

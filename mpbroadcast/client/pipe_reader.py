@@ -67,17 +67,13 @@ class Stream:
         """Return True if there are as many bytes as the next run needs, one in the pipe counted in."""
         return sum(map(len, self.chunks)) - self.skip + has_tail >= self.need
 
-    def sound(self, limit: int | None) -> int:
-        """Return how many messages come before the first failure or end, at most ``limit``."""
+    def split(self, limit: int | None) -> tuple[list[Any], Stream]:
+        """Return the messages before the first failure or end, at most ``limit``, and the same stream without them."""
         count = len(self.ready) if limit is None else min(limit, len(self.ready))
-        if self.plain:
-            return count
-        return next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in _FLAWS), count)
-
-    def without(self, count: int) -> Stream:
-        """Return the same stream without its first messages."""
-        ready = deque(islice(self.ready, count, None))
-        return Stream(ready, self.chunks, self.skip, self.need, self.plain, 0, self.read)
+        if not self.plain:
+            count = next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in _FLAWS), count)
+        rest = deque(islice(self.ready, count, None))
+        return [*islice(self.ready, count)], Stream(rest, self.chunks, self.skip, self.need, self.plain, 0, self.read)
 
 
 def decode(stream: Stream, has_tail: bool, with_topic: bool, shared: SharedReader | None = None) -> Stream | None:
@@ -165,9 +161,7 @@ def _note(run: RunView) -> End | Failure:
         return Failure(Lagged(run.messages))
     if run.kind == runs.RESTARTED:
         return Failure(BrokerRestarted(_RESTARTED))
-    if run.kind == runs.OVERFLOWED:
-        return Failure(Overflowed(_OVERFLOWED))
-    return END_OF_MESSAGES
+    return Failure(Overflowed(_OVERFLOWED)) if run.kind == runs.OVERFLOWED else END_OF_MESSAGES
 
 
 def read_into(stream: Stream, fd: int, size: int) -> None:

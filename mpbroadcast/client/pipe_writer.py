@@ -51,11 +51,7 @@ class PipeWriter:
         self._due_aborts: list[int] = []  # ids of messages that were given up, whose abort frames had no room in the pipe
 
     def send(self, frame: bytes, deadline: Deadline, done: list[int]) -> None:
-        """Write one frame of any length, or several that fit into one write. Block until there is room.
-
-        :raises TimedOut: it was not sent, and never will be.
-        :raises OSError: this end of the pipe, or the other, is closed.
-        """
+        """Write one frame of any length, or several that fit into one write; else as :meth:`write`."""
         if len(frame) <= PIPE_BUF:
             self.write(frame, deadline, done)
             return
@@ -81,10 +77,6 @@ class PipeWriter:
             self._abort()
 
     def _abort(self) -> None:
-        """Send the abort frames that are due.
-
-        :raises BlockingIOError: the pipe has no room.
-        """
         while self._due_aborts:
             message_id = self._due_aborts[-1]
             write(self.pipe.fd, abort(message_id))
@@ -94,8 +86,8 @@ class PipeWriter:
     def write(self, data: bytes, deadline: Deadline, done: list[int]) -> None:
         """Do one write. Block until there is room for it.
 
-        :raises TimedOut: it was not written.
-        :raises OSError: this end or the other is closed.
+        :raises TimedOut: it was not written, and never will be.
+        :raises OSError: this end of the pipe, or the other, is closed.
         """
         while True:
             # It waits outside of the handler, so that an interrupt has no context that is no error.
@@ -107,10 +99,7 @@ class PipeWriter:
             self.wait(deadline)
 
     def wait(self, deadline: Deadline) -> None:
-        """Block until the pipe may have room.
-
-        :raises TimedOut: it had none in time.
-        """
+        """Block until the pipe may have room, or raise TimedOut."""
         trap_points.reach("waiting for room", self.pipe.fd)
         while not self.pipe.wait(select.POLLOUT, deadline.at_most(_NOTES_EVERY)):
             if deadline.remaining() == 0:

@@ -5,14 +5,12 @@ A message is copied, then announced by a frame in the pipe. What is written here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from mpbroadcast import trap_points
 from mpbroadcast.posix.forks import on_fork
 from mpbroadcast.posix.pipes import write
 from mpbroadcast.posix.shared_memory import Map, populate
 from mpbroadcast.protocol.frames import plain_reference, reference_frame
+from mpbroadcast.protocol.pickling import Payload
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, RingAllocator, aligned, span
 
 
@@ -49,25 +47,20 @@ class Ring:
             allocator.next = start
             return False
 
-    def has_memory(self, start: int, length: int) -> bool:
-        """Have the system's memory for this part of the ring. Return False if the system has none."""
-        for chunk in span(start, length, CHUNK):
+    def copy(self, start: int, payload: Payload) -> bool:
+        """Copy a message to this part of the ring. Return False if the system has no memory for it."""
+        for chunk in span(start, payload.size, CHUNK):
             if not self._populated >> chunk & 1:
                 trap_points.reach("populating a ring")
                 if not populate(self._memory, chunk * CHUNK, CHUNK):
                     return False
                 self._populated |= 1 << chunk
+        for part in payload.parts:
+            end = start + len(part)
+            self._view[start:end] = part
+            start = end
         return True
 
-    def write(self, start: int, parts: Sequence[Any]) -> None:
-        """Copy the parts of a message, one behind the other."""
-        view = self._view
-        for part in parts:
-            end = start + len(part)
-            view[start:end] = part
-            start = end
-
     def close(self) -> None:
-        """Unmap it, unless that has been done."""
         self._view.release()
         self._memory.close()

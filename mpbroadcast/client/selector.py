@@ -7,7 +7,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar, cast
+from typing import Any, Final, Generic, Protocol, Self, TypeVar, cast
 
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.deadline import Deadline
@@ -22,7 +22,8 @@ except ImportError:
     M = TypeVar("M")  # type: ignore[misc]
 N = TypeVar("N")
 
-_FAIR = 64  # messages taken from sources that are known to be readable, before the others are polled
+_FAIR: Final = 64  # messages taken from sources that are known to be readable, before the others are polled
+_NOTHING: Final = object()
 
 
 class _HasFileno(Protocol):
@@ -105,20 +106,17 @@ class Selector(Generic[M]):
                 raise EOFError("no source is left to receive from: all have ended, or none was selected")
             if not self._ready or self._since_wait >= _FAIR:
                 self._find_ready(deadline if not self._ready else Deadline(0))
-                if not self._ready:
-                    if self._handlers:
-                        raise TimedOut(f"no source had anything within {timeout} s")
-                    continue
+                if not self._ready and self._handlers:
+                    raise TimedOut(f"no source had anything within {timeout} s")
+                continue
             source = self._ready.popleft()
             if source not in self._handlers:
                 continue
             self._since_wait += 1
             handler = self._handlers[source]
-            try:
-                value = self._take(source)
-            except _Nothing:
-                continue
-            return cast(M, value if handler is None else handler(value))
+            value = self._take(source)
+            if value is not _NOTHING:
+                return cast(M, value if handler is None else handler(value))
 
     def close(self) -> None:
         """Deselect all. The sources stay open: their owners close them."""
@@ -148,40 +146,30 @@ class Selector(Generic[M]):
         )
 
     def _take(self, source: Source) -> Any:
-        """Return what ``source`` gives.
-
-        :raises _Nothing: it has nothing after all, or has ended.
-        """
+        """Return what ``source`` gives; ``_NOTHING`` if it has nothing after all, or has ended."""
         if isinstance(source, Channel):
+            # It may have more, and to try costs less than to wait. Behind an interrupt its descriptor may not be readable.
+            self._ready.append(source)
             try:
-                value = source.recv(0)
+                return source.recv(0)
             except TimedOut:
-                raise _Nothing from None
+                self._ready.pop()
             except (EOFError, ClosedError):
-                self._handlers.pop(source, None)
-                raise _Nothing from None
+                self.deselect(source)
             except BrokerLost:
-                self._handlers.pop(source, None)
+                self.deselect(source)
                 raise
-            except BaseException:  # behind an interrupt a message may be ready, and the descriptor not readable
-                self._ready.append(source)
-                raise
-            self._ready.append(source)  # it may have more, and to try costs less than to wait
-            return value
+            return _NOTHING
         if isinstance(source, Connection):
             try:
                 return source.recv()
             except (EOFError, ConnectionError):
-                self._handlers.pop(source, None)
-                raise _Nothing from None
+                self.deselect(source)
+                return _NOTHING
         if isinstance(source, BaseProcess):
             source.join()
-            self._handlers.pop(source, None)
+            self.deselect(source)
         return source
-
-
-class _Nothing(Exception):
-    pass
 
 
 def _composed(handler: Handler | None, function: Callable[[Any], Any]) -> Handler:

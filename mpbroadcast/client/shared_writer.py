@@ -66,10 +66,7 @@ class SharedWriter(PipeWriter):
         self.pool = MemoryPool()
 
     def send_quickly(self, payload: bytes, topic: bytes) -> bool:
-        """Publish a message if the ring and the pipe have room. Return True if they had.
-
-        :raises OSError: this end of the pipe, or the other, is closed.
-        """
+        """Publish a message if the ring and the pipe have room. Return True if they had. Raise as :meth:`Ring.put`."""
         ring, inside = self._ring, self._inside
         if ring is None or inside:
             return False
@@ -82,11 +79,7 @@ class SharedWriter(PipeWriter):
             inside.discard(me)
 
     def publish(self, payload: Payload, route: Route, deadline: Deadline, done: list[int]) -> None:
-        """Send one message of any length. Block until there is room.
-
-        :raises TimedOut: it was not sent, and never will be.
-        :raises OSError: this end of the pipe, or the other, is closed.
-        """
+        """Send one message of any length; else as :meth:`write`."""
         if payload.size < SHARED_FROM or not self._share(payload, route, deadline, done):
             self.send(framed(payload, route), deadline, done)
 
@@ -191,13 +184,12 @@ class SharedWriter(PipeWriter):
             self._receive(fd_socket)
             ring = self._ring
         before = len(done)
-        start = ring.allocator.take(payload.size) if ring is not None else None
+        start = None if ring is None else ring.allocator.take(payload.size)
         if ring is None or start is None:
             return True
         try:
-            if not ring.has_memory(start, payload.size):
+            if not ring.copy(start, payload):
                 return True
-            ring.write(start, payload.parts)
             frame = reference_frame(ring.id, start, payload.size, *route, payload.image)
             with contextlib.suppress(BlockingIOError):
                 done.extend(map(write, (self.pipe.fd,), (frame,)))

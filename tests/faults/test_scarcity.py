@@ -37,6 +37,7 @@ from mpbroadcast.broker import peers, registry
 from mpbroadcast.client import broadcaster, broker_client, ring
 from mpbroadcast.client.ring import Ring
 from mpbroadcast.posix.shared_memory import available
+from mpbroadcast.protocol.pickling import Payload
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS
 from tests.conftest import descriptors as open_files
 from tests.support import victims
@@ -762,8 +763,8 @@ def test_a_system_without_memory_for_a_ring(monkeypatch: pytest.MonkeyPatch, bus
     short = Ring(1, mmap.mmap(fd, CHUNK * CHUNKS))
     os.ftruncate(fd, CHUNK)  # what lies behind cannot be had any more
     os.close(fd)
-    assert short.has_memory(0, CHUNK)
-    assert not short.has_memory(CHUNK - 1, 2)
+    assert short.copy(0, Payload((bytes(CHUNK),), CHUNK, False))
+    assert not short.copy(CHUNK - 1, Payload((bytes(2),), 2, False))
     short.close()
     asked: list[int] = []
 
