@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from multiprocessing.context import BaseContext
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
-from mpbroadcast.client.broadcaster import Broadcaster
+from mpbroadcast.client.broadcaster import Broadcaster, Options
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
-from mpbroadcast.validation import Policy, check_address, check_authkey, check_count, check_timeout
+from mpbroadcast.validation import check_address, check_authkey, check_count, check_timeout
 
 M = TypeVar("M")
 
@@ -117,41 +117,19 @@ def publish(
 
 @overload
 def subscribe(
-    bus: Broadcaster[M],
-    *topics: str,
-    overflow: Policy = "block",
-    capacity: int | None = None,
-    replay: int = 0,
-    with_topic: Literal[False] = False,
+    bus: Broadcaster[M], *topics: str, with_topic: Literal[False] = False, **options: Unpack[Options]
 ) -> Channel[M]: ...
 @overload
 def subscribe(
-    bus: Broadcaster[M],
-    *topics: str,
-    overflow: Policy = "block",
-    capacity: int | None = None,
-    replay: int = 0,
-    with_topic: Literal[True],
+    bus: Broadcaster[M], *topics: str, with_topic: Literal[True], **options: Unpack[Options]
 ) -> Channel[tuple[str, M]]: ...
 @overload
 def subscribe(
-    bus: Broadcaster[M],
-    *topics: str,
-    overflow: Policy = "block",
-    capacity: int | None = None,
-    replay: int = 0,
-    with_topic: bool,
+    bus: Broadcaster[M], *topics: str, with_topic: bool, **options: Unpack[Options]
 ) -> Channel[M] | Channel[tuple[str, M]]: ...
-def subscribe(
-    bus: Broadcaster[M],
-    *topics: str,
-    overflow: Policy = "block",
-    capacity: int | None = None,
-    replay: int = 0,
-    with_topic: bool = False,
-) -> Channel[Any]:
+def subscribe(bus: Broadcaster[M], *topics: str, with_topic: bool = False, **options: Unpack[Options]) -> Channel[Any]:
     """Call :meth:`Broadcaster.subscribe`."""
-    return _checked(bus).subscribe(*topics, overflow=overflow, capacity=capacity, replay=replay, with_topic=with_topic)
+    return _checked(bus).subscribe(*topics, with_topic=with_topic, **options)
 
 
 def unsubscribe(bus: Broadcaster[Any], channel: Channel[Any]) -> None:

@@ -62,24 +62,13 @@ async def give_turn() -> None:
 async def in_thread(call: Callable[..., object], *arguments: Any) -> None:
     """Call this in a thread of its own, which ends with the call, also when the task is cancelled. Raise what it raises."""
     from asyncio import get_running_loop
-    from threading import Thread
+    from concurrent.futures import ThreadPoolExecutor
 
-    loop = get_running_loop()
-    waiter = loop.create_future()
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call(*arguments)
-        except BaseException as error:
-            errors.append(error)
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(_wake, {waiter})
-
-    Thread(target=run, daemon=True).start()
-    await waiter
-    if errors:
-        raise errors.pop()
+    executor = ThreadPoolExecutor(1)
+    try:
+        await get_running_loop().run_in_executor(executor, call, *arguments)
+    finally:
+        executor.shutdown(wait=False)
 
 
 def _release(loop: Any, fd: int, waiters: set[Any]) -> None:

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self, TypeVar, overload
+from typing import Any, Final, Literal, Protocol, Self, TypedDict, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient
@@ -27,6 +27,14 @@ DEFAULT_CAPACITY: Final = 64 << 20  # bytes
 CLOSE_TIMEOUT: Final = 5.0  # seconds
 _MARGIN: Final = 0.5  # seconds that a broker's replies and end may take longer than the timeout of close()
 _TOO_SHORT: Final = "{} s were not enough for {}: stats() shows how things are; wait longer"
+
+
+class Options(TypedDict, total=False):
+    """Arguments of :meth:`Broadcaster.subscribe`, for its overloads."""
+
+    overflow: Policy
+    capacity: int | None
+    replay: int
 
 
 class _Process(Protocol):
@@ -62,22 +70,11 @@ class Broadcaster(Publishing[M]):
         return self._closed
 
     @overload
-    def subscribe(
-        self,
-        *topics: str,
-        overflow: Policy = "block",
-        capacity: int | None = None,
-        replay: int = 0,
-        with_topic: Literal[False] = False,
-    ) -> Channel[M]: ...
+    def subscribe(self, *topics: str, with_topic: Literal[False] = False, **options: Unpack[Options]) -> Channel[M]: ...
     @overload
-    def subscribe(
-        self, *topics: str, overflow: Policy = "block", capacity: int | None = None, replay: int = 0, with_topic: Literal[True]
-    ) -> Channel[tuple[str, M]]: ...
+    def subscribe(self, *topics: str, with_topic: Literal[True], **options: Unpack[Options]) -> Channel[tuple[str, M]]: ...
     @overload
-    def subscribe(
-        self, *topics: str, overflow: Policy = "block", capacity: int | None = None, replay: int = 0, with_topic: bool
-    ) -> Channel[M] | Channel[tuple[str, M]]: ...
+    def subscribe(self, *topics: str, with_topic: bool, **options: Unpack[Options]) -> Channel[M] | Channel[tuple[str, M]]: ...
     def subscribe(
         self, *topics: str, overflow: Policy = "block", capacity: int | None = None, replay: int = 0, with_topic: bool = False
     ) -> Channel[Any]:
