@@ -219,6 +219,8 @@ class Channel(Generic[M]):
     def fileno(self) -> int:
         """Return the descriptor that is readable while there is something to receive. Wait for it; do not read from it.
 
+        The first call opens the channel: it blocks until the broker replies.
+
         :raises ClosedError, ChannelInUse, BrokerLost: as :meth:`poll`.
         """
         fd = self._open(Deadline(None)).fd

@@ -20,17 +20,7 @@ from mpbroadcast.posix.fd_socket import CLOEXEC, SPACE, DescriptorSocket, contro
 from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.poller import is_ready
-from mpbroadcast.protocol.control import (
-    MAX_HANDSHAKE,
-    MAX_REPLY,
-    MAX_REQUEST,
-    ControlError,
-    Handshake,
-    Inbox,
-    client_handshake,
-    decode,
-    encode,
-)
+from mpbroadcast.protocol import control
 
 _READ: Final = 1 << 16  # bytes to receive at once
 _FULL_QUEUE_PAUSE: Final = 0.005  # seconds until another try to connect
@@ -50,7 +40,7 @@ class ControlConnection:
 
     def __init__(self, address: str, authkey: bytes, deadline: Deadline) -> None:
         self._address = address
-        self._inbox = Inbox(MAX_HANDSHAKE)
+        self._inbox = control.Inbox(control.MAX_HANDSHAKE)
         self._crash: BrokerCrashed | None = None
         self._fds: list[int] = []  # descriptors that were received and have no other owner yet
         with fork_lock():
@@ -59,11 +49,11 @@ class ControlConnection:
         try:
             self._connect(deadline)
             trap_points.reach("connected")
-            self._shake_hands(client_handshake(authkey), deadline)
+            self._shake_hands(control.client_handshake(authkey), deadline)
         except BaseException:
             self.close()
             raise
-        self._inbox.limit = MAX_REPLY
+        self._inbox.limit = control.MAX_REPLY
 
     def _connect(self, deadline: Deadline) -> None:
         while True:
@@ -79,7 +69,7 @@ class ControlConnection:
                 raise TimedOut(f"the broker at {self._address!r} accepted no connection in time")
             time.sleep(_FULL_QUEUE_PAUSE)
 
-    def _shake_hands(self, handshake: Handshake, deadline: Deadline) -> None:
+    def _shake_hands(self, handshake: control.Handshake, deadline: Deadline) -> None:
         to_send = next(handshake)
         try:
             while True:
@@ -88,7 +78,7 @@ class ControlConnection:
                 to_send = handshake.send(self._receive(deadline))
         except StopIteration as done:
             self._send(done.value, deadline)
-        except ControlError as error:
+        except control.ControlError as error:
             raise AuthenticationFailed(
                 f"the broker at {self._address!r} and this process have different keys ({error.args[0]}): pass the key of "
                 "its start_broadcaster() as connect(address, authkey=...)"
@@ -96,12 +86,12 @@ class ControlConnection:
 
     def request(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> Answer:
         """Send ``notes``, then a request. Return the reply: the broker has then handled the notes, too."""
-        data = encode(message)
-        if len(data) > MAX_REQUEST:
+        data = control.encode(message)
+        if len(data) > control.MAX_REQUEST:
             raise ValueError(f"a request of {len(data)} bytes is too long: name fewer topics in one call")
         self._send(notes + data, deadline)
         trap_points.reach("waiting for a reply", (message["do"], self._socket))
-        reply = decode(self._receive(deadline))
+        reply = control.decode(self._receive(deadline))
         fds = self._fds
         with fork_lock():
             fd_socket = DescriptorSocket(fds.pop()) if fds and reply.get("fd_socket") else None
@@ -145,11 +135,11 @@ class ControlConnection:
 
     def crash(self) -> BrokerCrashed | None:
         """Return the error that the broker sent when a bug ended it."""
-        with contextlib.suppress(OSError, ControlError):
+        with contextlib.suppress(OSError, control.ControlError):
             self._inbox.feed(self._read())
             body = self._inbox.next()
             if body is not None:
-                self._crash = BrokerCrashed(str(decode(body).get("crashed", "")))
+                self._crash = BrokerCrashed(str(control.decode(body).get("crashed", "")))
         return self._crash
 
     def send_now(self, notes: bytes) -> bytes:

@@ -15,17 +15,10 @@ import time
 from typing import Any, Final
 
 from mpbroadcast import trap_points
+from mpbroadcast.posix import shared_memory
 from mpbroadcast.posix.descriptors import close_fd
 from mpbroadcast.posix.fd_socket import DescriptorSocket, Received, taken_apart
 from mpbroadcast.posix.forks import fork_lock, on_fork
-from mpbroadcast.posix.shared_memory import (
-    MemoryRefused,
-    check_message,
-    check_ring,
-    keep_freed_memory,
-    map_for_reading,
-    map_or_read,
-)
 from mpbroadcast.protocol.fd_packets import MAPPED, MEMORY, READ, REFUSED, RING, PacketError, pack, unpack
 from mpbroadcast.protocol.frames import OVERHEAD, references_in
 from mpbroadcast.protocol.pickling import Failure, load_copied_image, load_each, load_image, loads
@@ -74,9 +67,9 @@ class SharedReader:
                     close_fd(fd)
 
     def _map(self, ring: int, fd: int) -> None:
-        with contextlib.suppress(OSError, MemoryRefused):
-            self._rings[ring] = memoryview(map_for_reading(fd, check_ring(fd)))
-            keep_freed_memory()
+        with contextlib.suppress(OSError, shared_memory.MemoryRefused):
+            self._rings[ring] = memoryview(shared_memory.map_for_reading(fd, shared_memory.check_ring(fd)))
+            shared_memory.keep_freed_memory()
 
     def note(self, kind: int, ring: int) -> None:
         """Handle a note about a ring: map it and reply, or unmap it at the next commit."""
@@ -111,9 +104,9 @@ class SharedReader:
             return Failure(OSError(errno.EMFILE, text))
         self._loaded = message_id
         try:
-            check_message(fd, length)
-            buffer = map_or_read(fd, length)
-        except (MemoryRefused, OSError, MemoryError, ValueError) as error:  # ValueError: it is empty
+            shared_memory.check_message(fd, length)
+            buffer = shared_memory.map_or_read(fd, length)
+        except (shared_memory.MemoryRefused, OSError, MemoryError, ValueError) as error:  # ValueError: it is empty
             return Failure(OSError(errno.ENOMEM, f"a large message could not be mapped: {error}"))
         return load_each([memoryview(buffer).cast("B")], load_image if image else loads)[0][0]
 

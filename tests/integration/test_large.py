@@ -334,7 +334,7 @@ def test_maps_that_fail(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOMEM, "no map")
 
     monkeypatch.setattr("mpbroadcast.posix.shared_memory.map_privately", fail)
-    monkeypatch.setattr("mpbroadcast.client.shared_reader.map_for_reading", fail)
+    monkeypatch.setattr("mpbroadcast.posix.shared_memory.map_for_reading", fail)
     with bus.subscribe() as channel:
         for number, size in enumerate([LARGE, MIDDLE, Size(5000), MIDDLE, LARGE] * 2):
             bus.publish(size.message(number))
