@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.ring_holds import Holds, Overlap
-from mpbroadcast.posix.descriptors import OwnedDescriptor, Reserve
-from mpbroadcast.posix.fd_socket import DescriptorSocket
+from mpbroadcast.posix.descriptors import OwnedDescriptor
+from mpbroadcast.posix.fd_socket import DescriptorSocket, Reserve
 from mpbroadcast.posix.shared_memory import (
     MemoryRefused,
     check_message,

@@ -16,8 +16,7 @@ from mpbroadcast.client.pipe_ownership import PipeOwnership, open_own
 from mpbroadcast.client.publishing import Publishing
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, TimedOut
-from mpbroadcast.posix.descendants import Descendants, descendants
-from mpbroadcast.posix.forks import on_fork
+from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.stats import BrokerStats, snapshot
 from mpbroadcast.validation import Policy, check_count, check_overflow, check_timeout, check_topics, encode_topic
 

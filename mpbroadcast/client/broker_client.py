@@ -27,9 +27,8 @@ from weakref import WeakValueDictionary
 from mpbroadcast.client.control_connection import ENDED, ControlConnection
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerCrashed, BrokerLost, ChannelInUse, ClosedError, TimedOut
-from mpbroadcast.posix.descendants import Descendants
+from mpbroadcast.posix.descriptors import Descendants, on_fork
 from mpbroadcast.posix.fd_socket import DescriptorSocket
-from mpbroadcast.posix.forks import on_fork
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.protocol.control import encode
 

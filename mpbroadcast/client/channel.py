@@ -28,7 +28,7 @@ from mpbroadcast.client.pipe_reader import END_OF_MESSAGES, LOST, LOST_FOR_GOOD,
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, set_channel
 from mpbroadcast.posix import locks
-from mpbroadcast.posix.forks import on_fork
+from mpbroadcast.posix.descriptors import on_fork
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.protocol.pickling import Failure
 from mpbroadcast.validation import check_count, check_timeout, check_topics

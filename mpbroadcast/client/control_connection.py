@@ -15,9 +15,8 @@ from typing import Any, Final
 from mpbroadcast import trap_points
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import AuthenticationFailed, BrokerCrashed, BrokerLost, TimedOut
-from mpbroadcast.posix.descriptors import close_fd
+from mpbroadcast.posix.descriptors import close_fd, fork_lock, on_fork
 from mpbroadcast.posix.fd_socket import CLOEXEC, SPACE, DescriptorSocket, control_socket, taken_apart
-from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.poller import is_ready
 from mpbroadcast.protocol import control

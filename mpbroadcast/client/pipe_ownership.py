@@ -31,8 +31,7 @@ from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut
 from mpbroadcast.posix import locks
-from mpbroadcast.posix.descendants import Descendants, descendants
-from mpbroadcast.posix.forks import on_fork
+from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.shared_memory import available
 

@@ -6,7 +6,7 @@ A message is copied, then announced by a frame in the pipe. What is written here
 from __future__ import annotations
 
 from mpbroadcast import trap_points
-from mpbroadcast.posix.forks import on_fork
+from mpbroadcast.posix.descriptors import on_fork
 from mpbroadcast.posix.pipes import write
 from mpbroadcast.posix.shared_memory import Map, populate
 from mpbroadcast.protocol.frames import plain_reference, reference_frame

@@ -16,9 +16,8 @@ from typing import Any, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.posix import shared_memory
-from mpbroadcast.posix.descriptors import close_fd
+from mpbroadcast.posix.descriptors import close_fd, fork_lock, on_fork
 from mpbroadcast.posix.fd_socket import DescriptorSocket, Received, taken_apart
-from mpbroadcast.posix.forks import fork_lock, on_fork
 from mpbroadcast.protocol.fd_packets import MAPPED, MEMORY, READ, REFUSED, RING, PacketError, pack, unpack
 from mpbroadcast.protocol.frames import OVERHEAD, references_in
 from mpbroadcast.protocol.pickling import Failure, load_copied_image, load_each, load_image, loads

@@ -1,14 +1,69 @@
-"""Descriptors that a process owns: safe with forks, with other threads, and with interrupts."""
+"""Descriptors that a process owns, and its forks: a descriptor is safe with forks, with other threads, and with interrupts.
+
+An object that owns a descriptor has a hook, and gets it under the lock that ``os.fork`` takes. So a child closes all its
+inherited copies, whatever another thread was doing at the moment of the fork. Nothing blocks under this lock. It is acquired
+before all hooks and released after them by functions in C: an interrupt at the start of a hook in Python skips that hook.
+
+Whether a process that was forked from this one may still live is seen at a pipe: each fork has one of its own, whose write end
+only the new process, and what that forks, keeps for as long as it lives. The pipe is made before the fork; afterwards the
+parent closes the write end, and the child the read end.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from operator import methodcaller
+from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
-from mpbroadcast.posix.forks import fork_lock, on_fork
+from mpbroadcast.posix import locks
+from mpbroadcast.posix.poller import is_ready
+
+T = TypeVar("T")
+Hook = Callable[[Any], None]
 
 close_fd = os.close
+
+
+class _Forks:
+    def __init__(self) -> None:
+        self.renew()
+        self.hooks: WeakKeyDictionary[Any, Hook] = WeakKeyDictionary()
+
+    def renew(self) -> None:
+        self.lock = locks.rlock()  # reentrant: a signal handler or finaliser may come in while its own thread has it
+        self.acquire, self.release = self.lock.acquire, self.lock.release
+
+
+_forks = _Forks()
+_NO_LOCK: Final = contextlib.nullcontext()
+
+
+def on_fork(owner: T, in_child: Callable[[T], None]) -> None:
+    """From each fork on, while ``owner`` lives: call this with it in the child, in the thread that forked."""
+    with _forks.lock:
+        _forks.hooks[owner] = in_child
+
+
+def fork_lock(ending: Callable[[], bool] = sys.is_finalizing) -> AbstractContextManager[Any]:
+    """Return the lock that keeps forks out, so that a new descriptor and its hook come together. Nothing blocks under it.
+
+    At the interpreter's end nothing forks any more, and a daemon thread may have been stopped under it for good.
+    """
+    return _NO_LOCK if ending() else _forks.lock
+
+
+def _in_child() -> None:
+    _forks.renew()  # the thread that had the lock may not exist here
+    for owner, hook in list(_forks.hooks.items()):
+        with contextlib.suppress(Exception):  # one hook's error stops no other
+            hook(owner)
 
 
 class OwnedDescriptor:
@@ -37,29 +92,74 @@ class OwnedDescriptor:
             OwnedDescriptor.close(self)
 
 
-class Reserve:
-    """One descriptor that is kept so that another one can be received when none is left."""
+class Descendants:
+    """The processes that are forked from now on, and those that they fork, if :func:`descendants` returns it."""
+
+    __slots__ = ("__weakref__", "ends")
 
     def __init__(self) -> None:
-        self._fd = -1
-        self._open()
+        self.ends: dict[OwnedDescriptor | None, None] = {}  # of each fork's pipe; None: no descriptor was left for it
 
-    def _open(self) -> None:
-        with contextlib.suppress(OSError):
-            self._fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    def live(self) -> bool:
+        """Return True if one of them may live."""
+        for end in list(self.ends):
+            if end is not None and (end.fd < 0 or is_ready(end.fd, 0, 0)):
+                self.ends.pop(end, None)  # a descriptor is closed when nothing refers to it any more
+        return bool(self.ends)
 
-    @contextlib.contextmanager
-    def room_for_one(self) -> Iterator[bool]:
-        """Have room for one more descriptor in the block. Yield True if it can be kept."""
-        has_room = False
-        with contextlib.suppress(OSError):  # none is left, or the reserve is not there
-            os.close(os.dup(self._fd))
-            has_room = True
-        if not has_room and self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-        try:
-            yield has_room
-        finally:
-            if not has_room:
-                self._open()
+
+class _Pipes:
+    """The pipe of the fork that is being made, and all that were returned by :func:`descendants`."""
+
+    def __init__(self) -> None:
+        self.thread_without_heirs = 0  # its forks are the library's own, and no handle is used in them
+        self.ends: tuple[int, ...] = ()
+        self.next = Descendants()
+        self.before: WeakSet[Descendants] = WeakSet()
+
+    def make(self) -> None:
+        if self.thread_without_heirs != threading.get_ident() and _forks.hooks:  # without a hook, there is no handle
+            with contextlib.suppress(OSError):
+                self.ends = os.pipe()
+
+    def keep_read_end(self) -> None:
+        if self.thread_without_heirs == threading.get_ident():
+            return
+        ends, self.ends = self.ends, ()
+        end = OwnedDescriptor(ends[0]) if ends else None
+        self.before.add(self.next)
+        self.next = Descendants()
+        for one in list(self.before):
+            one.live()  # so that nothing is kept of those that have ended
+            one.ends[end] = None
+        if ends:
+            os.close(ends[1])
+
+    def keep_write_end(self) -> None:
+        ends, self.ends = self.ends, ()
+        if ends:
+            os.close(ends[0])  # the end of this process, and of all that it forks, closes the other one
+        self.next, self.before = Descendants(), WeakSet()
+
+
+_pipes = _Pipes()
+
+
+def descendants() -> Descendants:
+    """Return those of this process from now on."""
+    return _pipes.next
+
+
+def without_heirs(call: Callable[[], None]) -> None:
+    """Call this; the processes that this thread forks meanwhile use none of this process's handles."""
+    try:
+        _pipes.thread_without_heirs = threading.get_ident()
+        call()
+    finally:
+        _pipes.thread_without_heirs = 0
+
+
+os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=_pipes.make, after_in_parent=_pipes.keep_read_end, after_in_child=_pipes.keep_write_end)
+# The last: what is registered later is called earlier before a fork, and later after it. A child has another lock.
+os.register_at_fork(before=partial(methodcaller("acquire"), _forks), after_in_parent=partial(methodcaller("release"), _forks))

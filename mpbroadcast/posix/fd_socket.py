@@ -12,11 +12,11 @@ import select
 import socket
 import struct
 from array import array
+from collections.abc import Iterator
 from typing import Any, Final
 
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.posix.descriptors import OwnedDescriptor
-from mpbroadcast.posix.forks import fork_lock, on_fork
+from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock, on_fork
 from mpbroadcast.posix.poller import is_ready
 
 SPACE: Final = socket.CMSG_SPACE(2 * array("i").itemsize)
@@ -123,3 +123,31 @@ class DescriptorSocket(socket.socket):
         if fork_lock is not None:  # see OwnedDescriptor
             with contextlib.suppress(AttributeError):  # an interrupt came before it was made
                 self.close()
+
+
+class Reserve:
+    """One descriptor that is kept so that another one can be received when none is left."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._open()
+
+    def _open(self) -> None:
+        with contextlib.suppress(OSError):
+            self._fd = os.open(os.devnull, os.O_RDONLY)
+
+    @contextlib.contextmanager
+    def room_for_one(self) -> Iterator[bool]:
+        """Have room for one more descriptor in the block. Yield True if it can be kept."""
+        has_room = False
+        with contextlib.suppress(OSError):  # none is left, or the reserve is not there
+            os.close(os.dup(self._fd))
+            has_room = True
+        if not has_room and self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+        try:
+            yield has_room
+        finally:
+            if not has_room:
+                self._open()

@@ -24,8 +24,7 @@ from itertools import repeat
 from typing import Any, Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.posix.descriptors import OwnedDescriptor
-from mpbroadcast.posix.forks import fork_lock, on_fork
+from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock, on_fork
 from mpbroadcast.posix.shared_memory import (
     NO_DESCRIPTOR,
     SEAL_FUTURE_WRITE,

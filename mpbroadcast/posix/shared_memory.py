@@ -20,8 +20,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from mpbroadcast.posix.descriptors import OwnedDescriptor
-from mpbroadcast.posix.forks import fork_lock
+from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock
 
 # As Linux has them in its fcntl.h, memfd.h and mman.h; Python has not all of them before 3.13.
 _SEAL_SEAL: Final = 0x1

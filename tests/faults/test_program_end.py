@@ -481,8 +481,7 @@ while not any(row.stalls for row in bus.stats().subscribers):
     time.sleep(0.01)
 """,
     "a daemon thread that is stopped where nothing may fork": """
-from mpbroadcast.posix.descriptors import OwnedDescriptor
-from mpbroadcast.posix.forks import fork_lock
+from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock
 kept = OwnedDescriptor(os.open(os.devnull, os.O_RDONLY))
 there = threading.Event()
 def stay():

@@ -35,8 +35,7 @@ from mpbroadcast.broker.host.no_main import NoMainContext
 from mpbroadcast.broker.host.socket_file import identity, remove_leftovers
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import StartError
-from mpbroadcast.posix.descendants import without_heirs
-from mpbroadcast.posix.forks import on_fork
+from mpbroadcast.posix.descriptors import on_fork, without_heirs
 from mpbroadcast.posix.processes import PeerProcess
 
 _GRACE: Final = 3.0  # seconds until a broker ends, where no timeout limits that
