@@ -191,7 +191,7 @@ class KeptMemory:
         with fork_lock():  # so that a child has a copy only while this knows of it
             trap_points.reach("unmapping kept memory")
             self._map.close()
-        self.descriptor.close()
+            self.descriptor.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_map") and fork_lock is not None:  # else the interpreter has cleared this module
