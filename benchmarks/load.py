@@ -1,13 +1,13 @@
 """``python -m benchmarks.load``: one broker under load for as long as you like, with every message checked.
 
 Publishers send messages of some bytes to some MiB at random rates, one by one and many at once, some with a timeout.
-Subscriptions of all overflow policies and of several capacities hear one topic, two, a group, or everything; most of them are
+Subscriptions of all overflow policies and of several capacities have one topic, two, a group, or everything; most of them are
 open channels of a few processes, which wait for all at once. Subscribers are quick or slow, come and go, and are killed from
 time to time, and now and then a publisher is. Each subscriber checks the content, the order and the completeness of what it
-receives: under "block" and "disconnect" nothing may be missing, under the others what is missing must have been said.
+receives: under "block" and "disconnect" nothing may be missing, under the others what is missing must have been counted.
 
-A line every few seconds shows how it goes. At the end come the losses, each with who and what, the gaps that were counted, and
-how the broker's memory and descriptors changed with time: a least-squares line over the run, without its first quarter.
+A line every few seconds shows how it goes. At the end come the losses, each with its subscription, the gaps that were counted,
+and how the broker's memory and descriptors changed with time: a least-squares line over the run, without its first quarter.
 Ctrl-C and SIGTERM end it early, with the report. The exit code is 1 if anything was lost, wrong, or left behind.
 """
 
@@ -36,6 +36,7 @@ from benchmarks.load_books import DELIVERED, DRAIN, END, LOST, RUN, WRONG, Accou
 from benchmarks.load_report import Report, Sample, left_behind, open_files, seconds_on_cpu, shared_memory
 from benchmarks.load_workers import READERS, Manner, publish, subscribe_and_check
 from benchmarks.machine import machine
+from benchmarks.promises import Broken, check_balance
 from benchmarks.rows import private_bytes
 from mpbroadcast import Broadcaster, BroadcastError, start_broadcaster
 
@@ -176,7 +177,7 @@ class _Load:
         self._members[mine] = _Member(process, mine, place, manner, handed)
 
     def _look(self, seconds: float) -> None:
-        """Hear what the processes say, and start others in the place of those that were killed."""
+        """Take in the reports of the processes, and start others instead of those that were killed."""
         for pipe in wait(list(self._members), seconds):
             assert isinstance(pipe, Connection)
             try:
@@ -239,8 +240,10 @@ class _Load:
         )
         stats = self._bus.stats()
         for row in stats.subscribers:
-            if row.delivered + row.missed + row.waiting != row.published:
-                self._problem(f"stats(): delivered + missed + waiting is not published: {row}")
+            try:
+                check_balance(row)
+            except Broken as error:
+                self._problem(str(error))
         last = self._samples[-1] if self._samples else Sample(self._start, 0, 0, 0, 0)
         seconds = now - last.at
         self._samples.append(sample)
@@ -307,7 +310,7 @@ def _files() -> Iterator[int]:
 
 
 def _fit(options: argparse.Namespace, files: int) -> None:
-    """Take fewer processes and subscriptions, where memory or descriptors are not enough, and say so."""
+    """Take fewer processes and subscriptions, where memory or descriptors are not enough, and print that."""
     memory = psutil.virtual_memory().available // 2
     processes = max(3, min(options.processes, memory // 2 // _MEMORY_OF_A_PROCESS))
     by_memory = memory // 2 // _MEMORY_OF_A_SUBSCRIPTION

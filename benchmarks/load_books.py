@@ -1,48 +1,38 @@
 """The books that each subscription of ``python -m benchmarks.load`` keeps, to check what it receives.
 
 A message is ``(publisher, topic, number, size, body)``. Each publisher counts the messages of each topic by themselves, so that
-whoever hears a topic can tell what is missing; and it says in shared memory up to which number it has begun to publish, has
+what is missing is known without the other topics; and it keeps in shared memory up to which number it has begun to publish, has
 published, and has flushed. From these, read before and after a subscription is made and ended, follow bounds for its first
-and last message that hold whatever else goes on: what was flushed before does not come, and what is begun later does. The body
-is ``size`` bytes of one random block, from a place in it that follows from publisher, topic and number.
+and last message that hold whatever else goes on: what was flushed before does not come, and what is begun later does. What must
+come between these is the model's: ``promises.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any, Final, cast
 
+from benchmarks.promises import POLICIES, Broken, Ledger, is_body
 from mpbroadcast import Broadcaster, BrokerLost, Channel, Lagged, Overflowed, TimedOut
 
-RUN, DRAIN, END = range(3)  # phases: all go on; publishers end, and nobody is slow any more; subscribers end
+RUN, DRAIN, END = range(3)  # phases: all go on; publishers end, and no subscriber is slow any more; subscribers end
 DELIVERED, MISSED, LOST, WRONG, ENDED, EXACT, OVERFLOWED = range(7)  # what each subscriber process counts
-MOST: Final = 8 << 20  # bytes of a body
 _FIELDS: Final = 8
-_GROUPS: Final = 10  # topics are "g3.t13": a pattern "g3.*" hears a tenth of them
-_BLOCK: Final = random.Random(1).randbytes(4099)
-_PATTERN: Final = _BLOCK * (MOST // len(_BLOCK) + 2)
-_PATIENCE: Final = 120.0  # seconds after which what should come is said to be missing
+_GROUPS: Final = 10  # topics are "g3.t13": the pattern "g3.*" matches a tenth of them
+_PATIENCE: Final = 120.0  # seconds after which a message that should come is missing
 Message = tuple[int, int, int, int, Any]
 
 
 def topic_name(topic: int) -> str:
     """The name of a topic, which starts with its group's."""
     return f"g{topic % _GROUPS}.t{topic}"
-
-
-def body(publisher: int, topic: int, number: int, size: int) -> bytes:
-    """What this message contains."""
-    start = _start(publisher, topic, number)
-    return _PATTERN[start : start + size]
-
-
-def _start(publisher: int, topic: int, number: int) -> int:
-    return (publisher * 1009 + topic * 9176 + number * 271) % len(_BLOCK)
 
 
 class Board:
@@ -85,8 +75,8 @@ class Wish:
 
     @staticmethod
     def drawn(rng: random.Random, topics: int, wide: float = 0.01) -> Wish:
-        """A random one: most hear one or two topics, ``wide`` of them a group, and a tenth of that everything."""
-        overflow = rng.choice(("block", "block", "drop_oldest", "drop_newest", "latest", "disconnect"))
+        """Draw one: most have one or two topics, ``wide`` of them a group, and a tenth of that everything."""
+        overflow = rng.choice(POLICIES)
         # A small one is a small pipe: a large message takes long through it, and publishers are not to wait for that.
         capacity = rng.choice((1 << 20, 4 << 20, None) if overflow == "block" else (20_000, 200_000, 4 << 20, None))
         kind = rng.random()
@@ -108,13 +98,12 @@ class Account:
     before: array[int]  # flushed before it was there: does not come
     after: array[int]  # begun before it was there for certain: what is later comes
     columns: int
-    last: dict[int, int] = field(default_factory=dict)
-    received: int = 0
-    missed: int = 0
-    holes: int = 0
-    overflowed: bool = False
-    ended: bool = False
+    ledger: Ledger = field(init=False)
     books: Books | None = None
+
+    def __post_init__(self) -> None:
+        overflow, capacity = self.wish.overflow, self.wish.capacity or 64 << 20
+        self.ledger = Ledger(overflow, capacity, has_one_row=False, may_drop=overflow != "block")
 
     @staticmethod
     def opened(bus: Broadcaster[Message], board: Board, wish: Wish) -> Account:
@@ -127,48 +116,35 @@ class Account:
         """Check one message against those before it."""
         publisher, topic, number, size, content = message
         assert self.books is not None
-        self.received += 1
         self.books.count(DELIVERED)
-        if len(content) != size or not _PATTERN.startswith(content, _start(publisher, topic, number)):
-            self._say(WRONG, 1, f"publisher {publisher}, topic {topic}, number {number}: not the {size} bytes that were sent")
-        place = topic * self.columns + publisher
-        last = self.last.get(place)
-        if last is None:
-            if topic not in self.wish.topics:
-                self._say(WRONG, 1, f"topic {topic} was not subscribed to")
-                return
-            row = self.wish.topics.index(topic) * self.columns + publisher
-            last = max(self.before[row], min(self.after[row], number - 1))
-        if number <= last:
-            self._say(WRONG, 1, f"publisher {publisher}, topic {topic}: number {number} after {last}")
-        elif number > last + 1:
-            self._hole(publisher, topic, last, number)
-        self.last[place] = number
-
-    def _hole(self, publisher: int, topic: int, last: int, number: int) -> None:
-        self.holes += number - last - 1
-        what = f"publisher {publisher}, topic {topic}: {last + 1} to {number - 1} did not come"
-        if self.wish.overflow in ("block", "disconnect"):
-            self._say(LOST, number - last - 1, what)
-        elif self.wish.overflow != "latest" and self.holes > self.missed:
-            self._say(LOST, self.holes - self.missed, f"{what}: {self.holes} so far, and {self.missed} were said to be missing")
-            self.holes = self.missed
+        row = f"publisher {publisher}, topic {topic}"
+        if not is_body(content, publisher, topic, number, size):
+            self._report(f"{row}, number {number}: not the {size} bytes that were sent")
+        if topic not in self.wish.topics:
+            self._report(f"topic {topic} was not subscribed to")
+            return
+        index = self.wish.topics.index(topic) * self.columns + publisher
+        first = max(self.before[index], min(self.after[index], number - 1)) + 1
+        with self._reporting():
+            self.ledger.count(self.channel.missed)
+            self.ledger.message(row, number, first=first)
 
     def meet(self, error: Exception) -> None:
-        """What receiving raised in the place of a message."""
+        """Check what receiving raised instead of a message."""
         assert self.books is not None
-        if isinstance(error, Lagged) and self.wish.overflow in ("drop_oldest", "drop_newest"):
-            self.missed += error.missed
-            self.books.count(MISSED, error.missed)
-        elif isinstance(error, Overflowed) and self.wish.overflow == "disconnect" and not self.overflowed:
-            self.overflowed = True
-            self.books.count(OVERFLOWED)
-        elif isinstance(error, EOFError):
-            self.ended = True
-        elif isinstance(error, BrokerLost):
-            raise error
-        else:
-            self._say(WRONG, 1, f"receiving raised {error!r}")
+        with self._reporting():
+            if isinstance(error, Lagged):
+                self.books.count(MISSED, error.missed)
+                self.ledger.lag(error.missed)
+            elif isinstance(error, Overflowed):
+                self.books.count(OVERFLOWED)
+                self.ledger.overflow_once()
+            elif isinstance(error, EOFError):
+                self.ledger.ended = True
+            elif isinstance(error, BrokerLost):
+                raise error
+            else:
+                self._report(f"receiving raised {error!r}")
 
     def receive(self, limit: int | None, timeout: float) -> bool:
         """Take what there is, within ``timeout`` seconds: whether there was something."""
@@ -187,65 +163,65 @@ class Account:
         flushed = board.numbers(board.flushed, self.wish.topics)
         bus.unsubscribe(self.channel)
         begun = board.numbers(board.begun, self.wish.topics)
-        while not self.ended:
+        while not self.ledger.ended:
             if not self.receive(None, _PATIENCE):
-                self._say(WRONG, 1, f"no end came within {_PATIENCE} s of its unsubscription")
+                self._report(f"no end came within {_PATIENCE} s of its unsubscription")
                 break
         self.channel.close()
         if self.wish.overflow == "latest":
-            self.missed = self.channel.missed
-            self.books.count(MISSED, self.missed)
-        elif self.missed != self.channel.missed:
-            self._say(WRONG, 1, f"channel.missed is {self.channel.missed}, and Lagged said {self.missed}")
-        self.books.count(ENDED)
-        if self.overflowed or not self.ended:
-            return
-        if self.wish.overflow in ("block", "disconnect"):
-            self._complete(flushed)
+            self.books.count(MISSED, self.channel.missed)
         least = sum(max(0, low - high) for low, high in zip(flushed, self.after, strict=True))
         most = sum(high - low for high, low in zip(begun, self.before, strict=True))
-        if not least <= self.received + self.missed <= most:
-            text = (
-                f"received {self.received} + missed {self.missed} is not within {least} to {most}, which were published to it"
-            )
-            self._say(LOST, max(1, least - self.received - self.missed), text)
+        with self._reporting():
+            self.ledger.count(self.channel.missed)
+        self.books.count(ENDED)
+        if not self.ledger.ended or self.ledger.overflowed:
+            return
+        for index, number in enumerate(flushed):
+            position, publisher = divmod(index, self.columns)
+            row = f"publisher {publisher}, topic {self.wish.topics[position]}"
+            start = self.ledger.next.get(row, self.after[index] + 1)
+            if start <= number:
+                with self._reporting():
+                    self.ledger.leave_out(row, start, number + 1)
+        with self._reporting():
+            self.ledger.end(least, most)
         if least == most:
             self.books.count(EXACT)
 
-    def _complete(self, flushed: array[int]) -> None:
-        """Nothing is missing at the end."""
-        for row, number in enumerate(flushed):
-            place, publisher = divmod(row, self.columns)
-            topic = self.wish.topics[place]
-            last = self.last.get(topic * self.columns + publisher, self.after[row])
-            if last < number:
-                self._say(LOST, number - last, f"publisher {publisher}, topic {topic}: {last + 1} to {number} did not come")
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Report a promise that is found broken meanwhile."""
+        try:
+            yield
+        except Broken as error:
+            self._report(str(error), error.lost)
 
-    def _say(self, kind: int, count: int, text: str) -> None:
+    def _report(self, text: str, lost: int = 0) -> None:
         assert self.books is not None
-        self.books.count(kind, count)
+        self.books.count(LOST if lost else WRONG, lost or 1)
         wish = self.wish
-        self.books.say(
+        self.books.report(
             f"{wish.overflow}, capacity {wish.capacity}, {', '.join(wish.names) or 'everything'} "
-            f"(subscription {self.channel.id}, {self.received} received): {text}"
+            f"(subscription {self.channel.id}, {self.ledger.received} received): {text}"
         )
 
 
 class Books:
-    """What a subscriber process counts, and says to the main process."""
+    """What a subscriber process counts, and reports to the main process."""
 
-    def __init__(self, board: Board, place: int, pipe: Connection) -> None:
+    def __init__(self, board: Board, index: int, pipe: Connection) -> None:
         self._tallies = board.tallies
-        self._start = place * _FIELDS
+        self._start = index * _FIELDS
         self._pipe = pipe
-        self._said = 0
+        self._reports = 0
 
     def count(self, kind: int, more: int = 1) -> None:
         """Add to a counter."""
         self._tallies[self._start + kind] += more
 
-    def say(self, text: str) -> None:
-        """Tell the main process what is wrong; the first 20 of each process."""
-        self._said += 1
-        if self._said <= 20:
+    def report(self, text: str) -> None:
+        """Send to the main process what is wrong; the first 20 of each process."""
+        self._reports += 1
+        if self._reports <= 20:
             self._pipe.send(f"process {os.getpid()}: {text}"[:1500])

@@ -30,7 +30,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to say about a run. Times are seconds, memory is bytes, ``shmem`` was taken before the start, in KiB."""
+    """What is known of a run. Times are seconds, memory is bytes, ``shmem`` was taken before the start, in KiB."""
 
     board: Board
     start: float
@@ -70,7 +70,7 @@ def _slope(points: list[tuple[float, float]], unit: str) -> str:
 
 
 def shared_memory() -> int:
-    """KiB of shared memory on this machine, of whomever; 0 if it does not say."""
+    """KiB of shared memory on this machine, of all processes; 0 where the system has no such number."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("Shmem:"):
@@ -79,7 +79,7 @@ def shared_memory() -> int:
 
 
 def seconds_on_cpu(pid: int) -> tuple[float, float]:
-    """How long this process had a CPU, and how long it could have run and had none; zeros where the system does not say."""
+    """How long this process had a CPU, and how long it could have run and had none; zeros where that is not known."""
     with contextlib.suppress(OSError):
         ran, waited, *_ = pathlib.Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()
         return int(ran) / 1e9, int(waited) / 1e9

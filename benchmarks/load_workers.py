@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final
 
-from benchmarks.load_books import END, MOST, RUN, WRONG, Account, Board, Books, Message, Wish, body, topic_name
+from benchmarks.load_books import END, RUN, WRONG, Account, Board, Books, Message, Wish, topic_name
+from benchmarks.promises import MOST, body
 from mpbroadcast import Broadcaster, Channel, Overflowed, Selector, TimedOut
 
 READERS: Final = ("recv", "recv_many", "wait", "selector")
@@ -27,11 +28,11 @@ class Manner:
     reader: str  # one of READERS
     pause: float  # mean seconds that it sleeps between two messages, now and then; 0: it is quick
     stay: float  # mean seconds that a subscription lasts before another takes its place; 0: to the end
-    wide: float  # how many of its subscriptions hear more than two topics
+    wide: float  # how many of its subscriptions have more than two topics
 
 
 def _quiet() -> None:
-    """The main process says when to end; Ctrl-C comes to all."""
+    """Leave it to the main process when to end: Ctrl-C comes to all."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -39,7 +40,7 @@ def _quiet() -> None:
 def subscribe_and_check(
     bus: Broadcaster[Message], board: Board, place: int, manner: Manner, handed: list[Account], pipe: Connection
 ) -> None:
-    """A subscriber process: it receives, checks, and makes new subscriptions, until it is told to end."""
+    """A subscriber process: it receives, checks, and makes new subscriptions, until the main process ends it."""
     _quiet()
     books = Books(board, place, pipe)
     starter = os.getppid()
@@ -48,7 +49,7 @@ def subscribe_and_check(
     except Exception as error:
         if os.getppid() == starter:
             books.count(WRONG)
-            books.say(f"ended with {error!r}")
+            books.report(f"ended with {error!r}")
 
 
 class _Subscriber:
@@ -70,7 +71,7 @@ class _Subscriber:
         while self._board.phase.value != END:
             busy = self._receive()
             if busy:
-                for account in [account for account in self._accounts.values() if account.ended]:
+                for account in [account for account in self._accounts.values() if account.ledger.ended]:
                     self._remove(account)
             if self._board.phase.value != RUN:
                 continue
@@ -152,7 +153,7 @@ def _channels(accounts: list[Account]) -> list[Any]:
 
 
 def publish(bus: Broadcaster[Message], board: Board, place: int, seed: int, rate: float, pipe: Connection) -> None:
-    """A publisher process: some ``rate`` messages a second, now more and now less, until it is told to end."""
+    """A publisher process: some ``rate`` messages a second, now more and now less, until the main process ends it."""
     _quiet()
     starter = os.getppid()
     try:
@@ -231,7 +232,7 @@ class _Publisher:
         board.published[place] += sent
 
     def _flush(self) -> None:
-        """What is published up to now has been routed: say so."""
+        """Wait until what is published up to now has been routed, and note that."""
         board, place = self._board, self._place
         published = board.done[place :: board.publishers]
         start = time.monotonic()

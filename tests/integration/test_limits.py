@@ -471,7 +471,7 @@ def test_requests_that_are_never_whole(bus: Broadcaster[Any]) -> None:
             stack.callback(clients[-1].close)
             clients[-1].send(half)
         wait_until(lambda: MOST_ASKED - 9 * MAX_REQUEST < bus.stats().memory <= MOST_ASKED)
-        assert sum(client.receive_packet_with_fd(0) is None for client in clients) == len(clients)
+        assert sum(client.reply(0) is None for client in clients) == len(clients)
         assert memory().rss - before < 1.5 * MOST_ASKED
     wait_until(lambda: bus.stats().memory == 0)
 

@@ -4,7 +4,7 @@ No client of this package sends them so: the same request twice, an opening whil
 are closed in the middle, a process that dies between two parts. No order may end the broker, break what it counts, or leave
 anything behind once all sessions have ended.
 
-``MPBROADCAST_SEED`` has other orders, and ``MPBROADCAST_SOAK=<seconds>`` more of them.
+``MPBROADCAST_SEED`` has other orders, and ``MPBROADCAST_SOAK`` seconds more of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -35,12 +35,14 @@ from mpbroadcast.protocol.control import Inbox, client_handshake, decode, encode
 from mpbroadcast.protocol.fd_packets import MAPPED, READ, REFUSED, RING, WANTED, pack
 from mpbroadcast.protocol.frames import frame_head, pieces, reference_frame
 from tests.conftest import descriptors as open_files
+from tests.support.helpers import wait_until
 from tests.support.own_broker import ask, asking, held, own_broker, subscribing
 
 __all__ = ["own_broker"]
 
 SEED: Final = int(os.environ.get("MPBROADCAST_SEED", "1"))
-SOAK: Final = float(os.environ.get("MPBROADCAST_SOAK", "1.5"))
+SOAK: Final = float(os.environ.get("MPBROADCAST_SOAK", "0"))
+RUNS: Final = 6
 STEPS: Final = 400  # of one run
 KEY: Final = b"key"
 TOPICS: Final = ("", "a", "b", "a:1", "a:*", "[ab]", "*")
@@ -48,6 +50,25 @@ MANY: Final = [f"many {index}" for index in range(2500)]  # a request in parts
 POLICIES: Final = ("block", "block", "drop_oldest", "drop_newest", "latest", "disconnect")
 OF_THE_BROKER: Final = (Subscription, Publisher, Session, ControlConnection)
 SOCKETS: Final = 12  # of a process
+OFTEN: Final = {"subscribe": 4, "open": 3, "opened": 4, "attach": 2, "publisher": 2, "stats": 2}
+SELDOM: Final = ("fd_socket", "retire", "flush", "add topics", "drop topics", "unsubscribe", "close", "drop", "wait", "detach")
+REQUESTS: Final = OFTEN | dict.fromkeys(SELDOM, 0.7)
+STEP: Final = {"ask": 12, "publish": 4, "receive": 2, "round": 8, "connect": 1, "send_packet": 1, "read_replies": 1,
+               "hang_up": 0.1, "close_something": 1, "kill": 0.01, "stop": 0.003}  # fmt: skip
+
+
+NONSENSE: Final[list[Any]] = [
+    None, True, -1, 0, 1, 2, 3, 2**31, 2**63, 2**64, -(2**70), 10**4000, 1.5, 1e308, float("nan"), float("inf"), "", "x",
+    "a\0b", "\ud800", "x" * 1025, "é" * 512, "[", "fuzz:[!", "fuzz:[z-a]*", "fuzz" + "*a" * 500, [], ["fuzz"], ["x", 5, None],
+    [[]], ["fuzz"] * 1000, {}, {"do": "stop"}, {"": {}}, "block", "latest", "disconnect", "stats", "subscribe",
+]  # fmt: skip
+
+
+def request(do: str, session: int, publisher: int | None, subscription: int) -> dict[str, Any]:
+    """A good request with the fields of all requests: a handler ignores those of others."""
+    topics = {"topics": ["fuzz:[a-c]?", "fuzz"], "capacity": 1 << 16, "overflow": "drop_oldest", "replay": 0}
+    flags = {"delivered": True, "now": True, "shared": True, "token": 4, "count": 1, "topic": "fuzz"}
+    return {"do": do, "session": session, "publisher": publisher, "subscription": subscription, **topics, **flags}
 
 
 class Process:
@@ -68,11 +89,8 @@ class Process:
             finally:
                 os._exit(0)
         there.close()
-        self.sockets: list[socket.socket] = []
         with here:
-            for _ in range(SOCKETS):
-                _, (fd,), _, _ = socket.recv_fds(here, 1, 1)
-                self.sockets.append(socket.socket(fileno=fd))
+            self.sockets = [socket.socket(fileno=socket.recv_fds(here, 1, 1)[1][0]) for _ in range(SOCKETS)]
 
     def kill(self) -> None:
         if self.pid:
@@ -93,6 +111,15 @@ class Client:
         next(self.handshake)
         self.is_known = False
 
+    def send(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.send(data)
+
+
+def non_blocking(fd: int, mode: str) -> FileIO:
+    os.set_blocking(fd, False)
+    return FileIO(fd, mode)
+
 
 class World:
     """A broker, the processes that use it, and all that they have of it."""
@@ -106,17 +133,17 @@ class World:
         self.listener.setblocking(False)
         succession = Succession("identity", 1, Journal()) if choose.random() < 0.5 else None
         self.journal = succession.journal if succession is not None else None
-        self.broker = Broker(self.listener, [KEY], answer, history=choose.choice([0, 3]), succession=succession)
+        self.history = choose.choice([0, 3])
+        self.broker = Broker(self.listener, [KEY], answer, history=self.history, succession=succession)
         self.processes = [Process(address) for _ in range(3)]
         self.clients: list[Client] = []
         self.sessions: list[tuple[int, int]] = []  # each with its process
         self.publishers: list[tuple[int, int]] = []
-        self.tokens = [(1, 1)]
-        self.subscriptions = [*range(1000, 1008)]
-        self.readers: list[int] = []
-        self.writers: list[int] = []
+        self.tokens = [(1, 1)]  # each with its subscription
+        self.ids = [*range(1000, 1008)]
+        self.readers: list[FileIO] = []
+        self.writers: list[FileIO] = []
         self.fd_sockets: list[socket.socket] = []
-        self.rings = itertools.count(1)
 
     # --- what a step does
 
@@ -127,57 +154,36 @@ class World:
             self.clients.append(Client(process.sockets.pop(), process.pid))
 
     def ask(self) -> None:
-        """Send any request, mostly with what belongs to the same process."""
+        """Send any request, mostly with what belongs to the same process; a handler ignores the fields of others."""
         choose = self.choose
         known = [client for client in self.clients if client.is_known]
         if not known:
             return
         client = choose.choice(known)
-        session, publisher = self.one_of(self.sessions, client), self.one_of(self.publishers, client)
+        (do,) = choose.choices([*REQUESTS], [*REQUESTS.values()])
         there = [*self.broker.registry.subscriptions]
-        subscription = choose.choice(there if there and choose.random() < 0.7 else self.subscriptions)
+        subscription = choose.choice(there if there and choose.random() < 0.7 else self.ids)
+        token_of, token = choose.choice(self.tokens[-2:] if choose.random() < 0.9 else self.tokens)
         topics = choose.sample(TOPICS, choose.randint(1, 4))
         if choose.random() < 0.1:
             start = choose.randrange(1000)
             topics += MANY[start : start + choose.choice([10, 1030, 1500])]
-        both: dict[str, Any] = {"session": session, "subscription": subscription}
-        token_of, token = choose.choice(self.tokens[-2:] if choose.random() < 0.9 else self.tokens)
-        requests: list[Callable[[], dict[str, Any]]] = [
-            lambda: {"do": "attach"},
-            lambda: {"do": "attach"},
-            lambda: {"do": "detach"} if choose.random() < 0.3 else {"do": "stats"},
-            lambda: {"do": "publisher", "session": session},
-            lambda: {"do": "publisher", "session": session},
-            lambda: {"do": "fd_socket", "publisher": publisher},
-            lambda: {"do": "retire", "publisher": publisher},
-            lambda: {
-                "do": "flush",
-                "publisher": publisher,
-                "delivered": choose.random() < 0.5,
-                "now": choose.random() < 0.5,
-            },
-            *[
-                lambda: {
-                    "do": "subscribe",
-                    **both,
-                    "topics": topics,
-                    "capacity": choose.choice([1, 300, 20_000, 5 << 20]),
-                    "overflow": choose.choice(POLICIES),
-                    "replay": choose.choice([0, 0, 2]) if self.broker.traffic.routing.history is not None else 0,
-                    "publisher": choose.choice([None, publisher]),
-                }
-            ]
-            * 4,
-            lambda: {"do": "add topics", **both, "topics": topics},
-            lambda: {"do": "drop topics", **both, "topics": topics},
-            *[lambda: {"do": "open", **both, "shared": choose.random() < 0.5}] * 3,
-            *[lambda: {"do": "opened", "session": session, "subscription": token_of, "token": token}] * 4,
-            lambda: {"do": "unsubscribe", **both},
-            lambda: {"do": choose.choice(["close", "drop", "stats"]), **both},
-            lambda: {"do": "wait", "count": choose.randrange(6), "topic": choose.choice([None, "a"]), "now": False},
-            lambda: {"do": "stats"},
-        ]
-        self.send(client, encode(choose.choice(requests)()))
+        message = request(do, self.one_of(self.sessions, client), self.one_of(self.publishers, client), subscription) | {
+            "topics": topics,
+            "capacity": choose.choice([1, 300, 20_000, 5 << 20]),
+            "overflow": choose.choice(POLICIES),
+            "replay": choose.choice([0, 0, 2]) if self.history else 0,
+            "count": choose.randrange(6),
+            "topic": choose.choice([None, "a"]),
+            "delivered": choose.random() < 0.5,
+            "now": do == "flush" and choose.random() < 0.5,
+            "shared": choose.random() < 0.5,
+        }
+        if do == "opened":
+            message |= {"subscription": token_of, "token": token}
+        elif choose.random() < 0.1:
+            message[choose.choice([*message])] = choose.choice(NONSENSE)
+        client.send(encode(message))
 
     def one_of(self, all_of_them: list[tuple[int, int]], client: Client) -> int:
         own = [id for pid, id in all_of_them if pid == client.pid or self.choose.random() < 0.1]
@@ -197,48 +203,37 @@ class World:
             client.inbox.feed(data)
             while (body := client.inbox.next()) is not None:
                 if client.is_known:
-                    fds = self.note(client.pid, decode(body), fds)
+                    self.note(client.pid, decode(body), fds)
                     continue
                 try:
-                    self.send(client, client.handshake.send(body))
+                    client.send(client.handshake.send(body))
                 except StopIteration as done:
                     client.is_known = True
-                    self.send(client, done.value)
+                    client.send(done.value)
             for fd in fds:
                 os.close(fd)
 
-    @staticmethod
-    def send(client: Client, data: bytes) -> None:
-        with contextlib.suppress(OSError):
-            client.socket.send(data)
-
-    def note(self, pid: int, reply: dict[str, Any], fds: list[int]) -> list[int]:
-        """Note what a reply gives. Return the descriptors that it does not take."""
+    def note(self, pid: int, reply: dict[str, Any], fds: list[int]) -> None:
+        """Note what a reply gives, and take its descriptors."""
         if "publisher" in reply:
             self.publishers.append((pid, reply["publisher"]))
-            self.writers.append(fds.pop(0))
-            os.set_blocking(self.writers[-1], False)
+            self.writers.append(non_blocking(fds.pop(0), "wb"))
         elif "token" in reply:
-            self.readers.append(fds.pop(0))
-            os.set_blocking(self.readers[-1], False)
-            if reply["fd_socket"]:
-                self.fd_sockets.append(socket.socket(fileno=fds.pop(0)))
-                self.fd_sockets[-1].setblocking(False)
+            self.readers.append(non_blocking(fds.pop(0), "rb"))
             opening = [one.id for one in self.broker.registry.subscriptions.values() if one.pipe.token == reply["token"]]
             self.tokens += [(id, reply["token"]) for id in opening]
-        elif reply.get("fd_socket") is True:
-            self.fd_sockets.append(socket.socket(fileno=fds.pop(0)))
-            self.fd_sockets[-1].setblocking(False)
         elif "session" in reply:
             self.sessions.append((pid, reply["session"]))
-        return fds
+        if reply.get("fd_socket"):
+            self.fd_sockets.append(socket.socket(fileno=fds.pop(0)))
+            self.fd_sockets[-1].setblocking(False)
 
     def forget(self, client: Client) -> None:
         client.socket.close()
         self.clients.remove(client)
 
     def hang_up(self) -> None:
-        if self.clients and self.choose.random() < 0.1:
+        if self.clients:
             self.forget(self.choose.choice(self.clients))
 
     def publish(self) -> None:
@@ -246,7 +241,7 @@ class World:
         choose = self.choose
         if not self.writers:
             return
-        topic, exclude = choose.choice(TOPICS[:4]).encode(), choose.choice([0, 0, *self.subscriptions])
+        topic, exclude = choose.choice(TOPICS[:4]).encode(), choose.choice([0, 0, *self.ids])
         size = choose.choice([0, 1, 100, 3000])
         frame = frame_head(size, topic, exclude) + bytes(size)
         kind = choose.random()
@@ -259,10 +254,10 @@ class World:
             data = reference_frame(choose.randint(1, 3), choose.randrange(100) << 10, 1000, topic, exclude)
         else:
             data = choose.randbytes(30)
-        fd = choose.choice(self.writers)
+        writer = choose.choice(self.writers)
         for _ in range(choose.choice([1, 1, 1, 40])):
-            with contextlib.suppress(BlockingIOError, BrokenPipeError):
-                os.write(fd, data[:4096])
+            with contextlib.suppress(BrokenPipeError):
+                writer.write(data[:4096])
 
     def send_packet(self) -> None:
         """Send a packet of any kind on a socket for descriptors."""
@@ -281,50 +276,29 @@ class World:
 
     def receive(self) -> None:
         if self.readers:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self.choose.choice(self.readers), self.choice_of_size())
+            self.choose.choice(self.readers).read(self.choose.choice([1, 100, 1 << 16]))
         for one in self.fd_sockets:
             with contextlib.suppress(OSError):
                 for fd in socket.recv_fds(one, 100, 1)[1]:
                     os.close(fd)
 
-    def choice_of_size(self) -> int:
-        return self.choose.choice([1, 100, 1 << 16])
-
     def close_something(self) -> None:
-        kind = self.choose.randrange(3)
-        if kind == 0 and self.readers:
-            os.close(self.readers.pop(self.choose.randrange(len(self.readers))))
-        elif kind == 1 and self.writers:
-            os.close(self.writers.pop(self.choose.randrange(len(self.writers))))
-        elif self.fd_sockets:
-            self.fd_sockets.pop(self.choose.randrange(len(self.fd_sockets))).close()
+        things: list[Any] = self.choose.choice([self.readers, self.writers, self.fd_sockets])
+        if things:
+            things.pop(self.choose.randrange(len(things))).close()
 
     def kill(self) -> None:
-        if self.choose.random() < 0.01:
-            self.choose.choice(self.processes).kill()
+        self.choose.choice(self.processes).kill()
 
     def stop(self) -> None:
-        if self.clients and self.choose.random() < 0.003:
-            client = self.choose.choice(self.clients)
-            if client.is_known:
-                self.send(client, encode({"do": "stop", "timeout": self.choose.choice([0, 0.02, None])}))
-
-    def step(self) -> None:
-        """Do one thing, or run a round."""
-        often = [*[self.ask] * 12, *[self.publish] * 4, *[self.receive] * 2, *[self.round] * 8]
-        seldom = [self.connect, self.send_packet, self.read_replies, self.hang_up, self.close_something, self.kill, self.stop]
-        self.choose.choice(often + seldom)()
+        for client in self.clients[:1]:
+            client.send(encode({"do": "stop", "timeout": self.choose.choice([0, 0.02, None])}) if client.is_known else b"")
 
     # --- what holds
 
     def round(self) -> None:
         self.broker.round(at_once=True)
         self.read_replies()
-        self.check()
-
-    def check(self) -> None:
-        """Check what holds between two rounds."""
         registry, router = self.broker.registry, self.broker.router
         for id, subscription in registry.subscriptions.items():
             backlog = subscription.backlog
@@ -337,6 +311,12 @@ class World:
         for one in self.broker.traffic.publishers.values():
             assert one.blocked is None or one.blocked.waiters or one in self.broker.traffic.routing.resuming
 
+    def is_empty(self) -> bool:
+        registry, traffic = self.broker.registry, self.broker.traffic
+        self.broker.round(at_once=True)
+        left = (registry.sessions, registry.subscriptions, registry.to_remove, traffic.publishers, self.broker.parts)
+        return not any(left)
+
     def end(self) -> None:
         """End all that there is; then nothing may be left."""
         for client in list(self.clients):
@@ -345,28 +325,27 @@ class World:
             process.kill()
             for one in process.sockets:
                 one.close()
-        for fd in (*self.readers, *self.writers):
-            os.close(fd)
-        for one in self.fd_sockets:
-            one.close()
-        registry, traffic = self.broker.registry, self.broker.traffic
-        deadline = time.monotonic() + 5
-        while registry.sessions or registry.subscriptions or registry.to_remove or traffic.publishers or self.broker.parts:
-            assert time.monotonic() < deadline, "something never ends"
-            self.broker.round(at_once=True)
+        ends: list[Any] = [*self.readers, *self.writers, *self.fd_sockets]
+        for end in ends:
+            end.close()
+        wait_until(self.is_empty)
         for _ in range(3):
             self.broker.round(at_once=True)
-        assert not registry.openings
+        registry, traffic = self.broker.registry, self.broker.traffic
         assert registry.budget.spent == Cost()
-        assert not self.broker.router.count
-        assert not traffic.delivery.dirty
-        assert not traffic.routing.behind
-        assert not traffic.routing.resuming
-        assert not traffic.intake.ready
         assert self.broker.is_finished or not traffic.memory.store.rings
-        assert not self.broker.waiting
-        assert held(self.broker) == 0
-        assert self.journal is None or not self.journal.subscriptions
+        left = {
+            "openings": registry.openings,
+            "routes": self.broker.router.count,
+            "to write": traffic.delivery.dirty,
+            "behind": traffic.routing.behind,
+            "resuming": traffic.routing.resuming,
+            "ready": traffic.intake.ready,
+            "waiting": self.broker.waiting,
+            "bytes": held(self.broker),
+            "journal": self.journal is not None and self.journal.subscriptions,
+        }
+        assert not any(left.values()), left
         self.broker.acceptor.close()
         self.broker.poller.close_forgotten()
         self.listener.close()
@@ -379,8 +358,8 @@ def in_any_order(seed: int, folder: Path) -> None:
     before = open_files()
     world = World(Random(seed), folder, seed)
     try:
-        for _ in range(STEPS):
-            world.step()
+        for name in world.choose.choices([*STEP], [*STEP.values()], k=STEPS):
+            getattr(world, name)()
     finally:
         for process in world.processes:
             process.kill()
@@ -394,20 +373,17 @@ def in_any_order(seed: int, folder: Path) -> None:
         os.close(fd)
 
 
+@pytest.mark.timeout(60 + int(SOAK))
 def test_requests_in_any_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """No order of requests ends the broker, nor leaves anything in it."""
     end = time.monotonic() + SOAK
     with caplog.at_level(logging.ERROR):
-        for seed in seeds():
+        for seed in itertools.count(SEED * 10_000):
             print(f"MPBROADCAST_SEED={seed}")
             in_any_order(seed, tmp_path)
             assert not [record for record in caplog.records if record.exc_info]
-            if time.monotonic() > end:
+            if time.monotonic() > end if SOAK else seed == SEED * 10_000 + RUNS - 1:
                 break
-
-
-def seeds() -> Iterator[int]:
-    return itertools.count(SEED * 10_000)
 
 
 def test_a_request_that_is_sent_again_costs_its_topics(own_broker: Broker) -> None:
@@ -445,3 +421,15 @@ def test_a_publisher_that_is_closed_gets_no_socket(own_broker: Broker) -> None:
         ask(own_broker, one, {"do": "fd_socket", "publisher": publisher.id})
         assert one.replies[0]["error"] == "lost"
         os.close(fd)
+
+
+@pytest.mark.parametrize("do", [*REQUESTS, "stop"])
+def test_each_field_of_each_request_wrong(do: str, own_broker: Broker) -> None:
+    """Whatever stands in one field of a request, the broker answers or refuses it."""
+    for field in ("timeout", *request(do, 1, 2, 3)):
+        with asking(own_broker) as (one, _, session):
+            good = request(do, session, session + 1, session + 2) | {"timeout": -1}  # which it refuses
+            for value in NONSENSE:
+                if (do, field) != ("stop", "timeout") or type(value) not in (int, float) or value < 0:
+                    ask(own_broker, one, good | {field: value})
+                own_broker.round(at_once=True)

@@ -1,11 +1,11 @@
-"""A ring's room, what holds which part of it, and the packets beside pipes: nothing that may be read is written again."""
+"""A ring's room, its holds, and the packets beside pipes: nothing that may be read is written again."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from itertools import product
 from random import Random
@@ -34,20 +34,7 @@ CHUNKS, CHUNK = 6, 256  # a small ring
 
 
 def chunks_of(bits: int) -> list[int]:
-    """The chunks whose bits are set."""
     return [chunk for chunk in range(bits.bit_length()) if bits >> chunk & 1]
-
-
-def state(room: RingAllocator) -> tuple[int, int | None, int | None]:
-    """All that can be seen of it: what is free, and where it would put a short and a long message."""
-    before = room.free
-    seen: list[int | None] = []
-    for length in (1, 2 * CHUNK):
-        seen.append(room.take(length))
-        if seen[-1] is not None:
-            room.undo()
-        assert room.free == before
-    return before, seen[0], seen[1]
 
 
 @STEADY
@@ -64,7 +51,7 @@ def test_room_is_handed_out_once(steps: list[tuple[str, int, Random]]) -> None:
     for step, length, random in steps:
         if step == "free":
             free = {chunk for chunk in range(CHUNKS) if chunk != current and random.random() < 0.5}
-            taken -= {place for place in taken if place // CHUNK in free}
+            taken -= {byte for byte in taken if byte // CHUNK in free}
             room.free |= sum(1 << chunk for chunk in free)
             continue
         before, behind = room.free, room.fits_behind(length)
@@ -79,17 +66,15 @@ def test_room_is_handed_out_once(steps: list[tuple[str, int, Random]]) -> None:
         chunks = span(start, length, CHUNK)
         fresh = [chunk for chunk in chunks if before >> chunk & 1]
         assert fresh == [chunk for chunk in chunks if chunk != current]
-        assert [*chunks_of(before & ~room.free)] == fresh
+        assert chunks_of(before & ~room.free) == fresh
         assert not room.free & sum(1 << chunk for chunk in chunks)
         assert behind == (not fresh)
         if step == "undo":
-            room.undo()
-            assert room.free == before
+            for _ in range(2):  # the second time, there is nothing more to give back
+                room.undo()
+                assert room.free == before
             assert room.take(length) == start
             room.undo()
-            after = state(room)
-            room.undo()  # there is nothing more to give back
-            assert state(room) == after
         else:
             taken |= got
             current = chunks[-1]
@@ -105,7 +90,7 @@ def test_an_interrupt_spoils_no_room() -> None:
             assert start is not None
             mine |= set(range(start, start + size))
         room.free |= sum(1 << chunk for chunk in free)
-        mine -= {place for place in mine if place // CHUNK in free}
+        mine -= {byte for byte in mine if byte // CHUNK in free}
         if undone and room.take(length) is not None:
             interrupting(before_line(line, ring_allocator.__file__), room.undo)
         else:
@@ -146,10 +131,13 @@ class Kept:
         self.ring = ring
         self.chunks = chunks
         self.position = position
+        if isinstance(ring, Shared):
+            ring.counts.update(chunks)
 
     def __del__(self) -> None:
         if isinstance(self.ring, Shared):
-            self.ring.told(self.ring.holds.release(self.chunks))
+            self.ring.counts.subtract(self.chunks)
+            self.ring.freed(self.ring.holds.release(self.chunks))
 
 
 class Shared(RuleBasedStateMachine):
@@ -164,19 +152,23 @@ class Shared(RuleBasedStateMachine):
         self.memory = bytearray(CHUNKS * CHUNK)
         self.number = 0
         self.current = -1
+        self.arrived_in = -1  # the current chunk, as far as the broker knows
+        self.unfreed: set[int] = set()  # chunks in which messages have arrived
+        self.counts: Counter[int] = Counter()  # the holds of each
         self.announced: deque[list[tuple[int, int, int]]] = deque()  # written to the broker, in batches
         self.parked: deque[tuple[list[tuple[int, int, int]], Kept]] = deque()  # with the hold on their chunks
-        self.to_free: deque[int] = deque()  # said by the broker, and not heard yet
+        self.to_free: deque[int] = deque()  # sent by the broker, and not received yet
         self.pipes: list[deque[tuple[int, int, int]]] = [deque() for _ in range(self.READERS)]
         self.unread: list[Unread[Kept]] = [Unread() for _ in range(self.READERS)]
         self.read = [0] * self.READERS
 
-    def told(self, freed: int) -> None:
-        if freed:
-            self.to_free.append(freed)
+    def freed(self, bits: int) -> None:
+        if bits:
+            self.unfreed -= {*chunks_of(bits)}
+            self.to_free.append(bits)
 
     def in_use(self) -> list[tuple[int, int, int]]:
-        """All messages that somebody may still read."""
+        """All messages that may still be read."""
         used = [entry for batch in self.announced for entry in batch]
         used += [entry for batch, _ in self.parked for entry in batch]
         return used + [entry for pipe in self.pipes for entry in pipe]
@@ -206,30 +198,34 @@ class Shared(RuleBasedStateMachine):
         batch = self.announced.popleft()
         chunks, freed = self.holds.arrived([(start, length) for _, start, length in batch])
         assert {*chunks} == {chunk for _, start, length in batch for chunk in span(start, length, CHUNK)}
-        self.told(freed)
+        self.unfreed |= {*chunks}
+        self.arrived_in = (batch[-1][1] + batch[-1][2] - 1) // CHUNK
+        self.freed(freed)
         self.parked.append((batch, Kept(self, chunks, batch[0][0])))
 
     @precondition(lambda self: self.parked)
-    @rule(who=st.sets(st.integers(0, READERS - 1)))
-    def route(self, who: set[int]) -> None:
+    @rule(readers=st.sets(st.integers(0, READERS - 1)), again=st.booleans())
+    def route(self, readers: set[int], again: bool) -> None:
         batch, kept = self.parked.popleft()
-        for reader in who:
+        for reader in readers:
+            if again:
+                self.holds.hold(kept.chunks)
+                kept = Kept(self, kept.chunks, kept.position)
             self.unread[reader].wrote(len(batch), sum(length for _, _, length in batch), kept)
             self.pipes[reader].extend(batch)
 
-    @rule(reader=st.integers(0, READERS - 1), count=st.integers(1, 5), tells=st.booleans())
-    def receive(self, reader: int, count: int, tells: bool) -> None:
+    @rule(reader=st.integers(0, READERS - 1), count=st.integers(1, 5), acknowledges=st.booleans())
+    def receive(self, reader: int, count: int, acknowledges: bool) -> None:
         pipe = self.pipes[reader]
         for _ in range(min(count, len(pipe))):
             number, start, length = pipe.popleft()
             self.read[reader] += 1
             assert self.memory[start : start + length] == pattern(number, length)
-        if tells:
+        if acknowledges:
             self.unread[reader].read(self.read[reader])
 
     @rule(reader=st.integers(0, READERS - 1))
-    def go(self, reader: int) -> None:
-        """It dies, and another comes in its place."""
+    def die(self, reader: int) -> None:
         self.pipes[reader].clear()
         self.unread[reader].read(self.unread[reader].count)
         assert not self.unread[reader].bytes
@@ -237,80 +233,29 @@ class Shared(RuleBasedStateMachine):
 
     @precondition(lambda self: self.to_free)
     @rule()
-    def receive_packet_with_fd(self) -> None:
+    def free(self) -> None:
         freed = self.to_free.popleft()
         assert not freed & self.room.free, "freed twice"
         assert not freed >> self.current & 1, "freed while it is written"
         self.room.free |= freed
 
     @invariant()
-    def all_is_free_in_the_end(self) -> None:
-        """When nobody has anything to read, all chunks are free, or will be, but the current one."""
-        if not self.in_use() and not any([*unread.holds()] for unread in self.unread):
-            free = self.room.free
-            for freed in self.to_free:
-                free |= freed
-            current = 1 << self.current if self.current >= 0 else 0
-            assert free | current == (1 << CHUNKS) - 1
-            assert self.holds.held == 0
+    def a_chunk_is_free_once_it_is_neither_held_nor_current(self) -> None:
+        held = {chunk for chunk, count in self.counts.items() if count}
+        assert self.unfreed == held | ({self.arrived_in} - {-1})
+        assert self.holds.held == len(held)
+        assert held or not any(self.pipes)
 
 
 def test_nothing_that_is_referred_to_is_written_again() -> None:
-    """Whoever reads when, dies, or tells late: each message is whole when it is read, and in the end all is free."""
+    """However late readers read, acknowledge or die: each message is whole when it is read, and its chunk is freed once."""
     run_state_machine_as_test(Shared, settings=settings(STEADY, max_examples=50, stateful_step_count=40))
-
-
-@STEADY
-@given(steps=st.lists(st.tuples(st.sampled_from("ahr"), st.integers(0, 5), st.integers(1, 3)), max_size=60))
-def test_a_chunk_is_freed_once_and_never_the_current_one(steps: list[tuple[str, int, int]]) -> None:
-    """A chunk is free exactly when the publisher has gone on and no hold is left, and that is said once for each use."""
-    holds = Holds(CHUNKS, CHUNK)
-    ends = [0] * CHUNKS
-    counts = [0] * CHUNKS
-    used: set[int] = set()
-    current = -1
-    for step, number, count in steps:
-        held = [chunk for chunk in range(CHUNKS) if counts[chunk]]
-        freed = 0
-        if step == "a":  # a message arrives behind the last one, or in chunks that are not used
-            fresh = [chunk for chunk in range(CHUNKS) if chunk not in used]
-            first = [current] if current >= 0 and number % 2 else []
-            chunks = (first + fresh[: count - len(first)]) or first
-            if not chunks:
-                continue
-            places = []
-            for chunk in chunks:
-                start = ends[chunk] if chunk in used else chunk * CHUNK
-                length = min(9, (chunk + 1) * CHUNK - start)
-                if length:
-                    places.append((start, length))
-                    ends[chunk] = start + length
-            chunks = [start // CHUNK for start, _ in places]
-            if not chunks:
-                continue
-            for chunk in chunks:
-                counts[chunk] += 1
-            used |= {*chunks}
-            current = chunks[-1]
-            freed = holds.arrived(places)[1]
-        elif held and step == "h":
-            chunk = held[number % len(held)]
-            counts[chunk] += 1
-            holds.hold((chunk,))
-        elif held:
-            chunk = held[number % len(held)]
-            counts[chunk] -= 1
-            freed = holds.release((chunk,))
-        free = {chunk for chunk in used if not counts[chunk] and chunk != current}
-        assert {*chunks_of(freed)} == free
-        used -= free
-        assert holds.held == sum(map(bool, counts))
 
 
 @STEADY
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 5), st.integers(0, 2), st.integers(1, 999)), max_size=40))
 def test_what_is_unread_is_what_was_written_and_not_read(steps: list[tuple[bool, int, int, int]]) -> None:
-    """Entries leave in order, each once all of it has been read; bytes, rings and oldest places are those that are left."""
+    """Entries leave in order, each once all of it has been read; bytes, rings and positions are those that are left."""
     unread: Unread[Kept] = Unread()
     model: list[tuple[int, Kept, int]] = []
     total = read = 0
@@ -340,9 +285,9 @@ def test_a_ring_is_written_forward_only(lies: list[tuple[int, int]]) -> None:
     holds = Holds(CHUNKS, CHUNK)
     first, second = lies
     chunks, _ = holds.arrived([first])
-    for places in ([second], [(first[0] + first[1], 5), second]):
+    for positions in ([second], [(first[0] + first[1], 5), second]):
         with pytest.raises(Overlap):
-            holds.arrived(places)
+            holds.arrived(positions)
     last = (CHUNKS - 1) * CHUNK
     holds.arrived([(last, 1)])
     assert holds.release(chunks)
@@ -390,7 +335,7 @@ def test_unread_memories_are_counted() -> None:
     """Messages in memory of their own, until they are read."""
     unread: Unread[SimpleNamespace] = Unread()
     unread.wrote(1, 10, None)
-    hold = SimpleNamespace(ring="ring", place=0)
+    hold = SimpleNamespace(ring="ring", position=0)
     unread.wrote(2, 10, hold)
     unread.wrote(1, 10, None)
     assert (unread.memories, list(unread.holds())) == (2, [hold])
@@ -409,17 +354,17 @@ def test_a_full_pipe_costs_no_room() -> None:
         os.set_blocking(writer, False)
         ring.allocator.take(100)
         assert ring.put(b"fits", b"", writer)
-        place = ring.allocator.next
-        assert (place, memory[128:132]) == (192, b"fits")
+        start = ring.allocator.next
+        assert (start, memory[128:132]) == (192, b"fits")
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.write(writer, bytes(PIPE_BUF))
         assert not ring.put(b"full", b"", writer)
-        assert ring.allocator.next == place
-        left = ring.allocator.end - place
+        assert ring.allocator.next == start
+        left = ring.allocator.end - start
         os.read(reader, 4 * PIPE_BUF)
         assert not ring.put(bytes(left + 1), b"", writer)
-        assert ring.allocator.next == place
+        assert ring.allocator.next == start
     finally:
         ring.close()
         os.close(reader)

@@ -55,16 +55,19 @@ class Message(NamedTuple):
         return reference_frame(ring, place, length, self.topic, self.exclude, self.image)
 
 
-WAYS: Final = st.tuples(TOPICS, EXCLUDED, st.booleans())
+ROUTES: Final = st.tuples(TOPICS, EXCLUDED, st.booleans())
 PLAIN: Final = st.builds(
-    lambda way, size, fill: Message(way[0], way[1], pattern(fill, size), way[2]), WAYS, SIZES, st.integers(0, 255)
+    lambda route, size, fill: Message(route[0], route[1], pattern(fill, size), route[2]), ROUTES, SIZES, st.integers(0, 255)
 )
 IN_MEMORY: Final = st.builds(
-    lambda way, place, size: Message(way[0], way[1], (None, place, size), way[2]), WAYS, st.integers(0, 2**64 - 1), SHARED_SIZES
+    lambda route, place, size: Message(route[0], route[1], (None, place, size), route[2]),
+    ROUTES,
+    st.integers(0, 2**64 - 1),
+    SHARED_SIZES,
 )
 IN_RING: Final = st.builds(
-    lambda way, ring, place, size: Message(way[0], way[1], (ring, place, size), way[2]),
-    WAYS,
+    lambda route, ring, place, size: Message(route[0], route[1], (ring, place, size), route[2]),
+    ROUTES,
     st.integers(1, 3),
     st.integers(0, 2**32 - 1),
     SHARED_SIZES,

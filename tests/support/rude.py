@@ -1,4 +1,4 @@
-"""Processes that have the key and misbehave: control connections, publishers and files as nobody of this package has them."""
+"""Processes that have the key and misbehave: control connections, publishers and files as none of this package are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import select
 import socket
 import sys
 import time
-from array import array
 from collections.abc import Iterator
 from random import Random
 from typing import Any, Final
@@ -19,11 +18,7 @@ import pytest
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.shared_memory import available, message_memory, ring_memory
-from mpbroadcast.protocol.control import (
-    Inbox,
-    decode,
-    encode,
-)
+from mpbroadcast.protocol.control import Inbox, decode, encode
 from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from tests.support.helpers import DEADLINE, keyed_connection
 
@@ -39,14 +34,13 @@ class Rude:
             self.socket = socket.socket(fileno=os.dup(client.fileno()))
         self.socket.settimeout(DEADLINE)
         self._inbox = Inbox(1 << 30)
-        self.fds: list[int] = []
+        self.fds: list[int] = []  # which came with replies
 
     def send(self, data: bytes) -> None:
-        """Send it, if the broker has not hung up."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the broker has hung up
             self.socket.sendall(data)
 
-    def receive_packet_with_fd(self, seconds: float = DEADLINE) -> dict[str, Any] | None:
+    def reply(self, seconds: float = DEADLINE) -> dict[str, Any] | None:
         """The next reply; ``None`` when none comes in that time, or the broker has hung up."""
         deadline = time.monotonic() + seconds
         while (body := self._inbox.next()) is None:
@@ -65,16 +59,15 @@ class Rude:
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """What the broker replies to a good request."""
         self.send(encode(message))
-        reply = self.receive_packet_with_fd()
+        reply = self.reply()
         assert reply is not None, f"no reply to {message}"
         return reply
 
     def close(self) -> None:
         self.socket.close()
-        self.let_go()
+        self.close_fds()
 
-    def let_go(self) -> None:
-        """Close what came with replies."""
+    def close_fds(self) -> None:
         while self.fds:
             os.close(self.fds.pop())
 
@@ -96,10 +89,9 @@ class Lent:
 
     def send_packet(self, packet: bytes, *fds: int) -> None:
         """Send a packet with descriptors, if there is room for it, and the broker has not hung up."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         if self.fd_socket is not None:
             with contextlib.suppress(OSError):
-                self.fd_socket.sendmsg([packet], rights)
+                socket.send_fds(self.fd_socket, [packet], [*fds])
 
     def ring(self, number: int, seconds: float = DEADLINE) -> None:
         """Share a good ring, and wait until that is answered, but not for longer."""
@@ -110,7 +102,6 @@ class Lent:
         memory.close()
 
     def memory(self, number: int, size: int) -> None:
-        """Send the memory of a message."""
         descriptor = message_memory([bytes(size)])
         self.send_packet(pack(MEMORY, 0, number), descriptor.fd)
         descriptor.close()
@@ -125,7 +116,7 @@ SEALS: Final = [0, 2, 4, 8, 2 | 4, 2 | 4 | 8, 2 | 4 | 16, 1 | 2 | 4 | 16, 1 | 2 
 
 
 @contextlib.contextmanager
-def any_file(choose: Random, name: str = "fuzz") -> Iterator[int]:
+def any_file(choose: Random) -> Iterator[int]:
     """A descriptor of memory of any size with any seals, or of something that is no memory."""
     kind = choose.randrange(8)
     if kind == 0:
@@ -134,7 +125,7 @@ def any_file(choose: Random, name: str = "fuzz") -> Iterator[int]:
     elif kind == 1:
         fd = os.open(choose.choice(["/dev/null", "/dev/zero", "/", sys.executable]), os.O_RDONLY)
     else:
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create("fuzz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, choose.choice([0, 1, 100, 3000, 4096, 5000, 1 << 16, 1 << 20, (1 << 20) + 1, 1 << 30, 1 << 45]))
         with contextlib.suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, choose.choice(SEALS))
