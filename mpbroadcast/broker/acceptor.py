@@ -45,7 +45,7 @@ class Acceptor:
         self._listener = listener
         self._keys = keys
         self._peers = peers
-        self._connections: dict[Peer, set[ControlConnection]] = {}
+        self._connections: set[ControlConnection] = set()
         self._strangers: dict[ControlConnection, float] = {}  # with their deadlines
         self._is_expiring = False
         poller.watch(listener.fileno(), IN, self._accept)
@@ -69,33 +69,24 @@ class Acceptor:
             if connection in self.found.readable:
                 self.found.readable[connection] = self.found.readable.pop(connection)
 
-    def close(self) -> None:
-        """Close all connections."""
-        for peer in list(self._connections):
-            self.close_connections(peer, "the broker has ended")
-
-    def close_connections(self, peer: Peer, why: str) -> None:
-        """Close those of this process."""
-        for connection in list(self._connections.get(peer, ())):
-            connection.close(why)
+    def close(self, why: str = "the broker has ended", peer: Peer | None = None) -> None:
+        """Close all connections, or those of this process."""
+        for connection in list(self._connections):
+            if peer is None or connection.peer is peer:
+                connection.close(why)
 
     def forget(self, connection: ControlConnection) -> None:
         """Forget one that is closed."""
-        peer = connection.peer
         self._strangers.pop(connection, None)
-        connections = self._connections[peer]
-        connections.discard(connection)
-        peer.connections = len(connections)
-        if not connections:
-            del self._connections[peer]
-        self._peers.release(peer)
+        self._connections.remove(connection)
+        connection.peer.connections -= 1
+        self._peers.release(connection.peer)
 
     def send(self, message: dict[str, Any]) -> None:
         """Send this to each session, though it has requested nothing."""
-        for connections in list(self._connections.values()):
-            for connection in list(connections):
-                if connection.session is not None:
-                    connection.reply(message)
+        for connection in list(self._connections):
+            if connection.session is not None:
+                connection.reply(message)
 
     def _accept(self, events: int) -> None:
         trap_points.reach("accepting")
@@ -156,7 +147,7 @@ class Acceptor:
             connection.close()
             return
         client = ControlConnection(self._poller, connection, peer, serve_handshake(self._keys), self.found)
-        self._connections.setdefault(peer, set()).add(client)
+        self._connections.add(client)
         peer.connections += 1
         self._strangers[client] = time.monotonic() + HANDSHAKE_TIMEOUT
         if not self._is_expiring:

@@ -80,10 +80,6 @@ class ControlConnection:
         if self._inbox:
             self._found.readable[self] = None
 
-    def fail(self, kind: str, text: str, **more: Any) -> None:
-        """Reply that it cannot be done."""
-        self.reply({"error": kind, "text": text, **more})
-
     @property
     def is_closed(self) -> bool:
         """True once it is closed, at either side."""

@@ -46,7 +46,7 @@ class Intake:
         publisher = Publisher(id, session, PublisherPipe(reader, self._buffer))
         self.publishers[id] = publisher
         session.publishers.add(publisher)
-        self._watch(publisher)
+        self._poller.watch(publisher.pipe.fd, IN, partial(self.read, publisher))
         return publisher, writer
 
     def wait(self, *, at_once: bool) -> None:
@@ -56,9 +56,6 @@ class Intake:
         self._poller.round(0.0 if at_once else self._nap if self._napping else None)
         for publisher in list(self._napping):
             self.read(publisher)
-
-    def _watch(self, publisher: Publisher) -> None:
-        self._poller.watch(publisher.pipe.fd, IN, partial(self.read, publisher))
 
     def read(self, publisher: Publisher, _events: int = IN, *, limit: int | None = None) -> None:
         """Read once what is in its pipe, at most ``limit`` bytes, and park it."""
@@ -90,7 +87,7 @@ class Intake:
         """Read its pipe when the poller reports bytes, from now on."""
         publisher.state = publisher.state.to(PublisherState.READING)
         self._napping.pop(publisher, None)
-        self._watch(publisher)
+        self._poller.watch(publisher.pipe.fd, IN, partial(self.read, publisher))
 
     def nap(self, publisher: Publisher) -> None:
         """Read its pipe after naps, from now on."""

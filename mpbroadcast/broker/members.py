@@ -140,36 +140,31 @@ class Publisher:
         return came
 
     def _take_shared(self, items: list[Item]) -> int:
-        """Park items with the memory that they are in, and drop what was aborted. Return the bytes that they refer to."""
-        referred = 0
+        """Park items with the memory that they are in, and drop what was aborted. Return the bytes that they refer to.
+
+        :raises FrameError: a frame refers to memory that is not there.
+        """
+        referred, lender = 0, self.lender
         for item in items:
-            found = self._found(item)
-            if found is not None:
-                self.parked.append(found)
-                referred += found.charge
+            found: Item | None = item
+            if isinstance(item, References):
+                ring = None if lender is None else lender.rings.get(item.ring)
+                if ring is None:
+                    raise FrameError(f"a reference to a ring {item.ring} that it does not have")
+                found = item._replace(hold=ring.arrived(item))
+            elif isinstance(item, MemfdMessage):
+                found = None if lender is None else lender.fetch(item)
+            if found is None:
+                log.warning("process %d did not send the memory of a message: dropped", self.pid)
+                continue
+            self.parked.append(found)
+            referred += found.charge
         aborted = self.pipe.splitter.aborted
         while aborted:
-            message = aborted.pop()
-            if self.lender is not None:
-                self.lender.give_up(message)
+            message_id = aborted.pop()
+            if lender is not None:
+                lender.give_up(message_id)
         return referred
-
-    def _found(self, item: Item) -> Item | None:
-        """Return the item with the memory that it is in; ``None`` if that has not come.
-
-        :raises FrameError: the frame refers to memory that is not there.
-        """
-        if isinstance(item, References):
-            ring = None if self.lender is None else self.lender.rings.get(item.ring)
-            if ring is None:
-                raise FrameError(f"a reference to a ring {item.ring} that it does not have")
-            return item._replace(hold=ring.arrived(item))
-        if isinstance(item, MemfdMessage):
-            message = None if self.lender is None else self.lender.fetch(item)
-            if message is None:
-                log.warning("process %d did not send the memory of a message: dropped", self.pid)
-            return message
-        return item
 
     @property
     def all_routed(self) -> bool:
@@ -236,17 +231,6 @@ class Subscription:
         self.backlog.pipe += self.pipe.write_restarted()
         self.backlog = under(self.policy, self.backlog)
         self.restored = False
-
-    @property
-    def has_nothing_to_open_for(self) -> bool:
-        """True if no process has opened it, or is about to, and no message waits for one that would."""
-        return self.pipe.state is PipeState.UNOPENED and not self.backlog.waiting
-
-    @property
-    def progress(self) -> tuple[int, ...]:
-        """Numbers that change when its reader opens it or reads."""
-        packets = self.window.received if self.window is not None else 0
-        return self.is_open, self.backlog.left, self.pipe.unread(), packets
 
     def refresh(self) -> None:
         """Take into account what its reader has read."""

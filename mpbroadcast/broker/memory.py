@@ -46,22 +46,9 @@ class Store:
         self.account = Account()  # of all runs but those that refer to rings
         self.rings: set[Ring] = set()
         self.memories = 0  # messages in memory of their own, each with a descriptor
-        self._ids = itertools.count(1)
+        self.ids = itertools.count(1)  # of rings and messages
         self.reserve = Reserve()  # so that a descriptor can be received when none is left
-        self._most_memories = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-
-    def new_id(self) -> int:
-        """Return an id for a ring or a message, which nothing else has."""
-        return next(self._ids)
-
-    @property
-    def full(self) -> bool:
-        """True if no more descriptors should be kept for messages."""
-        return self.memories >= self._most_memories
-
-    def may_have(self, size: int) -> bool:
-        """Return whether there may be another ring of this size."""
-        return sum(ring.size for ring in self.rings) + size <= _MOST_RING_BYTES
+        self.most_memories = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
 
 class Ring:
@@ -72,7 +59,7 @@ class Ring:
         chunks = size // chunk if chunk >= _SMALLEST_CHUNK else 0
         if not 1 <= chunks <= _MOST_CHUNKS or size % chunk or size > _LARGEST_RING:
             raise MemoryRefused(f"a ring of {size} bytes in chunks of {chunk}")
-        self.id = store.new_id()
+        self.id = next(store.ids)
         self.name = name
         self.size = size
         self.descriptor = descriptor
@@ -164,7 +151,7 @@ class Memory:
         size = check_message(descriptor.fd)
         if size > MAX_FRAME:
             raise MemoryRefused(f"a message of {size} bytes")
-        self.id = store.new_id()
+        self.id = next(store.ids)
         self.size = size
         self.copies = store.account
         self._store = store
@@ -242,7 +229,7 @@ class Lender:
         try:
             if descriptor is not None and self._ring_count < _MOST_RINGS and name not in self.rings:
                 ring = Ring(self._store, self, name, descriptor, chunk)
-                if self._store.may_have(ring.size):
+                if sum(one.size for one in self._store.rings) + ring.size <= _MOST_RING_BYTES:
                     self.rings[name] = ring
                     self._ring_count += 1
                     self._store.rings.add(ring)
@@ -255,7 +242,7 @@ class Lender:
         if len(self._memories) >= _MOST_PENDING:
             raise PacketError("too many messages in memory of their own, without their frames")
         with contextlib.suppress(MemoryRefused):  # then it has not come
-            self._memories[id] = Memory(self._store, descriptor, kept and not self._store.full)
+            self._memories[id] = Memory(self._store, descriptor, kept and self._store.memories < self._store.most_memories)
 
     def give_up(self, id: int) -> None:
         """Forget a message that is not published after all."""

@@ -60,8 +60,9 @@ class MemoryExchange:
             self._poller.forget(lender.fd_socket.fileno())
         if lender.wants_chunk:
             lender.wants_chunk = False
-            for ring in list(lender.rings.values()):
-                _refresh(ring)
+            for ring in lender.rings.values():
+                for subscription in ring.readers:
+                    subscription.refresh()
             if lender.rings and not lender.is_watched:
                 lender.is_watched = True
                 self._watch_ring(lender, list(lender.rings.values())[-1])
@@ -164,8 +165,3 @@ class MemoryExchange:
         """Forget a subscription that is removed."""
         for ring in self.store.rings:
             ring.readers.discard(subscription)
-
-
-def _refresh(ring: Ring) -> None:
-    for subscription in ring.readers:
-        subscription.refresh()

@@ -248,10 +248,12 @@ class Registry:
         if subscription.id in self.subscriptions:
             self._write_down(subscription)
 
-    def remove(self, subscription: Subscription) -> None:
-        """Remove it, with all that is in its backlog."""
+    def remove(self, subscription: Subscription, why: str = "") -> None:
+        """Remove it, unless it is removed already, with all that is in its backlog. Log ``why``."""
         if subscription.pipe.state is PipeState.GONE:
             return
+        if why:
+            log.info("channel %d of process %d is removed: %s", subscription.id, subscription.pid, why)
         self.subscriptions.pop(subscription.id, None)
         self._forget_entry(subscription.id)
         self.unopen(subscription)
@@ -261,12 +263,6 @@ class Registry:
         self._detach(subscription)
         subscription.backlog.discard()
 
-    def remove_for(self, subscription: Subscription, why: str) -> None:
-        """Remove it, and log why, unless it is removed already."""
-        if subscription.pipe.state is not PipeState.GONE:
-            log.info("channel %d of process %d is removed: %s", subscription.id, subscription.pid, why)
-            self.remove(subscription)
-
     def remove_in_parts(self, subscription: Subscription, why: str) -> None:
         """Remove it when the server has time; from now on it is not found."""
         if self.subscriptions.pop(subscription.id, None) is not None:
@@ -275,7 +271,7 @@ class Registry:
     def close(self, subscription: Subscription, why: str) -> None:
         """Remove it: at once, if that does not take long."""
         if len(self.topics(subscription)) <= _MANY_TOPICS:
-            self.remove_for(subscription, why)
+            self.remove(subscription, why)
         else:
             self._forget_entry(subscription.id)
             self.remove_in_parts(subscription, why)
@@ -291,7 +287,7 @@ class Registry:
                 self._router.drop(subscription, topics[-_MANY_TOPICS:])
             else:
                 del self.to_remove[id]
-                self.remove_for(subscription, why)
+                self.remove(subscription, why)
 
     def _detach(self, subscription: Subscription) -> None:
         session = subscription.session

@@ -59,13 +59,13 @@ def _errors_to(connection: ControlConnection) -> Iterator[None]:
     try:
         yield
     except OverBudget as error:
-        connection.fail("value", str(error))
+        connection.reply({"error": "value", "text": str(error)})
     except _Refused as refused:
-        connection.fail(refused.kind, str(refused), **refused.more)
+        connection.reply({"error": refused.kind, "text": str(refused), **refused.more})
     except OSError as error:
         no_descriptors = error.errno in (errno.EMFILE, errno.ENFILE)
         text = "the broker has no descriptor left for another pipe" if no_descriptors else str(error)
-        connection.fail("system", text, errno=error.errno)
+        connection.reply({"error": "system", "text": text, "errno": error.errno})
 
 
 def _attach(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:

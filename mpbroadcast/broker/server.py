@@ -151,10 +151,10 @@ class Broker:
         if subscription.not_waited_for and not subscription.backlog.is_empty and self.shutdown is not None:
             self.shutdown.give_up(subscription)
         else:
-            self.registry.remove_for(subscription, "its reader has closed it" if was_accepting else "it had ended")
+            self.registry.remove(subscription, "its reader has closed it" if was_accepting else "it had ended")
 
     def _remove_peer(self, peer: Peer) -> None:
-        self.acceptor.close_connections(peer, "its process has ended")
+        self.acceptor.close("its process has ended", peer)
         self._remove_connections()  # while it still counts as the starter
         self.registry.remove_all_of(peer)
         if peer.is_starter:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from mpbroadcast.broker.core.router import listed
+from mpbroadcast.broker.core.states import PipeState
 from mpbroadcast.broker.members import Peer, Subscription
 from mpbroadcast.broker.registry import Registry
 from mpbroadcast.broker.traffic import Traffic
@@ -47,7 +48,7 @@ class Shutdown:
         self._registry = registry
         self._traffic = traffic
         self._patience = timeout
-        self._progress: dict[Subscription, tuple[int, ...]] = {}
+        self._progress: dict[Subscription, tuple[int, ...]] = {}  # numbers that change when a reader opens or reads
         self._progress_at = time.monotonic()
         self._next_look = self._progress_at + min(timeout, _LOOK)
         self._all_ended = False  # each backlog has its end: nothing more can be published
@@ -109,15 +110,19 @@ class Shutdown:
         yield from self._each(self._end_backlog)
 
     def _end_backlog(self, subscription: Subscription) -> None:
-        if subscription.has_nothing_to_open_for:
-            self._registry.remove(subscription)
+        if subscription.pipe.state is PipeState.UNOPENED and not subscription.backlog.waiting:
+            self._registry.remove(subscription)  # no process has opened it, or is about to, nor would one get a message
         else:
             self._registry.unsubscribe(subscription)
             self._traffic.mark(subscription)  # one that was unsubscribed before keeps nothing from being written any more
 
     def _look(self) -> bool:
         """Look at what readers have read. Return whether there is time left."""
-        before, self._progress = self._progress, {one: one.progress for one in self._registry.subscriptions.values()}
+        before, self._progress = self._progress, {}
+        for subscription in self._registry.subscriptions.values():
+            packets = subscription.window.received if subscription.window is not None else 0
+            left, unread = subscription.backlog.left, subscription.pipe.unread()
+            self._progress[subscription] = (subscription.is_open, left, unread, packets)
         if self._progress != before:
             self._progress_at = time.monotonic()
         wait = min(self.time_left, _LOOK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 from mpbroadcast.broker.core.router import Router, listed
 from mpbroadcast.broker.members import Publisher, Subscription
@@ -28,21 +29,21 @@ class Stalls:
         """Look at the publishers from now on, as one is blocked, until none is."""
         if self._timeout is not None and not self._looking:
             self._looking = True
-            self._poller.later(self._timeout, lambda: self._look(self._timeout or 0.0))
+            self._poller.later(self._timeout, partial(self._look, self._timeout))
 
     def _look(self, timeout: float) -> None:
-        now = time.monotonic()
-        waiting = [publisher for publisher in self._publishers.values() if publisher.blocked]
-        for publisher in waiting:
-            seconds = now - publisher.blocked_since
-            if publisher.blocked is not None and not publisher.warned and seconds >= timeout:
-                publisher.warned = True
-                self._warn(publisher, publisher.blocked, seconds)
-        soon = [publisher.blocked_since for publisher in waiting if not publisher.warned]
-        self._looking = bool(waiting)
-        if waiting:
-            wait = timeout - (now - min(soon)) if soon else timeout
-            self._poller.later(max(wait, 0.01), lambda: self._look(timeout))
+        now, wait, self._looking = time.monotonic(), timeout, False
+        for publisher in self._publishers.values():
+            if publisher.blocked is not None:
+                self._looking = True
+                seconds = now - publisher.blocked_since
+                if not publisher.warned and seconds >= timeout:
+                    publisher.warned = True
+                    self._warn(publisher, publisher.blocked, seconds)
+                elif not publisher.warned:
+                    wait = min(wait, timeout - seconds)
+        if self._looking:
+            self._poller.later(max(wait, 0.01), partial(self._look, timeout))
 
     def _warn(self, publisher: Publisher, full: Subscription, seconds: float) -> None:
         same = publisher.pid == full.pid

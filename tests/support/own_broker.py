@@ -45,9 +45,6 @@ class Asker:
     def no_reply(self) -> None:
         self.replies.append({})
 
-    def fail(self, kind: str, text: str, **more: Any) -> None:
-        self.reply({"error": kind, "text": text, **more})
-
 
 @pytest.fixture
 def own_broker(tmp_path: Path) -> Iterator[Broker]:
