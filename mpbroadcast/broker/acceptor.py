@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.broker.control_connection import ControlConnection, Found, Trust
+from mpbroadcast.broker.control_connection import Closed, ControlConnection, Readable, Trust
 from mpbroadcast.broker.core.limits import MOST_CONNECTIONS
 from mpbroadcast.broker.members import Peer
 from mpbroadcast.broker.peers import Peers
@@ -40,7 +40,8 @@ class Acceptor:
     """Makes a :class:`ControlConnection` of each connection of this user."""
 
     def __init__(self, poller: Poller, listener: Socket, keys: list[bytes], peers: Peers) -> None:
-        self.found = Found()
+        self.readable: Readable = {}
+        self.closed: Closed = []
         self._poller = poller
         self._listener = listener
         self._keys = keys
@@ -52,7 +53,8 @@ class Acceptor:
 
     def requests(self) -> Iterator[tuple[ControlConnection, dict[str, Any]]]:
         """Yield the requests that have come, of each connection as many as it may have in a round."""
-        readable, self.found.readable = self.found.readable, {}
+        readable = list(self.readable)
+        self.readable.clear()
         end = time.monotonic() + _TURN
         served: list[ControlConnection] = []
         for connection in readable:
@@ -66,8 +68,8 @@ class Acceptor:
                 served.append(connection)
             connection.end_turn(has_more=is_over or count == _MOST_REQUESTS)
         for connection in served:  # the others are the first in the next round
-            if connection in self.found.readable:
-                self.found.readable[connection] = self.found.readable.pop(connection)
+            if connection in self.readable:
+                self.readable[connection] = self.readable.pop(connection)
 
     def close(self, why: str = "the broker has ended", peer: Peer | None = None) -> None:
         """Close all connections, or those of this process."""
@@ -146,7 +148,8 @@ class Acceptor:
             log.warning("refused process %d: it has %d connections already", pid, peer.connections)
             connection.close()
             return
-        client = ControlConnection(self._poller, connection, peer, serve_handshake(self._keys), self.found)
+        handshake = serve_handshake(self._keys)
+        client = ControlConnection(self._poller, connection, peer, handshake, self.readable, self.closed)
         self._connections.add(client)
         peer.connections += 1
         self._strangers[client] = time.monotonic() + HANDSHAKE_TIMEOUT

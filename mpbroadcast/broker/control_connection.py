@@ -3,8 +3,9 @@
 A client that is silent or rude costs a descriptor until its deadline, and nothing else: no thread waits for it, what it
 sends is bounded before it is read, and nothing more is read of it while it has not read its last reply.
 
-Nothing here calls the server. A connection that has something to handle, or is closed, is entered in :class:`Found`, which the
-server works off at the end of the round; there it takes the requests by :meth:`ControlConnection.next_request`.
+Nothing here calls the server. A connection that has something to handle, or is closed, is entered in ``readable`` or
+``closed``, which the server works off at the end of the round; there it takes the requests by
+:meth:`ControlConnection.next_request`.
 """
 
 from __future__ import annotations
@@ -32,18 +33,16 @@ class Trust(IntEnum):
     AUTHENTICATED = 2  # the broker has proved that it has the key, too
 
 
-class Found:
-    """What a round has found at control connections."""
-
-    def __init__(self) -> None:
-        self.readable: dict[ControlConnection, None] = {}  # bytes have come, or are left from the round before
-        self.closed: list[ControlConnection] = []
+Readable = dict["ControlConnection", None]  # of which bytes have come, or are left from the round before
+Closed = list["ControlConnection"]
 
 
 class ControlConnection:
     """One connection. It has one request at a time, until :meth:`reply` or :meth:`no_reply`."""
 
-    def __init__(self, poller: Poller, connection: Socket, peer: Peer, handshake: Handshake, found: Found) -> None:
+    def __init__(
+        self, poller: Poller, connection: Socket, peer: Peer, handshake: Handshake, readable: Readable, closed: Closed
+    ) -> None:
         self.peer = peer
         self.session: Session | None = None  # which ends with this connection
         self.trust = Trust.STRANGER
@@ -53,7 +52,8 @@ class ControlConnection:
         self._poller = poller
         self._socket = connection
         self._handshake = handshake
-        self._found = found
+        self._readable = readable
+        self._closed = closed
         self._inbox = Inbox(MAX_HANDSHAKE)
         self._counted = 0  # bytes in the inbox, as the peer counts them
         self._out: deque[bytes | memoryview] = deque()
@@ -78,7 +78,7 @@ class ControlConnection:
         """Finish a request that has no reply."""
         self.is_waiting = False
         if self._inbox:
-            self._found.readable[self] = None
+            self._readable[self] = None
 
     @property
     def is_closed(self) -> bool:
@@ -92,14 +92,14 @@ class ControlConnection:
             self._poller.close(self._socket.detach())
             self._count(0)
             self._drop_fds()
-            self._found.readable.pop(self, None)
-            self._found.closed.append(self)
+            self._readable.pop(self, None)
+            self._closed.append(self)
 
     def _ready(self, events: int) -> None:
         if events & OUT:
             self._send()
         if events & (IN | ERROR) and not self.is_waiting and not self._out:
-            if self not in self._found.readable:  # else the requests that have come are handled first
+            if self not in self._readable:  # else the requests that have come are handled first
                 self._read()
         elif events & ERROR:
             self.close("it has closed its connection")
@@ -116,7 +116,7 @@ class ControlConnection:
             self.close("it has closed its connection")
             return
         self._inbox.feed(data)
-        self._found.readable[self] = None
+        self._readable[self] = None
 
     def next_request(self) -> dict[str, Any] | None:
         """Return the next request that has come, if the last one is replied to and the client has read that."""
@@ -141,7 +141,7 @@ class ControlConnection:
         if self.is_closed:
             return
         if has_more:
-            self._found.readable[self] = None
+            self._readable[self] = None
         self._count(len(self._inbox))
         if self._counted and self.peer.asked > MOST_ASKED:
             self.close("too much that its process requests is not whole", refused=True)
@@ -182,7 +182,7 @@ class ControlConnection:
             self.close(f"its connection broke ({error.strerror})")
             return
         if not out and self._inbox:
-            self._found.readable[self] = None
+            self._readable[self] = None
         self._set_events()
 
     def _drop_fds(self) -> None:
@@ -191,7 +191,7 @@ class ControlConnection:
             self._poller.close(fd)
 
     def _set_events(self) -> None:
-        is_busy = self.is_waiting or self in self._found.readable
+        is_busy = self.is_waiting or self in self._readable
         events = OUT if self._out else 0 if is_busy else IN
         if not self.is_closed and events != self._events:
             self._events = events

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.backlog import Backlog
@@ -79,11 +79,6 @@ class PublisherPipe:
         # Not os.read: memory for the most that may come would be mapped and unmapped each time.
         return bytes(buffer[: readv(self.fd, (buffer if limit is None else buffer[:limit],))])
 
-    def passed(self) -> Iterator[Callable[[], None]]:
-        """Return what belongs to the barriers that are reached, and forget these."""
-        while self.barriers and self.barriers[0][0] <= self.position:
-            yield self.barriers.popleft()[1]
-
     def end_of_written(self) -> int:
         """Return the position behind all that has been written until now."""
         return self.position + (unread(self.fd) if self.fd >= 0 else 0)
@@ -135,8 +130,8 @@ class Publisher:
             came += self._take_shared(items)
         else:
             self.parked.extend(items)
-        if pipe.barriers:
-            self.parked.extend(pipe.passed())
+        while pipe.barriers and pipe.barriers[0][0] <= pipe.position:
+            self.parked.append(pipe.barriers.popleft()[1])
         return came
 
     def _take_shared(self, items: list[Item]) -> int:

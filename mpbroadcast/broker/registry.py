@@ -169,9 +169,8 @@ class Registry:
 
         :raises OverBudget: the session has no room for it.
         """
-        session.budget.check(cost)
         subscription = Subscription(id, session, new_backlog(capacity, policy))
-        self._spend(subscription, cost)
+        self.spend(subscription, cost)
         self.subscriptions[id] = subscription
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
@@ -208,16 +207,6 @@ class Registry:
             entry = (subscription, frozenset(before).difference(patterns), patterns)
             publisher.not_yet.append(entry)
             publisher.after_written(partial(publisher.not_yet.remove, entry))
-
-    def add_topics(self, subscription: Subscription, session: Session, cost: Cost) -> None:
-        """Spend the cost of topics that :meth:`route` adds next. They begin behind what the session has published until now.
-
-        :raises OverBudget: the subscription's session has no room for them.
-        """
-        self.spend(subscription, cost)
-        before = self._router.topics(subscription)
-        for publisher in session.publishers:
-            self.begin_behind(publisher, subscription, before)
 
     def recount(self, subscription: Subscription) -> None:
         """Let the session pay for the topics that were added before the request for more was cut off, and write these down."""

@@ -182,7 +182,10 @@ def _add_topics(broker: Broker, connection: ControlConnection, message: dict[str
     cost, _matchers = yield from _prepare(subscription.session, topics, 0)
     subscription = _find_subscription(broker, connection, message)
     _check_live(subscription)
-    broker.registry.add_topics(subscription, _session(broker, connection, message), cost)
+    session, before = _session(broker, connection, message), broker.registry.topics(subscription)
+    broker.registry.spend(subscription, cost)
+    for publisher in session.publishers:  # they begin behind what the session has published until now
+        broker.registry.begin_behind(publisher, subscription, before)
     is_done = False
     try:
         yield from _route(broker, subscription, topics)
@@ -391,28 +394,20 @@ def _prepare(session: Session, topics: list[str], subscriptions: int) -> Generat
     cost = Cost(subscriptions, len(topics))
     session.budget.check(cost)
     matchers: list[Matcher] = []
-    for index, part in enumerate(_parts_of(topics)):
-        if index:
-            yield
-        for topic in part:
-            _checked(encode_topic, topic)
-        cost = cost.plus(cost_of(part, 0)._replace(topics=0))
-        session.budget.check(cost)
-        matchers += map(matcher, filter(is_pattern, part))
-    return cost, matchers
-
-
-def _parts_of(topics: list[str]) -> Iterator[list[str]]:
-    """Cut topics into parts, each of which is checked, and its patterns compiled, in some milliseconds."""
-    part: list[str] = []
+    part: list[str] = []  # is checked, and its patterns compiled, in some milliseconds
     room = _PART
-    for topic in topics:
+    for count, topic in enumerate(topics, 1):
+        _checked(encode_topic, topic)
         part.append(topic)
         room -= len(topic) if is_pattern(topic) else 4
-        if room < 0:
-            yield part
+        if room < 0 or count == len(topics):
+            cost = cost.plus(cost_of(part, 0)._replace(topics=0))
+            session.budget.check(cost)
+            matchers += map(matcher, filter(is_pattern, part))
+            if count < len(topics):
+                yield
             part, room = [], _PART
-    yield part
+    return cost, matchers
 
 
 def _checked(check: Callable[..., Any], *args: object) -> Any:

@@ -91,11 +91,11 @@ class Broker:
 
     def round(self, *, at_once: bool = False) -> None:
         """Wait for what happens, unless ``at_once`` is set or something is left to do, and handle it."""
-        registry, traffic, found = self.registry, self.traffic, self.acceptor.found
-        left = self.parts or registry.to_finish or registry.to_remove or found.readable or found.closed
+        registry, traffic, acceptor = self.registry, self.traffic, self.acceptor
+        left = self.parts or registry.to_finish or registry.to_remove or acceptor.readable or acceptor.closed
         traffic.round(at_once=at_once or bool(left or traffic.overflowed or traffic.departed))
-        if found.readable:
-            for connection, request in self.acceptor.requests():
+        if acceptor.readable:
+            for connection, request in acceptor.requests():
                 self._answer(self, connection, request)
         if self._has_found():
             self._work_off()
@@ -131,7 +131,7 @@ class Broker:
 
     def _has_found(self) -> bool:
         traffic = self.traffic
-        return bool(traffic.overflowed or traffic.departed or self.peers.dead or self.acceptor.found.closed)
+        return bool(traffic.overflowed or traffic.departed or self.peers.dead or self.acceptor.closed)
 
     def _work_off(self) -> None:
         """Do what the round has found to be done."""
@@ -162,7 +162,7 @@ class Broker:
             self.stop(DRAIN_TIMEOUT)
 
     def _remove_connections(self) -> None:
-        closed = self.acceptor.found.closed
+        closed = self.acceptor.closed
         while closed:
             connection = closed.pop()
             self.registry.unopen_all(connection)
