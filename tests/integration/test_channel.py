@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import pickle
 import selectors
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,18 +133,6 @@ def test_no_error_of_a_message_is_taken_for_the_channels_own(padding: int, bus: 
 
 
 # --- iteration --------------------------------------------------------------------------------------------------------
-
-
-def test_iteration_goes_on_where_it_was_left(bus: Bus) -> None:
-    channel = bus.subscribe()
-    bus.publish_many(range(10))
-    bus.flush(timeout=DEADLINE)
-    bus.unsubscribe(channel)
-    for message in channel:
-        if message == 3:
-            break
-    assert channel.recv(timeout=DEADLINE) == 4
-    assert list(channel) == [5, 6, 7, 8, 9]
 
 
 async def take_async(channel: Channel[Any], count: int) -> list[Any]:
@@ -351,39 +338,31 @@ def test_a_publish_that_waits_for_dropped_channels_goes_on(bus: Bus) -> None:
     waiting.result()
 
 
-def test_a_handle_that_is_dropped_while_the_broker_takes_nothing(bus: Bus) -> None:
-    """End the subscriptions of its channels, but for the one that was handed on."""
-    other: Bus = connect(bus.address)
+def _drop_all(address: str, pid: int, report: Connection, closes: bool) -> None:
+    other: Bus = connect(address)
     channels = [other.subscribe() for _ in range(MANY)]
-    handed_on: Channel[Any] = pickle.loads(pickle.dumps(channels[0]))
-    with stopped(bus.stats().pid):
-        channels.clear()
-        other.close()
-        del other
-        gc.collect()
-    wait_until(lambda: len(bus.stats().subscribers) <= 1)
-    bus.publish(1)
-    assert handed_on.recv(timeout=DEADLINE) == 1
-
-
-def _drop_all(address: str, pid: int, report: Connection) -> None:
-    bus = connect(address)
-    channels = [bus.subscribe() for _ in range(MANY)]
+    report.send(channels[0])
     with stopped(pid):
         channels.clear()
-        del bus
+        if closes:
+            other.close()
+        del other
         gc.collect()
     report.send("done")
     report.recv()
 
 
-def test_a_process_that_drops_all_and_lives_on(
-    bus: Bus, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_process_that_drops_its_handle_while_the_broker_takes_nothing(
+    closes: bool, bus: Bus, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
 ) -> None:
-    """End all its subscriptions, though nothing of the package is used there any more."""
-    child = children(fork, _drop_all, bus.address, bus.stats().pid, pipe[1])
+    """End all its subscriptions but for the one that was handed on, though the package is not used there any more."""
+    child = children(fork, _drop_all, bus.address, bus.stats().pid, pipe[1], closes)
+    handed_on = answer(pipe[0])
     assert answer(pipe[0]) == "done"
-    wait_until(lambda: not bus.stats().subscribers)
+    wait_until(lambda: len(bus.stats().subscribers) == 1)
+    bus.publish(1)
+    assert handed_on.recv(timeout=DEADLINE) == 1
     pipe[0].send("end")
     finish(child)
 

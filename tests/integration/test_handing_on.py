@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerLost, Channel, ChannelInUse, connect, start_broadcaster
+from mpbroadcast import Broadcaster, Channel, ChannelInUse, connect, start_broadcaster
 from tests.support import workers
 from tests.support.helpers import (
     DEADLINE,
@@ -165,20 +165,6 @@ def test_close_waits_for_handed_on_channels(in_time: bool, bus: Bus, children: C
     finish(child)
 
 
-def test_close_does_not_wait_for_the_closers_own_channels(bus: Bus) -> None:
-    """What was left out is no clean end."""
-    channel = bus.subscribe()
-    channel.fileno()
-    count = bus.publish_many((number, bytes(10_000)) for number in range(1000))
-    bus.flush(timeout=DEADLINE)
-    bus.close(timeout=3 * DEADLINE)
-    received: list[int] = []
-    receiving = Background(lambda: received.extend(number for number, _ in iter(lambda: channel.recv(DEADLINE), None)))
-    assert isinstance(receiving.error(), BrokerLost)
-    assert received == list(range(len(received)))
-    assert len(received) < count
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("how", ["close", "drop"])
 def test_what_no_forked_process_can_open_any_more_is_dropped(
@@ -308,49 +294,7 @@ def test_a_broadcaster_is_pickled_without_a_key_and_comes_back_as_another_handle
         assert everything(bus, channel) == ["through the original"]
 
 
-def test_handle_survives_a_fork_while_another_thread_publishes(bus: Bus, children: Children, fork: BaseContext) -> None:
-    """Forked at any moment of the parent's publishing, a child publishes at once, and neither harms the other."""
-    channel = bus.subscribe(capacity=1 << 32)
-    stop = False
-
-    def publish_on() -> int:
-        number = 0
-        while not stop:
-            bus.publish(("parent", number, bytes(number * 37 % 9000)))
-            number += 1
-        return number
-
-    publishing = Background(publish_on)
-    try:
-        for _ in range(4):
-            for child in [children(fork, workers.publish_numbers, bus, f"child {turn}", 10) for turn in range(2)]:
-                finish(child)
-    finally:
-        stop = True
-    count = publishing.result()
-    messages = take(channel, count + 4 * 2 * 10)
-    assert everything(bus, channel) == []
-    ours = [message for message in messages if message[0] == "parent"]
-    assert [message[1] for message in ours] == list(range(count))
-    assert [len(message[2]) for message in ours] == [number * 37 % 9000 for number in range(count)]
-    for turn in range(2):
-        theirs = [number for name, number, *_ in messages if name == f"child {turn}"]
-        assert sorted(theirs) == sorted([*range(10)] * 4)
-
-
 # --- a process that is no child ---------------------------------------------------------------------------------------
-
-
-def test_both_keys_open(fork: BaseContext, children: Children) -> None:
-    """The broker accepts its own key, and the starter's process key, which children inherit."""
-    with start_broadcaster(authkey=b"a key of its own") as bus:
-        channel = bus.subscribe()
-        with connect(bus.address) as inherited, connect(bus.address, authkey=b"a key of its own") as explicit:
-            inherited.publish(1)
-            inherited.flush(timeout=DEADLINE)
-            explicit.publish(2)
-        finish(children(fork, workers.publish_one, bus, 3))
-        assert sorted(take(channel, 3)) == [1, 2, 3]
 
 
 def test_closing_another_handle_only_detaches(bus: Bus) -> None:

@@ -31,7 +31,6 @@ from mpbroadcast import (
     BrokerRestarted,
     Channel,
     ChannelInUse,
-    ClosedError,
     Selector,
     connect,
     start_broadcaster,
@@ -262,18 +261,6 @@ def test_a_channel_that_is_closed_before_it_has_a_new_pipe_keeps_none(kept: Bus)
         channel.recv(timeout=0.2)
     channel.close()
     assert open_pipes() == before
-
-
-def test_one_that_was_unsubscribed_still_ends(kept: Bus) -> None:
-    channel = kept.subscribe()
-    channel.poll()
-    kept.unsubscribe(channel)
-    wait_until(lambda: not kept.stats().subscribers)
-    kill_broker(kept)
-    with pytest.raises((BrokerRestarted, EOFError)):
-        channel.recv(timeout=DEADLINE)
-    with pytest.raises(EOFError):
-        channel.recv(timeout=DEADLINE)
 
 
 def test_who_died_with_the_broker_is_not_kept(kept: Bus, fork: BaseContext, children: Children, pipe: Pipe) -> None:
@@ -520,19 +507,6 @@ def test_the_last_broker_removes_its_address_though_its_supervisor_was_killed(ad
         supervisor_of(bus).kill()
         os.kill(bus.stats().pid, signal.SIGTERM)
         wait_until(lambda: not os.path.exists(bus.address if address else os.path.dirname(bus.address)))
-
-
-def test_what_was_closed_does_not_come_back_with_the_next_broker(kept: Bus) -> None:
-    other: Bus = connect(kept.address)
-    channel = other.subscribe()
-    channel.close()
-    other.close()
-    kill_broker(kept)
-    with pytest.raises(ClosedError):
-        other.publish(1)
-    with pytest.raises(ClosedError):
-        channel.recv(timeout=0)
-    assert not kept.stats().subscribers
 
 
 # --- what is written down, and for how long it is tried
