@@ -51,14 +51,10 @@ class Journal:
         :raises OSError: there can be none.
         """
         self.files = files or (_anonymous(), _anonymous())
-        heads = [int(os.pread(file, _HEAD - 1, 0) or b"0", 16) for file in self.files]
-        self._version = max(heads)
-        self._current = heads.index(self._version)
+        self._version = max(int(os.pread(file, _HEAD - 1, 0) or b"0", 16) for file in self.files)
         self._whole = 0  # bytes, when all were written last
         self._refused = 0  # writes, since all were written last
-        file = self.files[self._current]
-        self._size = max(os.fstat(file).st_size, _HEAD)
-        lines = os.pread(file, self._size - _HEAD, _HEAD)
+        lines = os.pread(self._file, self._end() - _HEAD, _HEAD)
         self.entries = replayed(lines)
         if not lines.endswith(b"\n") and not self._rewrite():
             self._refuse()
@@ -89,26 +85,28 @@ class Journal:
     def subscriptions(self) -> list[Entry]:
         return [entry for id, entry in self.entries.items() if id > 0]
 
+    @property
+    def _file(self) -> int:
+        return self.files[self._version % 2]
+
+    def _end(self) -> int:
+        return max(os.fstat(self._file).st_size, _HEAD)
+
     def _write(self, entry: Entry) -> None:
-        line = _line(entry)
-        if self._refused or not _written(self.files[self._current], line, self._size):
+        if self._refused or not _written(self._file, _line(entry), self._end()):
             self._refuse()
-            return
-        self._size += len(line)
-        if self._size > _SHORT and self._size > 8 * self._whole:
+        elif self._end() > max(_SHORT, 8 * self._whole):
             self._rewrite()
 
     def _rewrite(self) -> bool:
-        other = 1 - self._current
-        file = self.files[other]
+        version = self._version + 1
+        file = self.files[version % 2]
         lines = b"".join(map(_line, self.entries.values()))
         os.ftruncate(file, 0)
-        head = b"%016x\n" % (self._version + 1)
-        if not (_written(file, lines, _HEAD) and _written(file, head, 0)):
+        if not (_written(file, lines, _HEAD) and _written(file, b"%016x\n" % version, 0)):
             os.ftruncate(file, 0)
             return False
-        self._version += 1
-        self._current, self._size = other, _HEAD + len(lines)
+        self._version = version
         self._whole = len(lines)
         self._refused = 0
         return True
