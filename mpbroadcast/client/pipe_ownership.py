@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from enum import Enum, auto
 from typing import Any, Final
 
 from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient, Reply
@@ -34,44 +33,24 @@ from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.shared_memory import available
+from mpbroadcast.states import IllegalTransition, State
 
 _CLOSE_TIMEOUT: Final = 5.0  # seconds until close() no longer waits for the broker's reply
 
 
-class ChannelState(Enum):
-    """What a channel is in one process."""
+class ChannelState(State):
+    """Of a channel in one process."""
 
-    UNOPENED = auto()  # no pipe: the first process that receives opens the channel
-    OPENING = auto()  # the broker has sent the pipe, and has not confirmed that this process is the owner
-    OPEN = auto()  # this process is the owner, and receives
-    RECONNECTING = auto()  # the broker has died; the pipe of the one that takes over is not confirmed yet
-    ELSEWHERE = auto()  # another process is the owner
-    CLOSING = auto()  # close() has begun; after an interrupt it can be called again
-    CLOSED = auto()  # the broker knows, or the next request will show it
+    UNOPENED = "no pipe: the first process that receives opens the channel", "OPENING", "ELSEWHERE", "CLOSING"
+    OPENING = "the broker has sent the pipe, and has not confirmed the owner", "OPEN", "UNOPENED", "ELSEWHERE", "CLOSING"
+    OPEN = "this process is the owner, and receives", "RECONNECTING", "ELSEWHERE", "CLOSING"
+    RECONNECTING = "the broker has died; the next one's pipe is not confirmed yet", "OPEN", "ELSEWHERE", "CLOSING"
+    ELSEWHERE = "another process is the owner", "CLOSING"
+    CLOSING = "close() has begun; after an interrupt it can be called again", "CLOSED"
+    CLOSED = ("the broker knows, or the next request will show it",)
 
 
 UNOPENED, OPENING, OPEN, RECONNECTING, ELSEWHERE, CLOSING, CLOSED = ChannelState
-
-TRANSITIONS: Final[dict[ChannelState, tuple[ChannelState, ...]]] = {
-    UNOPENED: (OPENING, ELSEWHERE, CLOSING),
-    OPENING: (OPEN, UNOPENED, ELSEWHERE, CLOSING),
-    OPEN: (RECONNECTING, ELSEWHERE, CLOSING),
-    RECONNECTING: (OPEN, ELSEWHERE, CLOSING),
-    ELSEWHERE: (CLOSING,),
-    CLOSING: (CLOSED,),
-    CLOSED: (),
-}
-
-
-class IllegalTransition(RuntimeError):
-    """A state that cannot follow the one before it."""
-
-
-def transition(state: ChannelState, to: ChannelState) -> ChannelState:
-    """Return ``to``, or raise IllegalTransition if it may not follow ``state``."""
-    if to not in TRANSITIONS[state]:
-        raise IllegalTransition(f"a channel that is {state.name} cannot become {to.name}")
-    return to
 
 
 class PipeOwnership:
@@ -155,7 +134,7 @@ class PipeOwnership:
         """Change the state, or raise IllegalTransition: another thread has closed the channel meanwhile."""
         while True:
             state = self.state
-            after = transition(state, to)
+            after = state.to(to)
             if self.state is state:  # no call from here on, so no other thread comes in between
                 self.state = after
                 return
@@ -166,7 +145,7 @@ class PipeOwnership:
         The caller holds the channel's lock, and calls :meth:`release_former` when it has gone over to the new pipe.
         """
         if self._former is None:
-            reconnecting = transition(self.state, RECONNECTING)
+            reconnecting = self.state.to(RECONNECTING)
             # No call from here on, so that an interrupt finds all of it or nothing.
             self.state, self._former = reconnecting, (self.pipe, self.shared)
             self.pipe = self.shared = None
@@ -219,7 +198,7 @@ class PipeOwnership:
                 self.client.drop(self.subscription)
         client = BrokerClient(self.client.address, self.client.broker)  # the session ends with its last handle
         if self.state is CLOSING:  # else another thread has closed it meanwhile
-            self.state, self.client = transition(CLOSING, CLOSED), client
+            self.state, self.client = CLOSING.to(CLOSED), client
         self.release_heirs()
 
     def release_heirs(self) -> None:
@@ -247,7 +226,7 @@ class PipeOwnership:
         self._is_subscriber = False
         if self.pipe is not None or self._former is not None:
             owner = os.getppid()
-            state = self.state if self.is_closed else transition(self.state, ELSEWHERE)
+            state = self.state if self.is_closed else self.state.to(ELSEWHERE)
             # No call from here on, so that an interrupt finds all of it or nothing.
             self.state, self._owner = state, owner
             self.pipe = self._former = None

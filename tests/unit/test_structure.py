@@ -24,7 +24,7 @@ LAYERS = [
     {"__init__"},
     {"client", "broker"},
     {"posix", "protocol"},
-    {"validation", "deadline", "trap_points"},
+    {"validation", "deadline", "states", "trap_points"},
     {"errors", "stats"},
 ]
 CORE = "mpbroadcast.broker.core."
