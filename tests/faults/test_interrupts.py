@@ -412,6 +412,7 @@ signal.signal(signal.SIGALRM, signal.default_int_handler)
 # Two functions in C, which handle no signal: it arrives in the second, and is handled in the first hook of the package.
 os.register_at_fork(after_in_parent=partial(signal.setitimer, signal.ITIMER_REAL, 1e-6))
 os.register_at_fork(after_in_parent=partial(sum, range(1_000_000)))
+from mpbroadcast.posix.descriptors import fork_lock
 
 os.fork() or os._exit(0)
 os.wait()
