@@ -7,7 +7,8 @@
   the pipe until the last decoded message is handed out (see ``protocol/runs.py``). An interrupt behind the reading of that
   byte puts the message back, but not the byte. To read it with the next call instead would wake each waiter once in vain.
 - :meth:`Channel._receive_nowait` takes one message, or none, and never blocks: each other call that receives goes through it.
-  ``_lock`` is held while a message is read, decoded and taken. Nothing waits under it, for a message or for the broker.
+  ``_lock`` is held while a message is read, decoded and taken, but for those of ``Stream.fast``, which are taken without it.
+  Nothing waits under it, for a message or for the broker.
 - ``pipe_ownership.py`` has the pipe, which process owns it, and the channel's state.
 """
 
@@ -17,6 +18,7 @@ import contextlib
 import select
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
@@ -90,10 +92,13 @@ class Channel(Generic[M]):
         """
         if timeout is not None:
             timeout = check_timeout(timeout)
+        message: M
+        for message in self._stream.fast:
+            return message  # nothing was called since, so no interrupt comes in between
         message = self._receive_nowait()
         if message is _NOTHING:
             message = self._receive(timeout)
-        return message  # nothing was called since, so no interrupt comes in between
+        return message  # as above
 
     def _receive(self, timeout: float | None) -> M:
         deadline = Deadline(timeout)
@@ -134,6 +139,7 @@ class Channel(Generic[M]):
         try:
             with self._lock:
                 stream = self._stream
+                stream.unshare()
                 ready = stream.ready
                 if not ready:
                     self._fill()
@@ -147,6 +153,8 @@ class Channel(Generic[M]):
                     del ready[0]
                     if not ready:
                         self._consume_tail_byte()
+                    elif plain:
+                        stream.share()
             if plain or type(message) is not Failure:
                 return message  # nothing is called from here on, so no interrupt comes in between
         except BaseException:
@@ -171,7 +179,9 @@ class Channel(Generic[M]):
             return False
         if not self._stream.ready:
             self._fill()
-        taken, rest = self._stream.split(limit if limit is None else limit - len(box[0]))
+        stream = self._stream
+        stream.unshare()
+        taken, rest = stream.split(limit if limit is None else limit - len(box[0]))
         if taken:
             more = box[0] + taken
             box[0], self._stream = more, rest  # no call between the two: an interrupt finds neither or both
@@ -229,7 +239,13 @@ class Channel(Generic[M]):
         return fd
 
     def __iter__(self) -> Iterator[M]:
-        return self
+        return chain.from_iterable(self._turns())
+
+    def _turns(self) -> Iterator[Iterator[M]]:
+        """Yield what an iteration takes messages from: those that are decoded, by C alone, then one by ``recv``, and so on."""
+        while not self._stream.has_ended:
+            yield self._stream.fast
+            yield map(Channel.__next__, (self,))  # an error in it ends neither this generator nor the iteration
 
     def __next__(self) -> M:
         try:
@@ -244,6 +260,9 @@ class Channel(Generic[M]):
         self._turn = (self._turn + 1) % _TURN
         if not self._turn:
             await give_turn()
+        message: M
+        for message in self._stream.fast:
+            return message
         while True:
             message = self._receive_nowait()
             if message is not _NOTHING:
@@ -377,6 +396,7 @@ class Channel(Generic[M]):
         with self._lock:
             if not self.ownership.close_pipe():
                 return
+            self._stream.unshare()
             self._stream = Stream()
             self._has_tail = False
         self._tasks.wake()

@@ -6,16 +6,20 @@
   readable; it reads that one, too, if the bytes before it complete no message. The channel reads it when it hands out the last
   decoded message. A byte left in the pipe is ``has_tail``.
 - Messages are decoded up to a limit at once; what is not decoded stays in the stream as bytes.
+- All messages of a stream but the last can be taken without a lock, and by C alone: :attr:`Stream.fast`, which each thread and
+  each iteration shares, pops exactly so many. The last one is taken under the channel's lock, as its tail byte is read then.
 - What has no message follows as a :class:`Failure` at its position, or as an :class:`End` behind all messages.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from array import array
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, Final
 
 from mpbroadcast.client.shared_reader import SharedReader
@@ -45,6 +49,9 @@ _OVERFLOWED: Final = (
 _FLAWS: Final = (End, Failure)
 _AT_ONCE: Final = 1 << 19  # bytes in shared memory to decode at once: no more than malloc keeps
 _SHARED: Final = (runs.REFERENCES, runs.IN_MEMORY)
+_NONE: Final[Iterator[Any]] = iter(())
+# With the GIL, nothing comes between the count and the popping in `map(deque.popleft, repeat(...))`.
+_IS_ATOMIC: Final = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +69,23 @@ class Stream:
     plain: bool = True
     skipped: int = 0
     read: int = 0
+    fast: Iterator[Any] = _NONE
+    _left: Iterator[Any] = _NONE
+
+    @property
+    def has_ended(self) -> bool:
+        """True if no message follows, for good."""
+        return bool(self.ready) and self.ready[0] is END_OF_MESSAGES
+
+    def share(self) -> None:
+        """Let all messages but the last be taken from ``fast``. The caller holds the channel's lock, as for the next one."""
+        if _IS_ATOMIC:
+            self._left = repeat(self.ready, len(self.ready) - 1)
+            self.fast = map(deque.popleft, self._left)
+
+    def unshare(self) -> None:
+        """Exhaust ``fast``: from then on only the holder of the lock takes messages."""
+        deque(self._left, 0)
 
     def decodable(self, has_tail: bool) -> bool:
         """Return True if there are as many bytes as the next run needs, one in the pipe counted in."""

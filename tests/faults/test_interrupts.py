@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -211,7 +211,7 @@ def test_an_interrupt_behind_a_large_message_that_ran_out_of_time_costs_nothing(
 @pytest.mark.parametrize(
     ("kind", "call"),
     [
-        *(("small", call) for call in ("next", "poll", "recv", "recv_many")),
+        *(("small", call) for call in ("for", "next", "poll", "recv", "recv_many")),
         *(("topic", "recv"), ("ring", "poll"), ("ring", "recv"), ("ring", "recv_many"), ("memory", "recv")),
         ("memory", "recv_many"),
     ],
@@ -234,6 +234,8 @@ def test_an_interrupted_receive_loses_nothing(bus: Bus, storm: Storm, kind: str,
                 storm(received.extend, map(channel.recv, (DEADLINE / 2,)), within=within)
             elif call == "recv_many":
                 storm(received.extend, chain.from_iterable(map(channel.recv_many, (None,))), within=2 * within)
+            elif call == "for":
+                storm(received.extend, islice(channel, pause - len(received)), within=within)
             elif call == "next":
                 storm(received.extend, map(next, (channel,)), within=within)
             else:

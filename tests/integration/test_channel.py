@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import random
 import selectors
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -133,6 +134,78 @@ def test_no_error_of_a_message_is_taken_for_the_channels_own(padding: int, bus: 
 
 
 # --- iteration --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_calls_that_receive_share_one_order(bus: Bus, seed: int) -> None:
+    """Give each message once, in order, whichever mix of calls and iterators takes it; be readable while one is left."""
+    chance = random.Random(seed)
+    channel = bus.subscribe()
+    first, second = iter(channel), iter(channel)
+    received: list[int] = []
+    calls: list[Callable[[int], list[int]]] = [
+        lambda most: [channel.recv(0)],
+        lambda most: channel.recv_many(most, 0),
+        lambda most: channel.recv_many(timeout=0),
+        lambda most: [next(channel)],
+        lambda most: asyncio.run(take_async(channel, most)),
+        lambda most: take(channel, most),
+        lambda most: list(itertools.islice(first, most)),
+        lambda most: list(itertools.islice(second, most)),
+    ]
+    with watched(channel) as ready:
+        for count in (1, 2, 1000, 300, 128):
+            total = len(received) + count
+            bus.publish_many(range(len(received), total))
+            wait_delivered(bus, total)
+            while len(received) < total:
+                assert ready() == READY
+                received += chance.choice(calls)(chance.randint(1, min(100, total - len(received))))
+            assert ready() == QUIET
+    assert received == list(range(total))
+
+
+def test_an_iterator_goes_on_behind_an_error_and_ends_with_its_channel(bus: Bus) -> None:
+    """Raise what is at the position of a message; hand out nothing that was decoded before the channel was closed."""
+    channel = bus.subscribe()
+    bad = workers.CannotBeUnpickled()
+    bus.publish_many([0, 1, bad, 3, 4, 5, 6])
+    iterator = iter(channel)
+    assert list(itertools.islice(iterator, 2)) == [0, 1]
+    with pytest.raises(workers.Boom):
+        next(iterator)
+    assert list(itertools.islice(iterator, 2)) == [3, 4]
+    bus.publish_many(range(7, 17))
+    assert list(itertools.islice(iterator, 4)) == [5, 6, 7, 8]
+    channel.close()
+    for _ in range(2):
+        with pytest.raises(ClosedError):
+            next(iterator)
+
+
+def test_threads_share_a_channel(bus: Bus) -> None:
+    """Give each message to one of the threads, in the broker's order, and the end to all."""
+    channel = bus.subscribe()
+    calls: list[Callable[[], Iterable[int]]] = [
+        lambda: channel,
+        lambda: channel,
+        lambda: itertools.chain.from_iterable(iter(channel.recv_many, None)),
+        lambda: iter(channel.recv, None),
+    ]
+
+    def receive(call: Callable[[], Iterable[int]], to: list[int]) -> None:
+        with suppress(EOFError):
+            to.extend(call())
+
+    lists: list[list[int]] = [[] for _ in calls]
+    threads = [Background(receive, call, to) for call, to in zip(calls, lists, strict=True)]
+    bus.publish_many(range(20_000))
+    bus.flush(timeout=DEADLINE)
+    bus.unsubscribe(channel)
+    for thread in threads:
+        thread.result()
+    assert all(received == sorted(received) for received in lists)
+    assert sorted(itertools.chain(*lists)) == list(range(20_000))
 
 
 async def take_async(channel: Channel[Any], count: int) -> list[Any]:
