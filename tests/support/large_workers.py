@@ -1,18 +1,22 @@
-"""What child processes of the tests on messages of all sizes run, and how such messages are made and checked."""
+"""Functions that child processes of the tests on messages of all sizes run; how such messages are made and checked."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
 import resource
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpbroadcast import Broadcaster, Channel
-from tests.support.helpers import DEADLINE, pattern, receive_all
+from tests.support.helpers import DEADLINE, Children, answer, finish, pattern, receive_all, rest, wait_until
+from tests.support.victims import Counter, stopped
 
 
 class Size(NamedTuple):
@@ -22,13 +26,13 @@ class Size(NamedTuple):
     buffer: bool = False
 
     def message(self, number: int) -> tuple[int, Any]:
-        """The message of this number: no other has its bytes."""
+        """Return the message of this number: no other one has its bytes."""
         data = pattern(number, self.length)
         return number, pickle.PickleBuffer(data) if self.buffer else data
 
     @property
     def charge(self) -> int:
-        """What it counts in a backlog, or a little more."""
+        """Return what it counts in a backlog, or a little more."""
         return self.length + 512
 
 
@@ -45,16 +49,21 @@ TRANSPORTS = {"pipe": SIZES["100"], "ring": SIZES["60000"], "memory": SIZES["3 M
 
 
 def number_of(message: tuple[int, Any]) -> int:
-    """The number of a message that is whole."""
+    """Return the number of a message that is whole."""
     number, data = message
     assert data == pattern(number, len(data)), f"the bytes of message {number} are not what they were"
     return number
 
 
+def numbers(messages: Iterable[tuple[int, Any]]) -> list[int]:
+    """Return the numbers of these messages, each of which must be whole."""
+    return [number_of(message) for message in messages]
+
+
 def numbers_until_end(channel: Channel[Any]) -> tuple[list[int], str]:
     """Return the numbers of all messages that come, each of which must be whole, and the name of the error that ends them."""
     messages, error = receive_all(channel)
-    return list(map(number_of, messages)), type(error).__name__
+    return numbers(messages), type(error).__name__
 
 
 def report_numbers(channel: Channel[Any], results: Connection) -> None:
@@ -62,6 +71,57 @@ def report_numbers(channel: Channel[Any], results: Connection) -> None:
     channel.fileno()
     results.send("open")
     results.send(numbers_until_end(channel))
+
+
+class ReaderProcess:
+    """A process that opens a channel, and reports what it has received from it; it can be stopped meanwhile.
+
+    ``target(channel, reports, *arguments)`` sends "open", and then what it has found.
+    """
+
+    def __init__(
+        self,
+        channel: Channel[Any],
+        children: Children,
+        context: BaseContext,
+        target: Callable[..., None] = report_numbers,
+        *arguments: Any,
+    ) -> None:
+        self.channel = channel
+        self._reports: Connection
+        self._reports, theirs = context.Pipe()
+        self.process = children(context, target, channel, theirs, *arguments)
+        theirs.close()
+        assert answer(self._reports) == "open"
+        self.pid = self.process.pid or 0
+
+    def stop(self) -> None:
+        """Stop it, and wait until it is stopped."""
+        os.kill(self.pid, signal.SIGSTOP)
+        wait_until(lambda: stopped(self.pid))
+
+    def go(self) -> None:
+        """Let it go on."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        """Kill it, and wait for its end."""
+        self.process.kill()
+        self.process.join(DEADLINE)
+
+    def result(self) -> Any:
+        """Return what it has found, once it has ended."""
+        found = answer(self._reports)
+        finish(self.process)
+        self._reports.close()
+        return found
+
+
+def publish_counted(bus: Broadcaster[Any], counter: Counter, lengths: Sequence[int], topic: str = "") -> None:
+    """Publish numbered messages of these lengths in turns for ever, and count those whose ``publish`` has returned."""
+    for number in itertools.count():
+        bus.publish((number, pattern(number, lengths[number % len(lengths)])), topic=topic)
+        counter.value = number + 1
 
 
 def publish_back(bus: Broadcaster[Any], channel: Channel[Any]) -> None:
@@ -74,14 +134,14 @@ def publish_back(bus: Broadcaster[Any], channel: Channel[Any]) -> None:
 
 
 def lowest_free(pid: int) -> int:
-    """The descriptor that a process would get next."""
+    """Return the descriptor that a process would get next."""
     there = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
     return next(number for number in range(len(there) + 2) if number not in there)
 
 
 @contextlib.contextmanager
 def limited(which: int, soft: int, pid: int = 0) -> Iterator[None]:
-    """A process has this limit within."""
+    """Give a process this limit meanwhile."""
     before = resource.prlimit(pid, which)
     resource.prlimit(pid, which, (soft, before[1]))
     try:
@@ -93,41 +153,9 @@ def limited(which: int, soft: int, pid: int = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_descriptors(pid: int) -> Iterator[None]:
-    """A process can get no descriptor within."""
+    """Let a process get no descriptor meanwhile."""
     with limited(resource.RLIMIT_NOFILE, lowest_free(pid), pid):
         yield
-
-
-def receive_in_need(channel: Channel[Any], orders: Connection, need: str) -> None:
-    """Receive the first messages while descriptors, or address space, are short, and then all up to the end.
-
-    Sends home what came: numbers, and the names of errors.
-    """
-    channel.fileno()
-    came: list[int | str] = []
-
-    def receive() -> None:
-        try:
-            came.append(number_of(channel.recv(timeout=DEADLINE)))
-        except OSError as error:
-            came.append(f"OSError {error.errno}" if str(error) else "an OSError without a text")
-
-    orders.send("open")
-    orders.recv()
-    if need == "descriptors":
-        with without_descriptors(os.getpid()):
-            receive()
-            receive()
-    else:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        with limited(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGESIZE") + (1 << 20)):
-            receive()
-            receive()
-    orders.send("rich again")
-    with contextlib.suppress(EOFError):
-        while True:
-            came.append(number_of(channel.recv(timeout=DEADLINE)))
-    orders.send(came)
 
 
 def keep_all(channel: Channel[Any], results: Connection, limit: int) -> None:
@@ -140,7 +168,7 @@ def keep_all(channel: Channel[Any], results: Connection, limit: int) -> None:
 
 
 def maps(pid: int) -> int:
-    """How many private maps of messages' memory a process has, neighbours counted once."""
+    """Return how many private maps of messages' memory a process has, neighbours counted once."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return sum("memfd:mpbroadcast" in line and " rw-p " in line for line in lines)
 
@@ -159,7 +187,4 @@ def receive_with_little_memory(channel: Channel[Any], orders: Connection, room: 
                 came.append(number_of(channel.recv(timeout=DEADLINE)))
             except (MemoryError, OSError) as error:
                 came.append(type(error).__name__)
-    with contextlib.suppress(EOFError):
-        while True:
-            came.append(number_of(channel.recv(timeout=DEADLINE)))
-    orders.send(came)
+    orders.send(came + numbers(rest(channel)))
