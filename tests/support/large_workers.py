@@ -135,7 +135,8 @@ def publish_back(bus: Broadcaster[Any], channel: Channel[Any]) -> None:
 
 def lowest_free(pid: int) -> int:
     """Return the descriptor that a process would get next."""
-    there = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    names = os.listdir(f"/proc/{pid}/fd")  # of this process, with the one that lists them
+    there = {int(name) for name in names if os.path.lexists(f"/proc/{pid}/fd/{name}")}
     return next(number for number in range(len(there) + 2) if number not in there)
 
 
