@@ -23,6 +23,7 @@ import pytest
 from mpbroadcast import Broadcaster, start_broadcaster
 from mpbroadcast.client import shared_writer
 from mpbroadcast.protocol import pickling
+from mpbroadcast.validation import POLICIES, Policy
 from tests.support.helpers import Children, wait_until
 from tests.support.large_workers import TRANSPORTS, Size
 
@@ -185,6 +186,13 @@ def context(request: pytest.FixtureRequest) -> BaseContext:
 def transport(request: pytest.FixtureRequest) -> Size:
     """Return the size of messages that take each route in turn."""
     return TRANSPORTS[request.param]
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request: pytest.FixtureRequest) -> Policy:
+    """Return each overflow policy in turn."""
+    chosen: Policy = request.param
+    return chosen
 
 
 @pytest.fixture
