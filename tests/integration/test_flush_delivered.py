@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -11,14 +11,14 @@ import pytest
 
 from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, Overflowed, TimedOut, connect
 from mpbroadcast.validation import Policy
-from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, answer, fill, only_subscriber, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, fill, only_subscriber, take, wait_until
+from tests.support.large_workers import ReaderProcess, Size, numbers
 
 Bus = Broadcaster[Any]
 
 
 def flushing(bus: Bus) -> Background:
-    """A thread that flushes and waits until all is delivered, and is seen to wait."""
+    """Return a thread that waits until all is delivered, once it waits."""
     thread = Background(bus.flush, delivered=True)
     thread.wait_until_blocked("flush")
     with pytest.raises(TimedOut):
@@ -27,8 +27,22 @@ def flushing(bus: Bus) -> Background:
     return thread
 
 
+def publish_more_than_a_pipe(bus: Bus, first: int = 0) -> None:
+    """Publish 600 messages from this number on, so that some wait in the backlog of a channel that is open and not read."""
+    for number in range(first, first + 600):
+        bus.publish((number, bytes(1000)), timeout=DEADLINE)
+
+
+def hold(channel: Channel[Any], reports: Connection) -> None:
+    """Open the channel, and do not read it."""
+    channel.fileno()
+    reports.send("open")
+    while True:
+        signal.pause()
+
+
 def is_delivered(bus: Bus) -> bool:
-    """Whether all is delivered now."""
+    """Return True if all is delivered now."""
     try:
         bus.flush(timeout=0, delivered=True)
     except TimedOut:
@@ -39,57 +53,72 @@ def is_delivered(bus: Bus) -> bool:
 # --- what it waits for ------------------------------------------------------------------------------------------------
 
 
-def test_with_nothing_published_it_returns(bus: Bus) -> None:
-    """A handle that has published nothing waits for nothing, and so does one whose messages nobody gets."""
-    channel = bus.subscribe("t")
+def test_it_waits_for_all_channels_that_got_something(bus: Bus) -> None:
+    """Of several unopened channels it waits for each, and for no other one: not without a message, nor for what no channel
+    gets, nor for another handle's messages."""
+    first, second, other = bus.subscribe("a"), bus.subscribe("[ac]"), bus.subscribe("b")
     bus.flush(timeout=0, delivered=True)
-    bus.publish("for nobody", topic="other")
+    bus.publish("for none", topic="none")
     bus.flush(timeout=DEADLINE, delivered=True)
-    assert is_delivered(bus)
-    channel.close()
-
-
-def test_it_waits_for_all_channels(bus: Bus) -> None:
-    """Of several unopened channels it waits for each that got something, and for no other one."""
-    first, second, other = bus.subscribe("a"), bus.subscribe("*"), bus.subscribe("b")
-    bus.publish("message", topic="a")
-    waiting = flushing(bus)
-    first.fileno()
-    assert not is_delivered(bus)
-    assert waiting.is_alive()
-    second.fileno()
-    waiting.result()
+    with connect(bus.address) as another:
+        another.publish_many(range(100), topic="b")
+        another.flush(timeout=DEADLINE)
+        bus.publish("message", topic="a")
+        waiting = flushing(bus)
+        first.fileno()
+        assert not is_delivered(bus)
+        assert waiting.is_alive()
+        second.fileno()
+        waiting.result()
+        assert is_delivered(bus)
+        assert not is_delivered(another)
     other.close()
 
 
+def test_it_waits_for_a_message_on_each_route(transport: Size, bus: Bus) -> None:
+    """While one of any size is in a backlog, and not for longer."""
+    channel = bus.subscribe()
+    bus.publish_many(map(transport.message, range(3)))
+    waiting = flushing(bus)
+    assert numbers(take(channel, 3)) == [0, 1, 2]
+    waiting.result()
+    row = only_subscriber(bus)
+    assert (row.published, row.delivered, row.missed, row.waiting, row.waiting_bytes) == (3, 3, 0, 0, 0)
+    wait_until(lambda: bus.stats().memory == 0)
+    channel.close()
+
+
 def test_it_waits_for_a_reader_to_make_room(bus: Bus) -> None:
-    """What does not fit into an open channel's pipe is waited for, until enough is read; not until all is."""
+    """What does not fit into an open channel's pipe is waited for, until enough is read; not until all is. Messages that come
+    behind it are not waited for."""
     channel = bus.subscribe()
     channel.fileno()
-    for number in range(600):
-        bus.publish((number, bytes(1000)), timeout=DEADLINE)
+    publish_more_than_a_pipe(bus)
     waiting = flushing(bus)
     assert only_subscriber(bus).waiting > 0
+    publish_more_than_a_pipe(bus, 600)
     read = 0
-    while not is_delivered(bus):
+    while only_subscriber(bus).delivered < 600:
         read += len(channel.recv_many(limit=10, timeout=DEADLINE))
     waiting.result()
     assert read < 600
-    assert only_subscriber(bus).waiting == 0
-    assert [number for number, _ in take(channel, 600 - read)] == list(range(read, 600))
-
-
-def test_a_channel_handed_to_a_child_is_delivered_when_it_opens(bus: Bus, children: Children, fork: BaseContext) -> None:
-    """The opening in another process counts, under each start method."""
-    channel = bus.subscribe()
-    bus.publish("message")
     assert not is_delivered(bus)
-    orders, theirs = fork.Pipe()
-    child = children(fork, workers.open_and_hold, channel, theirs)
+    assert [number for number, _ in take(channel, 1200 - read)] == list(range(read, 1200))
     bus.flush(timeout=DEADLINE, delivered=True)
-    assert answer(orders) == child.pid
-    assert only_subscriber(bus).delivered == 1
-    orders.send("end")
+
+
+def test_it_waits_for_what_waits_for_a_full_channel(bus: Bus) -> None:
+    """What a full ``block`` channel holds back is not even routed: both kinds of flush wait for it."""
+    channel = bus.subscribe(capacity=20_000)
+    published = fill(bus, timeout=0.2)
+    for delivered in (False, True):
+        for timeout in (0, 0.1):
+            with pytest.raises(TimedOut):
+                bus.flush(timeout=timeout, delivered=delivered)
+    waiting = flushing(bus)
+    taking = Background(take, channel, len(published))
+    waiting.result()
+    assert [number for number, _ in taking.result()] == published
 
 
 # --- what else ends it ------------------------------------------------------------------------------------------------
@@ -110,18 +139,18 @@ def test_an_unsubscribed_channel_is_waited_for_until_it_is_opened_or_closed(bus:
     assert opened.recv(timeout=DEADLINE) == "message"
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_it_returns_when_the_owner_is_killed(bus: Bus, children: Children, fork: BaseContext, stopped: bool) -> None:
-    """A reader that does not read, running or stopped, holds it up until it is killed."""
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_it_returns_when_the_owner_is_killed(bus: Bus, children: Children, fork: BaseContext, is_stopped: bool) -> None:
+    """A reader that does not read, running or stopped, holds it up until it is killed. That it has opened the channel, which
+    was handed to it, counts before."""
     channel = bus.subscribe()
-    orders, theirs = fork.Pipe()
-    owner = children(fork, workers.open_and_hold, channel, theirs)
-    assert answer(orders) == owner.pid
-    for number in range(600):
-        bus.publish((number, bytes(1000)), timeout=DEADLINE)
-    if stopped:
-        assert owner.pid
-        os.kill(owner.pid, signal.SIGSTOP)
+    bus.publish("message")
+    assert not is_delivered(bus)
+    owner = ReaderProcess(channel, children, fork, hold)
+    bus.flush(timeout=DEADLINE, delivered=True)
+    publish_more_than_a_pipe(bus)
+    if is_stopped:
+        owner.stop()
     waiting = flushing(bus)
     owner.kill()
     waiting.result()
@@ -130,13 +159,12 @@ def test_it_returns_when_the_owner_is_killed(bus: Bus, children: Children, fork:
 
 @pytest.mark.parametrize("overflow", ["drop_oldest", "latest"])
 def test_it_returns_when_the_policy_drops_what_it_waits_for(bus: Bus, overflow: Policy) -> None:
-    """What newer messages, of anybody, push out of a backlog has left it."""
+    """Newer messages, of any publisher, push it out of a backlog."""
     channel = bus.subscribe(overflow=overflow, capacity=20_000)
     bus.publish("message")
     waiting = flushing(bus)
     with connect(bus.address) as other:
-        for _ in range(100):
-            other.publish(bytes(1000), timeout=DEADLINE)
+        other.publish_many([bytes(1000)] * 100, timeout=DEADLINE)
         other.flush(timeout=DEADLINE)
         waiting.result()
         assert is_delivered(bus)
@@ -145,11 +173,10 @@ def test_it_returns_when_the_policy_drops_what_it_waits_for(bus: Bus, overflow: 
 
 
 def test_what_was_dropped_at_once_is_not_waited_for(bus: Bus) -> None:
-    """What a full ``drop_newest`` channel never took holds up nobody; what it keeps, its own publisher."""
+    """What a full ``drop_newest`` channel never took holds up no handle; what it keeps, its own publisher."""
     channel = bus.subscribe(overflow="drop_newest", capacity=10_000)
     with connect(bus.address) as other:
-        for _ in range(20):
-            other.publish(bytes(1000), timeout=DEADLINE)
+        other.publish_many([bytes(1000)] * 20, timeout=DEADLINE)
         other.flush(timeout=DEADLINE)
         bus.publish(bytes(1000))
         bus.flush(timeout=DEADLINE, delivered=True)
@@ -170,54 +197,6 @@ def test_a_disconnected_channel_is_waited_for_until_it_has_all(bus: Bus) -> None
     assert [number for number, _ in take(channel, 3)] == [0, 1, 2]
     with pytest.raises(Overflowed):
         channel.recv(timeout=DEADLINE)
-
-
-# --- what does not hold it up -----------------------------------------------------------------------------------------
-
-
-def test_a_backlog_with_nothing_of_this_handle_does_not_hold_it_up(bus: Bus) -> None:
-    """Only what this handle has published is waited for: another's unread messages are another's."""
-    unread, mine = bus.subscribe("other's"), bus.subscribe("mine")
-    mine.fileno()
-    with connect(bus.address) as other:
-        other.publish_many(range(100), topic="other's")
-        other.flush(timeout=DEADLINE)
-        bus.publish("message", topic="mine")
-        bus.flush(timeout=DEADLINE, delivered=True)
-        assert is_delivered(bus)
-        assert not is_delivered(other)
-    unread.close()
-
-
-def test_what_comes_behind_it_does_not_hold_it_up(bus: Bus) -> None:
-    """What is published while it waits, by others or by this handle, is not waited for."""
-    channel = bus.subscribe()
-    channel.fileno()
-    for number in range(600):
-        bus.publish((number, bytes(1000)), timeout=DEADLINE)
-    waiting = flushing(bus)
-    for number in range(600, 1200):
-        bus.publish((number, bytes(1000)), timeout=DEADLINE)
-    assert [number for number, _ in take(channel, 600)] == list(range(600))
-    waiting.result()
-    assert only_subscriber(bus).waiting > 0
-    assert not is_delivered(bus)
-    channel.close()
-
-
-def test_it_waits_for_what_waits_for_a_full_channel(bus: Bus) -> None:
-    """What a full ``block`` channel holds back is not even routed: both kinds of flush wait for it."""
-    channel = bus.subscribe(capacity=20_000)
-    published = fill(bus, timeout=0.2)
-    for delivered in (False, True):
-        with pytest.raises(TimedOut):
-            bus.flush(timeout=0.1, delivered=delivered)
-        with pytest.raises(TimedOut):
-            bus.flush(timeout=0, delivered=delivered)
-    waiting = flushing(bus)
-    taking = Background(take, channel, len(published))
-    waiting.result()
-    assert [number for number, _ in taking.result()] == published
 
 
 # --- limits and errors ------------------------------------------------------------------------------------------------

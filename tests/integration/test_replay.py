@@ -1,4 +1,7 @@
-"""History and replay: a subscriber starts with the last messages that match, and goes on without a gap or a copy."""
+"""History and replay: a subscriber starts with the last messages that match, and goes on without a gap or a copy.
+
+Which messages a history keeps, and which a replay gets of it, tests/unit/test_history.py compares with a plain list.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, TimedOut, connect, start_broadcaster
+from mpbroadcast import Broadcaster, connect, start_broadcaster
 from mpbroadcast.validation import Policy
 from tests.support import workers
 from tests.support.helpers import (
@@ -27,10 +30,12 @@ from tests.support.helpers import (
     take,
     wait_until,
 )
+from tests.support.large_workers import Size, numbers
 
 Bus = Broadcaster[Any]
 Start = Callable[[int], Bus]
 MEBIBYTE = 1 << 20
+LONG = Size(1000)
 
 
 @pytest.fixture
@@ -50,31 +55,29 @@ def start(leaves_nothing: None) -> Iterator[Start]:
 # --- what is replayed -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("published", "replay", "history"),
-    [(20, 5, 10), (20, 10, 10), (20, 50, 10), (3, 5, 10), (0, 5, 10), (20, 1, 1)],
-)
-def test_the_last_ones_come_first(start: Start, published: int, replay: int, history: int) -> None:
-    """A channel starts with the last k messages, or what there is of them, and goes on with what comes."""
-    bus = start(history)
-    bus.publish_many(range(published))
-    channel = bus.subscribe(replay=replay)
-    expected = list(range(max(0, published - min(replay, history)), published))
-    assert take(channel, len(expected)) == expected
-    with pytest.raises(TimedOut):
-        channel.recv(timeout=0.05)
-    bus.publish("live")
-    assert everything(bus, channel) == ["live"]
-
-
-def test_without_replay_nothing_old_comes(start: Start) -> None:
-    """A channel that did not ask for a replay starts with what is published from then on, history or not."""
-    bus = start(10)
-    bus.publish_many(range(10))
-    channel, zero = bus.subscribe(), bus.subscribe(replay=0)
-    bus.publish("live")
-    assert everything(bus, channel) == ["live"]
-    assert everything(bus, zero) == ["live"]
+def test_the_last_ones_come_first(transport: Size, start: Start) -> None:
+    """A channel starts with the last k messages that match, or what there is of them, and goes on with what comes; without a
+    replay it starts with that. A message that a channel was excluded from, or that none got, is in the history, too."""
+    bus = start(4)
+    with connect(bus.address) as other:
+        other.publish(transport.message(0), topic="topic:0")
+    wait_until(lambda: bus.stats().published == 1)
+    early = bus.subscribe()
+    for number in range(1, 6):
+        bus.publish(transport.message(number), topic=f"topic:{number % 2}", exclude=early if number == 3 else None)
+    wanted = [
+        (bus.subscribe(replay=1), [5, 6]),
+        (bus.subscribe(replay=3), [3, 4, 5, 6]),
+        (bus.subscribe(replay=9), [0, 1, 2, 3, 4, 5, 6]),
+        (bus.subscribe(), [6]),
+        (bus.subscribe("topic:0", replay=2), [2, 4]),
+        (bus.subscribe("none", replay=9), []),
+        (bus.subscribe("topic:0", replay=9, overflow="latest"), [4]),
+    ]
+    bus.publish(transport.message(6), topic="topic:1")
+    for channel, expected in wanted:
+        assert numbers(everything(bus, channel)) == expected
+    assert numbers(everything(bus, early)) == [1, 2, 4, 5, 6]
 
 
 def test_replay_is_in_the_order_of_all(start: Start) -> None:
@@ -103,42 +106,6 @@ def test_replay_is_in_the_order_of_all(start: Start) -> None:
     handles[1].close()
 
 
-def test_each_topic_keeps_its_own(start: Start) -> None:
-    """A busy topic pushes nothing of a quiet one out; of each there are the last n."""
-    bus = start(3)
-    bus.publish_many(["quiet 1", "quiet 2"], topic="quiet")
-    bus.publish_many(range(1000), topic="busy")
-    bus.publish("quiet 3", topic="quiet")
-    channel = bus.subscribe(replay=100)
-    assert everything(bus, channel) == ["quiet 1", "quiet 2", 997, 998, 999, "quiet 3"]
-    channel = bus.subscribe(replay=4)
-    assert everything(bus, channel) == [997, 998, 999, "quiet 3"]
-    channel = bus.subscribe("quiet", replay=2)
-    assert everything(bus, channel) == ["quiet 2", "quiet 3"]
-
-
-def test_what_excluded_another_channel_is_replayed(start: Start) -> None:
-    """A message that was published with ``exclude`` is in the history like any other."""
-    bus = start(10)
-    other = bus.subscribe()
-    bus.publish("for all")
-    bus.publish("not for the other", exclude=other)
-    bus.publish("last")
-    channel = bus.subscribe(replay=10)
-    assert everything(bus, channel) == ["for all", "not for the other", "last"]
-    assert everything(bus, other) == ["for all", "last"]
-
-
-def test_what_nobody_heard_is_replayed(start: Start) -> None:
-    """The history holds what was published while nobody was subscribed, and what its publisher left when it went."""
-    bus = start(10)
-    with connect(bus.address) as other:
-        other.publish_many(range(5))
-    wait_until(lambda: bus.stats().published == 5)
-    channel = bus.subscribe(replay=10)
-    assert everything(bus, channel) == [0, 1, 2, 3, 4]
-
-
 # --- no gap, no copy --------------------------------------------------------------------------------------------------
 
 
@@ -155,23 +122,22 @@ def test_replayed_and_live_join_without_a_seam(start: Start, children: Children,
         with bus.subscribe(*topics, replay=1 + turn, capacity=500_000) as channel:
             first, _ = channel.recv(timeout=DEADLINE)
             for expected in range(first + 1, first + 120):
-                number, data = channel.recv(timeout=DEADLINE)
-                assert (number, data) == (expected, pattern(expected, size))
+                assert channel.recv(timeout=DEADLINE) == (expected, pattern(expected, size))
     last = bus.subscribe("t", replay=50)
     orders.send("stop")
     reading = Background(rest, last)
     count = answer(orders)
     finish(publisher)
     bus.unsubscribe(last)
-    numbers = [number for number, _ in reading.result()]
-    assert numbers == list(range(numbers[0], count))
+    found = numbers(reading.result())
+    assert found == list(range(found[0], count))
 
 
 def test_own_messages_join_without_a_seam(start: Start) -> None:
     """What a handle has published before it subscribes is replayed, also what the broker has not routed yet."""
     bus = start(10)
     published = 0
-    for turn in range(50):
+    for turn in range(26):
         count = turn % 13 + 1
         bus.publish_many(range(published, published + count))
         published += count
@@ -198,61 +164,41 @@ def test_what_waits_for_a_full_channel_comes_once(start: Start) -> None:
 
 
 @pytest.mark.parametrize("overflow", ["block", "drop_oldest", "drop_newest", "disconnect"])
-def test_a_replay_counts_as_published(start: Start, overflow: Policy) -> None:
-    """What is replayed counts as published to the channel, and as waiting until it is in its pipe."""
-    bus = start(10)
-    bus.publish_many(range(10))
-    channel = bus.subscribe(replay=7, overflow=overflow)
-    row = only_subscriber(bus)
-    assert (row.published, row.waiting, row.delivered, row.missed) == (7, 7, 0, 0)
-    assert row.waiting_bytes >= 7 * 256
-    assert bus.stats().published == 10
-    assert take(channel, 7) == list(range(3, 10))
-    wait_until(lambda: only_subscriber(bus).delivered == 7)
-    bus.publish("live")
-    assert channel.recv(timeout=DEADLINE) == "live"
-    assert only_subscriber(bus).published == 8
-
-
-@pytest.mark.parametrize("overflow", ["block", "drop_oldest", "drop_newest", "disconnect"])
-def test_a_replay_is_cut_at_the_capacity_and_has_one_message_at_the_least(start: Start, overflow: Policy) -> None:
-    """Of more than the backlog takes the newest are kept, and what is cut off is neither published nor missed."""
+def test_a_replay_counts_as_published_and_is_cut_at_the_capacity(start: Start, overflow: Policy) -> None:
+    """It waits until it is in the pipe. Of more than the backlog takes the newest are kept, and one at the least; what is cut
+    off is neither published nor missed."""
     bus = start(100)
-    bus.publish_many([(number, pattern(number, 1000)) for number in range(100)])
+    bus.publish_many(map(LONG.message, range(100)))
     channel = bus.subscribe(replay=100, capacity=20_000, overflow=overflow)
     row = only_subscriber(bus)
-    assert row.missed == 0
+    assert (row.delivered, row.missed, bus.stats().published) == (0, 0, 100)
     assert 10 < row.published == row.waiting < 20
     assert 18_000 < row.waiting_bytes <= 20_000
-    bus.unsubscribe(channel)
-    assert record(channel) == [("message", number) for number in range(100 - row.published, 100)]
+    assert numbers(take(channel, row.published)) == list(range(100 - row.published, 100))
+    wait_until(lambda: only_subscriber(bus).delivered == row.published)
+    bus.publish(Size(50_000).message(100))
+    assert everything(bus, channel) == [Size(50_000).message(100)]
     assert channel.missed == 0
-    bus.publish((100, pattern(100, 50_000)))  # larger than the whole backlog: replayed, and nothing else
-    channel = bus.subscribe(replay=3, capacity=10_000, overflow=overflow)
+    channel = bus.subscribe(replay=3, capacity=10_000, overflow=overflow)  # the last one is larger than the whole backlog
     assert only_subscriber(bus).published == 1
     bus.unsubscribe(channel)
     assert record(channel) == [("message", 100)]
 
 
-def test_live_ones_after_a_full_replay_follow_the_policy(start: Start) -> None:
+@pytest.mark.parametrize("overflow", ["drop_oldest", "drop_newest"])
+def test_live_ones_after_a_full_replay_follow_the_policy(start: Start, overflow: Policy) -> None:
     """A channel that its replay has filled drops, like any full one, and its gaps are exact."""
     bus = start(100)
-    bus.publish_many([(number, pattern(number, 1000)) for number in range(100)])
-    for overflow in ("drop_oldest", "drop_newest"):
-        channel = bus.subscribe(replay=10, capacity=13_500, overflow=overflow)
-        bus.publish_many([(number, pattern(number, 1000)) for number in range(100, 150)])
-        bus.flush(timeout=DEADLINE)
-        row = only_subscriber(bus)
-        assert row.published == 60
-        assert row.delivered + row.missed + row.waiting == 60
-        bus.unsubscribe(channel)
-        events = record(channel)
-        shifted = [(kind, value - 90 if kind == "message" else value) for kind, value in events]
-        numbers, place = in_place(shifted)
-        assert place == 60
-        assert 60 - len(numbers) == channel.missed == row.missed > 0
-        for number in range(100):  # the same history again
-            bus.publish((number, pattern(number, 1000)))
+    bus.publish_many([(number, pattern(number, 1000)) for number in range(10)])
+    channel = bus.subscribe(replay=10, capacity=13_500, overflow=overflow)
+    bus.publish_many(map(LONG.message, range(10, 60)))
+    bus.flush(timeout=DEADLINE)
+    row = only_subscriber(bus)
+    assert row.published == row.delivered + row.missed + row.waiting == 60
+    bus.unsubscribe(channel)
+    found, following = in_place(record(channel))
+    assert following == 60
+    assert 60 - len(found) == channel.missed == row.missed > 0
 
 
 def test_latest_is_replayed_the_newest(start: Start) -> None:
@@ -270,47 +216,24 @@ def test_latest_is_replayed_the_newest(start: Start) -> None:
         assert everything(bus, channel) == [9]
 
 
-# --- handed on --------------------------------------------------------------------------------------------------------
-
-
-def test_a_replay_waits_for_the_child_that_opens(start: Start, children: Children, fork: BaseContext) -> None:
-    """A channel with a replay is handed to a child like any other, under each start method."""
-    bus = start(20)
-    bus.publish_many(range(20))
-    channel = bus.subscribe(replay=5)
-    results, theirs = fork.Pipe()
-    child = children(fork, workers.receive_until_end, channel, theirs)
-    bus.publish_many(range(20, 30))
-    bus.flush(timeout=DEADLINE)
-    bus.unsubscribe(channel)
-    assert answer(results) == list(range(15, 30))
-    finish(child)
-
-
 # --- bounded ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_number_of_topics_is_bounded(start: Start) -> None:
     """Of more than 4,096 topics those that were published to the longest ago are forgotten, and ``stats`` counts them."""
     bus = start(2)
+
+    def publish(first: int, stop: int) -> None:
+        for number in range(first, stop):
+            bus.publish(number, topic=f"topic {number}")
+        bus.flush(timeout=DEADLINE)
+
     assert (bus.stats().history_topics, bus.stats().history_forgotten) == (0, 0)
-    for number in range(4096):
-        bus.publish(number, topic=f"topic {number}")
-    bus.flush(timeout=DEADLINE)
+    publish(0, 4096)
     assert (bus.stats().history_topics, bus.stats().history_forgotten) == (4096, 0)
     bus.publish("again", topic="topic 0")
-    for number in range(4096, 4106):
-        bus.publish(number, topic=f"topic {number}")
-    bus.flush(timeout=DEADLINE)
+    publish(4096, 4106)
     assert (bus.stats().history_topics, bus.stats().history_forgotten) == (4096, 10)
-    for topics, expected in [
-        (("topic 0",), [0, "again"]),
-        (("topic 1",), []),
-        (("topic 10",), []),
-        (("topic 11",), [11]),
-        (("topic 4105",), [4105]),
-    ]:
-        assert everything(bus, bus.subscribe(*topics, replay=2)) == expected
     channel = bus.subscribe("topic *", replay=10_000)
     assert everything(bus, channel) == [0, *range(11, 4096), "again", *range(4096, 4106)]
 
@@ -327,6 +250,3 @@ def test_the_bytes_are_bounded_over_topics(start: Start) -> None:
     channel = bus.subscribe(replay=100, capacity=100 * MEBIBYTE)
     assert only_subscriber(bus).published == stats.history_topics
     assert channel.recv(timeout=DEADLINE)[0] == stats.history_forgotten
-
-
-# --- arguments --------------------------------------------------------------------------------------------------------
