@@ -1,4 +1,4 @@
-"""What one session can make the broker hold, and do: each lie is sent as it would be, and costs nobody but its sender."""
+"""What one session can make the broker hold, and do: each lie is sent as it would be, and costs its sender only."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import socket
 import struct
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import psutil
 import pytest
@@ -22,6 +22,7 @@ from mpbroadcast import Broadcaster
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.history import MOST_TOPICS, History
 from mpbroadcast.broker.core.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION, Cost
+from mpbroadcast.broker.members import Publisher, Session, Subscription
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
 from mpbroadcast.broker.statistics import memory
@@ -33,10 +34,103 @@ from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from mpbroadcast.protocol.frames import PIECE, Batch, frame_head, memory_frame, pieces, reference_frame
 from mpbroadcast.protocol.runs import MESSAGES, RUN, TAIL
 from tests.support.helpers import DEADLINE, pattern, wait_until
-from tests.support.own_broker import Asker, ask, asking, complete, held, own_broker, subscribed, subscribing
+from tests.support.own_broker import Asker, ask, asking, complete, held, own_broker, subscribed, subscribing, take_away
 from tests.support.rude import RING_SIZE, Lent, Rude, shares_memory
 
 __all__ = ["own_broker"]
+
+
+class TooManyCalls(BaseException):
+    """More work than there may be."""
+
+
+@contextlib.contextmanager
+def at_most(calls: int) -> Iterator[None]:
+    """Let no more calls be made meanwhile: so it takes no longer when there is more of what must not be looked at."""
+    made = itertools.count(1)
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event in ("call", "c_call") and next(made) > calls:
+            sys.setprofile(None)
+            raise TooManyCalls
+
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def in_parts(parts: Iterator[None], most: int) -> Any:
+    """Return the result of an iterator, no step of which makes more than ``most`` calls."""
+    while True:
+        with at_most(most):
+            try:
+                next(parts)
+            except StopIteration as done:
+                return done.value
+
+
+class Attacker(NamedTuple):
+    """A session of two connections of this process with a broker that is only asked, and runs round by round."""
+
+    broker: Broker
+    one: Asker
+    other: Asker
+    number: int
+
+    @property
+    def session(self) -> Session:
+        """Return the broker's session."""
+        return self.broker.registry.sessions[self.number]
+
+    def new_session(self) -> int:
+        """Return the number of another session."""
+        return self.broker.registry.new_session(cast("ControlConnection", self.one)).id
+
+    def subscribe(self, numbers: Iterable[int], *topics: str, policy: str = "drop_oldest") -> list[Subscription]:
+        """Make a subscription of each number; without topics, the number is its topic."""
+        return [subscribed(self.broker, number, self.session, [*topics] or [str(number)], policy) for number in numbers]
+
+    def publisher(self) -> tuple[Publisher, int]:
+        """Return a new publisher, and the end of its pipe to write into."""
+        return self.broker.traffic.intake.add(self.broker.registry.new_id(), self.session)
+
+    def round(self, most: int) -> None:
+        """Let the broker run a round, which makes no more than ``most`` calls."""
+        with at_most(most):
+            self.broker.round(at_once=True)
+
+    def ask(self, message: dict[str, Any], most: int, asker: Asker | None = None) -> dict[str, Any]:
+        """Return the reply to a request after as many rounds as it takes, none of which makes more than ``most`` calls."""
+        asker = asker or self.one
+        asker.replies.clear()
+        with at_most(most):
+            answer(self.broker, cast("ControlConnection", asker), message)
+        while not asker.replies:
+            self.round(most)
+        (reply,) = asker.replies
+        return reply
+
+
+@pytest.fixture
+def attacker(own_broker: Broker) -> Iterator[Attacker]:
+    """A session with a broker that is only asked."""
+    with asking(own_broker) as asked:
+        yield Attacker(own_broker, *asked)
+
+
+def batch(topic: str) -> Batch:
+    """Return a batch of one empty message."""
+    return Batch(bytes(8), array("I", (8,)), topic.encode(), 0, 8)
+
+
+def fill(history: History | None, beginning: str = "") -> History:
+    """Publish to as many topics as a history can have, and return it."""
+    assert history is not None
+    for number in range(MOST_TOPICS):
+        history.add(number, batch(f"{beginning}{number}"))
+    return history
 
 
 def test_a_topic_that_no_run_can_carry(bus: Broadcaster[Any]) -> None:
@@ -55,51 +149,25 @@ def test_a_topic_that_no_run_can_carry(bus: Broadcaster[Any]) -> None:
         link.close()
 
 
-def test_an_item_that_cannot_be_routed_costs_its_publisher(own_broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_item_that_cannot_be_routed_costs_its_publisher(attacker: Attacker, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever routing an item raises, its publisher is closed, and others' messages go on."""
-    with asking(own_broker) as (_, _, number):
-        session = own_broker.registry.sessions[number]
-        subscription = subscribed(own_broker, 1 << 40, session, ["topic"], "drop_oldest")
-        bad, bad_pipe = own_broker.traffic.intake.add(own_broker.registry.new_id(), session)
-        _, good_pipe = own_broker.traffic.intake.add(own_broker.registry.new_id(), session)
-        bad.parked.append(Batch(bytes(8), array("I", (8,)), b"topic", 0, 1 << 16))  # its head is longer than a run can hold
-        for pipe in (bad_pipe, good_pipe):
-            os.write(pipe, frame_head(0, b"topic"))
-            os.close(pipe)
-        own_broker.traffic.round()
-        assert (bad.pipe.fd < 0, subscription.backlog.waiting) == (True, 2)
+    (subscription,) = attacker.subscribe([1 << 40], "topic")
+    (bad, bad_pipe), (_, good_pipe) = attacker.publisher(), attacker.publisher()
+    bad.parked.append(Batch(bytes(8), array("I", (8,)), b"topic", 0, 1 << 16))  # its head is longer than a run can hold
+    for pipe in (bad_pipe, good_pipe):
+        os.write(pipe, frame_head(0, b"topic"))
+        os.close(pipe)
+    attacker.broker.traffic.round()
+    assert (bad.pipe.fd < 0, subscription.backlog.waiting) == (True, 2)
     caplog.clear()  # its traceback keeps the broker
 
 
-# ----------------------------------------------------------------------------------------------------- held up by nobody
-
-
-class TooManyCalls(BaseException):
-    """More work than there may be."""
-
-
-@contextlib.contextmanager
-def at_most(calls: int) -> Iterator[None]:
-    """What happens within makes no more calls, so that it takes no longer when there is more of what it must not look at."""
-    made = itertools.count(1)
-
-    def count(frame: Any, event: str, argument: Any) -> None:
-        if event in ("call", "c_call") and next(made) > calls:
-            sys.setprofile(None)
-            raise TooManyCalls
-
-    sys.setprofile(count)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
+# ----------------------------------------------------------------------------------------------------- no other waits
 
 
 def test_a_replay_looks_names_up() -> None:
     """A replay of 10,000 names does not try each of them with each of 4,096 topics."""
-    history = History(3)
-    for number in range(MOST_TOPICS):
-        history.add(number, Batch(bytes(8), array("I", (8,)), b"%d" % number, 0, 8))
+    history = fill(History(3))
     names = [str(number) for number in range(10_000)]
     with at_most(100_000):
         found = history.last(complete(history.matching(names)), 2, 1 << 20)
@@ -108,60 +176,34 @@ def test_a_replay_looks_names_up() -> None:
 
 def test_a_replay_tries_patterns_in_parts() -> None:
     """Many patterns are not tried with 4,096 topics in one round; what is published meanwhile is found, too."""
-    history = History(3)
-    for number in range(MOST_TOPICS):
-        history.add(number, Batch(bytes(8), array("I", (8,)), b"%d" % number, 0, 8))
+    history = fill(History(3))
     parts = history.matching([f"*{number}*7" for number in range(30)])
     next(parts)
-    history.add(MOST_TOPICS, Batch(bytes(8), array("I", (8,)), b"4 and 7", 0, 8))
-    found: set[bytes] = set()
-    while not found:
-        with at_most(60_000):
-            try:
-                next(parts)
-            except StopIteration as done:
-                found = done.value
-    assert {b"4 and 7", b"1997"} < found
-
-
-def in_rounds(broker: Broker, asker: Asker, message: dict[str, Any], most: int) -> dict[str, Any]:
-    """The reply to a request, after as many rounds of the loop as it takes, none of which makes more than ``most`` calls."""
-    asker.replies.clear()
-    with at_most(most):
-        answer(broker, cast("ControlConnection", asker), message)
-    while not asker.replies:
-        with at_most(most):
-            broker.round(at_once=True)
-    (reply,) = asker.replies
-    return reply
+    history.add(MOST_TOPICS, batch("4 and 7"))
+    assert {b"4 and 7", b"1997"} < in_parts(parts, 60_000)
 
 
 @pytest.mark.parametrize("do", ["unsubscribe", "drop topics", "subscribe"])
-def test_a_request_that_comes_behind_a_flood(do: str, own_broker: Broker) -> None:
+def test_a_request_that_comes_behind_a_flood(do: str, attacker: Attacker) -> None:
     """What was published before a request is routed before it, in turns with all others."""
-    with asking(own_broker) as (one, _, session):
-        for number in range(5000, 5032):
-            subscribed(own_broker, number, own_broker.registry.sessions[session], ["a", "b"], "drop_oldest")
-        first = own_broker.registry.subscriptions[5000]
-        _, fd = own_broker.traffic.intake.add(own_broker.registry.new_id(), own_broker.registry.sessions[session])
-        for _ in range(16):
-            os.write(fd, 64 * (frame_head(0, b"a") + frame_head(0, b"b")))
-        request = {**subscribing(session, 6000 if do == "subscribe" else 5000, "a"), "do": do, "replay": 1}
-        assert in_rounds(own_broker, one, request, 400_000) == {}
-        os.write(fd, frame_head(0, b"a"))
-        os.close(fd)
-        own_broker.round(at_once=True)
-        assert first.backlog.published == (2049 if do == "subscribe" else 2048)
+    first, *_ = attacker.subscribe(range(5000, 5032), "a", "b")
+    _, fd = attacker.publisher()
+    for _ in range(8):
+        os.write(fd, 64 * (frame_head(0, b"a") + frame_head(0, b"b")))
+    request = {**subscribing(attacker.number, 6000 if do == "subscribe" else 5000, "a"), "do": do, "replay": 1}
+    assert attacker.ask(request, 300_000) == {}
+    os.write(fd, frame_head(0, b"a"))
+    os.close(fd)
+    attacker.broker.round(at_once=True)
+    assert first.backlog.published == (1025 if do == "subscribe" else 1024)
 
 
-def test_statistics_of_many_subscriptions_come_in_parts(own_broker: Broker) -> None:
-    """Statistics of 5,000 subscriptions hold nobody up: between two parts the loop goes on."""
-    with asking(own_broker) as (one, other, session):
-        for number in range(1000, 6000):
-            subscribed(own_broker, number, own_broker.registry.sessions[session], [str(number)], "drop_oldest")
-        rows = in_rounds(own_broker, one, {"do": "stats"}, 8000)["subscribers"]
-        assert {row["id"] for row in rows} > set(range(1000, 6000))
-        assert in_rounds(own_broker, other, {"do": "wait", "count": 5001, "now": True}, 100)["done"]
+def test_statistics_of_many_subscriptions_come_in_parts(attacker: Attacker) -> None:
+    """Statistics of 5,000 subscriptions hold no other request up: between two parts the loop goes on."""
+    attacker.subscribe(range(1000, 6000))
+    rows = attacker.ask({"do": "stats"}, 8000)["subscribers"]
+    assert {row["id"] for row in rows} > set(range(1000, 6000))
+    assert attacker.ask({"do": "wait", "count": 5001, "now": True}, 100, attacker.other)["done"]
 
 
 def connect(broker: Broker, client: socket.socket, folder: Path) -> None:
@@ -180,130 +222,136 @@ def connect(broker: Broker, client: socket.socket, folder: Path) -> None:
     broker.round(at_once=True)
 
 
-def test_many_requests_at_once(own_broker: Broker, tmp_path: Path) -> None:
+def test_many_requests_at_once(attacker: Attacker, tmp_path: Path) -> None:
     """Thousands of notes of one connection, as when thousands of channels are dropped, are not handled in one round.
 
     All of them are handled, though the client closes the connection at once.
     """
-    with asking(own_broker) as (_, _, session), socket.socket(socket.AF_UNIX) as client:
-        for number in range(1000, 3000):
-            subscribed(own_broker, number, own_broker.registry.sessions[session], [str(number)], "drop_oldest")
-        connect(own_broker, client, tmp_path)
+    attacker.subscribe(range(1000, 3000))
+    with socket.socket(socket.AF_UNIX) as client:
+        connect(attacker.broker, client, tmp_path)
         client.sendall(b"".join(encode({"do": "drop", "subscription": number}) for number in range(1000, 3000)))
-        client.close()
-        for _ in range(400):
-            with at_most(10_000):
-                own_broker.round(at_once=True)
-        assert own_broker.router.count == 1
-        own_broker.poller.close_forgotten()
+    for _ in range(400):
+        attacker.round(10_000)
+    assert attacker.broker.router.count == 1
+    attacker.broker.poller.close_forgotten()
 
 
-def test_what_a_dead_process_leaves_is_removed_in_parts(own_broker: Broker) -> None:
+def test_what_a_dead_process_leaves_is_removed_in_parts(attacker: Attacker) -> None:
     """Thousands of subscriptions of one process are not found any more when it has died, and are removed in many rounds."""
-    with asking(own_broker) as (one, _, session):
-        for number in range(1000, 6000):
-            subscribed(own_broker, number, own_broker.registry.sessions[session], [str(number)], "drop_oldest")
-        own_broker.peers.dead.append(one.peer)
-        with at_most(50_000):
-            own_broker.round(at_once=True)
-        assert not own_broker.registry.subscriptions
-        rounds = 0
-        while own_broker.registry.to_remove:
-            rounds += 1
-            with at_most(8000):
-                own_broker.round(at_once=True)
-        assert (rounds > 50, own_broker.router.count) == (True, 0)
+    registry = attacker.broker.registry
+    attacker.subscribe(range(1000, 6000))
+    attacker.broker.peers.dead.append(attacker.one.peer)
+    attacker.round(50_000)
+    assert not registry.subscriptions
+    rounds = 0
+    while registry.to_remove:
+        rounds += 1
+        attacker.round(8000)
+    assert (rounds > 50, attacker.broker.router.count) == (True, 0)
 
 
-def test_many_topics_of_one_subscription_come_and_go_in_parts(own_broker: Broker) -> None:
-    """10,000 patterns are added, dropped, and removed with their subscription in many rounds, and none of them takes long."""
-    patterns = [f"room:{number}:*" for number in range(10_000)]
-    with asking(own_broker) as (one, other, session):
-        assert in_rounds(own_broker, one, subscribing(session, 1000, *patterns), 40_000) == {}
-        assert own_broker.router.topics(own_broker.registry.subscriptions[1000]) == tuple(patterns)
-        changes = {"session": session, "subscription": 1000, "topics": [f"more {pattern}" for pattern in patterns]}
-        for do in ("add topics", "drop topics"):
-            assert in_rounds(own_broker, other, {"do": do, **changes}, 60_000) == {}
-        assert own_broker.router.topics(own_broker.registry.subscriptions[1000]) == tuple(patterns)
-        assert in_rounds(own_broker, one, {"do": "close", "subscription": 1000}, 1000) == {}
-        assert 1000 not in own_broker.registry.subscriptions
-        while own_broker.registry.to_remove:
-            with at_most(30_000):
-                own_broker.round(at_once=True)
-        assert own_broker.router.count == 1
+def test_many_topics_of_one_subscription_come_and_go_in_parts(attacker: Attacker) -> None:
+    """6,000 patterns are added, dropped, and removed with their subscription in many rounds, and none of them takes long."""
+    registry, router = attacker.broker.registry, attacker.broker.router
+    patterns = [f"room:{number}:*" for number in range(6000)]
+    assert attacker.ask(subscribing(attacker.number, 1000, *patterns), 40_000) == {}
+    assert router.topics(registry.subscriptions[1000]) == tuple(patterns)
+    changes = {"session": attacker.number, "subscription": 1000, "topics": [f"more {pattern}" for pattern in patterns]}
+    for do in ("add topics", "drop topics"):
+        assert attacker.ask({"do": do, **changes}, 60_000, attacker.other) == {}
+    assert router.topics(registry.subscriptions[1000]) == tuple(patterns)
+    assert attacker.ask({"do": "close", "subscription": 1000}, 1000) == {}
+    assert 1000 not in registry.subscriptions
+    while registry.to_remove:
+        attacker.round(30_000)
+    assert router.count == 1
 
 
-def test_a_subscription_whose_topics_are_half_there(own_broker: Broker) -> None:
+def test_a_subscription_whose_topics_are_half_there(attacker: Attacker) -> None:
     """A request that is sent again, as its connection has ended before the reply, adds the topics that are missing."""
+    registry, router = attacker.broker.registry, attacker.broker.router
     topics = [str(number) for number in range(3000)]
-    with asking(own_broker) as (one, other, session):
-        answer(own_broker, cast("ControlConnection", other), subscribing(session, 1000, *topics))
-        while 1000 not in own_broker.registry.subscriptions:
-            own_broker.round(at_once=True)
-        other.is_closed = True
-        own_broker.round(at_once=True)
-        assert len(own_broker.router.topics(own_broker.registry.subscriptions[1000])) < 3000
-        assert in_rounds(own_broker, one, subscribing(session, 1000, *topics), 40_000) == {}
-        assert {*own_broker.router.topics(own_broker.registry.subscriptions[1000])} == {*topics}
+    answer(attacker.broker, cast("ControlConnection", attacker.other), subscribing(attacker.number, 1000, *topics))
+    while 1000 not in registry.subscriptions:
+        attacker.broker.round(at_once=True)
+    attacker.other.is_closed = True
+    attacker.broker.round(at_once=True)
+    assert len(router.topics(registry.subscriptions[1000])) < 3000
+    assert attacker.ask(subscribing(attacker.number, 1000, *topics), 40_000) == {}
+    assert {*router.topics(registry.subscriptions[1000])} == {*topics}
 
 
-def test_many_waits_and_many_subscriptions(own_broker: Broker) -> None:
-    """All who wait for subscriptions are looked at once in a round, at no more cost when there are many subscriptions."""
-    with asking(own_broker) as (one, other, session):
-        for number in range(1000, 1400):
-            waits = Asker(one.peer)
-            answer(own_broker, cast("ControlConnection", waits), {"do": "wait", "count": 5000, "topic": None})
-            subscribed(own_broker, number, own_broker.registry.sessions[session], ["*"], "drop_oldest")
-        with at_most(20_000):
-            for number in range(2000, 2100):
-                answer(own_broker, cast("ControlConnection", other), subscribing(session, number, "fuzz"))
-            own_broker.round(at_once=True)
+def test_many_waits_and_many_subscriptions(attacker: Attacker) -> None:
+    """All waits for subscriptions are looked at once in a round, at no more cost when there are many subscriptions."""
+    attacker.subscribe(range(1000, 1400), "*")
+    for _ in range(400):
+        ask(attacker.broker, Asker(attacker.one.peer), {"do": "wait", "count": 5000, "topic": None})
+    with at_most(20_000):
+        for number in range(2000, 2100):
+            answer(attacker.broker, cast("ControlConnection", attacker.other), subscribing(attacker.number, number, "fuzz"))
+        attacker.broker.round(at_once=True)
 
 
-def test_requests_that_take_long(own_broker: Broker, tmp_path: Path) -> None:
+@pytest.fixture
+def slow(attacker: Attacker) -> Attacker:
+    """A session with a subscription whose patterns take as long to match as they may."""
+    patterns = [f"*[ab]{'?' * 900}{number}" for number in range(35)]
+    assert attacker.ask(subscribing(attacker.number, 5000, *patterns), 100_000) == {}
+    return attacker
+
+
+def wait(number: int, now: bool) -> dict[str, Any]:
+    """Return a request to wait for a subscription to a topic that takes long to match."""
+    return {"do": "wait", "count": 1, "topic": "a" * 1000 + f"{number}.", "now": now}
+
+
+def test_requests_that_take_long(slow: Attacker, tmp_path: Path) -> None:
     """Of those that come at once, a round handles one, or what it has time for."""
-    with asking(own_broker) as (one, _, session), socket.socket(socket.AF_UNIX) as client:
-        connect(own_broker, client, tmp_path)
-        slow = [f"*[ab]{'?' * 900}{number}" for number in range(35)]
-        assert in_rounds(own_broker, one, subscribing(session, 5000, *slow), 100_000) == {}
-        waits = [{"do": "wait", "count": 1, "topic": "a" * 1000 + str(number), "now": True} for number in range(20)]
-        client.sendall(b"".join(map(encode, waits)))
-        before = own_broker.router.steps
-        own_broker.round(at_once=True)
-        own_broker.round(at_once=True)
-        assert 0 < own_broker.router.steps - before < 10 * SESSION.steps
-        client.close()
-        for _ in range(30):
-            own_broker.round(at_once=True)
+    broker = slow.broker
+    with socket.socket(socket.AF_UNIX) as client:
+        connect(broker, client, tmp_path)
+        client.sendall(b"".join(encode(wait(number, True)) for number in range(20)))
+        before = broker.router.steps
+        broker.round(at_once=True)
+        broker.round(at_once=True)
+        assert 0 < broker.router.steps - before < 10 * SESSION.steps
+    for _ in range(30):
+        broker.round(at_once=True)
 
 
-def test_waits_whose_topics_take_long_to_match(own_broker: Broker) -> None:
+def test_waits_whose_topics_take_long_to_match(slow: Attacker) -> None:
     """When a subscription comes, only some of those that wait for one are looked at in a round; all in the end."""
-    with asking(own_broker) as (one, _, session):
-        slow = [f"*[ab]{'?' * 900}{number}" for number in range(35)]
-        assert in_rounds(own_broker, one, subscribing(session, 5000, *slow), 100_000) == {}
-        waits = [Asker(one.peer) for _ in range(20)]
-        for number, asker in enumerate(waits):
-            message = {"do": "wait", "count": 1, "topic": "a" * 1000 + f"{number}.", "now": False}
-            answer(own_broker, cast("ControlConnection", asker), message)
-        before = own_broker.router.steps
-        ask(own_broker, one, subscribing(session, 5001, "*."))
-        own_broker.round(at_once=True)
-        assert own_broker.router.steps - before < 10 * SESSION.steps
-        while not all(asker.replies for asker in waits):
-            own_broker.round(at_once=True)
+    broker = slow.broker
+    waits = [Asker(slow.one.peer) for _ in range(12)]
+    for number, asker in enumerate(waits):
+        ask(broker, asker, wait(number, False))
+    before = broker.router.steps
+    ask(broker, slow.one, subscribing(slow.number, 5001, "*."))
+    broker.round(at_once=True)
+    assert broker.router.steps - before < 10 * SESSION.steps
+    while not all(asker.replies for asker in waits):
+        broker.round(at_once=True)
 
 
-def test_an_honest_session_has_room(own_broker: Broker) -> None:
-    """A session can have 16,000 subscriptions, or 20,000 topics and 10,000 patterns, also of those that need ``re``."""
-    with asking(own_broker) as (one, _, session):
-        for number in range(1000, 17_000):
-            subscribed(own_broker, number, own_broker.registry.sessions[session], ["*"], "block")
-        other = own_broker.registry.new_session(cast("ControlConnection", one)).id
-        names = [f"a quite ordinary name of a topic: {number}" for number in range(20_000)]
-        patterns = [f"room:{number}:{'*:user:*' if number % 10 else '[ab]?'}" for number in range(10_000)]
-        assert in_rounds(own_broker, one, subscribing(other, 20_000, *names), 400_000) == {}
-        assert in_rounds(own_broker, one, subscribing(other, 20_001, *patterns), 400_000) == {}
+# ----------------------------------------------------------------------------------------------------------- budgets
+
+
+def test_an_honest_session_has_room(attacker: Attacker) -> None:
+    """A session can have 20,000 topics and 10,000 patterns, also of those that need ``re``."""
+    names = [f"a quite ordinary name of a topic: {number}" for number in range(20_000)]
+    patterns = [f"room:{number}:{'*:user:*' if number % 10 else '[ab]?'}" for number in range(10_000)]
+    assert attacker.ask(subscribing(attacker.number, 20_000, *names), 400_000) == {}
+    assert attacker.ask(subscribing(attacker.number, 20_001, *patterns), 400_000) == {}
+
+
+def test_a_session_with_too_many_subscriptions(attacker: Attacker) -> None:
+    """It can have 16,384; one more is refused, until another one is closed."""
+    assert SESSION.subscriptions == 16_384
+    attacker.subscribe(range(1000, 999 + SESSION.subscriptions), "*", policy="block")
+    assert "subscriptions" in attacker.ask(subscribing(attacker.number, 1, "*"), 1000)["text"]
+    attacker.ask({"do": "close", "subscription": 1000, "session": attacker.number}, 1000)
+    assert attacker.ask(subscribing(attacker.number, 1, "*"), 1000) == {}
 
 
 @pytest.mark.parametrize(
@@ -316,70 +364,56 @@ def test_an_honest_session_has_room(own_broker: Broker) -> None:
     ],
     ids=["topics", "patterns that need re", "patterns of stars", "bytes"],
 )
-def test_more_than_a_session_may_have(topics: list[str], what: str, own_broker: Broker) -> None:
+def test_more_than_a_session_may_have(topics: list[str], what: str, attacker: Attacker) -> None:
     """What would be too much is refused at once, with an error that names it; the session goes on, all is given back."""
-    with asking(own_broker) as (one, other, session):
-        spent = own_broker.registry.budget.spent
-        reply = in_rounds(own_broker, one, subscribing(session, 1000, *topics), 200_000)
-        assert (reply["error"], what in reply["text"]) == ("value", True)
-        assert own_broker.registry.budget.spent == spent
-        assert in_rounds(own_broker, one, subscribing(session, 1000, "fuzz:*", "fuzz"), 1000) == {}
-        changes = {"session": session, "subscription": 1000}
-        for do, names in (("add topics", ["more", "fuzz", "m?"]), ("drop topics", ["fuzz", "none"]), ("add topics", topics)):
-            reply = in_rounds(own_broker, other, {"do": do, "topics": names, **changes}, 300_000)
-        assert what in reply["text"]
-        in_rounds(own_broker, one, {"do": "close", **changes}, 1000)
-        assert own_broker.registry.budget.spent == spent
-    assert own_broker.registry.budget.spent == Cost()
+    budget = attacker.broker.registry.budget
+    spent = budget.spent
+    reply = attacker.ask(subscribing(attacker.number, 1000, *topics), 200_000)
+    assert (reply["error"], what in reply["text"]) == ("value", True)
+    assert budget.spent == spent
+    assert attacker.ask(subscribing(attacker.number, 1000, "fuzz:*", "fuzz"), 1000) == {}
+    changes = {"session": attacker.number, "subscription": 1000}
+    for do, names in (("add topics", ["more", "fuzz", "m?"]), ("drop topics", ["fuzz", "none"]), ("add topics", topics)):
+        reply = attacker.ask({"do": do, "topics": names, **changes}, 300_000, attacker.other)
+    assert what in reply["text"]
+    attacker.ask({"do": "close", **changes}, 1000)
+    assert budget.spent == spent
+    take_away(attacker.broker)
+    assert budget.spent == Cost()
 
 
-def test_a_session_with_too_many_subscriptions(own_broker: Broker) -> None:
-    """One subscription more than there may be is refused, until another one is closed."""
-    with asking(own_broker) as (one, _, session):
-        for number in range(1000, 999 + SESSION.subscriptions):
-            subscribed(own_broker, number, own_broker.registry.sessions[session], ["*"], "block")
-        assert "subscriptions" in in_rounds(own_broker, one, subscribing(session, 1, "*"), 1000)["text"]
-        in_rounds(own_broker, one, {"do": "close", "subscription": 1000, "session": session}, 1000)
-        assert in_rounds(own_broker, one, subscribing(session, 1, "*"), 1000) == {}
+def test_sessions_are_bounded_together(attacker: Attacker) -> None:
+    """Sessions that end, and leave unopened channels, do not make the broker grow: together they have a budget, too."""
+    registry = attacker.broker.registry
+    topics = [f"{'x' * 1000}{number}" for number in range(20_000)]
+    replies = []
+    for number in (1001, 1002, 1003, 1004):
+        session = attacker.new_session()
+        replies.append(attacker.ask(subscribing(session, number, *topics), 400_000))
+        registry.end_session(registry.sessions[session], clean=True)
+    assert ["together" in reply.get("text", "") for reply in replies] == [False, False, False, True]
+    assert held(attacker.broker) > 60_000_000
+    for number in (1001, 1002, 1003):
+        registry.remove(registry.subscriptions[number])
+    assert held(attacker.broker) == 0
 
 
-def test_sessions_are_bounded_together(own_broker: Broker) -> None:
-    """Sessions that end, and leave what nobody has opened, do not make the broker grow: together they have a budget, too."""
-    with asking(own_broker) as (one, _, _):
-        topics = [f"{'x' * 1000}{number}" for number in range(20_000)]
-        replies = []
-        for number in (1001, 1002, 1003, 1004):
-            session = own_broker.registry.new_session(cast("ControlConnection", one)).id
-            replies.append(in_rounds(own_broker, one, subscribing(session, number, *topics), 400_000))
-            own_broker.registry.end_session(own_broker.registry.sessions[session], clean=True)
-        assert ["together" in reply.get("text", "") for reply in replies] == [False, False, False, True]
-        assert held(own_broker) > 60_000_000
-        for number in (1001, 1002, 1003):
-            own_broker.registry.remove(own_broker.registry.subscriptions[number])
-        assert held(own_broker) == 0
+def test_a_process_with_too_many_connections(attacker: Attacker) -> None:
+    """Each request of a process that has too many connections is answered with an error."""
+    attacker.one.peer.connections += MOST_CONNECTIONS + 1
+    assert "connections" in attacker.ask({"do": "stats"}, 1000)["text"]
+    attacker.one.peer.connections -= MOST_CONNECTIONS + 1
+    assert "error" not in attacker.ask({"do": "stats"}, 1000)
 
 
-def test_a_process_with_too_many_connections(own_broker: Broker) -> None:
-    """What a process asks that has too many connections is answered with an error."""
-    with asking(own_broker) as (one, _, _):
-        one.peer.connections += MOST_CONNECTIONS + 1
-        assert "connections" in in_rounds(own_broker, one, {"do": "stats"}, 1000)["text"]
-        one.peer.connections -= MOST_CONNECTIONS + 1
-        assert "error" not in in_rounds(own_broker, one, {"do": "stats"}, 1000)
-
-
-def test_a_replay_of_many_patterns(own_broker: Broker) -> None:
+def test_a_replay_of_many_patterns(attacker: Attacker) -> None:
     """A replay whose patterns would be tried for seconds is refused; one whose patterns begin differently is not."""
-    history = own_broker.traffic.routing.history
-    assert history is not None
-    for number in range(MOST_TOPICS):
-        history.add(number, Batch(bytes(8), array("I", (8,)), b"room:%d" % number, 0, 8))
-    with asking(own_broker) as (one, _, session):
-        alike = subscribing(session, 1000, *(f"*m*{number}" for number in range(5000))) | {"replay": 1}
-        assert "begin" in in_rounds(own_broker, one, alike, 400_000)["text"]
-        different = subscribing(session, 1000, *(f"room:{number}*" for number in range(5000))) | {"replay": 1}
-        assert in_rounds(own_broker, one, different, 400_000) == {}
-        assert own_broker.registry.subscriptions[1000].backlog.waiting == 1
+    fill(attacker.broker.traffic.routing.history, "room:")
+    alike = subscribing(attacker.number, 1000, *(f"*m*{number}" for number in range(5000)))
+    assert "begin" in attacker.ask({**alike, "replay": 1}, 400_000)["text"]
+    different = subscribing(attacker.number, 1000, *(f"room:{number}*" for number in range(5000)))
+    assert attacker.ask({**different, "replay": 1}, 400_000) == {}
+    assert attacker.broker.registry.subscriptions[1000].backlog.waiting == 1
 
 
 def test_an_error_of_too_many_topics(bus: Broadcaster[Any]) -> None:
@@ -477,141 +511,106 @@ def test_requests_that_are_never_whole(bus: Broadcaster[Any]) -> None:
 
 
 @shares_memory
-def test_many_references_to_the_same_memory(own_broker: Broker) -> None:
+def test_many_references_to_the_same_memory(attacker: Attacker) -> None:
     """A few kilobytes of references do not make the broker copy gigabytes: a second one to the same bytes is refused."""
-    with asking(own_broker) as (_, _, number):
-        publisher, pipe = own_broker.traffic.intake.add(own_broker.registry.new_id(), own_broker.registry.sessions[number])
-        fd_socket = DescriptorSocket(own_broker.traffic.memory.add(publisher))
-        descriptor, memory = ring_memory(RING_SIZE)
-        fd_socket.send_packet(pack(RING, 1, 1 << 16), descriptor.fd)
-        own_broker.round(at_once=True)
-        os.write(pipe, reference_frame(1, 0, RING_SIZE, b"fuzz") * 150)
-        own_broker.traffic.round()
-        routed = own_broker.traffic.routing.routed
-        os.close(pipe)
-        fd_socket.close()
-        descriptor.close()
-        memory.close()
-    assert routed == 1
+    traffic = attacker.broker.traffic
+    publisher, pipe = attacker.publisher()
+    fd_socket = DescriptorSocket(traffic.memory.add(publisher))
+    descriptor, memory = ring_memory(RING_SIZE)
+    fd_socket.send_packet(pack(RING, 1, 1 << 16), descriptor.fd)
+    attacker.broker.round(at_once=True)
+    os.write(pipe, reference_frame(1, 0, RING_SIZE, b"fuzz") * 150)
+    traffic.round()
+    os.close(pipe)
+    fd_socket.close()
+    descriptor.close()
+    memory.close()
+    assert traffic.routing.routed == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- turns
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["a living publisher", "a dead publisher"])
-def test_publishers_have_turns(gone: bool, own_broker: Broker) -> None:
+def test_publishers_have_turns(gone: bool, attacker: Attacker) -> None:
     """What one publisher has written for many subscriptions takes many rounds, and in each the others have their turn."""
-    with asking(own_broker) as (_, _, number):
-        session, traffic = own_broker.registry.sessions[number], own_broker.traffic
-        subscriptions = [subscribed(own_broker, number, session, ["turn*"], "drop_newest") for number in range(1000, 1500)]
-        one, one_pipe = traffic.intake.add(own_broker.registry.new_id(), session)
-        other, other_pipe = traffic.intake.add(own_broker.registry.new_id(), session)
-        os.write(one_pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 100)
-        if gone:
-            traffic.intake.finish(one)
-        for _ in range(5):
-            os.write(other_pipe, frame_head(0, b"turn 3"))
-            with at_most(200_000):
-                traffic.round()
-            assert one.parked
-            assert other.all_routed
-        while one.parked:
-            traffic.round()
-        assert [one.backlog.published for one in subscriptions] == [205] * 500
-        assert (one.id in traffic.publishers) != gone
+    traffic = attacker.broker.traffic
+    subscriptions = attacker.subscribe(range(1000, 1500), "turn*", policy="drop_newest")
+    (one, one_pipe), (other, other_pipe) = attacker.publisher(), attacker.publisher()
+    os.write(one_pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 100)
+    if gone:
+        traffic.intake.finish(one)
+    for _ in range(5):
         os.write(other_pipe, frame_head(0, b"turn 3"))
+        with at_most(200_000):
+            traffic.round()
+        assert one.parked
+        assert other.all_routed
+    while one.parked:
         traffic.round()
-        assert traffic.routing.routed == 206
-        for pipe in (one_pipe, other_pipe):
-            os.close(pipe)
-
-
-def test_what_waits_for_its_turn_comes_before_what_is_asked_next(own_broker: Broker) -> None:
-    """Who unsubscribes gets all that was written before, also what was left for the next round."""
-    with asking(own_broker) as (one, _, number):
-        session, traffic = own_broker.registry.sessions[number], own_broker.traffic
-        for subscription in range(1000, 1500):
-            subscribed(own_broker, subscription, session, ["turn*"], "drop_newest")
-        publisher, pipe = traffic.intake.add(own_broker.registry.new_id(), session)
-        os.write(pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 50)
-        traffic.intake.finish(publisher)
-        assert publisher.parked
-        in_rounds(own_broker, one, {"do": "unsubscribe", "session": number, "subscription": 1000}, 1_000_000)
-        assert own_broker.registry.subscriptions[1000].backlog.waiting == 100
+    assert [one.backlog.published for one in subscriptions] == [205] * 500
+    assert (one.id in traffic.publishers) != gone
+    os.write(other_pipe, frame_head(0, b"turn 3"))
+    traffic.round()
+    assert traffic.routing.routed == 206
+    for pipe in (one_pipe, other_pipe):
         os.close(pipe)
 
 
-def test_what_is_taken_in_comes_in_parts(own_broker: Broker) -> None:
+def test_what_is_taken_in_comes_in_parts(attacker: Attacker) -> None:
     """What publishers have written before a request is read in parts, also if it is a message whose last piece never comes."""
-    with asking(own_broker) as (_, _, number):
-        session, traffic = own_broker.registry.sessions[number], own_broker.traffic
-        pipes = [traffic.intake.add(own_broker.registry.new_id(), session)[1] for _ in range(4)]
-        parts = (struct.pack("<IIQB", 18, PIECE, 7, 0) + b"x") * 200
-        for pipe in pipes * 60:
-            os.write(pipe, parts)
-        steps = traffic.take_in()
-        more = True
-        while more:
-            with at_most(50_000):
-                more = next(steps, True) is None
-        assert all(publisher.all_routed for publisher in traffic.publishers.values())
-        for pipe in pipes:
-            os.close(pipe)
+    traffic = attacker.broker.traffic
+    pipes = [attacker.publisher()[1] for _ in range(4)]
+    for pipe in pipes * 60:
+        os.write(pipe, (struct.pack("<IIQB", 18, PIECE, 7, 0) + b"x") * 200)
+    in_parts(traffic.take_in(), 50_000)
+    assert all(publisher.all_routed for publisher in traffic.publishers.values())
+    for pipe in pipes:
+        os.close(pipe)
 
 
-def test_publishers_of_a_dead_session_are_read_in_turn(own_broker: Broker) -> None:
+def test_publishers_of_a_dead_session_are_read_in_turn(attacker: Attacker) -> None:
     """What many blocked publishers have left in their pipes is not all read in the round in which their process has died."""
-    with asking(own_broker) as (_, other, number):
-        session, traffic = own_broker.registry.sessions[number], own_broker.traffic
-        others = own_broker.registry.new_session(cast("ControlConnection", other))
-        full = subscribed(own_broker, 5000, others, ["a"], "block")
-        full.backlog.capacity = 1
-        pipes = [traffic.intake.add(own_broker.registry.new_id(), session)[1] for _ in range(16)]
-        for pipe in pipes:
-            os.write(pipe, 2 * frame_head(0, b"a"))
-        own_broker.round(at_once=True)
-        assert len(full.waiters) == 16
-        for pipe in pipes:
-            for _ in range(30):
-                os.write(pipe, (frame_head(0, b"") + frame_head(0, b"a")) * 120)
-            os.close(pipe)
-        own_broker.registry.end_session(session, clean=False)
-        while own_broker.registry.to_finish:
-            with at_most(400_000):
-                own_broker.round(at_once=True)
-        own_broker.registry.remove(full)
-        while traffic.publishers:
-            own_broker.round(at_once=True)
+    broker = attacker.broker
+    full = subscribed(broker, 5000, broker.registry.sessions[attacker.new_session()], ["a"], "block")
+    full.backlog.capacity = 1
+    pipes = [attacker.publisher()[1] for _ in range(16)]
+    for pipe in pipes:
+        os.write(pipe, 2 * frame_head(0, b"a"))
+    broker.round(at_once=True)
+    assert len(full.waiters) == 16
+    for pipe in pipes:
+        for _ in range(30):
+            os.write(pipe, (frame_head(0, b"") + frame_head(0, b"a")) * 120)
+        os.close(pipe)
+    broker.registry.end_session(attacker.session, clean=False)
+    while broker.registry.to_finish:
+        attacker.round(400_000)
+    broker.registry.remove(full)
+    while broker.traffic.publishers:
+        broker.round(at_once=True)
 
 
-def test_the_memory_of_blocked_publishers_is_counted_in_parts(own_broker: Broker) -> None:
+def test_the_memory_of_blocked_publishers_is_counted_in_parts(attacker: Attacker) -> None:
     """Statistics hold nothing up, though publishers are blocked that have very many messages here."""
-    batch = Batch(bytes(8), array("I", (8,)), b"", 0, 8)
-    with asking(own_broker) as (_, _, session):
-        for _ in range(8):
-            publisher, fd = own_broker.traffic.intake.add(own_broker.registry.new_id(), own_broker.registry.sessions[session])
-            publisher.parked.extend([batch] * 10_000)
-            os.close(fd)
-        steps = memory(own_broker)
-        total = None
-        while total is None:
-            with at_most(350_000):
-                try:
-                    next(steps)
-                except StopIteration as done:
-                    total = done.value
-        assert total >= 80_000 * batch.charge
-        for publisher in own_broker.traffic.publishers.values():
-            publisher.parked.clear()
-
-
-def test_a_broker_that_ends_closes_many_channels_in_parts(own_broker: Broker) -> None:
-    """When the time is over, no round closes thousands of channels that were not read."""
-    with asking(own_broker) as (_, _, session):
-        for number in range(5000, 7000):
-            subscribed(own_broker, number, own_broker.registry.sessions[session], ["all"], "drop_oldest")
-        _, fd = own_broker.traffic.intake.add(own_broker.registry.new_id(), own_broker.registry.sessions[session])
-        os.write(fd, frame_head(0, b"all"))
-        own_broker.round(at_once=True)
+    blocked = []
+    for _ in range(8):
+        publisher, fd = attacker.publisher()
+        publisher.parked.extend([batch("")] * 10_000)
         os.close(fd)
-        own_broker.stop(0)
-        while not own_broker.is_finished:
-            with at_most(60_000):
-                own_broker.round(at_once=True)
+        blocked.append(publisher)
+    assert in_parts(memory(attacker.broker), 350_000) >= 80_000 * batch("").charge
+    for publisher in blocked:
+        publisher.parked.clear()
+
+
+def test_a_broker_that_ends_closes_many_channels_in_parts(attacker: Attacker) -> None:
+    """When the time is over, no round closes thousands of channels that were not read."""
+    attacker.subscribe(range(5000, 7000), "all")
+    _, fd = attacker.publisher()
+    os.write(fd, frame_head(0, b"all"))
+    attacker.broker.round(at_once=True)
+    os.close(fd)
+    attacker.broker.stop(0)
+    while not attacker.broker.is_finished:
+        attacker.round(60_000)
