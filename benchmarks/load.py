@@ -195,7 +195,7 @@ class _Load:
             self._board.since[member.place] = 0.0
         for account in member.handed:  # perhaps it was killed before it opened it
             self._bus.unsubscribe(account.channel)
-            with contextlib.suppress(BroadcastError):  # then nobody will, and what waits for it must not stay
+            with contextlib.suppress(BroadcastError):  # then no process will, and what waits for it must not stay
                 account.channel.poll(0)
                 account.channel.close()
         if self._board.phase.value == RUN and not self._stopped:
@@ -355,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("numbers must be greater than 0; --kills may be 0")
     context = multiprocessing.get_context(options.method)
     if context.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # it keeps a descriptor, which nobody has left behind
+        resource_tracker.ensure_running()  # it keeps a descriptor, which is not left behind
     if context.get_start_method() == "forkserver":
         forkserver.ensure_running()
     print("\n".join(machine(context)))

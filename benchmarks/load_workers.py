@@ -88,7 +88,7 @@ class _Subscriber:
         now = time.monotonic()
         if now > self._sleepy:
             time.sleep(min(self._rng.expovariate(1 / self._manner.pause), 3.0))
-            # Who makes publishers wait does so for a small part of the time, or nothing would ever be published.
+            # A subscriber that makes publishers wait does so for a small part of the time, or nothing would ever be published.
             waited_for = any(account.wish.overflow == "block" for account in self._accounts.values())
             self._sleepy = now + self._rng.expovariate(1 / (50 * self._manner.pause if waited_for else 0.01))
 

@@ -47,9 +47,6 @@ def bodies(data: bytes, limit: int = MAX_HANDSHAKE) -> list[bytes]:
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------- inbox
-
-
 @STEADY
 @given(sent=st.lists(st.binary(max_size=30), max_size=8), lengths=st.lists(st.integers(0, 20), max_size=20))
 def test_bodies_come_out_as_they_were_sent(sent: list[bytes], lengths: list[int]) -> None:
@@ -78,8 +75,6 @@ def test_a_length_out_of_bounds_is_refused(length: int) -> None:
     with pytest.raises(ControlError):
         inbox.next()
 
-
-# ------------------------------------------------------------------------------------------------------------- bodies
 
 TEXTS = st.text('aü\ud800"[{\\\0', max_size=10)
 
@@ -167,9 +162,6 @@ def test_any_bytes_are_bodies_and_objects_or_an_error(data: bytes, limit: int) -
     assert data.startswith(taken)
     with contextlib.suppress(ControlError):
         assert isinstance(decode(data), dict)
-
-
-# ---------------------------------------------------------------------------------------------------------- handshake
 
 
 def step(side: Handshake, body: bytes) -> tuple[str, list[bytes]]:
@@ -293,9 +285,6 @@ def test_a_challenge_of_another_length_or_kind_is_not_answered(question: bytes, 
     assert step(client, b"#CHALLENGE#" + question) == (("waits", [signed]) if is_answered else ("refused", []))
 
 
-# ------------------------------------------------------------------------------------------ over real connections
-
-
 def talk(handshake: Handshake, connection: Connection) -> str:
     """Go through a handshake on a connection that is read in small parts; how it ended."""
     inbox = Inbox(MAX_HANDSHAKE)
@@ -325,7 +314,7 @@ def standard(connection: Connection, key: bytes, functions: list[Callable[[Conne
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="multiprocessing has HMAC-MD5 only")
 @pytest.mark.parametrize(("key", "end"), [(KEY, "proved"), (b"wrong", "refused")])
 def test_the_standard_library_is_a_peer(key: bytes, end: str) -> None:
-    """Python's own client and server prove their key to ours and the other way round, or a wrong one is refused."""
+    """Python's own client and server and ours prove their key to each other, or refuse a wrong one."""
     deliver_first: list[Callable[[Connection, bytes], None]] = [deliver_challenge, answer_challenge]
     for handshake, functions in ((serve_handshake([OTHER, KEY]), deliver_first[::-1]), (client_handshake(KEY), deliver_first)):
         ours, theirs = Pipe()

@@ -5,61 +5,41 @@ from __future__ import annotations
 import struct
 import tracemalloc
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, groupby
 from types import SimpleNamespace
+from typing import Final
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpbroadcast.protocol import frames
-from mpbroadcast.protocol.frames import (
-    FRAME_OVERHEAD,
-    IMAGE,
-    MOST_TOGETHER,
-    OVERHEAD,
-    PIPE_BUF,
-    Batch,
-    FrameError,
-    Item,
-    MemfdMessage,
-    References,
-    Splitter,
-    abort,
-    frame_head,
-    memory_frame,
-    pieces,
-    reference_frame,
-    references_in,
-)
 from mpbroadcast.validation import MAX_TOPIC
-from tests.support.frames_made import PLAIN, STEADY, Message, Written, chunks, written
+from tests.support.frames_made import STEADY, Message, Written, chunks, written
 
 LENGTHS = st.lists(st.integers(0, 300) | st.integers(0, 10_000), max_size=20)
 
 
-def split(*parts: bytes) -> list[Item]:
-    """What a new splitter finds in these chunks."""
-    splitter = Splitter()
+def split(*parts: bytes) -> list[frames.Item]:
+    splitter = frames.Splitter()
     return [item for part in parts for item in splitter.split(part)]
 
 
-def messages_in(item: Item) -> list[Message]:
-    """Its messages, which must be what it says of itself."""
-    heads = [len(frame_head(0, item.topic, item.exclude))] * len(item.sizes)
-    assert item.charge == sum(size + OVERHEAD for size in item.sizes)
+def messages_in(item: frames.Item) -> list[Message]:
+    heads = [len(frames.frame_head(0, item.topic, item.exclude))] * len(item.sizes)
+    assert item.charge == sum(size + frames.OVERHEAD for size in item.sizes)
     payloads: list[bytes | tuple[int | None, int, int]]
-    if isinstance(item, MemfdMessage):
+    if isinstance(item, frames.MemfdMessage):
         payloads = [(None, item.id, item.length)]
         assert item.cut(0) == (item, item)
         assert [*item.sizes] == [heads[0] + item.length]
-    elif isinstance(item, References):
+    elif isinstance(item, frames.References):
         payloads = [(item.ring, *position) for position in item.positions()]
-        assert payloads == [*references_in(item.frames, item.skip)]
+        assert payloads == [*frames.references_in(item.frames, item.skip)]
         assert [*item.sizes] == [heads[0] + length for _, length in item.positions()]
-        assert len(item.frames) + 64 <= PIPE_BUF
+        assert len(item.frames) + 64 <= frames.PIPE_BUF
     else:
         starts = accumulate(item.sizes[:-1], initial=0)
         payloads = [item.frames[start + item.skip : start + size] for start, size in zip(starts, item.sizes, strict=True)]
@@ -67,22 +47,18 @@ def messages_in(item: Item) -> list[Message]:
     return [Message(item.topic, item.exclude, payload, item.image) for payload in payloads]
 
 
-def found(items: Iterable[Item]) -> list[Message]:
-    """The messages of these."""
+def found(items: Iterable[frames.Item]) -> list[Message]:
     return [message for item in items for message in messages_in(item)]
-
-
-# -------------------------------------------------------------------------------------------------------------- whole
 
 
 @STEADY
 @given(stream=written(), lengths=LENGTHS)
 def test_messages_come_out_as_they_were_written(stream: Written, lengths: list[int]) -> None:
     """However the bytes are cut, each message comes out once and whole, in the order in which they were completed."""
-    assert all(len(write) <= PIPE_BUF for write in stream.writes)
+    assert all(len(write) <= frames.PIPE_BUF for write in stream.writes)
     data = b"".join(stream.writes)
     for parts in (chunks(data, lengths), [*chunks(data[:9000], [1] * 9000), data[9000:]]):
-        splitter = Splitter()
+        splitter = frames.Splitter()
         items = [item for part in parts for item in splitter.split(part)]
         assert found(items) == stream.messages
         assert (splitter.unfinished, splitter.aborted) == (0, stream.aborted)
@@ -90,41 +66,35 @@ def test_messages_come_out_as_they_were_written(stream: Written, lengths: list[i
         assert splitter.has_shared == (shared or bool(stream.aborted))
 
 
-@STEADY
-@given(messages=st.lists(PLAIN.filter(lambda message: len(message.frame) <= PIPE_BUF), max_size=30))
-def test_neighbours_of_one_way_are_together(messages: list[Message]) -> None:
-    """Frames with one topic and one exclusion that follow each other in a chunk are one batch, and no others are."""
-    batches = split(b"".join(message.frame for message in messages))
-    ways = [(batch.topic, batch.exclude, batch.image) for batch in batches]
-    assert all(one != other for one, other in pairwise(ways))
-    assert found(batches) == messages
-
-
-def test_references_of_one_way_go_together_within_limits() -> None:
-    """Neighbours in one ring that go the same way are one, until they refer to 1 MiB or would not fit into one write."""
+def test_references_of_one_route_go_together_within_limits() -> None:
+    """Neighbours in one ring with one route are one, until they refer to 1 MiB or would not fit into one write."""
     messages = [Message(b"t", 0, (1, 4096 * number, 4096)) for number in range(300)]
     items = split(b"".join(message.frame for message in messages))
     assert len(items) < 6
     assert found(items) == messages
-    large = b"".join(reference_frame(1, number, 1 << 19, b"t") for number in range(5))
+    large = b"".join(frames.reference_frame(1, number, 1 << 19, b"t") for number in range(5))
     assert [len(item.sizes) for item in split(large)] == [2, 2, 1]
-    other = reference_frame(1, 0, 4096, b"t") + reference_frame(2, 0, 4096, b"t") + reference_frame(2, 0, 4096, b"u")
-    other += reference_frame(2, 0, 4096, b"u", 5) + reference_frame(2, 0, 4096, b"u", 5, image=True)
+    other = (
+        frames.reference_frame(1, 0, 4096, b"t")
+        + frames.reference_frame(2, 0, 4096, b"t")
+        + frames.reference_frame(2, 0, 4096, b"u")
+    )
+    other += frames.reference_frame(2, 0, 4096, b"u", 5) + frames.reference_frame(2, 0, 4096, b"u", 5, image=True)
     assert [len(item.sizes) for item in split(other)] == [1, 1, 1, 1, 1]
 
 
 def test_a_long_message_is_held_until_it_is_whole_or_aborted() -> None:
-    """Its pieces are counted; what had come of an aborted one is let go of, and its number may be used again."""
-    lost, kept = (Message(b"room:1", 7, fill * (3 * PIPE_BUF)) for fill in (b"x", b"y"))
-    splitter = Splitter()
-    splitter.split(next(pieces(lost.frame, 1)))
-    assert not splitter.split(abort(1) + abort(99))
+    """Its pieces are counted; what had come of an aborted one is dropped, and its number may be used again."""
+    lost, kept = (Message(b"room:1", 7, fill * (3 * frames.PIPE_BUF)) for fill in (b"x", b"y"))
+    splitter = frames.Splitter()
+    splitter.split(next(frames.pieces(lost.frame, 1)))
+    assert not splitter.split(frames.abort(1) + frames.abort(99))
     assert splitter.unfinished == 0
-    first, *others = pieces(kept.frame, 1)
+    first, *others = frames.pieces(kept.frame, 1)
     assert splitter.split(first) == []
-    assert PIPE_BUF / 2 < splitter.unfinished < 2 * PIPE_BUF
+    assert frames.PIPE_BUF / 2 < splitter.unfinished < 2 * frames.PIPE_BUF
     (batch,) = splitter.split(b"".join(others))
-    assert batch.charge == len(kept.frame) - 8 + FRAME_OVERHEAD
+    assert batch.charge == len(kept.frame) - 8 + frames.FRAME_OVERHEAD
     assert found([batch]) == [kept]
     assert splitter.unfinished == 0
 
@@ -134,7 +104,7 @@ ODD_ONES = {
     "longer": Message(b"room:1", 0, b"x" * 13),
     "shorter": Message(b"room:1", 0, b"x" * 11),
     "empty": Message(b"room:1"),
-    "longest": Message(b"room:1", 0, b"x" * (PIPE_BUF - 14)),
+    "longest": Message(b"room:1", 0, b"x" * (frames.PIPE_BUF - 14)),
     "first byte of the topic": Message(b"Room:1", 0, b"x" * 12),
     "last byte of the topic": Message(b"room:2", 0, b"x" * 12),
     "shorter topic, same size": Message(b"room:", 0, b"x" * 13),
@@ -143,37 +113,37 @@ ODD_ONES = {
     "an exclusion, same size": Message(b"room:1", 3, b"x" * 4),
     "an image, same size": Message(b"room:1", 0, b"x" * 12, True),
     "like two, in one": Message(b"room:1", 0, b"x" * 12 + USUAL.frame),
-    "in pieces": Message(b"room:1", 0, b"x" * PIPE_BUF),
+    "in pieces": Message(b"room:1", 0, b"x" * frames.PIPE_BUF),
     "aborted": None,
 }
 
 
 @pytest.mark.parametrize("odd", ODD_ONES.values(), ids=ODD_ONES.keys())
-def test_one_that_differs_is_found_at_any_place(odd: Message | None) -> None:
-    """In a long row of frames of one size and way, one that differs in anything is itself, wherever it stands."""
+def test_one_that_differs_is_found_at_any_position(odd: Message | None) -> None:
+    """In a long row of frames of one size and route, one that differs in anything is itself, wherever it is."""
     count = 127
     frame = b"" if odd is None else odd.frame
-    between = abort(5) if odd is None else frame if len(frame) <= PIPE_BUF else b"".join(pieces(frame, 5))
-    for place in range(count):
-        items = split(USUAL.frame * place + between + USUAL.frame * (count - place))
-        expected = [USUAL] * place + [odd] * (odd is not None) + [USUAL] * (count - place)
+    between = frames.abort(5) if odd is None else frame if len(frame) <= frames.PIPE_BUF else b"".join(frames.pieces(frame, 5))
+    for index in range(count):
+        items = split(USUAL.frame * index + between + USUAL.frame * (count - index))
+        expected = [USUAL] * index + [odd] * (odd is not None) + [USUAL] * (count - index)
         assert found(items) == expected
-        if odd is not None and len(frame) <= PIPE_BUF:  # and what goes the same way goes together
+        if odd is not None and len(frame) <= frames.PIPE_BUF:  # and what has the same route is together
             assert len(items) == len([*groupby(expected, lambda message: message and (*message[:2], message.image))])
 
 
 @pytest.mark.parametrize("topic", [b"", b"t"])
 def test_a_row_of_any_length_is_full_batches(topic: bytes) -> None:
     """All whole frames of a row are in batches of so many, and what is left of the last comes with the next chunk."""
+    most = frames.MOST_TOGETHER
     for payload in (0, 1, 12, 300):
         message = Message(topic, 0, b"\0" * payload)
         frame = message.frame
-        for count in [*range(1, 80), 1000, 3000]:
-            splitter = Splitter()
+        for count in [*range(1, 10), *range(most - 3, most + 4), most + most // 3]:
+            splitter = frames.Splitter()
             cut = len(frame) // 2 if payload else 0
             batches = splitter.split(frame * count + frame[:cut])
-            assert {len(batch.sizes) for batch in batches[:-1]} <= {MOST_TOGETHER}
-            assert len(batches[-1].sizes) == (count - 1) % MOST_TOGETHER + 1
+            assert [len(batch.sizes) for batch in batches] == [most] * ((count - 1) // most) + [(count - 1) % most + 1]
             assert found(batches) == [message] * count
             assert found(splitter.split(frame[cut:])) == [message]
 
@@ -187,8 +157,10 @@ def test_a_row_of_one_size_is_not_looked_at_one_by_one(monkeypatch: pytest.Monke
         looks += 1
         return struct.unpack_from("<II", data, start)
 
-    short = frame_head(1, b"t") + b"x"
-    row = [frame_head(4, b"t") + struct.pack("<I", number % 256 * 0x01010101) for number in range(MOST_TOGETHER - 2)]
+    short = frames.frame_head(1, b"t") + b"x"
+    row = [
+        frames.frame_head(4, b"t") + struct.pack("<I", number % 256 * 0x01010101) for number in range(frames.MOST_TOGETHER - 2)
+    ]
     monkeypatch.setattr(frames, "HEAD", SimpleNamespace(size=8, unpack_from=counted))
     for before in ([], [short, short]):
         looks = 0
@@ -200,40 +172,33 @@ def test_a_row_of_one_size_is_not_looked_at_one_by_one(monkeypatch: pytest.Monke
 @STEADY
 @given(stream=written(), counts=st.lists(st.integers(0, 20), min_size=1, max_size=3))
 def test_a_batch_can_be_cut_anywhere(stream: Written, counts: list[int]) -> None:
-    """Its first messages and the others are all of it, with the same way; how many fit is what their charges say."""
+    """Its first messages and the others are all of it, with the same route, and so are their charges."""
     for item in split(b"".join(stream.writes)):
-        if isinstance(item, MemfdMessage):
+        if isinstance(item, frames.MemfdMessage):
             continue
         for count in counts:
             first, others = item.cut(count)
-            assert messages_or_none(first) + messages_or_none(others) == messages_in(item)
+            assert found(one for one in (first, others) if one.sizes) == messages_in(item)
             assert len(first.sizes) == min(count, len(item.sizes))
             assert first.charge + others.charge == item.charge
-
-
-def messages_or_none(item: Batch | References) -> list[Message]:
-    """Its messages, if there are any."""
-    return messages_in(item) if item.sizes else []
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_message_that_fills_its_pieces_exactly(count: int, more: int) -> None:
-    """The last piece says so, also when it is as long as one can be."""
-    room = len(next(pieces(bytes(2 * PIPE_BUF), 1))) - 17
-    assert room == PIPE_BUF - 17
+    """The last piece is marked as such, also when it is as long as one can be."""
+    room = len(next(frames.pieces(bytes(2 * frames.PIPE_BUF), 1))) - 17
+    assert room == frames.PIPE_BUF - 17
     size = count * room + more
-    frame = frame_head(size - 8, b"", kind=IMAGE) + bytes(size - 8)
-    made = list(pieces(frame, 1))
+    frame = frames.frame_head(size - 8, b"", kind=frames.IMAGE) + bytes(size - 8)
+    made = list(frames.pieces(frame, 1))
     assert len(made) == count + (more > 0)
     assert found(split(*made)) == [Message(b"", 0, bytes(size - 8), True)]
 
 
-# ---------------------------------------------------------------------------------------------------------- bad bytes
-
 HEADS = st.builds(
     lambda size, tag, more: struct.pack("<II", size, tag) + more,
-    st.sampled_from([0, 7, 8, 16, 17, 18, 25, 30, PIPE_BUF, PIPE_BUF + 1, 2**32 - 1]),
+    st.sampled_from([0, 7, 8, 16, 17, 18, 25, 30, frames.PIPE_BUF, frames.PIPE_BUF + 1, 2**32 - 1]),
     st.sampled_from([0, 1, 1024, 0xFFFF, 1 << 16, 0x10003, 1 << 17, 1 << 24, 0x1000001, 2 << 24, 3 << 24, 4 << 24]),
     st.binary(max_size=40),
 )
@@ -255,19 +220,19 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 @settings(STEADY, max_examples=250)
 @given(data=damaged() | st.lists(HEADS, max_size=20).map(b"".join) | st.binary(max_size=600), lengths=LENGTHS)
-def test_bytes_that_nobody_writes_are_refused_or_passed(data: bytes, lengths: list[int]) -> None:
+def test_bytes_that_are_never_written_are_refused_or_passed(data: bytes, lengths: list[int]) -> None:
     """Damaged streams, heads at and beyond their limits, and any bytes at all: frames, or ``FrameError``; nothing may grow."""
-    splitter = Splitter()
+    splitter = frames.Splitter()
     fed = out = 0
     try:
         for part in chunks(data, lengths):
             fed += len(part)
             items = splitter.split(part)
             found(items)
-            out += sum(len(item.frames) for item in items if isinstance(item, Batch))
+            out += sum(len(item.frames) for item in items if isinstance(item, frames.Batch))
             assert splitter.unfinished >= 0
             assert splitter.unfinished + out <= fed + 512 * (fed // 18)  # for keeping each that has begun
-    except FrameError:
+    except frames.FrameError:
         pass
 
 
@@ -275,76 +240,78 @@ def test_bytes_that_nobody_writes_are_refused_or_passed(data: bytes, lengths: li
     "data",
     [
         pytest.param(struct.pack("<II", 7, 0), id="shorter than its head"),
-        pytest.param(struct.pack("<II", PIPE_BUF + 1, 0), id="longer than one write"),
-        pytest.param(struct.pack("<II", PIPE_BUF + 1, 6) + b"room:1" + bytes(PIPE_BUF - 13), id="longer than one write, whole"),
+        pytest.param(struct.pack("<II", frames.PIPE_BUF + 1, 0), id="longer than one write"),
+        pytest.param(
+            struct.pack("<II", frames.PIPE_BUF + 1, 6) + b"room:1" + bytes(frames.PIPE_BUF - 13),
+            id="longer than one write, whole",
+        ),
         pytest.param(struct.pack("<II", 13, 6) + b"room:1", id="shorter than its topic, which is whole"),
         pytest.param(struct.pack("<II", 10, 5) + b"xx", id="shorter than its topic"),
         pytest.param(struct.pack("<II", 12, 1 << 16) + b"xxxx", id="shorter than its exclusion"),
         pytest.param(struct.pack("<II", 8, 1 << 18), id="unknown flag"),
         pytest.param(struct.pack("<II", 8, 3 << 24), id="unknown kind"),
         pytest.param(struct.pack("<II", 7, 1 << 24), id="piece shorter than its head"),
-        pytest.param(struct.pack("<II", PIPE_BUF + 1, 1 << 24), id="piece longer than one write"),
+        pytest.param(struct.pack("<II", frames.PIPE_BUF + 1, 1 << 24), id="piece longer than one write"),
         pytest.param(struct.pack("<IIQB", 17, 1 << 24, 1, 0), id="piece without content"),
         pytest.param(struct.pack("<IIQB", 20, 1 << 24, 1, 1) + b"xxx", id="message without a head"),
-        pytest.param(struct.pack("<IIQBII", 25, 1 << 24, 1, 1, 9, 0), id="message shorter than it says"),
+        pytest.param(struct.pack("<IIQBII", 25, 1 << 24, 1, 1, 9, 0), id="message shorter than its head has it"),
         pytest.param(struct.pack("<IIQBII", 25, 1 << 24, 1, 1, 8, 5), id="message shorter than its topic"),
         pytest.param(struct.pack("<IIQBII", 25, 1 << 24, 1, 1, 8, 1 << 18), id="message with an unknown flag"),
         pytest.param(struct.pack("<IIQB", 18, 1 + (1 << 24), 1, 0) + b"x", id="piece of an unknown kind"),
         pytest.param(struct.pack("<IIQ", 16, 1 << 24, 1), id="piece as long as an abort"),
-        pytest.param(reference_frame(1, 0, 5, b"x" * (PIPE_BUF - 60)), id="reference with too long a topic"),
+        pytest.param(frames.reference_frame(1, 0, 5, b"x" * (frames.PIPE_BUF - 60)), id="reference with too long a topic"),
         pytest.param(struct.pack("<IIQB", 17, 2 << 24, 1, 0), id="abort that is too long"),
         pytest.param(struct.pack("<II", 8, 2 << 24), id="abort without a number"),
     ],
 )
-def test_what_nobody_writes_is_refused(data: bytes) -> None:
-    """Each way in which a head can be wrong is told, also behind frames that are right."""
+def test_what_is_never_written_is_refused(data: bytes) -> None:
+    """Whatever is wrong with a head is found, also behind frames that are right."""
     for before in (b"", USUAL.frame, USUAL.frame * 100):
-        with pytest.raises(FrameError):
+        with pytest.raises(frames.FrameError):
             split(before + data)
 
 
-@pytest.mark.parametrize("kind", ["plain", "excluded", "pieces", "reference", "memory"])
-def test_no_frame_has_a_longer_topic_than_a_user_can_give(kind: str) -> None:
+KINDS: Final[dict[str, Callable[[bytes], bytes]]] = {
+    "plain": lambda topic: frames.frame_head(0, topic),
+    "excluded": lambda topic: frames.frame_head(0, topic, 7),
+    "pieces": lambda topic: b"".join(frames.pieces(frames.frame_head(5000, topic) + bytes(5000), 1)),
+    "reference": lambda topic: frames.reference_frame(1, 0, 100, topic),
+    "memory": lambda topic: frames.memory_frame(1, 100, topic),
+}
+
+
+@pytest.mark.parametrize("made", KINDS.values(), ids=KINDS.keys())
+def test_no_frame_has_a_longer_topic_than_a_user_can_give(made: Callable[[bytes], bytes]) -> None:
     """1,024 bytes of topic pass in each kind of frame, and one more does not."""
-    made = {
-        "plain": lambda topic: frame_head(0, topic),
-        "excluded": lambda topic: frame_head(0, topic, 7),
-        "pieces": lambda topic: b"".join(pieces(frame_head(5000, topic) + bytes(5000), 1)),
-        "reference": lambda topic: reference_frame(1, 0, 100, topic),
-        "memory": lambda topic: memory_frame(1, 100, topic),
-    }[kind]
     (item,) = split(made(b"x" * MAX_TOPIC))
     assert item.topic == b"x" * MAX_TOPIC
-    with pytest.raises(FrameError):
+    with pytest.raises(frames.FrameError):
         split(made(b"x" * (MAX_TOPIC + 1)))
 
 
 @pytest.mark.parametrize("length", [0xFFFF_FFFF, 0xFFFF_FFFF - 19])
 def test_a_reference_beyond_the_longest_message_is_refused(length: int) -> None:
     """One whose message, with its head, would be longer than a message can be; the longest has room in the table of lengths."""
-    for frame_of in (partial(reference_frame, 1, 0), partial(memory_frame, 1)):
-        with pytest.raises(FrameError):
+    for frame_of in (partial(frames.reference_frame, 1, 0), partial(frames.memory_frame, 1)):
+        with pytest.raises(frames.FrameError):
             split(frame_of(length, b"x" * 20))
         (item,) = split(frame_of(0xFFFF_FFFF - 28, b"x" * 20))
         assert item.sizes == array("I", (0xFFFF_FFFF,))
 
 
-# --------------------------------------------------------------------------------------------------------- what is kept
-
-
 def test_unfinished_messages_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who begins message after message and finishes none is stopped."""
+    """A publisher that begins message after message and finishes none is stopped."""
     begun = [struct.pack("<IIQB", 18, frames.PIECE, number, 0) + b"x" for number in range(4097)]
-    splitter = Splitter()
+    splitter = frames.Splitter()
     splitter.split(b"".join(begun[:4096]))
-    with pytest.raises(FrameError):
+    with pytest.raises(frames.FrameError):
         splitter.split(begun[4096])
-    monkeypatch.setattr(frames, "MAX_FRAME", 5 * (PIPE_BUF - 17 + 512))
-    splitter = Splitter()
-    frame = frame_head(3 * PIPE_BUF, b"") + bytes(3 * PIPE_BUF)
-    splitter.split(b"".join(next(pieces(frame, number)) for number in range(1, 6)))
-    with pytest.raises(FrameError):
-        splitter.split(next(pieces(frame, 6)))
+    monkeypatch.setattr(frames, "MAX_FRAME", 5 * (frames.PIPE_BUF - 17 + 512))
+    splitter = frames.Splitter()
+    frame = frames.frame_head(3 * frames.PIPE_BUF, b"") + bytes(3 * frames.PIPE_BUF)
+    splitter.split(b"".join(next(frames.pieces(frame, number)) for number in range(1, 6)))
+    with pytest.raises(frames.FrameError):
+        splitter.split(next(frames.pieces(frame, 6)))
 
 
 SHORT = struct.pack("<IIQB", 19, frames.PIECE, 1, 0) + bytes(2)
@@ -355,9 +322,9 @@ SHORT = struct.pack("<IIQB", 19, frames.PIECE, 1, 0) + bytes(2)
     [[SHORT * 1000] * 50, [struct.pack("<IIQB", 25, frames.PIECE, number, 0) + bytes(8) for number in range(4096)]],
     ids=["one message in short pieces", "many that are never whole"],
 )
-def test_what_is_kept_is_what_is_said_of_it(stream: Sequence[bytes]) -> None:
-    """However messages come in pieces, they take what they are said to take, more or less."""
-    splitter = Splitter()
+def test_what_is_kept_is_what_is_counted(stream: Sequence[bytes]) -> None:
+    """However messages come in pieces, they take what is counted for them, more or less."""
+    splitter = frames.Splitter()
     tracemalloc.start()
     try:
         for part in stream:

@@ -318,7 +318,7 @@ class Sent:
 
 
 class Handle:
-    """A publisher. One that has ended is in no process, and may have messages on their way."""
+    """A publisher. One that has ended is in no process, and may have messages that are not routed yet."""
 
     def __init__(self, key: int, actor: int | None) -> None:
         self.key = key

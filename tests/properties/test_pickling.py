@@ -15,7 +15,7 @@ from tests.support.helpers import pattern
 
 
 def image_of(message: object) -> bytes | None:
-    """The image that a message becomes, or ``None`` when it is a plain pickle; it must say its size."""
+    """The image that a message becomes, or ``None`` when it is a plain pickle; its size must be right."""
     payload = gather(message)
     data = b"".join(payload.parts)
     assert len(data) == payload.size
@@ -80,18 +80,18 @@ def test_arrays_of_every_layout() -> None:
 
 @settings(STEADY, max_examples=150)
 @given(
-    places=st.lists(st.tuples(st.integers(0, 200_000) | st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), max_size=3),
+    positions=st.lists(st.tuples(st.integers(0, 200_000) | st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), max_size=3),
     count=st.integers(0, 4) | st.integers(0, 2**32 - 1),
     cut=st.integers(0, 120),
     true=st.booleans(),
 )
-def test_an_image_that_lies_is_no_message(places: list[tuple[int, int]], count: int, cut: int, true: bool) -> None:
-    """Parts that are not where it says, or too many, or none, raise a pickling error: nothing outside of it is read."""
+def test_an_image_that_lies_is_no_message(positions: list[tuple[int, int]], count: int, cut: int, true: bool) -> None:
+    """Parts that are not where they should be, or too many, or none, raise a pickling error: nothing outside of it is read."""
     data = bytearray(image_of([pickle.PickleBuffer(bytearray(OUT_OF_BAND))]) or b"")
     if true:
         whole = data[: len(data) - 1 - cut]  # the last part is cut off
     else:
-        table = b"".join(struct.pack("<QQ", *place) for place in places)
+        table = b"".join(struct.pack("<QQ", *position) for position in positions)
         whole = bytearray(struct.pack("<II", count, 0) + table + bytes(cut))
     with pytest.raises((pickle.UnpicklingError, EOFError)):
         load_image(whole)

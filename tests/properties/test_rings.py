@@ -30,9 +30,6 @@ from tests.support.interrupting import before_line, interrupting
 CHUNKS, CHUNK = 6, 256  # a small ring
 
 
-# ------------------------------------------------------------------------------------------------------------- room
-
-
 def chunks_of(bits: int) -> list[int]:
     return [chunk for chunk in range(bits.bit_length()) if bits >> chunk & 1]
 
@@ -119,9 +116,6 @@ def test_room_is_taken_where_it_was_used_last() -> None:
     assert room.take(CHUNK - 64) == CHUNK + 64
     room.free |= 0b110000
     assert room.take(2 * CHUNK) == 4 * CHUNK  # in just as many as are free
-
-
-# ------------------------------------------------------------------------------------------------------------ holds
 
 
 class Kept:
@@ -293,9 +287,6 @@ def test_a_ring_is_written_forward_only(lies: list[tuple[int, int]]) -> None:
     assert holds.release(chunks)
     if (second[0] + second[1] - 1) // CHUNK in chunks:
         holds.arrived([second])
-
-
-# ---------------------------------------------------------------------------------------------------------- packets
 
 
 @STEADY

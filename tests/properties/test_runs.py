@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mpbroadcast.client.pipe_reader import END_OF_MESSAGES, Stream, decode
 from mpbroadcast.errors import Lagged
+from mpbroadcast.protocol import runs
 from mpbroadcast.protocol.frames import (
     FRAME_OVERHEAD,
     IMAGE,
@@ -30,49 +31,21 @@ from mpbroadcast.protocol.frames import (
     topic_of,
 )
 from mpbroadcast.protocol.pickling import Failure, load_each, load_run, loads
-from mpbroadcast.protocol.runs import (
-    END,
-    GAP,
-    IN_MEMORY,
-    MESSAGES,
-    MOST_AT_ONCE,
-    OVERFLOWED,
-    REFERENCES,
-    RING_GONE,
-    RING_OFFERED,
-    RUN,
-    SKIPPED,
-    Account,
-    Run,
-    RunView,
-    SharedRun,
-    memory_run,
-    note,
-    note_run,
-    read_memory,
-    read_references,
-    read_run,
-    references_run,
-    run_of,
-)
 from tests.support.frames_made import EXCLUDED, ROUTES, SHARED_SIZES, STEADY, TOPICS, Unloadable, batch_of, chunks
 from tests.support.helpers import pattern
 
 VALUES = st.lists(st.integers() | st.text("ab", max_size=20) | st.binary(max_size=100) | st.none(), min_size=1, max_size=20)
 
 
-def data_of(run: Run) -> bytes:
+def data_of(run: runs.Run) -> bytes:
     return bytes(run.data)
 
 
-def view_of(data: bytes) -> RunView:
-    view = read_run(b"before" + data + b"behind", 6)
+def view_of(data: bytes) -> runs.RunView:
+    view = runs.read_run(b"before" + data + b"behind", 6)
     assert view is not None
     assert view.size == len(data)
     return view._replace(first=view.first - 6)
-
-
-# --------------------------------------------------------------------------------------------------------------- runs
 
 
 @STEADY
@@ -82,12 +55,12 @@ def test_a_run_and_each_part_of_it_carries_its_messages(
 ) -> None:
     """What was published comes out of a run, of any slice of it, and of a slice of that; it counts what a batch does."""
     batch = batch_of(values, topic, exclude)
-    run = run_of(batch)
+    run = runs.run_of(batch)
     assert run.charges() == [size + OVERHEAD for size in batch.sizes]
     for _ in range(3):
         view = view_of(data_of(run))
         assert load_run(data_of(run), view) == (values, True)
-        assert (view.kind, view.messages) == (MESSAGES, len(values))
+        assert (view.kind, view.messages) == (runs.MESSAGES, len(values))
         assert topic_of(data_of(run)[view.first : view.first + view.skip]) == topic.decode()
         assert (run.count, run.charge, run.missed) == (len(values), sum(run.charges()), 0)
         assert run.part(0, run.count) is run
@@ -100,27 +73,31 @@ def test_a_run_and_each_part_of_it_carries_its_messages(
 
 def test_a_run_is_read_as_far_as_it_is_there() -> None:
     """Of a run that is cut anywhere, nothing is known before its head is whole, and then its right size."""
-    for run in (run_of(batch_of([1])), run_of(batch_of(range(5), b"t")), note_run(GAP, 7), note_run(END)):
+    for run in (
+        runs.run_of(batch_of([1])),
+        runs.run_of(batch_of(range(5), b"t")),
+        runs.note_run(runs.GAP, 7),
+        runs.note_run(runs.END),
+    ):
         for length in range(len(data_of(run))):
-            view = read_run(data_of(run)[:length], 0)
-            assert (view is None) == (length < RUN.size)
+            view = runs.read_run(data_of(run)[:length], 0)
+            assert (view is None) == (length < runs.RUN.size)
             assert view is None or view.size == len(data_of(run))
-            assert view is None or (view.sizes is not None) == (run.count > 1 and length >= RUN.size + 4 * run.count)
+            assert view is None or (view.sizes is not None) == (run.count > 1 and length >= runs.RUN.size + 4 * run.count)
             assert view is None or run.count or view.messages == (run.missed if length >= len(data_of(run)) - 1 else 0)
-            assert read_run(data_of(run), len(data_of(run)) - length) is None or length >= RUN.size
+            assert runs.read_run(data_of(run), len(data_of(run)) - length) is None or length >= runs.RUN.size
 
 
-@pytest.mark.parametrize("kind", [END, GAP, SKIPPED, OVERFLOWED, RING_OFFERED, RING_GONE])
+@pytest.mark.parametrize("kind", [runs.END, runs.GAP, runs.SKIPPED, runs.OVERFLOWED, runs.RING_OFFERED, runs.RING_GONE])
 def test_a_note_has_its_kind_and_number(kind: int) -> None:
     """A note is a run without messages, which counts nothing against a capacity."""
     for missed in (0, 1, 2**64 - 1):
-        run = note_run(kind, missed)
-        assert view_of(data_of(run)) == (len(data_of(run)), kind, missed, False, 0, None, RUN.size)
-        assert data_of(run) == note(kind, missed) == struct.pack("<QIBBHQ", len(data_of(run)), 0, kind, 0, 0, missed) + b"\n"
+        run = runs.note_run(kind, missed)
+        assert view_of(data_of(run)) == (len(data_of(run)), kind, missed, False, 0, None, runs.RUN.size)
+        assert (
+            data_of(run) == runs.note(kind, missed) == struct.pack("<QIBBHQ", len(data_of(run)), 0, kind, 0, 0, missed) + b"\n"
+        )
         assert (run.count, run.charge, run.missed) == (0, 0, missed)
-
-
-# --------------------------------------------------------------------------------------------- messages in shared memory
 
 
 @STEADY
@@ -143,11 +120,11 @@ def test_references_are_written_read_and_copied(route: tuple[bytes, int, bool], 
         assert isinstance(item, References)
         own = slice(done, done + len(item.sizes))
         done = own.stop
-        data = references_run(item, ring)
+        data = runs.references_run(item, ring)
         assert len(data) <= PIPE_BUF
         view = view_of(data)
-        assert (view.kind, view.messages, view.image, view.skip) == (REFERENCES, len(item.sizes), image, item.skip)
-        assert read_references(data, view) == (ring, item.frames)
+        assert (view.kind, view.messages, view.image, view.skip) == (runs.REFERENCES, len(item.sizes), image, item.skip)
+        assert runs.read_references(data, view) == (ring, item.frames)
         assert topic_of(data[view.first : view.first + view.skip]) == topic.decode()
         batch = item.copied(memoryview(memory))
         assert (batch.sizes, batch.charge, batch.image, batch.exclude) == (item.sizes, item.charge, image, exclude)
@@ -159,19 +136,19 @@ def test_references_are_written_read_and_copied(route: tuple[bytes, int, bool], 
 
 def check_shared_run(item: References, ring: int, memory: bytes) -> None:
     """Each part of it is a run of its own, and its copy counts once, however often it is asked for."""
-    account, copies = Account(), Account()
+    account, copies = runs.Account(), runs.Account()
     hold = SimpleNamespace(
-        data=lambda item: references_run(item, ring), copied=lambda item: item.copied(memoryview(memory)), copies=copies
+        data=lambda item: runs.references_run(item, ring), copied=lambda item: item.copied(memoryview(memory)), copies=copies
     )
-    run = SharedRun(item._replace(hold=hold), account)
-    plain = run_of(item.copied(memoryview(memory)))
+    run = runs.SharedRun(item._replace(hold=hold), account)
+    plain = runs.run_of(item.copied(memoryview(memory)))
     positions = [*item.positions()]
     assert (run.count, run.charge, run.missed, account.held) == (len(positions), item.charge, 0, item.charge)
     assert run.charges() == [size + FRAME_OVERHEAD - 8 for size in item.sizes]
     for start in range(run.count):
         for stop in {start + 1, run.count}:
             part = run.part(start, stop)
-            assert isinstance(part, SharedRun)
+            assert isinstance(part, runs.SharedRun)
             assert isinstance(part.item, References)
             assert [*part.item.positions()] == positions[start:stop]
             assert (part is run) == (part.count == run.count)
@@ -192,18 +169,15 @@ def test_a_message_in_memory_is_written_read_and_copied(
     (message,) = Splitter().split(memory_frame(ids[0], length, topic, exclude, image))
     assert isinstance(message, MemfdMessage)
     assert (message.id, message.length, message.topic, message.exclude, message.image) == (ids[0], length, *route)
-    data = memory_run(message, ids[1])
+    data = runs.memory_run(message, ids[1])
     view = view_of(data)
-    assert (view.kind, view.messages, view.image) == (IN_MEMORY, 1, image)
-    assert read_memory(data, view) == (ids[1], length)
+    assert (view.kind, view.messages, view.image) == (runs.IN_MEMORY, 1, image)
+    assert runs.read_memory(data, view) == (ids[1], length)
     if length < 10_000:
         payload = pattern(1, length)
         batch = message.copied(payload)
         assert (batch.charge, batch.image) == (message.charge, image)
         assert batch.frames == frame_head(length, topic, exclude, IMAGE if image else 0) + payload
-
-
-# --------------------------------------------------------------------------------------- one that cannot be unpickled
 
 
 @pytest.mark.parametrize("error", [ValueError, StopIteration, EOFError])
@@ -212,7 +186,7 @@ def test_one_that_cannot_be_unpickled_is_at_its_position(error: type[Exception])
     for count, position in [(1, 0), (4, 0), (4, 1), (4, 2), (4, 3)]:
         values: list[Any] = list(range(count))
         values[position] = Unloadable(error)
-        run = run_of(batch_of(values))
+        run = runs.run_of(batch_of(values))
         messages, whole = load_run(data_of(run), view_of(data_of(run)))
         assert not whole
         assert isinstance(messages[position], Failure)
@@ -239,13 +213,10 @@ def test_an_interrupt_that_is_an_exception_is_no_bad_message(before: int, monkey
             return super().read(size)
 
     monkeypatch.setattr("mpbroadcast.protocol.pickling.BytesIO", Interrupted)
-    run = run_of(batch_of([10, 11, 12, 13]))
+    run = runs.run_of(batch_of([10, 11, 12, 13]))
     with pytest.raises(ValueError, match="handler"):
         load_run(data_of(run), view_of(data_of(run)))
     assert load_run(data_of(run), view_of(data_of(run))) == ([10, 11, 12, 13], True)
-
-
-# ------------------------------------------------------------------------------------------------- what a channel does
 
 
 class Beside:
@@ -257,10 +228,10 @@ class Beside:
         self.noted: dict[tuple[int, int], None] = {}  # as a decoding may be repeated
         self.ends = 0
 
-    def load_run(self, data: bytes, run: RunView) -> tuple[list[Any], bool, int]:
-        positions = [read_memory(data, run)] if run.kind == IN_MEMORY else []
-        if run.kind == REFERENCES:
-            positions = [(offset, length) for _, offset, length in references_in(read_references(data, run)[1], run.skip)]
+    def load_run(self, data: bytes, run: runs.RunView) -> tuple[list[Any], bool, int]:
+        positions = [runs.read_memory(data, run)] if run.kind == runs.IN_MEMORY else []
+        if run.kind == runs.REFERENCES:
+            positions = [(offset, length) for _, offset, length in references_in(runs.read_references(data, run)[1], run.skip)]
         return *load_each([memoryview(self.memory)[start : start + size] for start, size in positions], loads), self.size
 
     def note(self, kind: int, ring: int) -> None:
@@ -272,13 +243,13 @@ class Beside:
 
 def shared_run(kind: int, offset: int, length: int, count: int) -> bytes:
     """A run of ``count`` times the same message in shared memory."""
-    if kind == IN_MEMORY:
+    if kind == runs.IN_MEMORY:
         (item,) = Splitter().split(memory_frame(1, length, b"t"))
         assert isinstance(item, MemfdMessage)
-        return memory_run(item, offset)
+        return runs.memory_run(item, offset)
     (item,) = Splitter().split(reference_frame(1, offset, length, b"t") * count)
     assert isinstance(item, References)
-    return references_run(item, 1)
+    return runs.references_run(item, 1)
 
 
 def comparable(item: Any) -> Any:
@@ -311,13 +282,23 @@ def received(parts: Iterable[tuple[bytes, bool]], with_topic: bool = False, besi
     return [*map(comparable, items)], skipped, stream.read
 
 
-KINDS: Final = [MESSAGES, MESSAGES, REFERENCES, REFERENCES, IN_MEMORY, RING_OFFERED, RING_GONE, SKIPPED, GAP]
+KINDS: Final = [
+    runs.MESSAGES,
+    runs.MESSAGES,
+    runs.REFERENCES,
+    runs.REFERENCES,
+    runs.IN_MEMORY,
+    runs.RING_OFFERED,
+    runs.RING_GONE,
+    runs.SKIPPED,
+    runs.GAP,
+]
 
 
 @settings(STEADY, max_examples=150)
 @given(
     steps=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 3), st.sampled_from([False, False, True])), max_size=8),
-    last=st.sampled_from([END, OVERFLOWED]),
+    last=st.sampled_from([runs.END, runs.OVERFLOWED]),
     lengths=st.lists(st.tuples(st.integers(0, 60) | st.integers(0, 300), st.booleans()), max_size=20),
     with_topic=st.booleans(),
     shares=st.booleans(),
@@ -333,24 +314,24 @@ def test_any_cutting_gives_each_message_once(
     for number, (kind, count, bad) in enumerate(steps):
         value: Any = Unloadable(ValueError) if bad else number
         pickled = pickle.dumps(value)
-        if kind in (RING_OFFERED, RING_GONE):
-            data += note(kind, number)
+        if kind in (runs.RING_OFFERED, runs.RING_GONE):
+            data += runs.note(kind, number)
             noted += [(kind, number)]
-        elif kind in (SKIPPED, GAP):
-            data += data_of(note_run(kind, count))
-            skipped += count * (kind == SKIPPED)
-            expected += [("Lagged", count)] * (kind == GAP)
+        elif kind in (runs.SKIPPED, runs.GAP):
+            data += data_of(runs.note_run(kind, count))
+            skipped += count * (kind == runs.SKIPPED)
+            expected += [("Lagged", count)] * (kind == runs.GAP)
         else:
-            times = 1 if kind == IN_MEMORY else count
-            if kind == MESSAGES or not shares:
-                data += data_of(run_of(batch_of([value] * times, b"t")))
+            times = 1 if kind == runs.IN_MEMORY else count
+            if kind == runs.MESSAGES or not shares:
+                data += data_of(runs.run_of(batch_of([value] * times, b"t")))
             else:
                 data += shared_run(kind, len(memory), len(pickled), times)
                 memory += pickled
                 read += times
             expected += [("ValueError", 0) if bad else ("t", number) if with_topic else number] * times
-    data += data_of(note_run(last))
-    expected.append("end" if last == END else ("Overflowed", 0))
+    data += data_of(runs.note_run(last))
+    expected.append("end" if last == runs.END else ("Overflowed", 0))
     parts = chunks(data, [length for length, _ in lengths])
     left = len(data)
     fed: list[tuple[bytes, bool]] = []
@@ -359,17 +340,17 @@ def test_any_cutting_gives_each_message_once(
         fed.append((part, has_tail and left > 0))
     beside = Beside(memory) if shares else None
     assert received(fed, with_topic, beside) == (expected, skipped, read)
-    assert beside is None or ([*beside.noted], beside.ends) == (noted, last == END)
+    assert beside is None or ([*beside.noted], beside.ends) == (noted, last == runs.END)
 
 
-RUNS: list[tuple[Run, list[Any]]] = [
-    (run_of(batch_of([0])), [0]),
-    (run_of(batch_of([1, 2, 3])), [1, 2, 3]),
-    (note_run(GAP, 4), [("Lagged", 4)]),
-    (note_run(SKIPPED, 5), []),
-    (run_of(batch_of([4])), [4]),
-    (note_run(OVERFLOWED, 1), [("Overflowed", 0)]),
-    (note_run(END), ["end"]),
+RUNS: list[tuple[runs.Run, list[Any]]] = [
+    (runs.run_of(batch_of([0])), [0]),
+    (runs.run_of(batch_of([1, 2, 3])), [1, 2, 3]),
+    (runs.note_run(runs.GAP, 4), [("Lagged", 4)]),
+    (runs.note_run(runs.SKIPPED, 5), []),
+    (runs.run_of(batch_of([4])), [4]),
+    (runs.note_run(runs.OVERFLOWED, 1), [("Overflowed", 0)]),
+    (runs.note_run(runs.END), ["end"]),
 ]
 STREAM = b"".join(data_of(run) for run, _ in RUNS)
 
@@ -387,14 +368,14 @@ def test_nothing_is_given_before_it_is_whole(has_tail: bool) -> None:
 
 def test_bytes_are_not_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a run of known length is not whole, more bytes of it are taken in without being put together."""
-    run = run_of(batch_of([bytes(100_000)]))
+    run = runs.run_of(batch_of([bytes(100_000)]))
     stream = Stream()
     looks = 0
 
-    def counted(data: bytes, start: int) -> RunView | None:
+    def counted(data: bytes, start: int) -> runs.RunView | None:
         nonlocal looks
         looks += 1
-        return read_run(data, start)
+        return runs.read_run(data, start)
 
     monkeypatch.setattr("mpbroadcast.client.pipe_reader.read_run", counted)
     for start in range(0, len(data_of(run)) - 1000, 1000):
@@ -412,11 +393,11 @@ def test_bytes_are_not_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch
 
 def test_as_much_is_decoded_at_once_as_is_soon_handed_out() -> None:
     """Until 512 KiB in shared memory, or so many messages, are there; the rest is left as it is, without a copy."""
-    shared = shared_run(REFERENCES, 0, 4, 1) * 10
-    small = data_of(run_of(batch_of([0] * (MOST_AT_ONCE // 2)))) * 5
+    shared = shared_run(runs.REFERENCES, 0, 4, 1) * 10
+    small = data_of(runs.run_of(batch_of([0] * (runs.MOST_AT_ONCE // 2)))) * 5
     for data, size, count in (
         *((shared, size, count) for size, count in ((1 << 18, 2), ((1 << 19) - 1, 2), (1 << 19, 1), ((1 << 19) // 3, 4))),
-        (small, 0, MOST_AT_ONCE),
+        (small, 0, runs.MOST_AT_ONCE),
     ):
         beside: Any = Beside(pickle.dumps(None), size)
         after = decode(Stream(chunks=[data]), False, False, beside)
@@ -424,4 +405,4 @@ def test_as_much_is_decoded_at_once_as_is_soon_handed_out() -> None:
         assert len(after.ready) == count
         assert after.chunks[0] is data
     with pytest.raises(RuntimeError, match="shared memory"):
-        decode(Stream(chunks=[shared_run(IN_MEMORY, 0, 4, 1)]), False, False)
+        decode(Stream(chunks=[shared_run(runs.IN_MEMORY, 0, 4, 1)]), False, False)

@@ -37,7 +37,7 @@ SHARED_SIZES: Final = st.integers(1, 5000) | st.sampled_from([1 << 18, 1 << 21, 
 
 
 class Message(NamedTuple):
-    """What is published: where, to whom not, and what; for one in shared memory, its ring or none, its place and length."""
+    """What is published; of one in shared memory, its ring or none, its position or ID, and its length."""
 
     topic: bytes = b""
     exclude: int = 0
@@ -49,10 +49,10 @@ class Message(NamedTuple):
         """The frame of this message."""
         if isinstance(self.payload, bytes):
             return frame_head(len(self.payload), self.topic, self.exclude, IMAGE if self.image else 0) + self.payload
-        ring, place, length = self.payload
+        ring, position, length = self.payload
         if ring is None:
-            return memory_frame(place, length, self.topic, self.exclude, self.image)
-        return reference_frame(ring, place, length, self.topic, self.exclude, self.image)
+            return memory_frame(position, length, self.topic, self.exclude, self.image)
+        return reference_frame(ring, position, length, self.topic, self.exclude, self.image)
 
 
 ROUTES: Final = st.tuples(TOPICS, EXCLUDED, st.booleans())
@@ -60,13 +60,13 @@ PLAIN: Final = st.builds(
     lambda route, size, fill: Message(route[0], route[1], pattern(fill, size), route[2]), ROUTES, SIZES, st.integers(0, 255)
 )
 IN_MEMORY: Final = st.builds(
-    lambda route, place, size: Message(route[0], route[1], (None, place, size), route[2]),
+    lambda route, id, size: Message(route[0], route[1], (None, id, size), route[2]),
     ROUTES,
     st.integers(0, 2**64 - 1),
     SHARED_SIZES,
 )
 IN_RING: Final = st.builds(
-    lambda route, ring, place, size: Message(route[0], route[1], (ring, place, size), route[2]),
+    lambda route, ring, start, size: Message(route[0], route[1], (ring, start, size), route[2]),
     ROUTES,
     st.integers(1, 3),
     st.integers(0, 2**32 - 1),

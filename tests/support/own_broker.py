@@ -1,4 +1,4 @@
-"""A broker in the test's own process, which nobody runs: it is only asked, round by round."""
+"""A broker in the test's own process, which runs only round by round, when a test asks for it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Asker:
 
 @pytest.fixture
 def own_broker(tmp_path: Path) -> Iterator[Broker]:
-    """A broker in this process, which nobody runs: it is only asked."""
+    """A broker in this process, which runs only when it is asked."""
     before = open_files()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
@@ -96,7 +96,7 @@ def take_away(broker: Broker) -> None:
 
 
 def subscribed(broker: Broker, number: int, session: Session, topics: list[str], policy: str) -> Subscription:
-    """A subscription that nobody has asked for."""
+    """A subscription, made without a request."""
     made = broker.registry.add_subscription(number, session, 1 << 16, policy, cost_of({*topics}, 1))
     broker.registry.route(made, topics)
     return made
