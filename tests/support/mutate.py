@@ -180,15 +180,13 @@ class Mutant(NamedTuple):
     text: str
     code: CodeType
 
-    def install(self) -> None:
-        """Give the function its other code, in this process."""
-        for function in gc.get_objects():
-            if isinstance(function, FunctionType) and place_of(function.__code__) == self[:2]:
-                function.__code__ = self.code
 
+class Reached(NamedTuple):
+    """A test, its seconds of the processor, and the codes that it runs."""
 
-def place_of(code: CodeType) -> tuple[str, str]:
-    return code.co_filename, code.co_qualname
+    seconds: float
+    item: pytest.Item
+    codes: set[CodeType]
 
 
 def code_in(tree: ast.Module, file: str, name: str) -> CodeType:
@@ -231,7 +229,8 @@ class Plugin:
     def pytest_configure(self) -> None:
         from hypothesis import Phase, settings  # pytest rewrites it when it loads it first
 
-        settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])  # the shortest failure takes long
+        # The shortest failure takes long, and so do others.
+        settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False)
         settings.load_profile("mutants")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -241,11 +240,16 @@ class Plugin:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Replace pytest's own loop."""
         assert not session.testsfailed, "not all tests could be collected"
-        tests = sorted((self.reached(item) for item in session.items), key=lambda test: test[0])
+        tests = sorted((self.reached(item) for item in session.items), key=lambda test: test.seconds)
+        functions = [one for one in gc.get_objects() if isinstance(one, FunctionType)]
+        gc.freeze()
         counts: Counter[str] = Counter()
         for mutant in self.mutants:
-            chosen = [(seconds, item) for seconds, places, item in tests if mutant[:2] in places]
-            killer = self.killer(mutant, chosen)
+            place = (mutant.file, mutant.name)
+            mutated = [one for one in functions if place == (one.__code__.co_filename, one.__code__.co_qualname)]
+            killer = self.killer(
+                mutant, mutated, [test for test in tests if any(one.__code__ in test.codes for one in mutated)]
+            )
             reason = next((reason for reason, texts in EQUIVALENT.items() if mutant.text.startswith(texts)), "")
             verdict = "killed" if killer else "equivalent" if reason else "SURVIVED"
             counts[verdict] += 1
@@ -255,13 +259,13 @@ class Plugin:
         self.unexplained = counts["SURVIVED"]
         return True
 
-    def reached(self, item: pytest.Item) -> tuple[float, set[tuple[str, str]], pytest.Item]:
-        """Run a test. Return its seconds of the processor, and the functions that it calls."""
-        places: set[tuple[str, str]] = set()
+    def reached(self, item: pytest.Item) -> Reached:
+        """Run a test without a mutant."""
+        codes: set[CodeType] = set()
 
         def note(frame: FrameType, event: str, _: object) -> None:
             if event == "call":
-                places.add(place_of(frame.f_code))
+                codes.add(frame.f_code)
 
         start = time.process_time()
         sys.setprofile(note)
@@ -269,12 +273,12 @@ class Plugin:
             self.run(item)
         finally:
             sys.setprofile(None)
-        return time.process_time() - start, places, item
+        return Reached(time.process_time() - start, item, codes)
 
     def run(self, item: pytest.Item) -> None:
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
 
-    def killer(self, mutant: Mutant, tests: list[tuple[float, pytest.Item]]) -> str:
+    def killer(self, mutant: Mutant, functions: list[FunctionType], tests: list[Reached]) -> str:
         """Return the first test that fails with the mutant, in a fork, or how the fork has ended; empty if it survives."""
         with tempfile.TemporaryFile() as answer:
             child = os.fork()
@@ -283,11 +287,12 @@ class Plugin:
                     for stream in (1, 2):
                         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
                     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-                    mutant.install()
-                    for seconds, item in tests:
-                        signal.setitimer(signal.ITIMER_PROF, 2 + 4 * seconds)
-                        signal.alarm(20 + int(20 * seconds))  # for a test that waits
-                        self.run(item)
+                    for function in functions:
+                        function.__code__ = mutant.code
+                    for test in tests:
+                        signal.setitimer(signal.ITIMER_PROF, 2 + 4 * test.seconds)
+                        signal.alarm(20 + int(20 * test.seconds))  # for a test that waits
+                        self.run(test.item)
                     os._exit(0)
                 except Failed as failed:
                     os.write(answer.fileno(), str(failed).encode())
@@ -307,7 +312,18 @@ def main() -> int:
     sys.path[0] = str(ROOT)
     os.chdir(ROOT)
     plugin = Plugin(options.words, options.verbose)
-    flags = ["-o", "addopts=", "--noconftest", "-p", "no:cacheprovider", "-p", "no:terminal", "-s", "--timeout", "0"]
+    flags = [
+        "-o",
+        "addopts=",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:terminal",
+        "-s",
+        "--timeout=0",
+        "--assert=plain",
+    ]
     code = pytest.main([*flags, *(f"tests/{name}" for name in TESTS)], [plugin])
     return int(code) or int(plugin.unexplained > 0)
 
