@@ -3,8 +3,8 @@
 ``python tests/support/mutate.py [words]`` tries all mutants, or those whose module or text has one of the words, prints the
 survivors (``-v``: all), and ends with 1 unless :data:`EQUIVALENT` explains each.
 
-A mutant is a function whose syntax tree differs in one position: no line and no layout matters. The tests run once without a
-mutant; then each mutant is a fork, in which the function has other code and the tests that call it run, the quickest first.
+A mutant is a function whose syntax tree differs in one position: no line and no layout matters. Each is a fork, in which the
+function has other code, and the tests of its module run until one fails, those first that are the quickest without a mutant.
 (Of the well-kept tools, mutmut deletes no statements and has no list of what may survive, but for comments in the library.)
 """
 
@@ -23,19 +23,29 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FunctionType
 from typing import Any, Final, NamedTuple
 
 import pytest
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 MEMORY: Final = 8 << 30  # bytes of addresses that a mutant may have
-TARGETS: Final = ("protocol/*.py", "broker/core/*.py", "validation.py")
-NOT_TRIED: Final = ("pickling.", "router.listed")  # what needs brokers and channels, and a text for people
-TESTS: Final = (
-    *(f"unit/test_{name}.py" for name in ("router", "budget", "states", "backlog", "history", "validation")),
-    *(f"properties/test_{name}.py" for name in ("frames", "runs", "rings", "control")),
-)
+TESTS: Final = {
+    "broker/core/backlog": ["unit/test_backlog"],
+    "broker/core/history": ["unit/test_history"],
+    "broker/core/limits": ["unit/test_budget"],
+    "broker/core/patterns": ["unit/test_router", "unit/test_budget"],
+    "broker/core/policies": ["unit/test_backlog"],
+    "broker/core/ring_holds": ["properties/test_rings"],
+    "broker/core/router": ["unit/test_router"],
+    "broker/core/states": ["unit/test_states"],
+    "protocol/control": ["properties/test_control"],
+    "protocol/fd_packets": ["properties/test_rings"],
+    "protocol/frames": ["properties/test_frames", "properties/test_runs", "unit/test_history"],
+    "protocol/ring_allocator": ["properties/test_rings"],
+    "protocol/runs": ["unit/test_backlog", "properties/test_runs"],
+    "validation": ["unit/test_validation"],
+}
 
 # The mutants, by their beginnings, that no test can tell from the original, or need not, and the reason.
 EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
@@ -98,6 +108,7 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "_route: min(size, len(frame)) -> max(size, len(frame))",
         "RingAllocator._taken: chunks -> True",
     ),
+    "it runs when the module is loaded": ("State.__init__: ",),
     "both are of one length": ("Cost.plus: True -> False", "Budget.check: True -> False"),
 }
 
@@ -175,18 +186,10 @@ def functions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[st
 class Mutant(NamedTuple):
     """A function with one change."""
 
-    file: str
+    module: str
     name: str
     text: str
     code: CodeType
-
-
-class Reached(NamedTuple):
-    """A test, its seconds of the processor, and the codes that it runs."""
-
-    seconds: float
-    item: pytest.Item
-    codes: set[CodeType]
 
 
 def code_in(tree: ast.Module, file: str, name: str) -> CodeType:
@@ -199,19 +202,17 @@ def code_in(tree: ast.Module, file: str, name: str) -> CodeType:
 
 def mutants(words: list[str]) -> Iterator[Mutant]:
     """Yield each mutant whose module or text has one of the words."""
-    for file in sorted(str(path) for target in TARGETS for path in (ROOT / "mpbroadcast").glob(target)):
-        tree = ast.parse(Path(file).read_text())
-        stem = Path(file).stem
+    for module in TESTS:
+        file = ROOT / "mpbroadcast" / f"{module}.py"
+        tree = ast.parse(file.read_text())
         for name, node in functions(tree, ""):
-            if any(word in f"{stem}.{name}" for word in NOT_TRIED):
-                continue
             seen: Counter[str] = Counter()
-            for change in edits(node):
+            for change in edits(node) if name != "listed" else ():  # a text for people
                 text = f"{name}: {' '.join(change.split())}"
                 seen[text] += 1
                 text += f" #{seen[text]}" if seen[text] > 1 else ""
-                if not words or any(word in f"{stem}.{text}" for word in words):
-                    yield Mutant(file, name, text, code_in(ast.fix_missing_locations(tree), file, name))
+                if not words or any(word in f"{module}.{text}" for word in words):
+                    yield Mutant(module, name, text, code_in(ast.fix_missing_locations(tree), str(file), name))
 
 
 class Failed(BaseException):
@@ -240,45 +241,36 @@ class Plugin:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Replace pytest's own loop."""
         assert not session.testsfailed, "not all tests could be collected"
-        tests = sorted((self.reached(item) for item in session.items), key=lambda test: test.seconds)
-        functions = [one for one in gc.get_objects() if isinstance(one, FunctionType)]
+        tests = sorted(((self.seconds(item), item) for item in session.items), key=lambda test: test[0])
+        codes = [one for one in gc.get_objects() if isinstance(one, FunctionType)]
         gc.freeze()
         counts: Counter[str] = Counter()
         for mutant in self.mutants:
-            place = (mutant.file, mutant.name)
-            mutated = [one for one in functions if place == (one.__code__.co_filename, one.__code__.co_qualname)]
-            killer = self.killer(
-                mutant, mutated, [test for test in tests if any(one.__code__ in test.codes for one in mutated)]
-            )
+            place = (mutant.code.co_filename, mutant.code.co_qualname)
+            mutated = [one for one in codes if place == (one.__code__.co_filename, one.__code__.co_qualname)]
+            own = [
+                test for test in tests if test[1].nodeid.startswith(tuple(f"tests/{name}.py" for name in TESTS[mutant.module]))
+            ]
+            killer = self.killer(mutant, mutated, own)
             reason = next((reason for reason, texts in EQUIVALENT.items() if mutant.text.startswith(texts)), "")
             verdict = "killed" if killer else "equivalent" if reason else "SURVIVED"
             counts[verdict] += 1
             if self.verbose or verdict == "SURVIVED":
-                print(f"{Path(mutant.file).stem}: {mutant.text}: {verdict} {killer or reason}", flush=True)
+                print(f"{mutant.module}: {mutant.text}: {verdict} {killer or reason}", flush=True)
         print(f"{len(self.mutants)} mutants: {dict(counts)}")
         self.unexplained = counts["SURVIVED"]
         return True
 
-    def reached(self, item: pytest.Item) -> Reached:
-        """Run a test without a mutant."""
-        codes: set[CodeType] = set()
-
-        def note(frame: FrameType, event: str, _: object) -> None:
-            if event == "call":
-                codes.add(frame.f_code)
-
+    def seconds(self, item: pytest.Item) -> float:
+        """Return the seconds of the processor that a test takes without a mutant."""
         start = time.process_time()
-        sys.setprofile(note)
-        try:
-            self.run(item)
-        finally:
-            sys.setprofile(None)
-        return Reached(time.process_time() - start, item, codes)
+        self.run(item)
+        return time.process_time() - start
 
     def run(self, item: pytest.Item) -> None:
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
 
-    def killer(self, mutant: Mutant, functions: list[FunctionType], tests: list[Reached]) -> str:
+    def killer(self, mutant: Mutant, functions: list[FunctionType], tests: list[tuple[float, pytest.Item]]) -> str:
         """Return the first test that fails with the mutant, in a fork, or how the fork has ended; empty if it survives."""
         with tempfile.TemporaryFile() as answer:
             child = os.fork()
@@ -289,10 +281,10 @@ class Plugin:
                     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
                     for function in functions:
                         function.__code__ = mutant.code
-                    for test in tests:
-                        signal.setitimer(signal.ITIMER_PROF, 2 + 4 * test.seconds)
-                        signal.alarm(20 + int(20 * test.seconds))  # for a test that waits
-                        self.run(test.item)
+                    for seconds, item in tests:
+                        signal.setitimer(signal.ITIMER_PROF, 2 + 4 * seconds)
+                        signal.alarm(20 + int(20 * seconds))  # for a test that waits
+                        self.run(item)
                     os._exit(0)
                 except Failed as failed:
                     os.write(answer.fileno(), str(failed).encode())
@@ -324,7 +316,8 @@ def main() -> int:
         "--timeout=0",
         "--assert=plain",
     ]
-    code = pytest.main([*flags, *(f"tests/{name}" for name in TESTS)], [plugin])
+    files = {f"tests/{name}.py" for mutant in plugin.mutants for name in TESTS[mutant.module]}
+    code = pytest.main([*flags, *files], [plugin])
     return int(code) or int(plugin.unexplained > 0)
 
 
