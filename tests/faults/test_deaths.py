@@ -24,30 +24,40 @@ from tests.support.victims import SOON, Program, alive, descriptors
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="lists descriptors in /proc")
-@pytest.mark.parametrize("end", ["killed", "another program"])
+@pytest.mark.parametrize("end", ["killed", "killed, and no pidfds", "another program"])
 def test_a_subscriber_whose_pipe_stays_open_is_gone(
-    end: str, bus: Broadcaster[Any], fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+    end: str,
+    fork: BaseContext,
+    children: Children,
+    pipe: tuple[Connection, Connection],
+    monkeypatch: pytest.MonkeyPatch,
+    leaves_nothing: None,
 ) -> None:
     """Neither EOF nor EPIPE shows that it was killed while its child keeps each end open, or became another program."""
-    bus.publish("this makes the pipe of this process")
-    broker = bus.stats().pid
-    before = descriptors(broker)
-    victim = children(fork, victims.held_subscriber if end == "killed" else victims.changing_subscriber, bus, pipe[1])
-    bus.wait_for_subscribers(1, timeout=DEADLINE)
-    bus.publish("one")
-    keeper = answer(pipe[0])  # the child, or the process itself
-    try:
-        if end == "killed":
-            assert [row.pid for row in bus.stats().subscribers] == [victim.pid]
-            victim.kill()
-        wait_until(lambda: not bus.stats().subscribers, SOON)
-        wait_until(lambda: descriptors(broker) == before)
-        assert alive(keeper), "it was to keep the ends open all the time"
-        with bus.subscribe() as channel:
-            bus.publish("on")
-            assert channel.recv(DEADLINE) == "on"
-    finally:
-        os.kill(keeper, signal.SIGKILL)
+    if "no pidfds" in end:
+        monkeypatch.delattr(os, "pidfd_open", raising=False)
+    with start_broadcaster() as bus:
+        bus.publish("this makes the pipe of this process")
+        broker = bus.stats().pid
+        before = descriptors(broker)
+        victim = children(
+            fork, victims.changing_subscriber if end == "another program" else victims.held_subscriber, bus, pipe[1]
+        )
+        bus.wait_for_subscribers(1, timeout=DEADLINE)
+        bus.publish("one")
+        keeper = answer(pipe[0])  # the child, or the process itself
+        try:
+            if end != "another program":
+                assert [row.pid for row in bus.stats().subscribers] == [victim.pid]
+                victim.kill()
+            wait_until(lambda: not bus.stats().subscribers, SOON)
+            wait_until(lambda: descriptors(broker) == before)
+            assert alive(keeper), "it was to keep the ends open all the time"
+            with bus.subscribe() as channel:
+                bus.publish("on")
+                assert channel.recv(DEADLINE) == "on"
+        finally:
+            os.kill(keeper, signal.SIGKILL)
 
 
 def test_calls_that_wait_raise_when_the_broker_dies(bus: Broadcaster[Any]) -> None:

@@ -5,7 +5,6 @@ What is short is short for one process, or for one user for a moment: nothing he
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import errno
 import fcntl
@@ -22,16 +21,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import psutil
 import pytest
 
-import mpbroadcast
 from mpbroadcast import Broadcaster, BrokerRestarted, Channel, StartError, connect, start_broadcaster
 from mpbroadcast.broker import peers, registry
 from mpbroadcast.client import broadcaster, broker_client, ring
@@ -40,7 +39,6 @@ from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.pickling import Payload
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS
 from tests.conftest import descriptors as open_files
-from tests.support import victims
 from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, take, wait_until
 from tests.support.large_workers import (
     SIZES,
@@ -51,7 +49,7 @@ from tests.support.large_workers import (
     receive_with_little_memory,
     report_numbers,
 )
-from tests.support.victims import ROOT, Counter, alive, asleep, descriptors
+from tests.support.victims import ROOT, Counter, alive, descriptors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and namespaces are looked at as Linux has them")
 
@@ -59,7 +57,6 @@ Bus = Broadcaster[Any]
 EVERY_SIZE = [Size(0), Size(100), Size(2100), Size(4090), Size(60_000), Size(300_000), Size(3 << 20), Size(3 << 20, True)]
 NOBODY = 61_234  # a user that nobody is
 CANNOT = 77  # exit code of a program that cannot do here what it is for
-_pidfd_open = getattr(os, "pidfd_open", None)
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
@@ -67,14 +64,9 @@ _pidfd_open = getattr(os, "pidfd_open", None)
 
 def room_for(count: int, pid: int) -> int:
     """The limit on descriptors with which a process can get so many more, and none after that."""
-    folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY)
-    try:
-        there = {int(name) for name in os.listdir(folder)}
-    finally:
-        os.close(folder)
+    there = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
     if pid == os.getpid():
-        # Two descriptors were open only to find this out.
-        there -= {number for number in there if not _is_open(number)}
+        there = {number for number in there if _is_open(number)}  # without the one that listed the folder
     limit = 0
     while count or limit in there:
         count -= limit not in there
@@ -124,33 +116,21 @@ def check_all_works(bus: Bus) -> None:
             assert number_of(channel.recv(timeout=DEADLINE)) == number
 
 
-def report(results: Connection, call: Callable[..., Any], *args: Any) -> None:
-    """Send home what a call returns, or its error's name and text."""
-    try:
-        results.send(call(*args))
-    except BaseException as error:
-        results.send(f"{type(error).__name__}: {error}")
+def in_child(call: Callable[..., Any], *args: Any) -> Any:
+    """What a call returns, or raises, in a forked process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(call, *args).result(2 * DEADLINE)
 
 
-def in_child(children: Children, call: Callable[..., Any], *args: Any) -> Any:
-    """What a call returns in a forked process."""
-    ours, theirs = Pipe()
-    with ours, theirs:
-        process = children(multiprocessing.get_context("fork"), report, theirs, call, *args)
-        value = answer(ours)
-        finish(process)
-    return value
-
-
-def unprivileged(children: Children, call: Callable[..., Any], *args: Any) -> Any:
-    """What a call returns in a forked process of a user without any privilege, whose temporary folder is its first argument."""
-    problem = in_child(children, said, _become_nobody)
+def unprivileged(call: Callable[..., Any]) -> Any:
+    """What a call returns in a forked process of a user without any privilege, whose temporary folder is its argument."""
+    problem = in_child(said, _become_nobody)
     if problem:
         pytest.skip(f"root cannot become another user here ({problem})")
     with tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
         if os.geteuid() == 0:
             os.chown(folder, NOBODY, NOBODY)
-        value = in_child(children, _as_nobody, call, folder, *args)
+        value = in_child(_as_nobody, call, folder)
         for leaf in Path(folder).iterdir():
             leaf.chmod(0o700)
         return value
@@ -163,10 +143,10 @@ def _become_nobody() -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
-def _as_nobody(call: Callable[..., Any], folder: str, *args: Any) -> Any:
+def _as_nobody(call: Callable[..., Any], folder: str) -> Any:
     _become_nobody()
     tempfile.tempdir = folder
-    return call(folder, *args)
+    return call(folder)
 
 
 def start_in(folder: str) -> str:
@@ -181,14 +161,21 @@ def start_in(folder: str) -> str:
         return str(channel.recv(timeout=DEADLINE))
 
 
+def in_interpreter(call: str) -> list[str]:
+    """The command that calls a function of this module, and prints what it returns."""
+    code = f"import json; from tests.faults import test_scarcity; print(json.dumps(test_scarcity.{call}))"
+    return [sys.executable, "-c", code]
+
+
+def with_path() -> dict[str, str]:
+    """The environment in which that finds this module."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+
+
 def run_program(call: str, *prefix: str) -> Any:
     """What a function of this module returns in an interpreter of its own, which the command ``prefix`` starts."""
-    code = f"import json; from tests.faults import test_scarcity; print(json.dumps(test_scarcity.{call}))"
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [*prefix, sys.executable, "-c", code]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=2 * DEADLINE, check=False, env=os.environ | {"PYTHONPATH": path}
-    )
+    command = [*prefix, *in_interpreter(call)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE, check=False, env=with_path())
     if done.returncode == CANNOT:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
@@ -249,16 +236,16 @@ def attach_and_use(address: str, patience: float) -> list[str]:
     return outcomes
 
 
-@pytest.mark.parametrize("count", [0, 1, *range(2, 12, 2), 11])
-def test_so_many_descriptors_left_in_the_broker(count: int, bus: Bus, children: Children) -> None:
+@pytest.mark.parametrize("count", [*range(0, 11, 2), 11])
+def test_so_many_descriptors_left_in_the_broker(count: int, bus: Bus) -> None:
     """However few descriptors the broker has left, a newcomer is served or told what is wrong, and harms nobody."""
     with bus.subscribe("old") as channel:
         bus.publish(0, topic="old")
         assert channel.recv(timeout=DEADLINE) == 0
         broker = bus.stats().pid
-        patience = 2.0 if count in (1, 11) else 0.1  # how long whoever is not served waits
+        patience = 2.0 if count == 11 else 0.1  # how long whoever is not served waits
         with descriptors_left(count, broker):
-            outcomes = in_child(children, attach_and_use, bus.address, patience)
+            outcomes = in_child(attach_and_use, bus.address, patience)
             bus.publish(1, topic="old")
             assert channel.recv(timeout=DEADLINE) == 1
         assert isinstance(outcomes, list), outcomes
@@ -297,33 +284,6 @@ def test_subscribers_until_the_broker_is_full(bus: Bus) -> None:
         check_all_works(bus)
 
 
-def test_publishers_until_the_broker_is_full(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who cannot publish any more is told so, or in time; those that can go on, and the others can later."""
-    monkeypatch.setattr(broker_client, "CONNECT_TIMEOUT", 0.5)
-    with bus.subscribe() as channel, contextlib.ExitStack() as stack:
-        channel.fileno()
-        bus.publish("own")
-        assert channel.recv(timeout=DEADLINE) == "own"
-        handles: list[Bus] = []
-        outcome = ""
-        with descriptors_left(20, bus.stats().pid):
-            while not outcome:
-                outcome = said(lambda: handles.append(stack.enter_context(connect(bus.address))))
-                outcome = outcome or said(lambda: handles[-1].publish(len(handles)))
-                if not outcome:
-                    assert channel.recv(timeout=DEADLINE) == len(handles)
-                assert late(outcome)
-            assert len(handles) > 4
-            first = handles[:4]
-            for handle in first:
-                handle.publish("still")
-            assert take(channel, 4) == ["still"] * 4
-        for handle in handles:
-            handle.publish("later")
-        assert take(channel, len(handles)) == ["later"] * len(handles)
-        assert not channel.poll(0)
-
-
 def test_large_messages_that_take_all_descriptors(bus: Bus) -> None:
     """When large messages that wait for a channel to be opened have all descriptors of the broker, none of them is lost."""
     with bus.subscribe(capacity=1 << 30) as channel, bus.subscribe() as neighbour:
@@ -339,14 +299,9 @@ def test_large_messages_that_take_all_descriptors(bus: Bus) -> None:
         check_all_works(bus)
 
 
-def refuse_pidfds(*_: int) -> int:
-    """What can stand for ``os.pidfd_open`` where the system has none, or forbids it."""
-    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-
 def test_a_broker_without_descriptors_and_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker that has to ask whether others live goes on when it has no descriptor left for that."""
-    monkeypatch.setattr(os, "pidfd_open", refuse_pidfds, raising=False)
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
     monkeypatch.setattr(peers, "SWEEP", 0.05)
     with start_broadcaster() as bus, bus.subscribe() as channel:
         channel.fileno()
@@ -370,7 +325,7 @@ def test_a_broker_without_descriptors_and_pidfds(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("count", range(5))
 def test_so_many_descriptors_left_in_a_subscriber(count: int, bus: Bus) -> None:
-    """Opening a channel without descriptors says so, and takes nothing away: it can be opened later, and has all."""
+    """Opening a channel without descriptors raises, and takes nothing away: it can be opened later, and has all."""
     with bus.subscribe() as neighbour, bus.subscribe() as channel:
         bus.publish(0)
         assert neighbour.recv(timeout=DEADLINE) == 0
@@ -379,10 +334,9 @@ def test_so_many_descriptors_left_in_a_subscriber(count: int, bus: Bus) -> None:
             bus.publish(1)
         assert all(map(no_descriptor, outcomes)), outcomes
         assert not any(outcomes) or count < 4
-        assert neighbour.recv(timeout=DEADLINE) == 1
         for number, size in enumerate(SIZES.values()):
             bus.publish(size.message(number))
-        for each, first in ((neighbour, []), (channel, [0, 1])):
+        for each, first in ((neighbour, [1]), (channel, [0, 1])):
             assert take(each, len(first)) == first
             assert [number_of(message) for message in take(each, len(SIZES))] == list(range(len(SIZES)))
 
@@ -390,42 +344,28 @@ def test_so_many_descriptors_left_in_a_subscriber(count: int, bus: Bus) -> None:
 @pytest.mark.parametrize("size", [100, 3 << 20])
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
 def test_so_many_descriptors_left_in_a_publisher(count: int, size: int, bus: Bus) -> None:
-    """A first publish without descriptors goes or says why not, and then was not published; the next ones go when it can."""
-    with connect(bus.address) as other, bus.subscribe() as channel:
-        channel.fileno()
-        published = []
-        outcomes = []
-        with descriptors_left(count):
-            for number in range(3):
-                outcomes.append(said(lambda number=number: other.publish(Size(size).message(number))))  # type: ignore[misc]
-                if not outcomes[-1]:
-                    published.append(number)
-        assert all(map(no_descriptor, outcomes)), outcomes
-        assert not any(outcomes) or count < 4
-        for number in range(3, 6):
-            other.publish(Size(size).message(number))
-            published.append(number)
-        assert [number_of(message) for message in everything(other, channel)] == published
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_so_many_descriptors_left_for_connect(count: int, bus: Bus) -> None:
-    """``connect`` without descriptors says so, and leaves nothing, here and in the broker."""
+    """``connect`` and a first publish work or raise, and then nothing was published; the next ones go when they can."""
     with bus.subscribe() as channel:
         channel.fileno()
-        bus.publish(0)
         handles: list[Bus] = []
-        before = bus.stats()
         with descriptors_left(count):
             outcome = said(lambda: handles.append(connect(bus.address)))
         assert no_descriptor(outcome)
         assert bool(outcome) == (count < 1)
-        for handle in handles:
-            handle.publish(1)
-            handle.close()
-        assert take(channel, 1 + len(handles)) == [0, *(1 for _ in handles)]
-        assert bus.stats().pid == before.pid
-        check_all_works(bus)
+        other = handles[0] if handles else connect(bus.address)
+        published = []
+        outcomes = []
+        with other:
+            with descriptors_left(count):
+                for number in range(3):
+                    outcomes.append(said(lambda number=number: other.publish(Size(size).message(number))))  # type: ignore[misc]
+                    if not outcomes[-1]:
+                        published.append(number)
+            assert all(map(no_descriptor, outcomes)), outcomes
+            assert not any(outcomes) or count < 4
+            for number in range(3, 6):
+                other.publish(Size(size).message(number))
+            assert [number_of(message) for message in everything(other, channel)] == [*published, 3, 4, 5]
 
 
 def start_with(count: int, method: str) -> tuple[str, int, list[str]]:
@@ -452,12 +392,12 @@ def start_with(count: int, method: str) -> tuple[str, int, list[str]]:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_so_many_descriptors_left_for_the_start(method: str, children: Children) -> None:
+def test_so_many_descriptors_left_for_the_start(method: str) -> None:
     """``start_broadcaster`` works, or is a ``StartError`` that says why and leaves no file, with few descriptors."""
     counts = range(15) if method == "fork" else (1, 5, 20)
     outcomes = []
     for count in counts:
-        outcome, lost, left = in_child(children, start_with, count, method)
+        outcome, lost, left = in_child(start_with, count, method)
         assert not outcome or any(text in outcome for text in (os.strerror(errno.EMFILE), "standard error", "in time"))
         assert not left
         assert method == "fork" or not lost
@@ -470,13 +410,12 @@ def live_with_few(free: int, workers: int) -> None:
     """A program of some workers, and its own channel, with no more descriptors in any process: all get all."""
     limit = room_for(free, os.getpid())  # those of the test's own process are in all of them
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    context = multiprocessing.get_context("fork")
     count = 2 * len(EVERY_SIZE)
     processes = []
     with start_broadcaster(history=10) as bus, bus.subscribe() as own:
         for _ in range(workers):
             ours, theirs = Pipe()
-            process = context.Process(target=report_numbers, args=(bus.subscribe(), theirs))
+            process = multiprocessing.Process(target=report_numbers, args=(bus.subscribe(), theirs))
             process.start()
             theirs.close()
             assert answer(ours) == "open"
@@ -490,9 +429,9 @@ def live_with_few(free: int, workers: int) -> None:
 
 
 @pytest.mark.parametrize(("free", "workers"), [(46, 4), (22, 1)])
-def test_a_program_with_few_descriptors(free: int, workers: int, children: Children) -> None:
+def test_a_program_with_few_descriptors(free: int, workers: int) -> None:
     """With few descriptors in any process, and so in the broker, a small program works as ever."""
-    assert in_child(children, live_with_few, free, workers) is None
+    in_child(live_with_few, free, workers)
 
 
 # ------------------------------------------------------------------------------------------------------- memory of pipes
@@ -584,12 +523,12 @@ def use_up_pipes(folder: str) -> list[int]:
 
 
 @pytest.mark.xdist_group("one_user")
-def test_a_user_whose_memory_for_pipes_is_used_up(children: Children) -> None:
+def test_a_user_whose_memory_for_pipes_is_used_up() -> None:
     """A user without privileges, who has used up what the system gives for pipes, has all messages in order."""
     limit = int(Path("/proc/sys/fs/pipe-user-pages-soft").read_text())
     if not 0 < limit <= 1 << 16:
         pytest.skip("there is no limit on the memory for pipes here, or a very high one")
-    left, ours = unprivileged(children, use_up_pipes)
+    left, ours = unprivileged(use_up_pipes)
     assert left < 1 << 16
     assert ours < 1 << 16
 
@@ -622,9 +561,9 @@ def start_without_fork(number: int, method: str) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_no_process_to_be_had(method: str, number: int, children: Children, temporary_folder: Path) -> None:
+def test_no_process_to_be_had(method: str, number: int, temporary_folder: Path) -> None:
     """When the system makes no process, that is a ``StartError`` with the cause; nothing is left, and a later start works."""
-    text, cause, works, left, lost = in_child(children, start_without_fork, number, method)
+    text, cause, works, left, lost = in_child(start_without_fork, number, method)
     assert os.strerror(number) in text
     assert (cause, works, left) == (number, "works", [])
     assert method == "fork" or lost == 0
@@ -634,17 +573,28 @@ def test_no_process_to_be_had(method: str, number: int, children: Children, temp
 # ------------------------------------------------------------------------------------------------- the temporary folder
 
 
-def test_a_missing_temporary_folder(children: Children, tmp_path: Path) -> None:
-    """A temporary folder that is not there, or none, is a ``StartError`` that names it."""
-    missing = str(tmp_path / "missing")
-    (tmp_path / "file").touch()
-    for folder, number in ((missing, errno.ENOENT), (str(tmp_path / "file"), errno.ENOTDIR)):
-        outcome = in_child(children, start_in, folder)
-        if len(folder) <= 72:
-            assert outcome.startswith(f"{number}: ")
-            assert folder in outcome
-        else:
-            assert outcome == "works"  # it is too long, and so /tmp is taken
+def start_in_each(folder: str) -> dict[str, str]:
+    """Start a broadcaster where no folder is, and in folders with paths of lengths near to the longest of a socket."""
+    outcomes = {name: start_in(f"{folder}/{name}") for name in ("missing", "file")}
+    for length in [*range(79, 84), 107, 200]:
+        path = folder + "/" + "x" * (length - len(folder) - 1)
+        os.mkdir(path)
+        outcomes[str(length)] = start_in(path)
+        os.rmdir(path)
+    return outcomes
+
+
+def test_a_missing_temporary_folder_and_one_with_a_long_path(temporary_folder: Path) -> None:
+    """Without a folder it is a ``StartError`` that names it; however long its path is, nothing is left there."""
+    file = temporary_folder / "file"
+    file.touch()
+    outcomes = in_child(start_in_each, str(temporary_folder))
+    for name, number in (("missing", errno.ENOENT), ("file", errno.ENOTDIR)):
+        outcome = outcomes.pop(name)
+        assert outcome.startswith(f"{number}: ")
+        assert f"{temporary_folder}/{name}" in outcome
+    assert set(outcomes.values()) == {"works"}
+    file.unlink()
 
 
 def outside(user: int) -> int:
@@ -666,33 +616,15 @@ def start_with_limits(folder: str) -> list[list[str]]:
     return [*outcomes, [start_in(folder), *os.listdir(folder)]]
 
 
-def test_a_user_with_too_many_processes_and_a_read_only_folder(children: Children) -> None:
+def test_a_user_with_too_many_processes_and_a_read_only_folder() -> None:
     """Each is a ``StartError`` that says so, and nothing is left."""
-    (read_only, *left), (few,), (later, *left_later) = unprivileged(children, start_with_limits)
+    (read_only, *left), (few,), (later, *left_later) = unprivileged(start_with_limits)
     assert read_only.startswith(f"{errno.EACCES}: ")
     assert "/r'" in read_only
     assert (left, later, left_later) == ([], "works", [])
     if few == "works" and outside(os.geteuid()) == 0:
         pytest.skip("this user is root outside of its namespace, and root has as many processes as it likes")
     assert few.startswith(f"{errno.EAGAIN}: the broker process could not be started")
-
-
-def start_in_each(folder: str) -> list[str]:
-    """Start a broadcaster in folders with paths of all lengths near to the longest that a socket may have."""
-    outcomes = []
-    for length in [*range(79, 84), 107, 200]:
-        path = folder + "/" + "x" * (length - len(folder) - 1)
-        os.mkdir(path)
-        outcomes.append(start_in(path))
-        outcomes += os.listdir(path)
-    return outcomes
-
-
-def test_a_temporary_folder_with_a_long_path(children: Children, temporary_folder: Path) -> None:
-    """However long the path of the temporary folder is, a broadcaster starts, and leaves nothing there."""
-    assert set(in_child(children, start_in_each, str(temporary_folder))) == {"works"}
-    for path in temporary_folder.glob("x*"):
-        path.rmdir()
 
 
 def start_in_full_folders(folder: str) -> list[list[str]]:
@@ -723,22 +655,18 @@ def test_a_full_temporary_folder() -> None:
 # ---------------------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize(
-    ("room", "inline"),
-    [(1 << 20, False), (50 << 20, False), (1 << 20, True), (400 << 20, True)],
-    ids=["none", "one copy", "none, inline", "enough, inline"],
-)
+@pytest.mark.parametrize(("room", "inline"), [(1 << 20, True), (16 << 20, False)], ids=["none", "one copy"])
 def test_a_subscriber_without_memory(room: int, inline: bool, children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
     """A subscriber without memory for a message has an error for that, at the most, and its neighbour none; it goes on."""
     monkeypatch.setenv("MPBROADCAST_INLINE", str(int(inline)))
     ours, theirs = Pipe()
     with ours, theirs, start_broadcaster() as bus, bus.subscribe() as neighbour:
-        # Spawned, so that it has not what this process has let go of, and its C library has kept.
+        # Spawned, so that it has not what this process has released, and its C library has kept.
         process = children(multiprocessing.get_context("spawn"), receive_with_little_memory, bus.subscribe(), theirs, room)
         bus.publish(Size(100).message(0))
         assert answer(ours) == "open"
         ours.send("go")
-        for number, size in enumerate([34 << 20, 100, 60_000, 100], 1):
+        for number, size in enumerate([10 << 20, 100, 60_000, 100], 1):
             bus.publish(Size(size).message(number))
             assert number_of(neighbour.recv(timeout=DEADLINE)) == number - 1
         assert number_of(neighbour.recv(timeout=DEADLINE)) == 4
@@ -747,12 +675,11 @@ def test_a_subscriber_without_memory(room: int, inline: bool, children: Children
         came = answer(ours)
         finish(process)
     errors = [one for one in came if isinstance(one, str)]
-    numbers = [one for one in came if isinstance(one, int)]
     assert set(errors) <= {"MemoryError", "OSError"}
     assert errors or room > 1 << 20
-    assert not errors or room < 400 << 20
     # In the place of the message, or before it, if that is still in the pipe.
-    assert numbers == [1, 2, 3, 4] or (numbers == [2, 3, 4] and came[0] == errors[0] and len(errors) == 1)
+    assert [one for one in came if one not in errors] in ([1, 2, 3, 4], [2, 3, 4])
+    assert len(came) < 5 or 1 in came
 
 
 @pytest.mark.skipif(not available(), reason="there is no memory to share here")
@@ -782,98 +709,6 @@ def test_a_system_without_memory_for_a_ring(monkeypatch: pytest.MonkeyPatch, bus
     assert asked
 
 
-# ---------------------------------------------------------------------------------------- process IDs that come again
-
-
-def again(pid: int, call: Callable[[], None]) -> int:
-    """Start a process with this number."""
-    for _ in range(100):
-        try:
-            Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
-        except OSError:
-            print("the number of a process cannot be chosen here", file=sys.stderr)
-            sys.exit(CANNOT)
-        child = os.fork()
-        if child == 0:
-            if os.getpid() == pid:
-                call()
-                signal.pause()
-            os._exit(0)
-        if child == pid:
-            return child
-        os.waitpid(child, 0)
-    print("another process takes the number each time", file=sys.stderr)
-    sys.exit(CANNOT)
-
-
-def live_with_numbers_that_come_again(pidfds: bool, newcomer: bool) -> dict[str, Any]:
-    """In a PID namespace: a subscriber is killed, whose pipes a child of its own keeps open, and its number is used again.
-
-    The broker is stopped meanwhile, so that who has the number then comes before the broker can have noticed.
-    """
-    if not pidfds:
-        os.pidfd_open = refuse_pidfds  # type: ignore[assignment]
-    peers.SWEEP = 0.3  # type: ignore[misc]
-    bus: Bus = start_broadcaster()
-    own = bus.subscribe("own")
-    own.fileno()
-    ours, theirs = Pipe()
-    victim = multiprocessing.get_context("fork").Process(target=victims.held_subscriber, args=(bus, theirs))
-    victim.start()
-    bus.wait_for_subscribers(2, timeout=DEADLINE)
-    bus.publish(1)
-    keeper = answer(ours)
-    time.sleep(0.02)  # so that the next process has another start time, which the system counts in hundredths of a second
-    assert victim.pid is not None
-    pid = victim.pid
-    broker = bus.stats().pid
-    os.kill(broker, signal.SIGSTOP)
-    victim.kill()
-    victim.join()
-
-    def subscribe_and_stay() -> None:
-        """Use the broker before it has found out about the victim, and after that."""
-        outcome = "harmed"
-        with contextlib.suppress(BaseException):
-            theirs.send("comes")
-            channel = bus.subscribe("newcomer")
-            channel.fileno()
-            bus.wait_for_subscribers(3, topic="gone", timeout=DEADLINE)
-            bus.publish("hello", topic="newcomer")
-            outcome = str(channel.recv(timeout=DEADLINE))
-        theirs.send(outcome)
-
-    other = again(pid, subscribe_and_stay if newcomer else lambda: None)
-    if newcomer:
-        assert answer(ours) == "comes"
-        wait_until(lambda: asleep(other))  # it has connected, and waits for the broker
-    os.kill(broker, signal.SIGCONT)
-    wait_until(lambda: not any("*" in row.topics for row in bus.stats().subscribers))
-    bus.publish(2, topic="own")
-    result: dict[str, Any] = {"own": own.recv(timeout=DEADLINE), "alive": alive(other)}
-    if newcomer:
-        with contextlib.ExitStack() as stack:
-            for _ in range(3):
-                stack.enter_context(bus.subscribe("gone"))
-            result["newcomer"] = answer(ours)
-    for process in (keeper, other):
-        os.kill(process, signal.SIGKILL)
-    os.waitpid(other, 0)
-    bus.close()
-    return result
-
-
-@pytest.mark.parametrize(("pidfds", "newcomer"), [(False, False), (True, True), (False, True)])
-def test_a_number_that_comes_again(pidfds: bool, newcomer: bool) -> None:
-    """The subscription of a dead process goes although its number is another's, who is not taken for it."""
-    if pidfds and _pidfd_open is None:
-        pytest.skip("there are no pidfds here")
-    result = run_program(
-        f"live_with_numbers_that_come_again({pidfds}, {newcomer})", *namespace("--pid", "--fork", "--mount-proc")
-    )
-    assert result == {"own": 2, "alive": True} | ({"newcomer": "hello"} if newcomer else {})
-
-
 # ---------------------------------------------------------------------------------------------------- other PID namespaces
 
 
@@ -893,23 +728,17 @@ def serve_from_another_namespace(address: str) -> None:
 @contextlib.contextmanager
 def another_namespace(address: str) -> Iterator[Callable[[str], None]]:
     """Orders to a program whose processes are in a PID namespace of their own."""
-    code = f"from tests.faults import test_scarcity; test_scarcity.serve_from_another_namespace({address!r})"
-    command = [*namespace("--pid", "--fork", "--mount-proc"), sys.executable, "-c", code]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as program:
-        assert program.stdin is not None
-        assert program.stdout is not None
-        assert program.stdout.readline() == "ready\n"
+    command = [*namespace("--pid", "--fork", "--mount-proc"), *in_interpreter(f"serve_from_another_namespace({address!r})")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=with_path()) as program:
+        inputs, outputs = cast("IO[str]", program.stdin), cast("IO[str]", program.stdout)
+        assert outputs.readline() == "ready\n"
 
         def order(text: str) -> None:
-            assert program.stdin is not None
-            assert program.stdout is not None
-            print(text, file=program.stdin, flush=True)
-            assert program.stdout.readline() == "done\n"
+            print(text, file=inputs, flush=True)
+            assert outputs.readline() == "done\n"
 
         yield order
-        program.stdin.close()
+        inputs.close()
 
 
 def subscribe_and_wait(address: str, report: Connection) -> None:
@@ -955,27 +784,8 @@ def test_processes_of_another_pid_namespace(temporary_folder: Path, fork: BaseCo
 # ----------------------------------------------------------------------------------------------------------------- clocks
 
 
-def uses_of_the_wall_clock(path: Path) -> list[str]:
-    """The name of the module, for each place where it asks what time it is."""
-    found = []
-    for outer in ast.parse(path.read_text()).body:
-        for node in ast.walk(outer):
-            name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
-            if isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime"):
-                name = f"{node.module}.{node.names[0].name}"
-            if name in ("time.time", "time.time_ns", "time.localtime", "time.gmtime", "time.ctime") or "datetime" in name:
-                found.append(path.name)
-    return found
-
-
-def test_nothing_waits_by_the_wall_clock() -> None:
-    """Only the age of a file is told by the clock that can be set; all else by the one that cannot."""
-    modules = Path(mpbroadcast.__file__).parent.rglob("*.py")
-    assert [use for path in modules for use in uses_of_the_wall_clock(path)] == ["socket_file.py"]
-
-
 def test_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that says something else each time, a day on or a year back, changes nothing, in the broker and outside."""
+    """A clock that jumps, a day on or a year back, changes nothing, in the broker and outside; no folder seems forgotten."""
     jumps = Counter()
     real = time.time
 
@@ -983,28 +793,20 @@ def test_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
         jumps.value += 1
         return real() + (86400.0, -365 * 86400.0, 1e9)[jumps.value % 3]
 
-    monkeypatch.setattr(time, "time", jumping)
-    with start_broadcaster() as bus, bus.subscribe() as channel:
-        channel.fileno()
-        start = time.monotonic()
-        with pytest.raises(TimeoutError):
-            channel.recv(timeout=0.1)
-        with pytest.raises(TimeoutError):
-            bus.wait_for_subscribers(5, timeout=0.1)
-        assert 0.2 <= time.monotonic() - start < DEADLINE
-        in_order(bus, 2)
-        assert time.time() != pytest.approx(real(), abs=10_000)
-
-
-def test_a_clock_that_was_set_back_leaves_folders_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that seems to come from the future is not taken for one that was forgotten."""
-    with start_broadcaster() as bus:
-        monkeypatch.setattr(time, "time", lambda: 0.0)
-        with start_broadcaster() as other, other.subscribe() as channel:
-            assert Path(bus.address).exists()
-            other.publish(1)
-            assert channel.recv(timeout=DEADLINE) == 1
-        bus.flush()
+    with start_broadcaster() as older:
+        monkeypatch.setattr(time, "time", jumping)
+        with start_broadcaster() as bus, bus.subscribe() as channel:
+            assert Path(older.address).exists()
+            channel.fileno()
+            start = time.monotonic()
+            with pytest.raises(TimeoutError):
+                channel.recv(timeout=0.1)
+            with pytest.raises(TimeoutError):
+                bus.wait_for_subscribers(5, timeout=0.1)
+            assert 0.2 <= time.monotonic() - start < DEADLINE
+            in_order(bus, 2)
+        assert jumps.value
+        older.flush()
 
 
 # ----------------------------------------------------------------------------------------------------------------- one core
@@ -1014,9 +816,9 @@ def work_on_one_core() -> None:
     """Broker, publisher and readers on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with start_broadcaster() as bus:
-        in_order(bus, 10)
+        in_order(bus, 3)
 
 
-def test_one_core(children: Children) -> None:
+def test_one_core() -> None:
     """Broker, publishers and subscribers on one core: all arrives in order, also when one has to wait."""
-    assert in_child(children, work_on_one_core) is None
+    in_child(work_on_one_core)
