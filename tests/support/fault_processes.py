@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import multiprocessing
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ SHORT: Final = 1_900  # bytes of a message that goes through the pipe
 LONG: Final = 600_000  # bytes of a message that no pipe takes at once
 IN_MEMORY: Final = 3_000_000
 MANY: Final = 400  # short messages: more than a small backlog and the pipes before it take
-GAP: Final = ("gap", 0)  # stands among the messages that were received where a channel said that the broker is another one
+GAP: Final = ("gap", 0)  # stands among the messages that were received where a channel raised BrokerRestarted
 EARLY: Final = ("connecting", "handshake", "pipe in flight")  # it comes by itself in the first use of a handle
 
 Entry = tuple[str, int]
@@ -37,32 +38,39 @@ def whole(received: Any) -> tuple[str, int]:
     return who, number
 
 
-def heard(channel: Channel[Any]) -> tuple[str, int]:
-    """What a channel gives next: a message, or the gap that a broker which has died leaves."""
+def read(channel: Channel[Any]) -> Entry:
+    """Return what a channel gives next: a message, or the gap that a broker which has died leaves."""
     try:
         return whole(channel.recv(DEADLINE))
     except BrokerRestarted:
         return GAP
 
 
-def read_to_the_end(channel: Channel[Any]) -> tuple[list[tuple[str, int]], str]:
-    """All that a channel gives, and the name of what ends it."""
-    seen = []
+def until_the_end(channel: Channel[Any]) -> list[Any]:
+    """Return all that a channel gives, and the name of what ends it."""
+    entries: list[Any] = []
     try:
         while True:
-            seen.append(heard(channel))
+            entries.append(read(channel))
     except (EOFError, BroadcastError) as error:
-        return seen, type(error).__name__
+        return [*entries, type(error).__name__]
 
 
-def witness(bus: Broadcaster[Any], orders: Connection, patient: bool) -> None:
-    """Hears everything, and reports all of it at the end; who is patient does not read before it is told to."""
+def read_to_the_end(channel: Channel[Any], end: str) -> list[Entry]:
+    """Return all that a channel gives up to the error of this name."""
+    *entries, ended = until_the_end(channel)
+    assert ended == end
+    return entries
+
+
+def witness(bus: Broadcaster[Any], orders: Connection, is_patient: bool) -> None:
+    """Receive everything, and report all of it at the end; a patient one does not read before an order comes."""
     channel = bus.subscribe()
     channel.poll(0)
     orders.send("open")
-    if patient:
+    if is_patient:
         answer(orders)
-    orders.send(read_to_the_end(channel))
+    orders.send(until_the_end(channel))
 
 
 def publishing_victim(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> None:
@@ -78,31 +86,31 @@ def publish_into_trap(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> 
     """Some messages, the one in which the trap springs, and two more."""
     numbers = itertools.count()
 
-    def say(size: int = 10, topic: str = "") -> None:
+    def publish(size: int = 10, topic: str = "") -> None:
         bus.publish(message("victim", next(numbers), size), topic=topic)
         trap.count_one()
 
     if trap.moment in EARLY:
         trap.arm()
     for _ in range(3):
-        say()
+        publish()
     match trap.moment:
         case "mid-frame":
             trap.arm()
-            say(LONG)
+            publish(LONG)
         case "mid-ring":
             trap.arm()
             while not trap.sprung:  # the first few come before there is a ring
-                say(IN_RING)
+                publish(IN_RING)
                 bus.flush(DEADLINE)
         case "mid-memory" | "memory in flight":
             trap.arm()
-            say(IN_MEMORY)
+            publish(IN_MEMORY)
         case "blocked":
             spring_at("waiting for room", trap, lambda fd: blocked(fd, bus))
             trap.arm()
             while not trap.sprung:
-                say(SHORT, "full")
+                publish(SHORT, "full")
         case "idle":
             bus.flush(DEADLINE)
             trap.arm()
@@ -121,10 +129,10 @@ def publish_into_trap(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> 
             return
         case "draining":
             for _ in range(MANY):
-                say(SHORT)
+                publish(SHORT)
             return
     for _ in range(2):
-        say()
+        publish()
     bus.flush(DEADLINE)
 
 
@@ -142,7 +150,7 @@ def subscribing_victim(bus: Broadcaster[Any], trap: Trap, orders: Connection) ->
         if trap.moment in ("blocked", "draining"):
             trap.spring()
             answer(orders)
-        orders.send(read_to_the_end(channel))
+        orders.send(until_the_end(channel))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
@@ -154,7 +162,7 @@ def starting_victim(method: str, trap: Trap, orders: Connection) -> None:
         if trap.moment in ("connecting", "handshake"):
             trap.arm()
         bus = start_broadcaster(context=multiprocessing.get_context(method))
-        orders.send((bus.address, bus.stats().pid))
+        orders.send(bus.address)
         answer(orders)  # the witnesses are there
         publish_into_trap(bus, trap, orders)
         if trap.moment == "draining":
@@ -165,3 +173,11 @@ def starting_victim(method: str, trap: Trap, orders: Connection) -> None:
         bus.close()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+TARGETS: Final[dict[str, Callable[..., None]]] = {
+    "publisher": publishing_victim,
+    "bystander": publishing_victim,
+    "subscriber": subscribing_victim,
+    "starter": starting_victim,
+}

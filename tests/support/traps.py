@@ -13,18 +13,11 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.context import (
-    BaseContext,
-    ForkContext,
-    ForkProcess,
-    ForkServerContext,
-    ForkServerProcess,
-    SpawnContext,
-    SpawnProcess,
-)
+from functools import partial
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import psutil
 
@@ -280,45 +273,22 @@ _BROKERS_POINTS: Final = {
 }
 
 
-class _BrokersProcess(BaseProcess):
-    """A broker's process with a trap in it; or its supervisor's, from which each broker inherits the trap."""
-
-    trap: Trap
-
-    def run(self) -> None:
-        """Set the trap, then be a broker."""
-        points = _BROKERS_POINTS | ({"replacing": "replacing"} if self.trap.victim == "supervisor" else {})
-        if self.trap.moment in points:
-            spring_at(points[self.trap.moment], self.trap)
-        super().run()
-
-
-class ForkedBroker(_BrokersProcess, ForkProcess):
-    """By fork."""
-
-
-class SpawnedBroker(_BrokersProcess, SpawnProcess):
-    """By spawn."""
-
-
-class ServedBroker(_BrokersProcess, ForkServerProcess):
-    """By a fork server."""
+def run_with_trap(trap: Trap, run: Callable[..., None], *args: Any) -> None:
+    """Set the trap, then be a broker; or its supervisor, from which each broker inherits the trap."""
+    points = _BROKERS_POINTS | ({"replacing": "replacing"} if trap.victim == "supervisor" else {})
+    if trap.moment in points:
+        spring_at(points[trap.moment], trap)
+    run(*args)
 
 
 def trapping(method: str, trap: Trap) -> BaseContext:
     """A start method whose processes have a trap in them."""
-    made: dict[str, tuple[type[BaseContext], type[_BrokersProcess]]] = {
-        "fork": (ForkContext, ForkedBroker),
-        "spawn": (SpawnContext, SpawnedBroker),
-        "forkserver": (ForkServerContext, ServedBroker),
-    }
-    context, process = made[method]
+    context: Any = type(multiprocessing.get_context(method))()
+    process = context.Process
 
-    def make(*args: Any, **keywords: Any) -> BaseProcess:
-        broker = process(*args, **keywords)
-        broker.trap = trap
-        return broker
+    def make(*args: Any, target: Callable[..., None], **keywords: Any) -> BaseProcess:
+        made: BaseProcess = process(*args, target=partial(run_with_trap, trap, target), **keywords)
+        return made
 
-    instance = context()
-    instance.Process = make  # type: ignore[attr-defined]
-    return instance
+    context.Process = make
+    return cast(BaseContext, context)
