@@ -136,6 +136,16 @@ def test_no_error_of_a_message_is_taken_for_the_channels_own(padding: int, bus: 
 # --- iteration --------------------------------------------------------------------------------------------------------
 
 
+async def take_async(channel: Channel[Any], count: int) -> list[Any]:
+    """Return the next ``count`` messages, by ``async for``."""
+    messages: list[Any] = []
+    async for message in channel:
+        messages.append(message)
+        if len(messages) == count:
+            break
+    return messages
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_all_calls_that_receive_share_one_order(bus: Bus, seed: int) -> None:
     """Give each message once, in order, whichever mix of calls and iterators takes it; be readable while one is left."""
@@ -208,52 +218,27 @@ def test_threads_share_a_channel(bus: Bus) -> None:
     assert sorted(itertools.chain(*lists)) == list(range(20_000))
 
 
-async def take_async(channel: Channel[Any], count: int) -> list[Any]:
-    """Return the next ``count`` messages, by ``async for``."""
-    messages: list[Any] = []
-    async for message in channel:
-        messages.append(message)
-        if len(messages) == count:
-            break
-    return messages
+def test_tasks_share_a_channel(bus: Bus) -> None:
+    """Give each message to one of them, and the end to all; one that is cancelled changes nothing for the others."""
 
-
-def test_two_tasks_share_a_channel(bus: Bus) -> None:
-    """Give each message to one of them, and the end to both."""
-    channel = bus.subscribe()
-
-    async def receive() -> list[int]:
+    async def receive(channel: Channel[Any]) -> list[int]:
         return [message async for message in channel]
 
-    async def main() -> list[list[int]]:
-        tasks = [asyncio.create_task(receive()) for _ in range(2)]
-        await until_tasks_wait()
-        bus.publish_many(range(1000))
-        bus.flush(timeout=DEADLINE)
-        bus.unsubscribe(channel)
-        return list(await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE))
-
-    first, second = asyncio.run(main())
-    assert sorted(first + second) == list(range(1000))
-
-
-def test_a_task_goes_on_when_another_one_is_cancelled_and_ends_when_the_channel_is_closed(bus: Bus) -> None:
-    channel = bus.subscribe()
-
     async def main() -> None:
-        first, second, third = (asyncio.create_task(take_async(channel, 3)) for _ in range(3))
+        shared, closed = bus.subscribe(), bus.subscribe("nothing")
+        first, second, third, other = (asyncio.create_task(receive(one)) for one in (shared, shared, shared, closed))
         await until_tasks_wait()
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        third.cancel()
-        bus.publish_many(range(3))
-        assert await asyncio.wait_for(second, DEADLINE) == [0, 1, 2]
-        last = asyncio.create_task(take_async(channel, 1))
-        await until_tasks_wait()
-        channel.close()
+        closed.close()
         with pytest.raises(ClosedError):
-            await asyncio.wait_for(last, DEADLINE)
+            await asyncio.wait_for(other, DEADLINE)
+        bus.publish_many(range(1000))
+        bus.flush(timeout=DEADLINE)
+        bus.unsubscribe(shared)
+        parts = await asyncio.wait_for(asyncio.gather(second, third), DEADLINE)
+        assert sorted(parts[0] + parts[1]) == list(range(1000))
 
     asyncio.run(main())
 
@@ -267,11 +252,11 @@ def test_cancelled_tasks_lose_no_message(bus: Bus) -> None:
         delay = 0
         while len(received) < 300:
             delay = (delay + 37) % 400
-            task = asyncio.create_task(take_async(channel, 1))
+            task = asyncio.ensure_future(anext(channel))
             await asyncio.sleep(delay / 1_000_000)
             task.cancel()
             try:
-                received += await task
+                received.append(await task)
             except asyncio.CancelledError:
                 continue
         publishing.result()

@@ -17,17 +17,7 @@ import pytest
 
 from mpbroadcast import Broadcaster, Channel, ChannelInUse, connect, start_broadcaster
 from tests.support import workers
-from tests.support.helpers import (
-    DEADLINE,
-    Background,
-    Children,
-    answer,
-    everything,
-    finish,
-    only_subscriber,
-    take,
-    wait_until,
-)
+from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, only_subscriber, take, wait_until
 
 Bus = Broadcaster[Any]
 Pipe = tuple[Connection, Connection]

@@ -12,16 +12,8 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import (
-    AuthenticationFailed,
-    Broadcaster,
-    BrokerCrashed,
-    BrokerLost,
-    StartError,
-    connect,
-    start_broadcaster,
-    trap_points,
-)
+import mpbroadcast
+from mpbroadcast import Broadcaster, BrokerCrashed, BrokerLost, StartError, connect, start_broadcaster, trap_points
 from mpbroadcast.broker.host.logs import RateLimitFilter
 from tests.support import workers
 from tests.support.helpers import DEADLINE, Children, fill, wait_until
@@ -56,7 +48,7 @@ def test_a_dictionary_leads_the_log_to_where_it_has_it(context: BaseContext, tmp
     with start_broadcaster(context=context, log_config=to_file(file), stall_timeout=0.1) as bus:
         children(context, workers.subscribe_and_die, bus)
         assert str(bus.stats().pid) in wait_for_line(file, "mpbroadcast.broker INFO", "channel", "is removed")
-        with pytest.raises(AuthenticationFailed):
+        with pytest.raises(mpbroadcast.AuthenticationFailed):
             connect(bus.address, authkey=b"wrong")
         wait_for_line(file, "WARNING", "refused", own)
         with bus.subscribe(capacity=1000) as channel:

@@ -15,18 +15,7 @@ import pytest
 
 from mpbroadcast import Broadcaster, TimedOut, connect, publish, start_broadcaster, subscribe, unsubscribe
 from tests.support import workers
-from tests.support.helpers import (
-    DEADLINE,
-    Background,
-    Children,
-    answer,
-    everything,
-    finish,
-    pattern,
-    rest,
-    take,
-    wait_until,
-)
+from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, pattern, rest, take, wait_until
 
 Bus = Broadcaster[Any]
 Pipe = tuple[Connection, Connection]
@@ -34,13 +23,13 @@ Pipe = tuple[Connection, Connection]
 # --- which channel gets what ------------------------------------------------------------------------------------------
 
 
-def test_broadcasters_live_side_by_side(every_context: BaseContext) -> None:
+def test_broadcasters_live_side_by_side() -> None:
     """Give none another's messages, whatever this process has open with the others."""
     with start_broadcaster() as first:
         opened, unopened = first.subscribe(), first.subscribe()
         first.publish("first")
         assert opened.recv(timeout=DEADLINE) == "first"
-        with start_broadcaster(context=every_context) as second:
+        with start_broadcaster() as second:
             channel = second.subscribe()
             second.publish("second")
             assert everything(second, channel) == ["second"]
