@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, connect, start_broadcaster, trap_points
+from mpbroadcast import Broadcaster, Channel, ClosedError, connect, start_broadcaster, trap_points
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, rest, stopped, take, wait_until
 from tests.support.victims import alive
 from tests.support.victims import stopped as is_stopped
@@ -84,11 +84,8 @@ def _use_each(pipe: Connection) -> None:
     kept = []
     while (bus := pipe.recv()) is not None:
         kept.append(bus)
-        try:
-            bus.publish(1)
-            pipe.send("published")
-        except (BrokerLost, ClosedError) as error:
-            pipe.send(repr(error))
+        bus.publish(1)
+        pipe.send("published")
 
 
 def test_a_process_can_use_the_next_broker_at_the_same_address(
@@ -189,10 +186,11 @@ def test_a_thread_that_waits_for_a_stopped_broker_delays_no_other(
             waits.clear()
             receiving = Background(channel.recv)
             assert waits.wait(DEADLINE)
-            seconds = [timed(*call)[1] for call in ((channel.recv, BRIEF), (channel.poll,), (channel.close,))]
+            assert max(timed(channel.recv, BRIEF)[1], timed(channel.poll)[1]) < BRIEF + LATE
+            if moment == "opening":
+                assert timed(channel.close)[1] < CLOSING + LATE
+        channel.close()
         assert isinstance(receiving.error(), ClosedError)
-    assert max(seconds[:2]) < BRIEF + LATE
-    assert seconds[2] < CLOSING + LATE
 
 
 @pytest.mark.parametrize(("timeout", "restart"), [(0.0, False), (0.2, True)])
