@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import threading
@@ -44,20 +43,6 @@ def test_a_large_message_that_waits_for_room_is_not_overtaken(bus: Bus) -> None:
         bus.unsubscribe(channel)
         flood.result()
         rest(channel)
-
-
-def test_every_thread_that_receives_gets_the_clean_end(bus: Bus) -> None:
-    """Give each message to one of the threads, in order, and the end to all."""
-    for count in (20, 20, 20, 3000):
-        with bus.subscribe() as channel:
-            channel.poll(0)
-            threads = [Background(rest, channel) for _ in range(6)]
-            bus.publish_many(range(count))
-            bus.flush()
-            bus.unsubscribe(channel)
-            parts = [thread.result() for thread in threads]
-            assert all(part == sorted(part) for part in parts)
-            assert sorted(itertools.chain(*parts)) == list(range(count))
 
 
 def test_a_small_backlog_goes_on_when_one_message_has_been_read(bus: Bus) -> None:
