@@ -69,7 +69,6 @@ class Channel(Generic[M]):
     def _begin(self) -> None:
         self._lock = locks.rlock()
         self._stream = Stream()
-        self._has_tail = False  # True if a byte that was seen is still in the pipe
         self._tasks = AsyncWaiters()
         self._turn = 0
 
@@ -195,20 +194,20 @@ class Channel(Generic[M]):
         pipe, shared = ownership.pipe, ownership.shared
         if pipe is None or ownership.state is not OPEN or pipe.fd < 0:
             return
-        after, has_tail = follow(before, pipe, self._has_tail, self._with_topic, shared)
+        after = follow(before, pipe, self._with_topic, shared)
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile
-            self._stream, self._has_tail = after, has_tail
+            self._stream = after
             self._missed += after.skipped
         if shared is not None:
             shared.commit(self._stream.read, after is not None)
 
     def _consume_tail_byte(self) -> None:
         """Read the tail byte, so that the descriptor shows what is behind it. The caller holds the lock."""
-        if self._has_tail and not self._stream.decodable(self._has_tail):
-            self._has_tail = False
-            pipe = self.ownership.pipe
+        stream, pipe = self._stream, self.ownership.pipe
+        if stream.has_tail and not stream.is_decodable:
+            stream.has_tail = False
             if pipe is not None:
-                read_into(self._stream, pipe.fd, 1)
+                read_into(stream, pipe.fd, 1)
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Block until :meth:`recv` would return or raise at once, at most ``timeout`` seconds. Return True if it would.
@@ -329,7 +328,6 @@ class Channel(Generic[M]):
         with self._lock:
             if self._stream is stream:  # else another thread has gone over, or closed the channel
                 self._stream = after
-                self._has_tail = False
                 self._tasks.wake()
                 self.ownership.release_former()
 
@@ -398,7 +396,6 @@ class Channel(Generic[M]):
                 return
             self._stream.unshare()
             self._stream = Stream()
-            self._has_tail = False
         self._tasks.wake()
         self.ownership.end_subscription()
 

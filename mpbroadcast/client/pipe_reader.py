@@ -4,7 +4,7 @@
   one as it is: an interrupted decoding is repeated from the same bytes. The channel assigns the result in one step.
 - A run ends in a tail byte that decoding does not need. :func:`follow` reads all bytes but the last, which keeps the descriptor
   readable; it reads that one, too, if the bytes before it complete no message. The channel reads it when it hands out the last
-  decoded message. A byte left in the pipe is ``has_tail``.
+  decoded message.
 - Messages are decoded up to a limit at once; what is not decoded stays in the stream as bytes.
 - All messages of a stream but the last can be taken without a lock, and by C alone: :attr:`Stream.fast`, which each thread and
   each iteration shares, pops exactly so many. The last one is taken under the channel's lock, as its tail byte is read then.
@@ -58,6 +58,7 @@ _IS_ATOMIC: Final = getattr(sys, "_is_gil_enabled", lambda: True)()
 class Stream:
     """Decoded messages, and the chunks of bytes behind them, of which the first ``skip`` bytes are decoded.
 
+    With ``has_tail``, a byte that was seen is still in the pipe, and serves as the last tail byte.
     ``need`` is how many bytes the next run has at least. ``plain`` is True if ``ready`` has messages only, no failure and no
     end. ``skipped`` messages were dropped by ``latest`` between these. ``read`` counts all messages in shared memory so far.
     """
@@ -69,6 +70,7 @@ class Stream:
     plain: bool = True
     skipped: int = 0
     read: int = 0
+    has_tail: bool = False
     fast: Iterator[Any] = _NONE
     _left: Iterator[Any] = _NONE
 
@@ -87,9 +89,10 @@ class Stream:
         """Exhaust ``fast``: from then on only the holder of the lock takes messages."""
         deque(self._left, 0)
 
-    def decodable(self, has_tail: bool) -> bool:
-        """Return True if there are as many bytes as the next run needs, one in the pipe counted in."""
-        return sum(map(len, self.chunks)) - self.skip + has_tail >= self.need
+    @property
+    def is_decodable(self) -> bool:
+        """True if there are as many bytes as the next run needs, one in the pipe counted in."""
+        return sum(map(len, self.chunks)) - self.skip + self.has_tail >= self.need
 
     def split(self, limit: int | None) -> tuple[list[Any], Stream]:
         """Return the messages before the first failure or end, at most ``limit``, and the same stream without them."""
@@ -97,22 +100,21 @@ class Stream:
         if not self.plain:
             count = next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in _FLAWS), count)
         rest = deque(islice(self.ready, count, None))
-        return [*islice(self.ready, count)], Stream(rest, self.chunks, self.skip, self.need, self.plain, 0, self.read)
+        return [*islice(self.ready, count)], Stream(
+            rest, self.chunks, self.skip, self.need, self.plain, 0, self.read, self.has_tail
+        )
 
 
-def decode(stream: Stream, has_tail: bool, with_topic: bool, shared: SharedReader | None = None) -> Stream | None:
-    """Return the stream that follows ``stream``, which has no decoded messages; ``None`` while no message is whole.
-
-    With ``has_tail``, a byte is in the pipe, which serves as the last tail byte.
-    """
-    if not stream.decodable(has_tail):
+def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None) -> Stream | None:
+    """Return the stream that follows ``stream``, which has no decoded messages; ``None`` while no message is whole."""
+    if not stream.is_decodable:
         return None
     data = b"".join(stream.chunks)  # which does not copy a single one
     ready: list[Any] = []
     plain = True
     skipped = 0
     shared_count = stream.read
-    position, end = stream.skip, len(data) + has_tail
+    position, end = stream.skip, len(data) + stream.has_tail
     room = _AT_ONCE
     while (run := read_run(data, position)) is not None and position + run.size <= end:
         if room <= 0 or len(ready) >= MOST_AT_ONCE:
@@ -149,34 +151,33 @@ def decode(stream: Stream, has_tail: bool, with_topic: bool, shared: SharedReade
         return None
     unused = 0 if position + need <= end else min(position, len(data))  # no copy of what is decoded next
     rest = data[unused:]
-    return Stream(deque(ready), [rest] if rest else [], position - unused, need, plain, skipped, shared_count)
+    return Stream(deque(ready), [rest] if rest else [], position - unused, need, plain, skipped, shared_count, stream.has_tail)
 
 
-def follow(
-    stream: Stream, pipe: PipeEnd, has_tail: bool, with_topic: bool, shared: SharedReader | None
-) -> tuple[Stream | None, bool]:
-    """Read, and return the stream that follows ``stream``, or ``None``, as :func:`decode` does; and whether a byte is left."""
-    if (after := decode(stream, has_tail, with_topic, shared)) is not None:
-        return after, has_tail
+def follow(stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader | None) -> Stream | None:
+    """Read, and return the stream that follows ``stream``, or ``None``, as :func:`decode` does."""
+    if (after := decode(stream, with_topic, shared)) is not None:
+        return after
     count = array("i", (0,))
     try:
         ioctl(pipe.fd, FIONREAD, count)
     except ValueError:  # a signal handler has closed it just now
-        return None, has_tail
-    there = count[0]
-    has_tail = there > 0
-    if there != 1:
-        read_into(stream, pipe.fd, max(1, there - 1))
-    after = decode(stream, has_tail, with_topic, shared)
-    if after is None and has_tail:
-        has_tail = False
+        return None
+    stream.has_tail = count[0] > 0
+    if count[0] != 1:
+        read_into(stream, pipe.fd, max(1, count[0] - 1))
+    after = decode(stream, with_topic, shared)
+    if after is None and stream.has_tail:
+        stream.has_tail = False
         read_into(stream, pipe.fd, 1)
     if after is None and stream.chunks and not stream.chunks[-1]:
         # The pipe has ended. A last message may lack its tail byte.
-        after = decode(stream, True, with_topic, shared) or Stream()
+        stream.has_tail = True
+        after = decode(stream, with_topic, shared) or Stream()
+        after.has_tail = False
         after.ready.append(LOST)
         after.plain = False
-    return after, has_tail
+    return after
 
 
 def _note(run: RunView) -> End | Failure:

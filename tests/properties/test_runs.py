@@ -269,7 +269,8 @@ def received(parts: Iterable[tuple[bytes, bool]], with_topic: bool = False, besi
     for part, has_tail in parts:
         if part:
             stream.chunks.append(part)
-        after = decode(stream, has_tail, with_topic, beside)
+        stream.has_tail = has_tail
+        after = decode(stream, with_topic, beside)
         while after is not None:
             assert after.ready
             skipped += after.skipped
@@ -278,7 +279,7 @@ def received(parts: Iterable[tuple[bytes, bool]], with_topic: bool = False, besi
             assert not after.plain or after.split(None)[0] == [*after.ready]
             after.ready.clear()
             stream = after
-            after = decode(stream, has_tail, with_topic, beside) if stream.decodable(has_tail) else None
+            after = decode(stream, with_topic, beside) if stream.is_decodable else None
     return [*map(comparable, items)], skipped, stream.read
 
 
@@ -369,7 +370,7 @@ def test_nothing_is_given_before_it_is_whole(has_tail: bool) -> None:
 def test_bytes_are_not_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a run of known length is not whole, more bytes of it are taken in without being put together."""
     run = runs.run_of(batch_of([bytes(100_000)]))
-    stream = Stream()
+    stream = Stream(has_tail=True)
     looks = 0
 
     def counted(data: bytes, start: int) -> runs.RunView | None:
@@ -380,12 +381,13 @@ def test_bytes_are_not_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("mpbroadcast.client.pipe_reader.read_run", counted)
     for start in range(0, len(data_of(run)) - 1000, 1000):
         stream.chunks.append(data_of(run)[start : start + 1000])
-        assert decode(stream, True, False) is None
+        assert decode(stream, False) is None
     assert looks == 1
     assert stream.need == len(data_of(run))
     assert len(stream.chunks) > 90
     stream.chunks.append(data_of(run)[sum(map(len, stream.chunks)) :])
-    after = decode(stream, False, False)
+    stream.has_tail = False
+    after = decode(stream, False)
     assert after is not None
     assert list(after.ready) == [bytes(100_000)]
     assert not after.chunks
@@ -400,9 +402,9 @@ def test_as_much_is_decoded_at_once_as_is_soon_handed_out() -> None:
         (small, 0, runs.MOST_AT_ONCE),
     ):
         beside: Any = Beside(pickle.dumps(None), size)
-        after = decode(Stream(chunks=[data]), False, False, beside)
+        after = decode(Stream(chunks=[data]), False, beside)
         assert after is not None
         assert len(after.ready) == count
         assert after.chunks[0] is data
     with pytest.raises(RuntimeError, match="shared memory"):
-        decode(Stream(chunks=[shared_run(runs.IN_MEMORY, 0, 4, 1)]), False, False)
+        decode(Stream(chunks=[shared_run(runs.IN_MEMORY, 0, 4, 1)]), False)
