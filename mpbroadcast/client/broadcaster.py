@@ -100,8 +100,7 @@ class Broadcaster(Publishing[M]):
         With ``with_topic`` each message that is received is ``(topic, message)``.
 
         :raises ValueError: an argument is out of range; ``replay`` without a history; this process has too many subscriptions.
-        :raises BrokerLost: the broker has ended.
-        :raises ClosedError: this handle was closed.
+        :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
         check_topics(topics)
         check_overflow(overflow)
@@ -138,8 +137,7 @@ class Broadcaster(Publishing[M]):
         then ``EOFError``. Nothing happens if it was unsubscribed or closed before.
 
         :raises ValueError: the channel is another broker's.
-        :raises BrokerLost: the broker has ended.
-        :raises ClosedError: this handle was closed.
+        :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
         self._request("unsubscribe", subscription=self._own_channel(channel, "channel").id)
 
@@ -197,8 +195,7 @@ class Broadcaster(Publishing[M]):
     def stats(self) -> BrokerStats:
         """Return a snapshot of the broker and its subscriptions. The difference of two gives rates.
 
-        :raises BrokerLost: the broker has ended.
-        :raises ClosedError: this handle was closed.
+        :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
         return snapshot(self._request("stats").body)
 

@@ -145,8 +145,7 @@ class BrokerClient:
 
         Without a ``session``, the request is sent again to the broker that takes over meanwhile.
 
-        :raises BrokerLost: the broker has ended.
-        :raises TimedOut: the broker did not reply in time.
+        :raises BrokerLost, TimedOut: there was no reply.
         :raises ChannelInUse, ClosedError, ValueError, OSError: the broker replied with this error.
         """
         self.send_notes()

@@ -358,8 +358,7 @@ class Channel(Generic[M]):
         What was published before can still be received, but for what a backlog that is full at that moment blocks or drops.
         The channel lives on, even with no topic left.
 
-        :raises ClosedError: the channel was closed or unsubscribed.
-        :raises BrokerLost: the broker has ended.
+        :raises ClosedError, BrokerLost: as :meth:`subscribe`.
         """
         self._change_topics("drop topics", topics)
 
