@@ -88,7 +88,7 @@ class DescriptorSocket(socket.socket):
         """
         with contextlib.suppress(BlockingIOError):
             if fd >= 0:
-                send_fds(self, [packet], [fd])
+                self.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", (fd,)))])
             else:
                 self.send(packet)
             return True

@@ -257,5 +257,5 @@ def _wait_until_ready(process: BaseProcess, reader: connection.Connection, deadl
             f"error. {hint}".rstrip()
         ) from None
     if "error" in answer:
-        raise StartError(answer["error"]) from (OSError(answer["errno"], answer["error"]) if answer["errno"] else None)
+        raise StartError(answer["error"]) from (OSError(answer["errno"], answer["error"]) if answer.get("errno") else None)
     return str(answer["address"])

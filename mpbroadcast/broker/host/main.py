@@ -78,7 +78,7 @@ def run(settings: Settings, ready: Connection) -> None:
         where = settings.address or f"a folder in {settings.temporary!r}"
         is_used = error.errno == errno.EADDRINUSE
         problem = f"the address {where!r} is in use" if is_used else f"the broker cannot listen at {where!r}"
-        _report_failure(ready, f"{problem}: {error.strerror or error}", error.errno)
+        _report(ready, error=f"{problem}: {error.strerror or error}", errno=error.errno)
     else:
         if journal is None:
             _serve(settings, ready, listening)
@@ -100,7 +100,7 @@ def _configure_log(config: dict[str, Any] | None, ready: Connection) -> bool:
         while cause is not None:
             causes.append(f"{type(cause).__name__}: {cause}")
             cause = cause.__cause__ or cause.__context__
-        _report_failure(ready, f"log_config is no dictionary that logging.config can use: {'; '.join(causes)}")
+        _report(ready, error=f"log_config is no dictionary that logging.config can use: {'; '.join(causes)}")
         return False
 
 
@@ -115,17 +115,14 @@ def _serve_again_and_again(settings: Settings, ready: Connection, listening: Lis
     supervise(settings.starter, serve, lambda: Journal(journal.files).is_another_wanted)
 
 
-def _report_failure(ready: Connection, text: str, code: int | None = None) -> None:
-    _report(ready, error=text, errno=code or 0)
-
-
-def _report(ready: Connection, **report: Any) -> bool:
-    """Return False if the starter does not read that any more."""
-    try:
-        ready.send_bytes(json.dumps(report).encode())
-    except BrokenPipeError:
-        return False
-    ready.close()
+def _report(ready: Connection | None, **report: Any) -> bool:
+    """Report to the starter, if it waits for that. Return False if it does not read that any more."""
+    if ready is not None:
+        try:
+            ready.send_bytes(json.dumps(report).encode())
+        except BrokenPipeError:
+            return False
+        ready.close()
     return True
 
 
@@ -144,10 +141,9 @@ def _serve(settings: Settings, ready: Connection | None, listening: Listening, s
         try:
             broker.end_with(settings.starter)
         except ProcessLookupError as error:
-            if ready is not None:
-                _report_failure(ready, "its starter has ended", error.errno)
+            _report(ready, error="its starter has ended", errno=error.errno)
             return
-        if ready is not None and not _report(ready, address=listening.address):
+        if not _report(ready, address=listening.address):
             return
         if succession is not None:
             succession.journal.note_ready()
@@ -162,12 +158,11 @@ def _serve(settings: Settings, ready: Connection | None, listening: Listening, s
 
 
 def _ignore_signals() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal's end: the starter decides what that means
     for number in signal.valid_signals():
         with contextlib.suppress(OSError, ValueError):
-            if callable(signal.getsignal(number)):
-                signal.signal(number, signal.SIG_IGN)  # a handler of the starter's
+            # SIGHUP is the terminal's end: the starter decides what that means. What is callable is a handler of the starter's.
+            if number in (signal.SIGINT, signal.SIGHUP) or callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

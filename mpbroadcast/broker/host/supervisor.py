@@ -9,6 +9,7 @@ while the starter lives. After five deaths in thirty seconds none is started any
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -57,8 +58,7 @@ def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], b
         watched = PeerProcess(starter)
     except ProcessLookupError:
         return
-    generation = 0
-    while True:
+    for generation in itertools.count():
         child = os.fork()
         if not child:
             _be_broker(serve, generation)
@@ -77,7 +77,6 @@ def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], b
         log.error("the broker (process %d) %s: another one is started", child, why)
         if signal.sigtimedwait({signal.SIGTERM}, pause) is not None:
             return
-        generation += 1
 
 
 def _be_broker(serve: Callable[[int], None], generation: int) -> None:
@@ -85,8 +84,6 @@ def _be_broker(serve: Callable[[int], None], generation: int) -> None:
     try:
         serve(generation)
         code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
