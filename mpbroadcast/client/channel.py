@@ -103,7 +103,7 @@ class Channel(Generic[M]):
         deadline = Deadline(timeout)
         while True:
             self._wait(deadline, timeout)
-            message = self._receive_nowait()
+            message = self._receive_nowait(is_readable=True)
             if message is not _NOTHING:
                 return message
 
@@ -132,8 +132,11 @@ class Channel(Generic[M]):
             self._stream.ready.extendleft(box[0][::-1])
             raise
 
-    def _receive_nowait(self) -> M:
-        """Take the next message, or raise the error at its position. Return ``_NOTHING`` if there is none, or only the end."""
+    def _receive_nowait(self, *, is_readable: bool = False) -> M:
+        """Take the next message, or raise the error at its position. Return ``_NOTHING`` if there is none, or only the end.
+
+        The end of the pipe is found only if it ``is_readable``.
+        """
         message: M = _NOTHING
         try:
             with self._lock:
@@ -141,7 +144,7 @@ class Channel(Generic[M]):
                 stream.unshare()
                 ready = stream.ready
                 if not ready:
-                    self._fill()
+                    self._fill(is_readable)
                     stream = self._stream
                     ready = stream.ready
                     if not ready:
@@ -177,7 +180,7 @@ class Channel(Generic[M]):
         if limit is not None and len(box[0]) >= limit:
             return False
         if not self._stream.ready:
-            self._fill()
+            self._fill(False)
         stream = self._stream
         stream.unshare()
         taken, rest = stream.split(limit if limit is None else limit - len(box[0]))
@@ -188,13 +191,13 @@ class Channel(Generic[M]):
                 self._consume_tail_byte()
         return bool(taken)
 
-    def _fill(self) -> None:
+    def _fill(self, is_readable: bool) -> None:
         """Read and decode what is in the pipe. The caller holds the lock, and no decoded message is left."""
         ownership, before = self.ownership, self._stream
         pipe, shared = ownership.pipe, ownership.shared
         if pipe is None or ownership.state is not OPEN or pipe.fd < 0:
             return
-        after = follow(before, pipe, self._with_topic, shared)
+        after = follow(before, pipe, self._with_topic, shared, is_readable)
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile
             self._stream = after
             self._missed += after.skipped
@@ -204,7 +207,7 @@ class Channel(Generic[M]):
     def _consume_tail_byte(self) -> None:
         """Read the tail byte, so that the descriptor shows what is behind it. The caller holds the lock."""
         stream, pipe = self._stream, self.ownership.pipe
-        if stream.has_tail and not stream.is_decodable:
+        if stream.has_tail and not (stream.chunks and stream.is_decodable):
             stream.has_tail = False
             if pipe is not None:
                 read_into(stream, pipe.fd, 1)
@@ -216,13 +219,15 @@ class Channel(Generic[M]):
         :raises BrokerLost: the channel was not opened before the broker died.
         """
         deadline = Deadline(check_timeout(timeout))
+        is_readable = False
         while True:
             with self._lock:
                 if not self._stream.ready:
-                    self._fill()
+                    self._fill(is_readable)
                 if self._stream.ready:
                     return True
-            if not self._wait_readable(deadline):
+            is_readable = self._wait_readable(deadline)
+            if not is_readable:
                 return False
 
     def fileno(self) -> int:
@@ -262,12 +267,14 @@ class Channel(Generic[M]):
         message: M
         for message in self._stream.fast:
             return message
+        is_readable = False
         while True:
-            message = self._receive_nowait()
+            message = self._receive_nowait(is_readable=is_readable)
             if message is not _NOTHING:
                 return message
             if self.ownership.state is OPEN and not self._stream.ready:
                 await self._tasks.readable(self.fileno())
+                is_readable = True
                 continue
             try:
                 with contextlib.suppress(TimedOut):
@@ -307,12 +314,14 @@ class Channel(Generic[M]):
 
     def _wait_readable(self, deadline: Deadline) -> bool:
         """Open the channel, and block until its descriptor is readable. Return False at the deadline."""
-        try:
-            pipe = self._open(deadline)
-        except TimedOut:
-            if deadline.remaining() == 0:
-                return False
-            raise
+        pipe = self.ownership.pipe
+        if pipe is None or self.ownership.state is not OPEN:
+            try:
+                pipe = self._open(deadline)
+            except TimedOut:
+                if deadline.remaining() == 0:
+                    return False
+                raise
         trap_points.reach("waiting for messages", self._stream)
         return pipe.wait(select.POLLIN, deadline)
 

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from array import array
 from collections import deque
@@ -27,7 +26,7 @@ from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
 from mpbroadcast.posix.pipes import FIONREAD, PipeEnd, ioctl, read
 from mpbroadcast.protocol import runs
 from mpbroadcast.protocol.frames import topic_of
-from mpbroadcast.protocol.pickling import Failure, load_run
+from mpbroadcast.protocol.pickling import Failure, load_each, load_run, loads
 from mpbroadcast.protocol.runs import MOST_AT_ONCE, RUN, RunView, read_run
 
 
@@ -154,9 +153,34 @@ def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None)
     return Stream(deque(ready), [rest] if rest else [], position - unused, need, plain, skipped, shared_count, stream.has_tail)
 
 
-def follow(stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader | None) -> Stream | None:
-    """Read, and return the stream that follows ``stream``, or ``None``, as :func:`decode` does."""
-    if (after := decode(stream, with_topic, shared)) is not None:
+def _only_message(stream: Stream, with_topic: bool) -> Stream | None:
+    """Return what :func:`decode` does if the bytes are one run with one message, whole but for the tail byte in the pipe.
+
+    Where messages come one by one, a message costs what code runs for it. Everything else is left to :func:`decode`.
+    """
+    *before, data = stream.chunks
+    if len(data) < RUN.size or sum(map(len, before)) != stream.skip:
+        return None
+    size, count, kind, image, skip = RUN.unpack_from(data)
+    if count != 1 or kind != runs.MESSAGES or image or size != len(data) + 1:
+        return None
+    payload = memoryview(data)[RUN.size + skip :]
+    whole = True
+    try:
+        message = loads(payload)
+    except Exception as error:
+        (message,), whole = load_each([payload], loads, [], error)
+    if with_topic and whole:
+        message = topic_of(data[RUN.size : RUN.size + skip]), message
+    return Stream(deque((message,)), [], 1, RUN.size, whole, 0, stream.read, has_tail=True)
+
+
+def follow(stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader | None, is_readable: bool) -> Stream | None:
+    """Read, and return the stream that follows ``stream``, or ``None``, as :func:`decode` does.
+
+    Without ``is_readable``, an empty pipe is not read: whether it has ended is seen when it was waited for.
+    """
+    if stream.chunks and (after := decode(stream, with_topic, shared)) is not None:
         return after
     count = array("i", (0,))
     try:
@@ -164,9 +188,12 @@ def follow(stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader
     except ValueError:  # a signal handler has closed it just now
         return None
     stream.has_tail = count[0] > 0
+    if not (stream.has_tail or is_readable):
+        return None
     if count[0] != 1:
         read_into(stream, pipe.fd, max(1, count[0] - 1))
-    after = decode(stream, with_topic, shared)
+    after = _only_message(stream, with_topic) if stream.has_tail and stream.chunks else None
+    after = after or decode(stream, with_topic, shared)
     if after is None and stream.has_tail:
         stream.has_tail = False
         read_into(stream, pipe.fd, 1)
@@ -191,6 +218,8 @@ def _note(run: RunView) -> End | Failure:
 
 def read_into(stream: Stream, fd: int, size: int) -> None:
     """Read up to ``size`` bytes; none, if a signal handler has read them or closed the pipe meanwhile."""
-    with contextlib.suppress(BlockingIOError):
+    try:
         if fd >= 0:
             stream.chunks.extend(map(read, (fd,), (size,)))  # one step: an interrupt comes before or after
+    except BlockingIOError:
+        pass
