@@ -59,9 +59,7 @@ def test_a_process_elsewhere_is_not_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("error", "dead"),
-    
     [(psutil.NoSuchProcess(1), True), (psutil.AccessDenied(1), False), (OSError(errno.EMFILE, "none is left"), False)],
-,
 )
 def test_an_answer_that_cannot_be_had(error: Exception, dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a system without pidfds: one that goes while it is asked for is dead; one that may not be asked for is not."""
