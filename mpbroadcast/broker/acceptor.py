@@ -78,7 +78,6 @@ class Acceptor:
                 connection.close(why)
 
     def forget(self, connection: ControlConnection) -> None:
-        """Forget one that is closed."""
         self._strangers.pop(connection, None)
         self._connections.remove(connection)
         connection.peer.connections -= 1
@@ -110,7 +109,6 @@ class Acceptor:
         self._admit(connection)
 
     def _pause(self, seconds: float) -> None:
-        """Accept no connection for so long."""
         self._poller.forget(self._listener.fileno())
         self._poller.later(seconds, partial(self._poller.watch, self._listener.fileno(), IN, self._accept))
 

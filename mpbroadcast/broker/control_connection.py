@@ -75,7 +75,6 @@ class ControlConnection:
         self._send(*parts)
 
     def no_reply(self) -> None:
-        """Finish a request that has no reply."""
         self.is_waiting = False
         if self._inbox:
             self._readable[self] = None

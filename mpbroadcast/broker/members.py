@@ -207,7 +207,6 @@ class Subscription:
 
     @property
     def is_live(self) -> bool:
-        """True while messages are routed to it."""
         return self.state is SubscriptionState.ACCEPTING
 
     @property

@@ -134,11 +134,9 @@ class RingHold:
         self.ring.release(self.chunks)
 
     def data(self, references: References) -> bytes:
-        """Return what a pipe gets for these references."""
         return references_run(references, self.ring.id)
 
     def copied(self, references: References) -> Batch:
-        """Return the messages themselves."""
         return references.copied(self.ring.view)
 
 
@@ -160,15 +158,12 @@ class Memory:
         store.memories += kept
 
     def data(self, memfd_message: MemfdMessage) -> bytes:
-        """Return what a pipe gets for it."""
         return memory_run(memfd_message, self.id)
 
     def copied(self, memfd_message: MemfdMessage) -> Batch:
-        """Return the message itself."""
         return memfd_message.copied(self.read(0, memfd_message.length))
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return some of its bytes."""
         if self.descriptor is None:
             return self._bytes[offset : offset + size]
         return read_memory(self.descriptor.fd, size, offset)
@@ -263,7 +258,6 @@ class Lender:
         ring.retire()
 
     def forget(self, ring: Ring) -> None:
-        """Forget a ring that no reader reads any more."""
         self._store.rings.discard(ring)
         self._ring_count -= 1
 
@@ -273,7 +267,6 @@ class Lender:
         self._memories.clear()  # what was not announced by now never will be
 
     def send(self, packet: bytes) -> None:
-        """Send a packet to the publisher, if it is still there."""
         if not self._is_closed:
             with contextlib.suppress(OSError):
                 self.fd_socket.send_packet(packet)

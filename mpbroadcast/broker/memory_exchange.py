@@ -162,6 +162,5 @@ class MemoryExchange:
             self._dirty[subscription] = None
 
     def drop(self, subscription: Subscription) -> None:
-        """Forget a subscription that is removed."""
         for ring in self.store.rings:
             ring.readers.discard(subscription)

@@ -47,7 +47,6 @@ class Peers:
 
     @property
     def asked(self) -> int:
-        """Bytes of requests that are not whole."""
         return sum(peer.asked for peer in self._peers.values())
 
     def release(self, peer: Peer) -> None:

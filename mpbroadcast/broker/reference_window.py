@@ -38,7 +38,6 @@ class ReferenceWindow:
         self._sent = 0  # the last message whose memory was sent
 
     def offer(self, ring: Ring) -> None:
-        """Send the ring's memory to the reader."""
         self.rings[ring] = None
         if len(self._unanswered) < _MOST_OFFERS:
             with contextlib.suppress(OSError):
@@ -102,5 +101,4 @@ class ReferenceWindow:
 
     @property
     def must_be_read(self) -> bool:
-        """True if the pipe refers to memory that would be written again if it were forgotten."""
         return any(not hold.ring.retired for hold in self.unread.holds())

@@ -69,7 +69,6 @@ class Registry:
         self._ids = iter(range(first_id, 1 << 63))
 
     def new_id(self) -> int:
-        """Return an ID that nothing has had before."""
         return next(self._ids)
 
     # --- the broker before this one
@@ -132,14 +131,12 @@ class Registry:
             self._journal.drop(id)
 
     def note_stopping(self) -> None:
-        """Write down that no other broker is to follow."""
         if self._journal is not None:
             self._journal.note_stopping()
 
     # --- sessions
 
     def new_session(self, connection: ControlConnection) -> Session:
-        """Make the session that ends with this connection."""
         session = Session(self.new_id(), connection.peer, self.budget)
         connection.session = session
         self.sessions[session.id] = session
@@ -217,7 +214,6 @@ class Registry:
             self._write_down(subscription)
 
     def drop_topics(self, subscription: Subscription, topics: list[str], *, is_last: bool = True) -> None:
-        """Route these topics to it no more."""
         dropped = {*topics}.intersection(self._router.topics(subscription))
         self._spend(subscription, cost_of(dropped, 0).negated())
         self._router.drop(subscription, topics)
@@ -248,7 +244,6 @@ class Registry:
         self.unopen(subscription)
         self._traffic.drop(subscription)
         self._close_ends(subscription, subscription.pipe.close())
-        subscription.session.budget.release(subscription.cost)
         self._detach(subscription)
         subscription.backlog.discard()
 
@@ -280,6 +275,7 @@ class Registry:
 
     def _detach(self, subscription: Subscription) -> None:
         session = subscription.session
+        session.budget.release(subscription.cost)
         session.subscriptions.discard(subscription)
         session.peer.subscriptions.discard(subscription)
         self._peers.release(session.peer)
@@ -320,7 +316,6 @@ class Registry:
         if subscription.restored:
             subscription.report_restart()
         self.openings.pop(subscription, None)
-        subscription.session.budget.release(subscription.cost)
         session.budget.spend(subscription.cost)
         self._detach(subscription)
         subscription.session = session

@@ -233,19 +233,16 @@ def _open(broker: Broker, connection: ControlConnection, message: dict[str, Any]
 
 def _opened(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     subscription = _find_subscription(broker, connection, message)
-    if message.get("token") != subscription.pipe.token or subscription.pipe.fd < 0:
-        connection.reply({"opened": False})  # what was begun has been taken back: begin again
-        return
-    if not subscription.is_open:
+    is_there = message.get("token") == subscription.pipe.token and subscription.pipe.fd >= 0
+    if is_there and not subscription.is_open:
         session = _session(broker, connection, message)
         is_last = broker.shutdown is not None and session.peer is broker.shutdown.by
         try:
             broker.registry.confirm_open(subscription, session, waited_for=not is_last)
         except BrokenPipeError:  # the process has closed its end meanwhile
             broker.registry.unopen(subscription)
-            connection.reply({"opened": False})
-            return
-    connection.reply({"opened": True})
+            is_there = False
+    connection.reply({"opened": is_there})  # else what was begun has been taken back: begin again
 
 
 def _unsubscribe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
@@ -258,21 +255,17 @@ def _unsubscribe(broker: Broker, connection: ControlConnection, message: dict[st
 
 
 def _close(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
-    subscription = broker.registry.subscriptions.get(_integer(message, "subscription"))
-    if subscription is not None and subscription.owner in (None, connection.peer.pid):
-        broker.registry.close(subscription, "its channel was closed")
-    connection.reply({})
-
-
-def _drop(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
-    """Remove a channel that was collected: it cannot be opened, or received from, any more."""
+    """Remove a channel that was closed or collected: it cannot be opened, or received from, any more."""
     id = _integer(message, "subscription")
     subscription = broker.registry.subscriptions.get(id)
     if subscription is None:
         broker.registry.dropped_early.append(id)
     elif subscription.owner in (None, connection.peer.pid):
-        broker.registry.close(subscription, "its channel was collected")
-    connection.no_reply()
+        broker.registry.close(subscription, "its channel was closed or collected")
+    if message["do"] == "close":
+        connection.reply({})
+    else:
+        connection.no_reply()
 
 
 def _wait(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Parts:
@@ -320,7 +313,7 @@ _HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]],
     "opened": _opened,
     "unsubscribe": _unsubscribe,
     "close": _close,
-    "drop": _drop,
+    "drop": _close,
     "wait": _wait,
     "stats": _stats,
     "stop": _stop,
