@@ -22,6 +22,7 @@ log = logging.getLogger("mpbroadcast.broker")
 
 _SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
 _LONGEST_NAP: Final = 400e-6
+_MOST_ITEMS: Final = 1 << 13  # in a round: some 20 ms, when no two neighbours are one item
 MUCH: Final = PIPE_SIZE // 4  # bytes in one read, or between two naps: with 400 µs, a publisher would soon wait for room
 
 
@@ -35,6 +36,7 @@ class Intake:
         self._napping: dict[Publisher, None] = {}
         self._nap = _SHORTEST_NAP
         self._came = 0  # bytes since the last nap
+        self._items = 0  # in this round
         self._buffer = memoryview(bytearray(PIPE_SIZE))
 
     def add(self, id: int, session: Session) -> tuple[Publisher, int]:
@@ -51,14 +53,16 @@ class Intake:
 
     def wait(self, *, at_once: bool) -> None:
         """Wait until something happens, and handle it; do not wait if ``at_once``. Then read the pipes of those that nap."""
-        much, self._came = self._came >= MUCH, 0
+        much, self._came, self._items = self._came >= MUCH, 0, 0
         self._nap = min(2 * self._nap, _LONGEST_NAP) if self._napping and not much else _SHORTEST_NAP
         self._poller.round(0.0 if at_once else self._nap if self._napping else None)
         for publisher in list(self._napping):
             self.read(publisher)
 
     def read(self, publisher: Publisher, _events: int = IN, *, limit: int | None = None) -> None:
-        """Read once what is in its pipe, at most ``limit`` bytes, and park it."""
+        """Read once what is in its pipe, at most ``limit`` bytes, and park it; with none, unless this round has enough."""
+        if limit is None and self._items > _MOST_ITEMS:
+            return  # it is read in a later round: those that were read are behind then, and not read any more
         try:
             chunk = publisher.pipe.read(limit)
         except BlockingIOError:
@@ -76,6 +80,7 @@ class Intake:
             self.refuse(publisher, str(error))
             return
         self._came += came
+        self._items += len(publisher.parked)
         self.ready[publisher] = came
 
     def refuse(self, publisher: Publisher, error: str) -> None:
@@ -109,7 +114,7 @@ class Intake:
         if publisher.is_closed:
             return
         # A publish that waited for room may have gone on when there was some: that is published, but what comes later is not.
-        self.read(publisher)
+        self.read(publisher, limit=PIPE_SIZE)
         if not publisher.is_closed:
             replace_with_dead_pipe(publisher.pipe.fd)  # at once, not at the end of the round: it wakes a publish that waits
             self.close(publisher)

@@ -4,7 +4,7 @@ A batch is put into the backlogs of all its targets, or of none. If a ``block`` 
 what is left of its queue stays parked: so all subscriptions see one order, and the publisher's pipe fills up until its
 ``publish`` waits. When a backlog has room again, those that wait for it are routed again, the longest first.
 
-A publisher has a turn in each round, which is bounded, so that it does not hold up the others.
+What is routed in a round is bounded. A publisher that is not done then is behind all others in the next one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpbroadcast.protocol.runs import Account, Run, SharedRun, run_of
 
 log = logging.getLogger("mpbroadcast.broker")
 
-TURN: Final = 1 << 12  # puts into backlogs, of one publisher's messages in a round: some 20 ms
+TURN: Final = 1 << 12  # puts into backlogs in a round: some 20 ms
 _TRIES: Final = 1 << 3  # of single patterns, in the time of a put
 _STEPS: Final = 1 << 10  # of trying patterns, in the time of a put
 
@@ -47,24 +47,29 @@ class Routing:
         self._memory = memory
         self._dirty = dirty
         self._puts = 0
+        self._last = TURN  # puts, when the turn is over
+
+    def begin_turn(self) -> None:
+        """Route as much as a round has time for from now on, of all publishers together."""
+        self._last = self._puts + self._router.steps // _STEPS + TURN
 
     @property
-    def work(self) -> int:
-        """What all turns have taken so far."""
-        return self._puts + self._router.steps // _STEPS
+    def turn_is_over(self) -> bool:
+        return self._puts + self._router.steps // _STEPS > self._last
 
-    def route(self, publisher: Publisher, turn: int | None = None) -> bool:
-        """Route what is parked, as far as the backlogs take it, and as far as that is done in this ``turn``.
+    def route(self, publisher: Publisher) -> bool:
+        """Route what is parked, as far as the backlogs take it, and until the turn is over.
 
-        Return whether all of it is routed. Else ``publisher.blocked`` is the backlog that is full, or its turn is over.
+        Return whether all of it is routed. Else ``publisher.blocked`` is the backlog that is full, or the turn is over.
         """
         trap_points.reach("routing")
         parked, router = publisher.parked, self._router
         before = self.routed
-        last = None if turn is None else self._puts + router.steps // _STEPS + turn
         while parked:
-            if last is not None and self._puts + router.steps // _STEPS > last:
-                self.behind[publisher] = self.behind.pop(publisher, None)
+            if self._puts + router.steps // _STEPS > self._last:
+                if self.routed > before:  # in the next turn, the others are first
+                    self.behind.pop(publisher, None)
+                self.behind.setdefault(publisher)
                 publisher.blocked, publisher.warned = None, False
                 return False
             item = parked.popleft()

@@ -97,7 +97,7 @@ class Broker:
         if acceptor.readable:
             for connection, request in acceptor.requests():
                 self._answer(self, connection, request)
-        if self._has_found():
+        if traffic.overflowed or traffic.departed or self.peers.dead or acceptor.closed:
             self._work_off()
         if registry.to_finish:
             traffic.intake.finish(registry.to_finish.pop())

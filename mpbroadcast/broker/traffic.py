@@ -25,7 +25,7 @@ from mpbroadcast.broker.delivery import Delivery
 from mpbroadcast.broker.intake import MUCH, Intake
 from mpbroadcast.broker.members import Publisher, Subscription
 from mpbroadcast.broker.memory_exchange import MemoryExchange
-from mpbroadcast.broker.routing import TURN, Routing
+from mpbroadcast.broker.routing import Routing
 from mpbroadcast.broker.stall_warnings import Stalls
 from mpbroadcast.posix.poller import Poller
 from mpbroadcast.posix.shared_memory import keep_freed_memory
@@ -56,11 +56,9 @@ class Traffic:
         intake, delivery, routing = self.intake, self.delivery, self.routing
         left = routing.behind or intake.ready or delivery.dirty or delivery.gone or routing.resuming
         intake.wait(at_once=at_once or bool(left))
-        last = routing.work + TURN if routing.behind else 0
+        routing.begin_turn()
         for publisher in list(routing.behind):
-            self._route(publisher, TURN)
-            if routing.work > last:  # the others are the first in the next round
-                break
+            self._route(publisher)
         self.run_until_idle(_WRITES)
 
     def run_until_idle(self, writes: int = sys.maxsize) -> None:
@@ -75,7 +73,7 @@ class Traffic:
             resuming, routing.resuming = routing.resuming, []
             for publisher in resuming:
                 if publisher.parked or publisher.blocked:
-                    self._route(publisher, TURN)
+                    self._route(publisher)
             if delivery.dirty:
                 writes -= delivery.write(writes)
             while delivery.has_room:
@@ -92,17 +90,17 @@ class Traffic:
             if publisher.blocked is not None:
                 continue
             before = routing.routed
-            self._route(publisher, TURN)
+            self._route(publisher)
             busy = routing.routed - before > _BUSY or came > MUCH
             if busy and publisher.state is PublisherState.READING:
                 intake.nap(publisher)
             elif not busy and publisher.state is PublisherState.NAPPING:
                 intake.watch(publisher)
 
-    def _route(self, publisher: Publisher, turn: int | None = None) -> None:
+    def _route(self, publisher: Publisher) -> None:
         """Route what is parked, and go on reading its pipe, or not."""
         routing = self.routing
-        if routing.route(publisher, turn):
+        if routing.route(publisher):
             if publisher.state is PublisherState.PAUSED:
                 self.intake.watch(publisher)
             elif publisher.state is PublisherState.DRAINING and self.intake.forget(publisher):
@@ -126,20 +124,22 @@ class Traffic:
             if not (publisher.blocked or publisher.all_routed):
                 pending[publisher] = None
                 publisher.after_written(partial(pending.pop, publisher, None))
-        last, room = self.routing.work + TURN, MUCH
+        self.routing.begin_turn()
+        room = MUCH
         while pending:
             publisher = next(iter(pending))
             if not publisher.parked:
                 position = publisher.pipe.position
                 self.intake.read(publisher, limit=min(publisher.pipe.end_of_written() - position, MUCH))
                 room -= publisher.pipe.position - position
-            self._route(publisher, TURN)
+            self._route(publisher)
             self._look_for_room(publisher)
             if publisher.blocked:
                 pending.pop(publisher, None)
-            if pending and (room <= 0 or self.routing.work > last):
+            if pending and (room <= 0 or self.routing.turn_is_over):
                 yield
-                last, room = self.routing.work + TURN, MUCH
+                self.routing.begin_turn()
+                room = MUCH
 
     def _look_for_room(self, publisher: Publisher) -> None:
         """Let a blocked publisher go on if there is room by now: no event reports that a pipe has been read empty."""

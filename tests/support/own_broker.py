@@ -92,6 +92,8 @@ def take_away(broker: Broker) -> None:
     while broker.registry.to_remove:
         broker.registry.remove_some()
     broker.traffic.run_until_idle()
+    while broker.traffic.is_behind:
+        broker.traffic.round(at_once=True)
     broker.poller.close_forgotten()
 
 
