@@ -130,7 +130,7 @@ def test_a_deep_body_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyP
     assert decode(json.dumps(flat, ensure_ascii=False).encode()) == flat
     deep = json.dumps(rest | {"a": nested(32)}).encode()
     monkeypatch.setattr(json, "loads", None)
-    for body in (deep, b'{"a": [' * 17 + b"]}" * 17):
+    for body in (deep, b'{"a": [' * 17 + b"]}" * 17, b'{"a": ' * 33 + b"1" + b"}" * 33):
         with pytest.raises(ControlError, match="deep"):
             decode(body)
 
