@@ -131,15 +131,19 @@ def test_a_broker_that_has_ended_has_one_text(
 
 
 def test_an_old_handle_at_a_new_broker_raises_to_connect_again(tmp_path: Path) -> None:
-    """Whether it had been used before or not."""
+    """Whether it had been used before or not; new handles in the same process work."""
     first = start_broadcaster(address=tmp_path / "socket")
     used: Bus = connect(first.address)
     used.publish(1)
     unused = pickle.dumps(used)
     first.close()
-    with start_broadcaster(address=first.address):
+    with start_broadcaster(address=first.address) as second, second.subscribe() as channel:
         assert "connect()" in text_of(BrokerLost, "stats", used)
         assert "connect()" in text_of(BrokerLost, "stats", pickle.loads(unused))
+        with connect(second.address) as connected, pickle.loads(pickle.dumps(second)) as copy:
+            for handle in (connected, copy):
+                handle.publish(2)
+                assert channel.recv(timeout=DEADLINE) == 2
 
 
 @pytest.mark.parametrize("route", ["publish", "timeout", "publish_many", "large"])

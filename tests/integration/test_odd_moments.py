@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,26 +62,6 @@ def test_closing_without_waiting_still_ends_cleanly_what_is_done() -> None:
         bus.flush()
         bus.close(timeout=0)
         assert rest(channel) == ["last"]
-
-
-def _use_each(pipe: Connection) -> None:
-    kept = []
-    while (bus := pipe.recv()) is not None:
-        kept.append(bus)
-        bus.publish(1)
-        pipe.send("published")
-
-
-def test_a_process_can_use_the_next_broker_at_the_same_address(
-    temporary_folder: Path, fork: BaseContext, children: Children, pipe: Pipe
-) -> None:
-    """Though it still holds a handle on the one that has ended."""
-    children(fork, _use_each, pipe[1])
-    for _ in range(2):
-        with start_broadcaster(address=temporary_folder / "again") as bus:
-            pipe[0].send(bus)
-            assert answer(pipe[0]) == "published"
-    pipe[0].send(None)
 
 
 # ------------------------------------------------------------------------------------------------------ a stopped broker

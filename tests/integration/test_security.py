@@ -97,7 +97,7 @@ RUDE: dict[str, list[bytes]] = {
 
 
 def test_a_rude_client_holds_up_nobody(bus: Bus) -> None:
-    """Disturb nothing by what is sent in place of a proof of the key, while the client stays and when it goes."""
+    """Disturb nothing by what is sent instead of a proof of the key, while the client stays and when it goes."""
     for what, parts in RUDE.items():
         with undisturbed(bus), raw(bus) as client:
             print(what)

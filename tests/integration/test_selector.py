@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import gc
-import os
 import socket
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from mpbroadcast import Broadcaster, Selector, TimedOut, channel_to_selector
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Children, answer, everything, finish, only_subscriber, wait_delivered
+from tests.support.helpers import DEADLINE, Children, answer, everything, wait_delivered
 
 Bus = Broadcaster[Any]
 Pipe = tuple[Connection, Connection]
+Sockets = tuple[socket.socket, socket.socket]
 
 
 def receive(selector: Selector[Any], count: int) -> list[Any]:
@@ -31,21 +31,12 @@ def nothing_comes(selector: Selector[Any], timeout: float = 0.05) -> None:
         selector.receive(timeout=timeout)
 
 
-class Sources(NamedTuple):
-    """One of each kind of source, with what makes it ready."""
-
-    connection: Connection
-    sender: Connection
-    socket: socket.socket
-    peer: socket.socket
-
-
 @pytest.fixture
-def sources(pipe: Pipe) -> Iterator[Sources]:
-    """Yield a connection and a socket, and their other ends."""
+def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Yield a pair of sockets: a source, and its other end."""
     mine, theirs = socket.socketpair()
     with mine, theirs:
-        yield Sources(*pipe, mine, theirs)
+        yield mine, theirs
 
 
 # --- channels ---------------------------------------------------------------------------------------------------------
@@ -78,39 +69,25 @@ def test_messages_before_the_selector_are_received(bus: Bus) -> None:
     assert [selector.receive(timeout=0) for _ in range(99)] == list(range(1, 100))
 
 
-def test_selector_opens_the_channel(bus: Bus, children: Children, fork: BaseContext, pipe: Pipe) -> None:
-    """Another process is refused from then on."""
-    channel = bus.subscribe()
-    child = children(fork, workers.receive_on_order, channel, pipe[1])
-    assert answer(pipe[0]) == "started"
-    selector = Selector[Any]().select(channel)
-    bus.publish("message")
-    assert selector.receive(timeout=DEADLINE) == "message"
-    pipe[0].send("receive")
-    assert answer(pipe[0]) == ("ChannelInUse", os.getpid())
-    finish(child)
-    assert only_subscriber(bus).pid == os.getpid()
-
-
 # --- everything else --------------------------------------------------------------------------------------------------
 
 
-def test_each_kind_of_source(bus: Bus, sources: Sources, children: Children, context: BaseContext) -> None:
+def test_each_kind_of_source(bus: Bus, pipe: Pipe, sockets: Sockets, children: Children, context: BaseContext) -> None:
     """Return a connection's messages, what has a descriptor as long as it is readable, a process once it has ended."""
     channel = bus.subscribe()
     orders, theirs = context.Pipe()
     process = children(context, answer, theirs)
-    selector: Selector[Any] = Selector().select(channel).select(sources.connection).select(sources.socket)
+    selector: Selector[Any] = Selector().select(channel).select(pipe[0]).select(sockets[0])
     selector.select(process, lambda ended: (ended, ended.exitcode))
     nothing_comes(selector)
     for number in range(10):
-        sources.sender.send(number)
+        pipe[1].send(number)
     assert receive(selector, 10) == list(range(10))
     bus.publish("published")
     assert selector.receive(timeout=DEADLINE) == "published"
-    sources.peer.send(b"x")
-    assert receive(selector, 2) == [sources.socket] * 2
-    selector.select(sources.socket, lambda ready: ready.recv(100))
+    sockets[1].send(b"x")
+    assert receive(selector, 2) == [sockets[0]] * 2
+    selector.select(sockets[0], lambda ready: ready.recv(100))
     assert selector.receive(timeout=DEADLINE) == b"x"
     nothing_comes(selector, 0)
     orders.send("end")
@@ -133,30 +110,30 @@ def test_maps_are_applied_in_turn_and_merged_with_their_sources(bus: Bus) -> Non
     assert selector.receive(timeout=DEADLINE) == ("second", 2)
 
 
-def test_deselected_sources_are_left_alone(bus: Bus, sources: Sources) -> None:
+def test_deselected_sources_are_left_alone(bus: Bus, pipe: Pipe) -> None:
     """Keep them open and subscribed; so does the end of the selector."""
     stays, goes = bus.subscribe(), bus.subscribe()
-    selector = Selector[Any]().select(stays).select(goes).select(sources.connection)
+    selector = Selector[Any]().select(stays).select(goes).select(pipe[0])
     selector.deselect(goes)
-    selector.deselect(sources.connection)
-    sources.sender.send("message")
+    selector.deselect(pipe[0])
+    pipe[1].send("message")
     bus.publish_many([1, 2])
     assert receive(selector, 2) == [1, 2]
     nothing_comes(selector)
     assert everything(bus, goes) == [1, 2]
-    assert sources.connection.recv() == "message"
+    assert pipe[0].recv() == "message"
     selector.deselect(stays)
     with pytest.raises(EOFError):
         selector.receive(timeout=DEADLINE)
-    selector.select(stays).select(sources.connection)
+    selector.select(stays).select(pipe[0])
     bus.publish(3)
     assert selector.receive(timeout=DEADLINE) == 3
     del selector
     gc.collect()
     bus.publish(4)
     assert stays.recv(timeout=DEADLINE) == 4
-    sources.sender.send("last")
-    assert sources.connection.recv() == "last"
+    pipe[1].send("last")
+    assert pipe[0].recv() == "last"
 
 
 # --- time, fairness, ends ---------------------------------------------------------------------------------------------
@@ -177,49 +154,49 @@ def test_busy_channels_share_fairly(bus: Bus) -> None:
     assert sorted(first + receive(selector, 270)) == sorted("abc" * 100)
 
 
-def test_busy_channel_starves_no_other_source(bus: Bus, sources: Sources, children: Children, fork: BaseContext) -> None:
+def test_busy_channel_starves_no_other_source(
+    bus: Bus, pipe: Pipe, sockets: Sockets, children: Children, fork: BaseContext
+) -> None:
     """A connection, an ended process, and a socket come soon, though a channel has always something; so does a late one."""
     channel = bus.subscribe()
     channel.fileno()
     bus.publish_many(["busy"] * 1000)
     bus.flush(timeout=DEADLINE, delivered=True)
-    process = children(fork, answer, sources.sender)
-    sources.connection.send("end")
+    process = children(fork, answer, pipe[1])
+    pipe[0].send("end")
     process.join(DEADLINE)
-    selector = Selector[Any]().select(channel).select(sources.connection).select(process, lambda _: "process")
-    selector.select(sources.socket, lambda ready: ready.recv(100))
-    sources.sender.send("connection")
-    sources.peer.send(b"socket")
+    selector = Selector[Any]().select(channel).select(pipe[0]).select(process, lambda _: "process")
+    selector.select(sockets[0], lambda ready: ready.recv(100))
+    pipe[1].send("connection")
+    sockets[1].send(b"socket")
     first = receive(selector, 30)
     assert {"busy", "connection", "process", b"socket"} == set(first)
     for turn in range(3):
         assert receive(selector, 10) == ["busy"] * 10
-        sources.sender.send(turn)
+        pipe[1].send(turn)
         assert turn in receive(selector, 200)
 
 
-def test_busy_connection_does_not_starve_a_channel(bus: Bus, sources: Sources) -> None:
+def test_busy_connection_does_not_starve_a_channel(bus: Bus, pipe: Pipe) -> None:
     channel = bus.subscribe()
-    selector = Selector[Any]().select(sources.connection).select(channel)
+    selector = Selector[Any]().select(pipe[0]).select(channel)
     for _ in range(100):
-        sources.sender.send("busy")
+        pipe[1].send("busy")
     bus.publish("message")
     wait_delivered(bus, 1)
     assert "message" in receive(selector, 20)
 
 
-def test_ends_remove_their_sources_until_nothing_is_left(
-    bus: Bus, sources: Sources, children: Children, fork: BaseContext
-) -> None:
+def test_ends_remove_their_sources_until_nothing_is_left(bus: Bus, pipe: Pipe, children: Children, fork: BaseContext) -> None:
     """Remove a channel or a connection silently at its end; with none left ``receive`` raises ``EOFError``."""
     channel = bus.subscribe()
     process = children(fork, workers.exit_with, 0)
-    selector = Selector[Any]().select(channel).select(sources.connection).select(process)
+    selector = Selector[Any]().select(channel).select(pipe[0]).select(process)
     bus.publish_many([1, 2])
     bus.flush(timeout=DEADLINE)
     bus.unsubscribe(channel)
-    sources.sender.send(3)
-    sources.sender.close()
+    pipe[1].send(3)
+    pipe[1].close()
     results = receive(selector, 4)
     assert process in results
     assert sorted(result for result in results if result is not process) == [1, 2, 3]
