@@ -14,6 +14,7 @@ from collections.abc import Callable
 from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.limits import SESSION, Budget, Cost
+from mpbroadcast.broker.core.patterns import Matcher
 from mpbroadcast.broker.core.policies import under
 from mpbroadcast.broker.core.states import PipeState, PublisherState, SubscriptionState
 from mpbroadcast.broker.memory import Lender
@@ -109,8 +110,8 @@ class Publisher:
         self.blocked_since = 0.0  # when something of it was routed last
         self.warned = False  # independent of the state: a warning of this wait is in the log
         self.last_in: dict[Subscription, int] = {}  # what had entered each backlog with the last of its messages
-        # Subscriptions that begin behind something still to be routed, with the topics and patterns that they had before.
-        self.not_yet: list[tuple[Subscription, frozenset[str], tuple[str, ...]]] = []
+        # Subscriptions that begin behind something still to be routed, with the topics, and matchers, that they had before.
+        self.not_yet: list[tuple[Subscription, frozenset[str], tuple[Matcher, ...]]] = []
 
     @property
     def is_closed(self) -> bool:

@@ -20,7 +20,7 @@ from typing import Final
 from mpbroadcast import trap_points
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
-from mpbroadcast.broker.core.patterns import is_pattern
+from mpbroadcast.broker.core.patterns import is_pattern, matcher
 from mpbroadcast.broker.core.policies import new_backlog
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import PipeState, SubscriptionState
@@ -201,7 +201,7 @@ class Registry:
         """Route nothing to the subscription that this publisher has written until now, but for the topics in ``before``."""
         if not publisher.all_routed:
             patterns = tuple(filter(is_pattern, before))
-            entry = (subscription, frozenset(before).difference(patterns), patterns)
+            entry = (subscription, frozenset(before).difference(patterns), tuple(map(matcher, patterns)))
             publisher.not_yet.append(entry)
             publisher.after_written(partial(publisher.not_yet.remove, entry))
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.history import History
-from mpbroadcast.broker.core.router import Router, matches
+from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import SubscriptionState
 from mpbroadcast.broker.delivery import Dirty
 from mpbroadcast.broker.members import Publisher, Subscription
@@ -168,10 +168,10 @@ class Routing:
         """Return the targets without the excluded one, and without those that begin behind this item."""
         late = set()
         topic = item.topic.decode()
-        for subscription, names, patterns in publisher.not_yet:
+        for subscription, names, matchers in publisher.not_yet:
             if subscription in targets and topic not in names:
-                self._puts += len(patterns) // _TRIES
-                if not matches(patterns, item.topic):
+                self._puts += len(matchers) // _TRIES
+                if not any(one.match(topic) for one in matchers):
                     late.add(subscription)
         return tuple(target for target in targets if target.id != item.exclude and target not in late)
 

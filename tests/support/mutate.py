@@ -59,7 +59,6 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "Router.targets: len(self._found) >= _CACHED_TOPICS -> True",
         "Router.targets: len(self._found) >= _CACHED_TOPICS -> len(self._found) > _CACHED_TOPICS",
         "Router.targets: self._found[topic] = found -> pass",
-        "matches: is_pattern(own) -> True",
         "encoded_topic: ",
         "Splitter.split: self._rest -> True",
         "Splitter.split: route -> True",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from typing import Final, Generic, TypeVar
 
 from mpbroadcast.broker.core.patterns import Patterns, is_pattern
@@ -87,9 +86,3 @@ def listed(topics: Sequence[str]) -> str:
     """Return the first of these topics as text for a log, and how many more there are."""
     more = len(topics) - _LISTED
     return ", ".join(topics[:_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def matches(topics: Iterable[str], topic: bytes) -> bool:
-    """Return True if one of these topics and patterns matches ``topic``."""
-    text = topic.decode()
-    return any(fnmatchcase(text, own) if is_pattern(own) else text == own for own in topics)
