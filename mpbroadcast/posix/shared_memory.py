@@ -191,35 +191,31 @@ def map_for_reading(fd: int, size: int) -> mmap.mmap:
 # process that keeps a thousand arrays would have no descriptor left. Before that, the system's own function maps.
 NO_DESCRIPTOR: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
-if sys.version_info >= (3, 13):
 
-    def map_privately(fd: int, size: int) -> Any:
-        """Return a buffer over the memory of a message that is this process's own: writable, not shared, not copied.
+def map_privately(fd: int, size: int) -> Any:
+    """Return a buffer over the memory of a message that is this process's own: writable, not shared, not copied.
 
-        It lasts until nothing refers to it any more, and needs no descriptor.
+    It lasts until nothing refers to it any more, and needs no descriptor.
 
-        :raises OSError: the system does not map it.
-        """
-        return mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, trackfd=False)
+    :raises OSError: the system does not map it.
+    """
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, **NO_DESCRIPTOR)
+    buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # Python unmaps it, with what is put over it
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    if _system_map()(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED, fd, 0) != address:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{os.strerror(code)}: no map for a message of {size} bytes")
+    return buffer
 
-else:
 
-    @functools.cache
-    def _system_map() -> Any:
-        """``mmap`` of the C library, looked up when it is first needed."""
-        function = ctypes.CDLL(None, use_errno=True).mmap
-        function.restype = ctypes.c_void_p
-        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-        return function
-
-    def map_privately(fd: int, size: int) -> Any:
-        """Return the same, over a map without a descriptor, which Python unmaps when nothing refers to it any more."""
-        buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        if _system_map()(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED, fd, 0) != address:
-            code = ctypes.get_errno()
-            raise OSError(code, f"{os.strerror(code)}: no map for a message of {size} bytes")
-        return buffer
+@functools.cache
+def _system_map() -> Any:
+    """``mmap`` of the C library, looked up when it is first needed."""
+    function = ctypes.CDLL(None, use_errno=True).mmap
+    function.restype = ctypes.c_void_p
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    return function
 
 
 def map_or_read(fd: int, size: int) -> Any:
