@@ -31,7 +31,7 @@ from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.shared_memory import message_memory, ring_memory
 from mpbroadcast.protocol.control import MAX_REQUEST, client_handshake, encode
 from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
-from mpbroadcast.protocol.frames import PIECE, Batch, frame_head, memory_frame, pieces, reference_frame
+from mpbroadcast.protocol.frames import PIECE, Batch, frame_head, memory_frame, reference_frame
 from mpbroadcast.protocol.runs import MESSAGES, RUN, TAIL
 from tests.support.helpers import DEADLINE, pattern, wait_until
 from tests.support.own_broker import Asker, ask, asking, complete, held, own_broker, subscribed, subscribing, take_away
@@ -131,22 +131,6 @@ def fill(history: History | None, beginning: str = "") -> History:
     for number in range(MOST_TOPICS):
         history.add(number, batch(f"{beginning}{number}"))
     return history
-
-
-def test_a_topic_that_no_run_can_carry(bus: Broadcaster[Any]) -> None:
-    """A topic of 65,530 bytes, in pieces, ends its publisher; others go on."""
-    with bus.subscribe() as channel:
-        pid = bus.stats().pid
-        link = BrokerClient(bus.address)
-        lent = Lent(link, fd_socket=False)
-        for piece in pieces(frame_head(0, b"x" * 65530), 1):
-            lent.write(piece)
-        wait_until(lambda: bus.stats().publishers == 0)
-        bus.publish("another's")
-        assert channel.recv(DEADLINE) == "another's"
-        assert bus.stats().pid == pid
-        lent.close()
-        link.close()
 
 
 def test_an_item_that_cannot_be_routed_costs_its_publisher(attacker: Attacker, caplog: pytest.LogCaptureFixture) -> None:
@@ -427,70 +411,51 @@ def test_an_error_of_too_many_topics(bus: Broadcaster[Any]) -> None:
     assert bus.stats().memory == 0
 
 
-@contextlib.contextmanager
-def through_its_pipe(link: BrokerClient) -> Iterator[int]:
-    """A subscription whose reader shares no memory: its pipe."""
+@shares_memory
+def test_sparse_memory_through_a_pipe(bus: Broadcaster[Any]) -> None:
+    """A message in memory of its own comes whole to a reader that shares none, also to one that is quick. Memory of 1 GiB that
+    was never written takes nothing of the broker, and no time."""
+    rss = psutil.Process(bus.stats().pid).memory_info
+    link = BrokerClient(bus.address)
     fields: dict[str, Any] = {"capacity": 1 << 32, "overflow": "block", "replay": 0, "publisher": None}
     link.request("subscribe", subscription=7, topics=["large"], **fields)
     reply = link.request("open", subscription=7, shared=False)
     link.request("opened", subscription=7, token=reply.body["token"])
     assert reply.pipe is not None
-    yield reply.pipe.fd
-    reply.pipe.close()
-    link.request("close", subscription=7)
+    fd = reply.pipe.fd
 
+    def read(size: int) -> Iterator[bytes]:
+        while size:
+            assert select.select([fd], [], [], DEADLINE)[0]
+            data = os.read(fd, size)
+            assert data
+            size -= len(data)
+            yield data
 
-def read_all(fd: int, size: int) -> Iterator[bytes]:
-    """What comes in a pipe, until so many bytes have."""
-    while size:
-        assert select.select([fd], [], [], DEADLINE)[0]
-        data = os.read(fd, size)
-        assert data
-        size -= len(data)
-        yield data
-
-
-@shares_memory
-def test_a_long_message_through_a_pipe(bus: Broadcaster[Any]) -> None:
-    """A message in memory of its own comes whole to a reader that shares none, also to one that is quick."""
-    link = BrokerClient(bus.address)
-    payload = pattern(1, 6 << 20)
-    with through_its_pipe(link) as fd:
+    with contextlib.closing(link), bus.subscribe("other") as channel:
         lent = Lent(link, fd_socket=True)
-        descriptor = message_memory([payload])
-        lent.send_packet(pack(MEMORY, 0, 1), descriptor.fd)
-        descriptor.close()
+        payload = pattern(1, 6 << 20)
+        sealed = message_memory([payload])
+        lent.send_packet(pack(MEMORY, 0, 1), sealed.fd)
         lent.write(memory_frame(1, len(payload), b"large") + frame_head(2, b"large") + b"ok")
-        lent.close()
         head = frame_head(len(payload), b"large")
         size = RUN.size + len(head) + len(payload) + len(TAIL)
-        wanted = RUN.pack(size, 1, MESSAGES, 0, len(head)) + head + payload + TAIL
-        assert b"".join(read_all(fd, size)) == wanted
-        assert b"".join(read_all(fd, RUN.size + 13 + 2 + 1)).endswith(b"largeok" + TAIL)
-    link.close()
-
-
-@shares_memory
-def test_sparse_memory_through_a_pipe(bus: Broadcaster[Any]) -> None:
-    """Memory of 1 GiB that was never written, for a reader that shares none, takes nothing of the broker, and no time."""
-    rss = psutil.Process(bus.stats().pid).memory_info
-    link = BrokerClient(bus.address)
-    with through_its_pipe(link) as fd, bus.subscribe("other") as channel:
+        assert b"".join(read(size)) == RUN.pack(size, 1, MESSAGES, 0, len(head)) + head + payload + TAIL
+        assert b"".join(read(RUN.size + 13 + 2 + 1)).endswith(b"largeok" + TAIL)
         before = rss().rss
-        lent = Lent(link, fd_socket=True)
         memory = os.memfd_create("sparse", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(memory, 1 << 30)
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
-        lent.send_packet(pack(MEMORY, 0, 1), memory)
+        lent.send_packet(pack(MEMORY, 0, 2), memory)
         os.close(memory)
-        lent.write(memory_frame(1, 1 << 30, b"large"))
-        for data in itertools.islice(read_all(fd, 1 << 30), 50):
-            assert data
+        lent.write(memory_frame(2, 1 << 30, b"large"))
+        for data in itertools.islice(read(1 << 30), 50):
             bus.publish(len(data), topic="other")
             assert channel.recv(DEADLINE) == len(data)
             assert rss().rss - before < 64 << 20
         lent.close()
-    link.close()
+        reply.pipe.close()
+        link.request("close", subscription=7)
 
 
 def test_requests_that_are_never_whole(bus: Broadcaster[Any]) -> None:

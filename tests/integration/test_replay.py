@@ -22,7 +22,6 @@ from tests.support.helpers import (
     everything,
     fill,
     finish,
-    in_place,
     only_subscriber,
     pattern,
     record,
@@ -34,7 +33,6 @@ from tests.support.large_workers import Size, numbers
 
 Bus = Broadcaster[Any]
 Start = Callable[[int], Bus]
-MEBIBYTE = 1 << 20
 LONG = Size(1000)
 
 
@@ -78,32 +76,6 @@ def test_the_last_ones_come_first(transport: Size, start: Start) -> None:
     for channel, expected in wanted:
         assert numbers(everything(bus, channel)) == expected
     assert numbers(everything(bus, early)) == [1, 2, 4, 5, 6]
-
-
-def test_replay_is_in_the_order_of_all(start: Start) -> None:
-    """Over several topics and publishers, what is replayed comes in the order in which the live ones came."""
-    bus = start(100)
-    live = bus.subscribe(with_topic=True)
-    handles = [bus, connect(bus.address)]
-    for number in range(60):
-        handles[number % 2].publish(number, topic="abc"[number * 7 % 5 % 3])
-    for handle in handles:
-        handle.flush(timeout=DEADLINE)
-    order = take(live, 60)
-    for topics, wanted in [
-        ((), "abc"),
-        (("a",), "a"),
-        (("a", "b"), "ab"),
-        (("[ab]",), "ab"),
-        (("*",), "abc"),
-        (("a", "[a-c]", "c"), "abc"),
-        (("x",), ""),
-    ]:
-        expected = [(topic, number) for topic, number in order if topic in wanted]
-        for replay in (1, 7, 60):
-            channel = bus.subscribe(*topics, replay=replay, with_topic=True)
-            assert everything(bus, channel) == expected[-replay:]
-    handles[1].close()
 
 
 # --- no gap, no copy --------------------------------------------------------------------------------------------------
@@ -185,22 +157,6 @@ def test_a_replay_counts_as_published_and_is_cut_at_the_capacity(start: Start, o
     assert record(channel) == [("message", 100)]
 
 
-@pytest.mark.parametrize("overflow", ["drop_oldest", "drop_newest"])
-def test_live_ones_after_a_full_replay_follow_the_policy(start: Start, overflow: Policy) -> None:
-    """A channel that its replay has filled drops, like any full one, and its gaps are exact."""
-    bus = start(100)
-    bus.publish_many([(number, pattern(number, 1000)) for number in range(10)])
-    channel = bus.subscribe(replay=10, capacity=13_500, overflow=overflow)
-    bus.publish_many(map(LONG.message, range(10, 60)))
-    bus.flush(timeout=DEADLINE)
-    row = only_subscriber(bus)
-    assert row.published == row.delivered + row.missed + row.waiting == 60
-    bus.unsubscribe(channel)
-    found, following = in_place(record(channel))
-    assert following == 60
-    assert 60 - len(found) == channel.missed == row.missed > 0
-
-
 def test_latest_is_replayed_the_newest(start: Start) -> None:
     """Under ``latest`` a replay is the newest state, whatever k is; then the live ones come."""
     bus = start(10)
@@ -236,17 +192,3 @@ def test_the_number_of_topics_is_bounded(start: Start) -> None:
     assert (bus.stats().history_topics, bus.stats().history_forgotten) == (4096, 10)
     channel = bus.subscribe("topic *", replay=10_000)
     assert everything(bus, channel) == [0, *range(11, 4096), "again", *range(4096, 4106)]
-
-
-def test_the_bytes_are_bounded_over_topics(start: Start) -> None:
-    """More than 64 MiB in all: whole topics are forgotten, the longest unused first, and counted."""
-    bus = start(5)
-    for number in range(70):
-        bus.publish((number, bytes(MEBIBYTE)), topic=f"topic {number}", timeout=DEADLINE)
-    bus.flush(timeout=DEADLINE)
-    stats = bus.stats()
-    assert 60 <= stats.history_topics <= 64
-    assert stats.history_topics + stats.history_forgotten == 70
-    channel = bus.subscribe(replay=100, capacity=100 * MEBIBYTE)
-    assert only_subscriber(bus).published == stats.history_topics
-    assert channel.recv(timeout=DEADLINE)[0] == stats.history_forgotten

@@ -6,18 +6,16 @@ import contextlib
 import os
 import pickle
 import signal
-import time
 from collections.abc import Callable, Iterable
 from itertools import count, islice
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
 from random import Random
 from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, Channel, ChannelInUse, connect, start_broadcaster
+from mpbroadcast import Broadcaster, Channel, ChannelInUse, connect
 from mpbroadcast.client.shared_writer import SHARED_FROM
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.frames import PIPE_BUF
@@ -336,106 +334,6 @@ def test_publisher_and_subscriber_fork_in_the_middle(bus: Bus, children: Childre
         assert answer(report) == 1
         report.close()
     channel.close()
-
-
-# -------------------------------------------------------------------------------------------------------- all at once
-
-TOPICS = ("a", "b", "c", "rare")
-SIZES = (50, 1900, 3000, 3000, 20_000, 20_000, 100_000, 400_000, 2_500_000)
-
-
-def soak_publish(bus: Bus, name: int, stop: Counter, report: Connection) -> None:
-    """Publish ``(name and topic, number and bytes)`` until ``stop`` is set; send home how many for each topic."""
-    random = Random(name)
-    published = dict.fromkeys(TOPICS, 0)
-    while not stop.value:
-        topic = random.choices(TOPICS, (33, 33, 33, 1))[0]
-        bus.publish(((name, topic), Size(random.choice(SIZES)).message(published[topic])), topic=topic)
-        published[topic] += 1
-    for topic in TOPICS:
-        bus.publish(((name, topic), Size(3000).message(published[topic])), topic=topic)
-    bus.flush()
-    report.send({(name, topic): number for topic, number in published.items()})
-
-
-def soak_read(channel: Channel[Any], report: Connection) -> None:
-    """Check that each message is whole and follows the one before it; send home the last one of each source."""
-    report.send("open" if channel.fileno() >= 0 else "")
-    last: dict[Any, int] = {}
-    try:
-        for source, message in channel:
-            number = number_of(message)
-            assert number == last.get(source, number - 1) + 1, f"{number} of {source} came behind {last[source]}"
-            last[source] = number
-        report.send(last)
-    except BaseException as error:
-        report.send(repr(error))
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(int(float(os.environ.get("MPBROADCAST_SOAK", "3"))) + 120)
-def test_all_at_once(children: Children, fork: BaseContext) -> None:
-    """Random sizes, topics, kills and stops, for ``MPBROADCAST_SOAK`` seconds: nothing is lost, doubled or spoilt."""
-    seed = int(os.environ.get("MPBROADCAST_SEED", time.time_ns() % 1_000_000_007))
-    print(f"MPBROADCAST_SEED={seed}")
-    random = Random(seed)
-    stop = Counter()
-    names = count(seed)
-    publishers: list[tuple[BaseProcess, Connection]] = []
-    readers: list[tuple[ReaderProcess, tuple[str, ...]]] = []
-    with start_broadcaster() as bus:
-
-        def add_publisher() -> None:
-            here, there = fork.Pipe()
-            publishers.append((children(fork, soak_publish, bus, next(names), stop, there), here))
-            there.close()
-
-        def add_reader() -> None:
-            topics = random.choice([(), (), ("a", "rare"), ("rare",), ("b", "c")])
-            channel = bus.subscribe(*topics, capacity=random.choice([64, 16, 5]) << 20)
-            readers.append((ReaderProcess(channel, children, fork, soak_read), topics or TOPICS))
-
-        for add in (add_publisher, add_reader) * 2:
-            add()
-        add_reader()
-        stopped: list[BaseProcess] = []
-        deadline = time.monotonic() + float(os.environ.get("MPBROADCAST_SOAK", "1.5"))
-        while time.monotonic() < deadline:
-            time.sleep(random.uniform(0.0, 0.2))
-            chance = random.random()
-            if chance < 0.15:
-                process, report = publishers.pop(random.randrange(len(publishers)))
-                process.kill()
-                report.close()
-                add_publisher()
-            elif chance < 0.3:
-                readers.pop(random.randrange(len(readers)))[0].kill()
-                add_reader()
-            elif chance < 0.6:
-                stopped.append(random.choice([*(one[0] for one in publishers), *(one[0].process for one in readers)]))
-                os.kill(stopped[-1].pid or 0, signal.SIGSTOP)
-            else:
-                while stopped:
-                    resume(stopped.pop())
-        for process in stopped:
-            resume(process)
-        stop.value = 1
-        finals: dict[Any, int] = {}
-        for _, report in publishers:
-            finals |= answer(report, 3 * DEADLINE)
-            report.close()
-        for reader, topics in readers:
-            bus.unsubscribe(reader.channel)
-            last = reader.result()
-            assert isinstance(last, dict), last
-            wanted = {source: number for source, number in finals.items() if source[1] in topics}
-            assert {source: last.get(source) for source in wanted} == wanted
-
-
-def resume(process: BaseProcess) -> None:
-    """Let a process that was stopped go on, if it was not killed meanwhile."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid or 0, signal.SIGCONT)
 
 
 def test_a_close_does_not_wait_for_messages_that_its_own_channel_has_not_read(bus: Bus, own_memory: None) -> None:

@@ -5,7 +5,6 @@ So they do in test_overflow.py, test_replay.py and test_flush_delivered.py.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, Channel, Selector, connect, start_broadcaster
+from mpbroadcast import Broadcaster, connect, start_broadcaster
 from tests.support.helpers import DEADLINE, Background, Children, everything, finish, readable, take, wait_until
 from tests.support.large_workers import (
     SIZES,
@@ -24,6 +23,7 @@ from tests.support.large_workers import (
     numbers,
     numbers_until_end,
     publish_back,
+    receive_by,
 )
 from tests.support.workers import Boom, CannotBePickled, CannotBeUnpickled
 
@@ -135,31 +135,17 @@ def test_the_descriptor_is_honest(transport: Size, bus: Bus) -> None:
 
 def test_each_call_that_receives(transport: Size, bus: Bus) -> None:
     """``recv_many``, ``async for``, an iteration, and a selector give messages of each size, whole and in order."""
-    channels: list[Channel[Any]] = [bus.subscribe(capacity=8 * transport.charge + (4 << 20)) for _ in range(4)]
+    calls = ["recv_many", "for", "async for", "selector"]
+    channels = [bus.subscribe(capacity=8 * transport.charge + (4 << 20)) for _ in calls]
     for channel in channels:
         channel.fileno()
-    bus.publish_many(transport.message(number) for number in range(5))
+    bus.publish_many(map(transport.message, range(5)))
     bus.flush()
-    for channel in channels:
+    for channel, call in zip(channels, calls, strict=True):
         bus.unsubscribe(channel)
-    many, iterated, in_loop, selected = channels
-
-    got: list[Any] = []
-    with contextlib.suppress(EOFError):
-        while True:
-            got += many.recv_many(limit=2, timeout=DEADLINE)
-    assert numbers(got) == list(range(5))
-    assert numbers(list(iterated)) == list(range(5))
-
-    async def collect() -> list[int]:
-        return [number_of(message) async for message in in_loop]
-
-    assert asyncio.run(collect()) == list(range(5))
-    selector: Selector[int] = Selector()
-    selector.select(selected, number_of)
-    assert [selector.receive(timeout=DEADLINE) for _ in range(5)] == list(range(5))
-    with pytest.raises(EOFError):
-        selector.receive(timeout=DEADLINE)
+        received: list[Any] = []
+        receive_by(call, channel, received.append)
+        assert numbers(received) == list(range(5))
 
 
 def test_messages_that_cannot_be_pickled_or_unpickled(transport: Size, bus: Bus) -> None:
