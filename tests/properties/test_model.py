@@ -941,6 +941,7 @@ WEIGHTS: Final = {"publish": 45, "receive": 22, "flush": 5, "settle": 2, "subscr
                   "fork_and_publish": 0.7, "attach": 1, "stats": 3}  # fmt: skip
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(int(SOAK) + 120)
 def test_random_schedules(children: Children, fork: BaseContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many thousand steps, drawn from one seed after the other: each channel gets what the model has, and nothing else."""
