@@ -38,12 +38,12 @@ TESTS: Final = {
     "broker/core/policies": ["unit/test_backlog"],
     "broker/core/ring_holds": ["properties/test_rings"],
     "broker/core/router": ["unit/test_router"],
-    "broker/core/states": ["unit/test_states"],
     "protocol/control": ["properties/test_control"],
     "protocol/fd_packets": ["properties/test_rings"],
     "protocol/frames": ["properties/test_frames", "properties/test_runs", "unit/test_history"],
     "protocol/ring_allocator": ["properties/test_rings"],
     "protocol/runs": ["unit/test_backlog", "properties/test_runs"],
+    "states": ["unit/test_states"],
     "validation": ["unit/test_validation"],
 }
 
