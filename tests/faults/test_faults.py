@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -24,8 +25,18 @@ from typing import Any, Final, NamedTuple
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, BrokerRestarted, Channel, connect, start_broadcaster
+from mpbroadcast import (
+    Broadcaster,
+    BroadcastError,
+    BrokerLost,
+    BrokerRestarted,
+    Channel,
+    channel_to_selector,
+    connect,
+    start_broadcaster,
+)
 from mpbroadcast.posix.shared_memory import available
+from tests.support import victims
 from tests.support.fault_processes import (
     EARLY,
     GAP,
@@ -647,3 +658,65 @@ def test_the_sample_has_each_signal_of_each_victim_and_each_moment() -> None:
         assert sample == every
     rows = [*itertools.starmap(Case, itertools.product(VICTIMS, SIGNALS, MOMENTS, METHODS, (False, True)))]
     assert all(any(map(left_out, rows)) for left_out in LEFT_OUT.values())
+
+
+# ------------------------------------------------------------------------------------------------ beside the table
+
+
+@pytest.mark.parametrize("end", ["killed", "killed, and no pidfds", "another program"])
+def test_a_subscriber_whose_pipe_stays_open_is_gone(
+    end: str,
+    fork: BaseContext,
+    children: Children,
+    pipe: tuple[Connection, Connection],
+    monkeypatch: pytest.MonkeyPatch,
+    leaves_nothing: None,
+) -> None:
+    """Neither EOF nor EPIPE shows that it was killed while its child keeps each end open, or became another program."""
+    if "no pidfds" in end:
+        monkeypatch.delattr(os, "pidfd_open", raising=False)
+    with start_broadcaster() as bus:
+        bus.publish("this makes the pipe of this process")
+        broker = bus.stats().pid
+        before = descriptors(broker)
+        victim = children(
+            fork, victims.changing_subscriber if end == "another program" else victims.held_subscriber, bus, pipe[1]
+        )
+        bus.wait_for_subscribers(1, timeout=DEADLINE)
+        bus.publish("one")
+        keeper = answer(pipe[0])  # the child, or the process itself
+        try:
+            if end != "another program":
+                assert [row.pid for row in bus.stats().subscribers] == [victim.pid]
+                victim.kill()
+            wait_until(lambda: not bus.stats().subscribers, SOON)
+            wait_until(lambda: descriptors(broker) == before)
+            assert alive(keeper), "it was to keep the ends open all the time"
+            with bus.subscribe() as channel:
+                bus.publish("on")
+                assert channel.recv(DEADLINE) == "on"
+        finally:
+            os.kill(keeper, signal.SIGKILL)
+
+
+def test_calls_that_wait_raise_when_the_broker_dies(bus: Broadcaster[Any]) -> None:
+    """``recv``, a selector, ``publish`` and ``wait_for_subscribers`` raise ``BrokerLost`` promptly."""
+    channels = [bus.subscribe(topic, capacity=100_000) for topic in ("quiet", "quiet", "full")]
+    for channel in channels:
+        channel.poll(0)
+    other = connect(bus.address)
+    calls = {
+        "recv": channels[0].recv,
+        "receive": channel_to_selector(channels[1]).receive,
+        "publish_many": lambda: bus.publish_many(itertools.repeat(b"v" * 10_000), topic="full"),
+        "wait_for_subscribers": lambda: other.wait_for_subscribers(1000),
+    }
+    waiting = {name: Background(call) for name, call in calls.items()}
+    for name, call in waiting.items():
+        call.wait_until_blocked(name)
+    wait_until(lambda: any(row.stalls for row in bus.stats().subscribers))
+    os.kill(bus.stats().pid, signal.SIGKILL)
+    assert {name: type(call.error(SOON)) for name, call in waiting.items()} == dict.fromkeys(calls, BrokerLost)
+    for channel in channels:
+        channel.close()
+    other.close()

@@ -13,10 +13,8 @@ import mmap
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,12 +24,12 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerRestarted, Channel, StartError, connect, start_broadcaster
-from mpbroadcast.broker import registry
+from mpbroadcast.broker import acceptor, registry
 from mpbroadcast.client import broadcaster, broker_client, ring
 from mpbroadcast.client.ring import Ring
 from mpbroadcast.posix.shared_memory import available
@@ -47,9 +45,9 @@ from tests.support.large_workers import (
     receive_with_little_memory,
     report_numbers,
 )
-from tests.support.victims import ROOT, Counter, descriptors
+from tests.support.victims import Counter, descriptors
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and namespaces are looked at as Linux has them")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are as Linux has them")
 
 Bus = Broadcaster[Any]
 EVERY_SIZE = [Size(0), Size(100), Size(2100), Size(4090), Size(60_000), Size(300_000), Size(3 << 20), Size(3 << 20, True)]
@@ -128,17 +126,6 @@ def start_in(folder: str) -> str:
     with bus, bus.subscribe() as channel:
         bus.publish("works")
         return str(channel.recv(timeout=DEADLINE))
-
-
-def namespace(*kinds: str) -> list[str]:
-    """The command that runs another one in namespaces of its own, or skip the test."""
-    if shutil.which("unshare") is None:
-        pytest.skip("the command `unshare` is not installed")
-    for user in ([], ["--user", "--map-root-user"]):
-        command = ["unshare", *user, *kinds]
-        if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
-            return command
-    pytest.skip("this user may make no namespaces")
 
 
 # ------------------------------------------------------------------------------------------------ descriptors: the broker
@@ -542,76 +529,41 @@ def test_a_system_without_memory_for_a_ring(monkeypatch: pytest.MonkeyPatch, bus
 # ---------------------------------------------------------------------------------------------------- other PID namespaces
 
 
-def serve_from_another_namespace(address: str) -> None:
-    """A broadcaster whose broker sees no process of the test's; it is killed, and replaced, as standard input has it."""
-    registry.UNCLAIMED = 1.0  # type: ignore[misc]
-    with start_broadcaster(address=address, authkey=b"shared", restart=True) as bus:
-        print("ready", flush=True)
-        broker = bus.stats().pid
-        for order in sys.stdin:
-            os.kill(broker, signal.SIGKILL if order == "kill\n" else signal.SIGSTOP)
-            if order == "kill\n":
-                wait_until(lambda: bus.stats().pid != broker)
-            print("done", flush=True)
-
-
-@contextlib.contextmanager
-def another_namespace(address: str) -> Iterator[Callable[[str], None]]:
-    """Orders to a program whose processes are in a PID namespace of their own."""
-    code = f"from tests.faults import test_scarcity; test_scarcity.serve_from_another_namespace({address!r})"
-    command = [*namespace("--pid", "--fork", "--mount-proc"), sys.executable, "-c", code]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as program:
-        inputs, outputs = cast("IO[str]", program.stdin), cast("IO[str]", program.stdout)
-        assert outputs.readline() == "ready\n"
-
-        def order(text: str) -> None:
-            print(text, file=inputs, flush=True)
-            assert outputs.readline() == "done\n"
-
-        yield order
-        inputs.close()
-
-
-def subscribe_and_wait(address: str, report: Connection) -> None:
-    bus: Bus = connect(address, authkey=b"shared")
+def subscribe_and_wait(bus: Bus, report: Connection) -> None:
+    """Open a channel, report that, and stay."""
     channel = bus.subscribe("victim")
     channel.fileno()
     report.send("there")
     signal.pause()
 
 
-def test_processes_of_another_pid_namespace(temporary_folder: Path, fork: BaseContext, children: Children) -> None:
+def test_processes_of_another_pid_namespace(monkeypatch: pytest.MonkeyPatch, fork: BaseContext, children: Children) -> None:
     """A process without an ID where the broker is gets all, is not taken for another such one, and ends with its connection.
 
     A broker that takes over keeps what it has open, and for a while only, as no end of it would be seen.
     """
-    address = str(temporary_folder / "shared")
-    with another_namespace(address) as order, connect(address, authkey=b"shared") as bus:
-        channel = bus.subscribe("own")
+    monkeypatch.setattr(acceptor, "peer_of", lambda _: (0, os.getuid()))  # what the system returns there
+    monkeypatch.setattr(registry, "UNCLAIMED", 1.0)
+    ours, theirs = Pipe()
+    with ours, theirs, start_broadcaster(restart=True, context=fork) as bus, bus.subscribe("own") as channel:
         bus.publish(1, topic="own")
         assert channel.recv(timeout=DEADLINE) == 1
         assert [row.pid for row in bus.stats().subscribers] == [0]
-        victims_ = []
-        for _ in range(2):
-            ours, theirs = fork.Pipe()
-            with ours, theirs:
-                victims_.append(children(fork, subscribe_and_wait, address, theirs))
-                assert answer(ours) == "there"
-        victims_[0].kill()
+        one, other = (children(fork, subscribe_and_wait, bus, theirs) for _ in range(2))
+        assert [answer(ours), answer(ours)] == ["there"] * 2
+        one.kill()
         wait_until(lambda: [row.topics for row in bus.stats().subscribers] == [("own",), ("victim",)])
+        broker = bus.stats().pid
         waiting = Background(channel.recv, DEADLINE)
-        order("stop")
-        victims_[1].kill()
-        victims_[1].join()
-        order("kill")
+        os.kill(broker, signal.SIGSTOP)
+        other.kill()
+        other.join()
+        os.kill(broker, signal.SIGKILL)
         assert isinstance(waiting.error(), BrokerRestarted)
-        bus.publish(2, topic="own")
-        assert channel.recv(timeout=DEADLINE) == 2
-        wait_until(lambda: [row.topics for row in bus.stats().subscribers] == [("own",)])
-        bus.publish(3, topic="own")
-        assert channel.recv(timeout=DEADLINE) == 3
+        for number in (2, 3):
+            bus.publish(number, topic="own")
+            assert channel.recv(timeout=DEADLINE) == number
+            wait_until(lambda: [row.topics for row in bus.stats().subscribers] == [("own",)])
 
 
 # ----------------------------------------------------------------------------------------------------------------- clocks

@@ -7,15 +7,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerLost, ClosedError, TimedOut, connect, trap_points
-from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, everything, fill, pattern, take, wait_until
+from tests.support.helpers import DEADLINE, Background, everything, fill, pattern, take, wait_until
 
 Bus = Broadcaster[Any]
 MEBIBYTE = 1_048_576
@@ -117,34 +115,35 @@ def handler(function: Callable[..., Any], *numbers: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [20, 5000, 30_000])
-def test_signal_handlers_publish_in_the_middle_of_publishes(bus: Bus, children: Children, fork: BaseContext, size: int) -> None:
+def test_signal_handlers_publish_in_the_middle_of_publishes(bus: Bus, size: int) -> None:
     """Signals that interrupt a publish and the handlers of other signals, each publishing: all come exactly once, and whole."""
-    signals = 0
-    depth = 0
+    signals = depth = deepest = count = 0
 
     def publish_too(*_: Any) -> None:
-        nonlocal signals, depth
+        nonlocal signals, depth, deepest
         if depth > 5:
             return
         depth += 1
+        deepest = max(deepest, depth)
         number, signals = signals, signals + 1
         bus.publish(("handler", number, pattern(number, size)))
         depth -= 1
 
-    orders, theirs = fork.Pipe()
-    count = 0
-    with orders, theirs, bus.subscribe(capacity=1 << 30) as channel:
+    ended = threading.Event()
+
+    def send_signals() -> None:
+        while not ended.wait(0.0001):
+            for number in (signal.SIGUSR1, signal.SIGUSR2):
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+    with bus.subscribe(capacity=1 << 30) as channel:
         with handler(publish_too, signal.SIGUSR1, signal.SIGUSR2):
-            storm = [
-                children(fork, workers.signal_until_order, os.getpid(), number, theirs)
-                for number in (signal.SIGUSR1, signal.SIGUSR2)
-            ]
-            while signals < 100:
+            sending = Background(send_signals)
+            while signals < 100 or deepest < 2:
                 bus.publish(("main", count, pattern(count, size)))
                 count += 1
-            orders.send("stop")
-            for process in storm:
-                process.join(DEADLINE)
+            ended.set()
+            sending.result()
         received = everything(bus, channel)
     assert numbers_of(received, "main") == list(range(count))
     assert sorted(numbers_of(received, "handler")) == list(range(signals))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -167,10 +166,3 @@ def publish_one(bus: Broadcaster[Any], message: Any) -> int:
 def exit_with(code: int) -> NoReturn:
     """End with this exit code."""
     raise SystemExit(code)
-
-
-def signal_until_order(pid: int, number: int, orders: Connection) -> None:
-    """Send a signal again and again, until an order comes."""
-    while not orders.poll(0):
-        os.kill(pid, number)
-        time.sleep(0.0001)
