@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import count
 from multiprocessing.connection import Connection
@@ -28,7 +29,7 @@ from hypothesis import strategies as st
 import mpbroadcast
 from mpbroadcast import Broadcaster, BrokerLost, BrokerRestarted, Channel, Selector, connect, start_broadcaster, trap_points
 from mpbroadcast.broker.host.journal import Journal, replayed
-from mpbroadcast.broker.host.supervisor import Patience
+from mpbroadcast.broker.host.supervisor import pause_after
 from tests.conftest import descriptors
 from tests.support import workers
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, stopped, take, until_tasks_wait, wait_until
@@ -495,10 +496,10 @@ def test_the_last_broker_removes_its_address_though_its_supervisor_was_killed(ad
 
 def test_patience() -> None:
     """Pause longer with deaths that come one after the other, and end; forget old deaths."""
-    patience = Patience(deaths=3, seconds=10)
-    assert [patience.pause(now) for now in range(3)] == [0.02, 0.04, None]
-    patience = Patience(deaths=3, seconds=10)
-    assert all(patience.pause(now) == 0.02 for now in range(0, 1000, 11))
+    deaths: deque[float] = deque()
+    assert [pause_after(deaths, now) for now in range(5)] == [0.02, 0.04, 0.08, 0.16, None]
+    deaths.clear()
+    assert all(pause_after(deaths, now) == 0.02 for now in range(0, 1000, 31))
 
 
 @pytest.fixture

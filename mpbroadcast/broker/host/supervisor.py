@@ -29,22 +29,12 @@ _SECONDS: Final = 30.0
 _FIRST_PAUSE: Final = 0.02  # seconds
 
 
-class Patience:
-    """Decides whether to go on after another death. Pure: the time is an argument."""
-
-    def __init__(self, deaths: int = _DEATHS, seconds: float = _SECONDS) -> None:
-        self._deaths = deaths
-        self._seconds = seconds
-        self._last: deque[float] = deque()
-
-    def pause(self, now: float) -> float | None:
-        """Return the seconds until the next start; ``None`` for no start, after too many deaths."""
-        self._last.append(now)
-        while self._last[0] < now - self._seconds:
-            self._last.popleft()
-        if len(self._last) >= self._deaths:
-            return None
-        return _FIRST_PAUSE * (1 << (len(self._last) - 1))
+def pause_after(deaths: deque[float], now: float) -> float | None:
+    """Enter another death. Return the seconds until the next start; ``None`` for no start, after too many deaths."""
+    deaths.append(now)
+    while deaths[0] < now - _SECONDS:
+        deaths.popleft()
+    return _FIRST_PAUSE * (1 << (len(deaths) - 1)) if len(deaths) < _DEATHS else None
 
 
 def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], bool]) -> None:
@@ -53,7 +43,7 @@ def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], b
     None follows either when no other one is ``wanted``, after SIGTERM, which is forwarded to the child, and when process
     ``starter`` is dead. SIGTERM and SIGCHLD are blocked.
     """
-    patience = Patience()
+    deaths: deque[float] = deque()
     try:
         watched = PeerProcess(starter)
     except ProcessLookupError:
@@ -69,7 +59,7 @@ def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], b
         if not wanted():
             log.error("the broker (process %d) %s, not ready yet or being closed: no other one is started", child, why)
             return
-        pause = patience.pause(time.monotonic())
+        pause = pause_after(deaths, time.monotonic())
         trap_points.reach("replacing")
         if pause is None:
             log.critical("the broker (process %d) %s, again and again: it is given up", child, why)
