@@ -49,23 +49,19 @@ def temporary_folder() -> Iterator[Path]:
     """A short temporary folder of this run, for this process and all that it starts."""
     multiprocessing.util.get_temp_dir()  # multiprocessing keeps its first one for the whole run: not inside ours
     folder = tempfile.mkdtemp(prefix="mt-", dir="/tmp")
-    before = os.environ.get("TMPDIR"), tempfile.tempdir
-    os.environ["TMPDIR"] = tempfile.tempdir = folder
-    # these two live as long as this process: started here, they belong to no test
-    multiprocessing.resource_tracker.ensure_running()
-    multiprocessing.forkserver.set_forkserver_preload(
-        [f"tests.support.{name}" for name in ("workers", "large_workers", "victims")]
-    )
-    multiprocessing.forkserver.ensure_running()
-    # What the run itself has allocated stays: each test's collection need not go through it.
-    gc.collect()
-    gc.freeze()
-    yield Path(folder)
-    if before[0] is None:
-        del os.environ["TMPDIR"]
-    else:
-        os.environ["TMPDIR"] = before[0]
-    tempfile.tempdir = before[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        # These two live as long as this process: started here, they belong to no test.
+        multiprocessing.resource_tracker.ensure_running()
+        multiprocessing.forkserver.set_forkserver_preload(
+            [f"tests.support.{name}" for name in ("workers", "large_workers", "victims")]
+        )
+        multiprocessing.forkserver.ensure_running()
+        # What the run itself has allocated stays: each test's collection need not go through it.
+        gc.collect()
+        gc.freeze()
+        yield Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
