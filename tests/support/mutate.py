@@ -67,7 +67,9 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "DropOldest.put: self.takes(run.charge) -> False",
         "_Dropping._drop: run.charge <= excess -> run.charge < excess",
         "_Dropping._drop: run.count == 1 -> ",
+        "Backlog.to_write: len(runs) == 1 -> ",
         "Backlog._joined: len(parts) > 1 -> ",
+        "_Dropping._split_to: self._divide(index, run.first) -> ",
     ),
     "no message without a payload comes in pieces": (
         "Splitter._piece: len(frame) < HEAD.size -> len(frame) <= HEAD.size",

@@ -370,6 +370,7 @@ def test_a_capacity_can_be_used_to_its_last_byte() -> None:
         backlog = new_backlog(run.charge)
         backlog.pipe, backlog.referred = pipe, referred
         assert (backlog.takes(run.charge + more), backlog.charge) == (takes, pipe + referred)
+    assert [new_backlog(2 * run.charge - more).fitting(plain_run(3)) for more in (0, 1)] == [2, 1]
     for unread, is_clear in ((1, True), (2, False)):
         backlog = new_backlog(1)
         backlog.pipe = unread
