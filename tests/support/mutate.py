@@ -67,6 +67,8 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "DropOldest.put: self.takes(run.charge) -> False",
         "_Dropping._drop: run.charge <= excess -> run.charge < excess",
         "_Dropping._drop: run.count == 1 -> ",
+        "_Dropping._drop: runs[index].charge > excess -> True",
+        "_Dropping._drop: runs[index].charge > excess -> runs[index].charge >=",
         "Backlog.to_write: len(runs) == 1 -> ",
         "Backlog._joined: len(parts) > 1 -> ",
         "_Dropping._split_to: self._divide(index, run.first) -> ",
