@@ -206,8 +206,9 @@ class Trial:
             assert backlog.must_wait == (waits and self.policy == "latest")
             if backlog.must_wait:
                 return
+        is_empty = backlog.is_empty
         data = bytes(backlog.to_write())
-        assert bool(data) != backlog.is_empty
+        assert is_empty == (not data)
         least = max(0, self.pipe_size - 2 * self.unread - 2 * PIPE_BUF) if backlog.drops else 0
         room = max(least, (self.pipe_size - self.unread) * optimism // 100, 0 if self.unread else PIPE_BUF)
         taken = len(data) if len(data) <= room else room if len(data) > PIPE_BUF else 0
