@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, Overflowed, TimedOut, connect
 from mpbroadcast.validation import Policy
 from tests.support.helpers import DEADLINE, Background, Children, fill, only_subscriber, take, wait_until
-from tests.support.large_workers import ReaderProcess, Size, numbers
+from tests.support.large_workers import ReaderProcess, Size, hold, numbers
 
 Bus = Broadcaster[Any]
 
@@ -31,14 +29,6 @@ def publish_more_than_a_pipe(bus: Bus, first: int = 0) -> None:
     """Publish 600 messages from this number on, so that some wait in the backlog of a channel that is open and not read."""
     for number in range(first, first + 600):
         bus.publish((number, bytes(1000)), timeout=DEADLINE)
-
-
-def hold(channel: Channel[Any], reports: Connection) -> None:
-    """Open the channel, and do not read it."""
-    channel.fileno()
-    reports.send("open")
-    while True:
-        signal.pause()
 
 
 def is_delivered(bus: Bus) -> bool:

@@ -357,21 +357,6 @@ def test_what_is_unread_in_the_pipe_counts_as_backlog(bus: Bus, overflow: Policy
     channel.close()
 
 
-def test_shared_bytes_count_once(bus: Bus) -> None:
-    """Four unread channels that hold the same 5 MiB hold 5 MiB, not 20, until the last of them is gone."""
-    channels = [bus.subscribe() for _ in range(4)]
-    publish(bus, range(50), Size(100_000))
-    stats = bus.stats()
-    assert [row.waiting for row in stats.subscribers] == [50] * 4
-    assert sum(row.waiting_bytes for row in stats.subscribers) > 20_000_000
-    assert 5_000_000 < stats.memory < 5_500_000
-    for channel in channels[:3]:
-        channel.close()
-        assert 5_000_000 < bus.stats().memory < 5_500_000
-    channels[3].close()
-    assert bus.stats().memory == 0
-
-
 @pytest.mark.parametrize("overflow", ["block", "drop_oldest", "drop_newest", "disconnect"])
 def test_tiny_messages_are_counted_with_their_overhead(bus: Bus, overflow: Policy) -> None:
     """Tiny messages for a channel that no process opens take little more of the broker's memory than its capacity."""

@@ -298,15 +298,6 @@ def inherited() -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_a_child_inherits_no_memory(unhurried: None) -> None:
-    """It has neither the descriptors nor the maps, and its parent goes on."""
-    pool = MemoryPool()
-    for _ in range(3):
-        written(pool)
-    assert inherited() == 0
-    written(pool, 1)
-
-
 @pytest.mark.parametrize("moment", ["mapping kept memory", "unmapping kept memory"])
 def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child has no map while memory is being made, or released: a fork waits until that is done, or comes before."""

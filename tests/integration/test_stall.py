@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +19,7 @@ from mpbroadcast import Broadcaster, Channel, Lagged, Overflowed, TimedOut, conn
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.validation import POLICIES
 from tests.support.helpers import DEADLINE, Background, Children, fill, only_subscriber, rest, take, wait_until
-from tests.support.large_workers import ReaderProcess, numbers, publish_counted
+from tests.support.large_workers import ReaderProcess, hold, numbers, publish_counted
 from tests.support.victims import Counter, stalled
 
 Bus = Broadcaster[Any]
@@ -52,11 +51,9 @@ def stalls(bus: Bus) -> dict[tuple[str, ...], set[int | None]]:
 
 
 def read_at(channel: Channel[Any], report: Connection, pace: str) -> None:
-    """Open it and report that; then read nothing, or a message now and then, or all, whatever was dropped, until the end."""
+    """Open it and report that; then read a message now and then, or all, whatever was dropped, until the end."""
     channel.fileno()
     report.send("open")
-    while pace == "stopped":
-        signal.pause()
     with contextlib.suppress(EOFError):
         while True:
             with contextlib.suppress(Lagged, Overflowed):
@@ -75,7 +72,8 @@ def test_no_publisher_waits_where_the_policy_is_not_to_wait(
     count, size = 1500, 16_000
     with start_broadcaster() as bus:
         channels = [bus.subscribe(overflow=policy, capacity=5 << 20) for policy in POLICIES[1:]]
-        readers = [ReaderProcess(channel, children, fork, read_at, pace) for channel in channels]
+        target = hold if pace == "stopped" else partial(read_at, pace=pace)
+        readers = [ReaderProcess(channel, children, fork, target) for channel in channels]
         with bus.subscribe() as quick:
             quick.fileno()
             receiving = Background(lambda: [message[0] for message in take(quick, count)])
@@ -158,7 +156,7 @@ def test_publishers_go_on_at_once_when_the_slow_one_goes(
     """Publisher processes that wait go on when the subscriber dies, is unsubscribed, closes, or gives up the topic."""
     channel = bus.subscribe("t", capacity=20_000)
     if "killed" in end:
-        reader = ReaderProcess(channel, children, fork, read_at, "stopped")
+        reader = ReaderProcess(channel, children, fork, hold)
     else:
         channel.fileno()
     counters = [publishers(bus, "t")[1] for _ in range(2)]
@@ -238,7 +236,7 @@ def test_each_publisher_that_waits_is_named_once(
     """However long each waits, one warning, with the reader's process, its topics, and what waits."""
     with start_broadcaster(stall_timeout=TIMEOUT) as bus:
         channel = bus.subscribe("sensor:*", "door", capacity=20_000)
-        reader = ReaderProcess(channel, children, fork, read_at, "stopped")
+        reader = ReaderProcess(channel, children, fork, hold)
         waiting = []
         for _ in range(3):  # while one waits until it is named, those before it wait on
             waiting.append(publishers(bus, "sensor:7")[0].pid)

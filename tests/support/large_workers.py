@@ -96,6 +96,14 @@ def report_numbers(channel: Channel[Any], results: Connection) -> None:
     results.send(numbers_until_end(channel))
 
 
+def hold(channel: Channel[Any], reports: Connection) -> None:
+    """Open the channel, report that, and do not read it."""
+    channel.fileno()
+    reports.send("open")
+    while True:
+        signal.pause()
+
+
 class ReaderProcess:
     """A process that opens a channel, and reports what it has received from it; it can be stopped meanwhile.
 
