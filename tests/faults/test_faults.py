@@ -37,24 +37,29 @@ from mpbroadcast import (
 )
 from mpbroadcast.posix.shared_memory import available
 from tests.support import victims
-from tests.support.fault_processes import (
+from tests.support.helpers import DEADLINE, Background, Children, answer, finish, wait_until
+from tests.support.traps import (
+    DEAF,
     EARLY,
     GAP,
     IN_MEMORY,
+    IN_RING,
+    INTERRUPTED,
     LONG,
     MANY,
     SHORT,
     SMALL,
     TARGETS,
+    WAITING,
     Entry,
+    Trap,
     message,
     read,
     read_to_the_end,
+    trapping,
     whole,
     witness,
 )
-from tests.support.helpers import DEADLINE, Background, Children, answer, finish, wait_until
-from tests.support.traps import DEAF, IN_RING, INTERRUPTED, WAITING, Trap, trapping
 from tests.support.victims import SOON, alive, asleep, descriptors, shared_maps, stopped
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks at descriptors and maps in /proc")
