@@ -106,7 +106,6 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "RingAllocator.__init__: (0, 0, 0) -> ",
         "RingAllocator.undo: self._before = (self.next, self.end, 0) -> pass",
     ),
-    "a frame begins with its size, as a table of one would": ("Run.charges: self.count == 1 -> ",),
     "that is the same number": (
         "_route: min(size, len(frame)) -> max(size, len(frame))",
         "RingAllocator._taken: chunks -> True",
@@ -190,9 +189,12 @@ class Mutant(NamedTuple):
     """A function with one change."""
 
     module: str
-    name: str
     text: str
     code: CodeType
+
+
+def place_of(code: CodeType) -> tuple[str, str]:
+    return code.co_filename, code.co_qualname
 
 
 def code_in(tree: ast.Module, file: str, name: str) -> CodeType:
@@ -215,7 +217,7 @@ def mutants(words: list[str]) -> Iterator[Mutant]:
                 seen[text] += 1
                 text += f" #{seen[text]}" if seen[text] > 1 else ""
                 if not words or any(word in f"{module}.{text}" for word in words):
-                    yield Mutant(module, name, text, code_in(ast.fix_missing_locations(tree), str(file), name))
+                    yield Mutant(module, text, code_in(ast.fix_missing_locations(tree), str(file), name))
 
 
 class Failed(BaseException):
@@ -245,16 +247,12 @@ class Plugin:
         """Replace pytest's own loop."""
         assert not session.testsfailed, "not all tests could be collected"
         tests = sorted(((self.seconds(item), item) for item in session.items), key=lambda test: test[0])
-        codes = [one for one in gc.get_objects() if isinstance(one, FunctionType)]
+        functions = [one for one in gc.get_objects() if isinstance(one, FunctionType)]
         gc.freeze()
         counts: Counter[str] = Counter()
         for mutant in self.mutants:
-            place = (mutant.code.co_filename, mutant.code.co_qualname)
-            mutated = [one for one in codes if place == (one.__code__.co_filename, one.__code__.co_qualname)]
-            own = [
-                test for test in tests if test[1].nodeid.startswith(tuple(f"tests/{name}.py" for name in TESTS[mutant.module]))
-            ]
-            killer = self.killer(mutant, mutated, own)
+            own = [test for test in tests if test[1].nodeid.partition(".py")[0].removeprefix("tests/") in TESTS[mutant.module]]
+            killer = self.killer(mutant.code, functions, own)
             reason = next((reason for reason, texts in EQUIVALENT.items() if mutant.text.startswith(texts)), "")
             verdict = "killed" if killer else "equivalent" if reason else "SURVIVED"
             counts[verdict] += 1
@@ -273,7 +271,7 @@ class Plugin:
     def run(self, item: pytest.Item) -> None:
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
 
-    def killer(self, mutant: Mutant, functions: list[FunctionType], tests: list[tuple[float, pytest.Item]]) -> str:
+    def killer(self, mutant: CodeType, functions: list[FunctionType], tests: list[tuple[float, pytest.Item]]) -> str:
         """Return the first test that fails with the mutant, in a fork, or how the fork has ended; empty if it survives."""
         with tempfile.TemporaryFile() as answer:
             child = os.fork()
@@ -283,7 +281,8 @@ class Plugin:
                         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
                     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
                     for function in functions:
-                        function.__code__ = mutant.code
+                        if place_of(function.__code__) == place_of(mutant):
+                            function.__code__ = mutant
                     for seconds, item in tests:
                         signal.setitimer(signal.ITIMER_PROF, 2 + 4 * seconds)
                         signal.alarm(20 + int(20 * seconds))  # for a test that waits
@@ -307,18 +306,7 @@ def main() -> int:
     sys.path[0] = str(ROOT)
     os.chdir(ROOT)
     plugin = Plugin(options.words, options.verbose)
-    flags = [
-        "-o",
-        "addopts=",
-        "--noconftest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:terminal",
-        "-s",
-        "--timeout=0",
-        "--assert=plain",
-    ]
+    flags = ["-oaddopts=", "--noconftest", "-pno:cacheprovider", "-pno:terminal", "-s", "--timeout=0", "--assert=plain"]
     files = {f"tests/{name}.py" for mutant in plugin.mutants for name in TESTS[mutant.module]}
     code = pytest.main([*flags, *files], [plugin])
     return int(code) or int(plugin.unexplained > 0)
