@@ -148,7 +148,7 @@ def fill(bus: Broadcaster[Any], *, topic: str = "", size: int = 1000, timeout: f
 
 
 def pattern(number: int, size: int) -> bytes:
-    """``size`` bytes that no other number has (from 5 bytes on) and that show a piece in the wrong place."""
+    """``size`` bytes that no other number has (from 5 bytes on) and that show a piece at the wrong position."""
     step = _step(number)
     return (step * (size // len(step) + 1))[:size]
 

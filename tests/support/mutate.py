@@ -47,7 +47,7 @@ TESTS: Final = {
     "validation": ["unit/test_validation"],
 }
 
-# The mutants, by their beginnings, that no test can tell from the original, or need not, and the reason.
+# The mutants, by their beginnings, that no test can distinguish from the original, or need not, and the reason.
 EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
     "it is only slower, or quicker": (
         "matcher: made is None -> True",
@@ -122,7 +122,7 @@ UNTOUCHED_FIELDS: Final = ("decorator_list", "annotation", "returns", "simple")
 
 
 def alternatives(node: ast.AST, parent: ast.AST, field: str) -> Iterator[ast.AST]:
-    """What may stand in the place of ``node``."""
+    """Yield what may replace ``node``."""
     condition = field in ("test", "ifs")
     if condition and not isinstance(node, ast.Constant):
         yield ast.Constant(field == "ifs")
@@ -160,13 +160,13 @@ def alternatives(node: ast.AST, parent: ast.AST, field: str) -> Iterator[ast.AST
 
 
 def edits(parent: ast.AST) -> Iterator[str]:
-    """Make one change after the other below ``parent``, each undone before the next; what it is."""
+    """Make one change after the other below ``parent``, each undone before the next, and yield what it is."""
     for field, value in ast.iter_fields(parent):
         for index, child in enumerate(value if isinstance(value, list) else [value]):
             if field in UNTOUCHED_FIELDS or not isinstance(child, ast.AST) or isinstance(child, UNTOUCHED):
                 continue
             where: tuple[Any, Any] = (value, index) if isinstance(value, list) else (vars(parent), field)
-            # A number alone says too little.
+            # A number alone means too little.
             around = isinstance(child, ast.Constant) and isinstance(parent, (ast.expr, ast.Return, ast.Assign))
             old = ast.unparse(parent if around else child)
             for other in alternatives(child, parent, field):

@@ -92,7 +92,7 @@ def test_a_module_imports_only_what_stands_below_it() -> None:
 
 
 def test_no_import_cycle() -> None:
-    """No module imports itself by way of others."""
+    """No module imports itself through others."""
     TopologicalSorter({name: imported(name) - {name} for name in PATHS}).prepare()
 
 
