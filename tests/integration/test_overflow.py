@@ -20,7 +20,7 @@ from tests.support.helpers import (
     Background,
     Children,
     fill,
-    in_place,
+    positions_of,
     only_subscriber,
     readable,
     record,
@@ -164,7 +164,7 @@ def test_all_is_accounted_for_at_every_moment(
             assert numbers == sorted(set(numbers))
             assert numbers[-1] == 2 * count - 1
         else:
-            assert in_place(events) == (numbers, 2 * count)
+            assert positions_of(events) == (numbers, 2 * count)
     wait_until(lambda: bus.stats().memory == 0)
 
 
@@ -186,8 +186,8 @@ def test_each_policy_for_itself_on_one_topic(bus: Bus, children: Children, fork:
     for policy, reader in readers.items():
         reader.go()
         found[policy] = reader.result()[0]
-    oldest, after_oldest = in_place(found["drop_oldest"])
-    newest, after_newest = in_place(found["drop_newest"])
+    oldest, after_oldest = positions_of(found["drop_oldest"])
+    newest, after_newest = positions_of(found["drop_newest"])
     assert after_oldest == after_newest == 2000
     assert oldest[-20:] == list(range(1980, 2000))
     assert newest[:20] == list(range(20))
@@ -218,7 +218,7 @@ def test_messages_larger_than_the_capacity(transport: Size, bus: Bus) -> None:
             publishing.result()
             if policy in DROPPING:
                 assert (row(policy).published, row(policy).missed) == (6, 2)
-                numbers, following = in_place(end(bus, channel))
+                numbers, following = positions_of(end(bus, channel))
                 assert (len(numbers), following) == (1, 3)
     wait_until(lambda: bus.stats().memory == 0)
 
@@ -273,7 +273,7 @@ def test_each_call_that_receives_goes_on_after_a_gap(bus: Bus, call: str) -> Non
             received.append(("lagged", error.missed))
     assert {kind for kind, _ in received} == {"room:1", "lagged"}
     events = [("lagged", value) if kind == "lagged" else ("message", value[0]) for kind, value in received]
-    numbers, following = in_place(events)
+    numbers, following = positions_of(events)
     assert (following, numbers[-1]) == (500, 499)
     assert channel.missed == 500 - len(numbers) > 0
 

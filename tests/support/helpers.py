@@ -101,7 +101,7 @@ def record(channel: Channel[Any]) -> list[tuple[str, int]]:
             events.append(("message", number))
 
 
-def in_place(events: list[tuple[str, int]]) -> tuple[list[int], int]:
+def positions_of(events: list[tuple[str, int]]) -> tuple[list[int], int]:
     """Return the numbers that were received, each at its position behind the gaps, and the one that would come next."""
     numbers = []
     position = 0
