@@ -71,6 +71,48 @@ def test_a_run_and_each_part_of_it_carries_its_messages(
         run, values = part, values[start:stop]
 
 
+def loaded(run: runs.Run) -> list[Any]:
+    """The messages of a run that may be several, one behind the other, each of what a channel unpickles at once."""
+    values: list[Any] = []
+    data = data_of(run)
+    while data:
+        view = runs.read_run(data, 0)
+        assert view is not None
+        assert view.messages <= runs.MOST_AT_ONCE
+        messages, whole = load_run(data[: view.size], view)
+        assert whole
+        values += messages
+        data = data[view.size :]
+    assert len(values) == run.count
+    return values
+
+
+def test_a_long_run_is_cut_and_divided_anywhere() -> None:
+    """Each part has its messages and charges; what is unpickled at once is never divided."""
+    values, account = [*range(300)], runs.Account()
+    run = runs.run_of(batch_of(values, b"t"), account)
+    assert loaded(run) == values
+    assert run.divided(0) is run.divided(run.first - 1) is run.divided(run.size) is None
+    for start, stop in ((0, 128), (1, 129), (100, 300), (127, 257), (299, 300)):
+        part = run.part(start, stop)
+        assert (loaded(part), part.charges()) == (values[start:stop], run.charges()[start:stop])
+    del part
+    second = runs.RUN.unpack_from(run.data, run.first)[0]
+    for offset, count in ((run.first, 128), (run.first + second - 1, 128), (run.first + second, 256), (run.size - 1, 256)):
+        halves = run.divided(offset)
+        assert halves is not None
+        assert (loaded(halves[0]), loaded(halves[1])) == (values[:count], values[count:])
+        assert halves[0].charges() + halves[1].charges() == run.charges()
+        assert halves[0].charge + halves[1].charge == run.charge
+        assert loaded(halves[0].part(5, count)) == values[5:count]
+    charge = run.charge
+    del run
+    assert account.held == charge, "the halves still have its data"
+    del halves
+    assert account.held == 0
+    assert runs.run_of(batch_of(range(128))).divided(1 << 20) is None
+
+
 def test_a_run_is_read_as_far_as_it_is_there() -> None:
     """Of a run that is cut anywhere, nothing is known before its head is whole, and then its right size."""
     for run in (
