@@ -27,7 +27,7 @@ from mpbroadcast import (
     trap_points,
 )
 from mpbroadcast.broker.host.socket_file import Listening
-from tests.support.helpers import DEADLINE
+from tests.support.helpers import DEADLINE, everything
 
 Bus = Broadcaster[Any]
 TIMES = ("timeout", "start_timeout", "stall_timeout")
@@ -152,7 +152,10 @@ def test_a_closed_broadcaster_raises_in_every_method(attached: bool, bus: Bus) -
     channel.close()
 
 
-def test_a_channel_of_another_broker_is_refused_and_not_harmed(bus: Bus) -> None:
+def test_a_channel_of_another_broker_is_refused_and_neither_is_harmed(bus: Bus) -> None:
+    """Broadcasters live side by side: none gets another's messages, whatever is open when it starts."""
+    channel, unopened = bus.subscribe(), bus.subscribe()
+    channel.poll()
     with start_broadcaster() as other, other.subscribe() as foreign:
         for name, arguments, keywords in (
             ("unsubscribe", (foreign,), {}),
@@ -162,8 +165,10 @@ def test_a_channel_of_another_broker_is_refused_and_not_harmed(bus: Bus) -> None
             with pytest.raises(ValueError, match=r"broker|broadcaster"):
                 getattr(bus, name)(*arguments, **keywords)
         other.publish("for the foreign")
+        bus.publish("here")
         assert foreign.recv(DEADLINE) == "for the foreign"
-    assert bus.stats().published == 0
+        assert everything(other, foreign) == []
+    assert everything(bus, channel) == everything(bus, unopened) == ["here"]
 
 
 # ----------------------------------------------------------------------------------------------------------- addresses

@@ -1,9 +1,8 @@
-"""Publishing and subscribing: which channel gets what, in which order, in which sizes, and the statistics of it."""
+"""Publishing and subscribing: when it takes effect, iterables and sizes, waiting for subscribers, and the statistics."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import os
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -13,28 +12,12 @@ from typing import Any
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster, TimedOut, connect, publish, start_broadcaster, subscribe, unsubscribe
+from mpbroadcast import Broadcaster, TimedOut, connect, publish, subscribe, unsubscribe
 from tests.support import workers
 from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, pattern, rest, take, wait_until
 
 Bus = Broadcaster[Any]
 Pipe = tuple[Connection, Connection]
-
-# --- which channel gets what ------------------------------------------------------------------------------------------
-
-
-def test_broadcasters_live_side_by_side() -> None:
-    """Give none another's messages, whatever this process has open with the others."""
-    with start_broadcaster() as first:
-        opened, unopened = first.subscribe(), first.subscribe()
-        first.publish("first")
-        assert opened.recv(timeout=DEADLINE) == "first"
-        with start_broadcaster() as second:
-            channel = second.subscribe()
-            second.publish("second")
-            assert everything(second, channel) == ["second"]
-        assert everything(first, opened) == []
-        assert everything(first, unopened) == ["first"]
 
 
 def test_functions_mean_the_same_as_the_methods(bus: Bus) -> None:
@@ -44,33 +27,6 @@ def test_functions_mean_the_same_as_the_methods(bus: Bus) -> None:
     unsubscribe(bus, channel)
     publish(bus, "too late")
     assert rest(channel) == []
-
-
-def test_topics_select_and_patterns_match_as_fnmatchcase_does(bus: Bus) -> None:
-    """A message reaches a channel once, however many of its topics match; without any, a channel receives everything."""
-    patterns = ["*", "room:*", "room:?", "room:[12]", "room:[!1]", "room:[*]", "*:1", "ROOM:*", "room:1", "", "[", "a[]b"]
-    topics = ["", "room:", "room:1", "room:2", "room:12", "room:*", "Room:1", "hall:1", "room", "*", "[", "a[]b", "a\n:1"]
-    channels = {several: bus.subscribe(*several) for several in (("hall:1", "room:1", "*:1"), *zip(patterns, strict=True))}
-    everywhere = bus.subscribe()
-    for topic in topics:
-        bus.publish(topic, topic=topic)
-    for several, channel in channels.items():
-        expected = [topic for topic in topics if any(fnmatch.fnmatchcase(topic, wanted) for wanted in several)]
-        assert everything(bus, channel) == expected, several
-    assert everything(bus, everywhere) == topics
-
-
-def test_a_subscriber_receives_what_it_publishes_itself(bus: Bus) -> None:
-    """Unless it excludes its channel."""
-    with bus.subscribe() as observer, bus.subscribe() as channel:
-        bus.publish("to all")
-        bus.publish("to all others", exclude=channel)
-        bus.publish("last")
-        assert everything(bus, channel) == ["to all", "last"]
-        assert everything(bus, observer) == ["to all", "to all others", "last"]
-
-
-# --- when it takes effect, and in which order -------------------------------------------------------------------------
 
 
 def test_no_slow_joiner(bus: Bus, children: Children, fork: BaseContext, pipe: Pipe) -> None:
@@ -87,25 +43,6 @@ def test_no_slow_joiner(bus: Bus, children: Children, fork: BaseContext, pipe: P
         assert answer(pipe[0]) == "published"
     pipe[0].send(None)
     finish(child)
-
-
-def test_one_order_for_all(bus: Bus, children: Children, fork: BaseContext) -> None:
-    """Give all subscribers one and the same order, and in it each publisher's messages in its own order."""
-    names, count = ["first", "second", "third"], 1000
-    pipes = []
-    for _ in range(3):
-        results, theirs = fork.Pipe()
-        children(fork, workers.receive_until_end, bus.subscribe(), theirs)
-        pipes.append(results)
-    mine = bus.subscribe()
-    publishers = [children(fork, workers.publish_numbers, bus, name, count) for name in names]
-    for publisher in publishers:
-        finish(publisher)
-    seen = take(mine, len(names) * count)
-    bus.close(timeout=DEADLINE)
-    assert [answer(results) == seen for results in pipes] == [True] * 3
-    for name in names:
-        assert [number for source, number in seen if source == name] == list(range(count))
 
 
 def test_flush_puts_a_parent_before_its_child(bus: Bus, children: Children, fork: BaseContext) -> None:

@@ -128,12 +128,6 @@ def publish_patterns(bus: Broadcaster[Any], orders: Connection, topic: str, size
     orders.send(number)
 
 
-def publish_numbers(bus: Broadcaster[Any], name: str, count: int) -> None:
-    """Publish ``(name, number)``, in order."""
-    for number in range(count):
-        bus.publish((name, number))
-
-
 def publish_on_order(bus: Broadcaster[Any], orders: Connection) -> None:
     """Publish each thing that comes through the pipe, report that, and end at ``None``."""
     orders.send("started")
