@@ -140,6 +140,7 @@ def test_a_note_has_its_kind_and_number(kind: int) -> None:
             data_of(run) == runs.note(kind, missed) == struct.pack("<QIBBHQ", len(data_of(run)), 0, kind, 0, 0, missed) + b"\n"
         )
         assert (run.count, run.charge, run.missed) == (0, 0, missed)
+        assert (run.charges(), run.part(0, 1)) == ([0], run)
 
 
 @STEADY
@@ -220,6 +221,27 @@ def test_a_message_in_memory_is_written_read_and_copied(
         batch = message.copied(payload)
         assert (batch.charge, batch.image) == (message.charge, image)
         assert batch.frames == frame_head(length, topic, exclude, IMAGE if image else 0) + payload
+
+
+@pytest.mark.parametrize("most", [runs.PART, 100_003])
+def test_a_long_message_in_memory_is_copied_part_by_part(most: int) -> None:
+    """For a pipe that gets the message, it is read as the pipe takes it; it is the same run as one that is copied at once."""
+    length = 2 * runs.PART + 5
+    memory = pattern(1, length)
+    (item,) = Splitter().split(memory_frame(1, length, b"t", 7, True))
+    assert isinstance(item, MemfdMessage)
+    copies = runs.Account()
+    hold = SimpleNamespace(
+        data=lambda item: runs.memory_run(item, 1), copies=copies, read=lambda offset, size: memory[offset : offset + size]
+    )
+    run = runs.SharedRun(item._replace(hold=hold)).copied()
+    written = b""
+    while len(written) < run.size:
+        part = run.rest(len(written))
+        assert 0 < len(part) <= runs.PART
+        written += part[:most]
+    assert written == data_of(runs.run_of(item.copied(memory)))
+    assert (run.count, run.charge, copies.held) == (1, item.charge, item.charge)
 
 
 @pytest.mark.parametrize("error", [ValueError, StopIteration, EOFError])
