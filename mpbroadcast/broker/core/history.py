@@ -124,7 +124,7 @@ class History:
                     break
                 fits += 1
             if fits:
-                batches.append(batch.cut(len(batch.sizes) - fits)[1])
+                batches.append(batch if fits == len(batch.sizes) else batch.cut(len(batch.sizes) - fits)[1])
                 capacity -= batches[-1].charge
                 count -= fits
             if fits < len(batch.sizes):
