@@ -268,35 +268,30 @@ def test_threads_that_publish_go_on(kept: Bus) -> None:
         for number in count():
             kept.publish((thread, number))
             if done.is_set():
+                kept.publish((thread, -1))
                 return number
         raise AssertionError
 
     threads = [Background(publish, thread) for thread in range(3)]
     received: list[list[int]] = [[], [], []]
-    gaps = 0
-
-    def receive(timeout: float) -> bool:
-        nonlocal gaps
+    gaps = ended = 0
+    for step in count():
+        if step in (1500, 3000, 4500):
+            kill_broker(kept)
+        elif step == 6000:
+            done.set()
         try:
-            thread, number = channel.recv(timeout)
+            thread, number = channel.recv(DEADLINE)
             received[thread].append(number)
+            ended += number == -1
         except BrokerRestarted:
             gaps += 1
-        except TimeoutError:
-            return False
-        return True
-
-    for turn in range(4):
-        if turn:
-            kill_broker(kept)
-        for _ in range(1500):
-            assert receive(DEADLINE)
-    done.set()
-    while any(thread.is_alive() for thread in threads) or receive(0.2):
-        receive(0.2)
-    assert [numbers[-1] for numbers in received] == [thread.result() for thread in threads]
+        if ended == 3:
+            break
+    for thread, numbers in zip(threads, received, strict=True):
+        assert numbers[-2:] == [thread.result(), -1]
+        assert numbers[:-1] == sorted(set(numbers[:-1]))
     assert 0 < gaps <= 3
-    assert all(numbers == sorted(set(numbers)) for numbers in received)
 
 
 def test_a_handle_that_has_requested_nothing_yet_goes_on() -> None:

@@ -34,18 +34,10 @@ HELD_UP = 2.0  # seconds in which a round of all others' business is done, on a 
 
 
 def raw(bus: Bus) -> socket.socket:
-    """Return a bare connection to the broker's socket."""
+    """Return a bare connection to the broker's socket; wait for room in its queue."""
     client = socket.socket(socket.AF_UNIX)
+    client.connect(bus.address)
     client.settimeout(DEADLINE)
-
-    def connected() -> bool:
-        try:
-            client.connect(bus.address)
-        except BlockingIOError:  # the queue is full for the moment
-            return False
-        return True
-
-    wait_until(connected)
     return client
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, Selector, TimedOut, channel_to_selector
-from tests.support import workers
 from tests.support.helpers import DEADLINE, Children, answer, everything, wait_delivered
 
 Bus = Broadcaster[Any]
@@ -190,7 +189,7 @@ def test_busy_connection_does_not_starve_a_channel(bus: Bus, pipe: Pipe) -> None
 def test_ends_remove_their_sources_until_nothing_is_left(bus: Bus, pipe: Pipe, children: Children, fork: BaseContext) -> None:
     """Remove a channel or a connection silently at its end; with none left ``receive`` raises ``EOFError``."""
     channel = bus.subscribe()
-    process = children(fork, workers.exit_with, 0)
+    process = children(fork, gc.collect)
     selector = Selector[Any]().select(channel).select(pipe[0]).select(process)
     bus.publish_many([1, 2])
     bus.flush(timeout=DEADLINE)

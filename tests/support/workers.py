@@ -155,8 +155,3 @@ def publish_one(bus: Broadcaster[Any], message: Any) -> int:
     """Publish one message; return the PID of this process."""
     bus.publish(message)
     return os.getpid()
-
-
-def exit_with(code: int) -> NoReturn:
-    """End with this exit code."""
-    raise SystemExit(code)
