@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpbroadcast.broker.core.history import History
+from mpbroadcast.broker.core.limits import OverBudget
+from mpbroadcast.broker.core.patterns import Patterns
 from mpbroadcast.protocol.frames import FRAME_OVERHEAD, Batch, frame_head
 from tests.support.own_broker import complete
 
@@ -132,3 +134,42 @@ def test_a_history_keeps_as_many_bytes_as_it_may(second: str) -> None:
         plain.add("a", 0)
         plain.add(second, 0)
         assert plain.replayed(["*"], 2, ALL) == kept
+
+
+@pytest.mark.parametrize(
+    ("patterns", "topics", "parts"),
+    [(0, 300, 0), (1, 256, 0), (1, 257, 1), (1, 600, 2), (1023, 0, 0), (1024, 0, 1), (2048, 0, 2)],
+)
+def test_a_replay_is_matched_in_parts(patterns: int, topics: int, parts: int) -> None:
+    """So many patterns are made ready in a part, and so many topics are tried; names are looked up."""
+    plain = Plain(most_topics=topics)
+    for number in range(topics):
+        plain.add(str(number), 0)
+    asked = [f"*{number}" for number in range(patterns)]
+    assert len([*plain.history.matching(["7", *asked])]) == parts
+
+
+@pytest.mark.parametrize(("topics", "parts"), [(5, 0), (6, 1), (10, 1), (11, 2), (32, 6)])
+def test_a_part_of_a_replay_has_so_many_steps(topics: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five topics of 2**20 steps are more than a part has, and 33 of them are too many."""
+    monkeypatch.setattr(Patterns, "steps", lambda *_: 1 << 20)
+    plain = Plain()
+    for number in range(topics):
+        plain.add(str(number), 0)
+    assert len([*plain.history.matching(["*"])]) == parts
+    for number in range(33):
+        plain.add(str(number), 0)
+    with pytest.raises(OverBudget):
+        complete(plain.history.matching(["*"]))
+
+
+def test_what_is_published_between_two_parts_is_matched() -> None:
+    """And what is forgotten meanwhile is not."""
+    plain = Plain(most_topics=300)
+    for number in range(300):
+        plain.add(str(number), 0)
+    parts = plain.history.matching(["*9"])
+    next(parts)
+    for number in (309, 300, 301, 302, 303, 304, 305, 306, 307, 308):
+        plain.add(str(number), 0)
+    assert complete(parts) == {b"%d" % number for number in range(19, 310, 10)}
