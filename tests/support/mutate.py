@@ -15,6 +15,7 @@ import ast
 import copy
 import gc
 import os
+import re
 import resource
 import signal
 import sys
@@ -248,6 +249,7 @@ class Plugin:
         assert not session.testsfailed, "not all tests could be collected"
         tests = sorted(((self.seconds(item), item) for item in session.items), key=lambda test: test[0])
         functions = [one for one in gc.get_objects() if isinstance(one, FunctionType)]
+        re.purge()  # it keeps the matchers that patterns have had so far, and mutants would not make their own
         gc.freeze()
         counts: Counter[str] = Counter()
         for mutant in self.mutants:
