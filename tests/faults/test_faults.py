@@ -77,7 +77,7 @@ MOMENTS: Final = (
     "pipe in flight",  # its end is in a socket, with a reply that is not read
     "mid-frame",  # some pieces of a message are out
     "mid-ring",  # a message has its room in a ring, or it is being read there
-    "mid-memory",  # half of a message is written into memory of its own, or it is being read there
+    "mid-memory",  # memory of its own is about to be filled with a message, or it is being read there
     "memory in flight",  # that memory's descriptor is in a socket, and its frame not in the pipe, or not read
     "blocked",  # by a full backlog
     "draining",  # the starter is in close()

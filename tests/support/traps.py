@@ -148,7 +148,7 @@ class Trap:
 
 
 def spring_at(point: str, trap: Trap, when: Callable[[Any], bool] = lambda _: True) -> None:
-    """The trap springs at the trap point of this name, if ``when`` says yes to its subject; also in forked processes."""
+    """Spring the trap at the trap point of this name, if ``when`` is true of its subject; also in forked processes."""
 
     def reach(name: str, subject: object = None) -> None:
         if name == point and trap.armed and when(subject):
@@ -160,37 +160,42 @@ def spring_at(point: str, trap: Trap, when: Callable[[Any], bool] = lambda _: Tr
 # ------------------------------------------------------------------------------------ publishers, subscribers, starters
 
 
+_POINTS: Final = {
+    "connecting": "connected",
+    "handshake": "answering",
+    "pipe in flight": "waiting for a reply",
+    "mid-frame": "sending the last piece",
+    "mid-ring": "populating a ring",
+    "mid-memory": "filling memory",
+    "memory in flight": "publishing memory",
+    "draining": "ending the broker",
+}
+_READERS_POINTS: Final = {
+    "mid-frame": "waiting for messages",
+    "mid-ring": "",  # a bait springs it
+    "mid-memory": "",
+    "memory in flight": "taking memory",
+    "idle": "waiting for messages",
+}
+
+
 def set_trap(trap: Trap) -> None:
     """In a publisher, subscriber or starter: lead a group of its own, take signals as they come, and set the trap."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    is_reader = trap.victim == "subscriber"
+    conditions: dict[str, Callable[[Any], bool]] = {
+        "handshake": lambda _: _send_half_first(trap),
+        "pipe in flight": _has_come_with_a_pipe,
+        "mid-frame": lambda subject: not is_reader or any(subject.chunks),
+    }
     if trap.moment == "mid-frame":
         os.environ["MPBROADCAST_INLINE"] = "1"
-    reader = trap.victim == "subscriber"
-    match trap.moment:
-        case "connecting":
-            spring_at("connected", trap)
-        case "handshake":
-            spring_at("answering", trap, lambda _: _send_half_first(trap))
-        case "pipe in flight":
-            spring_at("waiting for a reply", trap, _has_come_with_a_pipe)
-        case "mid-frame" if reader:
-            spring_at("waiting for messages", trap, lambda stream: any(stream.chunks))
-        case "mid-frame":
-            spring_at("sending the last piece", trap)
-        case "mid-ring" | "mid-memory" if reader:
-            Bait.trap, Bait.read = trap, _bytes_read()
-        case "mid-ring":
-            spring_at("populating a ring", trap)
-        case "mid-memory":
-            _trap_half_in_memory(trap)
-        case "memory in flight":
-            spring_at("taking memory" if reader else "publishing memory", trap)
-        case "idle" if reader:
-            spring_at("waiting for messages", trap)
-        case "draining" if trap.victim == "starter":
-            spring_at("ending the broker", trap)
+    if is_reader and trap.moment in ("mid-ring", "mid-memory"):
+        Bait.trap, Bait.read = trap, _bytes_read()
+    point = (_POINTS | (_READERS_POINTS if is_reader else {})).get(trap.moment, "")
+    spring_at(point, trap, conditions.get(trap.moment, lambda _: True))
 
 
 def blocked(fd: int, bus: Broadcaster[Any]) -> bool:
@@ -223,20 +228,6 @@ def _send_half_first(trap: Trap) -> bool:
 
     socket.socket.send = send  # type: ignore[assignment, method-assign]
     return False
-
-
-def _trap_half_in_memory(trap: Trap) -> None:
-    original = os.writev
-
-    def writev(descriptor: int, parts: Any) -> int:
-        if not trap.armed:
-            return original(descriptor, parts)
-        data = b"".join(parts)
-        written = original(descriptor, [data[: len(data) // 2]])
-        trap.spring()
-        return written
-
-    os.writev = writev
 
 
 def _bytes_read() -> int:

@@ -173,7 +173,6 @@ class Program:
 
     def __init__(self, *command: str, stdin: str | None = None) -> None:
         self.mark = uuid.uuid4().hex
-        self.started = time.monotonic()
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [sys.executable, *command],
