@@ -24,7 +24,7 @@ from mpbroadcast.broker.core.patterns import is_pattern, matcher
 from mpbroadcast.broker.core.policies import new_backlog
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import PipeState, SubscriptionState
-from mpbroadcast.broker.host.journal import Entry, Journal
+from mpbroadcast.broker.host.journal import Entry, Succession
 from mpbroadcast.broker.members import Peer, Publisher, Session, Subscription
 from mpbroadcast.broker.peers import Peers
 from mpbroadcast.broker.reference_window import ReferenceWindow
@@ -50,8 +50,7 @@ class Registry:
         peers: Peers,
         router: Router[Subscription],
         traffic: Traffic,
-        journal: Journal | None,
-        first_id: int,
+        succession: Succession,
     ) -> None:
         self.subscriptions: dict[int, Subscription] = {}
         self.sessions: dict[int, Session] = {}
@@ -65,8 +64,9 @@ class Registry:
         self._peers = peers
         self._router = router
         self._traffic = traffic
-        self._journal = journal
-        self._ids = iter(range(first_id, 1 << 63))
+        self._journal = succession.journal
+        # The IDs of one broker are above those of all before it.
+        self._ids = iter(range((succession.generation << 40) + 1, 1 << 63))
 
     def new_id(self) -> int:
         return next(self._ids)

@@ -72,8 +72,8 @@ def _attach(broker: Broker, connection: ControlConnection, message: dict[str, An
     if connection.session is not None:
         raise _Refused("value", "this connection is a session's already")
     session = broker.registry.new_session(connection)
-    identity = {"broker": broker.identity, "number": broker.generation, "restarts": broker.restarts}
-    connection.reply({"session": session.id, **identity})
+    identity, generation, journal = broker.succession
+    connection.reply({"session": session.id, "broker": identity, "number": generation, "restarts": journal is not None})
 
 
 def _detach(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:

@@ -55,9 +55,7 @@ class Broker:
         succession: Succession | None = None,
     ) -> None:
         """Serve on ``listener``, for clients that have one of ``keys``; ``answer`` replies to a request."""
-        self.identity = succession.identity if succession is not None else secrets.token_hex(8)
-        self.generation = succession.generation if succession is not None else 0
-        self.restarts = succession is not None
+        self.succession = succession or Succession(secrets.token_hex(8), 0, None)
         self.started = time.monotonic()
         self.ends_unneeded = False  # its starter has dropped it: it ends with the last session and subscription
         self.poller = Poller()
@@ -65,9 +63,7 @@ class Broker:
         self.traffic = Traffic(self.poller, self.router, History(history) if history else None, stall_timeout)
         self.peers = Peers(self.poller)
         self.acceptor = Acceptor(self.poller, listener, keys, self.peers)
-        journal = succession.journal if succession is not None else None
-        # The IDs of one broker are above those of all before it.
-        self.registry = Registry(self.poller, self.peers, self.router, self.traffic, journal, (self.generation << 40) + 1)
+        self.registry = Registry(self.poller, self.peers, self.router, self.traffic, self.succession)
         self.parts: deque[Parts] = deque()  # what takes long: the rest of each
         self.waiting: deque[Parts] = deque()  # of those, what waits until something has happened
         self.shutdown: Shutdown | None = None

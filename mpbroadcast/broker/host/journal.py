@@ -15,8 +15,7 @@ import json
 import logging
 import os
 import tempfile
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 log = logging.getLogger("mpbroadcast.broker")
 
@@ -122,13 +121,12 @@ class Journal:
         )
 
 
-@dataclass(frozen=True)
-class Succession:
+class Succession(NamedTuple):
     """What brokers that follow each other have in common; ``generation`` counts them from 0 on."""
 
     identity: str
     generation: int
-    journal: Journal
+    journal: Journal | None  # None: no other broker follows
 
 
 def _written(file: int, data: bytes, position: int) -> bool:

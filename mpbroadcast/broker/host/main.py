@@ -145,8 +145,8 @@ def _serve(settings: Settings, ready: Connection | None, listening: Listening, s
             return
         if not _report(ready, address=listening.address):
             return
-        if succession is not None:
-            succession.journal.note_ready()
+        if broker.succession.journal is not None:
+            broker.succession.journal.note_ready()
         broker.run()
         listening.remove()  # its supervisor may be dead
     except BaseException as error:
