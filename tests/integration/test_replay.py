@@ -38,7 +38,7 @@ LONG = Size(1000)
 
 @pytest.fixture
 def start(leaves_nothing: None) -> Iterator[Start]:
-    """Starts a broadcaster with a history of so many messages, and closes it at the end."""
+    """Start a broadcaster with a history of so many messages; close it at the end."""
     started: list[Bus] = []
 
     def begin(history: int) -> Bus:

@@ -87,7 +87,7 @@ def all_numbers(reader: ReaderProcess) -> list[int]:
 
 @pytest.fixture
 def reader(bus: Bus, children: Children, fork: BaseContext) -> MakeReader:
-    """Starts processes that read all."""
+    """Start processes that read all."""
     return lambda **options: ReaderProcess(bus.subscribe(**options), children, fork)
 
 

@@ -149,7 +149,7 @@ def test_each_call_that_receives(transport: Size, bus: Bus) -> None:
 
 
 def test_messages_that_cannot_be_pickled_or_unpickled(transport: Size, bus: Bus) -> None:
-    """They raise in their places, ``sent`` counts those before, and the others come."""
+    """They raise where they stand, ``sent`` counts those before, and the others come."""
     with bus.subscribe() as channel, bus.subscribe() as other:
         with pytest.raises(Boom):
             bus.publish((transport.message(9), CannotBePickled()))
@@ -186,7 +186,7 @@ def test_each_start_method(every_context: BaseContext, bus: Bus, children: Child
 
 
 def test_close_drains(transport: Size, fork: BaseContext, children: Children) -> None:
-    """Closing the broadcaster delivers what is on its way, and then there is a clean end."""
+    """Closing the broadcaster delivers what was published, and then there is a clean end."""
     with start_broadcaster() as bus:
         reader = ReaderProcess(bus.subscribe(), children, fork)
         bus.publish_many(map(transport.message, range(6)))

@@ -29,7 +29,7 @@ TIMEOUT = 0.2  # seconds until a warning
 
 @pytest.fixture
 def publishers(children: Children, fork: BaseContext) -> Iterator[Publishers]:
-    """Starts processes that publish to a topic for ever, and kills them at the end."""
+    """Start processes that publish to a topic for ever; kill them at the end."""
     started: list[BaseProcess] = []
 
     def start(bus: Bus, topic: str) -> tuple[BaseProcess, Counter]:
@@ -47,7 +47,7 @@ def stalls(bus: Bus) -> dict[tuple[str, ...], set[int | None]]:
     return {row.topics: set(row.stalls) for row in bus.stats().subscribers if row.stalls}
 
 
-# --- whom it hurts ----------------------------------------------------------------------------------------------------
+# --- which wait -------------------------------------------------------------------------------------------------------
 
 
 def read_at(channel: Channel[Any], report: Connection, pace: str) -> None:
