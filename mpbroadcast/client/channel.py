@@ -18,7 +18,8 @@ import contextlib
 import select
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, repeat, starmap, takewhile
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
@@ -39,6 +40,8 @@ M = TypeVar("M")
 E = TypeVar("E", bound=Exception)
 
 _NOTHING: Final[Any] = object()
+_FAST: Final = attrgetter("_stream.fast")
+_HAS_MORE: Final = attrgetter("_stream.has_more")
 _TURN: Final = 64  # messages that `async for` hands out before it lets other tasks run
 
 
@@ -64,13 +67,17 @@ class Channel(Generic[M]):
         self.ownership = PipeOwnership(client, id, subscriber)
         self._missed = 0
         self._begin()
-        on_fork(self, Channel._begin)
+        on_fork(self, Channel._in_child)
 
     def _begin(self) -> None:
         self._lock = locks.rlock()
         self._stream = Stream()
         self._tasks = AsyncWaiters()
         self._turn = 0
+
+    def _in_child(self) -> None:
+        self._stream.discard()  # an iteration that goes on in both processes hands them out in one
+        self._begin()
 
     # --- receiving
 
@@ -243,13 +250,11 @@ class Channel(Generic[M]):
         return fd
 
     def __iter__(self) -> Iterator[M]:
-        return chain.from_iterable(self._turns())
-
-    def _turns(self) -> Iterator[Iterator[M]]:
-        """Yield what an iteration takes messages from: those that are decoded, by C alone, then one by ``recv``, and so on."""
-        while not self._stream.has_ended:
-            yield self._stream.fast
-            yield map(Channel.__next__, (self,))  # an error in it ends neither this generator nor the iteration
+        # In turns: what is decoded, then one message by `recv`. All of this is C, and so an interrupt comes within `recv` only:
+        # it would end a generator, and with that the iteration.
+        fast = map(_FAST, takewhile(_HAS_MORE, repeat(self)))
+        one = starmap(map, repeat((Channel.__next__, (self,))))
+        return chain.from_iterable(chain.from_iterable(zip(fast, one, strict=False)))
 
     def __next__(self) -> M:
         try:
@@ -302,6 +307,7 @@ class Channel(Generic[M]):
                     return
                 end = stream.ready[0]
                 if end is END_OF_MESSAGES:
+                    stream.has_more = False
                     text = "no message follows: this channel was unsubscribed, or its broadcaster closed"
                     raise self._about_this(EOFError(text))
                 if end is not LOST or not self.ownership.client.restarts:
@@ -402,7 +408,7 @@ class Channel(Generic[M]):
         with self._lock:
             if not self.ownership.close_pipe():
                 return
-            self._stream.unshare()
+            self._stream.discard()
             self._stream = Stream()
         self._tasks.wake()
         self.ownership.end_subscription()

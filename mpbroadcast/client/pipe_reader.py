@@ -59,7 +59,8 @@ class Stream:
 
     With ``has_tail``, a byte that was seen is still in the pipe, and serves as the last tail byte.
     ``need`` is how many bytes the next run has at least. ``plain`` is True if ``ready`` has messages only, no failure and no
-    end. ``skipped`` messages were dropped by ``latest`` between these. ``read`` counts all messages in shared memory so far.
+    end. ``has_more`` is False once a call has reported a clean end: there, iterations end. ``skipped`` messages were dropped
+    by ``latest`` between these. ``read`` counts all messages in shared memory so far.
     """
 
     ready: deque[Any] = field(default_factory=deque)
@@ -70,13 +71,9 @@ class Stream:
     skipped: int = 0
     read: int = 0
     has_tail: bool = False
+    has_more: bool = True
     fast: Iterator[Any] = _NONE
     _left: Iterator[Any] = _NONE
-
-    @property
-    def has_ended(self) -> bool:
-        """True if no message follows, for good."""
-        return bool(self.ready) and self.ready[0] is END_OF_MESSAGES
 
     def share(self) -> None:
         """Let all messages but the last be taken from ``fast``. The caller holds the channel's lock, as for the next one."""
@@ -87,6 +84,11 @@ class Stream:
     def unshare(self) -> None:
         """Exhaust ``fast``: from then on only the holder of the lock takes messages."""
         deque(self._left, 0)
+
+    def discard(self) -> None:
+        """Release all messages, which iterations refer to, too. The caller holds the lock."""
+        self.unshare()
+        self.ready.clear()
 
     @property
     def is_decodable(self) -> bool:

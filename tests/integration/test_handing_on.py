@@ -9,6 +9,7 @@ import multiprocessing.util
 import os
 import pickle
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -92,19 +93,29 @@ def test_first_opener_wins(bus: Bus, children: Children, context: BaseContext) -
     finish(owner)
 
 
+def _receive_next(iterator: Iterator[Any], results: Connection) -> None:
+    try:
+        results.send(next(iterator))
+    except ChannelInUse as error:
+        results.send(workers.describe(error))
+
+
 def test_an_open_channel_cannot_be_handed_on(bus: Bus, children: Children, fork: BaseContext, pipe: Pipe) -> None:
-    """Raise from its pickling, and in a child that inherits it; the parent's messages are untouched."""
+    """Raise from its pickling, and in a child that inherits it or an iteration of it; the parent's messages are untouched."""
     channel = bus.subscribe()
-    bus.publish_many(range(5))
-    assert channel.recv(timeout=DEADLINE) == 0
+    iterator = iter(channel)
+    bus.publish_many(range(6))
+    assert [next(iterator), next(iterator)] == [0, 1]
     with pytest.raises(ChannelInUse) as caught:
         pickle.dumps(channel)
     assert caught.value.pid == os.getpid()
-    child = children(fork, workers.receive_until_end, channel, pipe[1])
-    assert answer(pipe[0]) == ("ChannelInUse", os.getpid())
-    finish(child)
-    bus.publish(5)
-    assert everything(bus, channel) == [1, 2, 3, 4, 5]
+    for inherited in (channel, iterator):
+        child = children(fork, _receive_next, inherited, pipe[1])
+        assert answer(pipe[0]) == ("ChannelInUse", os.getpid())
+        finish(child)
+    assert next(iterator) == 2
+    bus.publish(6)
+    assert everything(bus, channel) == [3, 4, 5, 6]
 
 
 def _publish_and_close(bus: Bus, channel: Channel[Any]) -> None:
