@@ -234,33 +234,41 @@ def test_without_a_context_no_guard_is_needed(
         ends_well(program, "main\nhello\n")
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_with_a_context_the_error_has_the_guard_that_is_missing(method: str, script: Write) -> None:
-    """The main module is imported then, and nothing hangs; ``python -c`` has none."""
-    text = UNGUARDED.format(method="fork", context=f'multiprocessing.get_context("{method}")')
-    with Program(script(text)) as program:
-        code, _, errors = program.end()
-        assert code != 0
-        assert "StartError" in errors
-        assert 'if __name__ == "__main__":' in errors
-        wait_until(lambda: not program.processes())
-    with Program("-W", "error", "-c", text) as program:
-        ends_well(program, "main\nhello\n")
-
-
-def test_a_log_config_that_needs_the_main_module_is_an_error_that_has_the_reason(script: Write) -> None:
-    """Without a context, the broker cannot have what stands in the main module."""
-    text = """
+NEEDS_MAIN = """
 import logging, multiprocessing
-from mpbroadcast import StartError, start_broadcaster
+from mpbroadcast import start_broadcaster
 class Handler(logging.NullHandler): pass
 multiprocessing.set_start_method("spawn")
 start_broadcaster(log_config={"version": 1, "handlers": {"own": {"()": Handler}}})
 """
+GUARD = 'if __name__ == "__main__":'
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (UNGUARDED.format(method="fork", context='multiprocessing.get_context("spawn")'), GUARD),
+        (UNGUARDED.format(method="fork", context='multiprocessing.get_context("forkserver")'), GUARD),
+        (NEEDS_MAIN, "what log_config names must stand in another one"),
+    ],
+    ids=["spawn", "forkserver", "log_config"],
+)
+def test_a_start_error_has_what_is_wrong_with_the_main_module(text: str, reason: str, script: Write) -> None:
+    """With a context it is imported, and must have a guard; without one the broker has nothing of it. Nothing hangs."""
     with Program(script(text)) as program:
         code, _, errors = program.end()
-    assert code == 1
-    assert "what log_config names must stand in another one" in errors
+        assert code != 0
+        assert "StartError" in errors
+        assert reason in errors
+        wait_until(lambda: not program.processes())
+
+
+def test_with_a_context_a_program_without_a_file_needs_no_guard() -> None:
+    """``python -c`` has no main module to import."""
+    with Program(
+        "-W", "error", "-c", UNGUARDED.format(method="fork", context='multiprocessing.get_context("spawn")')
+    ) as program:
+        ends_well(program, "main\nhello\n")
 
 
 def test_a_program_whose_standard_streams_are_closed(tmp_path: Path, script: Write) -> None:
