@@ -32,15 +32,29 @@ EXCHANGE = textwrap.dedent("""
 """)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 14), reason="this Python has no isolated interpreters")
+def execute_isolated(code: str) -> None:
+    """Execute this in a new, isolated interpreter."""
+    if sys.version_info >= (3, 14):
+        from concurrent import interpreters
+
+        interpreters.create().exec(code)
+        return
+    import _interpreters  # type: ignore[import-not-found,unused-ignore]
+
+    interpreter = _interpreters.create("isolated")
+    try:
+        assert not _interpreters.exec(interpreter, code)
+    finally:
+        _interpreters.destroy(interpreter)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="this Python has no isolated interpreters")
 def test_a_handle_in_an_isolated_interpreter() -> None:
     """Connect, publish and subscribe there, where psutil cannot be imported; large messages, too."""
-    from concurrent import interpreters  # type: ignore[attr-defined,unused-ignore]
-
     # A process that Python 3.14 or 3.15 forks beside another interpreter is killed by SIGSEGV (cpython#139759).
     spawn = multiprocessing.get_context("spawn")
     with start_broadcaster(context=spawn, authkey=KEY) as bus, bus.subscribe("from the other") as channel:
-        running = Background(interpreters.create().exec, EXCHANGE.format(address=bus.address, key=KEY))
+        running = Background(execute_isolated, EXCHANGE.format(address=bus.address, key=KEY))
         assert channel.recv(DEADLINE) == "ready"
         bus.publish_many(range(1000), topic="to the other")
         assert [message[0] for message in take(channel, 1000)] == list(range(1000))
