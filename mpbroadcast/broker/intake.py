@@ -16,14 +16,15 @@ from mpbroadcast.broker.core.states import PublisherState
 from mpbroadcast.broker.members import Publisher, PublisherPipe, Session
 from mpbroadcast.posix.pipes import new_pipe, replace_with_dead_pipe
 from mpbroadcast.posix.poller import IN, Poller
-from mpbroadcast.protocol.frames import FrameError
+from mpbroadcast.protocol.frames import PIPE_BUF, FrameError
 
 log = logging.getLogger("mpbroadcast.broker")
 
 _SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
 _LONGEST_NAP: Final = 400e-6
-_MOST_ITEMS: Final = 1 << 13  # in a round: some 20 ms, when no two neighbours are one item
+_MOST_ITEMS: Final = 1 << 12  # in a round: not less than a turn, behind which one is not read any more
 MUCH: Final = PIPE_SIZE // 4  # bytes in one read, or between two naps: with 400 µs, a publisher would soon wait for room
+_AT_FIRST: Final = MUCH + PIPE_BUF  # bytes in a read of one that is not busy: one of very short messages never is
 
 
 class Intake:
@@ -63,6 +64,8 @@ class Intake:
         """Read once what is in its pipe, at most ``limit`` bytes, and park it; with none, unless this round has enough."""
         if limit is None and self._items > _MOST_ITEMS:
             return  # it is read in a later round: those that were read are behind then, and not read any more
+        if limit is None and publisher.state is PublisherState.READING:
+            limit = _AT_FIRST
         try:
             chunk = publisher.pipe.read(limit)
         except BlockingIOError:
