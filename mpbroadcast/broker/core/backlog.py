@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from typing import ClassVar, Final
 
+from mpbroadcast.protocol.frames import OVERHEAD
 from mpbroadcast.protocol.runs import END, Run, note_run
 
 _WRITE: Final = 1 << 18  # bytes to join for one write at the most: what the pipe can take
@@ -77,8 +78,8 @@ class Backlog:
         if run.charge <= room:
             return run.count
         fits = 0
-        for charge in run.charges():
-            room -= charge
+        for size in run.sizes or ():  # no further than what fits: all of a long run may come here once for each message
+            room -= size + OVERHEAD
             if room < 0:
                 break
             fits += 1
