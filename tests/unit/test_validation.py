@@ -69,5 +69,7 @@ def test_arguments_at_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_timeout(1e300) is None
     for topic in ("", "\u00e9" * 512, "x" * 1024):
         assert encode_topic(topic) == encoded_topic(topic) == encoded_topic(topic) == topic.encode()
+    with pytest.raises(TypeError, match=r"pass \*topics"):
+        check_topics((["room"],))
     assert check_address("here") == os.path.abspath("here")
     assert type(check_authkey(bytearray(b"key"))) is bytes
