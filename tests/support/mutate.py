@@ -61,6 +61,7 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "Router.targets: len(self._found) >= _CACHED_TOPICS -> len(self._found) > _CACHED_TOPICS",
         "Router.targets: self._found[topic] = found -> pass",
         "encoded_topic: ",
+        "History.last: fits == len(batch.sizes) -> ",
         "Splitter.split: self._rest -> True",
         "Splitter.split: route -> True",
         "_route: not tag -> False",

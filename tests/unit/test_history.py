@@ -82,6 +82,7 @@ class Plain:
         found = []
         for batch in self.history.last(complete(self.history.matching(topics)), count, capacity):
             assert isinstance(batch, Batch)
+            assert batch.sizes
             start = 0
             for size in batch.sizes:
                 found.append(int(batch.frames[start + batch.skip : start + size].partition(b".")[0]))
