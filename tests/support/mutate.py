@@ -62,6 +62,7 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "Router.targets: self._found[topic] = found -> pass",
         "encoded_topic: ",
         "History.last: fits == len(batch.sizes) -> ",
+        "Run.divided: self.count <= MOST_AT_ONCE",
         "Splitter.split: self._rest -> True",
         "Splitter.split: route -> True",
         "_route: not tag -> False",

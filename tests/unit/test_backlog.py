@@ -421,6 +421,9 @@ def test_a_run_is_divided_between_what_is_unpickled_at_once(count: int) -> None:
         bounds.add(start + RUN.unpack_from(run.data, start)[0])
     assert len(bounds) - 1 == -(-count // MOST_AT_ONCE)
     assert run.first == sorted(bounds)[1]
+    start = min(1, count - 1)
+    behind = run_of(Batch(frames[12 * start :], array("I", [12] * (count - start)), b"t", 0, 9))
+    assert bytes(run.part(start, count).data) == bytes(behind.data)
     data, charges = bytes(run.data), run.charges()
     for offset in range(run.size + 1):
         parts = run.divided(offset)
