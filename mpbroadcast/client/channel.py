@@ -194,6 +194,7 @@ class Channel(Generic[M]):
         if taken:
             more = box[0] + taken
             box[0], self._stream = more, rest  # no call between the two: an interrupt finds neither or both
+            stream.ready.clear()  # which an iteration may refer to
             if not rest.ready:
                 self._consume_tail_byte()
         return bool(taken)

@@ -7,6 +7,7 @@ import gc
 import itertools
 import random
 import selectors
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -178,6 +179,19 @@ def test_an_iterator_goes_on_behind_an_error_and_ends_with_its_channel(bus: Bus)
     for _ in range(2):
         with pytest.raises(ClosedError):
             next(iterator)
+
+
+def test_an_iterator_keeps_no_message_that_another_call_has_taken(bus: Bus) -> None:
+    """What it would have handed out next is not in memory any more when the caller of ``recv_many`` has dropped it."""
+    channel = bus.subscribe()
+    iterator = iter(channel)
+    channel.poll(0)
+    bus.publish_many([{number} for number in range(9)])
+    wait_delivered(bus, 9)
+    assert list(itertools.islice(iterator, 2)) == [{0}, {1}]
+    taken = [weakref.ref(message) for message in channel.recv_many()]
+    assert [one() for one in taken] == [None] * 7
+    channel.close()
 
 
 def test_threads_share_a_channel(bus: Bus) -> None:
