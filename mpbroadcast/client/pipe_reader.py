@@ -160,11 +160,13 @@ def _only_message(stream: Stream, with_topic: bool) -> Stream | None:
 
     Where messages come one by one, a message costs what code runs for it. Everything else is left to :func:`decode`.
     """
-    *before, data = stream.chunks
-    if len(data) < RUN.size or sum(map(len, before)) != stream.skip:
+    data = stream.chunks[-1]
+    if len(data) < RUN.size:
         return None
     size, count, kind, image, skip = RUN.unpack_from(data)
     if count != 1 or kind != runs.MESSAGES or image or size != len(data) + 1:
+        return None
+    if sum(map(len, stream.chunks)) - len(data) != stream.skip:  # last, as a long message has many chunks
         return None
     payload = memoryview(data)[RUN.size + skip :]
     whole = True
