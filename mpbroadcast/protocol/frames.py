@@ -335,8 +335,6 @@ def _references(chunk: bytes, start: int, end: int) -> References:
         sizes.append(skip + length)
         room -= length
         position += size
-    if not sizes:
-        raise FrameError("a reference frame whose topic is too long")
     frames = chunk[start:position]
     (ring,) = _RING.unpack_from(chunk, start + skip)
     return References(frames, sizes, topic, exclude, skip, bool(tag & IMAGE), ring)
