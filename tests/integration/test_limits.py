@@ -7,7 +7,6 @@ import fcntl
 import itertools
 import os
 import select
-import socket
 import struct
 import sys
 from array import array
@@ -27,15 +26,12 @@ from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
 from mpbroadcast.broker.statistics import memory
 from mpbroadcast.client.broker_client import BrokerClient
-from mpbroadcast.posix.fd_socket import DescriptorSocket
-from mpbroadcast.posix.shared_memory import message_memory, ring_memory
-from mpbroadcast.protocol.control import MAX_REQUEST, client_handshake, encode
-from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
-from mpbroadcast.protocol.frames import PIECE, Batch, frame_head, memory_frame, reference_frame
-from mpbroadcast.protocol.runs import MESSAGES, RUN, TAIL
-from tests.support.helpers import DEADLINE, pattern, wait_until
+from mpbroadcast.protocol.control import MAX_REQUEST, encode
+from mpbroadcast.protocol.fd_packets import MEMORY, pack
+from mpbroadcast.protocol.frames import Batch, frame_head, memory_frame
+from tests.support.helpers import DEADLINE, Background, keyed_connection, wait_until
 from tests.support.own_broker import Asker, ask, asking, complete, held, own_broker, subscribed, subscribing, take_away
-from tests.support.rude import RING_SIZE, Lent, Rude, shares_memory
+from tests.support.rude import Lent, Rude, shares_memory
 
 __all__ = ["own_broker"]
 
@@ -64,16 +60,6 @@ def at_most(calls: int) -> Iterator[None]:
         sys.setprofile(None)
 
 
-def in_parts(parts: Iterator[None], most: int) -> Any:
-    """Return the result of an iterator, no step of which makes more than ``most`` calls."""
-    while True:
-        with at_most(most):
-            try:
-                next(parts)
-            except StopIteration as done:
-                return done.value
-
-
 class Attacker(NamedTuple):
     """A session of two connections of this process with a broker that is only asked, and runs round by round."""
 
@@ -81,6 +67,7 @@ class Attacker(NamedTuple):
     one: Asker
     other: Asker
     number: int
+    pipes: list[int]  # the ends that publishers write into
 
     @property
     def session(self) -> Session:
@@ -97,7 +84,9 @@ class Attacker(NamedTuple):
 
     def publisher(self) -> tuple[Publisher, int]:
         """Return a new publisher, and the end of its pipe to write into."""
-        return self.broker.traffic.intake.add(self.broker.registry.new_id(), self.session)
+        made, pipe = self.broker.traffic.intake.add(self.broker.registry.new_id(), self.session)
+        self.pipes.append(pipe)
+        return made, pipe
 
     def round(self, most: int = 0) -> None:
         """Let the broker run a round, which makes no more than ``most`` calls."""
@@ -120,7 +109,10 @@ class Attacker(NamedTuple):
 def attacker(own_broker: Broker) -> Iterator[Attacker]:
     """A session with a broker that is only asked."""
     with asking(own_broker) as asked:
-        yield Attacker(own_broker, *asked)
+        made = Attacker(own_broker, *asked, [])
+        yield made
+        for pipe in made.pipes:
+            os.close(pipe)
 
 
 def batch(topic: str) -> Batch:
@@ -143,31 +135,12 @@ def test_an_item_that_cannot_be_routed_costs_its_publisher(attacker: Attacker, c
     bad.parked.append(Batch(bytes(8), array("I", (8,)), b"topic", 0, 1 << 16))  # its head is longer than a run can hold
     for pipe in (bad_pipe, good_pipe):
         os.write(pipe, frame_head(0, b"topic"))
-        os.close(pipe)
     attacker.broker.traffic.round()
     assert (bad.pipe.fd < 0, subscription.backlog.waiting) == (True, 2)
     caplog.clear()  # its traceback keeps the broker
 
 
 # ----------------------------------------------------------------------------------------------------- no other waits
-
-
-def test_a_replay_looks_names_up() -> None:
-    """A replay of 10,000 names does not try each of them with each of 4,096 topics."""
-    history = fill(History(3))
-    names = [str(number) for number in range(10_000)]
-    with at_most(100_000):
-        found = history.last(complete(history.matching(names)), 2, 1 << 20)
-    assert [batch.topic for batch in found] == [b"4094", b"4095"]
-
-
-def test_a_replay_tries_patterns_in_parts() -> None:
-    """Many patterns are not tried with 4,096 topics in one round; what is published meanwhile is found, too."""
-    history = fill(History(3))
-    parts = history.matching([f"*{number}*7" for number in range(30)])
-    next(parts)
-    history.add(MOST_TOPICS, batch("4 and 7"))
-    assert {b"4 and 7", b"1997"} < in_parts(parts, 60_000)
 
 
 @pytest.mark.parametrize("do", ["unsubscribe", "drop topics", "subscribe"])
@@ -180,7 +153,6 @@ def test_a_request_that_comes_behind_a_flood(do: str, attacker: Attacker) -> Non
     request = {**subscribing(attacker.number, 6000 if do == "subscribe" else 5000, "a"), "do": do, "replay": 1}
     assert attacker.ask(request, 180_000) == {}
     os.write(fd, frame_head(0, b"a"))
-    os.close(fd)
     attacker.broker.round(at_once=True)
     assert first.backlog.published == (513 if do == "subscribe" else 512)
 
@@ -203,37 +175,6 @@ def test_statistics_of_many_subscriptions_and_their_end_come_in_parts(attacker: 
     assert (rounds > 50, attacker.broker.router.count) == (True, 0)
 
 
-def connect(broker: Broker, client: socket.socket, folder: Path) -> None:
-    """Connect to a broker of this process, with its key."""
-    client.connect(str(folder / "s"))
-    handshake = client_handshake(b"key")
-    next(handshake)
-    broker.round(at_once=True)
-    client.sendall(handshake.send(client.recv(1000)[4:]))
-    broker.round(at_once=True)
-    client.sendall(handshake.send(client.recv(1000)[4:]))
-    broker.round(at_once=True)
-    with pytest.raises(StopIteration) as done:
-        handshake.send(client.recv(1000)[4:])
-    client.sendall(done.value.value)
-    broker.round(at_once=True)
-
-
-def test_many_requests_at_once(attacker: Attacker, tmp_path: Path) -> None:
-    """Thousands of notes of one connection, as when thousands of channels are dropped, are not handled in one round.
-
-    All of them are handled, though the client closes the connection at once.
-    """
-    attacker.subscribe(range(1000, 3000))
-    with socket.socket(socket.AF_UNIX) as client:
-        connect(attacker.broker, client, tmp_path)
-        client.sendall(b"".join(encode({"do": "drop", "subscription": number}) for number in range(1000, 3000)))
-    for _ in range(400):
-        attacker.round(10_000)
-    assert attacker.broker.router.count == 1
-    attacker.broker.poller.close_forgotten()
-
-
 def test_many_topics_of_one_subscription_come_and_go_in_parts(attacker: Attacker) -> None:
     """6,000 patterns are added, dropped, and removed with their subscription in many rounds, and none of them takes long."""
     registry, router = attacker.broker.registry, attacker.broker.router
@@ -249,20 +190,6 @@ def test_many_topics_of_one_subscription_come_and_go_in_parts(attacker: Attacker
     while registry.to_remove:
         attacker.round(30_000)
     assert router.count == 1
-
-
-def test_a_subscription_whose_topics_are_half_there(attacker: Attacker) -> None:
-    """A request that is sent again, as its connection has ended before the reply, adds the topics that are missing."""
-    registry, router = attacker.broker.registry, attacker.broker.router
-    topics = [str(number) for number in range(3000)]
-    answer(attacker.broker, cast("ControlConnection", attacker.other), subscribing(attacker.number, 1000, *topics))
-    while 1000 not in registry.subscriptions:
-        attacker.broker.round(at_once=True)
-    attacker.other.is_closed = True
-    attacker.broker.round(at_once=True)
-    assert len(router.topics(registry.subscriptions[1000])) < 3000
-    assert attacker.ask(subscribing(attacker.number, 1000, *topics), 40_000) == {}
-    assert {*router.topics(registry.subscriptions[1000])} == {*topics}
 
 
 def test_many_waits_and_many_subscriptions(attacker: Attacker) -> None:
@@ -292,9 +219,12 @@ def wait(number: int, now: bool) -> dict[str, Any]:
 def test_requests_that_take_long(slow: Attacker, tmp_path: Path) -> None:
     """Of those that come at once, a round handles one, or what it has time for."""
     broker = slow.broker
-    with socket.socket(socket.AF_UNIX) as client:
-        connect(broker, client, tmp_path)
-        client.sendall(b"".join(encode(wait(number, True)) for number in range(20)))
+    connecting = Background(keyed_connection, str(tmp_path / "s"), b"key")
+    while connecting.is_alive():
+        broker.round(at_once=True)
+    with connecting.result() as connection:
+        broker.round(at_once=True)
+        os.write(connection.fileno(), b"".join(encode(wait(number, True)) for number in range(20)))
         before = broker.router.steps
         broker.round(at_once=True)
         broker.round(at_once=True)
@@ -412,8 +342,7 @@ def test_an_error_of_too_many_topics(bus: Broadcaster[Any]) -> None:
 
 @shares_memory
 def test_sparse_memory_through_a_pipe(bus: Broadcaster[Any]) -> None:
-    """A message in memory of its own comes whole to a reader that shares none, also to one that is quick. Memory of 1 GiB that
-    was never written takes nothing of the broker, and no time."""
+    """Memory of 1 GiB that was never written, for a reader that shares none, takes nothing of the broker, and no time."""
     rss = psutil.Process(bus.stats().pid).memory_info
     link = BrokerClient(bus.address)
     fields: dict[str, Any] = {"capacity": 1 << 32, "overflow": "block", "replay": 0, "publisher": None}
@@ -421,36 +350,20 @@ def test_sparse_memory_through_a_pipe(bus: Broadcaster[Any]) -> None:
     reply = link.request("open", subscription=7, shared=False)
     link.request("opened", subscription=7, token=reply.body["token"])
     assert reply.pipe is not None
-    fd = reply.pipe.fd
-
-    def read(size: int) -> Iterator[bytes]:
-        while size:
-            assert select.select([fd], [], [], DEADLINE)[0]
-            data = os.read(fd, size)
-            assert data
-            size -= len(data)
-            yield data
-
+    memory = os.memfd_create("sparse", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory, 1 << 30)
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
     with contextlib.closing(link), bus.subscribe("other") as channel:
         lent = Lent(link, fd_socket=True)
-        payload = pattern(1, 6 << 20)
-        sealed = message_memory([payload])
-        lent.send_packet(pack(MEMORY, 0, 1), sealed.fd)
-        lent.write(memory_frame(1, len(payload), b"large") + frame_head(2, b"large") + b"ok")
-        head = frame_head(len(payload), b"large")
-        size = RUN.size + len(head) + len(payload) + len(TAIL)
-        assert b"".join(read(size)) == RUN.pack(size, 1, MESSAGES, 0, len(head)) + head + payload + TAIL
-        assert b"".join(read(RUN.size + 13 + 2 + 1)).endswith(b"largeok" + TAIL)
         before = rss().rss
-        memory = os.memfd_create("sparse", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(memory, 1 << 30)
-        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
         lent.send_packet(pack(MEMORY, 0, 2), memory)
         os.close(memory)
         lent.write(memory_frame(2, 1 << 30, b"large"))
-        for data in itertools.islice(read(1 << 30), 50):
-            bus.publish(len(data), topic="other")
-            assert channel.recv(DEADLINE) == len(data)
+        for number in range(50):
+            assert select.select([reply.pipe.fd], [], [], DEADLINE)[0]
+            assert os.read(reply.pipe.fd, 1 << 20)
+            bus.publish(number, topic="other")
+            assert channel.recv(DEADLINE) == number
             assert rss().rss - before < 64 << 20
         lent.close()
         reply.pipe.close()
@@ -472,24 +385,6 @@ def test_requests_that_are_never_whole(bus: Broadcaster[Any]) -> None:
         assert sum(client.reply(0) is None for client in clients) == len(clients)
         assert memory().rss - before < 1.5 * MOST_ASKED
     wait_until(lambda: bus.stats().memory == 0)
-
-
-@shares_memory
-def test_many_references_to_the_same_memory(attacker: Attacker) -> None:
-    """A few kilobytes of references do not make the broker copy gigabytes: a second one to the same bytes is refused."""
-    traffic = attacker.broker.traffic
-    publisher, pipe = attacker.publisher()
-    fd_socket = DescriptorSocket(traffic.memory.add(publisher))
-    descriptor, memory = ring_memory(RING_SIZE)
-    fd_socket.send_packet(pack(RING, 1, 1 << 16), descriptor.fd)
-    attacker.broker.round(at_once=True)
-    os.write(pipe, reference_frame(1, 0, RING_SIZE, b"fuzz") * 150)
-    traffic.round()
-    os.close(pipe)
-    fd_socket.close()
-    descriptor.close()
-    memory.close()
-    assert traffic.routing.routed == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- turns
@@ -518,78 +413,34 @@ def test_publishers_have_turns(gone: bool, attacker: Attacker) -> None:
     os.write(other_pipe, frame_head(0, b"turn 3"))
     traffic.round()
     assert traffic.routing.routed == 206
-    for pipe in (one_pipe, other_pipe):
-        os.close(pipe)
 
 
-def test_many_publishers_of_very_short_messages(attacker: Attacker) -> None:
-    """What many publishers have written at once is read and routed in many rounds."""
-    attacker.broker.traffic.routing.history = None
-    (subscription,) = attacker.subscribe([5000], "a", policy="drop_newest")
-    made = [attacker.publisher() for _ in range(12)]
-    for _, pipe in (*made * 6, *made[:1] * 50):
+@pytest.mark.parametrize("gone", [False, True], ids=["living publishers", "dead publishers"])
+def test_many_publishers_of_very_short_messages(gone: bool, attacker: Attacker) -> None:
+    """What many publishers have written at once, or left in their pipes, is read and routed in many rounds."""
+    registry, traffic = attacker.broker.registry, attacker.broker.traffic
+    traffic.routing.history = None
+    other = registry.sessions[attacker.new_session()]
+    subscription = subscribed(attacker.broker, 5000, other, ["a"], "drop_newest")
+    pipes = [attacker.publisher()[1] for _ in range(12)]
+    for pipe in (*pipes * 6, *pipes[:1] * 50):
         os.write(pipe, (frame_head(0, b"a") + frame_head(0, b"b")) * 200)
-    while not all(publisher.all_routed for publisher, _ in made):
+    if gone:
+        registry.end_session(attacker.session, clean=False)
+    while registry.to_finish or not all(publisher.all_routed for publisher in traffic.publishers.values()):
         attacker.round(200_000)
     assert subscription.backlog.published == (12 * 6 + 50) * 200
-    for _, pipe in made:
-        os.close(pipe)
-
-
-def test_what_is_taken_in_comes_in_parts(attacker: Attacker) -> None:
-    """What publishers have written before a request is read in parts, also if it is a message whose last piece never comes."""
-    traffic = attacker.broker.traffic
-    pipes = [attacker.publisher()[1] for _ in range(4)]
-    for pipe in pipes * 60:
-        os.write(pipe, (struct.pack("<IIQB", 18, PIECE, 7, 0) + b"x") * 200)
-    in_parts(traffic.take_in(), 50_000)
-    assert all(publisher.all_routed for publisher in traffic.publishers.values())
-    for pipe in pipes:
-        os.close(pipe)
-
-
-def test_publishers_of_a_dead_session_are_read_in_turn(attacker: Attacker) -> None:
-    """What many blocked publishers have left in their pipes is not all read in the round in which their process has died."""
-    broker = attacker.broker
-    full = subscribed(broker, 5000, broker.registry.sessions[attacker.new_session()], ["a"], "block")
-    full.backlog.capacity = 1
-    pipes = [attacker.publisher()[1] for _ in range(16)]
-    for pipe in pipes:
-        os.write(pipe, 2 * frame_head(0, b"a"))
-    broker.round(at_once=True)
-    assert len(full.waiters) == 16
-    for pipe in pipes:
-        for _ in range(10):
-            os.write(pipe, (frame_head(0, b"") + frame_head(0, b"a")) * 120)
-        os.close(pipe)
-    broker.registry.end_session(attacker.session, clean=False)
-    while broker.registry.to_finish:
-        attacker.round(100_000)
-    broker.registry.remove(full)
-    while broker.traffic.publishers:
-        broker.round(at_once=True)
 
 
 def test_the_memory_of_blocked_publishers_is_counted_in_parts(attacker: Attacker) -> None:
     """Statistics hold nothing up, though publishers are blocked that have very many messages here."""
-    blocked = []
-    for _ in range(8):
-        publisher, fd = attacker.publisher()
+    blocked = [attacker.publisher()[0] for _ in range(8)]
+    for publisher in blocked:
         publisher.parked.extend([batch("")] * 10_000)
-        os.close(fd)
-        blocked.append(publisher)
-    assert in_parts(memory(attacker.broker), 350_000) >= 80_000 * batch("").charge
+    parts = memory(attacker.broker)
+    for _ in range(2):
+        with at_most(350_000):
+            next(parts)
+    assert complete(parts) >= 80_000 * batch("").charge
     for publisher in blocked:
         publisher.parked.clear()
-
-
-def test_a_broker_that_ends_closes_many_channels_in_parts(attacker: Attacker) -> None:
-    """When the time is over, no round closes thousands of channels that were not read."""
-    attacker.subscribe(range(5000, 7000), "all")
-    _, fd = attacker.publisher()
-    os.write(fd, frame_head(0, b"all"))
-    attacker.broker.round(at_once=True)
-    os.close(fd)
-    attacker.broker.stop(0)
-    while not attacker.broker.is_finished:
-        attacker.round(60_000)

@@ -168,12 +168,12 @@ def readable(waitable: Any) -> bool:
     return bool(wait_for([waitable]))
 
 
-def keyed_connection(address: str) -> Connection:
+def keyed_connection(address: str, key: bytes | None = None) -> Connection:
     """A control connection on which this process has proved that it has the key, as any program could make it."""
     with socket.socket(socket.AF_UNIX) as connected:
         connected.connect(address)
         connection = Connection(connected.detach())
-    handshake = client_handshake(bytes(multiprocessing.current_process().authkey))
+    handshake = client_handshake(key or bytes(multiprocessing.current_process().authkey))
     next(handshake)  # the broker speaks first
     try:
         while True:
