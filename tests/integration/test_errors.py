@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
+import itertools
 import os
 import pickle
 import re
 import signal
-import weakref
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -62,32 +61,11 @@ def test_a_text_names_what_happened_to_which_object(bus: Bus, temporary_folder: 
     assert bus.address in text_of(BroadcastError, "start_broadcaster", mpbroadcast, address=bus.address)
 
 
-def text_when_full(bus: Bus, timeout: float) -> str:
-    """Publish until that has to wait, and return the text of its error."""
-    while True:
-        try:
-            bus.publish(bytes(4000), topic="mine", timeout=timeout)
-        except TimedOut as error:
-            return str(error)
-
-
 def test_a_publish_that_does_not_wait_names_the_broker_as_a_reason(bus: Bus) -> None:
     bus.publish(0)
     with stopped(bus.stats().pid):
-        assert "or the broker has not read yet what was published before" in text_when_full(bus, 0)
-
-
-@pytest.mark.parametrize("opened", [False, True])
-def test_a_stall_warning_names_the_topics_and_what_the_process_must_do(opened: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    """Name the process itself only if it has the channel open: a worker that it was handed on to may still be starting."""
-    with start_broadcaster(stall_timeout=0.05) as bus, bus.subscribe("mine", "yours", capacity=1000) as channel:
-        if opened:
-            channel.fileno()
-        text_when_full(bus, 0.3)
-        warned = wait_until(lambda: capfd.readouterr().err)
-    assert "(mine, yours)" in warned
-    assert ("must receive before it publishes" in warned) == opened
-    assert ("never opened" in warned) != opened
+        text = text_of(TimedOut, "publish_many", bus, itertools.repeat(bytes(4000)), timeout=0)
+    assert "or the broker has not read yet what was published before" in text
 
 
 ENDED = "the broker at '/.*' has ended: start another one, or connect\\(\\) to the one that is there now, and subscribe again"
@@ -241,31 +219,3 @@ def test_an_error_of_the_package_leaves_a_pool_worker(bus: Bus, fork: BaseContex
         for kind in (EOFError, TimedOut, Foreign):
             arrived = raised(kind, receive, bus, kind)
         assert (arrived.args, arrived.more) == (("text", 7), ["text"])
-
-
-def test_an_error_with_a_channel_is_in_no_cycle(bus: Bus) -> None:
-    """Free its channel with the error, without a collection; pickling changes neither."""
-    gc.disable()
-    try:
-        channel = bus.subscribe()
-        bus.publish(Raises(Foreign("text", 7)))
-        bus.flush()
-        bus.unsubscribe(channel)
-        for kind in (Foreign, EOFError):
-            error = error_of(channel)
-            assert type(pickle.loads(pickle.dumps(error))) is kind
-            assert error.channel is channel
-            assert not hasattr(error, "__notes__")
-        gone = weakref.ref(channel)
-        del error, channel
-        assert gone() is None
-    finally:
-        gc.enable()
-
-
-def error_of(channel: Channel[Any]) -> Any:
-    """Return the error of a receive, in no frame that is still there."""
-    try:
-        return channel.recv(timeout=DEADLINE)
-    except Exception as error:
-        return error
