@@ -21,9 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mpbroadcast import AuthenticationFailed, Broadcaster, BrokerLost, TimedOut, connect, start_broadcaster, trap_points
-from mpbroadcast.client.broker_client import BrokerClient
-from mpbroadcast.deadline import Deadline
+from mpbroadcast import AuthenticationFailed, Broadcaster, BrokerLost, connect, start_broadcaster, trap_points
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, wait_until
 from tests.support.rude import Rude
 from tests.support.victims import descriptors
@@ -41,11 +39,10 @@ def raw(bus: Bus) -> socket.socket:
     return client
 
 
-def send(client: socket.socket, *parts: bytes) -> None:
+def send(client: socket.socket, data: bytes) -> None:
     """Send what the broker takes of it: it may hang up at any byte."""
     with contextlib.suppress(OSError):
-        for part in parts:
-            client.sendall(part)
+        client.sendall(data)
 
 
 def goes_on(bus: Bus) -> None:
@@ -75,38 +72,98 @@ def undisturbed(bus: Bus) -> Iterator[None]:
 
 
 LENGTH = struct.Struct("!i")
-NOISE = random.Random(20).randbytes(100_000)
+STATS = LENGTH.pack(14) + b'{"do":"stats"}'
 PICKLE = pickle.dumps(["a pickle"])
-RUDE: dict[str, list[bytes]] = {
-    "no bytes": [],
-    "random bytes": [NOISE],
-    "a huge length": [LENGTH.pack(0x7FFF_FFFF), b"x" * 1_000_000],
-    "half an answer": [LENGTH.pack(40), b"{sha256}" + b"x" * 10],
-    "a wrong answer": [LENGTH.pack(40) + b"{sha256}" + b"x" * 32],
-    "a request instead of an answer": [LENGTH.pack(14) + b'{"do":"stats"}'],
-    "a pickle": [LENGTH.pack(len(PICKLE)) + PICKLE],
-}
+RUDE: list[bytes] = [
+    b"",
+    random.Random(20).randbytes(100_000),
+    LENGTH.pack(0x7FFF_FFFF) + b"x" * 1_000_000,
+    LENGTH.pack(40) + b"{sha256}" + b"x" * 10,
+    LENGTH.pack(40) + b"{sha256}" + b"x" * 32,
+    STATS,
+    LENGTH.pack(len(PICKLE)) + PICKLE,
+]
 
 
-def test_a_rude_client_holds_up_nobody(bus: Bus) -> None:
-    """Disturb nothing by what is sent instead of a proof of the key, while the client stays and when it goes."""
-    for what, parts in RUDE.items():
-        with undisturbed(bus), raw(bus) as client:
-            print(what)
-            send(client, *parts)
-            goes_on(bus)
-    with undisturbed(bus):
-        for _ in range(20):
-            for parts in RUDE.values():  # of clients that go in the middle
-                with raw(bus) as client:
-                    send(client, *(part[:50] for part in parts))
-
-
-def test_two_hundred_silent_clients(bus: Bus) -> None:
-    with undisturbed(bus), contextlib.ExitStack() as stack:
-        for _ in range(200):
-            stack.enter_context(raw(bus))
+def rude_bytes(bus: Bus, stack: contextlib.ExitStack) -> None:
+    """Send what is no proof of the key, whole, and from clients that go in the middle."""
+    for data in RUDE:
+        send(stack.enter_context(raw(bus)), data)
         goes_on(bus)
+    for data in RUDE * 20:
+        with raw(bus) as client:
+            send(client, data[:50])
+
+
+def silent_clients(bus: Bus, stack: contextlib.ExitStack) -> None:
+    """Connect 200 times, and send nothing."""
+    for _ in range(200):
+        stack.enter_context(raw(bus))
+
+
+def send_without_end(client: socket.socket, block: bytes) -> None:
+    """Send this again and again, of which the broker must take little."""
+    client.settimeout(0.5)
+    taken = 0
+    with contextlib.suppress(OSError):
+        while taken < 256 << 20:
+            taken += client.send(block[taken % len(block) :])
+    assert taken < GROWTH
+
+
+def endless_handshake(bus: Bus, stack: contextlib.ExitStack) -> None:
+    """Announce 2 GiB before the key is proved."""
+    client = stack.enter_context(raw(bus))
+    send(client, LENGTH.pack(0x7FFF_0000))
+    send_without_end(client, b"x" * (1 << 20))
+
+
+def endless_request(bus: Bus, stack: contextlib.ExitStack) -> None:
+    """Announce 2 GiB behind the key."""
+    client = stack.enter_context(contextlib.closing(Rude(bus.address)))
+    client.send(LENGTH.pack(0x7FFF_0000))
+    send_without_end(client.socket, b"x" * (1 << 20))
+
+
+def unread_replies(bus: Bus, stack: contextlib.ExitStack) -> None:
+    """Ask without end, and read no reply."""
+    send_without_end(stack.enter_context(contextlib.closing(Rude(bus.address))).socket, STATS * 10_000)
+
+
+@pytest.mark.parametrize("attack", [rude_bytes, silent_clients, endless_handshake, endless_request, unread_replies])
+def test_a_rude_client_holds_up_nobody(attack: Callable[[Bus, contextlib.ExitStack], None], bus: Bus) -> None:
+    """Disturb nothing, while the client stays and when it goes."""
+    with undisturbed(bus), contextlib.ExitStack() as stack:
+        attack(bus, stack)
+        goes_on(bus)
+
+
+class Planted:
+    """A pickle that would leave a trace where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return self.path.write_text, ("unpickled",)
+
+
+def test_a_pickle_behind_the_key_is_never_unpickled(bus: Bus, tmp_path: Path) -> None:
+    """Neither as a request, nor as a message, which its subscriber unpickles in ``recv``."""
+    trace = tmp_path / "trace"
+    with undisturbed(bus):
+        for planted in (Planted(trace), {"do": Planted(trace)}):
+            body = pickle.dumps(planted)
+            with contextlib.closing(Rude(bus.address)) as client:
+                client.send(LENGTH.pack(len(body)) + body)
+                goes_on(bus)
+        with bus.subscribe() as channel:
+            bus.publish(Planted(trace))
+            bus.flush(DEADLINE)
+            wait_until(lambda: bus.stats().subscribers[0].waiting + bus.stats().subscribers[0].delivered == 1)
+            assert not trace.exists()
+            channel.recv(DEADLINE)
+            assert trace.exists()
 
 
 def crowd(address: str, orders: Connection) -> None:
@@ -143,88 +200,18 @@ def test_strangers_do_not_take_the_place_of_who_has_the_key(
     finish(process)
 
 
-@pytest.fixture
-def server(temporary_folder: Path) -> Iterator[socket.socket]:
-    """Yield a socket that listens at an address, and is no broker's."""
-    address = temporary_folder / "resets"
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(address))
-        listening.listen()
-        listening.settimeout(DEADLINE)
-        yield listening
-    address.unlink()
-
-
-def test_a_connection_that_was_reset_is_tried_again(server: socket.socket) -> None:
+def test_a_connection_that_was_reset_is_tried_again(temporary_folder: Path) -> None:
     """And again; then raise that no broker answers."""
-    connecting = Background(connect, server.getsockname())
-    for _ in range(7):
-        server.accept()[0].close()
-    server.close()
-    assert isinstance(connecting.error(), BrokerLost)
-
-
-def test_a_connection_that_was_reset_when_the_time_is_over(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There may be a broker all the same, so it is not taken for lost."""
-    deadline = Deadline(0.1)
-
-    def reach(name: str, subject: object = None) -> None:
-        if name == "connected":
+    address = temporary_folder / "resets"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(address))
+        server.listen()
+        server.settimeout(DEADLINE)
+        connecting = Background(connect, address)
+        for _ in range(7):
             server.accept()[0].close()
-            wait_until(lambda: deadline.remaining() == 0)
-
-    monkeypatch.setattr(trap_points, "reach", reach)
-    with pytest.raises(TimedOut):
-        BrokerClient(server.getsockname()).session(deadline)
-
-
-@pytest.mark.parametrize("what", ["before the key", "one request", "requests whose replies it does not read"])
-def test_a_client_that_sends_without_end(what: str, bus: Bus) -> None:
-    """Take in little of it, whether a message of two GiB is announced, or the replies would pile up."""
-    request = b'{"do":"stats"}'
-    block = (LENGTH.pack(len(request)) + request) * 10_000 if what.startswith("requests") else b"x" * (1 << 20)
-    with undisturbed(bus), contextlib.ExitStack() as stack:
-        if what == "before the key":
-            client = stack.enter_context(raw(bus))
-        else:
-            client = stack.enter_context(contextlib.closing(Rude(bus.address))).socket
-        client.settimeout(0.5)
-        if not what.startswith("requests"):
-            send(client, LENGTH.pack(0x7FFF_0000))
-        taken = 0
-        with contextlib.suppress(OSError):
-            while taken < 256 << 20:
-                taken += client.send(block[taken % len(block) :])
-        assert taken < GROWTH
-        goes_on(bus)
-
-
-class Planted:
-    """A pickle that would leave a trace where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return self.path.write_text, ("unpickled",)
-
-
-def test_a_pickle_behind_the_key_is_never_unpickled(bus: Bus, tmp_path: Path) -> None:
-    """Neither as a request, nor as a message, which its subscriber unpickles in ``recv``."""
-    trace = tmp_path / "trace"
-    with undisturbed(bus):
-        for planted in (Planted(trace), {"do": Planted(trace)}):
-            body = pickle.dumps(planted)
-            with contextlib.closing(Rude(bus.address)) as client:
-                client.send(LENGTH.pack(len(body)) + body)
-                goes_on(bus)
-        with bus.subscribe() as channel:
-            bus.publish(Planted(trace))
-            bus.flush(DEADLINE)
-            wait_until(lambda: bus.stats().subscribers[0].waiting + bus.stats().subscribers[0].delivered == 1)
-            assert not trace.exists()
-            channel.recv(DEADLINE)
-            assert trace.exists()
+    assert isinstance(connecting.error(), BrokerLost)
+    address.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------------- keys
