@@ -76,10 +76,10 @@ class Delivery:
     def _wait_for_room(self, subscription: Subscription, is_full: bool) -> None:
         """Wait for room in the pipe; or, while a publisher waits for that, until some of what is unread is read."""
         pipe = subscription.pipe
-        must_wait = subscription.backlog.must_wait
-        if (subscription.waiters and not is_full) or must_wait:
+        needs_empty_pipe = subscription.backlog.needs_empty_pipe
+        if (subscription.waiters and not is_full) or needs_empty_pipe:
             is_full = pipe.is_one_page  # it reports room when all has been read
-            if not (is_full and must_wait) and not pipe.is_retrying:
+            if not (is_full and needs_empty_pipe) and not pipe.is_retrying:
                 pipe.is_retrying = True
                 self._poller.later(pipe.retry, partial(self._retry, subscription))
                 pipe.retry = min(2 * pipe.retry, LONGEST_RETRY)
@@ -104,7 +104,7 @@ def _write(subscription: Subscription) -> bool:
             if backlog.is_empty:
                 break
             backlog.pipe = unread(fd)
-            if backlog.must_wait:
+            if backlog.needs_empty_pipe:
                 return True
         if window is not None and window.notes and not _write_notes(subscription, window):
             return True

@@ -15,7 +15,7 @@ from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.limits import SESSION, Budget, Cost
 from mpbroadcast.broker.core.patterns import Matcher
-from mpbroadcast.broker.core.policies import under
+from mpbroadcast.broker.core.policies import with_policy
 from mpbroadcast.broker.core.states import PipeState, PublisherState, SubscriptionState
 from mpbroadcast.broker.memory import Lender
 from mpbroadcast.broker.reference_window import ReferenceWindow
@@ -224,7 +224,7 @@ class Subscription:
     def report_restart(self) -> None:
         """Write into its new pipe that messages may be missing here, and go by its own policy again."""
         self.backlog.pipe += self.pipe.write_restarted()
-        self.backlog = under(self.policy, self.backlog)
+        self.backlog = with_policy(self.policy, self.backlog)
         self.restored = False
 
     def refresh(self) -> None:

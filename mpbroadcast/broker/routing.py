@@ -88,7 +88,7 @@ class Routing:
                 continue
             if full is not None:
                 self.behind.pop(publisher, None)
-                self._block(publisher, full, went_on=self.routed > before)
+                self._block_publisher(publisher, full, went_on=self.routed > before)
                 return False
         self.behind.pop(publisher, None)
         publisher.blocked, publisher.warned = None, False
@@ -175,7 +175,7 @@ class Routing:
                     late.add(subscription)
         return tuple(target for target in targets if target.id != item.exclude and target not in late)
 
-    def _block(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:
+    def _block_publisher(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:
         if went_on or not publisher.blocked:
             publisher.blocked_since = time.monotonic()
             publisher.warned = False

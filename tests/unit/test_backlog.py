@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast.broker.core.backlog import Backlog
-from mpbroadcast.broker.core.policies import new_backlog, under
+from mpbroadcast.broker.core.policies import new_backlog, with_policy
 from mpbroadcast.protocol.frames import FRAME_OVERHEAD, MOST_TOGETHER, PIPE_BUF, Batch, MemfdMessage, frame_head
 from mpbroadcast.protocol.pickling import load_run
 from mpbroadcast.protocol.runs import (
@@ -203,8 +203,8 @@ class Trial:
         if backlog.drops:
             self.refresh()
             waits = self.unread > 0 and bool(plain.waiting) and not self.tail
-            assert backlog.must_wait == (waits and self.policy == "latest")
-            if backlog.must_wait:
+            assert backlog.needs_empty_pipe == (waits and self.policy == "latest")
+            if backlog.needs_empty_pipe:
                 return
         is_empty = backlog.is_empty
         data = bytes(backlog.to_write())
@@ -312,7 +312,7 @@ def test_another_policy_takes_over() -> None:
     for policy, reported in (("drop_oldest", [("gap", 2)]), ("drop_newest", []), ("latest", [])):
         backlog = new_backlog(charge_of(0, 100), "drop_oldest")
         backlog.put(messages(0, [100] * 3))
-        backlog = under(policy, backlog)
+        backlog = with_policy(policy, backlog)
         assert (backlog.policy, emptied(backlog)) == (policy, [*reported, ("message", 2)])
 
 
@@ -452,7 +452,7 @@ def test_what_is_behind_a_part_of_a_long_run_can_be_dropped() -> None:
     backlog.put(run)
     backlog.wrote(run.first + 1)
     assert (backlog.delivered, backlog.waiting, backlog.left) == (MOST_AT_ONCE, 3 * MOST_AT_ONCE, MOST_AT_ONCE)
-    backlog = under("drop_oldest", backlog)
+    backlog = with_policy("drop_oldest", backlog)
     backlog.pipe = run.charge
     backlog.put(plain_run())
     assert (backlog.missed, backlog.waiting) == (2 * MOST_AT_ONCE + 1, MOST_AT_ONCE)

@@ -147,7 +147,7 @@ class Backlog:
     # --- writing
 
     @property
-    def must_wait(self) -> bool:
+    def needs_empty_pipe(self) -> bool:
         """True if nothing may be written before the pipe is empty."""
         return False
 

@@ -168,7 +168,7 @@ class Latest(_Dropping):
     _report = SKIPPED
 
     @property
-    def must_wait(self) -> bool:
+    def needs_empty_pipe(self) -> bool:
         return self.pipe > 0 and self.waiting > 0 and not self._offset
 
     def put(self, run: Run) -> int:
@@ -187,7 +187,7 @@ def new_backlog(capacity: int, policy: str = "block") -> Backlog:
     return POLICIES[policy](capacity)
 
 
-def under(policy: str, backlog: Backlog) -> Backlog:
+def with_policy(policy: str, backlog: Backlog) -> Backlog:
     """Return the backlog with all that waits, under this policy from now on."""
     if backlog.policy == policy:
         return backlog
