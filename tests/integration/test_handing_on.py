@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import gc
 import multiprocessing
 import multiprocessing.util
@@ -25,19 +24,6 @@ Pipe = tuple[Connection, Connection]
 
 
 # --- a channel for a child --------------------------------------------------------------------------------------------
-
-
-def test_child_misses_nothing(bus: Bus, children: Children, every_context: BaseContext) -> None:
-    """Give it what was published before it started, while it starts, and after."""
-    channel = bus.subscribe()
-    results, theirs = every_context.Pipe()
-    bus.publish_many(range(100))
-    child = children(every_context, workers.receive, channel, theirs, 300)
-    bus.publish_many(range(100, 200))
-    wait_until(lambda: only_subscriber(bus).pid == child.pid)
-    bus.publish_many(range(200, 300))
-    assert answer(results) == list(range(300))
-    finish(child)
 
 
 @pytest.mark.parametrize("farewell", ["close", "collect", "with", "unsubscribe"])
@@ -199,43 +185,6 @@ def test_what_no_forked_process_can_open_any_more_is_dropped(
     wait_until(lambda: not bus.stats().memory)
 
 
-def _leave_to_a_child(address: str, report: Connection, ends: str) -> None:
-    """Subscribe, fork, and close all. The child ends before the last handle is closed, or before the next one is made."""
-    reader, writer = os.pipe()
-    handle: Bus = connect(address)
-    channel = handle.subscribe()
-    child = os.fork()
-    if not child:
-        os.close(writer)
-        os.read(reader, 1)
-        os._exit(0)
-    channel.close()
-    report.send(len(handle.stats().subscribers))
-    if ends == "after":
-        handle.close()
-        del channel, handle
-    os.close(writer)
-    os.waitpid(child, 0)
-    if ends == "before":
-        handle.close()
-    else:
-        with connect(address) as another:
-            another.stats()
-    answer(report)
-
-
-@pytest.mark.parametrize("ends", ["before", "after"])
-def test_what_no_forked_process_can_open_any_more_is_dropped_without_the_handle_that_made_it(
-    ends: str, bus: Bus, children: Children, fork: BaseContext, pipe: Pipe
-) -> None:
-    """The last handle does it when it is closed, if the forked process has ended; else the next one of this process does."""
-    process = children(fork, _leave_to_a_child, bus.address, pipe[1], ends)
-    assert answer(pipe[0]) == 1
-    wait_until(lambda: not bus.stats().subscribers)
-    pipe[0].send("end")
-    finish(process)
-
-
 @pytest.mark.parametrize("why", ["nothing waits", "its processes have ended"])
 def test_close_does_not_wait_for_what_nobody_will_open(why: str, children: Children, fork: BaseContext, pipe: Pipe) -> None:
     """It would wait for as long as its timeout; so it would when an exception leaves the block."""
@@ -264,18 +213,13 @@ def test_close_does_not_wait_for_what_nobody_will_open(why: str, children: Child
 # --- a broadcaster for a child ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pool", "executor"])
-def test_broadcaster_goes_to_a_running_pool(bus: Bus, context: BaseContext, kind: str) -> None:
-    """Publish from tasks, whose processes are daemonic in a ``Pool``, through a broadcaster among their arguments."""
+def test_broadcaster_goes_to_a_running_pool(bus: Bus, context: BaseContext) -> None:
+    """Publish from tasks, whose processes are daemonic, through a broadcaster among their arguments."""
     channel = bus.subscribe()
-    if kind == "pool":
-        with context.Pool(2) as pool:
-            pids = pool.starmap(workers.publish_one, [(bus, number) for number in range(20)], chunksize=1)
-            pool.close()
-            pool.join()
-    else:
-        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as executor:
-            pids = list(executor.map(workers.publish_one, [bus] * 20, range(20)))
+    with context.Pool(2) as pool:
+        pids = pool.starmap(workers.publish_one, [(bus, number) for number in range(20)], chunksize=1)
+        pool.close()
+        pool.join()
     assert os.getpid() not in pids
     assert sorted(take(channel, 20)) == list(range(20))
 
@@ -308,17 +252,3 @@ def test_closing_another_handle_only_detaches(bus: Bus) -> None:
     bus.publish(2)
     for channel in (opened, unopened):
         assert sorted(take(channel, 2)) == [1, 2]
-
-
-def test_detaching_keeps_a_channel_that_was_sent_away(bus: Bus, children: Children, context: BaseContext) -> None:
-    """A process that subscribes for one that runs already, and closes its handle, leaves channel and broker alone."""
-    orders, theirs = context.Pipe()
-    child = children(context, workers.subscribe_and_send_away, bus, theirs)
-    channel = answer(orders)
-    assert answer(orders) == "detached"
-    bus.publish("message")
-    assert channel.recv(timeout=DEADLINE) == "message"
-    orders.send("end")
-    finish(child)
-    bus.publish("another")
-    assert everything(bus, channel) == ["another"]

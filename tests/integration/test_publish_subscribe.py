@@ -14,7 +14,7 @@ import pytest
 
 from mpbroadcast import Broadcaster, TimedOut, connect, publish, subscribe, unsubscribe
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, pattern, rest, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, rest, take, wait_until
 
 Bus = Broadcaster[Any]
 Pipe = tuple[Connection, Connection]
@@ -74,20 +74,6 @@ def test_publish_many_takes_any_iterable_and_counts(bus: Bus) -> None:
     assert everything(bus, channel) == list(range(1, 2051))
 
 
-@pytest.mark.parametrize("topic", ["", "x" * 1024], ids=["without a topic", "the longest topic"])
-def test_messages_of_every_size_arrive_unchanged(topic: str, bus: Bus) -> None:
-    """Also where a frame just fits into what a pipe takes at once, or just does not."""
-    sizes = [*range(300), *range(2950, 3150), *range(4000, 4201), *range(8100, 8300), *range(65536 - 120, 65536 + 60)]
-    sizes += [1_048_575, 1_048_576, 1_048_577, 0, 3_333_333, 1, 20 * 1_048_576]
-    channel = bus.subscribe(topic, with_topic=True)
-    received = Background(take, channel, len(sizes))
-    for size in sizes:
-        bus.publish(pattern(size, size), topic=topic)
-    for size, (named, message) in zip(sizes, received.result(2 * DEADLINE), strict=True):
-        assert named == topic
-        assert message == pattern(size, size)
-
-
 # --- wait_for_subscribers ---------------------------------------------------------------------------------------------
 
 
@@ -121,7 +107,7 @@ def test_wait_for_subscribers(topic: str | None, bus: Bus, children: Children, f
 
 
 def test_stats_describe_broker_and_subscriptions(bus: Bus) -> None:
-    """List each live subscription with its settings, in a snapshot that cannot be changed."""
+    """List each live subscription, in a snapshot that cannot be changed; count publishers until they close."""
     channel = bus.subscribe("a", "b*", capacity=123_456)
     other = bus.subscribe("z", overflow="latest")
     for topic in ["a", "bb", "c"]:
@@ -133,7 +119,11 @@ def test_stats_describe_broker_and_subscriptions(bus: Bus) -> None:
     assert 0 <= stats.uptime < 10 * DEADLINE
     wait_until(lambda: bus.stats().uptime > stats.uptime)
     assert stats.published == 3
-    assert stats.publishers >= 1
+    with connect(bus.address) as publisher:
+        publisher.publish("another", topic="no channel")
+        publisher.flush(timeout=DEADLINE)
+        assert bus.stats().publishers == stats.publishers + 1
+    wait_until(lambda: bus.stats().publishers == stats.publishers)
     first, second = stats.subscribers
     assert first.id != second.id
     assert (first.pid, first.overflow, first.capacity) == (os.getpid(), "block", 123_456)
@@ -152,21 +142,3 @@ def test_stats_describe_broker_and_subscriptions(bus: Bus) -> None:
     assert bus.stats().subscribers == ()  # though there is something unread
     assert rest(channel) == ["message"] * 2
     wait_until(lambda: bus.stats().memory == 0)
-
-
-def test_stats_count_publishers(bus: Bus, fork: BaseContext, children: Children, pipe: Pipe) -> None:
-    """Until a handle that has published closes, or its process ends."""
-    bus.publish("mine")
-    before = bus.stats().publishers
-    with connect(bus.address) as second:
-        second.publish("second")
-        second.flush(timeout=DEADLINE)
-        assert bus.stats().publishers == before + 1
-    wait_until(lambda: bus.stats().publishers == before)
-    child = children(fork, workers.publish_on_order, bus, pipe[1])
-    assert answer(pipe[0]) == "started"
-    pipe[0].send("third")
-    assert answer(pipe[0]) == "published"
-    wait_until(lambda: bus.stats().publishers == before + 1)
-    child.kill()
-    wait_until(lambda: bus.stats().publishers == before)

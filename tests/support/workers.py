@@ -143,14 +143,6 @@ def subscribe_on_order(bus: Broadcaster[Any], topics: tuple[str, ...], orders: C
         answer(orders, 3 * DEADLINE)
 
 
-def subscribe_and_send_away(bus: Broadcaster[Any], orders: Connection) -> None:
-    """Subscribe for the process at the other end, close the broadcaster's handle, and live on until an order comes."""
-    orders.send(bus.subscribe())
-    bus.close()
-    orders.send("detached")
-    answer(orders, 3 * DEADLINE)
-
-
 def publish_one(bus: Broadcaster[Any], message: Any) -> int:
     """Publish one message; return the PID of this process."""
     bus.publish(message)
