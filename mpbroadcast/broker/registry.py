@@ -243,7 +243,7 @@ class Registry:
         self._forget_entry(subscription.id)
         self.unopen(subscription)
         self._traffic.drop(subscription)
-        self._close_ends(subscription, subscription.pipe.close())
+        self._close_descriptors(subscription, subscription.pipe.close())
         self._detach(subscription)
         subscription.backlog.discard()
 
@@ -300,7 +300,7 @@ class Registry:
     def unopen(self, subscription: Subscription) -> None:
         """Take its opening back: it is as it was."""
         if self.openings.pop(subscription, None) is not None:
-            self._close_ends(subscription, subscription.pipe.take_back())
+            self._close_descriptors(subscription, subscription.pipe.take_back())
 
     def unopen_all(self, connection: ControlConnection) -> None:
         """Take back what was being opened over this connection."""
@@ -329,7 +329,7 @@ class Registry:
         if len(self.former_owners) > _MOST_FORMER:
             self.former_owners.popitem(last=False)
 
-    def _close_ends(self, subscription: Subscription, fd: int) -> None:
+    def _close_descriptors(self, subscription: Subscription, fd: int) -> None:
         self._poller.close(fd)
         window, subscription.window = subscription.window, None
         if window is not None:
