@@ -206,6 +206,8 @@ class Channel(Generic[M]):
         if pipe is None or ownership.state is not OPEN or pipe.fd < 0:
             return
         after = follow(before, pipe, self._with_topic, shared, is_readable)
+        if before.ready:
+            return  # another thread was interrupted, and has put its message back: what comes behind it is decoded again
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile
             self._stream = after
             self._missed += after.skipped

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
+from types import FrameType
 from typing import Any
 from weakref import WeakSet
 
@@ -227,6 +228,41 @@ def test_an_interrupted_receive_loses_nothing(bus: Bus, storm: Storm, kind: str,
             message: Any = received.popleft()
             assert (message[1] if topic else message) == (number, pattern(number, size))
     assert not channel.poll(0)
+    channel.close()
+
+
+_decoding, _put_back = threading.Event(), threading.Event()
+
+
+def _load_slowly() -> int:
+    _decoding.set()
+    assert _put_back.wait(DEADLINE)
+    return 2
+
+
+class _LoadedSlowly:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_slowly, ()
+
+
+def test_a_message_that_an_interrupt_puts_back_while_another_thread_decodes_is_not_lost(bus: Bus) -> None:
+    """It comes next, before what is decoded."""
+    channel = bus.subscribe()
+    bus.publish(1)
+    assert channel.poll(DEADLINE)
+    bus.publish(_LoadedSlowly())
+    bus.flush(timeout=DEADLINE, delivered=True)
+    others: list[Background] = []
+
+    def is_decoding(frame: FrameType, event: str) -> bool:
+        if event != "line" or frame.f_locals.get("message") != 1:
+            return False
+        others.extend([] if others else [Background(channel.recv, DEADLINE)])
+        return _decoding.wait(0.05)  # not while the lock is held
+
+    assert interrupting(Moment(is_decoding), channel.recv, DEADLINE)
+    _put_back.set()
+    assert [others[0].result(), channel.recv(DEADLINE)] == [1, 2]
     channel.close()
 
 
