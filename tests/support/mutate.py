@@ -113,6 +113,7 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "_route: min(size, len(frame)) -> max(size, len(frame))",
         "RingAllocator._taken: chunks -> True",
     ),
+    "only a note has no sizes, and it always fits": ("Backlog.fitting: () -> False",),
     "it runs when the module is loaded": ("State.__init__: ",),
     "both are of one length": ("Cost.plus: True -> False", "Budget.check: True -> False"),
 }
