@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, Overflowed, TimedOut, connect
+from mpbroadcast import Broadcaster, BrokerLost, Channel, ClosedError, TimedOut, connect
 from mpbroadcast.validation import Policy
 from tests.support.helpers import DEADLINE, Background, Children, fill, only_subscriber, take, wait_until
 from tests.support.large_workers import ReaderProcess, Size, hold, numbers
@@ -174,36 +174,6 @@ def test_what_was_dropped_at_once_is_not_waited_for(bus: Bus) -> None:
         take(channel, only_subscriber(bus).waiting)
         other.flush(timeout=DEADLINE, delivered=True)
     channel.close()
-
-
-def test_a_disconnected_channel_is_waited_for_until_it_has_all(bus: Bus) -> None:
-    """What a disconnected channel keeps is in its backlog until it is opened."""
-    channel = bus.subscribe(overflow="disconnect", capacity=3000)
-    bus.publish_many([(number, bytes(500)) for number in range(3)])
-    bus.publish((3, bytes(5000)))
-    waiting = flushing(bus)
-    channel.fileno()
-    waiting.result()
-    assert [number for number, _ in take(channel, 3)] == [0, 1, 2]
-    with pytest.raises(Overflowed):
-        channel.recv(timeout=DEADLINE)
-
-
-# --- limits and errors ------------------------------------------------------------------------------------------------
-
-
-def test_other_calls_work_while_it_waits(bus: Bus) -> None:
-    """While one thread waits for the delivery, others publish, receive, and ask."""
-    unopened, channel = bus.subscribe("a"), bus.subscribe("b")
-    bus.publish("message", topic="a")
-    waiting = flushing(bus)
-    bus.publish("other", topic="b")
-    assert channel.recv(timeout=DEADLINE) == "other"
-    bus.flush(timeout=DEADLINE)
-    assert len(bus.stats().subscribers) == 2
-    assert waiting.is_alive()
-    unopened.close()
-    waiting.result()
 
 
 def test_closing_ends_it(bus: Bus) -> None:

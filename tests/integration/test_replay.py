@@ -157,24 +157,6 @@ def test_a_replay_counts_as_published_and_is_cut_at_the_capacity(start: Start, o
     assert record(channel) == [("message", 100)]
 
 
-def test_latest_is_replayed_the_newest(start: Start) -> None:
-    """Under ``latest`` a replay is the newest state, whatever k is; then the live ones come."""
-    bus = start(10)
-    bus.publish_many(range(10))
-    for replay in (1, 5, 100):
-        channel = bus.subscribe(replay=replay, overflow="latest")
-        row = only_subscriber(bus)
-        assert row.delivered + row.missed + row.waiting == row.published
-        assert row.waiting == 1
-        assert channel.recv(timeout=DEADLINE) == 9
-        assert 1 + channel.missed == only_subscriber(bus).published
-        bus.publish(9)
-        assert everything(bus, channel) == [9]
-
-
-# --- bounded ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_number_of_topics_is_bounded(start: Start) -> None:
     """Of more than 4,096 topics those that were published to the longest ago are forgotten, and ``stats`` counts them."""
     bus = start(2)

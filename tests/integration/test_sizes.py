@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, connect, start_broadcaster
-from tests.support.helpers import DEADLINE, Background, Children, everything, finish, readable, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, take, wait_until
 from tests.support.large_workers import (
     SIZES,
     ReaderProcess,
@@ -22,18 +22,11 @@ from tests.support.large_workers import (
     number_of,
     numbers,
     numbers_until_end,
-    publish_back,
-    receive_by,
 )
 from tests.support.workers import Boom, CannotBePickled, CannotBeUnpickled
 
 Bus = Broadcaster[Any]
 SMALL = SIZES["100"]
-
-
-def nothing_is_held(bus: Bus) -> None:
-    """Wait until the broker keeps nothing of what has been read."""
-    wait_until(lambda: bus.stats().memory == 0)
 
 
 def test_one_order_for_all(transport: Size, bus: Bus) -> None:
@@ -57,26 +50,7 @@ def test_one_order_for_all(transport: Size, bus: Bus) -> None:
         assert orders[0] == orders[1]
         for name in ("bus", "other"):
             assert [position for source, position in orders[0] if source == name] == list(range(2 * count))
-        nothing_is_held(bus)
-
-
-def test_topics_patterns_and_exclusion(transport: Size, bus: Bus) -> None:
-    """Each channel gets what matches its topics, once, and not what excludes it; ``with_topic`` gives the one that matched."""
-    with (
-        bus.subscribe() as all_of_it,
-        bus.subscribe("room:1") as one_room,
-        bus.subscribe("room:*", "room:[0-9]", with_topic=True) as rooms,
-    ):
-        for number, topic in enumerate(["room:1", "room:2", "hall", "", "room:1"]):
-            bus.publish(transport.message(number), topic=topic)
-        bus.publish(transport.message(5), topic="room:1", exclude=rooms)
-        bus.publish_many([transport.message(6), transport.message(7)], topic="room:1", exclude=all_of_it)
-        received = everything(bus, rooms)
-        assert [(topic, number_of(message)) for topic, message in received] == [
-            ("room:1", 0), ("room:2", 1), ("room:1", 4), ("room:1", 6), ("room:1", 7),
-        ]  # fmt: skip
-        assert numbers(everything(bus, one_room)) == [0, 4, 5, 6, 7]
-        assert numbers(everything(bus, all_of_it)) == [0, 1, 2, 3, 4, 5]
+        wait_until(lambda: bus.stats().memory == 0)
 
 
 def test_block_loses_nothing(transport: Size, bus: Bus) -> None:
@@ -111,43 +85,6 @@ def test_block_loses_nothing(transport: Size, bus: Bus) -> None:
     assert reading.result() == (published, "EOFError")
 
 
-def test_the_descriptor_is_honest(transport: Size, bus: Bus) -> None:
-    """The descriptor is readable as long as there is something to receive, and quiet afterwards; again and again."""
-    with bus.subscribe() as channel:
-        assert not readable(channel)
-        for _ in range(2):
-            for number in range(3):
-                bus.publish(transport.message(number))
-            bus.flush()
-            for number in range(3):
-                wait_until(lambda: readable(channel))
-                assert channel.poll(DEADLINE)
-                assert readable(channel)
-                assert number_of(channel.recv(timeout=DEADLINE)) == number
-                if number < 2:
-                    assert channel.poll(DEADLINE)
-                    assert readable(channel)
-            wait_until(lambda: not channel.poll(0) and not readable(channel))
-            with pytest.raises(TimeoutError):
-                channel.recv(timeout=0)
-        nothing_is_held(bus)
-
-
-def test_each_call_that_receives(transport: Size, bus: Bus) -> None:
-    """``recv_many``, ``async for``, an iteration, and a selector give messages of each size, whole and in order."""
-    calls = ["recv_many", "for", "async for", "selector"]
-    channels = [bus.subscribe(capacity=8 * transport.charge + (4 << 20)) for _ in calls]
-    for channel in channels:
-        channel.fileno()
-    bus.publish_many(map(transport.message, range(5)))
-    bus.flush()
-    for channel, call in zip(channels, calls, strict=True):
-        bus.unsubscribe(channel)
-        received: list[Any] = []
-        receive_by(call, channel, received.append)
-        assert numbers(received) == list(range(5))
-
-
 def test_messages_that_cannot_be_pickled_or_unpickled(transport: Size, bus: Bus) -> None:
     """They raise where they stand, ``sent`` counts those before, and the others come."""
     with bus.subscribe() as channel, bus.subscribe() as other:
@@ -165,24 +102,7 @@ def test_messages_that_cannot_be_pickled_or_unpickled(transport: Size, bus: Bus)
                 each.recv(timeout=DEADLINE)
             assert number_of(each.recv(timeout=DEADLINE)) == 2
         del caught
-        nothing_is_held(bus)
-
-
-def test_each_start_method(every_context: BaseContext, bus: Bus, children: Children) -> None:
-    """A channel that is handed on unopened has what was published before; a child receives and publishes each size."""
-    channel, back = bus.subscribe("there"), bus.subscribe("back")
-    sizes = list(SIZES.values())
-    for number, size in enumerate(sizes):
-        bus.publish(size.message(number), topic="there")
-    process = children(every_context, publish_back, bus, channel)
-    for number, size in enumerate(sizes, len(sizes)):
-        bus.publish(size.message(number), topic="there")
-    messages = take(back, 2 * len(sizes))
-    assert numbers(messages) == list(range(2 * len(sizes)))
-    assert [len(data) for _, data in messages] == 2 * [size.length for size in sizes]
-    bus.unsubscribe(channel)
-    finish(process)
-    back.close()
+        wait_until(lambda: bus.stats().memory == 0)
 
 
 def test_close_drains(transport: Size, fork: BaseContext, children: Children) -> None:

@@ -9,7 +9,7 @@ import os
 import pickle
 import resource
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -148,17 +148,11 @@ class ReaderProcess:
         return found
 
 
-def publish_counted(bus: Broadcaster[Any], counter: Counter, lengths: Sequence[int], topic: str = "") -> None:
-    """Publish numbered messages of these lengths in turns for ever, and count those whose ``publish`` has returned."""
+def publish_counted(bus: Broadcaster[Any], counter: Counter, topic: str) -> None:
+    """Publish messages for ever, and count those whose ``publish`` has returned."""
     for number in itertools.count():
-        bus.publish((number, pattern(number, lengths[number % len(lengths)])), topic=topic)
+        bus.publish(bytes(1000), topic=topic)
         counter.value = number + 1
-
-
-def publish_back(bus: Broadcaster[Any], channel: Channel[Any]) -> None:
-    """Publish each message of the channel again, as it came, until its end."""
-    for number, data in channel:
-        bus.publish((number, pickle.PickleBuffer(data) if isinstance(data, memoryview) else data), topic="back")
 
 
 # ----------------------------------------------------------------------------------------------------------- shared memory
