@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from random import Random
 from typing import Any, Final
@@ -18,7 +16,7 @@ import pytest
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.shared_memory import available, message_memory, ring_memory
-from mpbroadcast.protocol.control import Inbox, decode, encode
+from mpbroadcast.protocol.control import decode, encode
 from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from tests.support.helpers import DEADLINE, keyed_connection
 
@@ -30,11 +28,9 @@ class Rude:
     """A connection that has shown the key, and then sends what it likes."""
 
     def __init__(self, address: str) -> None:
-        with keyed_connection(address) as client:
-            self.socket = socket.socket(fileno=os.dup(client.fileno()))
+        self._connection = keyed_connection(address)
+        self.socket = socket.socket(fileno=os.dup(self._connection.fileno()))
         self.socket.settimeout(DEADLINE)
-        self._inbox = Inbox(1 << 30)
-        self.fds: list[int] = []  # which came with replies
 
     def send(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # the broker has hung up
@@ -42,19 +38,10 @@ class Rude:
 
     def reply(self, seconds: float = DEADLINE) -> dict[str, Any] | None:
         """The next reply; ``None`` when none comes in that time, or the broker has hung up."""
-        deadline = time.monotonic() + seconds
-        while (body := self._inbox.next()) is None:
-            if not select.select([self.socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                return None
-            try:
-                data, fds, _, _ = socket.recv_fds(self.socket, 1 << 16, 8)
-            except OSError:
-                return None
-            self.fds += fds
-            if not data:
-                return None
-            self._inbox.feed(data)
-        return decode(body)
+        with contextlib.suppress(EOFError, OSError):
+            if self._connection.poll(seconds):
+                return decode(self._connection.recv_bytes())
+        return None
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """What the broker replies to a good request."""
@@ -65,11 +52,7 @@ class Rude:
 
     def close(self) -> None:
         self.socket.close()
-        self.close_fds()
-
-    def close_fds(self) -> None:
-        while self.fds:
-            os.close(self.fds.pop())
+        self._connection.close()
 
 
 class Lent:
