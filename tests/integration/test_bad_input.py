@@ -173,21 +173,6 @@ def test_an_impossible_address(address: str) -> None:
     assert isinstance(failed.value.__cause__, OSError)
 
 
-@pytest.mark.parametrize("kind", ["nothing", "socket", "file"])
-def test_connect_where_no_broker_is(kind: str, temporary_folder: Path) -> None:
-    """Raise at once, name the address, and leave what is there."""
-    path = temporary_folder / "nobody"
-    if kind == "file":
-        path.write_text("a file")
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as ended:
-            ended.bind(str(path))
-    with pytest.raises((BrokerLost, AddressError) if kind == "file" else BrokerLost, match="nobody"):
-        connect(path)
-    assert path.exists() == (kind != "nothing")
-    path.unlink(missing_ok=True)
-
-
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "socket", "listening socket"])
 def test_start_where_something_else_is(kind: str, temporary_folder: Path) -> None:
     """Remove nothing of another program, also a socket that refuses as that of a dead broker does, and listens later."""
@@ -207,6 +192,9 @@ def test_start_where_something_else_is(kind: str, temporary_folder: Path) -> Non
                 server.listen()
         with pytest.raises(StartError, match="no broker.*precious|precious.*no broker" if kind == "socket" else "precious"):
             start_broadcaster(address=path)
+        if kind != "listening socket":
+            with pytest.raises((BrokerLost, AddressError), match="precious"):
+                connect(path)
         if kind == "folder":
             path.rmdir()
         elif kind in ("file", "link"):
