@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import random
 import socket
 import stat
 import struct
@@ -39,12 +38,6 @@ def raw(bus: Bus) -> socket.socket:
     return client
 
 
-def send(client: socket.socket, data: bytes) -> None:
-    """Send what the broker takes of it: it may hang up at any byte."""
-    with contextlib.suppress(OSError):
-        client.sendall(data)
-
-
 def goes_on(bus: Bus) -> None:
     """Do all others' business, quickly: old and new handles, subscribing, publishing, statistics."""
     start = time.monotonic()
@@ -73,26 +66,6 @@ def undisturbed(bus: Bus) -> Iterator[None]:
 
 LENGTH = struct.Struct("!i")
 STATS = LENGTH.pack(14) + b'{"do":"stats"}'
-PICKLE = pickle.dumps(["a pickle"])
-RUDE: list[bytes] = [
-    b"",
-    random.Random(20).randbytes(100_000),
-    LENGTH.pack(0x7FFF_FFFF) + b"x" * 1_000_000,
-    LENGTH.pack(40) + b"{sha256}" + b"x" * 10,
-    LENGTH.pack(40) + b"{sha256}" + b"x" * 32,
-    STATS,
-    LENGTH.pack(len(PICKLE)) + PICKLE,
-]
-
-
-def rude_bytes(bus: Bus, stack: contextlib.ExitStack) -> None:
-    """Send what is no proof of the key, whole, and from clients that go in the middle."""
-    for data in RUDE:
-        send(stack.enter_context(raw(bus)), data)
-        goes_on(bus)
-    for data in RUDE * 20:
-        with raw(bus) as client:
-            send(client, data[:50])
 
 
 def silent_clients(bus: Bus, stack: contextlib.ExitStack) -> None:
@@ -114,7 +87,7 @@ def send_without_end(client: socket.socket, block: bytes) -> None:
 def endless_handshake(bus: Bus, stack: contextlib.ExitStack) -> None:
     """Announce 2 GiB before the key is proved."""
     client = stack.enter_context(raw(bus))
-    send(client, LENGTH.pack(0x7FFF_0000))
+    client.sendall(LENGTH.pack(0x7FFF_0000))
     send_without_end(client, b"x" * (1 << 20))
 
 
@@ -130,7 +103,7 @@ def unread_replies(bus: Bus, stack: contextlib.ExitStack) -> None:
     send_without_end(stack.enter_context(contextlib.closing(Rude(bus.address))).socket, STATS * 10_000)
 
 
-@pytest.mark.parametrize("attack", [rude_bytes, silent_clients, endless_handshake, endless_request, unread_replies])
+@pytest.mark.parametrize("attack", [silent_clients, endless_handshake, endless_request, unread_replies])
 def test_a_rude_client_holds_up_nobody(attack: Callable[[Bus, contextlib.ExitStack], None], bus: Bus) -> None:
     """Disturb nothing, while the client stays and when it goes."""
     with undisturbed(bus), contextlib.ExitStack() as stack:
@@ -152,15 +125,13 @@ def test_a_pickle_behind_the_key_is_never_unpickled(bus: Bus, tmp_path: Path) ->
     """Neither as a request, nor as a message, which its subscriber unpickles in ``recv``."""
     trace = tmp_path / "trace"
     with undisturbed(bus):
-        for planted in (Planted(trace), {"do": Planted(trace)}):
-            body = pickle.dumps(planted)
-            with contextlib.closing(Rude(bus.address)) as client:
-                client.send(LENGTH.pack(len(body)) + body)
-                goes_on(bus)
+        body = pickle.dumps(Planted(trace))
+        with contextlib.closing(Rude(bus.address)) as client:
+            client.send(LENGTH.pack(len(body)) + body)
+            goes_on(bus)
         with bus.subscribe() as channel:
             bus.publish(Planted(trace))
             bus.flush(DEADLINE)
-            wait_until(lambda: bus.stats().subscribers[0].waiting + bus.stats().subscribers[0].delivered == 1)
             assert not trace.exists()
             channel.recv(DEADLINE)
             assert trace.exists()
