@@ -359,28 +359,22 @@ def test_unsubscribe_ends_behind_what_was_published_before(
     finish(child)
 
 
-@pytest.mark.parametrize("restart", [False, True])
-def test_channels_that_are_dropped_while_the_broker_takes_nothing(restart: bool) -> None:
-    """End all their subscriptions, opened or not, by the next request at the latest."""
+@pytest.mark.parametrize(("restart", "waits"), [(False, False), (True, False), (False, True)])
+def test_channels_that_are_dropped_while_the_broker_takes_nothing(restart: bool, waits: bool) -> None:
+    """End all their subscriptions, opened or not, by the next request, or where a publish waits for them without one."""
     with start_broadcaster(restart=restart) as bus:
-        channels = [bus.subscribe() for _ in range(MANY)]
+        channels = [bus.subscribe(capacity=1000) for _ in range(MANY)]
         channels[0].poll(0)
+        if waits:
+            fill(bus, size=10_000)
+            waiting = Background(bus.publish, bytes(10_000))
+            waiting.wait_until_blocked("publish")
         with stopped(bus.stats().pid):
             channels.clear()
             gc.collect()
+        if waits:
+            waiting.result()
         assert not bus.stats().subscribers
-
-
-def test_a_publish_that_waits_for_dropped_channels_goes_on(bus: Bus) -> None:
-    """Also when nothing is requested meanwhile."""
-    channels = [bus.subscribe(capacity=1000) for _ in range(MANY)]
-    fill(bus, size=10_000)
-    waiting = Background(bus.publish, bytes(10_000))
-    waiting.wait_until_blocked("publish")
-    with stopped(bus.stats().pid):
-        channels.clear()
-        gc.collect()
-    waiting.result()
 
 
 def _drop_all(address: str, pid: int, report: Connection, closes: bool) -> None:

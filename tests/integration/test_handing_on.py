@@ -157,20 +157,10 @@ def test_close_waits_for_handed_on_channels(in_time: bool, bus: Bus, children: C
 def test_what_no_forked_process_can_open_any_more_is_dropped(
     how: str, when: str, bus: Bus, children: Children, fork: BaseContext, pipe: Pipe
 ) -> None:
-    """A process that was forked while the channel was not open could open it until it ended: then its backlog is dropped.
-
-    Of the processes that have ended meanwhile nothing is kept.
-    """
+    """A process that was forked while the channel was not open could open it until it ended: then its backlog is dropped."""
     channel = bus.subscribe()
     child = children(fork, answer, pipe[1])
     bus.publish_many(bytes(1000) for _ in range(100))
-    descriptors = len(os.listdir("/dev/fd"))
-    for _ in range(15):
-        pid = os.fork()
-        if not pid:
-            os._exit(0)
-        os.waitpid(pid, 0)
-    assert len(os.listdir("/dev/fd")) < descriptors + 10
     bus.unsubscribe(channel)
     if when == "before":
         pipe[0].send("end")

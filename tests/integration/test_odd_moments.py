@@ -43,16 +43,6 @@ def test_a_large_message_that_waits_for_room_is_not_overtaken(bus: Bus) -> None:
         rest(channel)
 
 
-def test_closing_without_waiting_still_ends_cleanly_what_is_done() -> None:
-    bus = start_broadcaster()
-    with bus.subscribe() as channel:
-        channel.poll(0)
-        bus.publish("last")
-        bus.flush()
-        bus.close(timeout=0)
-        assert rest(channel) == ["last"]
-
-
 # ------------------------------------------------------------------------------------------------------ a stopped broker
 
 BRIEF = 0.1

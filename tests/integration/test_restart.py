@@ -157,22 +157,6 @@ def test_a_channel_that_was_handed_on(kept: Bus, context: BaseContext, children:
     assert take(mine, 2) == ["end", "from the worker"]
 
 
-def test_a_channel_that_is_not_read_again_blocks_no_publisher(kept: Bus) -> None:
-    """Keep the newest messages until it is received from; from then on, follow its own policy."""
-    channel = kept.subscribe(capacity=50_000)
-    assert not channel.poll()
-    kill_broker(kept)
-    for number in range(1000):
-        kept.publish((number, bytes(1000)), timeout=DEADLINE)
-    kept.flush(timeout=DEADLINE)
-    expect_gap(channel)
-    numbers = [channel.recv(timeout=DEADLINE)[0]]
-    while numbers[-1] != 999:
-        numbers.append(channel.recv(timeout=DEADLINE)[0])
-    assert numbers == list(range(numbers[0], 1000))
-    assert kept.stats().subscribers[0].overflow == "block"
-
-
 def test_who_died_with_the_broker_is_not_kept(kept: Bus, fork: BaseContext, children: Children, pipe: Pipe) -> None:
     """Remove a subscriber that was killed while there was no broker, and one that is killed after that."""
     first, second = (children(fork, workers.open_and_hold, kept.subscribe(), pipe[1]) for _ in range(2))

@@ -154,17 +154,6 @@ def slow_reader(channel: Channel[Any], report: Connection, pause: float) -> None
         report.send((messages, type(error).__name__))
 
 
-def start_in_daemon(report: Connection, address: str) -> None:
-    """A daemonic process may start no process, but may attach to a broker."""
-    try:
-        mpbroadcast.start_broadcaster()
-    except BaseException as error:
-        report.send((type(error).__name__, str(error)))
-    with mpbroadcast.connect(address) as bus:
-        bus.publish("from the daemon")
-    report.send("connected")
-
-
 # ------------------------------------------------------------------------------------------------------------ programs
 
 
