@@ -104,7 +104,7 @@ if __name__ == "__main__":
     context = multiprocessing.get_context("spawn" if needed_by == "process" else "fork")
     ours, theirs = multiprocessing.Pipe()
     channel = bus.subscribe() if needed_by == "channel" else None
-    targets = {"process": (use, address, theirs), "forked": (lambda bus: theirs.recv(), bus), "forgotten": (bus.stats,)}
+    targets = {"process": (use, address, theirs), "forked": (lambda bus: theirs.recv(), bus)}
     broker = multiprocessing.active_children()
     if needed_by in targets:
         target, *args = targets[needed_by]
@@ -112,11 +112,9 @@ if __name__ == "__main__":
         other.start()
     if needed_by == "process":
         ours.recv()
-    if needed_by == "forgotten":
-        other.join()
     del bus, targets
     target = args = None
-    if needed_by in ("channel", "process", "forked"):
+    if needed_by != "nothing":
         print(connect(address).stats().published, flush=True)
         ours.send("end")
         if needed_by != "channel":
@@ -131,12 +129,12 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("needed_by", "restart"),
-    [(what, "once") for what in ("nothing", "channel", "process", "forked", "forgotten")] + [("nothing", "restart")],
+    [(what, "once") for what in ("nothing", "channel", "process", "forked")] + [("nothing", "restart")],
 )
 def test_a_dropped_broadcaster_ends_its_broker(needed_by: str, restart: str, script: Write) -> None:
     """Once nothing needs it any more, at the latest with the program; and a ``ResourceWarning`` reports it as dropped."""
     with Program("-W", "always::ResourceWarning", script(DROPPED), needed_by, restart) as program:
-        errors = ends(program, 0, "0\nended\n" if needed_by in ("channel", "process", "forked") else "ended\n")
+        errors = ends(program, 0, "ended\n" if needed_by == "nothing" else "0\nended\n")
         assert errors.count("was dropped without close()") == 1
 
 
