@@ -65,30 +65,23 @@ def test_an_idle_broker_with_twenty_channels(
     finish(reader)
 
 
-def test_a_broker_with_a_full_backlog_is_idle(bus: Broadcaster[Any]) -> None:
-    """A publisher that waits for a reader that does not read keeps neither the broker nor itself busy."""
-    with bus.subscribe(capacity=100_000) as channel:
+def test_what_waits_leaves_the_broker_idle(leaves_nothing: None, fork: BaseContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publisher that waits for a full backlog, and clients that send nothing, or half of something; these are closed."""
+    monkeypatch.setattr("mpbroadcast.broker.acceptor.HANDSHAKE_TIMEOUT", 1.5)
+    with start_broadcaster(context=fork) as bus, bus.subscribe(capacity=100_000) as channel, contextlib.ExitStack() as stack:
         fill(bus)
         waiting = Background(bus.publish, (-1, bytes(1000)))
         waiting.wait_until_blocked("publish")
-        assert_idle(bus.stats().pid, psutil.Process().pid)
-        while channel.recv(DEADLINE)[0] >= 0:
-            pass
-        waiting.result()
-
-
-def test_silent_clients_leave_the_broker_idle_and_are_closed(
-    leaves_nothing: None, fork: BaseContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A client that sends nothing, or half of something, cannot keep its connection for ever."""
-    monkeypatch.setattr("mpbroadcast.broker.acceptor.HANDSHAKE_TIMEOUT", 1.5)
-    with start_broadcaster(context=fork) as bus, socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as half:
-        for client in (silent, half):
+        clients = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2)]
+        for client in clients:
             client.connect(bus.address)
             client.settimeout(2 * DEADLINE)
-        half.sendall(b"\0\0")
-        assert_idle(bus.stats().pid)
-        for client in (silent, half):
+        clients[0].sendall(b"\0\0")
+        assert_idle(bus.stats().pid, psutil.Process().pid)
+        for client in clients:
             with contextlib.suppress(ConnectionError):
                 while client.recv(1000):
                     pass
+        while channel.recv(DEADLINE)[0] >= 0:
+            pass
+        waiting.result()
