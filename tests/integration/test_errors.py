@@ -8,7 +8,6 @@ import pickle
 import re
 import signal
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import pytest
 
 import mpbroadcast
-from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, Channel, TimedOut, connect, start_broadcaster
-from tests.support.helpers import DEADLINE, Children, answer, stopped, take, wait_until
+from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, TimedOut, connect, start_broadcaster
+from tests.support.helpers import DEADLINE, stopped, take, wait_until
 from tests.support.victims import alive
 from tests.support.workers import PACKAGE_ERRORS, Raises
 
@@ -71,23 +70,13 @@ def test_a_publish_that_does_not_wait_names_the_broker_as_a_reason(bus: Bus) -> 
 ENDED = "the broker at '/.*' has ended: start another one, or connect\\(\\) to the one that is there now, and subscribe again"
 
 
-def _send_text(channel: Channel[Any], connection: Connection) -> None:
-    connection.recv()
-    try:
-        channel.recv(timeout=DEADLINE)
-    except BrokerLost as error:
-        connection.send(str(error))
-
-
 @pytest.mark.parametrize("end", ["close", "kill"])
-def test_a_broker_that_has_ended_has_one_text(
-    end: str, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
-) -> None:
-    """From a channel, a publish, a request, a handle that has never been used, and a worker that opens its channel too late."""
+def test_a_broker_that_has_ended_has_one_text(end: str) -> None:
+    """From a channel, a publish, a request, a handle that has never been used, and a channel that is opened too late."""
     bus = start_broadcaster()
-    unopened = bus.subscribe("nothing")
-    children(fork, _send_text, unopened, pipe[1])
-    unopened.fileno()
+    opened = bus.subscribe("nothing")
+    too_late = pickle.loads(pickle.dumps(opened))
+    opened.fileno()
     other: Bus = connect(bus.address)
     channel = other.subscribe()
     channel.fileno()
@@ -102,8 +91,7 @@ def test_a_broker_that_has_ended_has_one_text(
         texts.append(text_of(BrokerLost, "recv", channel, timeout=DEADLINE))
     bus.close()
     texts += [text_of(BrokerLost, name, other) for name in ("stats", "subscribe", "flush")]
-    pipe[0].send("go")
-    texts.append(answer(pipe[0]))
+    texts.append(text_of(BrokerLost, "recv", too_late, timeout=DEADLINE))
     assert len({*texts}) == 1
     assert re.fullmatch(ENDED, texts[0])
 

@@ -273,9 +273,7 @@ def test_more_than_a_session_may_have(topics: list[str], what: str, attacker: At
     assert budget.spent == spent
     assert attacker.ask(subscribing(attacker.number, 1000, "fuzz:*", "fuzz"), 1000) == {}
     changes = {"session": attacker.number, "subscription": 1000}
-    for do, names in (("add topics", ["more", "fuzz", "m?"]), ("drop topics", ["fuzz", "none"]), ("add topics", topics)):
-        reply = attacker.ask({"do": do, "topics": names, **changes}, 300_000, attacker.other)
-    assert what in reply["text"]
+    assert what in attacker.ask({"do": "add topics", "topics": topics, **changes}, 300_000)["text"]
     attacker.ask({"do": "close", **changes}, 1000)
     assert budget.spent == spent
 
@@ -394,9 +392,6 @@ def test_publishers_have_turns(gone: bool, attacker: Attacker) -> None:
         traffic.round()
     assert [one.backlog.published for one in subscriptions] == [205] * 500
     assert (one.id in traffic.publishers) != gone
-    os.write(other_pipe, frame_head(0, b"turn 3"))
-    traffic.round()
-    assert traffic.routing.routed == 206
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["living publishers", "dead publishers"])

@@ -96,6 +96,7 @@ def test_a_long_run_is_cut_and_divided_anywhere() -> None:
     for start, stop in ((0, 128), (1, 129), (100, 257), (127, 256), (256, 257)):
         part = run.part(start, stop)
         assert (loaded(part), part.charges()) == (values[start:stop], run.charges()[start:stop])
+        assert data_of(part) == data_of(runs.run_of(batch_of(values[start:stop], b"t")))
     del part
     second = runs.RUN.unpack_from(run.data, run.first)[0]
     for offset, count in ((run.first, 128), (run.first + second - 1, 128), (run.first + second, 256), (run.size - 1, 256)):

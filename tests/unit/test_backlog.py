@@ -409,55 +409,6 @@ def test_many_messages_are_cut_to_what_the_pipe_takes_for_certain(size: int, lim
                 assert 0 <= limit - len(backlog.to_write()) < wasted
 
 
-@pytest.mark.parametrize("count", [1, MOST_AT_ONCE, MOST_AT_ONCE + 1, 3 * MOST_AT_ONCE])
-def test_a_run_is_divided_between_what_is_unpickled_at_once(count: int) -> None:
-    """No copy is made, both parts together are the run, and the account has the whole until neither is left."""
-    account = Account()
-    frames = b"".join(frame_head(3, b"t") + b"%03d" % index for index in range(count))
-    run = run_of(Batch(frames, array("I", [12] * count), b"t", 0, 9), account)
-    held = account.held
-    bounds = {0}
-    while (start := max(bounds)) < run.size:
-        bounds.add(start + RUN.unpack_from(run.data, start)[0])
-    assert len(bounds) - 1 == -(-count // MOST_AT_ONCE)
-    assert run.first == sorted(bounds)[1]
-    start = min(1, count - 1)
-    behind = run_of(Batch(frames[12 * start :], array("I", [12] * (count - start)), b"t", 0, 9))
-    assert bytes(run.part(start, count).data) == bytes(behind.data)
-    data, charges = bytes(run.data), run.charges()
-    for offset in range(run.size + 1):
-        parts = run.divided(offset)
-        before = max(bound for bound in bounds if bound <= offset)
-        if before in (0, run.size):
-            assert parts is None
-            continue
-        assert parts is not None
-        first, rest = parts
-        assert (first.size, b"".join((first.data, rest.data))) == (before, data)
-        assert (first.charges() + rest.charges(), first.charge + rest.charge) == (charges, run.charge)
-        assert rest.part(0, 1).charge == rest.charges()[0]
-        del first, rest
-    parts = run.divided(run.size - 1)
-    assert account.held == held
-    del run
-    assert account.held == (held if parts else 0)
-    parts = None
-    assert account.held == 0
-
-
-def test_what_is_behind_a_part_of_a_long_run_can_be_dropped() -> None:
-    """Another policy has left the part: one that drops does not write so much that a pipe takes only a part of it."""
-    run = plain_run(4 * MOST_AT_ONCE, 1)
-    backlog = new_backlog(run.charge)
-    backlog.put(run)
-    backlog.wrote(run.first + 1)
-    assert (backlog.delivered, backlog.waiting, backlog.left) == (MOST_AT_ONCE, 3 * MOST_AT_ONCE, MOST_AT_ONCE)
-    backlog = with_policy("drop_oldest", backlog)
-    backlog.pipe = run.charge
-    backlog.put(plain_run())
-    assert (backlog.missed, backlog.waiting) == (2 * MOST_AT_ONCE + 1, MOST_AT_ONCE)
-
-
 def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
     """What is dropped while the note of a gap is half in the pipe gets one note of its own."""
     backlog = new_backlog(plain_run().charge, "drop_newest")
