@@ -18,10 +18,10 @@ import contextlib
 import select
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain, repeat, starmap, takewhile
+from itertools import chain, islice, repeat, starmap, takewhile
 from operator import attrgetter
 from types import TracebackType
-from typing import Any, Final, Generic, NoReturn, Self, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar
 
 from mpbroadcast import trap_points
 from mpbroadcast.client.asyncio_wait import AsyncWaiters, give_turn, in_thread
@@ -166,6 +166,9 @@ class Channel(Generic[M]):
                         stream.share()
             if plain or type(message) is not Failure:
                 return message  # nothing is called from here on, so no interrupt comes in between
+            failure: Any = message
+            error = self._about_this(failure.error)
+            missed = error.missed if isinstance(error, Lagged) else 0
         except BaseException:
             # An interrupt came after the message was taken and before it could be handed out: it is the next one again.
             if message is not _NOTHING:
@@ -173,7 +176,12 @@ class Channel(Generic[M]):
                 stream.plain = plain and stream.plain
                 stream.ready.appendleft(message)
             raise
-        self._fail(message)
+        # As above, nothing is called.
+        self._missed += missed
+        try:
+            raise error
+        finally:
+            del error, failure.error  # it has this frame in its traceback, and so this channel
 
     def _take_ready(self, limit: int | None, box: list[list[M]]) -> None:
         """Move messages that can be received now into ``box``, up to ``limit`` there."""
@@ -193,7 +201,11 @@ class Channel(Generic[M]):
         taken, rest = stream.split(limit if limit is None else limit - len(box[0]))
         if taken:
             more = box[0] + taken
+            count = len(taken) + len(rest.ready)
             box[0], self._stream = more, rest  # no call between the two: an interrupt finds neither or both
+            # What a call in another thread has put back meanwhile, as it was interrupted.
+            put_back = [*islice(stream.ready, max(0, len(stream.ready) - count))]
+            rest.ready.extendleft(put_back[::-1])
             stream.ready.clear()  # which an iteration may refer to
             if not rest.ready:
                 self._consume_tail_byte()
@@ -289,16 +301,6 @@ class Channel(Generic[M]):
                     await in_thread(self._wait, Deadline(0), 0)  # a broker that is stopped does not block the loop
             except EOFError:
                 raise StopAsyncIteration from None
-
-    def _fail(self, failure: Any) -> NoReturn:
-        """Raise the error at the position of a message."""
-        error, failure.error = failure.error, Exception()
-        if isinstance(error, Lagged):
-            self._missed += error.missed
-        try:
-            raise self._about_this(error)
-        finally:
-            del error  # which has this frame in its traceback, and so this channel
 
     def _wait(self, deadline: Deadline, timeout: float | None) -> None:
         """Block until there may be a message, or raise TimedOut; raise EOFError or BrokerLost if none comes any more."""

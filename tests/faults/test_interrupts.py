@@ -24,7 +24,7 @@ from weakref import WeakSet
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, channel_to_selector, start_broadcaster, trap_points
+from mpbroadcast import Broadcaster, Channel, ClosedError, Lagged, TimedOut, channel_to_selector, start_broadcaster, trap_points
 from mpbroadcast.broker.host.launcher import BrokerProcess
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.deadline import Deadline
@@ -33,6 +33,7 @@ from mpbroadcast.posix.descriptors import OwnedDescriptor
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.shared_memory import available
 from tests.conftest import descriptors, leaked
+from tests.support import workers
 from tests.support.helpers import DEADLINE, Background, pattern, take, wait_until
 from tests.support.interrupting import (
     SEED,
@@ -264,6 +265,27 @@ def test_a_message_that_an_interrupt_puts_back_while_another_thread_decodes_is_n
     _put_back.set()
     assert [others[0].result(), channel.recv(DEADLINE)] == [1, 2]
     channel.close()
+
+
+@pytest.mark.parametrize("count", range(40))
+def test_an_interrupted_receive_loses_no_error(bus: Bus, count: int) -> None:
+    """The error at the position of a message is raised by the next call, if an interrupt came before it was raised."""
+    channel = bus.subscribe(overflow="drop_newest", capacity=1)
+    bus.publish_many([workers.CannotBeUnpickled(), "dropped"])
+    bus.flush(timeout=DEADLINE)
+    for error in (workers.Boom, Lagged):
+        behind = behind_call(count)
+
+        def is_here(frame: FrameType, event: str, behind: Moment = behind) -> bool:
+            # The error leaves these: that is reported as a return, and no signal is looked for there.
+            return frame.f_code.co_name not in ("_receive_nowait", "_receive", "recv") and behind.is_here(frame, event)
+
+        try:
+            interrupting(Moment(is_here, sys.setprofile), channel.recv, DEADLINE)
+        except error:
+            continue
+        with pytest.raises(error):
+            channel.recv(DEADLINE)
 
 
 # ------------------------------------------------------------------------------------------------ calls that can be repeated
