@@ -29,11 +29,9 @@ from mpbroadcast.broker.host.socket_file import Listening
 from tests.support.helpers import DEADLINE, everything
 
 Bus = Broadcaster[Any]
-TIMES = ("timeout", "start_timeout", "stall_timeout")
-COUNTS = ("limit", "history", "capacity", "replay")
 WRONG: dict[str, Any] = {
     **dict.fromkeys(("topic", "overflow", "exclude", "handler", "log_config", "address", "authkey"), 5),
-    **dict.fromkeys((*TIMES, *COUNTS, "context"), "1"),
+    **dict.fromkeys(("timeout", "start_timeout", "stall_timeout", "limit", "history", "capacity", "replay", "context"), "1"),
     **dict.fromkeys(("delivered", "with_topic", "restart"), 1),
 }
 """One of each keyword: that it is checked. What each check refuses, test_validation has."""
@@ -73,12 +71,12 @@ POSITIONS: list[tuple[str, tuple[Any, ...], str]] = [
 
 def wrong_calls() -> Iterator[tuple[type[Exception], str, str, tuple[Any, ...], dict[str, Any]]]:
     """Yield the error of each call, what its text names, the call's name and arguments."""
+    yield ValueError, "history", "bus.subscribe", (), {"replay": 1}
     for name, arguments, names in POSITIONS:
         yield TypeError, names, name, arguments, {}
     for name, good, keywords in KEYWORDS:
         for keyword in keywords.split():
             yield TypeError, keyword, name, good, {keyword: WRONG[keyword]}
-    yield ValueError, "history", "bus.subscribe", (), {"replay": 1}
 
 
 def test_a_wrong_argument_is_refused_and_nothing_happens(bus: Bus) -> None:

@@ -409,6 +409,19 @@ def test_many_messages_are_cut_to_what_the_pipe_takes_for_certain(size: int, lim
                 assert 0 <= limit - len(backlog.to_write()) < wasted
 
 
+def test_what_is_behind_a_part_of_a_long_run_can_be_dropped() -> None:
+    """Another policy has left the part: one that drops does not write so much that a pipe takes only a part of it."""
+    run = plain_run(4 * MOST_AT_ONCE, 1)
+    backlog = new_backlog(run.charge)
+    backlog.put(run)
+    backlog.wrote(run.first + 1)
+    assert (backlog.delivered, backlog.waiting, backlog.left) == (MOST_AT_ONCE, 3 * MOST_AT_ONCE, MOST_AT_ONCE)
+    backlog = with_policy("drop_oldest", backlog)
+    backlog.pipe = run.charge
+    backlog.put(plain_run())
+    assert (backlog.missed, backlog.waiting) == (2 * MOST_AT_ONCE + 1, MOST_AT_ONCE)
+
+
 def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
     """What is dropped while the note of a gap is half in the pipe gets one note of its own."""
     backlog = new_backlog(plain_run().charge, "drop_newest")
