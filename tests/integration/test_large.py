@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import resource
+import threading
 from collections.abc import Callable, Iterable
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -18,12 +19,12 @@ from typing import Any
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster, Channel, connect
+from mpbroadcast import Broadcaster, Channel, connect, trap_points
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from mpbroadcast.protocol.frames import memory_frame, reference_frame
-from tests.support.helpers import DEADLINE, Children, rest, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, only_subscriber, rest, take, wait_until
 from tests.support.large_workers import (
     ReaderProcess,
     Size,
@@ -308,3 +309,31 @@ def test_a_hostile_publisher(kind: str, bus: Bus) -> None:
         wait_until(lambda: descriptors(pid) <= held)
         assert psutil.Process(pid).memory_info().rss - rss < 32 << 20
         assert bus.stats().pid == pid
+
+
+def test_many_threads_take_no_more_than_there_is(own_memory: None, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 threads that begin at once, few have sent memory to a broker that routes nothing; all messages arrive."""
+    filling: list[int] = []
+    may_fill = threading.Event()
+
+    def reach(name: str, subject: object = None) -> None:
+        if name == "filling memory":
+            filling.append(threading.get_ident())
+            may_fill.wait(DEADLINE)
+
+    with bus.subscribe(capacity=1000) as channel:
+        channel.fileno()
+        bus.publish(bytes(3000))  # the socket beside the pipe is there
+        assert len(channel.recv(timeout=DEADLINE)) == 3000
+        bus.publish_many([bytes(200)] * 10)
+        wait_until(lambda: only_subscriber(bus).stalls)
+        monkeypatch.setattr(trap_points, "reach", reach)
+        threads = [Background(bus.publish, bytes([number]) * 3000) for number in range(80)]
+        for thread in threads:
+            thread.wait_until_blocked("wait")
+        assert len(filling) < 64  # the broker takes no more of a publisher that it does not read from
+        may_fill.set()
+        messages = take(channel, 90)
+        assert {message[0] for message in messages if message} == set(range(80))
+        for thread in threads:
+            thread.result()
