@@ -17,42 +17,33 @@ ROOT = Path(mpbroadcast.__file__).parent.parent
 
 MANY_THREADS = """
 import sys
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from mpbroadcast import start_broadcaster
 
 SIZES = (20, 3_000, 20, 60_000, 400_000, 20, 2_500_000)
-COUNT = 70
-received = []
-
-def message(publisher, index):
-    return publisher, index, bytes([index]) * SIZES[index % len(SIZES)]
 
 def publish(publisher):
-    for index in range(COUNT):
-        bus.publish(message(publisher, index), topic=str(publisher % 2))
+    for index in range(70):
+        bus.publish((publisher, index, bytes([index]) * SIZES[index % 7]), topic=str(publisher % 2))
 
 def receive():
-    last = [-1] * 8
+    numbers = []
     for publisher, index, data in channel:
-        assert last[publisher] < index and (publisher, index, data) == message(publisher, index)
-        last[publisher] = index
-        received.append((publisher, index))
+        assert data == bytes([index]) * SIZES[index % 7]
+        numbers.append((publisher, index))
+    assert sorted(numbers, key=itemgetter(0)) == sorted(numbers)
+    return numbers
 
-if __name__ == "__main__":
-    with start_broadcaster() as bus:
-        channel = bus.subscribe("0", "1")
-        publishing = [Thread(target=publish, args=(publisher,)) for publisher in range(8)]
-        receiving = [Thread(target=receive) for _ in range(8)]
-        for thread in publishing + receiving:
-            thread.start()
-        for thread in publishing:
-            thread.join()
-        bus.flush()
-        bus.unsubscribe(channel)
-        for thread in receiving:
-            thread.join()
-        assert sorted(received) == [(publisher, index) for publisher in range(8) for index in range(COUNT)]
-        print("in turn" if getattr(sys, "_is_gil_enabled", lambda: True)() else "parallel")
+with ThreadPoolExecutor(16) as threads, start_broadcaster() as bus:
+    channel = bus.subscribe("0", "1")
+    receiving = [threads.submit(receive) for _ in range(8)]
+    assert len([*threads.map(publish, range(8))]) == 8
+    bus.flush()
+    bus.unsubscribe(channel)
+    received = [number for thread in receiving for number in thread.result()]
+    assert sorted(received) == [(publisher, index) for publisher in range(8) for index in range(70)]
+    print("in turn" if getattr(sys, "_is_gil_enabled", lambda: True)() else "parallel")
 """
 
 
