@@ -26,7 +26,7 @@ from mpbroadcast import Broadcaster, BrokerLost, BrokerRestarted, Channel, Selec
 from mpbroadcast.broker.host.journal import Journal, replayed
 from mpbroadcast.broker.host.supervisor import pause_after
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, answer, finish, stopped, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, answer, fill, finish, stopped, take, wait_until
 from tests.support.large_workers import Size, limited, number_of
 
 Bus = Broadcaster[Any]
@@ -94,21 +94,26 @@ def test_channels_and_handles_go_on(kept: Bus, transport: Size) -> None:
 
 
 def test_subscriptions_keep_their_topics_policy_and_number(kept: Bus) -> None:
-    """Keep also topics that came and went later; a channel that is excluded stays so."""
+    """Keep also topics that came and went later; a channel that is excluded stays so, and one that blocks does."""
+    blocks = kept.subscribe("full", capacity=20_000)
+    blocks.poll()
     channel = kept.subscribe("a", "b*", overflow="drop_oldest", capacity=12_345, with_topic=True)
     channel.subscribe("c")
     channel.unsubscribe("a")
     channel.poll()
-    before = kept.stats().subscribers
+    _, before = kept.stats().subscribers
     kill_broker(kept)
-    (row,) = kept.stats().subscribers
-    assert (row.id, row.topics, row.capacity, row.pid) == (before[0].id, ("b*", "c"), 12_345, os.getpid())
+    _, row = kept.stats().subscribers
+    assert (row.id, row.topics, row.capacity, row.pid) == (before.id, ("b*", "c"), 12_345, os.getpid())
     for topic in ("a", "b1", "c", "d"):
         kept.publish(topic, topic=topic)
     kept.publish("excluded", topic="c", exclude=channel)
     expect_gap(channel)
     assert take(channel, 2) == [("b1", "b1"), ("c", "c")]
-    assert kept.stats().subscribers[0].overflow == "drop_oldest"
+    assert kept.stats().subscribers[1].overflow == "drop_oldest"
+    expect_gap(blocks)
+    published = fill(kept, topic="full")
+    assert [number for number, _ in take(blocks, len(published))] == published
     kept.unsubscribe(channel)
     with pytest.raises(EOFError):
         channel.recv(timeout=DEADLINE)
