@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import mpbroadcast
 from mpbroadcast import Broadcaster, BroadcastError, BrokerRestarted, Channel
-from tests.support.helpers import DEADLINE, answer, pattern, record, rest, take
+from tests.support.helpers import DEADLINE, answer, pattern, record, rest
 
 PACKAGE_ERRORS: list[Any] = [
     kind(*{"Lagged": (3,), "ChannelInUse": ("text", 5)}.get(name, ("text",)))
@@ -58,11 +58,6 @@ class CannotBeUnpickled(Raises):
 def describe(error: BaseException) -> tuple[str, Any]:
     """An error as something that can be compared: its type's name, and the PID that it carries."""
     return type(error).__name__, getattr(error, "pid", None)
-
-
-def receive(channel: Channel[Any], results: Connection, count: int) -> None:
-    """Send home the next ``count`` messages."""
-    results.send(take(channel, count))
 
 
 def receive_until_end(channel: Channel[Any], results: Connection) -> None:
