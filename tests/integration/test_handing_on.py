@@ -236,3 +236,40 @@ def test_closing_another_handle_only_detaches(bus: Bus) -> None:
     bus.publish(2)
     for channel in (opened, unopened):
         assert sorted(take(channel, 2)) == [1, 2]
+
+
+def _leave_to_a_child(address: str, report: Connection, ends: str) -> None:
+    """Subscribe, fork, and close all. The child ends before the last handle is closed, or before the next one is made."""
+    reader, writer = os.pipe()
+    handle: Bus = connect(address)
+    channel = handle.subscribe()
+    child = os.fork()
+    if not child:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    channel.close()
+    report.send(len(handle.stats().subscribers))
+    if ends == "after":
+        handle.close()
+        del channel, handle
+    os.close(writer)
+    os.waitpid(child, 0)
+    if ends == "before":
+        handle.close()
+    else:
+        with connect(address) as another:
+            another.stats()
+    answer(report)
+
+
+@pytest.mark.parametrize("ends", ["before", "after"])
+def test_what_no_forked_process_can_open_any_more_is_dropped_without_the_handle_that_made_it(
+    ends: str, bus: Bus, children: Children, fork: BaseContext, pipe: Pipe
+) -> None:
+    """The last handle does it when it is closed, if the forked process has ended; else the next one of this process does."""
+    process = children(fork, _leave_to_a_child, bus.address, pipe[1], ends)
+    assert answer(pipe[0]) == 1
+    wait_until(lambda: not bus.stats().subscribers)
+    pipe[0].send("end")
+    finish(process)
