@@ -59,7 +59,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def take(channel: Channel[Any], count: int) -> list[Any]:
-    """The next ``count`` messages."""
+    """Return the next ``count`` messages."""
     return [channel.recv(timeout=DEADLINE) for _ in range(count)]
 
 
@@ -124,7 +124,7 @@ def everything(bus: Broadcaster[Any], channel: Channel[Any]) -> list[Any]:
 
 
 def only_subscriber(bus: Broadcaster[Any]) -> SubscriberStats:
-    """The statistics of the one subscription that there is."""
+    """Return the statistics of the only subscription."""
     (subscriber,) = bus.stats().subscribers
     return subscriber
 
@@ -148,7 +148,7 @@ def fill(bus: Broadcaster[Any], *, topic: str = "", size: int = 1000, timeout: f
 
 
 def pattern(number: int, size: int) -> bytes:
-    """``size`` bytes that no other number has (from 5 bytes on) and that show a piece at the wrong position."""
+    """Return ``size`` bytes that no other number has (from 5 bytes on) and that show a piece at the wrong position."""
     step = _step(number)
     return (step * (size // len(step) + 1))[:size]
 
@@ -159,17 +159,17 @@ def _step(number: int) -> bytes:
 
 
 def wait_for(waitables: list[Any], timeout: float = 0.0) -> list[Any]:
-    """``multiprocessing.connection.wait``, whose declared types leave out what merely has ``fileno()``."""
+    """Call ``multiprocessing.connection.wait``, whose declared types leave out what merely has ``fileno()``."""
     return multiprocessing.connection.wait(waitables, timeout)
 
 
 def readable(waitable: Any) -> bool:
-    """Whether the waitable is ready right now, as ``multiprocessing.connection.wait`` sees it."""
+    """Return whether the waitable is ready right now, as ``multiprocessing.connection.wait`` sees it."""
     return bool(wait_for([waitable]))
 
 
 def keyed_connection(address: str, key: bytes | None = None) -> Connection:
-    """A control connection on which this process has proved that it has the key, as any program could make it."""
+    """Return a control connection on which this process has proved that it has the key, as any program could make it."""
     with socket.socket(socket.AF_UNIX) as connected:
         connected.connect(address)
         connection = Connection(connected.detach())
@@ -187,7 +187,7 @@ def keyed_connection(address: str, key: bytes | None = None) -> Connection:
 
 
 def answer(pipe: Connection, timeout: float = DEADLINE) -> Any:
-    """What the other end of ``pipe`` sends next."""
+    """Return what the other end of ``pipe`` sends next."""
     assert pipe.poll(timeout), f"no answer within {timeout} s"
     return pipe.recv()
 

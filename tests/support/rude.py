@@ -30,21 +30,20 @@ class Rude:
     def __init__(self, address: str) -> None:
         self._connection = keyed_connection(address)
         self.socket = socket.socket(fileno=os.dup(self._connection.fileno()))
-        self.socket.settimeout(DEADLINE)
 
     def send(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # the broker has hung up
+        with contextlib.suppress(OSError):  # the broker has closed the connection
             self.socket.sendall(data)
 
     def reply(self, seconds: float = DEADLINE) -> dict[str, Any] | None:
-        """The next reply; ``None`` when none comes in that time, or the broker has hung up."""
+        """Return the next reply, or ``None`` if none comes in that time, or the broker has closed the connection."""
         with contextlib.suppress(EOFError, OSError):
             if self._connection.poll(seconds):
                 return decode(self._connection.recv_bytes())
         return None
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """What the broker replies to a good request."""
+        """Return the reply to a good request."""
         self.send(encode(message))
         reply = self.reply()
         assert reply is not None, f"no reply to {message}"
@@ -71,7 +70,7 @@ class Lent:
             os.write(self.pipe.fd, data)
 
     def send_packet(self, packet: bytes, *fds: int) -> None:
-        """Send a packet with descriptors, if there is room for it, and the broker has not hung up."""
+        """Send a packet with descriptors, if there is room for it, and the broker has not closed the socket."""
         if self.fd_socket is not None:
             with contextlib.suppress(OSError):
                 socket.send_fds(self.fd_socket, [packet], [*fds])
@@ -100,7 +99,7 @@ SEALS: Final = [0, 2, 4, 8, 2 | 4, 2 | 4 | 8, 2 | 4 | 16, 1 | 2 | 4 | 16, 1 | 2 
 
 @contextlib.contextmanager
 def any_file(choose: Random) -> Iterator[int]:
-    """A descriptor of memory of any size with any seals, or of something that is no memory."""
+    """Yield a descriptor of memory of any size with any seals, or of something that is no memory."""
     kind = choose.randrange(8)
     if kind == 0:
         fd, other = os.pipe()
