@@ -1,19 +1,87 @@
-"""Threads that share a handle and a channel, in a program of its own: also on a Python without the GIL, where there is one."""
+"""Handles in interpreters of their own, and in threads with an event loop each: an address and a key are all they need."""
 
 from __future__ import annotations
 
+import asyncio
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mpbroadcast
+from mpbroadcast import Broadcaster, connect, start_broadcaster
+from tests.support.helpers import DEADLINE, Background, take
 
 ROOT = Path(mpbroadcast.__file__).parent.parent
+KEY = b"of the test"
+
+EXCHANGE = textwrap.dedent("""
+    from mpbroadcast import connect
+    with connect({address!r}, authkey={key!r}) as bus, bus.subscribe("to the other") as channel:
+        bus.publish("ready", topic="from the other")
+        for number in range(1000):
+            assert channel.recv(20) == number
+            bus.publish((number, bytes(20_000)), topic="from the other")
+""")
+
+
+def execute_isolated(code: str) -> None:
+    """Execute this in a new, isolated interpreter."""
+    if sys.version_info >= (3, 14):
+        from concurrent import interpreters
+
+        interpreters.create().exec(code)
+        return
+    import _interpreters  # type: ignore[import-not-found,unused-ignore]
+
+    interpreter = _interpreters.create("isolated")
+    try:
+        assert not _interpreters.exec(interpreter, code)
+    finally:
+        _interpreters.destroy(interpreter)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="this Python has no isolated interpreters")
+def test_a_handle_in_an_isolated_interpreter() -> None:
+    """Connect, publish and subscribe there, where psutil cannot be imported; large messages, too."""
+    # A process that Python 3.14 or 3.15 forks beside another interpreter is killed by SIGSEGV (cpython#139759).
+    spawn = multiprocessing.get_context("spawn")
+    with start_broadcaster(context=spawn, authkey=KEY) as bus, bus.subscribe("from the other") as channel:
+        running = Background(execute_isolated, EXCHANGE.format(address=bus.address, key=KEY))
+        assert channel.recv(DEADLINE) == "ready"
+        bus.publish_many(range(1000), topic="to the other")
+        assert [message[0] for message in take(channel, 1000)] == list(range(1000))
+        running.result()
+
+
+def test_threads_with_an_event_loop_each(bus: Broadcaster[Any]) -> None:
+    """Publish in each loop, and receive what all of them have published, in the same order."""
+    loops = 4
+
+    async def exchange(number: int) -> list[Any]:
+        with connect(bus.address) as own, own.subscribe() as channel:
+            await asyncio.to_thread(own.wait_for_subscribers, loops, timeout=DEADLINE)
+            received = []
+            for turn in range(100):
+                own.publish((number, turn))
+            async for message in channel:
+                received.append(message)
+                if len(received) == loops * 100:
+                    break
+            return received
+
+    threads = [Background(asyncio.run, exchange(number)) for number in range(loops)]
+    received = [thread.result() for thread in threads]
+    assert sorted(received[0]) == [(number, turn) for number in range(loops) for turn in range(100)]
+    assert all(one == received[0] for one in received)
+
 
 MANY_THREADS = """
 import sys

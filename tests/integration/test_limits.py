@@ -424,3 +424,16 @@ def test_the_memory_of_blocked_publishers_is_counted_in_parts(attacker: Attacker
     assert complete(parts) >= 80_000 * batch("").charge
     for publisher in blocked:
         publisher.parked.clear()
+
+
+def test_a_broker_that_ends_closes_many_channels_in_parts(attacker: Attacker) -> None:
+    """When the time is over, no round closes thousands of channels that were not read."""
+    attacker.subscribe(range(5000, 7000), "all")
+    _, fd = attacker.publisher()
+    os.write(fd, frame_head(0, b"all"))
+    attacker.broker.round(at_once=True)
+    os.close(fd)
+    attacker.pipes.remove(fd)
+    attacker.broker.stop(0)
+    while not attacker.broker.is_finished:
+        attacker.round(60_000)
