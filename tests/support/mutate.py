@@ -76,6 +76,12 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "Backlog.to_write: len(runs) == 1 -> ",
         "Backlog._joined: len(parts) > 1 -> ",
         "_Dropping._split_to: self._divide(index, run.first) -> ",
+        "_pack: count <= MOST_AT_ONCE -> ",
+        "SharedRun.copied: self.item.length > PART -> self.item.length >= PART",
+    ),
+    "the first of several has more than one message, and a run of several has their sizes": (
+        "Run.divided: 0 < count",
+        "Run.divided: self.sizes is None -> False",
     ),
     "no message without a payload comes in pieces": (
         "Splitter._piece: len(frame) < HEAD.size -> len(frame) <= HEAD.size",

@@ -21,9 +21,11 @@ from mpbroadcast.protocol.runs import (
     MESSAGES,
     MOST_AT_ONCE,
     OVERFLOWED,
+    PART,
     RUN,
     SKIPPED,
     Account,
+    LongRun,
     Run,
     RunView,
     SharedRun,
@@ -473,3 +475,21 @@ def test_what_is_copied_out_is_written_as_it_would_have_been() -> None:
     assert backlog.to_write() != plain.data
     backlog.copy_first()
     assert backlog.to_write() == plain.data
+
+
+def test_a_long_message_is_read_no_further_than_its_end() -> None:
+    """Its memory may be longer, as it is written again for messages of other lengths."""
+    memory = SimpleNamespace(read=lambda _, size: bytes(size), copies=None)
+    run = LongRun(MemfdMessage(1, PART + 10, b"", 0, frame_head(PART + 10, b""), False), memory)
+    written, sizes = 0, []
+    while written < run.size:
+        sizes.append(len(run.rest(written)))
+        written += sizes[-1]
+    assert (sizes[1:], written) == ([PART, 10, 1], run.size)
+
+
+def test_two_messages_at_the_end_of_a_long_run_have_a_table() -> None:
+    run = a_run(MOST_AT_ONCE + 2, 1)
+    view = read_run(bytes(run.data), run.first)
+    assert view is not None
+    assert (view.messages, view.sizes) == (2, array("I", [9, 9]))
