@@ -5,15 +5,13 @@ What is short is short for one process: nothing here changes a setting of the sy
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import Pipe
 from pathlib import Path
@@ -28,13 +26,7 @@ from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.pickling import Payload
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS
 from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, take
-from tests.support.large_workers import (
-    SIZES,
-    Size,
-    limited,
-    number_of,
-    receive_with_little_memory,
-)
+from tests.support.large_workers import SIZES, Size, descriptors_left, number_of, receive_with_little_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are as Linux has them")
 
@@ -42,24 +34,6 @@ Bus = Broadcaster[Any]
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
-
-
-def room_for(count: int, pid: int) -> int:
-    """The limit on descriptors with which a process can get so many more, and none after that."""
-    folder = f"/proc/{pid}/fd"
-    there = {int(name) for name in os.listdir(folder) if os.path.exists(f"{folder}/{name}")}  # without the one that listed it
-    limit = 0
-    while count or limit in there:
-        count -= limit not in there
-        limit += 1
-    return limit
-
-
-@contextlib.contextmanager
-def descriptors_left(count: int, pid: int = 0) -> Iterator[None]:
-    """A process can get so many descriptors more, within."""
-    with limited(resource.RLIMIT_NOFILE, room_for(count, pid or os.getpid()), pid or os.getpid()):
-        yield
 
 
 def outcome_of(call: Callable[[], Any]) -> str:

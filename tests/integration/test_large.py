@@ -25,16 +25,7 @@ from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from mpbroadcast.protocol.frames import memory_frame, reference_frame
 from tests.support.helpers import DEADLINE, Background, Children, only_subscriber, rest, take, wait_until
-from tests.support.large_workers import (
-    ReaderProcess,
-    Size,
-    keep_all,
-    limited,
-    maps,
-    number_of,
-    numbers,
-    without_descriptors,
-)
+from tests.support.large_workers import ReaderProcess, Size, descriptors_left, keep_all, limited, maps, number_of, numbers
 from tests.support.rude import Lent
 from tests.support.victims import descriptors, memories, shared_maps
 
@@ -138,7 +129,7 @@ def test_a_subscriber_without_descriptors(bus: Bus) -> None:
         exchange(bus, channel, [LARGE, LARGE])  # the next ones come in memory of their own
         bus.publish_many(map(LARGE.message, range(2)))
         bus.flush()
-        with without_descriptors(os.getpid()):
+        with descriptors_left(0):
             for _ in range(2):
                 try:
                     came.append(number_of(channel.recv(timeout=DEADLINE)))
@@ -170,7 +161,7 @@ def test_a_process_in_need(need: str, bus: Bus, monkeypatch: pytest.MonkeyPatch)
             with connect(bus.address) as handle, contextlib.ExitStack() as stack:
                 exchange(handle, channel, earlier)
                 if need == "descriptors":
-                    stack.enter_context(without_descriptors(os.getpid()))
+                    stack.enter_context(descriptors_left(0))
                 elif need == "file size":
                     stack.enter_context(limited(resource.RLIMIT_FSIZE, 100_000))
                 patch = stack.enter_context(monkeypatch.context())

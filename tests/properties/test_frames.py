@@ -204,8 +204,6 @@ HEADS = st.builds(
     st.sampled_from([0, 1, 1024, 0xFFFF, 1 << 16, 0x10003, 1 << 17, 1 << 24, 0x1000001, 2 << 24, 3 << 24, 4 << 24]),
     st.binary(max_size=40),
 )
-Change = tuple[int, int, int]
-"""Where, what stands there then, and how many bytes there are more of it, or fewer."""
 CHANGES = st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255), st.integers(-3, 3)), min_size=1, max_size=5)
 
 

@@ -145,11 +145,7 @@ def test_a_note_has_its_kind_and_number(kind: int) -> None:
 
 
 @STEADY
-@given(
-    route=ROUTES,
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=20),
-    ring=st.integers(0, 2**32 - 1),
-)
+@given(route=ROUTES, lengths=st.lists(st.integers(1, 300), min_size=1, max_size=20), ring=st.integers(0, 2**32 - 1))
 def test_references_are_written_read_and_copied(route: tuple[bytes, int, bool], lengths: list[int], ring: int) -> None:
     """In a run, they are what the channel reads; copied, they are ordinary messages; so is each part, and counts once."""
     topic, exclude, image = route
@@ -348,17 +344,8 @@ def received(parts: Iterable[tuple[bytes, bool]], with_topic: bool = False, besi
     return [*map(comparable, items)], skipped, stream.read
 
 
-KINDS: Final = [
-    runs.MESSAGES,
-    runs.MESSAGES,
-    runs.REFERENCES,
-    runs.REFERENCES,
-    runs.IN_MEMORY,
-    runs.RING_OFFERED,
-    runs.RING_GONE,
-    runs.SKIPPED,
-    runs.GAP,
-]
+NOTES: Final = [runs.RING_OFFERED, runs.RING_GONE, runs.SKIPPED, runs.GAP]
+KINDS: Final = 2 * [runs.MESSAGES, runs.REFERENCES] + [runs.IN_MEMORY, *NOTES]
 
 
 @settings(STEADY, max_examples=150)

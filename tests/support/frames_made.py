@@ -10,16 +10,7 @@ from typing import Any, Final, NamedTuple
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from mpbroadcast.protocol.frames import (
-    IMAGE,
-    PIPE_BUF,
-    Batch,
-    abort,
-    frame_head,
-    memory_frame,
-    pieces,
-    reference_frame,
-)
+from mpbroadcast.protocol.frames import IMAGE, PIPE_BUF, Batch, abort, frame_head, memory_frame, pieces, reference_frame
 from tests.support.helpers import pattern
 
 STEADY: Final = settings(
@@ -46,7 +37,6 @@ class Message(NamedTuple):
 
     @property
     def frame(self) -> bytes:
-        """The frame of this message."""
         if isinstance(self.payload, bytes):
             return frame_head(len(self.payload), self.topic, self.exclude, IMAGE if self.image else 0) + self.payload
         ring, position, length = self.payload
@@ -56,22 +46,10 @@ class Message(NamedTuple):
 
 
 ROUTES: Final = st.tuples(TOPICS, EXCLUDED, st.booleans())
-PLAIN: Final = st.builds(
-    lambda route, size, fill: Message(route[0], route[1], pattern(fill, size), route[2]), ROUTES, SIZES, st.integers(0, 255)
-)
-IN_MEMORY: Final = st.builds(
-    lambda route, id, size: Message(route[0], route[1], (None, id, size), route[2]),
-    ROUTES,
-    st.integers(0, 2**64 - 1),
-    SHARED_SIZES,
-)
-IN_RING: Final = st.builds(
-    lambda route, ring, start, size: Message(route[0], route[1], (ring, start, size), route[2]),
-    ROUTES,
-    st.integers(1, 3),
-    st.integers(0, 2**32 - 1),
-    SHARED_SIZES,
-)
+PLAIN: Final = st.builds(pattern, st.integers(0, 255), SIZES)
+IN_MEMORY: Final = st.tuples(st.none(), st.integers(0, 2**64 - 1), SHARED_SIZES)
+IN_RING: Final = st.tuples(st.integers(1, 3), st.integers(0, 2**32 - 1), SHARED_SIZES)
+MESSAGES: Final = st.builds(Message, TOPICS, EXCLUDED, PLAIN | PLAIN | IN_RING | IN_MEMORY, st.booleans())
 
 
 class Written(NamedTuple):
@@ -83,10 +61,10 @@ class Written(NamedTuple):
 
 
 @st.composite
-def written(draw: st.DrawFn, messages: st.SearchStrategy[Message] = PLAIN | PLAIN | IN_RING | IN_MEMORY) -> Written:
+def written(draw: st.DrawFn) -> Written:
     """Writes of three threads, mixed; some long messages are given up in their middle."""
     threads: list[list[tuple[bytes, Message | int | None]]] = [[], [], []]
-    for number, message in enumerate(draw(st.lists(messages, max_size=12)), 1):
+    for number, message in enumerate(draw(st.lists(MESSAGES, max_size=12)), 1):
         own = threads[draw(st.integers(0, 2))]
         if len(message.frame) <= PIPE_BUF:
             own.append((message.frame, message))

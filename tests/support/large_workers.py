@@ -158,11 +158,15 @@ def publish_counted(bus: Broadcaster[Any], counter: Counter, topic: str) -> None
 # ----------------------------------------------------------------------------------------------------------- shared memory
 
 
-def lowest_free(pid: int) -> int:
-    """Return the descriptor that a process would get next."""
-    names = os.listdir(f"/proc/{pid}/fd")  # of this process, with the one that lists them
-    there = {int(name) for name in names if os.path.lexists(f"/proc/{pid}/fd/{name}")}
-    return next(number for number in range(len(there) + 2) if number not in there)
+def room_for(count: int, pid: int) -> int:
+    """Return the limit on descriptors with which a process can get so many more, and none after that."""
+    folder = f"/proc/{pid}/fd"
+    there = {int(name) for name in os.listdir(folder) if os.path.exists(f"{folder}/{name}")}  # without the one that listed it
+    limit = 0
+    while count or limit in there:
+        count -= limit not in there
+        limit += 1
+    return limit
 
 
 @contextlib.contextmanager
@@ -178,9 +182,9 @@ def limited(which: int, soft: int, pid: int = 0) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_descriptors(pid: int) -> Iterator[None]:
-    """Let a process get no descriptor meanwhile."""
-    with limited(resource.RLIMIT_NOFILE, lowest_free(pid), pid):
+def descriptors_left(count: int, pid: int = 0) -> Iterator[None]:
+    """Let a process get so many descriptors more meanwhile."""
+    with limited(resource.RLIMIT_NOFILE, room_for(count, pid or os.getpid()), pid):
         yield
 
 
