@@ -185,7 +185,6 @@ class Hands:
             channel.recv(0)
 
     def do_forget(self, key: int) -> None:
-        """Leave a channel to the garbage collector."""
         del self.channels[key]
 
     def do_give(self, key: int) -> bytes:
@@ -300,8 +299,6 @@ class Sub(Ledger):
 class Sent:
     """A message that was published and that the witness has not received yet."""
 
-    __slots__ = ("charge", "clock", "doubtful", "number", "targets", "topic")
-
     def __init__(self, item: Item, targets: dict[Sub, bool], clock: dict[int, int]) -> None:
         self.number, self.topic, size = item
         self.charge = size + OVERHEAD
@@ -369,7 +366,6 @@ class Driver:
             self.clean_up()
 
     def clean_up(self) -> None:
-        """Leave no process."""
         while self.bystanders:
             self.kill_bystander()
         for process, orders in self.actors.values():
@@ -382,7 +378,6 @@ class Driver:
                 close()
 
     def do(self, actor: int, command: str, *arguments: Any, **more: Any) -> Any:
-        """Let a process do something, and wait until it is done."""
         shown = [*arguments, more]
         if command == "publish":
             shown[1] = f"{len(arguments[1])} from {arguments[1][0]}"
@@ -602,7 +597,6 @@ class Driver:
         sub.end(before + least, before + most + sum(sub in sent.targets for sent in self.pending()))
 
     def relieve(self) -> None:
-        """Receive from all that may be full."""
         for sub in [sub for sub in self.subs.values() if sub.overflow == "block"]:
             if sub.opener is None and sub.holders:
                 self.open_sub(sub)
@@ -862,7 +856,6 @@ class Driver:
     # - the broker's own numbers
 
     def stats(self) -> None:
-        """The snapshot has what the model has."""
         snapshot = self.bus.stats()
         rows = {row.id: row for row in snapshot.subscribers}
         del rows[self.hands.channels[-1].id]
@@ -891,7 +884,6 @@ class Driver:
     # - the end
 
     def finish(self, sub: Sub) -> None:
-        """Receive from a channel that ends up to its end."""
         while not sub.ended:
             if sub.opener is None:
                 self.open_sub(sub)

@@ -100,8 +100,6 @@ class Process:
 
 
 class Client:
-    """One connection, with the key."""
-
     def __init__(self, connection: socket.socket, pid: int) -> None:
         self.socket = connection
         self.pid = pid
@@ -260,7 +258,6 @@ class World:
                 writer.write(data[:4096])
 
     def send_packet(self) -> None:
-        """Send a packet of any kind on a socket for descriptors."""
         choose = self.choose
         if not (self.fd_sockets and available()):
             return
@@ -354,7 +351,6 @@ class World:
 
 
 def in_any_order(seed: int, folder: Path) -> None:
-    """Run one order of requests, and compare what there is before and after it."""
     before = open_files()
     world = World(Random(seed), folder, seed)
     try:

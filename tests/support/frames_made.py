@@ -98,13 +98,11 @@ def chunks(data: bytes, lengths: Iterable[int]) -> list[bytes]:
 
 
 def batch_of(values: Iterable[Any], topic: bytes = b"", exclude: int = 0) -> Batch:
-    """A batch with these values, pickled."""
     frames = [Message(topic, exclude, pickle.dumps(value)).frame for value in values]
     return Batch(b"".join(frames), array("I", map(len, frames)), topic, exclude, len(frame_head(0, topic, exclude)))
 
 
 def boom(error: type[Exception]) -> None:
-    """Raise it, while something is unpickled."""
     raise error("on purpose")
 
 

@@ -50,7 +50,6 @@ TRANSPORTS = {"pipe": SIZES["100"], "ring": SIZES["60000"], "memory": SIZES["3 M
 
 
 def number_of(message: tuple[int, Any]) -> int:
-    """Return the number of a message that is whole."""
     number, data = message
     assert data == pattern(number, len(data)), f"the bytes of message {number} are not what they were"
     return number
@@ -127,21 +126,17 @@ class ReaderProcess:
         self.pid = self.process.pid or 0
 
     def stop(self) -> None:
-        """Stop it, and wait until it is stopped."""
         os.kill(self.pid, signal.SIGSTOP)
         wait_until(lambda: stopped(self.pid))
 
     def go(self) -> None:
-        """Let it go on."""
         os.kill(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        """Kill it, and wait for its end."""
         self.process.kill()
         self.process.join(DEADLINE)
 
     def result(self) -> Any:
-        """Return what it has found, once it has ended."""
         found = answer(self._reports)
         finish(self.process)
         self._reports.close()

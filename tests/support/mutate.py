@@ -197,8 +197,6 @@ def functions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[st
 
 
 class Mutant(NamedTuple):
-    """A function with one change."""
-
     module: str
     text: str
     code: CodeType
@@ -209,7 +207,6 @@ def place_of(code: CodeType) -> tuple[str, str]:
 
 
 def code_in(tree: ast.Module, file: str, name: str) -> CodeType:
-    """Return the code of a function in a module."""
     codes = [compile(tree, file, "exec", dont_inherit=True)]
     for code in codes:
         codes += (constant for constant in code.co_consts if isinstance(constant, CodeType))
@@ -275,7 +272,6 @@ class Plugin:
         return True
 
     def seconds(self, item: pytest.Item) -> float:
-        """Return the seconds of the processor that a test takes without a mutant."""
         start = time.process_time()
         self.run(item)
         return time.process_time() - start

@@ -68,7 +68,6 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
 
 
 def complete(parts: Generator[None, None, T]) -> T:
-    """The result of what is done in parts."""
     while True:
         try:
             next(parts)
@@ -82,7 +81,6 @@ def held(broker: Broker) -> int:
 
 
 def take_away(broker: Broker) -> None:
-    """End all that was made in this broker."""
     for session in list(broker.registry.sessions.values()):
         broker.registry.end_session(session, clean=False)
     for subscription in list(broker.registry.subscriptions.values()):
@@ -112,7 +110,6 @@ def ask(broker: Broker, asker: Asker, message: dict[str, Any]) -> None:
 
 
 def subscribing(session: int, subscription: int, *topics: str) -> dict[str, Any]:
-    """The request for a subscription."""
     fields = {"capacity": 1 << 16, "overflow": "drop_oldest", "replay": 0, "publisher": None}
     return {"do": "subscribe", "session": session, "subscription": subscription, "topics": [*topics], **fields}
 
