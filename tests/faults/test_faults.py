@@ -25,50 +25,17 @@ from typing import Any, Final, NamedTuple
 import psutil
 import pytest
 
-from mpbroadcast import (
-    Broadcaster,
-    BroadcastError,
-    BrokerLost,
-    BrokerRestarted,
-    Channel,
-    channel_to_selector,
-    connect,
-    start_broadcaster,
-)
+import mpbroadcast
+from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, BrokerRestarted, Channel, connect, start_broadcaster
 from mpbroadcast.posix.shared_memory import available
-from tests.support import victims
+from tests.support import traps, victims
 from tests.support.helpers import DEADLINE, Background, Children, answer, finish, wait_until
-from tests.support.traps import (
-    DEAF,
-    EARLY,
-    GAP,
-    IN_MEMORY,
-    IN_RING,
-    INTERRUPTED,
-    LONG,
-    MANY,
-    SHORT,
-    SMALL,
-    TARGETS,
-    WAITING,
-    Entry,
-    Trap,
-    message,
-    read,
-    read_to_the_end,
-    trapping,
-    whole,
-    witness,
-)
+from tests.support.traps import DEAF, EARLY, GAP, WAITING, Entry, Trap, message, read, read_to_the_end, whole
 from tests.support.victims import SOON, alive, asleep, descriptors, shared_maps, stopped
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks at descriptors and maps in /proc")
 
 LETHAL: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-
-
-# ---------------------------------------------------------------------------------------------------------- the table
-
 VICTIMS: Final = ("publisher", "subscriber", "broker", "starter", "bystander", "supervisor")
 SIGNALS: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP, signal.SIGINT)
 MOMENTS: Final = (
@@ -88,10 +55,10 @@ MOMENTS: Final = (
 REPLACED: Final = ("replacing", "orphaned")
 IN_FLIGHT: Final = {  # moments of one message, and how large it is
     "pipe in flight": 10,
-    "mid-frame": LONG,
-    "mid-ring": IN_RING,
-    "mid-memory": IN_MEMORY,
-    "memory in flight": IN_MEMORY,
+    "mid-frame": traps.LONG,
+    "mid-ring": traps.IN_RING,
+    "mid-memory": traps.IN_MEMORY,
+    "memory in flight": traps.IN_MEMORY,
 }
 STARTING: Final = ("connecting", "handshake")
 SHARED: Final = ("mid-ring", "mid-memory", "memory in flight")  # those that there are with shared memory only
@@ -158,11 +125,8 @@ def outcome(case: Case) -> str:
     return "replaced" if case.restart and case.moment not in ("draining", "orphaned") else "lost"
 
 
-# ----------------------------------------------------------------------------------------------------------- the stage
-
-
 def of_test(entries: list[Entry]) -> list[Entry]:
-    """Those of the messages that the test has published."""
+    """Return those messages that the test has published."""
     return [entry for entry in entries if entry[0] == "test"]
 
 
@@ -200,14 +164,14 @@ class Stage:
         self.bus, self.other = bus, connect(bus.address)
         self.broker = bus.stats().pid
         self.watch, theirs = self.pipe()
-        self.start(witness, bus, theirs, self.case.moment == "draining")
+        self.start(traps.witness, bus, theirs, self.case.moment == "draining")
         self.channel = bus.subscribe()
         self.channel.poll(0)
         self._handles += [self.channel, self.other, bus]
         assert answer(self.watch) == "open"
         self.publish(5)
         if self.case.moment == "blocked" and self.case.victim != "subscriber":
-            self.full = bus.subscribe(*full, capacity=SMALL)
+            self.full = bus.subscribe(*full, capacity=traps.SMALL)
             self.full.poll(0)
             self._handles.append(self.full)
         if self.case.moment in SHARED and self.case.victim in ("subscriber", *DEAF):
@@ -237,7 +201,7 @@ class Stage:
         """Let the test's publisher have a ring that is in use."""
 
         def in_use() -> bool:
-            self.publish(1, IN_RING)
+            self.publish(1, traps.IN_RING)
             self.bus.flush(DEADLINE)
             self.catch_up()
             return shared_maps(self.broker) > 0
@@ -250,18 +214,18 @@ class Stage:
         self.trap.arm()
         if moment in ("blocked", "draining"):
             if moment == "draining":
-                self.publish(MANY, SHORT)
+                self.publish(traps.MANY, traps.SHORT)
                 self.bus.flush(DEADLINE)
                 self.catch_up()
                 self.act = Background(self.bus.close, DEADLINE)
                 wait_until(lambda: self.channel.poll(0))  # as it has read all, this is its end
                 return
-            self.act = Background(self.publish, MANY, SHORT)
+            self.act = Background(self.publish, traps.MANY, traps.SHORT)
             wait_until(lambda: any(row.stalls for row in self.bus.stats().subscribers))
             self.act.wait_until_blocked("publish")
         elif is_reader and moment == "mid-ring":
             while not self.trap.sprung:
-                self.publish(1, IN_RING)  # the first few come before it has mapped the ring
+                self.publish(1, traps.IN_RING)  # the first few come before it has mapped the ring
                 self.bus.flush(DEADLINE)
         elif moment in IN_FLIGHT and not (is_reader and moment in EARLY):
             handle = self.other if moment == "pipe in flight" else self.bus
@@ -315,7 +279,7 @@ class Stage:
     def bury(self, victim: BaseProcess) -> None:
         """Wait for the end of a victim. A starter that was interrupted lets its broker drain before that."""
         victim.join(DEADLINE)
-        assert victim.exitcode == (INTERRUPTED if self.case.signal == signal.SIGINT else -self.case.signal)
+        assert victim.exitcode == (traps.INTERRUPTED if self.case.signal == signal.SIGINT else -self.case.signal)
 
     def end_and_compare(self, *, is_ended: bool) -> None:
         """Close the broadcaster, if it is not: all readers have seen the same, and all that the test has published."""
@@ -372,7 +336,7 @@ def play_process(stage: Stage) -> None:
     lives = not case.lethal or case.victim == "bystander"
     orders, theirs = stage.pipe()
     if is_starter:
-        victim = stage.start(TARGETS[case.victim], case.method, trap, theirs)
+        victim = stage.start(traps.play_victim, case.method, trap, theirs)
         if case.moment in STARTING:
             check_a_start(stage, victim, lives)
             if not lives:
@@ -381,7 +345,7 @@ def play_process(stage: Stage) -> None:
         orders.send("go on")
     else:
         stage.open(start_broadcaster(context=multiprocessing.get_context(case.method)), "full")
-        victim = stage.start(TARGETS[case.victim], stage.bus, trap, theirs)
+        victim = stage.start(traps.play_victim, stage.bus, trap, theirs)
     first = len(stage.seen)  # of what a subscriber receives
     if is_reader:
         if case.moment not in EARLY:
@@ -454,7 +418,7 @@ def check_a_start(stage: Stage, victim: BaseProcess, lives: bool) -> None:
 def play_broker(stage: Stage) -> None:
     """The broker, or its supervisor, is hit."""
     case, trap = stage.case, stage.trap
-    bus = start_broadcaster(context=trapping(case.method, trap), restart=case.restart)
+    bus = start_broadcaster(context=traps.trapping(case.method, trap), restart=case.restart)
     folder = Path(bus.address).parent
     stage.open(bus)
     first = stage.broker
@@ -635,7 +599,7 @@ def check_the_end(stage: Stage, sure: int, *, is_lost: bool) -> None:
 def check_it_goes_on(stage: Stage) -> None:
     """What has happened disturbs no process, and the broadcaster is closed as ever."""
     if stage.full is not None:  # it is what all others wait for
-        for _ in range(MANY):
+        for _ in range(traps.MANY):
             whole(stage.full.recv(DEADLINE))
     if stage.act is not None and stage.case.moment != "draining":
         stage.act.result()
@@ -712,7 +676,7 @@ def test_calls_that_wait_raise_when_the_broker_dies(bus: Broadcaster[Any]) -> No
     other = connect(bus.address)
     calls = {
         "recv": channels[0].recv,
-        "receive": channel_to_selector(channels[1]).receive,
+        "receive": mpbroadcast.channel_to_selector(channels[1]).receive,
         "publish_many": lambda: bus.publish_many(itertools.repeat(b"v" * 10_000), topic="full"),
         "wait_for_subscribers": lambda: other.wait_for_subscribers(1000),
     }

@@ -61,31 +61,52 @@ def ends_well(program: Program, out: str, *, log: bool = False) -> None:
     assert errors == ""
 
 
-# ------------------------------------------------------------------------------------------------------ without close()
-
 FORGETFUL = """
-import multiprocessing, sys
+import multiprocessing, os, sys
 from mpbroadcast import start_broadcaster
 
-def work(channel):
+def work(channel, is_patient):
+    if is_patient:
+        multiprocessing.parent_process().join()
     print(sum(channel), flush=True)
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
-    bus = start_broadcaster()
+    method, restart, end = sys.argv[1:]
+    multiprocessing.set_start_method(method)
+    bus = start_broadcaster(restart=restart == "restart")
     for _ in range(2):
-        multiprocessing.Process(target=work, args=(bus.subscribe(),)).start()
+        multiprocessing.Process(target=work, args=(bus.subscribe(), end.isdigit())).start()
     bus.publish_many(range(1000))
-    if sys.argv[2:]:
-        raise SystemExit(sys.argv[2])
+    if end.isdigit():
+        bus.flush()
+        if end != "0":
+            os.kill(os.getpid(), int(end))
+        os._exit(0)
+    if end:
+        raise SystemExit(end)
 """
 
 
-@pytest.mark.parametrize("arguments", [*((method,) for method in METHODS), ("fork", "the program has failed")], ids=" ".join)
-def test_a_forgotten_close_still_delivers(arguments: tuple[str, ...], script: Write) -> None:
+@pytest.mark.parametrize(("method", "error"), [*((method, "") for method in METHODS), ("fork", "the program has failed")])
+def test_a_forgotten_close_still_delivers(method: str, error: str, script: Write) -> None:
     """A program that never calls ``close()``, or fails, delivers all to its workers, and exits; nothing else is shown."""
-    with Program("-W", "error", script(FORGETFUL), *arguments) as program:
-        assert ends(program, len(arguments) - 1, "499500\n499500\n").strip() == "".join(arguments[1:])
+    with Program("-W", "error", script(FORGETFUL), method, "once", error) as program:
+        assert ends(program, 1 if error else 0, "499500\n499500\n").strip() == error
+
+
+@pytest.mark.parametrize(
+    ("method", "restart", "number"),
+    [
+        ("fork", "once", signal.SIGKILL),
+        ("spawn", "once", signal.SIGTERM),
+        ("fork", "once", 0),  # os._exit
+        ("fork", "restart", signal.SIGKILL),
+    ],
+)
+def test_what_a_dead_starter_handed_on_is_delivered(method: str, restart: str, number: int, script: Write) -> None:
+    """Its workers open their channels only when the starter is dead, and get all, and a clean end."""
+    with Program(script(FORGETFUL), method, restart, str(int(number))) as program:
+        assert ends(program, -number, "499500\n499500\n") == ""
 
 
 DROPPED = """
@@ -137,8 +158,6 @@ def test_a_dropped_broadcaster_ends_its_broker(needed_by: str, restart: str, scr
         errors = ends(program, 0, "ended\n" if needed_by == "nothing" else "0\nended\n")
         assert errors.count("was dropped without close()") == 1
 
-
-# --------------------------------------------------------------------------------------------------------------- Ctrl-C
 
 INTERRUPTED = """
 import multiprocessing, sys
@@ -204,8 +223,6 @@ def test_ctrl_c_ends_all_without_a_word(wait: str, method: str, end: str, script
         wait_until(lambda: not program.processes())
 
 
-# -------------------------------------------------------------------------------------------------------- main modules
-
 UNGUARDED = """
 import multiprocessing
 multiprocessing.set_start_method("{method}")
@@ -213,7 +230,7 @@ from mpbroadcast import start_broadcaster
 print("main", flush=True)
 with start_broadcaster(context={context}) as bus, bus.subscribe() as channel:
     bus.publish("hello")
-    print(channel.recv())
+    assert channel.recv(10) == "hello"
 """
 
 
@@ -229,7 +246,7 @@ def test_without_a_context_no_guard_is_needed(
     text = UNGUARDED.format(method=method, context=None)
     commands = {"file": [script(text)], "-": ["-"], "-m": ["-m", "program"], "-c": ["-c", text]}
     with Program("-W", "error", *commands[how], stdin=text if how == "-" else None) as program:
-        ends_well(program, "main\nhello\n")
+        ends_well(program, "main\n")
 
 
 NEEDS_MAIN = """
@@ -261,18 +278,12 @@ def test_a_start_error_has_what_is_wrong_with_the_main_module(text: str, reason:
         wait_until(lambda: not program.processes())
 
 
-RECEIVES = """
-from mpbroadcast import start_broadcaster
-with start_broadcaster() as bus, bus.subscribe() as channel:
-    bus.publish("hello")
-    assert channel.recv(10) == "hello"
-"""
 CLOSED = "import os, sys; os.closerange(0, 3); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 
 
 def test_a_program_whose_standard_streams_are_closed(script: Write) -> None:
     """Its sockets take the numbers 0, 1 and 2, and stay its own."""
-    with Program("-c", CLOSED, script(RECEIVES)) as program:
+    with Program("-c", CLOSED, script(UNGUARDED.format(method="fork", context=None))) as program:
         ends_well(program, "")
 
 
@@ -293,9 +304,6 @@ def test_the_broker_keeps_no_descriptor_of_its_starter(fork: BaseContext) -> Non
         bus.publish("works")
 
 
-# ---------------------------------------------------------------------------------------------------------------- close
-
-
 def test_close_gives_up_on_a_reader_that_never_reads(
     fork: BaseContext, children: Children, pipe: tuple[Connection, Connection], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,7 +313,7 @@ def test_close_gives_up_on_a_reader_that_never_reads(
     with ours, theirs:
         channel = bus.subscribe("all")
         other = children(fork, victims.slow_reader, bus.subscribe("all", "other"), theirs, 0.0005)
-        reader = children(fork, victims.idle_reader, channel, pipe[1])
+        reader = children(fork, victims.slow_reader, channel, pipe[1], None)
         assert answer(pipe[0]) == answer(ours) == "open"
         for number in range(1000):
             bus.publish((number, bytes(3500)), topic="all" if number % 10 else "other")
@@ -314,9 +322,9 @@ def test_close_gives_up_on_a_reader_that_never_reads(
         assert 0.5 < time.monotonic() - start < 1.0 + 4.0
         assert answer(ours) == (list(range(1000)), "EOFError"), "the others are drained, and end cleanly"
         pipe[0].send("go on")
-        count, end = answer(pipe[0])
+        received, end = answer(pipe[0])
         assert end == BrokerLost.__name__
-        assert 0 < count < 900
+        assert 0 < len(received) < 900
         finish(reader)
         finish(other)
     assert re.search(rf"WARNING: channel {channel.id} .*{reader.pid}", capfd.readouterr().err)
@@ -335,8 +343,6 @@ def test_close_waits_for_a_reader_that_goes_on_reading(
     assert answer(pipe[0]) == (list(range(count)), "EOFError")
     finish(reader)
 
-
-# ------------------------------------------------------------------------------------------------------ SIGCHLD ignored
 
 UNREAPED = """
 import multiprocessing, os, signal, sys
@@ -366,8 +372,6 @@ def test_a_starter_that_ignores_its_childrens_end(method: str, what: str, script
     with Program(script(UNREAPED), method, what) as program:
         ends_well(program, "closed []\n")
 
-
-# ------------------------------------------------------------------------------------------------------ with handles open
 
 BEGIN = """
 import atexit, os, sys, threading, time
@@ -454,8 +458,6 @@ def test_a_program_ends_with_handles_open(name: str, script: Write) -> None:
         ends_well(program, "last\n" if "atexit" in name else "", log=True)
     assert time.monotonic() - start < DEADLINE / 2
 
-
-# ------------------------------------------------------------------------------------------- what a start finds, and leaves
 
 KEY = b"a key of the test"
 STARTER = f"""
@@ -548,42 +550,3 @@ def test_a_start_removes_only_what_a_dead_broker_has_left(temporary_folder: Path
                 assert {path.name for path in (temporary_folder / name).iterdir()} == {*content}
         for name in KEPT:
             shutil.rmtree(temporary_folder / name)
-
-
-# ------------------------------------------------------------------------------------------------------------ a dead starter
-
-BEFORE_ITS_WORKER = """
-import multiprocessing, os, signal, sys
-from mpbroadcast import start_broadcaster
-
-def work(channel):
-    multiprocessing.parent_process().join()
-    print(sum(1 for _ in channel), flush=True)
-
-if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
-    bus = start_broadcaster(restart=sys.argv[2] == "restart")
-    worker = multiprocessing.Process(target=work, args=(bus.subscribe(),))
-    worker.start()
-    bus.publish_many(bytes(100) for _ in range(5000))
-    bus.flush()
-    if sys.argv[3] == "exit":
-        os._exit(0)
-    os.kill(os.getpid(), int(sys.argv[3]))
-"""
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("fork", "once", str(signal.SIGKILL.value)),
-        ("spawn", "once", str(signal.SIGTERM.value)),
-        ("fork", "once", "exit"),
-        ("fork", "restart", str(signal.SIGKILL.value)),
-    ],
-    ids=" ".join,
-)
-def test_what_a_dead_starter_handed_on_is_delivered(arguments: tuple[str, ...], script: Write) -> None:
-    """Its worker opens the channel only when the starter is dead, and gets all, and a clean end."""
-    with Program(script(BEFORE_ITS_WORKER), *arguments) as program:
-        assert ends(program, 0 if "exit" in arguments else -int(arguments[2]), "5000\n") == ""

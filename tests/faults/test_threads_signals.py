@@ -26,9 +26,6 @@ def numbers_of(received: list[Any], source: str) -> list[int]:
     return [number for number, _ in numbers]
 
 
-# --- threads ----------------------------------------------------------------------------------------------------------
-
-
 def test_no_thread_is_started(bus: Bus) -> None:
     """Publishing, subscribing and receiving start no thread in this process."""
     before = len(os.listdir("/proc/self/task"))
@@ -100,9 +97,6 @@ def test_threads_that_run_out_of_time_withdraw_only_their_own(bus: Bus, inline: 
     wait_until(lambda: bus.stats().memory == 0)
 
 
-# --- signal handlers --------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def handler(function: Callable[..., Any], *numbers: int) -> Iterator[None]:
     """Handle signals by this function for the length of a block."""
@@ -171,9 +165,6 @@ def test_signal_handler_publishes_while_publish_waits(bus: Bus, size: int, monke
     names = [name for name, _ in receiving[0].result()]
     assert names[:-2] == published
     assert sorted(names[-2:]) == ["handler", "main"]
-
-
-# --- a full backlog ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [100, 3000, 100_000])
@@ -248,9 +239,6 @@ def test_what_waits_for_a_full_backlog_was_published_before(bus: Bus, late: str)
     bus.publish(("after", b""), topic="t", timeout=DEADLINE)
     assert [name for name, _ in reading.result()] == [*published, "after"]
     assert [name for name, _ in everything(bus, other)] == ["after"]
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def test_broker_does_not_grow_under_a_slow_subscriber(bus: Bus) -> None:

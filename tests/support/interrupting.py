@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import itertools
 import os
 import random
@@ -19,11 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NamedTuple
 
-import pytest
-
 import mpbroadcast
 from mpbroadcast.posix import locks
-from tests.conftest import FAILED
 
 SEED: Final = int(os.environ.get("MPBROADCAST_SEED") or random.SystemRandom().randrange(1 << 32))
 SOAK: Final = float(os.environ.get("MPBROADCAST_SOAK") or 0)
@@ -37,9 +32,6 @@ Interrupted = Callable[..., object]
 
 class Interrupt(KeyboardInterrupt):
     """What is raised: a Ctrl-C that no other can be taken for."""
-
-
-# ------------------------------------------------------------------------------------------------------------ one moment
 
 
 class Moment(NamedTuple):
@@ -131,9 +123,6 @@ def each_moment() -> Iterator[Interrupted]:
             return
 
 
-# -------------------------------------------------------------------------------------------------------- random moments
-
-
 class Storm:
     """Interrupts calls after random times; often twice, so that a second one meets what the first has set off."""
 
@@ -201,20 +190,3 @@ class Storm:
             if time.monotonic() > end and self.raised >= 5:
                 return
             yield count
-
-
-@contextlib.contextmanager
-def storming(node: Any) -> Iterator[Storm]:
-    """A storm for the length of a block."""
-    print(f"MPBROADCAST_SEED={SEED}")
-    raising = Storm()
-    gc.disable()  # a collection in a call takes longer than the call
-    hook, sys.unraisablehook = sys.unraisablehook, id  # one in Python would be interrupted itself; id() does nothing
-    try:
-        yield raising
-    finally:
-        sys.unraisablehook = hook
-        gc.enable()
-        raising.end()
-    node.add_marker(pytest.mark.interrupted(raising.raised))
-    assert raising.raised or node.stash.get(FAILED, False)

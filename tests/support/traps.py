@@ -26,7 +26,7 @@ import psutil
 
 from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, BrokerRestarted, Channel, start_broadcaster, trap_points
 from tests.support.helpers import DEADLINE, answer, wait_until
-from tests.support.victims import stopped
+from tests.support.victims import duplicate_handles, stopped
 
 INTERRUPTED: Final = 130  # exit code of a process that was ended by Ctrl-C
 DEAF: Final = ("broker", "supervisor")  # they ignore Ctrl-C, and are in the test's own group
@@ -119,11 +119,7 @@ class Trap:
 
     def _fork_bystander(self) -> int:
         """A child that has all handles of this process, and duplicates of its pipes and sockets, is hit right here."""
-        kept = []
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/self/fd/{name}").startswith(("pipe:", "socket:", "/memfd:")):
-                    kept.append(os.dup(int(name)))  # nothing in the child knows of these, and so nothing closes them
+        kept = duplicate_handles()
         pid = os.fork()
         if pid == 0:
             with contextlib.suppress(BaseException):
@@ -157,9 +153,6 @@ def spring_at(point: str, trap: Trap, when: Callable[[Any], bool] = lambda _: Tr
     trap_points.reach = reach
 
 
-# ------------------------------------------------------------------------------------ publishers, subscribers, starters
-
-
 _POINTS: Final = {
     "connecting": "connected",
     "handshake": "answering",
@@ -179,8 +172,18 @@ _READERS_POINTS: Final = {
 }
 
 
+def play_victim(start: Any, trap: Trap, orders: Connection) -> None:
+    """Be the publisher, the subscriber or the starter that the trap hits; ``start`` is its broadcaster, or start method."""
+    set_trap(trap)
+    acts: dict[str, Callable[..., None]] = {"subscriber": subscribe_into_trap, "starter": start_into_trap}
+    try:
+        acts.get(trap.victim, publish_into_trap)(start, trap, orders)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
 def set_trap(trap: Trap) -> None:
-    """In a publisher, subscriber or starter: lead a group of its own, take signals as they come, and set the trap."""
+    """Lead a group of its own, take signals as they come, and set the trap."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -231,7 +234,7 @@ def _send_half_first(trap: Trap) -> bool:
 
 
 def _bytes_read() -> int:
-    """How many bytes this process has read so far, from files, pipes and sockets."""
+    """Return how many bytes this process has read so far, from files, pipes and sockets."""
     return int(psutil.Process().io_counters().read_chars)
 
 
@@ -253,9 +256,6 @@ class Bait(str):
             if Bait.read - before < IN_RING:
                 Bait.trap.spring()
         return text
-
-
-# ------------------------------------------------------------------------------------------------- what the processes do
 
 
 def message(who: str, number: int, size: int) -> tuple[str, int, bytes]:
@@ -305,17 +305,8 @@ def witness(bus: Broadcaster[Any], orders: Connection, is_patient: bool) -> None
     orders.send(until_the_end(channel))
 
 
-def publishing_victim(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> None:
-    """Publishes, and meets its moment on the way."""
-    set_trap(trap)
-    try:
-        publish_into_trap(bus, trap, orders)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-
-
 def publish_into_trap(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> None:
-    """Some messages, the one in which the trap springs, and two more."""
+    """Publish some messages, the one in which the trap springs, and two more."""
     numbers = itertools.count()
 
     def publish(size: int = 10, topic: str = "") -> None:
@@ -368,54 +359,36 @@ def publish_into_trap(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> 
     bus.flush(DEADLINE)
 
 
-def subscribing_victim(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> None:
-    """Subscribes and receives, and meets its moment on the way; reports all that it has received."""
-    set_trap(trap)
-    try:
-        if trap.moment in EARLY:
-            trap.arm()
-        channel = bus.subscribe(capacity=SMALL if trap.moment == "blocked" else None)
-        channel.poll(0)
-        if trap.moment not in EARLY:
-            trap.arm()
-        orders.send("open")
-        if trap.moment in ("blocked", "draining"):
-            trap.spring()
-            answer(orders)
-        orders.send(until_the_end(channel))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+def subscribe_into_trap(bus: Broadcaster[Any], trap: Trap, orders: Connection) -> None:
+    """Subscribe and receive, and meet the moment on the way; report all that was received."""
+    if trap.moment in EARLY:
+        trap.arm()
+    channel = bus.subscribe(capacity=SMALL if trap.moment == "blocked" else None)
+    channel.poll(0)
+    if trap.moment not in EARLY:
+        trap.arm()
+    orders.send("open")
+    if trap.moment in ("blocked", "draining"):
+        trap.spring()
+        answer(orders)
+    orders.send(until_the_end(channel))
 
 
-def starting_victim(method: str, trap: Trap, orders: Connection) -> None:
-    """Starts a broadcaster, in a session of its own, publishes through it, and closes it."""
-    set_trap(trap)
-    try:
-        if trap.moment in ("connecting", "handshake"):
-            trap.arm()
-        bus = start_broadcaster(context=multiprocessing.get_context(method))
-        orders.send(bus.address)
-        answer(orders)  # the witnesses are there
-        publish_into_trap(bus, trap, orders)
-        if trap.moment == "draining":
-            trap.arm()
-        else:
-            orders.send("published")
-            answer(orders)
-        bus.close()
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+def start_into_trap(method: str, trap: Trap, orders: Connection) -> None:
+    """Start a broadcaster, publish through it, and close it."""
+    if trap.moment in ("connecting", "handshake"):
+        trap.arm()
+    bus = start_broadcaster(context=multiprocessing.get_context(method))
+    orders.send(bus.address)
+    answer(orders)  # the witnesses are there
+    publish_into_trap(bus, trap, orders)
+    if trap.moment == "draining":
+        trap.arm()
+    else:
+        orders.send("published")
+        answer(orders)
+    bus.close()
 
-
-TARGETS: Final[dict[str, Callable[..., None]]] = {
-    "publisher": publishing_victim,
-    "bystander": publishing_victim,
-    "subscriber": subscribing_victim,
-    "starter": starting_victim,
-}
-
-
-# -------------------------------------------------------------------------------------------------------------- brokers
 
 _BROKERS_POINTS: Final = {
     "replacing": "restoring",

@@ -6,7 +6,6 @@ import contextlib
 import mmap
 import os
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -19,14 +18,11 @@ import psutil
 
 import mpbroadcast
 from mpbroadcast import Broadcaster, Channel
-from tests.support.helpers import DEADLINE, receive_all
+from tests.support.helpers import DEADLINE, answer
 
 ROOT = Path(mpbroadcast.__file__).parent.parent
 MARK = "MPBROADCAST_TEST_MARK"
 SOON = 5.0  # seconds: the promise is one; a busy machine gets more
-
-
-# -------------------------------------------------------------------------------------------------------------- probes
 
 
 def descriptors(pid: int) -> int:
@@ -93,9 +89,6 @@ class Counter:
         self._memory[:8] = value.to_bytes(8, "little")
 
 
-# ------------------------------------------------------------------------------------------------------------- targets
-
-
 def subscriber(bus: Broadcaster[Any], report: Connection) -> None:
     """Subscribes, reports that, and at the message ``None`` reports all that came before it."""
     channel = bus.subscribe()
@@ -105,16 +98,21 @@ def subscriber(bus: Broadcaster[Any], report: Connection) -> None:
     report.close()
 
 
+def duplicate_handles() -> list[int]:
+    """Duplicate the pipes, sockets and memory of this process: the library does not know of these, and closes none."""
+    made = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}").startswith(("pipe:", "socket:", "/memfd:")):
+                made.append(os.dup(int(name)))
+    return made
+
+
 def held_subscriber(bus: Broadcaster[Any], report: Connection) -> None:
     """Subscribes and receives one message; then a child of its own keeps each pipe and socket that it has open."""
     channel = bus.subscribe()
     channel.recv(DEADLINE)
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            mode = os.fstat(int(name)).st_mode
-            if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-                os.set_inheritable(os.dup(int(name)), True)
-    os.set_inheritable(os.dup(channel.fileno()), True)
+    duplicate_handles()
     child = os.fork()
     if child == 0:
         while True:
@@ -132,29 +130,19 @@ def changing_subscriber(bus: Broadcaster[Any], report: Connection) -> None:
     os.execv(sys.executable, [sys.executable, "-S", "-c", "import signal; signal.pause()"])
 
 
-def idle_reader(channel: Channel[Any], report: Connection) -> None:
-    """Opens the channel and does not read; on an order, reads all and reports how many came and how it ended."""
+def slow_reader(channel: Channel[Any], report: Connection, pause: float | None) -> None:
+    """Read with pauses (``None``: on an order only) to the end; report the first part of each message, and the end."""
     channel.poll(0)
     report.send("open")
-    report.recv()
-    messages, error = receive_all(channel)
-    report.send((len(messages), type(error).__name__))
-
-
-def slow_reader(channel: Channel[Any], report: Connection, pause: float) -> None:
-    """Reads with pauses to the end, and reports the first part of each message, and how it ended."""
-    channel.poll(0)
-    report.send("open")
+    if pause is None:
+        answer(report)
     messages = []
     try:
         while True:
             messages.append(channel.recv(DEADLINE)[0])
-            time.sleep(pause)
+            time.sleep(pause or 0)
     except (EOFError, mpbroadcast.BroadcastError) as error:
         report.send((messages, type(error).__name__))
-
-
-# ------------------------------------------------------------------------------------------------------------ programs
 
 
 class Program:
