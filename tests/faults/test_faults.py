@@ -104,10 +104,8 @@ LEFT_OUT: Final[dict[str, Callable[[Case], bool]]] = {
 """The rows that make no sense, and why."""
 
 
-def table() -> list[Case]:
-    """All rows that make sense."""
-    rows = itertools.starmap(Case, itertools.product(VICTIMS, SIGNALS, MOMENTS, METHODS, (False, True)))
-    return [case for case in rows if not any(left_out(case) for left_out in LEFT_OUT.values())]
+ROWS: Final = [*itertools.starmap(Case, itertools.product(VICTIMS, SIGNALS, MOMENTS, METHODS, (False, True)))]
+TABLE: Final = [case for case in ROWS if not any(left_out(case) for left_out in LEFT_OUT.values())]
 
 
 def outcome(case: Case) -> str:
@@ -326,9 +324,6 @@ def stage(
     made.close()
 
 
-# -------------------------------------------------------------------------- publishers, bystanders, subscribers, starters
-
-
 def play_process(stage: Stage) -> None:
     """A publisher, a child that it has forked, a subscriber or a starter is hit."""
     case, trap = stage.case, stage.trap
@@ -410,9 +405,6 @@ def check_a_start(stage: Stage, victim: BaseProcess, lives: bool) -> None:
         stage.bury(victim)
         wait_until(lambda: not alive(broker))
         wait_until(lambda: not list(Path(os.environ["TMPDIR"]).glob("mpbroadcast-*")))
-
-
-# ------------------------------------------------------------------------------------------------- brokers and supervisors
 
 
 def play_broker(stage: Stage) -> None:
@@ -609,7 +601,7 @@ def check_it_goes_on(stage: Stage) -> None:
 
 @pytest.mark.parametrize(
     "stage",
-    [case for case in table() if case.in_sample or os.environ.get("MPBROADCAST_FAULTS") == "all"],
+    [case for case in TABLE if case.in_sample or os.environ.get("MPBROADCAST_FAULTS") == "all"],
     ids=str,
     indirect=True,
 )
@@ -621,15 +613,9 @@ def test_a_fault(stage: Stage) -> None:
 def test_the_sample_has_each_signal_of_each_victim_and_each_moment() -> None:
     """What runs by default has all pairs of two columns that the table has; and each reason leaves something out."""
     for one, other in itertools.combinations((0, 1, 2), 2):
-        every, sample = (
-            {(case[one], case[other]) for case in rows} for rows in (table(), [case for case in table() if case.in_sample])
-        )
-        assert sample == every
-    rows = [*itertools.starmap(Case, itertools.product(VICTIMS, SIGNALS, MOMENTS, METHODS, (False, True)))]
-    assert all(any(map(left_out, rows)) for left_out in LEFT_OUT.values())
-
-
-# ------------------------------------------------------------------------------------------------ beside the table
+        every = {(case[one], case[other]) for case in TABLE}
+        assert {(case[one], case[other]) for case in TABLE if case.in_sample} == every
+    assert all(any(map(left_out, ROWS)) for left_out in LEFT_OUT.values())
 
 
 @pytest.mark.parametrize("end", ["killed", "killed, and no pidfds", "another program"])
@@ -648,9 +634,7 @@ def test_a_subscriber_whose_pipe_stays_open_is_gone(
         bus.publish("this makes the pipe of this process")
         broker = bus.stats().pid
         before = descriptors(broker)
-        victim = children(
-            fork, victims.changing_subscriber if end == "another program" else victims.held_subscriber, bus, pipe[1]
-        )
+        victim = children(fork, victims.held_subscriber, bus, pipe[1], end == "another program")
         bus.wait_for_subscribers(1, timeout=DEADLINE)
         bus.publish("one")
         keeper = answer(pipe[0])  # the child, or the process itself

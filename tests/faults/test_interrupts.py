@@ -91,10 +91,8 @@ KINDS = {
 }
 
 
-def arrived(bus: Bus, channel: Channel[Any]) -> list[int]:
-    """Return the numbers of what has been published, up to a last message; each must be whole."""
-    bus.flush(timeout=DEADLINE)
-    bus.publish((END, b""), timeout=DEADLINE)
+def up_to_the_last(channel: Channel[Any]) -> list[int]:
+    """Return the numbers of all messages up to the last one; each must be whole."""
     return list(iter(lambda: number_of(channel.recv(timeout=DEADLINE)), END))
 
 
@@ -144,7 +142,9 @@ def test_an_interrupted_publish_many_has_how_many_were_sent(bus: Bus, storm: Sto
         # Where the interrupt came before the call had begun, or behind its end, no code can note it.
         sent = each if error is None else getattr(error, "sent", None)
         has_sent += error is not None and sent is not None
-        got = arrived(bus, channel)
+        bus.flush(timeout=DEADLINE)
+        bus.publish((END, b""), timeout=DEADLINE)
+        got = up_to_the_last(channel)
         assert got == list(range(first, first + len(got))), "nothing is missing in between"
         assert sent is None or len(got) == sent
     assert has_sent
@@ -561,10 +561,7 @@ def test_a_fork_at_any_moment_leaves_both_sides_working(bus: Bus) -> None:
         bus.publish((END, b""), topic="main")
         return number
 
-    def receive() -> list[int]:
-        return list(iter(lambda: number_of(channel.recv(timeout=DEADLINE)), END))
-
-    publishing, receiving = Background(publish), Background(receive)
+    publishing, receiving = Background(publish), Background(up_to_the_last, channel)
     pids: list[int] = []
     codes: list[int] = []
     end = time.monotonic() + 2 * STORM
@@ -595,14 +592,6 @@ def test_a_fork_at_any_moment_leaves_both_sides_working(bus: Bus) -> None:
     wait_until(lambda: not bus.stats().subscribers)
 
 
-class Cycle:
-    """Something that only the garbage collector takes away, with all that it holds."""
-
-    def __init__(self, *held: Any) -> None:
-        self.held = held
-        self.me = self
-
-
 def test_a_collection_at_any_moment_disturbs_no_call(bus: Bus) -> None:
     """Channels and handles in reference cycles go in the middle of any call; and a callback of the collector publishes."""
     channel, other_channel = bus.subscribe("main"), bus.subscribe("gc")
@@ -631,8 +620,9 @@ def test_a_collection_at_any_moment_disturbs_no_call(bus: Bus) -> None:
             opened, unopened = bus.subscribe("other"), bus.subscribe("other")
             opened.poll(0)
             other: Bus = pickle.loads(handle)
-            Cycle(Cycle(opened, unopened), other)
-            del opened, unopened
+            cycle: list[Any] = [opened, unopened, other]
+            cycle.append(cycle)
+            del opened, unopened, cycle
             message = (number, pattern(number, (20, 10_000, 300_000)[number % 3]))
             may_call = number % 7
             (bus, other)[number % 2].publish(message, topic="main", timeout=DEADLINE)

@@ -212,7 +212,7 @@ def test_ctrl_c_ends_all_without_a_word(wait: str, method: str, end: str, script
         assert program.line() == "ready"
         if wait != "traffic":
             wait_until(lambda: victims.stalled(program.pid))
-        program.interrupt()
+        os.killpg(program.pid, signal.SIGINT)
         if end == "caught":
             ends_well(program, "caught\n", log=True)
             return
@@ -244,8 +244,9 @@ def test_without_a_context_no_guard_is_needed(
     """Whatever the default start method is, the broker imports nothing of the main module, however that was given."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     text = UNGUARDED.format(method=method, context=None)
-    commands = {"file": [script(text)], "-": ["-"], "-m": ["-m", "program"], "-c": ["-c", text]}
-    with Program("-W", "error", *commands[how], stdin=text if how == "-" else None) as program:
+    path = script(text)
+    commands = {"file": [path], "-": ["-"], "-m": ["-m", "program"], "-c": ["-c", text]}
+    with open(path) as file, Program("-W", "error", *commands[how], stdin=file) as program:
         ends_well(program, "main\n")
 
 
@@ -374,21 +375,15 @@ def test_a_starter_that_ignores_its_childrens_end(method: str, what: str, script
 
 
 BEGIN = """
-import atexit, os, sys, threading, time
+import atexit, contextlib, sys, threading, time
 from mpbroadcast import BrokerLost, ClosedError, connect, start_broadcaster
 
-def quietly(function, *args):
-    try:
-        return function(*args)
-    except (BrokerLost, ClosedError, EOFError):
-        pass
+quietly = contextlib.suppress(BrokerLost, ClosedError, EOFError)
 
 def forever(function, *args):
-    try:
+    with quietly:
         while True:
             function(*args)
-    except (BrokerLost, ClosedError, EOFError):
-        pass
 
 def background(function, *args):
     threading.Thread(target=forever, args=(function, *args), daemon=True).start()
@@ -435,8 +430,9 @@ class Keeper:
         self.channel.poll(0)
         self.me = self
     def __del__(self):
-        quietly(self.bus.publish, 1)
-        quietly(self.channel.recv, 0.0)
+        with quietly:
+            self.bus.publish(1)
+            self.channel.recv(0.0)
         self.channel.close()
         self.bus.close()
 sys.keeper = Keeper()
@@ -463,13 +459,10 @@ KEY = b"a key of the test"
 STARTER = f"""
 import json, os, signal
 from mpbroadcast import start_broadcaster
+from tests.support.victims import duplicate_handles
 
 bus = start_broadcaster(authkey={KEY!r})
-for name in os.listdir("/proc/self/fd"):
-    try:
-        os.set_inheritable(os.dup(int(name)), True)
-    except OSError:
-        pass
+duplicate_handles()
 child = os.fork()
 if child:
     print(json.dumps([bus.address, bus.stats().pid, child]), flush=True)

@@ -12,7 +12,7 @@ import time
 import uuid
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -108,10 +108,13 @@ def duplicate_handles() -> list[int]:
     return made
 
 
-def held_subscriber(bus: Broadcaster[Any], report: Connection) -> None:
-    """Subscribes and receives one message; then a child of its own keeps each pipe and socket that it has open."""
+def held_subscriber(bus: Broadcaster[Any], report: Connection, is_replaced: bool = False) -> None:
+    """Receive one message; then become another program, which lives on, or have a child that keeps all that is open."""
     channel = bus.subscribe()
     channel.recv(DEADLINE)
+    if is_replaced:
+        report.send(os.getpid())
+        os.execv(sys.executable, [sys.executable, "-S", "-c", "import signal; signal.pause()"])
     duplicate_handles()
     child = os.fork()
     if child == 0:
@@ -120,14 +123,6 @@ def held_subscriber(bus: Broadcaster[Any], report: Connection) -> None:
     report.send(child)
     while True:
         signal.pause()
-
-
-def changing_subscriber(bus: Broadcaster[Any], report: Connection) -> None:
-    """Subscribes and receives one message, then becomes another program, which lives on."""
-    channel = bus.subscribe()
-    channel.recv(DEADLINE)
-    report.send(os.getpid())
-    os.execv(sys.executable, [sys.executable, "-S", "-c", "import signal; signal.pause()"])
 
 
 def slow_reader(channel: Channel[Any], report: Connection, pause: float | None) -> None:
@@ -148,12 +143,12 @@ def slow_reader(channel: Channel[Any], report: Connection, pause: float | None) 
 class Program:
     """A whole program of its own, in its own session, whose every process can be found by a mark in its environment."""
 
-    def __init__(self, *command: str, stdin: str | None = None) -> None:
+    def __init__(self, *command: str, stdin: IO[str] | None = None) -> None:
         self.mark = uuid.uuid4().hex
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [sys.executable, *command],
-            stdin=subprocess.PIPE,
+            stdin=stdin or subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -161,11 +156,6 @@ class Program:
             env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
             | {"PYTHONPATH": path, MARK: self.mark},
         )
-        if stdin is not None:
-            assert self.process.stdin
-            self.process.stdin.write(stdin)
-            self.process.stdin.close()
-            self.process.stdin = None
 
     @property
     def pid(self) -> int:
@@ -199,10 +189,6 @@ class Program:
                     found.append(process)
         return found
 
-    def interrupt(self) -> None:
-        """Ctrl-C in its terminal: every process of the group gets it."""
-        os.killpg(self.pid, signal.SIGINT)
-
     def kill(self) -> None:
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -213,8 +199,5 @@ class Program:
 
     def __exit__(self, *exc: object) -> None:
         self.kill()
-        self.process.wait(DEADLINE)
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if stream:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        with self.process:
+            pass  # its end closes the streams, and waits for the program
