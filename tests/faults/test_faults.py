@@ -60,7 +60,6 @@ IN_FLIGHT: Final = {  # moments of one message, and how large it is
     "mid-memory": traps.IN_MEMORY,
     "memory in flight": traps.IN_MEMORY,
 }
-STARTING: Final = ("connecting", "handshake")
 SHARED: Final = ("mid-ring", "mid-memory", "memory in flight")  # those that there are with shared memory only
 METHODS: Final = ("fork", "spawn", "forkserver")
 
@@ -109,10 +108,7 @@ TABLE: Final = [case for case in ROWS if not any(left_out(case) for left_out in 
 
 
 def outcome(case: Case) -> str:
-    """What becomes of the broker when it, or its supervisor, is hit.
-
-    It "goes on", or is "replaced"; or it "ends", as SIGTERM asks for; or is "lost", for it has died and is not replaced.
-    """
+    """Return what becomes of the broker: it "goes on", is "replaced", "ends" as SIGTERM asks for, or is "lost" for good."""
     replacing = case.moment == "replacing"
     if case.signal == signal.SIGTERM:
         return "lost" if replacing and case.victim == "supervisor" else "ends"
@@ -332,7 +328,7 @@ def play_process(stage: Stage) -> None:
     orders, theirs = stage.pipe()
     if is_starter:
         victim = stage.start(traps.play_victim, case.method, trap, theirs)
-        if case.moment in STARTING:
+        if case.moment in traps.STARTING:
             check_a_start(stage, victim, lives)
             if not lives:
                 return
@@ -350,7 +346,7 @@ def play_process(stage: Stage) -> None:
         assert answer(orders) == "published"
         stage.provoke()
         orders.send("close() has begun")
-    hit = 0 if is_starter and case.moment in STARTING else stage.meet(victim)
+    hit = 0 if is_starter and case.moment in traps.STARTING else stage.meet(victim)
     if not (is_draining or (is_reader and case.moment == "blocked") or (is_starter and case.lethal)):
         stage.check_others_go_on()
     published = trap.returned()
@@ -508,7 +504,7 @@ def check_it_is_replaced(stage: Stage, before: Before) -> None:
     case, bus = stage.case, stage.bus
     if stage.act is not None:
         error = stage.act.error()  # nothing waits for a full backlog until it has been received from again
-        assert error is None or (isinstance(error, BrokerLost) and case.moment in ("connecting", "handshake"))
+        assert error is None or (isinstance(error, BrokerLost) and case.moment in traps.STARTING)
     stage.broker = bus.stats().pid
     known = len(stage.sent)
     stage.publish(5)

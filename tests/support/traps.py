@@ -38,7 +38,8 @@ LONG: Final = 600_000  # bytes of a message that no pipe takes at once
 IN_MEMORY: Final = 3_000_000
 MANY: Final = 400  # short messages: more than a small backlog and the pipes before it take
 GAP: Final = ("gap", 0)  # stands among the messages that were received where a channel raised BrokerRestarted
-EARLY: Final = ("connecting", "handshake", "pipe in flight")  # it comes by itself in the first use of a handle
+STARTING: Final = ("connecting", "handshake")
+EARLY: Final = (*STARTING, "pipe in flight")  # it comes by itself in the first use of a handle
 
 Entry = tuple[str, int]
 """Whose message it is, and its number; or the gap."""
@@ -376,7 +377,7 @@ def subscribe_into_trap(bus: Broadcaster[Any], trap: Trap, orders: Connection) -
 
 def start_into_trap(method: str, trap: Trap, orders: Connection) -> None:
     """Start a broadcaster, publish through it, and close it."""
-    if trap.moment in ("connecting", "handshake"):
+    if trap.moment in STARTING:
         trap.arm()
     bus = start_broadcaster(context=multiprocessing.get_context(method))
     orders.send(bus.address)

@@ -18,7 +18,7 @@ import psutil
 
 import mpbroadcast
 from mpbroadcast import Broadcaster, Channel
-from tests.support.helpers import DEADLINE, answer
+from tests.support.helpers import DEADLINE, answer, wait_until
 
 ROOT = Path(mpbroadcast.__file__).parent.parent
 MARK = "MPBROADCAST_TEST_MARK"
@@ -170,7 +170,7 @@ class Program:
         return line.rstrip("\n")
 
     def end(self, timeout: float = 1.5 * DEADLINE) -> tuple[int, str, str]:
-        """(exit code, standard output, standard error) once it and all that hold its output have ended."""
+        """Return (exit code, standard output, standard error) once it and all its processes have ended."""
         try:
             out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -178,6 +178,7 @@ class Program:
             self.kill()
             out, err = self.process.communicate(timeout=timeout)
             raise AssertionError(f"the program hangs; processes: {left}; it printed {out!r} and {err!r}") from None
+        wait_until(lambda: not self.processes())
         return self.process.returncode, out, err
 
     def processes(self) -> list[psutil.Process]:
