@@ -86,9 +86,6 @@ def start_in(folder: str) -> str:
     return "works"
 
 
-# ---------------------------------------------------------------------------------------- process IDs that come again
-
-
 def again(pid: int, call: Callable[[], None]) -> int:
     """Fork a process with this ID."""
     for _ in range(100):
@@ -176,9 +173,6 @@ def test_a_process_id_that_comes_again(pidfds: bool) -> None:
     assert outcome == {"own": 2, "is alive": True, "newcomer": "hello"}
 
 
-# ---------------------------------------------------------------------------------------------------- other PID namespaces
-
-
 def serve_from_another_namespace(address: str) -> None:
     """Stop or kill the broker of a broadcaster, which sees no process of the test's, by orders on standard input."""
     registry.UNCLAIMED = 1.0  # type: ignore[misc]
@@ -245,9 +239,6 @@ def test_processes_of_another_pid_namespace(temporary_folder: Path, fork: BaseCo
             bus.publish(number, topic="own")
             assert channel.recv(timeout=DEADLINE) == number
             wait_until(lambda: [row.topics for row in bus.stats().subscribers] == [("own",)])
-
-
-# ------------------------------------------------------------------------------------- a full file system, and users' limits
 
 
 def start_in_full_folders(folder: str) -> list[list[str]]:

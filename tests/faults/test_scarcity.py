@@ -33,9 +33,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are as L
 Bus = Broadcaster[Any]
 
 
-# --------------------------------------------------------------------------------------------------------------- helpers
-
-
 def outcome_of(call: Callable[[], Any]) -> str:
     """Return ``""`` when the call goes well, else the name of its error, its number and its text, which it must have."""
     try:
@@ -62,9 +59,6 @@ def in_child(call: Callable[..., Any], *args: Any) -> Any:
     """What a call returns, or raises, in a forked process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         return pool.submit(call, *args).result(2 * DEADLINE)
-
-
-# ------------------------------------------------------------------------------------------------ descriptors: the broker
 
 
 def attach_and_use(address: str, patience: float) -> str:
@@ -114,9 +108,6 @@ def test_large_messages_that_take_all_descriptors(bus: Bus) -> None:
             assert no_descriptor(outcome_of(channel.fileno))
         assert [number_of(message) for message in take(channel, 12)] == list(range(12))
         check_all_works(bus)
-
-
-# ------------------------------------------------------------------------------------------------ descriptors: the others
 
 
 @pytest.mark.parametrize("count", range(5))
@@ -213,9 +204,6 @@ def test_a_program_with_few_descriptors() -> None:
         assert state.missed == count - len(seen)
 
 
-# --------------------------------------------------------------------------------------------------- the temporary folder
-
-
 @pytest.mark.parametrize(("name", "number"), [("missing", errno.ENOENT), ("file", errno.ENOTDIR)])
 def test_a_missing_temporary_folder(name: str, number: int, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a ``StartError`` that names it, and has the cause."""
@@ -238,9 +226,6 @@ def test_a_temporary_folder_with_a_long_path(length: int, temporary_folder: Path
         bus.publish("works")
         assert channel.recv(timeout=DEADLINE) == "works"
     folder.rmdir()
-
-
-# ---------------------------------------------------------------------------------------------------------------- memory
 
 
 def test_a_subscriber_without_memory(children: Children, inline: None) -> None:

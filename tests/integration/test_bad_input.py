@@ -97,9 +97,6 @@ def test_a_wrong_argument_is_refused_and_nothing_happens(bus: Bus) -> None:
         assert [channel.recv(DEADLINE), channel.recv(DEADLINE)] == ["kept", "again"]
 
 
-# ------------------------------------------------------------------------------------------------------ closed, foreign
-
-
 def test_what_is_closed_raises_in_every_method(bus: Bus) -> None:
     """A channel, which has ended its subscription, a handle that has only detached, and that of the starter."""
     channel, other = bus.subscribe("room"), connect(bus.address)
@@ -139,9 +136,6 @@ def test_a_channel_of_another_broker_is_refused_and_neither_is_harmed(bus: Bus) 
         bus.publish("here")
         assert everything(other, foreign) == ["for the foreign"]
     assert everything(bus, channel) == ["here"]
-
-
-# ----------------------------------------------------------------------------------------------------------- addresses
 
 
 @pytest.mark.parametrize("address", ["", "a\0b", "/tmp/" + "x" * 200, "/no/such/folder/socket"])

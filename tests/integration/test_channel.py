@@ -42,9 +42,6 @@ MANY = 400
 """More requests than a socket has room for."""
 
 
-# --- recv, poll and recv_many -----------------------------------------------------------------------------------------
-
-
 def test_recv_without_a_message_runs_out_of_time(bus: Bus) -> None:
     channel = bus.subscribe()
     for timeout in (0, 0.0, 0.05):
@@ -117,9 +114,6 @@ def test_no_error_of_a_message_is_taken_for_the_channels_own(padding: int, bus: 
             assert type(raised.value.__cause__) is type(error)
             assert call() in ("next", ["next"])
         assert channel.missed == 0
-
-
-# --- iteration --------------------------------------------------------------------------------------------------------
 
 
 async def take_async(channel: Channel[Any], count: int) -> list[Any]:
@@ -266,9 +260,6 @@ def test_cancelled_tasks_lose_no_message(bus: Bus) -> None:
     assert everything(bus, channel) == ["and then"]
 
 
-# --- more topics, fewer topics ----------------------------------------------------------------------------------------
-
-
 def test_topics_are_added_and_removed_on_the_same_channel(bus: Bus) -> None:
     """Take effect at once for a thread that waits; without its last topic the channel receives nothing, and not everything."""
     channel = bus.subscribe("a")
@@ -301,9 +292,6 @@ def test_added_topic_starts_behind_what_its_handle_has_published(bus: Bus) -> No
         channel.subscribe(topic)
         bus.publish(number, topic=topic)
         assert channel.recv(timeout=DEADLINE) == number
-
-
-# --- ends -------------------------------------------------------------------------------------------------------------
 
 
 def test_unsubscribe_gives_the_rest_and_then_the_end(bus: Bus) -> None:
@@ -405,8 +393,6 @@ def test_a_process_that_drops_its_handle_while_the_broker_takes_nothing(
     pipe[0].send("end")
     finish(child)
 
-
-# --- an honest waitable -----------------------------------------------------------------------------------------------
 
 READY, QUIET = {True}, {False}
 

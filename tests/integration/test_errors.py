@@ -38,9 +38,6 @@ def test_every_error_has_one_base_and_the_built_in_kind_of_its_meaning() -> None
     assert {*public} == {type(error) for error in PACKAGE_ERRORS}
 
 
-# --------------------------------------------------------------------------------------------------------------- texts
-
-
 def text_of(kind: type[Exception], name: str, owner: Any, *arguments: Any, **options: Any) -> str:
     """Return the text of a call's error, with its notes."""
     with pytest.raises(kind) as caught:
@@ -136,9 +133,6 @@ def test_wait_for_subscribers_counts_those_that_there_are(bus: Bus) -> None:
             assert text_of(TimedOut, wait, bus, 3, topic="a", timeout=timeout).endswith("Now there are 1")
         with stopped(bus.stats().pid):
             assert "Now the broker does not reply" in text_of(TimedOut, wait, bus, 3, timeout=0.05)
-
-
-# ------------------------------------------------------------------------------------------------------ other processes
 
 
 class Foreign(Exception):

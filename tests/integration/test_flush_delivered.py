@@ -40,9 +40,6 @@ def is_delivered(bus: Bus) -> bool:
     return True
 
 
-# --- what it waits for ------------------------------------------------------------------------------------------------
-
-
 def test_it_waits_for_all_channels_that_got_something(bus: Bus) -> None:
     """Of several unopened channels it waits for each, and for no other one: not without a message, nor for what no channel
     gets, nor for another handle's messages."""
@@ -109,9 +106,6 @@ def test_it_waits_for_what_waits_for_a_full_channel(bus: Bus) -> None:
     taking = Background(take, channel, len(published))
     waiting.result()
     assert [number for number, _ in taking.result()] == published
-
-
-# --- what else ends it ------------------------------------------------------------------------------------------------
 
 
 def test_an_unsubscribed_channel_is_waited_for_until_it_is_opened_or_closed(bus: Bus) -> None:

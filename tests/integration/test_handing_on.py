@@ -24,9 +24,6 @@ Bus = Broadcaster[Any]
 Pipe = tuple[Connection, Connection]
 
 
-# --- a channel for a child --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("farewell", ["close", "collect", "with", "unsubscribe"])
 def test_parent_may_drop_what_it_handed_on(bus: Bus, children: Children, context: BaseContext, farewell: str) -> None:
     """Give the child everything all the same; ``unsubscribe`` ends its channel behind what was published before."""
@@ -131,9 +128,6 @@ def test_what_a_forked_child_closes_and_its_end_leave_the_parents_alone(
     assert everything(bus, unopened) == ["b"]
 
 
-# --- the end of the broadcaster ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("in_time", [True, False])
 def test_close_waits_for_handed_on_channels(in_time: bool, bus: Bus, children: Children, fork: BaseContext, pipe: Pipe) -> None:
     """Until they are opened and drained, which is a clean end; a channel that is not in time has ``BrokerLost``."""
@@ -194,9 +188,6 @@ def test_close_does_not_wait_for_what_nobody_will_open(why: str, children: Child
     pipe[0].send("end")
 
 
-# --- a broadcaster for a child ----------------------------------------------------------------------------------------
-
-
 def test_broadcaster_goes_to_a_running_pool(bus: Bus, context: BaseContext) -> None:
     """Publish from tasks, whose processes are daemonic, through a broadcaster among their arguments."""
     channel = bus.subscribe()
@@ -221,9 +212,6 @@ def test_a_broadcaster_is_pickled_without_a_key_and_comes_back_as_another_handle
         assert channel.recv(timeout=DEADLINE) == "through the copy"
         bus.publish("through the original")
         assert everything(bus, channel) == ["through the original"]
-
-
-# --- a process that is no child ---------------------------------------------------------------------------------------
 
 
 def test_closing_another_handle_only_detaches(bus: Bus) -> None:

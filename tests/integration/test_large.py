@@ -69,9 +69,6 @@ def quiet(bus: Bus) -> tuple[int, int]:
     return pid, descriptors(pid)
 
 
-# --------------------------------------------------------------------------------------------------------------- objects
-
-
 @pytest.mark.parametrize("size", [300_000, 3 << 20])
 def test_arrays_are_each_readers_own(size: int, bus: Bus) -> None:
     """Arrays, anywhere in a message, arrive equal and writable, and what is written there no other reader sees. The buffers of
@@ -117,9 +114,6 @@ def test_many_kept_arrays_need_no_descriptors(own_memory: None, bus: Bus, childr
         bus.flush(timeout=DEADLINE, delivered=True)  # else the broker may have too many to keep a descriptor for each
     bus.unsubscribe(reader.channel)
     assert reader.result() == (600, 600)
-
-
-# ------------------------------------------------------------------------------------------------------------ what is short
 
 
 def test_a_subscriber_without_descriptors(bus: Bus) -> None:
@@ -203,9 +197,6 @@ def test_nothing_leaks(bus: Bus, fork: BaseContext, children: Children) -> None:
     wait_until(lambda: maps(os.getpid()) <= mapped and maps(pid) == 0)
     # A request releases what a stream has left.
     wait_until(lambda: bus.stats() and all(shared(one) <= count + TOLERANCE for one, count in before.items()))
-
-
-# -------------------------------------------------------------------------------------------------- hostile processes
 
 
 SHRINK, GROW, WRITE = 2, 4, 8

@@ -127,9 +127,6 @@ def test_an_item_that_cannot_be_routed_costs_its_publisher(attacker: Attacker, c
     caplog.clear()  # its traceback keeps the broker
 
 
-# ----------------------------------------------------------------------------------------------------- no other waits
-
-
 @pytest.mark.parametrize("do", ["unsubscribe", "drop topics", "subscribe"])
 def test_a_request_that_comes_behind_a_flood(do: str, attacker: Attacker) -> None:
     """What was published before a request is routed before it, in turns with all others."""
@@ -232,9 +229,6 @@ def test_waits_whose_topics_take_long_to_match(slow: Attacker) -> None:
     assert broker.router.steps - before < 10 * SESSION.steps
     while not all(asker.replies for asker in waits):
         broker.round(at_once=True)
-
-
-# ----------------------------------------------------------------------------------------------------------- budgets
 
 
 def test_an_honest_session_has_room(attacker: Attacker) -> None:
@@ -367,9 +361,6 @@ def test_requests_that_are_never_whole(bus: Broadcaster[Any]) -> None:
         assert sum(client.reply(0) is None for client in clients) == len(clients)
         assert memory().rss - before < 1.5 * MOST_ASKED
     wait_until(lambda: bus.stats().memory == 0)
-
-
-# ------------------------------------------------------------------------------------------------------------- turns
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["a living publisher", "a dead publisher"])

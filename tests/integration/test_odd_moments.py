@@ -43,8 +43,6 @@ def test_a_large_message_that_waits_for_room_is_not_overtaken(bus: Bus) -> None:
         rest(channel)
 
 
-# ------------------------------------------------------------------------------------------------------ a stopped broker
-
 BRIEF = 0.1
 CLOSING = 5.0
 LATE = 2.0  # seconds: the one that is promised, and one for a busy machine

@@ -84,9 +84,6 @@ def end(bus: Bus, channel: Channel[Any]) -> Events:
     return record(channel)
 
 
-# --- exact ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("reader", "transport"),
     [
@@ -177,9 +174,6 @@ def test_messages_larger_than_the_capacity(transport: Size, bus: Bus) -> None:
                 numbers, following = positions_of(end(bus, channel))
                 assert (len(numbers), following) == (1, 3)
     wait_until(lambda: bus.stats().memory == 0)
-
-
-# --- gaps, states, and the end ----------------------------------------------------------------------------------------
 
 
 def test_a_gap_at_the_end_is_readable_and_then_there_is_room_again(bus: Bus) -> None:

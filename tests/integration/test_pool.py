@@ -66,9 +66,6 @@ def written(pool: MemoryPool, number: int = 0, size: int = SIZE) -> OwnedDescrip
     return reader
 
 
-# ---------------------------------------------------------------------------------------------------- which process has it
-
-
 @pytest.fixture
 def kept() -> Iterator[KeptMemory]:
     """Memory that is kept."""
@@ -153,9 +150,6 @@ def test_a_process_that_opens_it_at_the_wrong_moment_does_no_harm(kept: KeptMemo
     assert ended == (pid, 0)
     assert asked
     assert kept.is_unused()
-
-
-# ------------------------------------------------------------------------------------------------------------- the pool
 
 
 @pytest.mark.parametrize(
@@ -270,9 +264,6 @@ def test_a_fork_by_another_thread_at_the_wrong_moment(moment: str, unhurried: No
     del pool, cycle
     gc.collect()  # which has no weak references left when it finalises what was in a cycle, and so no hooks for forks
     assert [thread.result() for thread in forked] == [0]
-
-
-# ---------------------------------------------------------------------------------------------------- with a broadcaster
 
 
 def read_a_stream(channel: Channel[Any], results: Connection, keep: bool) -> None:

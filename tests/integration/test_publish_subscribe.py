@@ -54,9 +54,6 @@ def test_flush_puts_a_parent_before_its_child(bus: Bus, children: Children, fork
         assert take(channel, 2) == [("parent", turn), ("child", turn)]
 
 
-# --- publish_many, and sizes ------------------------------------------------------------------------------------------
-
-
 def test_publish_many_takes_any_iterable_and_counts(bus: Bus) -> None:
     """An error of the iterable itself comes out unchanged, with ``sent``, and what it gave before is published."""
 
@@ -72,9 +69,6 @@ def test_publish_many_takes_any_iterable_and_counts(bus: Bus) -> None:
         bus.publish_many(numbers(), topic="t")
     assert caught.value.sent == 50  # type: ignore[attr-defined]
     assert everything(bus, channel) == list(range(1, 2051))
-
-
-# --- wait_for_subscribers ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("topic", [None, "room:1"])
@@ -101,9 +95,6 @@ def test_wait_for_subscribers(topic: str | None, bus: Bus, children: Children, f
     waiting.result()
     pipe[0].send("end")
     finish(child)
-
-
-# --- statistics -------------------------------------------------------------------------------------------------------
 
 
 def test_stats_describe_broker_and_subscriptions(bus: Bus) -> None:

@@ -50,9 +50,6 @@ def start(leaves_nothing: None) -> Iterator[Start]:
         bus.close(timeout=2.0)
 
 
-# --- what is replayed -------------------------------------------------------------------------------------------------
-
-
 def test_the_last_ones_come_first(transport: Size, start: Start) -> None:
     """A channel starts with the last k messages that match, or what there is of them, and goes on with what comes; without a
     replay it starts with that. A message that a channel was excluded from, or that none got, is in the history, too."""
@@ -76,9 +73,6 @@ def test_the_last_ones_come_first(transport: Size, start: Start) -> None:
     for channel, expected in wanted:
         assert numbers(everything(bus, channel)) == expected
     assert numbers(everything(bus, early)) == [1, 2, 4, 5, 6]
-
-
-# --- no gap, no copy --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [50, 6000])
@@ -130,9 +124,6 @@ def test_what_waits_for_a_full_channel_comes_once(start: Start) -> None:
     bus.publish((len(published), b""), topic="t", timeout=DEADLINE)
     assert [number for number, _ in reading.result()] == [*published, len(published)]
     assert [number for number, _ in everything(bus, late)] == list(range(first + 1, len(published) + 1))
-
-
-# --- how it counts ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overflow", ["block", "drop_oldest", "drop_newest", "disconnect"])

@@ -76,9 +76,6 @@ def without_a_broker(bus: Bus) -> Iterator[psutil.Process]:
             supervisor.resume()
 
 
-# --- what users see
-
-
 def test_channels_and_handles_go_on(kept: Bus, transport: Size) -> None:
     """Raise one error at the gap, again and again; nothing is missing or twice before and behind it."""
     channel = kept.subscribe()
@@ -265,9 +262,6 @@ def test_a_channel_that_is_dropped_is_not_kept(kept: Bus, opened: bool) -> None:
     wait_until(lambda: not kept.stats().subscribers)
 
 
-# --- the supervisor
-
-
 def test_a_broker_that_dies_again_and_again_is_given_up(kept: Bus) -> None:
     """Raise that it is lost from each call, at once, also from those that wait for the next broker; leave nothing."""
     channel = kept.subscribe()
@@ -319,9 +313,6 @@ def test_connect_waits_for_the_next_broker(address: str, temporary_folder: Path)
             waiting.wait_until_blocked("connect")
             supervisor.kill()
             assert isinstance(waiting.error(timeout=5), BrokerLost)
-
-
-# --- what is written down, and for how long it is tried
 
 
 def test_patience() -> None:

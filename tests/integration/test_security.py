@@ -185,9 +185,6 @@ def test_a_connection_that_was_reset_is_tried_again(temporary_folder: Path) -> N
     address.unlink()
 
 
-# ----------------------------------------------------------------------------------------------------------------- keys
-
-
 @pytest.mark.parametrize("chosen", [False, True])
 def test_only_this_user_reaches_the_socket(chosen: bool, temporary_folder: Path) -> None:
     """Give the socket file mode 0600, in a folder with mode 0700 unless it is a chosen one, whatever the umask."""

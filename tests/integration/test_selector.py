@@ -38,9 +38,6 @@ def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield mine, theirs
 
 
-# --- channels ---------------------------------------------------------------------------------------------------------
-
-
 def test_selector_receives_from_several_channels(bus: Bus) -> None:
     """Return each channel's messages in order, from one with topics as pairs; when one ends, wait for the others."""
     first, second = bus.subscribe("first", with_topic=True), bus.subscribe("second")
@@ -55,9 +52,6 @@ def test_selector_receives_from_several_channels(bus: Bus) -> None:
     nothing_comes(selector)
     bus.publish("more", topic="second")
     assert selector.receive(timeout=DEADLINE) == "more"
-
-
-# --- everything else --------------------------------------------------------------------------------------------------
 
 
 def test_each_kind_of_source(bus: Bus, pipe: Pipe, sockets: Sockets, children: Children, context: BaseContext) -> None:
@@ -81,9 +75,6 @@ def test_each_kind_of_source(bus: Bus, pipe: Pipe, sockets: Sockets, children: C
     orders.send("end")
     assert selector.receive(timeout=DEADLINE) == (process, 0)
     nothing_comes(selector)
-
-
-# --- map, merge, deselect ---------------------------------------------------------------------------------------------
 
 
 def test_maps_are_applied_in_turn_and_merged_with_their_sources(bus: Bus) -> None:
@@ -122,9 +113,6 @@ def test_deselected_sources_are_left_alone(bus: Bus, pipe: Pipe) -> None:
     assert stays.recv(timeout=DEADLINE) == 4
     pipe[1].send("last")
     assert pipe[0].recv() == "last"
-
-
-# --- time, fairness, ends ---------------------------------------------------------------------------------------------
 
 
 def test_busy_channels_share_fairly(bus: Bus) -> None:

@@ -47,9 +47,6 @@ def stalls(bus: Bus) -> dict[tuple[str, ...], set[int | None]]:
     return {row.topics: set(row.stalls) for row in bus.stats().subscribers if row.stalls}
 
 
-# --- which wait -------------------------------------------------------------------------------------------------------
-
-
 def read_at(channel: Channel[Any], report: Connection, pace: str) -> None:
     """Open it and report that; then read a message now and then, or all, whatever was dropped, until the end."""
     channel.fileno()
@@ -130,9 +127,6 @@ def test_publishers_go_on_at_once_when_the_slow_one_goes(
         channel.unsubscribe("t")
     wait_until(lambda: first.value > before[0] + 1000 and second.value > before[1] + 1000)
     assert stalls(bus) == {}
-
-
-# --- the warning ------------------------------------------------------------------------------------------------------
 
 
 def next_warning(capfd: pytest.CaptureFixture[str]) -> str:

@@ -91,8 +91,6 @@ def emptied(backlog: Backlog) -> list[Event]:
     return [event for run in views(data) for event in events(data, run)]
 
 
-# --------------------------------------------------------------------------------------------------- the plain model
-
 WAITING, DELIVERED, MISSED = "waiting", "delivered", "missed"
 
 
@@ -304,9 +302,6 @@ def test_each_policy_does_what_a_plain_list_does(policy: str) -> None:
                 trial.refresh()
             trial.check()
         trial.finish()
-
-
-# --------------------------------------------------------------------------------------------------------- examples
 
 
 def test_another_policy_takes_over() -> None:

@@ -31,9 +31,6 @@ PROSE = {page: re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 API = TEXTS[ROOT / "docs" / "api.md"]
 
 
-# ------------------------------------------------------------------------------------------------------- code blocks
-
-
 def test_the_readme_is_short() -> None:
     """At most 200 lines; each script that shows a use has at most 14 lines of code."""
     assert len(TEXTS[README].splitlines()) <= 200
@@ -60,9 +57,6 @@ def test_each_block_is_checked() -> None:
             for path in re.findall(r"(?<=\s)((?:tests|docs|benchmarks|mpbroadcast|\.ci)/[\w./-]*)", f" {command}"):
                 assert (ROOT / path).exists(), f"{block.name}: no {path}"
     assert checked == {"pytest", "demo"}
-
-
-# --------------------------------------------------------------------------------------------------- links and names
 
 
 def test_a_ratio_was_printed_by_a_benchmark() -> None:
@@ -168,9 +162,6 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert not [phrase for name, phrases in stated.items() for phrase in phrases if phrase not in texts[name]]
 
 
-# ------------------------------------------------------------------------------------------ the protocol and the states
-
-
 def section_of(page: str, heading: str) -> str:
     """Return the text below one heading of a page."""
     return TEXTS[ROOT / "docs" / page].partition(f"\n## {heading}")[2].partition("\n## ")[0]
@@ -207,8 +198,6 @@ def test_the_states_are_documented() -> None:
     kinds = State.__subclasses__()
     assert documented == {kind.__name__: {state.name: {*state.following} for state in kind} for kind in kinds}
 
-
-# --------------------------------------------------------------------------------------------------------------- words
 
 BANNED = re.compile(
     r"(?<![A-Za-z])("
