@@ -15,14 +15,7 @@ import pytest
 
 from mpbroadcast import Broadcaster, connect, start_broadcaster
 from tests.support.helpers import DEADLINE, Background, Children, take, wait_until
-from tests.support.large_workers import (
-    SIZES,
-    ReaderProcess,
-    Size,
-    number_of,
-    numbers,
-    numbers_until_end,
-)
+from tests.support.large_workers import SIZES, ReaderProcess, Size, number_of, numbers, numbers_until_end
 from tests.support.workers import Boom, CannotBePickled, CannotBeUnpickled
 
 Bus = Broadcaster[Any]
