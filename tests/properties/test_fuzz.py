@@ -91,8 +91,6 @@ def streams() -> list[bytes]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------ attacks
-
 Attack = Callable[[str, Random], None]
 
 
@@ -313,9 +311,6 @@ def test_a_broker_under_attack(attack: Attack, leaves_nothing: None, fork: BaseC
         except BaseException:
             print(f"{attack.__name__}: round {counter.value} of MPBROADCAST_SEED={SEED}")
             raise
-
-
-# ------------------------------------------------------------------------------------------ what this has found, one by one
 
 
 @pytest.fixture

@@ -62,9 +62,6 @@ LARGE: Final = ((2 << 20) - 100, (2 << 20) + 100, 3 << 20)
 OVERHEAD: Final = 400  # more than what a message takes beside its bytes
 
 
-# --- what is done in the driver and in the actors ---------------------------------------------------------------------
-
-
 def message(handle: int, item: Item) -> tuple[int, int, str, Any]:
     number, topic, size = item
     kinds: tuple[Callable[[bytes], Any], ...] = (bytes, bytearray, pickle.PickleBuffer)
@@ -222,9 +219,6 @@ def act(hands: Hands, orders: Connection) -> None:
             orders.send(("done", hands.do(command, *arguments, **more)))
         except BaseException as error:
             orders.send(("failed", f"{type(error).__name__}: {error}"))
-
-
-# --- what the driver knows --------------------------------------------------------------------------------------------
 
 
 def matches(topics: dict[str, None], topic: str) -> bool:

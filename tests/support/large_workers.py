@@ -150,9 +150,6 @@ def publish_counted(bus: Broadcaster[Any], counter: Counter, topic: str) -> None
         counter.value = number + 1
 
 
-# ----------------------------------------------------------------------------------------------------------- shared memory
-
-
 def room_for(count: int, pid: int) -> int:
     """Return the limit on descriptors with which a process can get so many more, and none after that."""
     folder = f"/proc/{pid}/fd"
