@@ -100,10 +100,10 @@ class Stream:
         count = len(self.ready) if limit is None else min(limit, len(self.ready))
         if not self.plain:
             count = next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in _FLAWS), count)
-        rest = deque(islice(self.ready, count, None))
-        return [*islice(self.ready, count)], Stream(
-            rest, self.chunks, self.skip, self.need, self.plain, 0, self.read, self.has_tail
-        )
+        taken = [*self.ready]
+        rest = deque(taken[count:])
+        del taken[count:]
+        return taken, Stream(rest, self.chunks, self.skip, self.need, self.plain, 0, self.read, self.has_tail)
 
 
 def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None) -> Stream | None:
