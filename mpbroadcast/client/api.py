@@ -10,7 +10,7 @@ from mpbroadcast.client.broadcaster import Broadcaster, Options
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
-from mpbroadcast.validation import check_address, check_authkey, check_count, check_timeout
+from mpbroadcast.validation import Policy, check_address, check_authkey, check_count, check_timeout
 
 M = TypeVar("M")
 
@@ -127,9 +127,16 @@ def subscribe(
 def subscribe(
     bus: Broadcaster[M], *topics: str, with_topic: bool, **options: Unpack[Options]
 ) -> Channel[M] | Channel[tuple[str, M]]: ...
-def subscribe(bus: Broadcaster[M], *topics: str, with_topic: bool = False, **options: Unpack[Options]) -> Channel[Any]:
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    overflow: Policy = "block",
+    capacity: int | None = None,
+    replay: int = 0,
+    with_topic: bool = False,
+) -> Channel[Any]:
     """Call :meth:`Broadcaster.subscribe`."""
-    return _checked(bus).subscribe(*topics, with_topic=with_topic, **options)
+    return _checked(bus).subscribe(*topics, overflow=overflow, capacity=capacity, replay=replay, with_topic=with_topic)
 
 
 def unsubscribe(bus: Broadcaster[Any], channel: Channel[Any]) -> None:

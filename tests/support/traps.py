@@ -259,16 +259,16 @@ class Bait(str):
         return text
 
 
-def message(who: str, number: int, size: int) -> tuple[str, int, bytes]:
+def message(sender: str, number: int, size: int) -> tuple[str, int, bytes]:
     """A message that shows whether all of it has come."""
-    return Bait(who), number, bytes([number % 251]) * size
+    return Bait(sender), number, bytes([number % 251]) * size
 
 
 def whole(received: Any) -> tuple[str, int]:
     """Whose and which message it is; all of its bytes must have come."""
-    who, number, data = received
-    assert data == bytes([number % 251]) * len(data), f"the bytes of message {number} of {who} are not those that it had"
-    return who, number
+    sender, number, data = received
+    assert data == bytes([number % 251]) * len(data), f"the bytes of message {number} of {sender} are not those that it had"
+    return sender, number
 
 
 def read(channel: Channel[Any]) -> Entry:

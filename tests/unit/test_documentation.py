@@ -214,7 +214,7 @@ BANNED_IDENTIFIERS = {"way", "ways", "place", "places"}
 
 
 def test_the_words_are_those_of_the_field() -> None:
-    """No "let go", "tell", "say" or "hear", no "who" as a subject, and nothing is called a way or a place.
+    """None of the banned words is written, and nothing is called a way or a place.
 
     The names of tests do not count, nor do they in RELIABILITY.md.
     """
@@ -228,3 +228,11 @@ def test_the_words_are_those_of_the_field() -> None:
                 if token.type == tokenize.NAME and BANNED_IDENTIFIERS & {*token.string.split("_")}:
                     found.append(f"{path}:{token.start[0]}: {token.string}")
     assert not found
+
+
+@pytest.mark.parametrize("name", ["publish", "subscribe", "unsubscribe"])
+def test_a_function_has_the_parameters_of_its_method(name: str) -> None:
+    """What ``help()`` and an editor show has all names and defaults, not only ``**options``."""
+    function, method = inspect.signature(getattr(mpbroadcast, name)), inspect.signature(getattr(mpbroadcast.Broadcaster, name))
+    shown = [[(one.name, one.kind, one.default) for one in [*of.parameters.values()][1:]] for of in (function, method)]
+    assert shown[0] == shown[1]
