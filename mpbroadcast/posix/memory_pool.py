@@ -106,11 +106,15 @@ class MemoryPool:
 
     def _taken(self, size: int) -> KeptMemory | None:
         """Return memory for a message of this size that no other process has, removed from what is kept."""
-        for kept in reversed(list(self._kept)):
-            if fits(size, kept.size) and kept.is_unused():
+        for index, kept in reversed(list(enumerate(self._kept))):
+            if fits(size, kept.size):
+                # Removed before its use is asked: else another thread could write it in between, and two leases at once could
+                # undo each other's signal.
                 with contextlib.suppress(ValueError):  # another thread has it
                     self._kept.remove(kept)
-                    return kept
+                    if kept.is_unused():
+                        return kept
+                    self._kept.insert(index, kept)
         return None
 
 

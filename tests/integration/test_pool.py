@@ -11,7 +11,9 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -191,6 +193,27 @@ def test_memory_that_is_in_use_is_not_written(limit: str, most: int, unhurried: 
     for number in range(4):
         written(pool, number)
     assert len(inodes("s")) == most
+
+
+def test_threads_that_write_at_once_write_into_different_memory(unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread looks at memory, no other can take it: another message would be written over one on its way."""
+    monkeypatch.setattr(memory_pool, "PATIENCE", 0.0)
+    pool = MemoryPool()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def publish(number: int) -> None:
+        for _ in range(300):
+            reader = written(pool, number, 5000)
+            time.sleep(0)
+            assert content(reader)[:5000] == pattern(number, 5000)
+            reader.close()
+
+    try:
+        for thread in [Background(publish, number) for number in range(8)]:
+            thread.result()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize(
