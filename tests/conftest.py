@@ -166,12 +166,6 @@ def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickling, "OUT_OF_BAND", 2048)
 
 
-@pytest.fixture(params=["fork", "spawn", "forkserver"])
-def every_context(request: pytest.FixtureRequest) -> BaseContext:
-    """Return the context of each start method in turn."""
-    return multiprocessing.get_context(request.param)
-
-
 @pytest.fixture(params=["fork", "forkserver"])
 def context(request: pytest.FixtureRequest) -> BaseContext:
     """Return a context under which a process inherits its arguments, then one under which they are pickled."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -13,8 +12,9 @@ import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, start_broadcaster
-from tests.support import victims
-from tests.support.helpers import DEADLINE, Background, Children, answer, fill, finish, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, fill, take, wait_until
+from tests.support.large_workers import ReaderProcess, Size
+from tests.support.victims import asleep
 
 MOST_CPU = 0.02  # seconds: one tick or two
 MOST_WAKE_UPS = 5  # a second
@@ -44,25 +44,21 @@ def assert_idle(*pids: int, window: float = 0.6) -> None:
     pytest.fail(f"not idle: {differences}")
 
 
-def test_an_idle_broker_with_twenty_channels(
-    bus: Broadcaster[Any], fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
-) -> None:
+def test_an_idle_broker_with_twenty_channels(bus: Broadcaster[Any], fork: BaseContext, children: Children) -> None:
     """Nor is one woken up by messages that wait for an unopened channel, and ends that are not read; a reader sleeps, too."""
-    reader = children(fork, victims.subscriber, bus, pipe[1])
-    pid = answer(pipe[0])
+    reader = ReaderProcess(bus.subscribe(), children, fork)
     with contextlib.ExitStack() as stack:
         channels = [stack.enter_context(bus.subscribe()) for _ in range(20)]
         ended, _unopened = (stack.enter_context(bus.subscribe()) for _ in range(2))
         ended.poll(0)
-        bus.publish_many([bytes(1000)] * 1000)
+        bus.publish_many(map(Size(1000).message, range(1000)))
         for channel in channels:
             take(channel, 1000)
         bus.unsubscribe(ended)
-        wait_until(lambda: victims.asleep(pid))
-        assert_idle(bus.stats().pid, pid, window=1.0)
-    bus.publish(None)
-    assert len(answer(pipe[0])) == 1000
-    finish(reader)
+        wait_until(lambda: asleep(reader.pid))
+        assert_idle(bus.stats().pid, reader.pid, window=1.0)
+    bus.unsubscribe(reader.channel)
+    assert reader.result() == (list(range(1000)), "EOFError")
 
 
 def test_what_waits_leaves_the_broker_idle(leaves_nothing: None, fork: BaseContext, monkeypatch: pytest.MonkeyPatch) -> None:

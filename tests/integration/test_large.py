@@ -21,12 +21,12 @@ import pytest
 
 from mpbroadcast import Broadcaster, Channel, connect, trap_points
 from mpbroadcast.client.broker_client import BrokerClient
-from mpbroadcast.posix.shared_memory import available
+from mpbroadcast.posix.shared_memory import MemoryRefused, available, check_message, check_ring
 from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from mpbroadcast.protocol.frames import memory_frame, reference_frame
 from tests.support.helpers import DEADLINE, Background, Children, only_subscriber, rest, take, wait_until
 from tests.support.large_workers import ReaderProcess, Size, descriptors_left, keep_all, limited, maps, number_of, numbers
-from tests.support.rude import Lent
+from tests.support.rude import Lent, any_file
 from tests.support.victims import descriptors, memories, shared_maps
 
 pytestmark = pytest.mark.skipif(not available(), reason="there is no shared memory here, or it is forbidden")
@@ -266,6 +266,26 @@ def until(channel: Channel[Any], last: object) -> list[Exception]:
             errors.append(error)
             if isinstance(error, TimeoutError):
                 raise
+
+
+def test_memory_of_any_kind() -> None:
+    """What passes the checks has that size and cannot shrink; all else is ``MemoryRefused``."""
+    for number in range(300):
+        choose = random.Random(f"memory {number}")
+        with any_file(choose) as fd:
+            size = choose.choice([0, 1, 3000, 4096, 1 << 20, 1 << 63])
+            with contextlib.suppress(MemoryRefused):
+                check_message(fd, size)
+                assert os.fstat(fd).st_size >= size
+                seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+                assert seals & 6 == 6
+                assert seals & 24, "others could change it"
+            with contextlib.suppress(MemoryRefused):
+                assert check_ring(fd) == os.fstat(fd).st_size > 0
+                assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & 22 == 22
+    for fd in (-1, 1 << 20):
+        with pytest.raises((MemoryRefused, ValueError)):
+            check_ring(fd)
 
 
 @pytest.mark.parametrize("kind", ATTACKS)

@@ -20,10 +20,10 @@ from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.validation import POLICIES
 from tests.support.helpers import DEADLINE, Background, Children, only_subscriber, take, wait_until
 from tests.support.large_workers import ReaderProcess, hold, publish_counted
-from tests.support.victims import Counter
+from tests.support.victims import shared_counter
 
 Bus = Broadcaster[Any]
-Publishers = Callable[[Bus, str], tuple[BaseProcess, Counter]]
+Publishers = Callable[[Bus, str], tuple[BaseProcess, memoryview]]
 TIMEOUT = 0.2  # seconds until a warning
 
 
@@ -32,8 +32,8 @@ def publishers(children: Children, fork: BaseContext) -> Iterator[Publishers]:
     """Start processes that publish to a topic for ever; kill them at the end."""
     started: list[BaseProcess] = []
 
-    def start(bus: Bus, topic: str) -> tuple[BaseProcess, Counter]:
-        counter = Counter()
+    def start(bus: Bus, topic: str) -> tuple[BaseProcess, memoryview]:
+        counter = shared_counter()
         started.append(children(fork, publish_counted, bus, counter, topic))
         return started[-1], counter
 
@@ -114,7 +114,7 @@ def test_publishers_go_on_at_once_when_the_slow_one_goes(
         channel.fileno()
     (one, first), (two, second) = publishers(bus, "t"), publishers(bus, "t")
     wait_until(lambda: stalls(bus) == {("t",): {one.pid, two.pid}})
-    before = first.value, second.value
+    before = first[0], second[0]
     if "stopped" in end:
         reader.stop()
     if "killed" in end:
@@ -125,7 +125,7 @@ def test_publishers_go_on_at_once_when_the_slow_one_goes(
         channel.close()
     else:
         channel.unsubscribe("t")
-    wait_until(lambda: first.value > before[0] + 1000 and second.value > before[1] + 1000)
+    wait_until(lambda: first[0] > before[0] + 1000 and second[0] > before[1] + 1000)
     assert stalls(bus) == {}
 
 

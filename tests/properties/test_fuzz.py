@@ -32,7 +32,7 @@ from mpbroadcast.protocol.frames import PIPE_BUF, abort, frame_head, memory_fram
 from tests.support.helpers import DEADLINE, Background, Children, stopped, wait_until
 from tests.support.own_broker import subscribing
 from tests.support.rude import RING_SIZE, Lent, Rude, any_file, shares_memory
-from tests.support.victims import Counter, descriptors
+from tests.support.victims import descriptors, shared_counter
 
 SEED: Final = int(os.environ.get("MPBROADCAST_SEED", "1"))
 SOAK: Final = float(os.environ.get("MPBROADCAST_SOAK", "0"))
@@ -243,13 +243,13 @@ if available():
     ATTACKS.update({beside_publishers: (3, 40), beside_channels: (0, 20)})
 
 
-def attack_in_rounds(attack: Attack, address: str, counter: Counter) -> None:
+def attack_in_rounds(attack: Attack, address: str, counter: memoryview) -> None:
     """Attack round by round for so many seconds, or else a fixed number of rounds: in a process of its own."""
     deadline = time.monotonic() + SOAK / len(ATTACKS)
     for number in itertools.count(1):
         if time.monotonic() >= deadline if SOAK else number > ATTACKS[attack][1]:
             break
-        counter.value = number
+        counter[0] = number
         attack(address, Random(f"{SEED} {attack.__name__} {number}"))
 
 
@@ -281,7 +281,7 @@ def rests(broker: psutil.Process) -> bool:
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 def test_a_broker_under_attack(attack: Attack, leaves_nothing: None, fork: BaseContext, children: Children) -> None:
     """The broker lives on and serves others, in order; afterwards it rests, and has no memory and no descriptor of it left."""
-    counter = Counter()
+    counter = shared_counter()
     bus: Broadcaster[Any] = start_broadcaster(history=ATTACKS[attack][0])
     with contextlib.closing(bus), bus.subscribe(TOPIC) as channel:
         business = Business(bus, channel)
@@ -309,7 +309,7 @@ def test_a_broker_under_attack(attack: Attack, leaves_nothing: None, fork: BaseC
             wait_until(lambda: rests(broker))
             assert bus.stats().pid == broker.pid
         except BaseException:
-            print(f"{attack.__name__}: round {counter.value} of MPBROADCAST_SEED={SEED}")
+            print(f"{attack.__name__}: round {counter[0]} of MPBROADCAST_SEED={SEED}")
             raise
 
 

@@ -31,8 +31,9 @@ from mpbroadcast.protocol.frames import (
     topic_of,
 )
 from mpbroadcast.protocol.pickling import Failure, load_each, load_run, loads
-from tests.support.frames_made import EXCLUDED, ROUTES, SHARED_SIZES, STEADY, TOPICS, Unloadable, batch_of, chunks
+from tests.support.frames_made import EXCLUDED, ROUTES, SHARED_SIZES, STEADY, TOPICS, batch_of, chunks
 from tests.support.helpers import pattern
+from tests.support.workers import Raises
 
 VALUES = st.lists(st.integers() | st.text("ab", max_size=20) | st.binary(max_size=100) | st.none(), min_size=1, max_size=20)
 
@@ -246,7 +247,7 @@ def test_one_that_cannot_be_unpickled_is_at_its_position(error: type[Exception])
     """Those before it and behind it are there, wherever it stands, and whatever it raises."""
     for count, position in [(1, 0), (4, 0), (4, 1), (4, 2), (4, 3)]:
         values: list[Any] = list(range(count))
-        values[position] = Unloadable(error)
+        values[position] = Raises(error())
         run = runs.run_of(batch_of(values))
         messages, whole = load_run(data_of(run), view_of(data_of(run)))
         assert not whole
@@ -365,7 +366,7 @@ def test_any_cutting_gives_each_message_once(
     noted: list[tuple[int, int]] = []
     read = skipped = 0
     for number, (kind, count, bad) in enumerate(steps):
-        value: Any = Unloadable(ValueError) if bad else number
+        value: Any = Raises(ValueError()) if bad else number
         pickled = pickle.dumps(value)
         if kind in (runs.RING_OFFERED, runs.RING_GONE):
             data += runs.note(kind, number)

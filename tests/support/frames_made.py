@@ -100,17 +100,3 @@ def chunks(data: bytes, lengths: Iterable[int]) -> list[bytes]:
 def batch_of(values: Iterable[Any], topic: bytes = b"", exclude: int = 0) -> Batch:
     frames = [Message(topic, exclude, pickle.dumps(value)).frame for value in values]
     return Batch(b"".join(frames), array("I", map(len, frames)), topic, exclude, len(frame_head(0, topic, exclude)))
-
-
-def boom(error: type[Exception]) -> None:
-    raise error("on purpose")
-
-
-class Unloadable:
-    """Raises what it was made with when it is unpickled."""
-
-    def __init__(self, error: type[Exception]) -> None:
-        self.error = error
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return boom, (self.error,)

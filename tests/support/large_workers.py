@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from mpbroadcast import Broadcaster, Channel, Selector
 from tests.support.helpers import DEADLINE, Children, answer, finish, pattern, receive_all, rest, wait_until
-from tests.support.victims import Counter, stopped
+from tests.support.victims import stopped
 
 
 class Size(NamedTuple):
@@ -143,11 +143,11 @@ class ReaderProcess:
         return found
 
 
-def publish_counted(bus: Broadcaster[Any], counter: Counter, topic: str) -> None:
+def publish_counted(bus: Broadcaster[Any], counter: memoryview, topic: str) -> None:
     """Publish messages for ever, and count those whose ``publish`` has returned."""
     for number in itertools.count():
         bus.publish(bytes(1000), topic=topic)
-        counter.value = number + 1
+        counter[0] = number + 1
 
 
 def room_for(count: int, pid: int) -> int:

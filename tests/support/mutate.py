@@ -41,7 +41,7 @@ TESTS: Final = {
     "broker/core/router": ["unit/test_router"],
     "protocol/control": ["properties/test_control"],
     "protocol/fd_packets": ["properties/test_rings"],
-    "protocol/frames": ["unit/test_splitter", "properties/test_frames", "properties/test_runs", "unit/test_history"],
+    "protocol/frames": ["properties/test_frames", "properties/test_runs", "unit/test_history"],
     "protocol/ring_allocator": ["properties/test_rings"],
     "protocol/runs": ["unit/test_backlog", "properties/test_runs"],
     "states": ["unit/test_states"],

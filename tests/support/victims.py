@@ -74,28 +74,9 @@ def stalled(pid: int) -> bool:
     return written(pid) == before and asleep(pid)
 
 
-class Counter:
-    """A number that processes made by fork share with the test; only one of them writes it."""
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 8)
-
-    @property
-    def value(self) -> int:
-        return int.from_bytes(self._memory[:8], "little")
-
-    @value.setter
-    def value(self, value: int) -> None:
-        self._memory[:8] = value.to_bytes(8, "little")
-
-
-def subscriber(bus: Broadcaster[Any], report: Connection) -> None:
-    """Subscribes, reports that, and at the message ``None`` reports all that came before it."""
-    channel = bus.subscribe()
-    channel.poll(0)
-    report.send(os.getpid())
-    report.send(list(iter(channel.recv, None)))
-    report.close()
+def shared_counter() -> memoryview:
+    """Return a number, at index 0, that processes made by fork share with the test; only one of them writes it."""
+    return memoryview(mmap.mmap(-1, 8)).cast("Q")
 
 
 def duplicate_handles() -> list[int]:
