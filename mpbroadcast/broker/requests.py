@@ -155,7 +155,13 @@ def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str,
     elif replay:
         subscription = registry.add_subscription(id, session, capacity, policy, cost)
         registry.route(subscription, topics)  # at once, so that nothing is missing behind what is replayed
-        broker.traffic.routing.replay(subscription, published, replay)
+        is_done = False
+        try:
+            yield from broker.traffic.routing.replay(subscription, published, replay)
+            is_done = True
+        finally:
+            if not is_done:  # the connection has ended in between: requested again, it must be whole
+                registry.close(subscription, "its request was cut off")
     else:
         subscription = registry.add_subscription(id, session, capacity, policy, cost)
         publisher = _find_publisher(broker, message)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.router import Router
-from mpbroadcast.broker.core.states import SubscriptionState
+from mpbroadcast.broker.core.states import PipeState, SubscriptionState
 from mpbroadcast.broker.delivery import Dirty
 from mpbroadcast.broker.members import Publisher, Subscription
 from mpbroadcast.broker.memory import Ring
@@ -31,6 +31,8 @@ log = logging.getLogger("mpbroadcast.broker")
 TURN: Final = 1 << 12  # puts into backlogs in a round: some 20 ms
 _TRIES: Final = 1 << 3  # of single patterns, in the time of a put
 _STEPS: Final = 1 << 10  # of trying patterns, in the time of a put
+_REPLAYED: Final = 1 << 10  # batches of a replay in a round: some milliseconds
+_BYTES: Final = 1 << 12  # to copy, in the time of one of them
 
 
 class Routing:
@@ -155,14 +157,22 @@ class Routing:
                 self.end(subscription)
                 self.overflowed.append(subscription)
 
-    def replay(self, subscription: Subscription, topics: Iterable[bytes], count: int) -> None:
-        """Put the last ``count`` messages of these topics into its backlog."""
-        backlog, account = subscription.backlog, self._memory.store.account
-        if self.history is not None and count:
-            most = 1 if backlog.policy == "latest" else count
-            for batch in self.history.last(topics, most, backlog.capacity):
-                backlog.put(_RUNS[type(batch)](batch, account))
-            self._dirty[subscription] = None
+    def replay(self, subscription: Subscription, topics: Iterable[bytes], count: int) -> Iterator[None]:
+        """Put the last ``count`` messages of these topics into its backlog, in parts, until it is full, opened or removed.
+
+        The newest is first, and each comes before those that are there: so what is routed meanwhile comes behind all of them.
+        """
+        backlog, account, room = subscription.backlog, self._memory.store.account, _REPLAYED
+        last = () if self.history is None else self.history.last(topics, 1 if backlog.policy == "latest" else count)
+        for batch in last:
+            if not backlog.put_first(_RUNS[type(batch)](batch, account)):
+                break
+            room -= 1 + batch.charge // _BYTES
+            if room < 0:
+                yield
+                if subscription.pipe.state is not PipeState.UNOPENED:
+                    break
+                room = _REPLAYED
 
     def _allowed(self, targets: tuple[Subscription, ...], item: Item, publisher: Publisher) -> tuple[Subscription, ...]:
         """Return the targets without the excluded one, and without those that begin behind this item."""

@@ -18,7 +18,7 @@ import pytest
 
 from mpbroadcast import Broadcaster
 from mpbroadcast.broker.control_connection import ControlConnection
-from mpbroadcast.broker.core.history import MOST_TOPICS
+from mpbroadcast.broker.core.history import MOST_TOPICS, History
 from mpbroadcast.broker.core.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION
 from mpbroadcast.broker.members import Publisher, Session, Subscription
 from mpbroadcast.broker.requests import answer
@@ -303,6 +303,36 @@ def test_a_replay_of_many_patterns(attacker: Attacker) -> None:
     different = subscribing(attacker.number, 1000, *(f"room:{number}*" for number in range(5000)))
     assert attacker.ask({**different, "replay": 1}) == {}
     assert attacker.broker.registry.subscriptions[1000].backlog.waiting == 1
+
+
+@pytest.mark.parametrize("meanwhile", ["stats", "unsubscribe", "stop", "close", "cut off"])
+def test_a_long_replay_comes_in_parts(meanwhile: str, attacker: Attacker) -> None:
+    """No round takes long. What is published meanwhile comes behind it, also when all ends; nothing is left of one that is
+    closed, or whose connection is."""
+    broker, one, fd = attacker.broker, attacker.one, attacker.publisher()[1]
+    history = broker.traffic.routing.history = History(20_000)
+    for number in range(20_000):
+        history.add(number, batch("a"))
+    ask(broker, one, {**subscribing(attacker.number, 1000, "*"), "replay": 20_000, "capacity": 1 << 24})
+    backlog = broker.registry.subscriptions[1000].backlog
+    assert 0 < backlog.waiting < 2000
+    if meanwhile == "stop":
+        broker.stop(DEADLINE)
+    elif meanwhile == "cut off":
+        one.is_closed = True
+    else:
+        os.write(fd, frame_head(0, b"late"))
+        ask(broker, attacker.other, {"do": meanwhile, "subscription": 1000, "session": attacker.number})
+    while broker.parts:
+        attacker.round(60_000)
+    assert bool(one.replies) == (meanwhile != "cut off")
+    if meanwhile in ("close", "cut off"):
+        assert (len(backlog.runs), held(broker), 1000 in broker.registry.subscriptions) == (0, 0, False)
+    else:
+        late = meanwhile != "stop"
+        assert (backlog.published, backlog.waiting) == (20_000 + late, 20_000 + late)
+        assert (b"late" in bytes(backlog.runs[-1 - (meanwhile == "unsubscribe")].data)) == late
+        assert backlog.ended == (meanwhile in ("unsubscribe", "stop"))
 
 
 def test_an_error_of_too_many_topics(bus: Broadcaster[Any]) -> None:

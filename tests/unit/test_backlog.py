@@ -304,6 +304,32 @@ def test_each_policy_does_what_a_plain_list_does(policy: str) -> None:
         trial.finish()
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_replay_comes_before_what_is_published_meanwhile(policy: str) -> None:
+    """It is put newest first, and cut when the backlog is full, or what would follow was dropped: so nothing is missing between
+    the two, and what is published afterwards counts as if there were no replay."""
+    for seed in range(200):
+        choose = Random(seed)
+        one, first, last, entered, is_cut = charge_of(100, 100), 100, 100, 0, False
+        backlog = new_backlog(10 * one, policy)
+        for _ in range(choose.randint(1, 12)):
+            sizes, before = [100] * choose.randint(1, 4), backlog.published
+            if choose.random() < 0.6 and not is_cut:
+                is_cut = not backlog.put_first(messages(first - len(sizes), sizes))
+                first -= backlog.published - before
+                assert not is_cut or backlog.missed or not backlog.takes(one)
+            elif not backlog.ended and (policy != "block" or backlog.fitting(messages(last, sizes)) == len(sizes)):
+                entered = backlog.put(messages(last, sizes)) or entered
+                last += backlog.published - before
+        has_left, position = backlog.left >= entered, first
+        assert backlog.published == last - first == backlog.waiting + backlog.missed
+        for kind, number in emptied(backlog):
+            assert number == position or kind != "message"
+            assert position < 100 or not has_left
+            position += 1 if kind == "message" else number
+        assert position == last
+
+
 def test_another_policy_takes_over() -> None:
     """A gap that is not reported is reported by the same policy only."""
     for policy, reported in (("drop_oldest", [("gap", 2)]), ("drop_newest", []), ("latest", [])):

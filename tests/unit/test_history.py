@@ -12,7 +12,9 @@ import pytest
 from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.limits import OverBudget
 from mpbroadcast.broker.core.patterns import Patterns
+from mpbroadcast.broker.core.policies import new_backlog
 from mpbroadcast.protocol.frames import FRAME_OVERHEAD, Batch, frame_head
+from mpbroadcast.protocol.runs import run_of
 from tests.support.own_broker import complete
 
 ALL = 1 << 40
@@ -79,16 +81,19 @@ class Plain:
 
     def replayed(self, topics: list[str], count: int, capacity: int) -> list[int]:
         """Return the positions of what the history has for a replay."""
-        found = []
-        for batch in self.history.last(complete(self.history.matching(topics)), count, capacity):
+        found: list[int] = []
+        backlog = new_backlog(capacity)
+        for batch in self.history.last(complete(self.history.matching(topics)), count):
             assert isinstance(batch, Batch)
             assert batch.sizes
-            start = 0
-            for size in batch.sizes:
-                found.append(int(batch.frames[start + batch.skip : start + size].partition(b".")[0]))
-                start += size
-            assert start == len(batch.frames)
-        return found
+            start = len(batch.frames)
+            for size in reversed(batch.sizes):
+                start -= size
+                found.insert(0, int(batch.frames[start + batch.skip : start + size].partition(b".")[0]))
+            assert start == 0
+            if not backlog.put_first(run_of(batch)):
+                break
+        return found[len(found) - backlog.waiting :]
 
 
 TOPICS = ["", "a", "b", "a:1", "a:2", "*"]
@@ -119,7 +124,7 @@ def test_what_is_kept_holds_no_larger_bytes(length: int) -> None:
     """A message that is kept does not keep the batch that it came in."""
     plain = Plain(length)
     plain.add("a", *[1000] * 200)
-    kept = plain.history.last([b"a"], 1000, ALL)
+    kept = plain.history.last([b"a"], 1000)
     assert sum(len(batch.frames) for batch in kept if isinstance(batch, Batch)) < length * 1100
 
 

@@ -42,7 +42,7 @@ class Backlog:
         self.missed = 0
         self.waiting = 0
         self.waiting_charge = 0
-        self.left = 0  # messages that were put here and are not here any more: the index of the first that waits
+        self.left = 0  # messages that were put here and are not here any more: the index of the first that waits; < 0: a replay
         self.pipe = 0  # bytes in the pipe that are unread, as far as is known
         self.pipe_size = 0  # bytes that an empty pipe takes
         self.referred = 0  # bytes in shared memory that the pipe refers to, and that are unread
@@ -96,6 +96,28 @@ class Backlog:
         Under ``block``, no more is put than :meth:`fitting` has returned.
         """
         raise NotImplementedError
+
+    def put_first(self, run: Run) -> bool:
+        """Enqueue a run in front of all that waits, while nothing is in the pipe. Return whether all of it was.
+
+        Only its last messages are that fit; none if what would follow them was dropped. The others do not count.
+        """
+        if self.drops and self.missed:
+            return False
+        room, fits = self.capacity - self.charge, 0
+        for charge in reversed(run.charges()):
+            room -= charge
+            if room < 0 and (fits or not self.is_clear):
+                break
+            fits += 1
+        if fits:
+            part = run.part(run.count - fits, run.count)
+            self.runs.appendleft(part)
+            self.published += fits
+            self.left -= fits
+            self.waiting += fits
+            self.waiting_charge += part.charge
+        return fits == run.count
 
     def end(self) -> None:
         """Put a clean end: nothing is put behind it."""

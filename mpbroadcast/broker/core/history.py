@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
 from typing import Final
 
 from mpbroadcast.broker.core.limits import MOST_STEPS, OverBudget
 from mpbroadcast.broker.core.patterns import Patterns, is_pattern
-from mpbroadcast.protocol.frames import OVERHEAD, Batch, MemfdMessage
+from mpbroadcast.protocol.frames import Batch, MemfdMessage
 
 MOST_TOPICS: Final = 4096
 MOST_BYTES: Final = 64 << 20  # of charge, in all
@@ -111,23 +111,13 @@ class History:
         found.update(map(str.encode, topics))  # looked up; only patterns are tried
         return found & self._topics.keys()
 
-    def last(self, topics: Iterable[bytes], count: int, capacity: int) -> list[Batch | MemfdMessage]:
-        """Return the last ``count`` messages of these topics, in the order of all, cut at ``capacity``."""
-        each = [reversed(self._topics[topic].batches) for topic in topics]
-        found = islice(heapq.merge(*each, key=lambda entry: entry[0], reverse=True), count)
-        batches: list[Batch | MemfdMessage] = []
-        for _, batch in found:
-            fits, room = 0, capacity
-            for size in reversed(batch.sizes):
-                room -= size + OVERHEAD
-                if fits == count or (room < 0 and (fits or batches)):
-                    break
-                fits += 1
-            if fits:
-                batches.append(batch if fits == len(batch.sizes) else batch.cut(len(batch.sizes) - fits)[1])
-                capacity -= batches[-1].charge
-                count -= fits
-            if fits < len(batch.sizes):
+    def last(self, topics: Iterable[bytes], count: int) -> Iterator[Batch | MemfdMessage]:
+        """Yield the last ``count`` messages of these topics as they are at the first step, the newest first."""
+        # Copied, as messages are added and dropped between two steps.
+        each = [tuple(islice(reversed(self._topics[topic].batches), count)) for topic in topics]
+        for _, batch in heapq.merge(*each, key=lambda entry: entry[0], reverse=True):
+            excess = len(batch.sizes) - count
+            yield batch.cut(excess)[1] if excess > 0 else batch
+            count -= len(batch.sizes)
+            if count <= 0:
                 break
-        batches.reverse()
-        return batches
