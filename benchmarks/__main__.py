@@ -5,14 +5,14 @@ Each row is a question: so many publishers, so many subscribers, messages of one
 last message, latency from before the publish until after the unpickling. Publishers and subscribers are new processes each
 time, started in the same way for all; all have heard each other once before the clock runs, and nothing else warms them up.
 The peers take turns, round after round; a figure is the median of the rounds, with the lowest and the highest, and a ratio
-is the median of the rounds' ratios. What was lost is counted, over all rounds. CPU s/1M is the user and system time of all
-processes for a million deliveries. ``pickle.loads alone`` is what the CPUs could do for all subscribers if that was all that
-there is to do: no message can be received faster. All pickle with protocol 5 but Queue, Pipe and Manager, which use Python's
-default.
+is the median of the rounds' ratios. What was lost is counted, over all rounds. The CPU seconds are the user and system time
+of all processes together, polling included. ``pickle.loads alone`` is what the CPUs could do for all subscribers if that was
+all that there is to do: no message can be received faster. The ``relay that does nothing`` is that for the latency: a process
+between a pipe and pipes, and no peer. All pickle with protocol 5 but Queue, Pipe and Manager, which use Python's default.
 
 With ``--policies`` it is this library alone, once with each overflow policy. With ``--against`` it is this library alone, too:
 that of this tree and that of another checkout take turns, and the table has the ratio of their medians. ``--busy`` measures
-beside one spinning process a core.
+beside one spinning process a core: six rows, unless others are named.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.machine import machine, versions
 from benchmarks.peers import OWN, PEERS, Peer
 from benchmarks.policies import policy_tables
 from benchmarks.report import write
-from benchmarks.rows import ROWS, Row, smaller
+from benchmarks.rows import BUSY, ROWS, Row, smaller
 from benchmarks.running import Options, RowResults, run_row
 from benchmarks.session import Failed
 from benchmarks.tables import Table, table
@@ -86,7 +86,7 @@ def _factor(text: str) -> float:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=_Formatter)
-    parser.add_argument("--rows", type=_rows, metavar="NAME,...", help="only these, as small,1MiB-4")
+    parser.add_argument("--rows", type=_rows, metavar="NAME,...", help=f"only these, as small,1MiB-4; with --busy {BUSY}")
     parser.add_argument("--peers", type=_peers, metavar="WORD,...", help="only those with one of these words in the name")
     parser.add_argument("--rounds", type=_count, metavar="R", help="rounds; the median counts; 3, or 7 with --against")
     parser.add_argument("--scale", type=_factor, default=1.0, metavar="F", help="so many times the messages")
@@ -100,6 +100,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.against and arguments.policies:
         parser.error("--against and --policies are two comparisons: give one of them")
+    arguments.rows = arguments.rows or (_rows(BUSY) if arguments.busy else ROWS)
     return arguments
 
 
@@ -145,7 +146,7 @@ def _measure_against(
 ) -> None:
     start = time.monotonic()
     try:
-        one = against.compare(_possible(arguments.rows or ROWS), peers, arguments.against, options, busy_note(spinners), _say)
+        one = against.compare(_possible(arguments.rows), peers, arguments.against, options, busy_note(spinners), _say)
     except Failed as error:
         sys.exit(f"python -m benchmarks: error: {error}")
     print(f"\n{time.monotonic() - start:.0f} s")
@@ -165,9 +166,12 @@ def _measure_peers(
     results: list[RowResults] = []
     tables: list[Table] = []
     if not arguments.policies:
-        print("\n".join([f"{name} ({version}): {setting}" for name, version, setting in versions(peers)] + skipped))
+        for name, version, setting, limits in versions(peers):
+            print(f"{name} ({version}): {setting}{limits and '. Limits: '}{limits}")
+        for line in skipped:
+            print(line)
         start = time.monotonic()
-        _measure(arguments.rows or ROWS, peers, context, options, busy_note(spinners), results, tables)
+        _measure(arguments.rows, peers, context, options, busy_note(spinners), results, tables)
         print(f"\n{time.monotonic() - start:.0f} s")
     if arguments.policies or arguments.smoke:
         for one in policy_tables(context, options):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.peers import OWN, Peer
 from benchmarks.peers.base import end_program, folder
-from benchmarks.rows import Measured, Metric, Row, smaller
+from benchmarks.rows import CPU, Measured, Metric, Row, smaller
 from benchmarks.running import FIRST_PART, Options
 from benchmarks.session import Failed
 from benchmarks.tables import Table, number
@@ -31,8 +31,7 @@ from benchmarks.tables import Table, number
 _THIS = pathlib.Path(__file__).resolve().parents[1]
 _TARGET = 1.0  # seconds that one measurement is to take, without starting and ending the processes
 _TOLERANCE = 0.05  # a median that is further from the other one gets a verdict
-_ALSO = ("CPU s/1M", "p99 µs")  # are compared beside the first metric of a row; less is better
-_COSTS = ("CPU", "KiB", "MiB")  # metrics of these are no times
+_ALSO = (CPU.name, "p99 µs")  # are compared beside the first metric of a row
 _HEAD = ("row", "metric", "better", "messages", "this", "other", "this/other", "lowest", "highest", "verdict")
 _WIDTHS = (12, 16, 6, 9, 12, 12, 10, 7, 7, 7)
 
@@ -77,11 +76,10 @@ def _ratio(this: float, other: float) -> float:
 
 
 def _verdict(metric: Metric, ratio: float) -> str:
-    worse, better = ("more", "less") if metric.name.startswith(_COSTS) else ("slower", "faster")
     loss = 1 - ratio if metric.best is max else ratio - 1
     if loss > _TOLERANCE:
-        return worse
-    return better if loss < -_TOLERANCE else ""
+        return "worse"
+    return "better" if loss < -_TOLERANCE else ""
 
 
 def checkout(text: str) -> pathlib.Path:

@@ -32,6 +32,6 @@ def _processor() -> str:
     return platform.processor() or "unknown processor"
 
 
-def versions(peers: Sequence[type[Peer]]) -> list[tuple[str, str, str]]:
-    """Each peer's name, versions and setting."""
-    return [(peer.name, peer.version(), peer.setting) for peer in peers]
+def versions(peers: Sequence[type[Peer]]) -> list[tuple[str, str, str, str]]:
+    """Each peer's name, versions and setting, and what it does not promise."""
+    return [(peer.name, peer.version(), peer.setting, peer.limits) for peer in peers]

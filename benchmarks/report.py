@@ -15,7 +15,7 @@ from benchmarks.tables import Table
 def write(
     folder: pathlib.Path,
     about: Sequence[str],
-    peers: Sequence[tuple[str, str, str]],
+    peers: Sequence[tuple[str, str, str, str]],
     skipped: Sequence[str],
     tables: Sequence[Table],
     results: Sequence[RowResults],
@@ -24,7 +24,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     drawn, said = draw(folder, results)
     lines = ["# Benchmarks", "", *(f"- {line}" for line in about), ""]
-    lines += [Table("Peers", ["", "version", "setting"], list(peers), list(skipped)).markdown().replace("---:", "---")]
+    head = ["", "version", "setting", "limits"]
+    lines += [Table("Peers", head, list(peers), list(skipped)).markdown().replace("---:", "---")]
     lines += [table.markdown() for table in tables]
     lines += [f"![{name}]({name}.svg)\n" for name in drawn]
     (folder / "benchmarks.md").write_text("\n".join(lines), encoding="utf-8")

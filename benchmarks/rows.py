@@ -70,13 +70,13 @@ class Row:
 RATE = Metric("messages/s", best=max)
 P50 = Metric("p50 µs", 1, best=min)
 _MIB_RATE = Metric("MiB/s")
-_CPU = Metric("CPU s/1M", 2)
+CPU = Metric("deliveries/CPU s", best=max)  # of all processes together
 _LOST = Metric("lost", total=True)
 _COUNT = Metric("messages")
 COPIES = Metric("copies", 2)
-_SMALL_METRICS = (RATE, _CPU, _LOST, _COUNT)
-_BYTES_METRICS = (RATE, _MIB_RATE, _CPU, _LOST, _COUNT)
-_ARRAY_METRICS = (replace(RATE, digits=2), _MIB_RATE, COPIES, replace(_CPU, digits=0), _LOST, _COUNT)
+_SMALL_METRICS = (RATE, CPU, _LOST, _COUNT)
+_BYTES_METRICS = (RATE, _MIB_RATE, CPU, _LOST, _COUNT)
+_ARRAY_METRICS = (replace(RATE, digits=2), _MIB_RATE, COPIES, replace(CPU, digits=1), _LOST, _COUNT)
 _LATENCY_METRICS = (P50, Metric("p99 µs", 1), Metric("p99.9 µs", 1), Metric("max µs", 1), _LOST)
 _CPU_METRICS = (
     Metric("CPU s/1M", 2, best=min),
@@ -101,7 +101,7 @@ def throughput(row: Row, peer: type[Peer], context: BaseContext, count: int, pat
     values = {
         "messages/s": result.rate,
         "MiB/s": result.rate * row.shape.size / _MIB,
-        "CPU s/1M": result.cpu_per_million,
+        CPU.name: 1e6 / (result.cpu_per_million or math.nan),
         "lost": result.lost,
         "messages": result.published,
         "publish/s": result.publish_rate,
@@ -253,3 +253,4 @@ def smaller(row: Row) -> Row:
 
 
 ROWS: tuple[Row, ...] = tuple(_rows())
+BUSY = "small-1,small-4,small-16,64KiB-4,latency"  # what is measured beside spinning processes, if nothing else is named

@@ -64,9 +64,9 @@ class RowResults:
         return statistics.median(self.floors)
 
     def best(self, peers: Sequence[type[Peer]] | None = None) -> type[Peer] | None:
-        """Who is best, of these."""
+        """Return which is best, of these. A floor is not compared."""
         main = self.row.metrics[0]
-        among = [peer for peer in (self.measured if peers is None else peers) if peer in self.measured]
+        among = [peer for peer in (self.measured if peers is None else peers) if peer in self.measured and not peer.is_floor]
         if main.best is None or not among:
             return None
         figures = {peer: figure for peer in among if not math.isnan(figure := self.figure(peer, main))}
@@ -74,6 +74,11 @@ class RowResults:
             return None
         wanted = main.best(list(figures.values()))
         return next(peer for peer, figure in figures.items() if figure == wanted)
+
+    @property
+    def relay(self) -> type[Peer] | None:
+        """Return the relay that does nothing, where it was measured."""
+        return next((peer for peer in self.measured if peer.is_floor), None)
 
     def ratio(self, peer: type[Peer], other: type[Peer]) -> float:
         """The median of the rounds' ratios."""

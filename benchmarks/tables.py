@@ -45,11 +45,13 @@ def number(value: float, digits: int) -> str:
 
 
 def table(results: RowResults) -> Table:
-    """Of one row: the first metric with its lowest and highest, the others with their median, and the ratio to the best."""
+    """Return that of one row: the first metric with its lowest and highest, the others with their median, and the ratios."""
     row = results.row
     main, *others = row.metrics
-    best = results.best()
-    head = ["", main.name, "lowest", "highest", *(metric.name for metric in others), "of the best"]
+    compared = {"of the best": results.best()}
+    if results.relay is not None:
+        compared["of the relay"] = results.relay
+    head = ["", main.name, "lowest", "highest", *(metric.name for metric in others), *compared]
     rows: list[Sequence[str]] = []
     for peer in results.measured:
         values = results.values(peer, main)
@@ -57,7 +59,7 @@ def table(results: RowResults) -> Table:
             peer.name,
             *(number(value, main.digits) for value in (statistics.median(values), min(values), max(values))),
             *(number(results.figure(peer, metric), metric.digits) for metric in others),
-            "" if best is None else number(results.ratio(peer, best), 2),
+            *("" if other is None else number(results.ratio(peer, other), 2) for other in compared.values()),
         ])  # fmt: skip
     if results.copies:
         rates = [1 / seconds for seconds in results.copies]
@@ -82,5 +84,7 @@ def _sentences(results: RowResults) -> list[str]:
             said = f"{peer.name}: {results.ratio(peer, other):.2f} times the {what} of the best other, {other.name}"
             if results.floors:
                 said += f"; {results.figure(peer, results.row.metrics[0]) / results.floor:.0%} of pickle.loads alone"
+            if results.relay is not None:
+                said += f"; {results.ratio(peer, results.relay):.2f} times that of a {results.relay.name}"
             sentences.append(said)
     return sentences

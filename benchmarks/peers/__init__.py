@@ -8,12 +8,17 @@ from benchmarks.peers.broadcast import Broadcast, BroadcastInline, BroadcastSing
 from benchmarks.peers.ezmsg import Ezmsg
 from benchmarks.peers.fifo import FasterFifo
 from benchmarks.peers.iceoryx import Iceoryx
+from benchmarks.peers.kickmsg import Kickmsg
 from benchmarks.peers.managers import Managers
+from benchmarks.peers.mmbus import Mmbus
 from benchmarks.peers.nats import NATS
 from benchmarks.peers.nng import Pairs, PubSub
 from benchmarks.peers.pipes import Pipes
 from benchmarks.peers.queues import Queues
 from benchmarks.peers.redis import Redis
+from benchmarks.peers.relay import Relay
+from benchmarks.peers.subetha import SubEtha
+from benchmarks.peers.vllm import MessageQueue
 from benchmarks.peers.zenoh import Zenoh
 from benchmarks.peers.zeromq import ZeroMQ
 from benchmarks.peers.zeromq_large import ZeroMQLarge
@@ -38,4 +43,9 @@ PEERS: tuple[type[Peer], ...] = (
     Iceoryx,
     Zenoh,
     Ezmsg,
+    SubEtha,
+    Kickmsg,
+    Mmbus,
+    MessageQueue,
+    Relay,
 )

@@ -77,14 +77,16 @@ class Peer(ABC):
 
     name: ClassVar[str]
     setting: ClassVar[str]  # how it is used here, in one line
+    limits: ClassVar[str] = ""  # what it does not promise
     modules: ClassVar[tuple[str, ...]] = ()  # that it needs, and that are imported before any clock runs
     packages: ClassVar[tuple[str, ...]] = ()  # what these come from, for missing() and the versions
     program: ClassVar[str | None] = None  # that it needs on the PATH
     kinds: ClassVar[frozenset[str] | None] = None  # of rows that it is made for; None for all
     most_publishers: ClassVar[int] = 1 << 30
-    largest: ClassVar[int] = 1 << 60  # message, in bytes
+    largest: ClassVar[int] = 1 << 60  # message that is measured, in bytes
     has_topics: ClassVar[bool] = False
     has_broker: ClassVar[bool] = False
+    is_floor: ClassVar[bool] = False  # what is least, and no peer that others are compared with
     lossy: ClassVar[bool] = False  # the last message is sent again until all have it; what else is lost is counted
     environment: ClassVar[dict[str, str]] = {}  # while it is measured, for all its processes
 
@@ -112,7 +114,7 @@ class Peer(ABC):
         if shape.publishers > cls.most_publishers:
             return "one publisher only"
         if shape.size > cls.largest:
-            return f"takes messages of at most {cls.largest:,} bytes"
+            return f"no messages over {cls.largest:,} bytes"
         if shape.kind == "memory" and not cls.has_broker:
             return "no broker"
         return None

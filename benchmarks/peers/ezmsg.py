@@ -91,6 +91,7 @@ class _Endpoint(Endpoint):
 class Ezmsg(Peer):
     name = "ezmsg"
     setting = "Publisher.broadcast() and Subscriber.recv_zero_copy(), shared memory, 32 buffers, or 2 of large messages"
+    limits = "no one order of several publishers; a received array has to be given back before the buffers run out"
     modules = ("ezmsg.core",)
     packages = ("ezmsg",)
     has_broker = True

@@ -38,6 +38,7 @@ class _Endpoint(Endpoint):
 class FasterFifo(Peer):
     name = "faster-fifo"
     setting = "one queue for each subscriber, put() into each, get_many(); each has room for 16 MiB, or for two messages"
+    limits = "no one order of several publishers; a subscriber that is gone blocks the publishers once its queue is full"
     modules = ("faster_fifo",)
     packages = ("faster-fifo",)
 

@@ -123,6 +123,7 @@ class _Endpoint(Endpoint):
 class Iceoryx(Peer):
     name = "iceoryx2"
     setting = "slices of bytes, buffers of 2 to 256 messages, no safe overflow, RetryUntilDelivered; an event for each message"
+    limits = "no one order of several publishers; a subscriber that stops reading blocks them; the most of each are fixed"
     modules = ("iceoryx2",)
     packages = ("iceoryx2",)
 

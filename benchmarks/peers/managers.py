@@ -37,7 +37,9 @@ class _Endpoint(Endpoint):
 class Managers(Peer):
     name = "multiprocessing Manager queue"
     setting = "one Manager().Queue() for each subscriber, put() into each: two round trips for each delivery"
+    limits = "no one order of several publishers; no limit, and no notice of a subscriber that is gone"
     has_broker = True
+    largest = 64 << 20  # with more, a row takes minutes
 
     def __init__(self, context: BaseContext, shape: Shape) -> None:
         self._manager: SyncManager = context.Manager()

@@ -66,6 +66,7 @@ class PubSub(Peer):
     setting = (
         "ipc, the longest buffers; drops what a subscriber has no room for; its last message is repeated until all have it"
     )
+    limits = "loses without notice; no one order of several publishers"
     modules = ("pynng",)
     packages = ("pynng",)
     lossy = True
@@ -88,6 +89,7 @@ class PubSub(Peer):
 class Pairs(PubSub):
     name = "pynng Pair0"
     setting = "ipc, a Pair0 for each subscriber, the longest buffers; send() to each, which waits when it is full"
+    limits = "one publisher; a subscriber that stops reading blocks it"
     lossy = False
     most_publishers = 1
 

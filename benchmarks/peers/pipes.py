@@ -36,6 +36,7 @@ class _Endpoint(Endpoint):
 class Pipes(Peer):
     name = "multiprocessing.Pipe"
     setting = "one for each subscriber, send() to each"
+    limits = "one publisher; a subscriber that stops reading blocks it; all subscribers are known before the start"
     most_publishers = 1
 
     def __init__(self, context: BaseContext, shape: Shape) -> None:

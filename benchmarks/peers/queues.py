@@ -41,6 +41,7 @@ class _Endpoint(Endpoint):
 class Queues(Peer):
     name = "multiprocessing.Queue"
     setting = "one for each subscriber, put() into each, without a limit"
+    limits = "no one order of several publishers; no limit; a process killed in put() or get() can block a queue for good"
 
     def __init__(self, context: BaseContext, shape: Shape) -> None:
         self._queues: list[Queue[Any]] = [context.Queue() for _ in range(shape.subscribers)]

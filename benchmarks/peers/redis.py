@@ -69,11 +69,12 @@ class Redis(Peer):
     setting = (
         "redis-server on a Unix socket, no saving, no limit for a slow subscriber; hiredis; publishes in pipelines of up to 100"
     )
+    limits = "at most once: a slow or disconnected subscriber loses; no limit here"
     modules = ("redis", "hiredis")
     packages = ("redis", "hiredis")
     program = "redis-server"
     has_topics = has_broker = True
-    largest = 500 << 20
+    largest = 64 << 20  # with more, a row takes minutes
 
     def __init__(self, context: BaseContext, shape: Shape) -> None:
         self._shape = shape

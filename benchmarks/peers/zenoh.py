@@ -86,6 +86,7 @@ class _Endpoint(Endpoint):
 class Zenoh(Peer):
     name = "zenoh"
     setting = "peers over Unix sockets, no scouting, CongestionControl.BLOCK, FifoChannel(1024); shared memory from 16 KiB on"
+    limits = "no one order of several publishers; for a slow subscriber, only to block or to lose"
     modules = ("zenoh",)
     packages = ("eclipse-zenoh",)
 

@@ -85,6 +85,7 @@ def without_limits(socket: Any) -> None:
 class ZeroMQ(Peer):
     name = "pyzmq PUB/SUB"
     setting = "PUB to SUB over ipc, no high-water marks; with several publishers, subscribers connect to each"
+    limits = "no one order of several publishers; no limit, or, with high-water marks, losses without notice"
     modules = ("zmq",)
     packages = ("pyzmq",)
     has_topics = True

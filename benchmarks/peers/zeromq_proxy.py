@@ -27,6 +27,7 @@ def _proxy(front: str, back: str, ready: Connection) -> None:
 class ZeroMQProxy(ZeroMQ):
     name = "pyzmq through zmq.proxy"
     setting = "PUB to XSUB and XPUB to SUB over ipc, the proxy in a process of its own, no high-water marks"
+    limits = "no limit, or, with high-water marks, losses without notice"
     has_broker = True
 
     def __init__(self, context: BaseContext, shape: Shape) -> None:
