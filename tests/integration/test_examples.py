@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pages import README, ROOT, SCRIPTS, Block
+from tests.support.pages import ROOT, SCRIPTS, Block
 
 
 def run_script(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -34,13 +34,3 @@ def test_a_script_runs_as_pasted(block: Block, tmp_path: Path) -> None:
     assert done.stdout.strip(), "an example that prints nothing shows nothing"
     if block.output is not None:
         assert done.stdout == block.output
-
-
-def test_the_first_example_needs_no_particular_start_method(tmp_path: Path) -> None:
-    """Run it by spawn, which imports the main module again and pickles the most."""
-    text = next(block.text for block in SCRIPTS if block.page == README)
-    guard = re.search(r"""^if __name__ == ["']__main__["']:\n""", text, flags=re.MULTILINE)
-    assert guard, "the first example has no guarded main program"
-    chosen = '    __import__("multiprocessing").set_start_method("spawn")\n'
-    done = run_script(text[: guard.end()] + chosen + text[guard.end() :], tmp_path)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout

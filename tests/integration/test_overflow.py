@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerStats, Channel, Lagged, Overflowed, TimedOut
-from mpbroadcast.validation import POLICIES, Policy
+from mpbroadcast.validation import Policy
 from tests.support.helpers import (
     DEADLINE,
     Background,
@@ -27,7 +27,6 @@ from tests.support.helpers import (
     wait_until,
 )
 from tests.support.large_workers import ReaderProcess, Size, receive_by
-from tests.support.workers import record_channel
 
 Bus = Broadcaster[Any]
 Events = list[tuple[str, int]]
@@ -77,6 +76,11 @@ def unread(channel: Channel[Any]) -> int:
     return count[0]
 
 
+def record_and_missed(channel: Channel[Any]) -> tuple[Events, int]:
+    """Return all that a channel gives up to its clean end, and its ``missed``."""
+    return record(channel), channel.missed
+
+
 def end(bus: Bus, channel: Channel[Any]) -> Events:
     """End the subscription behind what was published, and return all that the channel was given."""
     bus.flush(timeout=DEADLINE)
@@ -105,7 +109,7 @@ def test_all_is_accounted_for_at_every_moment(
     fitting, most = capacity // transport.charge, capacity // transport.length + 1
     count = 2 * fitting + (1200 if transport.length < 1000 else 8)
     channel = bus.subscribe(overflow=policy, capacity=capacity)
-    slow = ReaderProcess(channel, children, fork, record_channel) if reader == "stopped" else None
+    slow = ReaderProcess(channel, children, fork, record_and_missed) if reader == "stopped" else None
     if slow is not None:
         slow.stop()
     elif reader == "unread":
@@ -122,7 +126,7 @@ def test_all_is_accounted_for_at_every_moment(
     if slow is not None:
         slow.go()
     else:
-        reading = Background(record, channel)
+        reading = Background(record_and_missed, channel)
     watch(bus, lambda stats: not publishing.is_alive())
     publishing.result()
     publishing = Background(publish, bus, range(count, 2 * count), transport)
@@ -130,8 +134,7 @@ def test_all_is_accounted_for_at_every_moment(
     publishing.result()
     last = bus.stats()
     bus.unsubscribe(channel)
-    events, missed = (reading.result(), channel.missed) if slow is None else slow.result()
-
+    events, missed = (reading if slow is None else slow).result()
     numbers = [number for kind, number in events if kind == "message"]
     assert last.published == 2 * count
     if policy == "disconnect":
@@ -146,33 +149,6 @@ def test_all_is_accounted_for_at_every_moment(
             assert numbers[-1] == 2 * count - 1
         else:
             assert positions_of(events) == (numbers, 2 * count)
-    wait_until(lambda: bus.stats().memory == 0)
-
-
-def test_messages_larger_than_the_capacity(transport: Size, bus: Bus) -> None:
-    """Each passes when nothing else is there, under each policy; else ``block`` waits, and others keep one of several."""
-
-    def row(policy: str) -> Any:
-        (found,) = (row for row in bus.stats().subscribers if row.topics == (policy,))
-        return found
-
-    for policy in POLICIES:
-        with bus.subscribe(policy, overflow=policy, capacity=transport.length // 2) as channel:
-            channel.fileno()
-            for number in range(3):
-                bus.publish(transport.message(number), topic=policy)
-                assert channel.recv(timeout=DEADLINE) == transport.message(number)
-            assert not channel.poll(0)
-            publishing = Background(publish, bus, range(3), transport, topic=policy)
-            if policy == "block":
-                wait_until(lambda: row("block").stalls)
-                assert row(policy).published == 4
-                assert take(channel, 3) == list(map(transport.message, range(3)))
-            publishing.result()
-            if policy in DROPPING:
-                assert (row(policy).published, row(policy).missed) == (6, 2)
-                numbers, following = positions_of(end(bus, channel))
-                assert (len(numbers), following) == (1, 3)
     wait_until(lambda: bus.stats().memory == 0)
 
 

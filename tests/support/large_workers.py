@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from mpbroadcast import Broadcaster, Channel, Selector
 from tests.support.helpers import DEADLINE, Children, answer, finish, pattern, receive_all, rest, wait_until
@@ -88,39 +88,37 @@ def receive_by(call: str, channel: Channel[Any], receive: Callable[[Any], object
                     receive(message)
 
 
-def report_numbers(channel: Channel[Any], results: Connection) -> None:
-    """Open the channel, report that, and send home the numbers of all messages up to the end, and what that was."""
-    channel.fileno()
-    results.send("open")
-    results.send(numbers_until_end(channel))
-
-
-def hold(channel: Channel[Any], reports: Connection) -> None:
-    """Open the channel, report that, and do not read it."""
+def open_and_receive(channel: Channel[Any], reports: Connection, receive: Callable[..., Any], *arguments: Any) -> None:
+    """Open the channel, report that, and send home what ``receive`` returns, or what it raises instead."""
     channel.fileno()
     reports.send("open")
+    try:
+        reports.send(receive(channel, *arguments))
+    except BaseException as error:
+        reports.send(repr(error))
+
+
+def hold(_: Channel[Any]) -> NoReturn:
+    """Do not read a channel."""
     while True:
         signal.pause()
 
 
 class ReaderProcess:
-    """A process that opens a channel, and reports what it has received from it; it can be stopped meanwhile.
-
-    ``target(channel, reports, *arguments)`` sends "open", and then what it has found.
-    """
+    """A process that opens a channel, and reports what ``receive`` returns for it; it can be stopped meanwhile."""
 
     def __init__(
         self,
         channel: Channel[Any],
         children: Children,
         context: BaseContext,
-        target: Callable[..., None] = report_numbers,
+        receive: Callable[..., Any] = numbers_until_end,
         *arguments: Any,
     ) -> None:
         self.channel = channel
         self._reports: Connection
         self._reports, theirs = context.Pipe()
-        self.process = children(context, target, channel, theirs, *arguments)
+        self.process = children(context, open_and_receive, channel, theirs, receive, *arguments)
         theirs.close()
         assert answer(self._reports) == "open"
         self.pid = self.process.pid or 0
@@ -180,13 +178,12 @@ def descriptors_left(count: int, pid: int = 0) -> Iterator[None]:
         yield
 
 
-def keep_all(channel: Channel[Any], results: Connection, limit: int) -> None:
-    """With at most so many descriptors, keep all that comes until the end; send home how many, and how many are maps."""
+def keep_all(channel: Channel[Any], limit: int) -> tuple[int, int]:
+    """With at most so many descriptors, keep all that comes until the end; return how many, and how many are maps."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    results.send("open" if channel.fileno() >= 0 else "")
     kept = list(channel)
     assert all(number == array[0] and len(array) == len(kept[0][1]) for number, array in kept)
-    results.send((len(kept), maps(os.getpid())))
+    return len(kept), maps(os.getpid())
 
 
 def maps(pid: int) -> int:

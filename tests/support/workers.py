@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import mpbroadcast
 from mpbroadcast import Broadcaster, BroadcastError, BrokerRestarted, Channel
-from tests.support.helpers import DEADLINE, answer, pattern, record, rest
+from tests.support.helpers import DEADLINE, answer, pattern, rest
 
 PACKAGE_ERRORS: list[Any] = [
     kind(*{"Lagged": (3,), "ChannelInUse": ("text", 5)}.get(name, ("text",)))
@@ -100,16 +100,6 @@ def open_and_hold(channel: Channel[Any], orders: Connection) -> None:
     channel.fileno()
     orders.send(os.getpid())
     answer(orders, 3 * DEADLINE)
-
-
-def record_channel(channel: Channel[Any], results: Connection) -> None:
-    """Open the channel, report that, and send home all that it gives up to the clean end, and its ``missed``."""
-    channel.fileno()
-    results.send("open")
-    try:
-        results.send((record(channel), channel.missed))
-    except BaseException as error:
-        results.send(describe(error))
 
 
 def publish_patterns(bus: Broadcaster[Any], orders: Connection, topic: str, size: int) -> None:
