@@ -26,6 +26,7 @@ from mpbroadcast.protocol import pickling
 from mpbroadcast.validation import POLICIES, Policy
 from tests.support.helpers import Children, wait_until
 from tests.support.large_workers import TRANSPORTS, Size
+from tests.support.victims import ROOT
 
 FAILED = pytest.StashKey[bool]()
 WORKERS = min(8, 2 * (os.cpu_count() or 1))  # tests wait for more than half of their time, and not for the CPU
@@ -52,6 +53,7 @@ def temporary_folder() -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", folder)
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # for whole programs
         # These two live as long as this process: started here, they belong to no test.
         multiprocessing.resource_tracker.ensure_running()
         multiprocessing.forkserver.set_forkserver_preload(

@@ -10,7 +10,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -51,7 +50,7 @@ from tests.support.interrupting import (
     interrupting,
 )
 from tests.support.large_workers import number_of
-from tests.support.victims import ROOT
+from tests.support.victims import Program
 
 Bus = Broadcaster[Any]
 END = 1_000_000_000  # the number of a last message
@@ -460,10 +459,10 @@ print("held" if thread.is_alive() else "free")
 
 def test_an_interrupt_behind_a_fork_leaves_no_lock_held() -> None:
     """What a signal's handler raises just behind ``os.fork`` comes up in a hook; other threads can use the library then."""
-    command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED_FORK]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "free\n"), done.stderr
-    assert "KeyboardInterrupt" in done.stderr
+    with Program("-W", "ignore", "-c", INTERRUPTED_FORK) as program:
+        code, out, errors = program.end()
+    assert (code, out) == (0, "free\n"), errors
+    assert "KeyboardInterrupt" in errors
 
 
 @pytest.mark.parametrize("kind", [OwnedDescriptor, PipeEnd])

@@ -34,7 +34,6 @@ from tests.support.large_workers import limited
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="namespaces and limits are as Linux has them")
 
 Bus = Broadcaster[Any]
-ROOT = Path(__file__).parent.parent.parent
 NOBODY = 65534
 CANNOT = 77  # exit code of a program that cannot do here what it is for
 
@@ -42,8 +41,7 @@ CANNOT = 77  # exit code of a program that cannot do here what it is for
 def command(call: str, *prefix: str) -> list[str]:
     """The command that prints what a function of this module returns, in an interpreter that ``prefix`` starts."""
     code = f"import json; from tests.faults import test_namespaces; print(json.dumps(test_namespaces.{call}))"
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return [*prefix, "env", f"PYTHONPATH={path}", sys.executable, "-c", code]
+    return [*prefix, sys.executable, "-c", code]
 
 
 def result_of(call: str, *prefix: str) -> Any:

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pages import ROOT, SCRIPTS, Block
+from tests.support.pages import SCRIPTS, Block
 
 
 def run_script(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run it unbuffered, as in many containers: a line of ``print`` is two writes then, and those of processes may mix."""
     script = folder / "example.py"
     script.write_text(text)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     command = [sys.executable, str(script)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=folder, check=False)
 

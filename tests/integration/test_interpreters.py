@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import shutil
 import subprocess
 import sys
@@ -15,11 +14,9 @@ from typing import Any
 
 import pytest
 
-import mpbroadcast
 from mpbroadcast import Broadcaster, connect, start_broadcaster
 from tests.support.helpers import DEADLINE, Background, take
 
-ROOT = Path(mpbroadcast.__file__).parent.parent
 KEY = b"of the test"
 
 EXCHANGE = textwrap.dedent("""
@@ -120,9 +117,8 @@ def test_many_threads_use_one_handle_and_one_channel(python: str, tmp_path: Path
     """Give each message once and whole, those of a thread in its order."""
     program = tmp_path / "program.py"
     program.write_text(MANY_THREADS)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if subprocess.run([python, "-c", "import psutil"], capture_output=True, check=False).returncode:
         pytest.skip(f"{python} has no psutil")
-    done = subprocess.run([python, program], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([python, program], capture_output=True, text=True, check=False)
     parallel = python != sys.executable or bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "parallel\n" if parallel else "in turn\n", "")

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 import time
 
-from tests.unit.test_structure import ROOT
+from tests.support.victims import Program
 
 
 def test_a_short_run_loses_nothing_and_leaves_nothing() -> None:
     """Ended early by SIGTERM: the report comes, and nothing is lost, wrong, or left behind."""
-    program = [sys.executable, "-m", "benchmarks.load", "--smoke", "--seed", "1"]
-    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        assert process.stdout is not None
-        while "subscriptions" not in (line := process.stdout.readline()):  # they are there
-            assert line
+    with Program("-m", "benchmarks.load", "--smoke", "--seed", "1") as program:
+        while "subscriptions" not in program.line():  # they are there
+            pass
         time.sleep(0.7)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 0, output
+        os.kill(program.pid, signal.SIGTERM)
+        code, output, errors = program.end()
+    assert code == 0, output + errors
     assert "losses             0; otherwise wrong: 0" in output
     assert output.endswith("left behind        nothing\n")

@@ -6,8 +6,6 @@ So they do in test_overflow.py, test_replay.py and test_flush_delivered.py.
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 from mpbroadcast import Broadcaster, connect, start_broadcaster
 from tests.support.helpers import DEADLINE, Background, Children, take, wait_until
 from tests.support.large_workers import SIZES, ReaderProcess, Size, number_of, numbers, numbers_until_end
+from tests.support.victims import Program
 from tests.support.workers import Boom, CannotBePickled, CannotBeUnpickled
 
 Bus = Broadcaster[Any]
@@ -122,6 +121,5 @@ with start_broadcaster(context=multiprocessing.get_context("fork")) as bus, bus.
 
 def test_where_a_pipe_takes_512_bytes_at_once() -> None:
     """A write is atomic there, too, and within what the broker takes, also with a topic that is longer than that."""
-    command = [sys.executable, "-W", "ignore", "-c", SHORT_PIPES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
-    assert done.returncode == 0, done.stderr
+    with Program("-W", "ignore", "-c", SHORT_PIPES) as program:
+        assert program.end()[0] == 0

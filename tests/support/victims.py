@@ -126,7 +126,6 @@ class Program:
 
     def __init__(self, *command: str, stdin: IO[str] | None = None) -> None:
         self.mark = uuid.uuid4().hex
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stdin=stdin or subprocess.DEVNULL,
@@ -134,8 +133,7 @@ class Program:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-            | {"PYTHONPATH": path, MARK: self.mark},
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {MARK: self.mark},
         )
 
     @property
