@@ -28,6 +28,10 @@ from tests.support.victims import Program, alive
 METHODS = ["fork", "spawn", "forkserver"]
 
 Write = Callable[[str], str]
+IMPORTS = """
+import atexit, contextlib, multiprocessing, os, signal, sys, threading, time
+from mpbroadcast import BrokerLost, ClosedError, connect, start_broadcaster
+"""
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def script(tmp_path: Path) -> Write:
 
     def write(text: str) -> str:
         path = tmp_path / "program.py"
-        path.write_text(text)
+        path.write_text(IMPORTS + text)
         return str(path)
 
     return write
@@ -58,9 +62,6 @@ def ends_well(program: Program, out: str, *, log: bool = False) -> None:
 
 
 FORGETFUL = """
-import multiprocessing, os, sys
-from mpbroadcast import start_broadcaster
-
 def work(channel, is_patient):
     if is_patient:
         multiprocessing.parent_process().join()
@@ -106,9 +107,6 @@ def test_what_a_dead_starter_handed_on_is_delivered(method: str, restart: str, n
 
 
 DROPPED = """
-import multiprocessing, sys
-from mpbroadcast import connect, start_broadcaster
-
 def use(address, orders):
     with connect(address) as bus, bus.subscribe() as channel:
         orders.send("connected")
@@ -156,9 +154,6 @@ def test_a_dropped_broadcaster_ends_its_broker(needed_by: str, restart: str, scr
 
 
 INTERRUPTED = """
-import multiprocessing, sys
-from mpbroadcast import start_broadcaster
-
 def work(channel, opened):
     try:
         channel.poll(0)
@@ -340,9 +335,6 @@ def test_close_waits_for_a_reader_that_goes_on_reading(
 
 
 UNREAPED = """
-import multiprocessing, os, signal, sys
-from mpbroadcast import start_broadcaster
-
 def refuse(pid, number):
     raise AssertionError(f"signal {number} is sent to process {pid} by its number")
 
@@ -369,9 +361,6 @@ def test_a_starter_that_ignores_its_childrens_end(method: str, what: str, script
 
 
 BEGIN = """
-import atexit, contextlib, sys, threading, time
-from mpbroadcast import BrokerLost, ClosedError, connect, start_broadcaster
-
 quietly = contextlib.suppress(BrokerLost, ClosedError, EOFError)
 
 def forever(function, *args):

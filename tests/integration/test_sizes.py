@@ -5,15 +5,13 @@ So they do in test_overflow.py, test_replay.py and test_flush_delivered.py.
 
 from __future__ import annotations
 
-import contextlib
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, connect, start_broadcaster
-from tests.support.helpers import DEADLINE, Background, Children, take, wait_until
-from tests.support.large_workers import SIZES, ReaderProcess, Size, number_of, numbers, numbers_until_end
+from mpbroadcast import Broadcaster, connect
+from tests.support.helpers import DEADLINE, Background, take, wait_until
+from tests.support.large_workers import SIZES, Size, number_of, numbers
 from tests.support.victims import Program
 from tests.support.workers import Boom, CannotBePickled, CannotBeUnpickled
 
@@ -45,38 +43,6 @@ def test_one_order_for_all(transport: Size, bus: Bus) -> None:
         wait_until(lambda: bus.stats().memory == 0)
 
 
-def test_block_loses_nothing(transport: Size, bus: Bus) -> None:
-    """Publishing waits while a backlog is full, with ``publish`` and ``publish_many``; what had to wait too long has never been
-    published, and all else comes."""
-    capacity = max(7 * transport.charge // 2, 4 << 20 if transport.length > 1000 else 0)
-    count = (capacity + (24 << 20)) // transport.length + 3000  # more than that takes, with the publisher's pipe and ring
-    channel = bus.subscribe(capacity=capacity)
-    channel.fileno()
-    bus.publish(transport.message(0), timeout=DEADLINE)
-    with pytest.raises(TimeoutError) as caught:
-        bus.publish_many(map(transport.message, range(1, count)), timeout=0.1)
-    sent: int = 1 + caught.value.sent  # type: ignore[attr-defined]
-    assert sent < count
-    for timeout in (0, 0.02):
-        with contextlib.suppress(TimeoutError):
-            while sent < count:
-                bus.publish(transport.message(sent), timeout=timeout)
-                sent += 1
-        assert sent < count
-    waiting = Background(lambda: bus.publish(transport.message(sent)))
-    assert numbers(take(channel, sent)) == list(range(sent))
-    waiting.result()
-    published = [sent]
-    for number in range(sent + 1, sent + 20):  # without waiting, each is published whole or not at all
-        with contextlib.suppress(TimeoutError):
-            bus.publish(transport.message(number), timeout=0)
-            published.append(number)
-    reading = Background(numbers_until_end, channel)
-    bus.flush(timeout=DEADLINE)
-    bus.unsubscribe(channel)
-    assert reading.result() == (published, "EOFError")
-
-
 def test_messages_that_cannot_be_pickled_or_unpickled(transport: Size, bus: Bus) -> None:
     """They raise where they stand, ``sent`` counts those before, and the others come."""
     with bus.subscribe() as channel, bus.subscribe() as other:
@@ -95,14 +61,6 @@ def test_messages_that_cannot_be_pickled_or_unpickled(transport: Size, bus: Bus)
             assert number_of(each.recv(timeout=DEADLINE)) == 2
         del caught
         wait_until(lambda: bus.stats().memory == 0)
-
-
-def test_close_drains(transport: Size, fork: BaseContext, children: Children) -> None:
-    """Closing the broadcaster delivers what was published, and then there is a clean end."""
-    with start_broadcaster() as bus:
-        reader = ReaderProcess(bus.subscribe(), children, fork)
-        bus.publish_many(map(transport.message, range(6)))
-    assert reader.result() == (list(range(6)), "EOFError")
 
 
 SHORT_PIPES = """

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mpbroadcast.protocol import frames
 from mpbroadcast.validation import MAX_TOPIC
-from tests.support.frames_made import STEADY, Message, Written, chunks, written
+from tests.support.frames_made import STEADY, Message, Written, chunks, damaged, written
 
 LENGTHS = st.lists(st.integers(0, 300) | st.integers(0, 10_000), max_size=20)
 
@@ -204,22 +204,12 @@ HEADS = st.builds(
     st.sampled_from([0, 1, 1024, 0xFFFF, 1 << 16, 0x10003, 1 << 17, 1 << 24, 0x1000001, 2 << 24, 3 << 24, 4 << 24]),
     st.binary(max_size=40),
 )
-CHANGES = st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255), st.integers(-3, 3)), min_size=1, max_size=5)
-
-
-@st.composite
-def damaged(draw: st.DrawFn) -> bytes:
-    """A stream in which some bytes were changed, lost or doubled."""
-    data = bytearray(b"".join(draw(written()).writes))
-    for where, value, shift in draw(CHANGES):
-        if data:
-            start = where % len(data)
-            data[start : start + max(1, 1 - shift)] = bytes([value]) * max(1, 1 + shift)
-    return bytes(data)
+STREAMS = written().map(lambda stream: b"".join(stream.writes))
+DAMAGED = st.builds(damaged, st.randoms(), STREAMS, st.just([USUAL.frame]))
 
 
 @settings(STEADY, max_examples=250)
-@given(data=damaged() | st.lists(HEADS, max_size=20).map(b"".join) | st.binary(max_size=600), lengths=LENGTHS)
+@given(data=DAMAGED | st.lists(HEADS, max_size=20).map(b"".join) | st.binary(max_size=600), lengths=LENGTHS)
 def test_bytes_that_are_never_written_are_refused_or_passed(data: bytes, lengths: list[int]) -> None:
     """Damaged streams, heads at and beyond their limits, and any bytes at all: frames, or ``FrameError``; nothing may grow."""
     splitter = frames.Splitter()

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from multiprocessing import current_process
 from multiprocessing.context import BaseContext
 from random import Random
@@ -28,7 +28,8 @@ from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.shared_memory import available, ring_memory
 from mpbroadcast.protocol.control import client_handshake, encode
 from mpbroadcast.protocol.fd_packets import ACCEPTED, MAPPED, MEMORY, READ, REFUSED, RING, WANTED, pack, unpack
-from mpbroadcast.protocol.frames import PIPE_BUF, abort, frame_head, memory_frame, pieces, reference_frame
+from mpbroadcast.protocol.frames import abort, frame_head, memory_frame, pieces, reference_frame
+from tests.support.frames_made import damaged
 from tests.support.helpers import DEADLINE, Background, Children, stopped, wait_until
 from tests.support.own_broker import subscribing
 from tests.support.rude import RING_SIZE, Lent, Rude, any_file, shares_memory
@@ -39,36 +40,6 @@ SOAK: Final = float(os.environ.get("MPBROADCAST_SOAK", "0"))
 GROWTH: Final = 48 << 20  # bytes by which a broker's memory may differ before an attack and after it
 PEAK: Final = 192 << 20  # and in the middle of it: what attackers do not read waits, up to their capacities
 TOPIC: Final = "the others' " + os.urandom(8).hex()  # that no attacker finds by chance
-
-NUMBERS: Final = [0, 1, 7, 8, 16, 0x7F, 0x80, 0xFF, PIPE_BUF, PIPE_BUF + 1, 0xFFFF, 1 << 16, 1 << 17, 1 << 24, 2 << 24, 3 << 24,
-                  4 << 24, 5 << 24, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, 1 << 63, (1 << 64) - 1]  # fmt: skip
-
-
-def damaged(choose: Random, data: bytes, others: Sequence[bytes], most: int = 4) -> bytes:
-    """``data`` with some bytes flipped, cut out, put in, doubled, or replaced by a part of another stream."""
-    result = bytearray(data)
-    for _ in range(choose.randint(1, most)):
-        start = choose.randrange(len(result) + 1)
-        end = start + choose.choice([1, 1, 2, 4, 8, 20, 100])
-        match choose.randrange(8):
-            case 0 if start < len(result):
-                result[start] ^= 1 << choose.randrange(8)
-            case 1:
-                del result[start:end]
-            case 2:
-                result[start:start] = choose.randbytes(end - start)
-            case 3:
-                result[start:start] = result[start:end]
-            case 4:
-                del result[start:]
-            case 5:
-                other = choose.choice(others)
-                result[start:] = other[choose.randrange(len(other) + 1) :]
-            case _:
-                size = choose.choice([1, 2, 4, 4, 8])
-                value = choose.choice(NUMBERS) & ((1 << 8 * size) - 1)
-                result[start : start + size] = value.to_bytes(size, choose.choice(["little", "big"]))
-    return bytes(result)
 
 
 def streams() -> list[bytes]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from random import Random
 from typing import Any, Final, NamedTuple
 
 from hypothesis import HealthCheck, settings
@@ -100,3 +101,34 @@ def chunks(data: bytes, lengths: Iterable[int]) -> list[bytes]:
 def batch_of(values: Iterable[Any], topic: bytes = b"", exclude: int = 0) -> Batch:
     frames = [Message(topic, exclude, pickle.dumps(value)).frame for value in values]
     return Batch(b"".join(frames), array("I", map(len, frames)), topic, exclude, len(frame_head(0, topic, exclude)))
+
+
+NUMBERS: Final = [0, 1, 7, 8, 16, 0x7F, 0x80, 0xFF, PIPE_BUF, PIPE_BUF + 1, 0xFFFF, 1 << 16, 1 << 17, 1 << 24, 2 << 24, 3 << 24,
+                  4 << 24, 5 << 24, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, 1 << 63, (1 << 64) - 1]  # fmt: skip
+
+
+def damaged(choose: Random, data: bytes, others: Sequence[bytes], most: int = 4) -> bytes:
+    """``data`` with some bytes flipped, cut out, put in, doubled, or replaced by a part of another stream."""
+    result = bytearray(data)
+    for _ in range(choose.randint(1, most)):
+        start = choose.randrange(len(result) + 1)
+        end = start + choose.choice([1, 1, 2, 4, 8, 20, 100])
+        match choose.randrange(8):
+            case 0 if start < len(result):
+                result[start] ^= 1 << choose.randrange(8)
+            case 1:
+                del result[start:end]
+            case 2:
+                result[start:start] = choose.randbytes(end - start)
+            case 3:
+                result[start:start] = result[start:end]
+            case 4:
+                del result[start:]
+            case 5:
+                other = choose.choice(others)
+                result[start:] = other[choose.randrange(len(other) + 1) :]
+            case _:
+                size = choose.choice([1, 2, 4, 4, 8])
+                value = choose.choice(NUMBERS) & ((1 << 8 * size) - 1)
+                result[start : start + size] = value.to_bytes(size, choose.choice(["little", "big"]))
+    return bytes(result)
