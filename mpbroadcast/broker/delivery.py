@@ -119,6 +119,8 @@ def _write(subscription: Subscription) -> bool:
             if not is_ready:
                 backlog.copy_first()
                 continue
+        elif run.missed and backlog.drops and _is_held_back(subscription):
+            return subscription.not_waited_for
         try:
             size = write(fd, data)
         except BlockingIOError:
@@ -154,14 +156,22 @@ def _write_notes(subscription: Subscription, window: ReferenceWindow) -> bool:
 
 def _prepare(subscription: Subscription, run: Run) -> bool | None:
     """Return whether the pipe can have this run now; ``None`` when a packet from its reader comes before that."""
-    window = subscription.window
+    window, backlog = subscription.window, subscription.backlog
     if window is None:
         return False
-    is_ready = window.prepare(run.hold)
+    # What the pipe refers to cannot be dropped: the newest messages have the rest of the capacity.
+    most = backlog.capacity // 8 if backlog.drops else backlog.capacity
+    is_ready = window.prepare(run.hold, most)
     if is_ready is None:
         subscription.refresh()
-        is_ready = window.prepare(run.hold)
+        is_ready = window.prepare(run.hold, most)
     return False if is_ready is None and not window.expects_packet else is_ready
+
+
+def _is_held_back(subscription: Subscription) -> bool:
+    """Return whether the messages behind the first note must wait for a packet: the note waits, too, as its gap may grow."""
+    runs = subscription.backlog.runs
+    return len(runs) > 1 and bool(runs[1].hold) and _prepare(subscription, runs[1]) is None
 
 
 def _is_done(subscription: Subscription, is_full: bool) -> bool:

@@ -61,8 +61,13 @@ class ReferenceWindow:
 
     # --- what a pipe gets
 
-    def prepare(self, hold: Memory | RingHold) -> bool | None:
-        """Return whether the reader has all that it needs for this; ``None`` if it must read, or answer, before that."""
+    def prepare(self, hold: Memory | RingHold, most: int) -> bool | None:
+        """Return whether the reader has all that it needs for this; ``None`` if it must read, or answer, before that.
+
+        It must read first when more than ``most`` bytes are unread.
+        """
+        if self.unread.bytes > most:
+            return None
         if hold.ring is None:
             return self._send_memory(hold)
         mapped = self.rings.get(hold.ring)

@@ -172,7 +172,7 @@ def _only_message(stream: Stream, with_topic: bool) -> Stream | None:
     whole = True
     try:
         message = loads(payload)
-    except Exception as error:
+    except BaseException as error:
         (message,), whole = load_each([payload], loads, [], error)
     if with_topic and whole:
         message = topic_of(data[RUN.size : RUN.size + skip]), message

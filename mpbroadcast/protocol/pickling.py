@@ -143,7 +143,7 @@ def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
     if run.sizes is None:
         return load_each([view[start:]], loader)
     messages: list[Any] = []
-    failed: Exception | None = None
+    failed: BaseException | None = None
     if not run.image:
         stream = BytesIO(data)  # each read is a payload and the next frame's head: no loop in Python
         stream.seek(start)
@@ -158,7 +158,7 @@ def load_each(
     payloads: list[memoryview],
     loader: Callable[[Any], Any],
     messages: list[Any] | None = None,
-    failed: Exception | None = None,
+    failed: BaseException | None = None,
 ) -> tuple[list[Any], bool]:
     """Return the messages in ``payloads``, and whether all could be unpickled, as :func:`load_run`.
 
@@ -175,11 +175,11 @@ def load_each(
         failed, whole = None, False
 
 
-def _extend(messages: list[Any], more: Iterable[Any], count: int) -> Exception | None:
+def _extend(messages: list[Any], more: Iterable[Any], count: int) -> BaseException | None:
     """Append ``more`` until there are ``count`` messages. Return the error that came before that."""
     try:
         messages.extend(more)
-    except Exception as raised:  # extend has kept those before it
+    except BaseException as raised:  # extend has kept those before it
         if len(messages) == count:
             raise
         return raised
@@ -191,14 +191,18 @@ def load_copied_image(payload: memoryview) -> Any:
     return load_image(bytearray(payload))
 
 
-def _failure(payload: memoryview, error: Exception, loader: Callable[[Any], Any]) -> Failure:
+def _failure(payload: memoryview, error: BaseException, loader: Callable[[Any], Any]) -> Failure:
     """Return the failure of a message whose unpickling raised ``error``, or raise that if it does not come again."""
+    if isinstance(error, KeyboardInterrupt):  # a second one comes from an impatient user, not from the message
+        raise error
     try:
         loader(payload)
-    except _NOT_OF_A_MESSAGE as again:
+    except BaseException as again:
+        if isinstance(again, KeyboardInterrupt):
+            raise
+        if isinstance(again, Exception) and not isinstance(again, _NOT_OF_A_MESSAGE):
+            return Failure(again)
         wrapped = RuntimeError(f"unpickling a message raised {type(again).__name__}")
         wrapped.__cause__ = again
         return Failure(wrapped)
-    except Exception as again:
-        return Failure(again)
     raise error

@@ -104,6 +104,7 @@ def test_no_error_of_a_message_is_taken_for_the_channels_own(padding: int, bus: 
         selector = channel_to_selector(channel)
         calls = [lambda: channel.recv(DEADLINE), lambda: channel.recv_many(1, DEADLINE), lambda: next(channel)]
         errors = [EOFError(), StopIteration(), StopAsyncIteration(), *workers.PACKAGE_ERRORS]
+        errors += [SystemExit(3), GeneratorExit(), asyncio.CancelledError()]
         calls += [lambda: asyncio.run(first(channel)), lambda: selector.receive(DEADLINE)]
         for error, call in itertools.product(errors, calls):
             bus.publish([bytes(padding), workers.Raises(error)])

@@ -182,6 +182,23 @@ def test_a_gap_at_the_end_is_readable_and_then_there_is_room_again(bus: Bus) -> 
     assert channel.missed == missed
 
 
+@pytest.mark.parametrize("transport", ["ring", "memory"], indirect=True)
+def test_the_newest_are_kept_behind_references_that_are_unread(transport: Size, bus: Bus) -> None:
+    """Pause again and again: what the pipe refers to leaves room for the newest messages, and the gap is one."""
+    channel = bus.subscribe(overflow="drop_oldest", capacity=max(4 * MEBIBYTE, 7 * transport.charge // 2))
+    channel.fileno()
+    for _ in range(3):
+        publish(bus, range(150), transport)
+        events = [("message", channel.recv(DEADLINE)[0])]
+        while events[-1][1] != 149:
+            try:
+                events.append(("message", channel.recv(DEADLINE)[0]))
+            except Lagged as error:
+                events.append(("lagged", error.missed))
+        assert positions_of(events)[1] == 150
+        assert [kind for kind, _ in events].count("lagged") == 1
+
+
 @pytest.mark.parametrize("call", ["recv_many", "for", "async for", "selector"])
 def test_each_call_that_receives_goes_on_after_a_gap(bus: Bus, call: str) -> None:
     """What came before a gap is given first, then ``Lagged`` is raised where it is; begun again, it goes on behind it."""
