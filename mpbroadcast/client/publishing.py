@@ -34,7 +34,7 @@ SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)  # bytes of a message below which
 # Bytes of a message and its topic in one write: where PIPE_BUF is 512, a topic may have more.
 _ROOM: Final = PIPE_BUF - HEAD.size
 _HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]  # without a topic: looking one up is faster than packing it
-_GATHER_FROM: Final = 1 << 18  # bytes of a message from which on its parts are better not joined
+_GATHER_FROM: Final = 1 << 17  # bytes of a message from which on joining its parts takes longer than gathering them
 
 
 class Publishing(Generic[M]):
@@ -73,20 +73,27 @@ class Publishing(Generic[M]):
         :raises ClosedError: this handle was closed.
         :raises Exception: whatever pickling the message raises; nothing was sent.
         """
-        if exclude is not None or timeout is not None or self._is_large:
+        if exclude is not None or timeout is not None:
             route, deadline = self._route(topic, exclude), Deadline(check_timeout(timeout))
             self._publish(self._pickled(message, topic), route, deadline, [])
             return
         encoded = encoded_topic(topic) if topic != "" else b""
-        try:
-            payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
-        except LargeBuffer:
-            self._is_large = True
-            self._publish(self._pickled(message, topic), (encoded, 0), Deadline(None), [])
-            return
-        except Exception as error:
-            explain(error, message, topic)
-            raise
+        if self._is_large:
+            gathered = self._pickled(message, topic)
+            if len(gathered.parts) > 1:
+                self._publish_parts(gathered, encoded)
+                return
+            payload = gathered.parts[0]  # a short message, after all
+        else:
+            try:
+                payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
+            except LargeBuffer:
+                self._is_large = True
+                self._publish(self._pickled(message, topic), (encoded, 0), Deadline(None), [])
+                return
+            except Exception as error:
+                explain(error, message, topic)
+                raise
         size = len(payload)
         writer = self._writer
         if writer is not None:
@@ -99,13 +106,24 @@ class Publishing(Generic[M]):
                         write(writer.pipe.fd, frame_head(size, encoded) + payload)
                         return
                 self._is_large = size >= _GATHER_FROM
-                if writer.send_quickly(payload, encoded):
+                if writer.send_quickly((payload,), size, encoded, False):
                     return
             except OSError as error:
                 # Full, closed or broken: _publish finds out. Any other error is not of this write.
                 if error.errno not in _NOT_WRITTEN:
                     raise
         self._publish(Payload((payload,), size, False), (encoded, 0), Deadline(None), [])
+
+    def _publish_parts(self, payload: Payload, encoded: bytes) -> None:
+        """Publish a message that was gathered, quickly if that is possible."""
+        writer = self._writer
+        try:
+            if writer is not None and writer.send_quickly(payload.parts, payload.size, encoded, payload.image):
+                return
+        except OSError as error:
+            if error.errno not in _NOT_WRITTEN:  # as in publish
+                raise
+        self._publish(payload, (encoded, 0), Deadline(None), [])
 
     def publish_many(
         self,

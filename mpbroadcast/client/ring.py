@@ -5,6 +5,9 @@ A message is copied, then announced by a frame in the pipe. What is written here
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from mpbroadcast import trap_points
 from mpbroadcast.posix.descriptors import on_fork
 from mpbroadcast.posix.pipes import write
@@ -25,21 +28,27 @@ class Ring:
         self._populated = 0  # a bit for each chunk
         on_fork(self, Ring.close)
 
-    def put(self, payload: bytes, topic: bytes, pipe: int) -> bool:
+    def put(self, parts: Sequence[Any], size: int, topic: bytes, pipe: int, image: bool) -> bool | None:
         """Copy and announce a message if it fits behind the one before it, and into the pipe. Return True if it did.
 
-        A message whose announcement was interrupted keeps its part of the ring: it may have been announced.
+        Return ``None`` if it does not fit behind it. A message whose announcement was interrupted keeps its part of the ring:
+        it may have been announced.
 
         :raises OSError: the pipe is closed, at either end.
         """
         allocator = self.allocator
-        start = allocator.next
-        length = len(payload)
-        if start + length > allocator.end:
-            return False
-        allocator.next = aligned(start + length)
-        self._view[start : start + length] = payload
-        frame = reference_frame(self.id, start, length, topic) if topic else plain_reference(self.id, start, length)
+        start = position = allocator.next
+        if start + size > allocator.end:
+            return None
+        allocator.next = aligned(start + size)
+        for part in parts:
+            end = position + len(part)
+            self._view[position:end] = part
+            position = end
+        if topic or image:
+            frame = reference_frame(self.id, start, size, topic, 0, image)
+        else:
+            frame = plain_reference(self.id, start, size)
         try:
             write(pipe, frame)
             return True

@@ -18,7 +18,8 @@ import contextlib
 import itertools
 import threading
 import time
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.client.broker_client import CONNECT_TIMEOUT, LEAST_TIME, BrokerClient, Session
@@ -65,7 +66,7 @@ class SharedWriter(PipeWriter):
         self._unrouted: dict[int, int] = {}  # bytes of each message in memory of its own
         self.pool = MemoryPool()
 
-    def send_quickly(self, payload: bytes, topic: bytes) -> bool:
+    def send_quickly(self, parts: Sequence[Any], size: int, topic: bytes, image: bool) -> bool:
         """Publish a message if the ring and the pipe have room. Return True if they had. Raise as :meth:`Ring.put`."""
         ring, inside = self._ring, self._inside
         if ring is None or inside:
@@ -74,7 +75,12 @@ class SharedWriter(PipeWriter):
         try:
             inside.add(me)
             with self._lock:
-                return ring.put(payload, topic, self.pipe.fd)
+                sent = ring.put(parts, size, topic, self.pipe.fd, image)
+                if sent is None and size <= LONGEST and self._fd_socket is not None:
+                    done: list[int] = []
+                    self._put(self._fd_socket, Payload(parts, size, image), (topic, 0), done)
+                    sent = bool(done)
+                return bool(sent)
         finally:
             inside.discard(me)
 
@@ -180,11 +186,12 @@ class SharedWriter(PipeWriter):
     def _put(self, fd_socket: DescriptorSocket, payload: Payload, route: Route, done: list[int]) -> bool:
         """Copy a message into the ring, and announce it if the pipe has room. Return True if the ring had none."""
         ring = self._ring
-        if ring is None or not ring.allocator.fits_behind(payload.size):
-            self._receive(fd_socket)
-            ring = self._ring
         before = len(done)
         start = None if ring is None else ring.allocator.take(payload.size)
+        if start is None:  # not for each chunk, as it takes as long as to copy 32 KiB
+            self._receive(fd_socket)
+            ring = self._ring
+            start = None if ring is None else ring.allocator.take(payload.size)
         if ring is None or start is None:
             return True
         try:

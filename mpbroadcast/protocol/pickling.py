@@ -76,8 +76,9 @@ def gather(message: object) -> Payload:
         return False
 
     pickle.dump(message, parts, PROTOCOL, buffer_callback=keep)
-    # A bytearray cannot change its size while a view of it exists.
-    pickled = [memoryview(part) if type(part) is bytearray else part for part in parts]
+    pickled: list[Any] = parts
+    if bytearray in map(type, parts):  # it cannot change its size while a view of it exists
+        pickled = [memoryview(part) if type(part) is bytearray else part for part in parts]
     size = sum(map(len, pickled))
     if not buffers:
         return Payload(pickled, size, False)

@@ -26,10 +26,6 @@ class RingAllocator:
         self._chunk = chunk
         self._before = (0, 0, 0)  # next and end before the last take(), and the chunks that it has taken
 
-    def fits_behind(self, length: int) -> bool:
-        """Return True if :meth:`take` would not begin another chunk."""
-        return self.next + length <= self.end
-
     def take(self, length: int) -> int | None:
         """Take room for so many bytes. Return its position, or ``None`` when there is none."""
         size = self._chunk
