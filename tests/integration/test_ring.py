@@ -19,7 +19,7 @@ from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.frames import PIPE_BUF
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST
 from tests.support import large_workers
-from tests.support.helpers import DEADLINE, Background, Children, only_subscriber, rest, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, only_subscriber, pattern, rest, take, wait_until
 from tests.support.large_workers import ReaderProcess, Size, number_of
 from tests.support.victims import memories, shared_maps, written
 
@@ -117,7 +117,7 @@ def test_a_reader_that_is_stopped_killed_or_unopened_holds_up_no_other(bus: Bus,
 
 
 def test_every_size_comes_in_order(bus: Bus) -> None:
-    """Around each size from which on a message takes another route."""
+    """Around each size from which on a message takes another route, and buffers that lie beside their pickle."""
     channel = bus.subscribe()
     prime(bus, os.getpid(), channels=[channel], maps=2)
     limits = [SHARED_FROM, PIPE_BUF, CHUNK, LONGEST, RING]
@@ -134,6 +134,10 @@ def test_every_size_comes_in_order(bus: Bus) -> None:
     publishing = Background(publish)
     assert numbers(take(channel, len(sizes))) == list(range(len(sizes)))
     publishing.result()
+    buffers = [pattern(number, 70_000) for number in range(6)]  # some of them behind one another in a chunk
+    for buffer in buffers:
+        bus.publish(pickle.PickleBuffer(bytearray(buffer)))
+    assert [bytes(buffer) for buffer in take(channel, len(buffers))] == buffers
 
 
 def test_a_publisher_that_closes_takes_its_memory_along(bus: Bus, reader: MakeReader) -> None:
