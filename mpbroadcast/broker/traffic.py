@@ -22,6 +22,7 @@ from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import PublisherState
 from mpbroadcast.broker.delivery import Delivery
+from mpbroadcast.broker.fast_path import FastPath
 from mpbroadcast.broker.intake import MUCH, Intake
 from mpbroadcast.broker.members import Publisher, Subscription
 from mpbroadcast.broker.memory_exchange import MemoryExchange
@@ -42,12 +43,12 @@ class Traffic:
         self, poller: Poller, router: Router[Subscription], history: History | None, stall_timeout: float | None
     ) -> None:
         self.departed: dict[Subscription, bool] = {}  # whether it was accepting messages until then
-        self.intake = Intake(poller)
-        self.publishers = self.intake.publishers
         self.delivery = Delivery(poller)
         self.memory = MemoryExchange(poller, self.delivery.dirty)
         self.routing = Routing(router, history, self.memory, self.delivery.dirty)
         self.overflowed = self.routing.overflowed
+        self.intake = Intake(poller, FastPath(router, self.routing, self.delivery.dirty, self.memory.store.account))
+        self.publishers = self.intake.publishers
         self._stalls = Stalls(poller, router, self.publishers, stall_timeout)
         keep_freed_memory(4 * PIPE_SIZE)  # what is read from a pipe, and what is written into others
 

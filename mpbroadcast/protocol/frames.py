@@ -201,7 +201,7 @@ class Splitter:
     """Splits the bytes of one publisher into frames, and joins the pieces of its long messages."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self.rest = b""  # of a frame that is not whole: to be read only
         self._parts: dict[int, bytearray] = {}
         self.unfinished = 0  # bytes of messages that are not complete
         self.aborted: list[int] = []  # ids of messages whose remaining pieces, or memory, will not be used
@@ -212,8 +212,8 @@ class Splitter:
 
         :raises FrameError: no publisher of this package wrote this; the splitter is then not used again.
         """
-        if self._rest:
-            chunk = self._rest + chunk
+        if self.rest:
+            chunk = self.rest + chunk
         unpack = HEAD.unpack_from
         batches: list[Item] = []
         position, end = 0, len(chunk)
@@ -267,7 +267,7 @@ class Splitter:
             if tag & EXCLUDE:
                 topic, exclude = route[_EXCLUDED.size :], _EXCLUDED.unpack_from(route)[0]
             batches.append(Batch(chunk[start:position], sizes, topic, exclude, skip, bool(tag & IMAGE)))
-        self._rest = chunk[position:]
+        self.rest = chunk[position:]
         return batches
 
     def _piece(self, piece: bytes, tag: int, batches: list[Item]) -> None:

@@ -64,7 +64,7 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "History.last: fits == len(batch.sizes) -> ",
         "Run.divided: self.count <= MOST_AT_ONCE",
         "decode: body.count(b'[') + body.count(b'{') > _DEEPEST -> ",
-        "Splitter.split: self._rest -> True",
+        "Splitter.split: self.rest -> True",
         "Splitter.split: route -> True",
         "_route: not tag -> False",
         "Backlog.fitting: run.charge <= room -> ",

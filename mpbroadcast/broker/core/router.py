@@ -21,10 +21,10 @@ class Router(Generic[S]):
         self._exact: dict[str, dict[S, None]] = {}
         self._patterns: Patterns[S] = Patterns()
         self.steps = 0  # what trying patterns has taken so far
-        self._found: dict[bytes, tuple[S, ...]] = {}
+        self.found: dict[bytes, tuple[S, ...]] = {}  # what was looked up; to be read only
 
     def add(self, subscription: S, topics: Iterable[str]) -> None:
-        self._found.clear()
+        self.found.clear()
         own = self._topics.setdefault(subscription, {})
         for topic in topics:
             own[topic] = None
@@ -35,7 +35,7 @@ class Router(Generic[S]):
 
     def drop(self, subscription: S, topics: Iterable[str]) -> None:
         """Route these topics to the subscription no more. Topics that it does not have are ignored."""
-        self._found.clear()
+        self.found.clear()
         own = self._topics.get(subscription, {})
         for topic in topics:
             if topic not in own:
@@ -68,7 +68,7 @@ class Router(Generic[S]):
 
         :raises UnicodeDecodeError: the topic is not UTF-8.
         """
-        found = self._found.get(topic)
+        found = self.found.get(topic)
         if found is None:
             text = topic.decode()
             members = dict(self._exact.get(text, {}))
@@ -76,9 +76,9 @@ class Router(Generic[S]):
             for matching in self._patterns.matching(text):
                 members.update(matching)
             found = tuple(members)
-            if len(self._found) >= _CACHED_TOPICS:
-                self._found.clear()
-            self._found[topic] = found
+            if len(self.found) >= _CACHED_TOPICS:
+                self.found.clear()
+            self.found[topic] = found
         return found
 
 
