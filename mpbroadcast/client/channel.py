@@ -27,7 +27,7 @@ from mpbroadcast import trap_points
 from mpbroadcast.client.asyncio_wait import AsyncWaiters, give_turn, in_thread
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.pipe_ownership import OPEN, PipeOwnership
-from mpbroadcast.client.pipe_reader import END_OF_MESSAGES, LOST, LOST_FOR_GOOD, End, Stream, follow, read_into
+from mpbroadcast.client.pipe_reader import ENDED, LOST, LOST_FOR_GOOD, NOTHING, End, Stream, follow, read_into, take_lone
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, set_channel
 from mpbroadcast.posix import locks
@@ -39,7 +39,6 @@ from mpbroadcast.validation import check_count, check_timeout, check_topics
 M = TypeVar("M")
 E = TypeVar("E", bound=Exception)
 
-_NOTHING: Final[Any] = object()
 _FAST: Final = attrgetter("_stream.fast")
 _HAS_MORE: Final = attrgetter("_stream.has_more")
 _TURN: Final = 64  # messages that `async for` hands out before it lets other tasks run
@@ -102,7 +101,7 @@ class Channel(Generic[M]):
         for message in self._stream.fast:
             return message  # nothing was called since, so no interrupt comes in between
         message = self._receive_nowait()
-        if message is _NOTHING:
+        if message is NOTHING:
             message = self._receive(timeout)
         return message  # as above
 
@@ -111,7 +110,7 @@ class Channel(Generic[M]):
         while True:
             self._wait(deadline, timeout)
             message = self._receive_nowait(is_readable=True)
-            if message is not _NOTHING:
+            if message is not NOTHING:
                 return message
 
     def recv_many(self, limit: int | None = None, timeout: float | None = None) -> list[M]:
@@ -140,30 +139,33 @@ class Channel(Generic[M]):
             raise
 
     def _receive_nowait(self, *, is_readable: bool = False) -> M:
-        """Take the next message, or raise the error at its position. Return ``_NOTHING`` if there is none, or only the end.
+        """Take the next message, or raise the error at its position. Return ``NOTHING`` if there is none, or only the end.
 
         The end of the pipe is found only if it ``is_readable``.
         """
-        message: M = _NOTHING
+        message: M = NOTHING
         try:
             with self._lock:
                 stream = self._stream
-                stream.unshare()
-                ready = stream.ready
-                if not ready:
+                if stream.ready:
+                    stream.unshare()
+                elif is_readable:
+                    message = take_lone(
+                        stream, self.ownership, self._with_topic
+                    )  # a return, as opposed to a call in C, is safe
+                if message is NOTHING and not stream.ready:
                     self._fill(is_readable)
                     stream = self._stream
-                    ready = stream.ready
-                    if not ready:
-                        return message
-                plain = stream.plain
-                if plain or type(ready[0]) is not End:
+                ready, plain = stream.ready, stream.plain
+                if message is NOTHING and ready and (plain or type(ready[0]) is not End):
                     message = ready[0]  # not popleft(): an interrupt may come between its return and the assignment
                     del ready[0]
-                    if not ready:
-                        self._consume_tail_byte()
-                    elif plain:
-                        stream.share()
+                if message is NOTHING:
+                    return message
+                if not ready:
+                    self._consume_tail_byte()
+                elif plain:
+                    stream.share()
             if plain or type(message) is not Failure:
                 return message  # nothing is called from here on, so no interrupt comes in between
             failure: Any = message
@@ -171,7 +173,7 @@ class Channel(Generic[M]):
             missed = error.missed if isinstance(error, Lagged) else 0
         except BaseException:
             # An interrupt came after the message was taken and before it could be handed out: it is the next one again.
-            if message is not _NOTHING:
+            if message is not NOTHING:
                 stream = self._stream
                 stream.plain = plain and stream.plain
                 stream.ready.appendleft(message)
@@ -290,7 +292,7 @@ class Channel(Generic[M]):
         is_readable = False
         while True:
             message = self._receive_nowait(is_readable=is_readable)
-            if message is not _NOTHING:
+            if message is not NOTHING:
                 return message
             if self.ownership.state is OPEN and not self._stream.ready:
                 await self._tasks.readable(self.fileno())
@@ -311,7 +313,7 @@ class Channel(Generic[M]):
                 if type(stream.ready[0]) is not End:
                     return
                 end = stream.ready[0]
-                if end is END_OF_MESSAGES:
+                if end is ENDED:
                     stream.has_more = False
                     text = "no message follows: this channel was unsubscribed, or its broadcaster closed"
                     raise self._about_this(EOFError(text))

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from itertools import islice, repeat
 from typing import Any, Final
 
+from mpbroadcast.client.pipe_ownership import OPEN, PipeOwnership
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
 from mpbroadcast.posix.pipes import FIONREAD, PipeEnd, ioctl, read
@@ -34,7 +35,8 @@ class End:
     """What follows the last message, for good."""
 
 
-END_OF_MESSAGES: Final = End()  # a clean end
+NOTHING: Final[Any] = object()  # no message
+ENDED: Final = End()  # a clean end
 LOST: Final = End()  # the end of the pipe, without a clean end
 LOST_FOR_GOOD: Final = End()  # the same, and no other broker takes over
 _RESTARTED: Final = (
@@ -155,19 +157,32 @@ def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None)
     return Stream(deque(ready), [rest] if rest else [], position - unused, need, plain, skipped, shared_count, stream.has_tail)
 
 
-def _only_message(stream: Stream, with_topic: bool) -> Stream | None:
-    """Return what :func:`decode` does if the bytes are one run with one message, whole but for the tail byte in the pipe.
+def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any:
+    """Read a message that has come alone, and return it without its tail byte. Return ``NOTHING`` if :func:`follow` must do it.
 
-    Where messages come one by one, a message costs what code runs for it. Everything else is left to :func:`decode`.
+    Where messages come one by one, all code is cold, and what counts is how much of it runs. So this does all for a pipe with
+    one run of one message, where nothing was read before. Whatever else it finds stays in ``stream``, as bytes that are read and
+    not decoded. The caller holds the channel's lock, and no decoded message is left.
     """
-    data = stream.chunks[-1]
-    if len(data) < RUN.size:
-        return None
-    size, count, kind, image, skip = RUN.unpack_from(data)
-    if count != 1 or kind != runs.MESSAGES or image or size != len(data) + 1:
-        return None
-    if sum(map(len, stream.chunks)) - len(data) != stream.skip:  # last, as a long message has many chunks
-        return None
+    chunks, pipe, shared = stream.chunks, ownership.pipe, ownership.shared
+    if len(chunks) > 1 or sum(map(len, chunks)) != stream.skip or pipe is None or ownership.state is not OPEN:
+        return NOTHING
+    fd = pipe.fd
+    if fd < 0:
+        return NOTHING
+    count = array("i", (0,))
+    ioctl(fd, FIONREAD, count)
+    unread = count[0]
+    if unread <= RUN.size:
+        return NOTHING
+    stream.has_tail = True
+    read_into(stream, fd, unread - 1)
+    data = chunks[-1] if chunks else b""
+    if len(data) != unread - 1:
+        return NOTHING
+    size, messages, kind, image, skip = RUN.unpack_from(data)
+    if size != unread or messages != 1 or kind != runs.MESSAGES or image:
+        return NOTHING
     payload = memoryview(data)[RUN.size + skip :]
     whole = True
     try:
@@ -176,7 +191,16 @@ def _only_message(stream: Stream, with_topic: bool) -> Stream | None:
         (message,), whole = load_each([payload], loads, [], error)
     if with_topic and whole:
         message = topic_of(data[RUN.size : RUN.size + skip]), message
-    return Stream(deque((message,)), [], 1, RUN.size, whole, 0, stream.read, has_tail=True)
+    if shared is not None:
+        shared.commit(stream.read, is_progress=True)
+    # No call from here on, so neither an interrupt nor another thread comes in between.
+    if stream.ready:  # another thread was interrupted, and has put its message back
+        return NOTHING
+    stream.chunks = []
+    stream.skip = 1
+    stream.need = RUN.size
+    stream.plain = whole
+    return message
 
 
 def follow(stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader | None, is_readable: bool) -> Stream | None:
@@ -196,8 +220,7 @@ def follow(stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader
         return None
     if count[0] != 1:
         read_into(stream, pipe.fd, max(1, count[0] - 1))
-    after = _only_message(stream, with_topic) if stream.has_tail and stream.chunks else None
-    after = after or decode(stream, with_topic, shared)
+    after = decode(stream, with_topic, shared)
     if after is None and stream.has_tail:
         stream.has_tail = False
         read_into(stream, pipe.fd, 1)
@@ -217,7 +240,7 @@ def _note(run: RunView) -> End | Failure:
         return Failure(Lagged(run.messages))
     if run.kind == runs.RESTARTED:
         return Failure(BrokerRestarted(_RESTARTED))
-    return Failure(Overflowed(_OVERFLOWED)) if run.kind == runs.OVERFLOWED else END_OF_MESSAGES
+    return Failure(Overflowed(_OVERFLOWED)) if run.kind == runs.OVERFLOWED else ENDED
 
 
 def read_into(stream: Stream, fd: int, size: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpbroadcast.client.pipe_reader import END_OF_MESSAGES, Stream, decode
+from mpbroadcast.client.pipe_reader import ENDED, Stream, decode
 from mpbroadcast.errors import Lagged
 from mpbroadcast.protocol import runs
 from mpbroadcast.protocol.frames import (
@@ -317,7 +317,7 @@ def shared_run(kind: int, offset: int, length: int, count: int) -> bytes:
 def comparable(item: Any) -> Any:
     if isinstance(item, Failure):
         return type(item.error).__name__, item.error.missed if isinstance(item.error, Lagged) else 0
-    return "end" if item is END_OF_MESSAGES else item
+    return "end" if item is ENDED else item
 
 
 def received(parts: Iterable[tuple[bytes, bool]], with_topic: bool = False, beside: Any = None) -> tuple[list[Any], int, int]:
@@ -337,7 +337,7 @@ def received(parts: Iterable[tuple[bytes, bool]], with_topic: bool = False, besi
             assert after.ready
             skipped += after.skipped
             items += after.ready
-            assert after.plain == (not any(isinstance(item, Failure) or item is END_OF_MESSAGES for item in after.ready))
+            assert after.plain == (not any(isinstance(item, Failure) or item is ENDED for item in after.ready))
             assert not after.plain or after.split(None)[0] == [*after.ready]
             after.ready.clear()
             stream = after
