@@ -161,8 +161,8 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any
     """Read a message that has come alone, and return it without its tail byte. Return ``NOTHING`` if :func:`follow` must do it.
 
     Where messages come one by one, all code is cold, and what counts is how much of it runs. So this does all for a pipe with
-    one run of one message, where nothing was read before. Whatever else it finds stays in ``stream``, as bytes that are read and
-    not decoded. The caller holds the channel's lock, and no decoded message is left.
+    one run of one message, where nothing was read before. Whatever else it finds stays in ``stream``, as bytes that are not
+    decoded. The caller holds the channel's lock, and no decoded message is left.
     """
     chunks, pipe, shared = stream.chunks, ownership.pipe, ownership.shared
     if len(chunks) > 1 or sum(map(len, chunks)) != stream.skip or pipe is None or ownership.state is not OPEN:
