@@ -81,10 +81,10 @@ def _sentences(results: RowResults) -> list[str]:
     sentences = []
     for peer in OWN:
         if peer in results.measured:
-            said = f"{peer.name}: {results.ratio(peer, other):.2f} times the {what} of the best other, {other.name}"
+            sentence = f"{peer.name}: {results.ratio(peer, other):.2f} times the {what} of the best other, {other.name}"
             if results.floors:
-                said += f"; {results.figure(peer, results.row.metrics[0]) / results.floor:.0%} of pickle.loads alone"
+                sentence += f"; {results.figure(peer, results.row.metrics[0]) / results.floor:.0%} of pickle.loads alone"
             if results.relay is not None:
-                said += f"; {results.ratio(peer, results.relay):.2f} times that of a {results.relay.name}"
-            sentences.append(said)
+                sentence += f"; {results.ratio(peer, results.relay):.2f} times that of a {results.relay.name}"
+            sentences.append(sentence)
     return sentences

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import subprocess
 import tempfile
@@ -157,9 +158,10 @@ def forever(receive: Callable[[], Any]) -> Iterator[Any]:
         yield receive()
 
 
-def folder() -> tempfile.TemporaryDirectory[str]:
-    """For sockets and the like."""
-    return tempfile.TemporaryDirectory(prefix="mpb-", ignore_cleanup_errors=True)
+def folder(*, in_memory: bool = False) -> tempfile.TemporaryDirectory[str]:
+    """Return one for sockets and the like; for files that processes map, in memory where there is a folder for that."""
+    where = "/dev/shm" if in_memory and os.path.isdir("/dev/shm") else None
+    return tempfile.TemporaryDirectory(prefix="mpb-", dir=where, ignore_cleanup_errors=True)
 
 
 def end_program(process: subprocess.Popen[bytes]) -> None:

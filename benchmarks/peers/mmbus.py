@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -24,13 +24,10 @@ def _bus(base: str, shape: Shape) -> Any:
 class _Source(Source):
     base: str
     shape: Shape
-    kept: list[Any] = field(default_factory=list, init=False)
 
     def open(self) -> None:
-        bus, full = _bus(self.base, self.shape), module("mmbus").BusFullError
-        topic = bus.topic(_TOPIC)
-        self.kept = [topic, bus]
-        publish_bytes, dumps = topic.publish, pickle.dumps
+        full = module("mmbus").BusFullError
+        publish_bytes, dumps = _bus(self.base, self.shape).topic(_TOPIC).publish, pickle.dumps
 
         def publish(message: Any) -> None:
             payload = dumps(message, PROTOCOL)
@@ -42,9 +39,6 @@ class _Source(Source):
                     os.sched_yield()
 
         self.publish = publish
-
-    def close(self) -> None:
-        self.kept.clear()
 
 
 @dataclass
@@ -69,7 +63,7 @@ class Mmbus(Peer):
 
     def __init__(self, context: BaseContext, shape: Shape) -> None:
         self._shape = shape
-        self._folder = folder()
+        self._folder = folder(in_memory=True)
 
     def source(self, index: int) -> Source:
         return _Source(self._folder.name, self._shape)

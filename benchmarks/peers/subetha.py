@@ -82,7 +82,7 @@ class SubEtha(Peer):
     largest = 1024
 
     def __init__(self, context: BaseContext, shape: Shape) -> None:
-        self._folder = folder()
+        self._folder = folder(in_memory=True)
         self._path = f"{self._folder.name}/ring"
         self._length = (shape.size + 40 + _SLOT - 1) // _SLOT * _SLOT
         module("subetha").BroadcastRing(self._path, _SLOTS)

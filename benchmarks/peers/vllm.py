@@ -1,7 +1,7 @@
 """The design of vLLM's ``MessageQueue``, whose package is too heavy to install: a ring of chunks in shared memory.
 
-Beside its chunk stand a byte that is set when it is written, and one for each reader, set when that one has read it. The writer
-waits until all have, a reader until it is written, and both poll. (Messages over 10 MiB go through ZeroMQ there; not here.)
+Each chunk has a byte that is set once it is written, and one for each reader, set once that one has read it. The writer waits
+until all have, a reader until the chunk is written, and both poll. (Messages over 10 MiB go through ZeroMQ there; not here.)
 """
 
 from __future__ import annotations
