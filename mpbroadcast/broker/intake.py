@@ -8,6 +8,7 @@ nap at once.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
@@ -17,13 +18,12 @@ from mpbroadcast.broker.fast_path import FastPath
 from mpbroadcast.broker.members import Publisher, PublisherPipe, Session
 from mpbroadcast.posix.pipes import new_pipe, replace_with_dead_pipe
 from mpbroadcast.posix.poller import IN, Poller
-from mpbroadcast.protocol.frames import PIPE_BUF, FrameError
+from mpbroadcast.protocol.frames import MOST_ITEMS, PIPE_BUF, FrameError
 
 log = logging.getLogger("mpbroadcast.broker")
 
 _SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
 _LONGEST_NAP: Final = 400e-6
-_MOST_ITEMS: Final = 1 << 12  # in a round: not less than a turn, behind which one is not read any more
 MUCH: Final = PIPE_SIZE // 4  # bytes in one read, or between two naps: with 400 µs, a publisher would soon wait for room
 _FEW: Final = 16  # lone messages that a round passes on at once
 _AT_FIRST: Final = MUCH + PIPE_BUF  # bytes in a read of one that is not busy: one of very short messages never is
@@ -65,8 +65,8 @@ class Intake:
 
     def read(self, publisher: Publisher, _events: int = IN, *, limit: int | None = None) -> None:
         """Read once what is in its pipe, at most ``limit`` bytes, and park it; with none, unless this round has enough."""
-        if limit is None and self._items > _MOST_ITEMS:
-            return  # it is read in a later round: those that were read are behind then, and not read any more
+        if limit is None and self._items > MOST_ITEMS:
+            return  # it is read in a later round: those that were read are behind then, as a turn is no longer than that
         is_alone = False
         if limit is None and publisher.state is PublisherState.READING:
             limit = _AT_FIRST
@@ -104,6 +104,8 @@ class Intake:
         publisher.state = publisher.state.to(PublisherState.READING)
         self._napping.pop(publisher, None)
         self._poller.watch(publisher.pipe.fd, IN, partial(self.read, publisher))
+        if publisher.pipe.ahead:  # of which the poller reports nothing
+            self.nap(publisher)
 
     def nap(self, publisher: Publisher) -> None:
         """Read its pipe after naps, from now on."""
@@ -117,15 +119,16 @@ class Intake:
         self._poller.forget(publisher.pipe.fd)
         self._napping.pop(publisher, None)
 
-    def finish(self, publisher: Publisher) -> None:
-        """Read what it has written until now, whether it can be routed or not, and nothing more."""
-        end = publisher.pipe.end_of_written()
-        while not publisher.is_closed and publisher.pipe.position < end:
-            self.read(publisher, limit=end - publisher.pipe.position)
-        if publisher.is_closed:
-            return
+    def finish(self, publisher: Publisher) -> Iterator[None]:
+        """Read what it has written until now, whether it can be routed or not, and nothing more; in parts."""
+        pipe, position = publisher.pipe, -1
         # A publish that waited for room may have gone on when there was some: that is published, but what comes later is not.
-        self.read(publisher, limit=PIPE_SIZE)
+        end = pipe.end_of_written() + PIPE_SIZE
+        while not publisher.is_closed and position < pipe.position < end:
+            position = pipe.position
+            self.read(publisher, limit=end - position)
+            if self._items > MOST_ITEMS:
+                yield
         if not publisher.is_closed:
             replace_with_dead_pipe(publisher.pipe.fd)  # at once, not at the end of the round: it wakes a publish that waits
             self.close(publisher)

@@ -56,7 +56,7 @@ class Session:
 
 
 class PublisherPipe:
-    """A pipe that is read into ``buffer``, which all publishers use in turn.
+    """A pipe that is read into ``buffer``, which all publishers use in turn. What is not split yet counts as not read.
 
     ``barriers`` are positions that no read goes beyond, each with what is to be called when all before it is routed.
     """
@@ -66,6 +66,7 @@ class PublisherPipe:
         self.position = 0  # bytes read so far
         self.barriers: deque[tuple[int, Callable[[], None]]] = deque()
         self.splitter = Splitter()
+        self.ahead = b""  # taken out of it, and still to be read
         self._buffer = buffer
 
     def read(self, limit: int | None = None) -> bytes:
@@ -76,18 +77,21 @@ class PublisherPipe:
         if self.barriers:
             end = self.barriers[0][0] - self.position
             limit = end if limit is None else min(limit, end)
+        if self.ahead:
+            chunk, self.ahead = self.ahead[:limit], b"" if limit is None else self.ahead[limit:]
+            return chunk
         buffer = self._buffer
         # Not os.read: memory for the most that may come would be mapped and unmapped each time.
         return bytes(buffer[: readv(self.fd, (buffer if limit is None else buffer[:limit],))])
 
     def end_of_written(self) -> int:
         """Return the position behind all that has been written until now."""
-        return self.position + (unread(self.fd) if self.fd >= 0 else 0)
+        return self.position + len(self.ahead) + (unread(self.fd) if self.fd >= 0 else 0)
 
     def closed(self) -> int:
         """Forget what is not complete, and the descriptor. Return it: the caller closes it."""
         fd, self.fd = self.fd, -1
-        self.splitter = Splitter()
+        self.splitter, self.ahead = Splitter(), b""
         return fd
 
 
@@ -126,6 +130,11 @@ class Publisher:
         pipe, came = self.pipe, len(chunk)
         pipe.position += came
         items = pipe.splitter.split(chunk)
+        if pipe.splitter.has_more:
+            rest = pipe.splitter.take_back()
+            pipe.ahead = rest + pipe.ahead
+            pipe.position -= len(rest)
+            came -= len(rest)
         if pipe.splitter.has_shared:
             pipe.splitter.has_shared = False
             came += self._take_shared(items)
@@ -181,7 +190,7 @@ class Publisher:
     def held(self) -> int:
         """Bytes of it in the broker's memory that are in no backlog."""
         parked = sum(item.charge for item in self.parked if not callable(item) and not isinstance(item, References))
-        return self.pipe.splitter.unfinished + parked
+        return self.pipe.splitter.unfinished + len(self.pipe.ahead) + parked
 
 
 class Subscription:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
@@ -59,7 +60,7 @@ class Registry:
         self.dropped_early: deque[int] = deque(maxlen=1024)  # subscriptions whose request may still come, if it was interrupted
         self.former_owners: OrderedDict[int, int] = OrderedDict()  # subscription -> process that had it open
         self.to_remove: OrderedDict[int, tuple[Subscription, str]] = OrderedDict()  # by their IDs, each with the reason
-        self.to_finish: list[Publisher] = []  # of sessions that have ended
+        self.to_finish: list[Iterator[None]] = []  # publishers of sessions that have ended: the rest of the reading of each
         self._poller = poller
         self._peers = peers
         self._router = router
@@ -148,7 +149,7 @@ class Registry:
         What the starter has not opened stays until the end of the broker: another process may have it.
         """
         self.sessions.pop(session.id, None)
-        self.to_finish.extend(session.publishers)
+        self.to_finish.extend(map(self._traffic.intake.finish, session.publishers))
         for subscription in session.subscriptions:
             if subscription.is_open or not (clean or session.peer.is_starter):
                 self.remove_in_parts(subscription, why)

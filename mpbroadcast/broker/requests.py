@@ -98,10 +98,10 @@ def _fd_socket(broker: Broker, connection: ControlConnection, message: dict[str,
     connection.reply({"fd_socket": True}, broker.traffic.memory.add(publisher))
 
 
-def _retire(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+def _retire(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     publisher = _own_publisher(broker, connection, message)
     if publisher is not None:
-        broker.traffic.intake.finish(publisher)
+        yield from broker.traffic.intake.finish(publisher)
     connection.reply({})
 
 

@@ -95,8 +95,8 @@ class Broker:
                 self._answer(self, connection, request)
         if traffic.overflowed or traffic.departed or self.peers.dead or acceptor.closed:
             self._work_off()
-        if registry.to_finish:
-            traffic.intake.finish(registry.to_finish.pop())
+        if registry.to_finish and next(registry.to_finish[-1], True) is True:
+            registry.to_finish.pop()
         if registry.to_remove:
             registry.remove_some()
         if self.ends_unneeded and not (registry.sessions or registry.subscriptions):

@@ -68,7 +68,7 @@ class Shutdown:
             if subscription.not_waited_for and subscription.owner is not None and not subscription.is_open:
                 registry.remove(subscription)
         # 1. What publishers have written is read, and their pipes are closed, which wakes each publish that waits.
-        registry.to_finish.extend(traffic.publishers.values())
+        registry.to_finish.extend(map(traffic.intake.finish, traffic.publishers.values()))
         while registry.to_finish:
             yield
         for subscription in registry.subscriptions.values():

@@ -39,6 +39,7 @@ MEMORY: Final = 4 << 24
 _ROUTE: Final = IMAGE | EXCLUDE | TOPIC_LENGTH  # the bits of a tag that are not its kind
 
 MOST_TOGETHER: Final = 1 << 11  # neighbouring messages that are routed together
+MOST_ITEMS: Final = 1 << 12  # that are split at once: some 10 ms
 HEAD: Final = Struct("<II")
 _EXCLUDED: Final = Struct("<Q")
 _STREAK: Final = 2  # frames of the same length as the one before, from which on it is worth looking for many more
@@ -206,9 +207,17 @@ class Splitter:
         self.unfinished = 0  # bytes of messages that are not complete
         self.aborted: list[int] = []  # ids of messages whose remaining pieces, or memory, will not be used
         self.has_shared = False  # True once references, messages in memory, or aborts have come: the reader resets it
+        self.has_more = False  # True once there were more items than are split at once: until take_back is called
+
+    def take_back(self) -> bytes:
+        """Return what was not split yet: it comes again in the next chunks."""
+        rest, self.rest, self.has_more = self.rest, b"", False
+        return rest
 
     def split(self, chunk: bytes) -> list[Item]:
         """Return the frames that ``chunk`` completes, in order; neighbours with the same targets are one item, up to a limit.
+
+        At most ``MOST_ITEMS`` are returned, and about so many pieces are joined.
 
         :raises FrameError: no publisher of this package wrote this; the splitter is then not used again.
         """
@@ -217,7 +226,9 @@ class Splitter:
         unpack = HEAD.unpack_from
         batches: list[Item] = []
         position, end = 0, len(chunk)
-        while position + 8 <= end:
+        for _ in range(MOST_ITEMS):
+            if position + 8 > end:
+                break
             start = position
             size, tag = unpack(chunk, position)
             if tag >= PIECE:
@@ -267,6 +278,8 @@ class Splitter:
             if tag & EXCLUDE:
                 topic, exclude = route[_EXCLUDED.size :], _EXCLUDED.unpack_from(route)[0]
             batches.append(Batch(chunk[start:position], sizes, topic, exclude, skip, bool(tag & IMAGE)))
+        else:
+            self.has_more = True
         self.rest = chunk[position:]
         return batches
 

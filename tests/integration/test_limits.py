@@ -27,7 +27,7 @@ from mpbroadcast.broker.statistics import memory
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.protocol.control import MAX_REQUEST, encode
 from mpbroadcast.protocol.fd_packets import MEMORY, pack
-from mpbroadcast.protocol.frames import Batch, frame_head, memory_frame
+from mpbroadcast.protocol.frames import IMAGE, Batch, frame_head, memory_frame
 from tests.support.helpers import DEADLINE, Background, keyed_connection, wait_until
 from tests.support.own_broker import Asker, ask, asking, complete, held, own_broker, subscribed, subscribing
 from tests.support.rude import Lent, Rude, shares_memory
@@ -401,7 +401,7 @@ def test_publishers_have_turns(gone: bool, attacker: Attacker) -> None:
     (one, one_pipe), (other, other_pipe) = attacker.publisher(), attacker.publisher()
     os.write(one_pipe, (frame_head(0, b"turn 1") + frame_head(0, b"turn 2")) * 100)
     if gone:
-        traffic.intake.finish(one)
+        complete(traffic.intake.finish(one))
     for _ in range(5):
         os.write(other_pipe, frame_head(0, b"turn 3"))
         for _ in range(3):
@@ -431,6 +431,33 @@ def test_many_publishers_of_very_short_messages(gone: bool, attacker: Attacker) 
     while registry.to_finish or not all(publisher.all_routed for publisher in traffic.publishers.values()):
         attacker.round(200_000)
     assert subscription.backlog.published == len(written) * 200
+
+
+@pytest.mark.parametrize("publisher_is", ["busy", "gone", "retired"])
+def test_a_full_pipe_of_the_shortest_messages(publisher_is: str, attacker: Attacker) -> None:
+    """It is read and routed in many rounds, whether its publisher goes on or not; nothing of it is lost."""
+    registry, traffic = attacker.broker.registry, attacker.broker.traffic
+    traffic.routing.history = None
+    other = registry.sessions[attacker.new_session()]
+    backlog = subscribed(attacker.broker, 5000, other, [""], "drop_newest").backlog
+    publisher, pipe = attacker.publisher()
+    os.set_blocking(pipe, False)
+    written = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            written += os.write(pipe, (frame_head(0, b"") + frame_head(0, b"", kind=IMAGE)) * 256) // 8
+    routed: list[int] = []
+    publisher.after_written(lambda: routed.append(backlog.published))
+    if publisher_is == "busy":
+        traffic.intake.nap(publisher)
+    elif publisher_is == "gone":
+        registry.end_session(attacker.session, clean=False)
+    else:
+        assert attacker.ask({"do": "retire", "publisher": publisher.id, "session": attacker.number}, 170_000) == {}
+    while registry.to_finish or not publisher.all_routed:
+        attacker.round(170_000)
+    assert (backlog.published, routed, publisher.is_closed) == (written, [written], publisher_is != "busy")
+    assert written > 20_000
 
 
 def test_the_memory_of_blocked_publishers_is_counted_in_parts(attacker: Attacker) -> None:

@@ -67,7 +67,7 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
         vars(broker).clear()  # what closes itself when nothing refers to it any more
 
 
-def complete(parts: Generator[None, None, T]) -> T:
+def complete(parts: Iterator[None] | Generator[None, None, T]) -> T:
     while True:
         try:
             next(parts)
@@ -86,7 +86,7 @@ def take_away(broker: Broker) -> None:
     for subscription in list(broker.registry.subscriptions.values()):
         broker.registry.remove(subscription)
     while broker.registry.to_finish:
-        broker.traffic.intake.finish(broker.registry.to_finish.pop())
+        complete(broker.registry.to_finish.pop())
     while broker.registry.to_remove:
         broker.registry.remove_some()
     broker.traffic.run_until_idle()
