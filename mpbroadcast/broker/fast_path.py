@@ -52,7 +52,7 @@ class FastPath:
         source, routing = publisher.pipe, self._routing
         if length != size or tag > MAX_TOPIC or skip > size or publisher.parked or publisher.not_yet:
             return False
-        if source.splitter.rest or source.barriers or routing.history is not None:
+        if source.splitter.rest or source.barriers:
             return False
         targets = self._found.get(chunk[HEAD.size : skip])
         if targets is None or len(targets) > _MOST_TARGETS:
@@ -74,7 +74,7 @@ class FastPath:
                 write(subscription.pipe.fd, data)
             except OSError:
                 if run is None:
-                    run = run_of(Batch(chunk, array("I", (size,)), chunk[HEAD.size : skip], 0, skip, False), self._account)
+                    run = run_of(_batch(chunk, skip), self._account)
                 publisher.last_in[subscription] = backlog.put(run)
                 self._dirty[subscription] = None
                 continue
@@ -82,6 +82,12 @@ class FastPath:
             publisher.last_in[subscription] = backlog.left
             if subscription.window is not None:
                 subscription.window.moved += len(data)
+        if routing.history is not None:
+            routing.history.add(routing.routed, _batch(chunk, skip))
         source.position += size
         routing.routed += 1
         return True
+
+
+def _batch(frame: bytes, skip: int) -> Batch:
+    return Batch(frame, array("I", (len(frame),)), frame[HEAD.size : skip], 0, skip)

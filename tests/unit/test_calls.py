@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -10,14 +11,16 @@ from typing import NamedTuple
 
 import pytest
 
+from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.members import Subscription
 from mpbroadcast.broker.server import Broker
-from mpbroadcast.protocol.frames import frame_head
+from mpbroadcast.protocol.frames import Batch, frame_head
 from tests.support.own_broker import asking, own_broker, subscribed
 
 __all__ = ["own_broker"]
 
 MOST = 30
+MOST_ALONE = 15
 
 
 class Pipes(NamedTuple):
@@ -28,8 +31,16 @@ class Pipes(NamedTuple):
     write_end: int
     read_end: int
 
-    def publish(self, payload: bytes) -> None:
-        os.write(self.write_end, frame_head(len(payload), b"topic") + payload)
+    def publish(self, payload: bytes, count: int = 1) -> None:
+        os.write(self.write_end, count * (frame_head(len(payload), b"topic") + payload))
+
+
+def read_some(fd: int) -> bytes:
+    """Return what is in a pipe, at most 64 KiB; nothing if it is empty."""
+    try:
+        return os.read(fd, 1 << 16)
+    except BlockingIOError:
+        return b""
 
 
 @pytest.fixture(params=["block"])
@@ -50,8 +61,9 @@ def pipes(request: pytest.FixtureRequest, own_broker: Broker) -> Iterator[Pipes]
         os.close(read_end)
 
 
-def test_one_small_message_takes_few_calls(pipes: Pipes) -> None:
-    """From one pipe into the other, it takes at most :data:`MOST` Python calls."""
+@pytest.mark.parametrize(("count", "most"), [(1, MOST_ALONE), (2, MOST)])
+def test_small_messages_take_few_calls(pipes: Pipes, count: int, most: int) -> None:
+    """From one pipe into the other, one that comes alone takes at most :data:`MOST_ALONE` Python calls, two :data:`MOST`."""
     calls: list[str] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
@@ -59,13 +71,34 @@ def test_one_small_message_takes_few_calls(pipes: Pipes) -> None:
             calls.append(frame.f_code.co_qualname)
 
     for number in (1, 2):  # the first fills the router's cache
-        pipes.publish(b"payload %d" % number)
+        pipes.publish(b"payload %d" % number, count)
         sys.setprofile(note if number == 2 else None)
         pipes.broker.round()
         sys.setprofile(None)
-        assert b"payload %d" % number in os.read(pipes.read_end, 1 << 16)
+        assert os.read(pipes.read_end, 1 << 16).count(b"payload %d" % number) == count
     print(len(calls), *calls, sep="\n")
-    assert 5 < len(calls) <= MOST
+    assert 5 < len(calls) <= most
+
+
+@pytest.mark.parametrize("pipes", ["block", "drop_newest", "disconnect"], indirect=True)
+def test_messages_that_come_alone_wait_as_others_do(pipes: Pipes) -> None:
+    """What the pipe does not take waits in the backlog, what comes then waits behind it, and all of it is in the history."""
+    broker, backlog = pipes.broker, pipes.subscription.backlog
+    broker.traffic.routing.history = History(10)
+    received = b""
+    for number in range(3000):
+        pipes.publish(b"%06d" % number + bytes(100))
+        broker.round()
+        if number % 1500 == 1499:
+            assert backlog.waiting > 100
+            while part := read_some(pipes.read_end):
+                received += part
+                broker.round(at_once=True)
+    assert [int(found) for found in re.findall(rb"topic(\d{6})", received)] == [*range(3000)]
+    assert (backlog.published, backlog.delivered, backlog.missed, backlog.waiting) == (3000, 3000, 0, 0)
+    assert broker.traffic.routing.routed == 3000
+    kept = [*broker.traffic.routing.history.last([b"topic"], 5)]
+    assert [int(batch.frames[13:19]) for batch in kept if isinstance(batch, Batch)] == [2999, 2998, 2997, 2996, 2995]
 
 
 def test_a_subscription_that_is_removed_while_its_own_message_is_routed(pipes: Pipes) -> None:
