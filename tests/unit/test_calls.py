@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from array import array
 from collections.abc import Iterator
 from types import FrameType
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.members import Subscription
 from mpbroadcast.broker.server import Broker
 from mpbroadcast.protocol.frames import Batch, frame_head
+from mpbroadcast.protocol.runs import run_of
 from tests.support.own_broker import asking, own_broker, subscribed
 
 __all__ = ["own_broker"]
@@ -85,20 +87,33 @@ def test_messages_that_come_alone_wait_as_others_do(pipes: Pipes) -> None:
     """What the pipe does not take waits in the backlog, what comes then waits behind it, and all of it is in the history."""
     broker, backlog = pipes.broker, pipes.subscription.backlog
     broker.traffic.routing.history = History(10)
+    backlog.capacity = 1 << 30
     received = b""
-    for number in range(3000):
+    for number in range(6000):
         pipes.publish(b"%06d" % number + bytes(100))
         broker.round()
-        if number % 1500 == 1499:
+        if number % 3000 == 2999:
             assert backlog.waiting > 100
             while part := read_some(pipes.read_end):
                 received += part
                 broker.round(at_once=True)
-    assert [int(found) for found in re.findall(rb"topic(\d{6})", received)] == [*range(3000)]
-    assert (backlog.published, backlog.delivered, backlog.missed, backlog.waiting) == (3000, 3000, 0, 0)
-    assert broker.traffic.routing.routed == 3000
+    assert [int(found) for found in re.findall(rb"topic(\d{6})", received)] == [*range(6000)]
+    assert (backlog.published, backlog.delivered, backlog.missed, backlog.waiting) == (6000, 6000, 0, 0)
+    assert broker.traffic.routing.routed == 6000
     kept = [*broker.traffic.routing.history.last([b"topic"], 5)]
-    assert [int(batch.frames[13:19]) for batch in kept if isinstance(batch, Batch)] == [2999, 2998, 2997, 2996, 2995]
+    assert [int(batch.frames[13:19]) for batch in kept if isinstance(batch, Batch)] == [5999, 5998, 5997, 5996, 5995]
+
+
+def test_a_message_that_comes_alone_passes_none_that_waits(pipes: Pipes) -> None:
+    """One that waits for something else than room, as its reader's packet, is before it."""
+    payload, head = b"payload 1", frame_head(9, b"topic")
+    for number in (1, 2):  # the first fills the router's cache
+        pipes.publish(payload)
+        pipes.broker.round()
+        if number == 1:
+            waiting = Batch(head + b"waiting 1", array("I", (len(head) + 9,)), b"topic", 0, len(head))
+            pipes.subscription.backlog.put(run_of(waiting))
+    assert re.findall(rb"topic(\w+ 1)", os.read(pipes.read_end, 1 << 16)) == [payload, b"waiting 1", payload]
 
 
 def test_a_subscription_that_is_removed_while_its_own_message_is_routed(pipes: Pipes) -> None:
