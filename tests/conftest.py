@@ -182,7 +182,6 @@ def transport(request: pytest.FixtureRequest) -> Size:
 
 @pytest.fixture(params=POLICIES)
 def policy(request: pytest.FixtureRequest) -> Policy:
-    """Return each overflow policy in turn."""
     chosen: Policy = request.param
     return chosen
 

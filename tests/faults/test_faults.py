@@ -294,7 +294,6 @@ class Stage:
         assert answer(self.watch) == [*self.seen, "EOFError"]
 
     def close(self) -> None:
-        """Close all, whatever has happened."""
         if (self.case.victim, self.case.signal) == ("bystander", signal.SIGSTOP) and self.trap.sprung:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.trap.companions[0], signal.SIGKILL)  # one that is stopped would stay for ever

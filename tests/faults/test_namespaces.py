@@ -105,7 +105,6 @@ def again(pid: int, call: Callable[[], None]) -> int:
 
 
 def refuse_pidfds(*_: int) -> int:
-    """Stand for the call on a system without it."""
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 

@@ -32,7 +32,6 @@ def publish_more_than_a_pipe(bus: Bus, first: int = 0) -> None:
 
 
 def is_delivered(bus: Bus) -> bool:
-    """Return True if all is delivered now."""
     try:
         bus.flush(timeout=0, delivered=True)
     except TimedOut:

@@ -66,11 +66,9 @@ class Attacker(NamedTuple):
 
     @property
     def session(self) -> Session:
-        """Return the broker's session."""
         return self.broker.registry.sessions[self.number]
 
     def new_session(self) -> int:
-        """Return the number of another session."""
         return self.broker.registry.new_session(cast("ControlConnection", self.one)).id
 
     def subscribe(self, numbers: Iterable[int], *topics: str, policy: str = "drop_oldest") -> list[Subscription]:
@@ -102,7 +100,6 @@ class Attacker(NamedTuple):
 
 @pytest.fixture
 def attacker(own_broker: Broker) -> Iterator[Attacker]:
-    """A session with a broker that is only asked."""
     with asking(own_broker) as asked:
         made = Attacker(own_broker, *asked, [])
         yield made

@@ -55,7 +55,6 @@ def inodes(kind: str) -> list[int]:
 
 
 def content(descriptor: OwnedDescriptor) -> bytes:
-    """Return what is in the memory."""
     return os.pread(descriptor.fd, os.fstat(descriptor.fd).st_size, 0)
 
 
@@ -69,7 +68,6 @@ def written(pool: MemoryPool, number: int = 0, size: int = SIZE) -> OwnedDescrip
 
 @pytest.fixture
 def kept() -> Iterator[KeptMemory]:
-    """Memory that is kept."""
     made = KeptMemory(5003)
     made.fill([b"abc", bytes(5000)])
     yield made

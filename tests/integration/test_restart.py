@@ -49,14 +49,12 @@ def kill_broker(bus: Bus) -> None:
 
 
 def expect_gap(channel: Channel[Any]) -> None:
-    """Receive the error for the gap."""
     with pytest.raises(BrokerRestarted) as caught:
         channel.recv(timeout=DEADLINE)
     assert caught.value.channel is channel
 
 
 def supervisor_of(bus: Bus) -> psutil.Process:
-    """Return the process above the broker."""
     supervisor = psutil.Process(bus.stats().pid).parent()
     assert supervisor is not None
     return supervisor

@@ -25,7 +25,6 @@ def receive(selector: Selector[Any], count: int) -> list[Any]:
 
 
 def nothing_comes(selector: Selector[Any], timeout: float = 0.05) -> None:
-    """Expect that no source has anything."""
     with pytest.raises(TimedOut):
         selector.receive(timeout=timeout)
 

@@ -135,7 +135,6 @@ def next_warning(capfd: pytest.CaptureFixture[str]) -> str:
 
 
 def has_number(line: str, number: int | None) -> bool:
-    """Return True if the number stands in the line."""
     return re.search(rf"\b{number}\b", line) is not None
 
 

@@ -340,8 +340,6 @@ class Driver:
         self.given_up = False
         witness.fileno()
 
-    # - carrying out
-
     def run(self) -> None:
         try:
             for self.step in range(STEPS):
@@ -409,8 +407,6 @@ class Driver:
         """All that the witness has not received."""
         for handle in self.handles.values():
             yield from handle.pending
-
-    # - publishing
 
     def items(self, handle: Handle, number: int, topic: str) -> list[Item]:
         items = []
@@ -492,8 +488,6 @@ class Driver:
         assert error is None or isinstance(error, TimedOut)
         if not error and handle.pending:
             self.routed[handle.key] = handle.pending[-1].number
-
-    # - receiving
 
     def watch(self, timeout: float, until: tuple[int, int] | None = None) -> int:
         """Let the witness receive what is there, or up to a certain message: how many came."""
@@ -598,8 +592,6 @@ class Driver:
                 self.receive_from(sub)
             elif not sub.gone:
                 self.give_up(sub)
-
-    # - subscriptions
 
     def subscribe(self) -> None:
         if len(self.subs) > 8:
@@ -761,8 +753,6 @@ class Driver:
         ids = {sub.id for sub in subs}
         wait_until(lambda: not ids & {row.id for row in self.bus.stats().subscribers})
 
-    # - processes and handles
-
     def begin_actor(self) -> None:
         """Start a process, and hand some channels on to it by the fork."""
         if len(self.actors) >= 3:
@@ -847,8 +837,6 @@ class Driver:
         self.do(actor, "connect", new.key, self.bus.address)
         self.handles[new.key] = new
 
-    # - the broker's own numbers
-
     def stats(self) -> None:
         snapshot = self.bus.stats()
         rows = {row.id: row for row in snapshot.subscribers}
@@ -874,8 +862,6 @@ class Driver:
         topic = self.random.choice(TOPICS)
         sure = [sub for sub in self.targets(topic) if not sub.may_end]
         self.bus.wait_for_subscribers(1 + len(sure), topic=topic, timeout=0)
-
-    # - the end
 
     def finish(self, sub: Sub) -> None:
         while not sub.ended:

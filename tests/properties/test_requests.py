@@ -143,8 +143,6 @@ class World:
         self.writers: list[FileIO] = []
         self.fd_sockets: list[socket.socket] = []
 
-    # --- what a step does
-
     def connect(self) -> None:
         alive = [process for process in self.processes if process.sockets]
         if alive:
@@ -290,8 +288,6 @@ class World:
     def stop(self) -> None:
         for client in self.clients[:1]:
             client.send(encode({"do": "stop", "timeout": self.choose.choice([0, 0.02, None])}) if client.is_known else b"")
-
-    # --- what holds
 
     def round(self) -> None:
         self.broker.round(at_once=True)

@@ -59,7 +59,6 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def take(channel: Channel[Any], count: int) -> list[Any]:
-    """Return the next ``count`` messages."""
     return [channel.recv(timeout=DEADLINE) for _ in range(count)]
 
 
@@ -124,7 +123,6 @@ def everything(bus: Broadcaster[Any], channel: Channel[Any]) -> list[Any]:
 
 
 def only_subscriber(bus: Broadcaster[Any]) -> SubscriberStats:
-    """Return the statistics of the only subscription."""
     (subscriber,) = bus.stats().subscribers
     return subscriber
 
@@ -208,14 +206,12 @@ class Background(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Call the function."""
         try:
             self._outcome.set_result(self._function())
         except BaseException as error:
             self._outcome.set_exception(error)
 
     def ended(self, timeout: float) -> Future[Any]:
-        """Wait for the end of the call."""
         self.join(timeout)
         assert not self.is_alive(), f"still running after {timeout} s"
         return self._outcome
@@ -250,7 +246,6 @@ class Children:
         self._started: list[BaseProcess] = []
 
     def __call__(self, context: BaseContext, target: Callable[..., Any], *args: Any) -> BaseProcess:
-        """Start a process that calls ``target(*args)``."""
         process: BaseProcess = context.Process(target=target, args=args)  # type: ignore[attr-defined]
         process.start()
         self._started.append(process)

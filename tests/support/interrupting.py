@@ -42,7 +42,6 @@ class Moment(NamedTuple):
 
 
 def entering(function: Callable[..., Any]) -> Moment:
-    """Where this function is entered."""
     code = function.__code__
     return Moment(lambda frame, event: event == "call" and frame.f_code is code)
 

@@ -61,7 +61,6 @@ class Trap:
         return Path(self.folder, name)
 
     def arm(self) -> None:
-        """From now on it springs."""
         self._file("armed").touch()
 
     @property
@@ -71,7 +70,6 @@ class Trap:
 
     @property
     def sprung(self) -> bool:
-        """Whether it has."""
         return self._file("sprung").exists()
 
     @property
@@ -376,7 +374,6 @@ def subscribe_into_trap(bus: Broadcaster[Any], trap: Trap, orders: Connection) -
 
 
 def start_into_trap(method: str, trap: Trap, orders: Connection) -> None:
-    """Start a broadcaster, publish through it, and close it."""
     if trap.moment in STARTING:
         trap.arm()
     bus = start_broadcaster(context=multiprocessing.get_context(method))

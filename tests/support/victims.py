@@ -44,7 +44,6 @@ def asleep(pid: int) -> bool:
 
 
 def stopped(pid: int) -> bool:
-    """Whether a process is stopped by SIGSTOP."""
     return psutil.Process(pid).status() == psutil.STATUS_STOPPED
 
 
@@ -141,7 +140,6 @@ class Program:
         return self.process.pid
 
     def line(self) -> str:
-        """The next line that the program prints."""
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:

@@ -90,7 +90,6 @@ def receive_over_a_gap(channel: Channel[Any], bus: Broadcaster[Any], orders: Con
 
 
 def subscribe_and_die(bus: Broadcaster[Any]) -> None:
-    """Open a channel, and be killed."""
     bus.subscribe("a").poll()
     os.kill(os.getpid(), signal.SIGKILL)
 

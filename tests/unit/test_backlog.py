@@ -271,7 +271,6 @@ class Trial:
         assert self.policy != "latest" or len(self.in_pipe) <= 1
 
     def finish(self) -> None:
-        """End it, and read all."""
         self.backlog.end()
         self.backlog.end()
         while not self.backlog.is_empty:

@@ -163,7 +163,6 @@ def test_the_limits_are_those_of_the_code() -> None:
 
 
 def section_of(page: str, heading: str) -> str:
-    """Return the text below one heading of a page."""
     return TEXTS[ROOT / "docs" / page].partition(f"\n## {heading}")[2].partition("\n## ")[0]
 
 

@@ -65,7 +65,6 @@ def imports(module: str) -> Iterator[tuple[str, str]]:
 
 
 def imported(module: str) -> set[str]:
-    """Return the modules that a module imports."""
     return {name for name, _ in imports(module)}
 
 
