@@ -320,6 +320,25 @@ def test_close_gives_up_on_a_reader_that_never_reads(
     assert re.search(rf"WARNING: channel {channel.id} .*{reader.pid}", capfd.readouterr().err)
 
 
+@pytest.mark.parametrize(("count", "end"), [(10, "EOFError"), (1000, "BrokerLost")])
+def test_close_that_may_not_wait(
+    count: int, end: str, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+) -> None:
+    """With a timeout of 0, what is in the pipe is received, and the end is clean if nothing else was published."""
+    bus: Broadcaster[Any] = start_broadcaster()
+    reader = children(fork, victims.slow_reader, bus.subscribe(), pipe[1], None)
+    assert answer(pipe[0]) == "open"
+    bus.publish_many((number, bytes(1900)) for number in range(count))
+    bus.flush(timeout=DEADLINE)
+    start = time.monotonic()
+    bus.close(timeout=0)
+    assert time.monotonic() - start < 2.0
+    pipe[0].send("go on")
+    received, ended = answer(pipe[0])
+    assert (received == list(range(count)), ended) == (end == "EOFError", end)
+    finish(reader)
+
+
 @pytest.mark.parametrize("restart", [False, True])
 def test_close_waits_for_a_reader_that_goes_on_reading(
     restart: bool, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import pickle
 import re
 import signal
+import weakref
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import mpbroadcast
 from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, TimedOut, connect, start_broadcaster
 from tests.support.helpers import DEADLINE, stopped, take, wait_until
 from tests.support.victims import alive
-from tests.support.workers import PACKAGE_ERRORS, Raises
+from tests.support.workers import PACKAGE_ERRORS, CannotBePickled, Raises
 
 Bus = Broadcaster[Any]
 KINDS: dict[str, type[BaseException]] = {
@@ -133,6 +136,25 @@ def test_wait_for_subscribers_counts_those_that_there_are(bus: Bus) -> None:
             assert text_of(TimedOut, wait, bus, 3, topic="a", timeout=timeout).endswith("Now there are 1")
         with stopped(bus.stats().pid):
             assert "Now the broker does not reply" in text_of(TimedOut, wait, bus, 3, timeout=0.05)
+
+
+def test_an_error_is_in_no_reference_cycle(bus: Bus) -> None:
+    """It goes with the last reference to it, and all that its traceback holds goes with it."""
+    with bus.subscribe() as channel:
+        bus.publish(Raises(Foreign("text", 7)))
+        calls = [partial(channel.recv, DEADLINE), partial(channel.recv, 0), partial(channel.recv_many, timeout=0)]
+        calls += [partial(bus.wait_for_subscribers, 9, timeout=0), partial(bus.publish, CannotBePickled())]
+        errors = []
+        gc.disable()
+        try:
+            for call in calls:
+                try:
+                    call()
+                except Exception as error:
+                    errors.append(weakref.ref(error))
+            assert [one() for one in errors] == [None] * len(calls)
+        finally:
+            gc.enable()
 
 
 class Foreign(Exception):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import pytest
@@ -77,6 +79,21 @@ def test_a_timeout_holds_while_the_broker_is_stopped(bus: Bus) -> None:
     assert channel.recv(timeout=DEADLINE) == "goes on"
     assert {name: outcome for name, (outcome, _) in outcomes.items()} == dict.fromkeys(CALLS, "TimedOut") | {"poll": False}
     assert max(seconds for _, seconds in outcomes.values()) < BRIEF + LATE, outcomes
+
+
+def test_a_clock_that_jumps_changes_nothing(fork: BaseContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the time of day goes an hour back and forth, here and in the broker: timeouts are on another clock."""
+    now, hours = time.time, itertools.cycle((0, -3600, 3600))
+    monkeypatch.setattr(time, "time", lambda: now() + next(hours))
+    with start_broadcaster(context=fork) as bus, bus.subscribe() as channel:
+        for number in range(50):
+            bus.publish(number, timeout=DEADLINE)
+            assert channel.recv(timeout=DEADLINE) == number
+            bus.flush(timeout=DEADLINE, delivered=True)
+        assert 0 <= bus.stats().uptime < DEADLINE
+        outcome, seconds = timed(channel.recv, BRIEF)
+        assert outcome == "TimedOut"
+        assert BRIEF <= seconds < BRIEF + LATE
 
 
 @pytest.mark.parametrize("moment", ["opening", "reconnecting"])
