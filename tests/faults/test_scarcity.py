@@ -25,7 +25,7 @@ from mpbroadcast.client.ring import Ring
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.pickling import Payload
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS
-from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, take
+from tests.support.helpers import DEADLINE, Children, answer, everything, finish, take
 from tests.support.large_workers import SIZES, Size, descriptors_left, number_of, receive_with_little_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are as Linux has them")
@@ -180,28 +180,6 @@ def test_so_many_descriptors_left_for_the_start(method: str, counts: Iterable[in
         outcomes.append(outcome)
     assert os.strerror(errno.EMFILE) in outcomes[0]
     assert not outcomes[-1]
-
-
-def test_a_program_with_few_descriptors() -> None:
-    """With few descriptors in any process, and so in the broker, messages of every size come in order, or are counted."""
-    count = 3 * len(SIZES)
-    with (
-        descriptors_left(32),
-        start_broadcaster(history=10) as bus,
-        bus.subscribe() as quick,
-        bus.subscribe(capacity=5000) as small,
-        bus.subscribe(overflow="latest") as state,
-    ):
-        readers = [Background(take, channel, count) for channel in (quick, small)]
-        for number, size in enumerate([*SIZES.values()] * 3):
-            bus.publish(size.message(number), timeout=DEADLINE)
-        for reader in readers:
-            assert [number_of(message) for message in reader.result()] == list(range(count))
-        seen = [number_of(state.recv(timeout=DEADLINE))]
-        while seen[-1] < count - 1:
-            seen.append(number_of(state.recv(timeout=DEADLINE)))
-        assert seen == sorted(set(seen))
-        assert state.missed == count - len(seen)
 
 
 @pytest.mark.parametrize(("name", "number"), [("missing", errno.ENOENT), ("file", errno.ENOTDIR)])

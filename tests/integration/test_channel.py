@@ -8,8 +8,8 @@ import itertools
 import random
 import selectors
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -185,31 +185,6 @@ def test_an_iterator_keeps_no_message_that_another_call_has_taken(bus: Bus) -> N
     taken = [weakref.ref(message) for message in channel.recv_many()]
     assert [one() for one in taken] == [None] * 7
     channel.close()
-
-
-def test_threads_share_a_channel(bus: Bus) -> None:
-    """Give each message to one of the threads, in the broker's order, and the end to all."""
-    channel = bus.subscribe()
-    calls: list[Callable[[], Iterable[int]]] = [
-        lambda: channel,
-        lambda: channel,
-        lambda: itertools.chain.from_iterable(iter(channel.recv_many, None)),
-        lambda: iter(channel.recv, None),
-    ]
-
-    def receive(call: Callable[[], Iterable[int]], to: list[int]) -> None:
-        with suppress(EOFError):
-            to.extend(call())
-
-    lists: list[list[int]] = [[] for _ in calls]
-    threads = [Background(receive, call, to) for call, to in zip(calls, lists, strict=True)]
-    bus.publish_many(range(20_000))
-    bus.flush(timeout=DEADLINE)
-    bus.unsubscribe(channel)
-    for thread in threads:
-        thread.result()
-    assert all(received == sorted(received) for received in lists)
-    assert sorted(itertools.chain(*lists)) == list(range(20_000))
 
 
 def test_tasks_share_a_channel(bus: Bus) -> None:

@@ -40,8 +40,7 @@ def is_delivered(bus: Bus) -> bool:
 
 
 def test_it_waits_for_all_channels_that_got_something(bus: Bus) -> None:
-    """Of several unopened channels it waits for each, and for no other one: not without a message, nor for what no channel
-    gets, nor for another handle's messages."""
+    """Of several unopened channels it waits for each with a message of its own handle, and for no other one."""
     first, second, other = bus.subscribe("a"), bus.subscribe("[ac]"), bus.subscribe("b")
     bus.flush(timeout=0, delivered=True)
     bus.publish("for none", topic="none")
@@ -75,8 +74,7 @@ def test_it_waits_for_a_message_on_each_route(transport: Size, bus: Bus) -> None
 
 
 def test_it_waits_for_a_reader_to_make_room(bus: Bus) -> None:
-    """What does not fit into an open channel's pipe is waited for, until enough is read; not until all is. Messages that come
-    behind it are not waited for."""
+    """What does not fit into an open channel's pipe is waited for, until enough is read; what comes behind it is not."""
     channel = bus.subscribe()
     channel.fileno()
     publish_more_than_a_pipe(bus)
@@ -124,8 +122,7 @@ def test_an_unsubscribed_channel_is_waited_for_until_it_is_opened_or_closed(bus:
 
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_it_returns_when_the_owner_is_killed(bus: Bus, children: Children, fork: BaseContext, is_stopped: bool) -> None:
-    """A reader that does not read, running or stopped, holds it up until it is killed. That it has opened the channel, which
-    was handed to it, counts before."""
+    """A process that has opened the channel, and does not read, running or stopped, holds it up until it is killed."""
     channel = bus.subscribe()
     bus.publish("message")
     assert not is_delivered(bus)

@@ -81,7 +81,7 @@ def test_threads_with_an_event_loop_each(bus: Broadcaster[Any]) -> None:
 
 
 MANY_THREADS = """
-import sys
+import contextlib, itertools, sys
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from mpbroadcast import start_broadcaster
@@ -92,17 +92,19 @@ def publish(publisher):
     for index in range(70):
         bus.publish((publisher, index, bytes([index]) * SIZES[index % 7]), topic=str(publisher % 2))
 
-def receive():
+def receive(thread):
+    batches = (zip(channel), iter(channel.recv_many, None), zip(iter(channel.recv, None)))[thread % 3]
     numbers = []
-    for publisher, index, data in channel:
-        assert data == bytes([index]) * SIZES[index % 7]
-        numbers.append((publisher, index))
+    with contextlib.suppress(EOFError):
+        for publisher, index, data in itertools.chain.from_iterable(batches):
+            assert data == bytes([index]) * SIZES[index % 7]
+            numbers.append((publisher, index))
     assert sorted(numbers, key=itemgetter(0)) == sorted(numbers)
     return numbers
 
-with ThreadPoolExecutor(16) as threads, start_broadcaster() as bus:
+with ThreadPoolExecutor(17) as threads, start_broadcaster() as bus:
     channel = bus.subscribe("0", "1")
-    receiving = [threads.submit(receive) for _ in range(8)]
+    receiving = [threads.submit(receive, number) for number in range(9)]
     assert len([*threads.map(publish, range(8))]) == 8
     bus.flush()
     bus.unsubscribe(channel)

@@ -250,8 +250,7 @@ def test_tasks_share_a_channel_over_a_gap(bus: Bus) -> None:
 
 
 def test_latest_after_each_of_many_pauses(bus: Bus) -> None:
-    """Pause after pause: the first is what was newest when the last was taken, the next is the newest, then nothing. Nothing is
-    raised; the descriptor is readable for each newest state, and quiet once that is read."""
+    """What was newest when the last was taken comes, then the newest, then nothing; the descriptor is readable until then."""
     channel = bus.subscribe(overflow="latest")
     bus.publish("first")
     assert channel.recv(timeout=DEADLINE) == "first"

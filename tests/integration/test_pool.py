@@ -176,8 +176,7 @@ def test_a_stream_is_written_into_the_same_memory(sizes: Sequence[int], most: in
 
 @pytest.mark.parametrize(("limit", "most"), [("", 4), ("MOST_KEPT", 2), ("LARGEST", 0)])
 def test_memory_that_is_in_use_is_not_written(limit: str, most: int, unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that keeps all messages of a stream keeps them as they were; the pool keeps four, two when they are large, and
-    none that are very large."""
+    """Messages that a reader keeps stay as they were; the pool keeps four, two that are large, and none that is very large."""
     monkeypatch.setattr(memory_pool, "PATIENCE", 0.0)
     if limit:
         monkeypatch.setattr(memory_pool, limit, SIZE - 1)

@@ -103,8 +103,7 @@ def test_a_reader_that_never_empties_its_backlog_gets_references(bus: Bus) -> No
 def test_publishers_go_on_at_once_when_the_slow_one_goes(
     end: str, bus: Bus, children: Children, publishers: Publishers, fork: BaseContext
 ) -> None:
-    """Publisher processes that wait go on when the subscriber dies, is unsubscribed, closes, or gives up the topic. Each is
-    listed at the channel that it waits for, and no longer than it waits."""
+    """When it dies, is unsubscribed, closes, or gives up the topic; each publisher is listed for as long as it waits."""
     channel = bus.subscribe("t", capacity=20_000)
     if "killed" in end:
         reader = ReaderProcess(channel, children, fork, hold)

@@ -30,8 +30,7 @@ from mpbroadcast.protocol.control import client_handshake, encode
 from mpbroadcast.protocol.fd_packets import ACCEPTED, MAPPED, MEMORY, READ, REFUSED, RING, WANTED, pack, unpack
 from mpbroadcast.protocol.frames import abort, frame_head, memory_frame, pieces, reference_frame
 from tests.support.frames_made import damaged
-from tests.support.helpers import DEADLINE, Background, Children, stopped, wait_until
-from tests.support.own_broker import subscribing
+from tests.support.helpers import DEADLINE, Background, Children, wait_until
 from tests.support.rude import RING_SIZE, Lent, Rude, any_file, shares_memory
 from tests.support.victims import descriptors, shared_counter
 
@@ -290,21 +289,6 @@ def lives_on(bus: Broadcaster[Any]) -> Iterator[Broadcaster[Any]]:
     pid = bus.stats().pid
     yield bus
     assert bus.stats().pid == pid
-
-
-def test_a_client_that_waits_and_goes(lives_on: Broadcaster[Any]) -> None:
-    """One that waits for subscribers, and goes the moment that they come, does not end the broker."""
-    with contextlib.ExitStack() as stack:
-        waits, other, subscriber = [stack.enter_context(contextlib.closing(Rude(lives_on.address))) for _ in range(3)]
-        mine, theirs = (client.ask({"do": "attach"})["session"] for client in (waits, subscriber))
-        waits.ask(subscribing(mine, 3, "one"))
-        waits.send(encode({"do": "wait", "count": 2}))
-        other.send(encode({"do": "wait", "count": 1, "topic": "two"}))
-        with stopped(lives_on.stats().pid):
-            subscriber.send(encode(subscribing(theirs, 4, "two")))
-            waits.close()
-        assert subscriber.reply() == {}
-        assert (other.reply() or {})["done"]
 
 
 @shares_memory

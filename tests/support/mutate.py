@@ -61,7 +61,6 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "Router.targets: len(self._found) >= _CACHED_TOPICS -> len(self._found) > _CACHED_TOPICS",
         "Router.targets: self._found[topic] = found -> pass",
         "encoded_topic: ",
-        "History.last: fits == len(batch.sizes) -> ",
         "Run.divided: self.count <= MOST_AT_ONCE",
         "decode: body.count(b'[') + body.count(b'{') > _DEEPEST -> ",
         "Splitter.split: self.rest -> True",
