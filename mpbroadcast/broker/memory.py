@@ -80,11 +80,12 @@ class Ring:
 
         :raises FrameError: they are not in the ring, or lie over earlier ones.
         """
-        spans = list(references.positions())
+        spans, size, came = list(references.positions()), self.size, 0
         for offset, length in spans:
-            if not 0 < length <= self.size - offset:
-                raise FrameError(f"a reference to {length} bytes at {offset} of a ring of {self.size}")
-            self.position += length
+            if not 0 < length <= size - offset:
+                raise FrameError(f"a reference to {length} bytes at {offset} of a ring of {size}")
+            came += length
+        self.position += came
         try:
             chunks, freed = self._holds.arrived(spans)
         except Overlap as error:

@@ -155,7 +155,7 @@ class References(NamedTuple):
 
     def positions(self) -> Iterator[tuple[int, int]]:
         """Return offset and length of each message in the ring."""
-        return ((offset, length) for _, offset, length in references_in(self.frames, self.skip))
+        return iter_unpack(f"<{self.skip + _RING.size}xII", self.frames)
 
     def copied(self, ring: memoryview) -> Batch:
         """Return the messages, copied out of the ring."""
@@ -336,20 +336,19 @@ def _references(chunk: bytes, start: int, end: int) -> References:
     skip, topic, exclude = _route(chunk[start : start + size], size, REFERENCE)
     if size != skip + _REFERENCE.size:
         raise FrameError(f"a REFERENCE frame of {size} bytes instead of {skip + _REFERENCE.size}")
-    same = chunk[start : start + skip + 4]  # with the ring's id
-    position = start
-    last = min(end, start + _MOST_REFERENCES) - size
+    most = (min(end - start, _MOST_REFERENCES)) // size
     sizes = array("I")
     room = _MOST_REFERRED
-    while room > 0 and position <= last and chunk.startswith(same, position):
-        length = _REFERENCE.unpack_from(chunk, position + skip)[2]
+    same = chunk[start : start + skip + _RING.size]
+    for head, _, length in iter_unpack(f"<{len(same)}sII", chunk[start : start + most * size]):
+        if head != same or room <= 0:
+            break
         if skip + length > MAX_FRAME:
             raise FrameError(f"a reference to {length} bytes, more than a message may have")
         sizes.append(skip + length)
         room -= length
-        position += size
-    frames = chunk[start:position]
-    (ring,) = _RING.unpack_from(chunk, start + skip)
+    frames = chunk[start : start + len(sizes) * size]
+    (ring,) = _RING.unpack_from(same, skip)
     return References(frames, sizes, topic, exclude, skip, bool(tag & IMAGE), ring)
 
 

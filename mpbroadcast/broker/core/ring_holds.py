@@ -109,7 +109,10 @@ class Unread(Generic[H]):
 
     def oldest(self, ring: object) -> int | None:
         """Return the position of the first that is unread in this ring."""
-        return next((hold.position for hold in self.holds() if hold.ring is ring), None)
+        for _, hold, _ in self._entries:
+            if hold is not None and hold.ring is ring:
+                return hold.position
+        return None
 
     def read(self, count: int) -> None:
         """Forget the holds of the first ``count`` references that were ever written, as they have been read."""
