@@ -216,16 +216,6 @@ def memory(size: int, seals: int, claimed: int) -> Attack:
     return attack
 
 
-def frame(data: bytes) -> Attack:
-    """Return an attack with a frame that refers to memory that is not there."""
-
-    def attack(hostile: Lent) -> None:
-        hostile.ring(1)
-        hostile.write(data)
-
-    return attack
-
-
 def a_flood_of_memory(hostile: Lent) -> None:
     hostile.ring(1)
     hostile.write(reference_frame(1, 0, 100, b""))
@@ -234,14 +224,6 @@ def a_flood_of_memory(hostile: Lent) -> None:
 
 
 ATTACKS: dict[str, list[Attack]] = {
-    "references": [
-        frame(reference_frame(1, (1 << 20) - 10, 100, b"")),
-        frame(reference_frame(1, 0xFFFF_FFFF, 0xFFFF_0000, b"")),
-        frame(reference_frame(1, 0, 0, b"")),
-        frame(reference_frame(77, 0, 100, b"")),
-        frame(memory_frame(5, 5000, b"")),
-        frame(memory_frame(5, 1 << 60, b"")),
-    ],
     "unsealed": [memory(5000, seals, 5000) for seals in (0, WRITE, SHRINK, SHRINK | GROW)],
     "another size": [
         memory(size, SEALED, claimed)

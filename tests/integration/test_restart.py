@@ -22,11 +22,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpbroadcast
-from mpbroadcast import Broadcaster, BrokerLost, BrokerRestarted, Channel, Selector, connect, start_broadcaster, trap_points
+from mpbroadcast import Broadcaster, BrokerLost, BrokerRestarted, Channel, connect, start_broadcaster, trap_points
 from mpbroadcast.broker.host.journal import Journal, replayed
 from mpbroadcast.broker.host.supervisor import pause_after
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, answer, fill, finish, stopped, take, wait_until
+from tests.support.helpers import (
+    DEADLINE,
+    Background,
+    Children,
+    answer,
+    calls_that_receive,
+    fill,
+    finish,
+    stopped,
+    take,
+    wait_until,
+)
 from tests.support.large_workers import Size, limited, number_of
 
 Bus = Broadcaster[Any]
@@ -116,13 +127,8 @@ def test_subscriptions_keep_their_topics_policy_and_number(kept: Bus) -> None:
 
 def test_each_call_that_receives_meets_the_gap_once_and_goes_on(kept: Bus) -> None:
     channel = kept.subscribe()
-    selector = Selector[Any]().select(channel)
-    calls: list[Callable[[], Any]] = [
-        lambda: channel.recv_many(timeout=DEADLINE),
-        lambda: [next(channel)],
-        lambda: [selector.receive(timeout=DEADLINE)],
-    ]
-    for call in calls:
+    calls = calls_that_receive(channel)
+    for call in (calls[name] for name in ("recv_many", "next", "selector")):
         kill_broker(kept)
         assert channel.poll(timeout=DEADLINE)
         with pytest.raises(BrokerRestarted):

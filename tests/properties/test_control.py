@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
-import os
 import sys
 from collections.abc import Callable
 from multiprocessing import AuthenticationError, Pipe
@@ -263,19 +262,14 @@ def test_a_challenge_of_another_length_or_kind_is_not_answered(question: bytes, 
 
 
 def talk(handshake: Handshake, connection: Connection) -> str:
-    """Go through a handshake on a connection that is read in small parts; how it ended."""
-    inbox = Inbox(MAX_HANDSHAKE)
+    """Go through a handshake on a connection; how it ended."""
     end, answers = "waits", bodies(next(handshake))
     while True:
         for answer in answers:
-            os.write(connection.fileno(), framed(answer))
+            connection.send_bytes(answer)
         if end != "waits":
             return end
-        while (body := inbox.next()) is None:
-            more = os.read(connection.fileno(), 7)
-            assert more, "the other side has hung up"
-            inbox.feed(more)
-        end, answers = step(handshake, body)
+        end, answers = step(handshake, connection.recv_bytes())
 
 
 def standard(connection: Connection, key: bytes, functions: list[Callable[[Connection, bytes], None]]) -> str:

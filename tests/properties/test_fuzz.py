@@ -158,7 +158,7 @@ def beside_publishers(address: str, choose: Random) -> None:
                 case 3:
                     lent.memory(number, choose.choice([0, 1, 3000, 70_000]))
                 case 4:
-                    # No ring again that another one followed: see test_references_into_a_ring_that_was_left.
+                    # No ring again that another one followed: see test_references_that_are_refused.
                     offset, length = choose.randrange(RING_SIZE), choose.choice([0, 1, 3000, 70_000])
                     lent.write(reference_frame(1, offset, length, b"fuzz", 0, choose.random() < 0.2))
                 case _:
@@ -292,8 +292,12 @@ def lives_on(bus: Broadcaster[Any]) -> Iterator[Broadcaster[Any]]:
 
 
 @shares_memory
-def test_references_into_a_ring_that_was_left(lives_on: Broadcaster[Any]) -> None:
-    """A publisher that goes back to a ring is refused; its rings are forgotten, so that others can have some."""
+@pytest.mark.parametrize(("ring", "offset"), [(1, 200), (2, (1 << 24) - 50), (2, 150), (3, 0)])
+def test_references_that_are_refused(ring: int, offset: int, lives_on: Broadcaster[Any]) -> None:
+    """To a ring that was left, beyond the end of one, to bytes of another message, to no ring: their publisher is closed.
+
+    Its rings are forgotten, so that others can have some.
+    """
     for _ in range(5):
         with contextlib.closing(BrokerClient(lives_on.address)) as link:
             lent = Lent(link, fd_socket=True)
@@ -304,9 +308,10 @@ def test_references_into_a_ring_that_was_left(lives_on: Broadcaster[Any]) -> Non
                 lent.send_packet(pack(RING, number, 1 << 18), descriptor.fd)
                 assert lent.fd_socket.wait(Deadline(DEADLINE))
                 assert lent.fd_socket.recv(64) == pack(ACCEPTED, number)
-            lent.write(b"".join(reference_frame(ring, 100 * index, 100, b"fuzz") for index, ring in enumerate((1, 2, 1))))
+            positions = [(1, 0), (2, 100), (ring, offset)]
+            lent.write(b"".join(reference_frame(number, start, 100, b"fuzz") for number, start in positions))
+            wait_until(lambda: lives_on.stats().publishers == 0)
             lent.close()
-        wait_until(lambda: lives_on.stats().publishers == 0)
 
 
 def test_a_publisher_is_ended_by_its_own_process_only(

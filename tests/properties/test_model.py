@@ -80,13 +80,6 @@ def forked(function: Callable[[], int]) -> int:
     return pid
 
 
-def pause_until_killed() -> int:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(60)
-    while True:
-        signal.pause()
-
-
 def result_of(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     """What this returns, or the error of the library that it raises."""
     try:
@@ -190,10 +183,6 @@ class Hands:
     def do_take(self, key: int, channel: bytes, with_topic: bool) -> None:
         self.channels[key] = pickle.loads(channel)
         self.with_topic[key] = with_topic
-
-    def do_fork(self) -> int:
-        """Fork a process that has inherited everything and does nothing: its PID."""
-        return forked(pause_until_killed)
 
     def do_fork_and_publish(self, handle: int, new: int, items: list[Item]) -> int:
         """Publish from a forked process, through the handle that it inherits, up to its end: how many were."""
@@ -331,7 +320,6 @@ class Driver:
         self.handles = {0: Handle(0, DRIVER)}
         self.subs: dict[int, Sub] = {}
         self.actors: dict[int, tuple[BaseProcess, Connection]] = {}
-        self.bystanders: list[int] = []
         self.routed: dict[int, int] = {}  # of each handle, the last number that the broker has for certain
         self.clock: dict[int, int] = {}
         self.order: dict[tuple[int, int], int] = {}
@@ -358,8 +346,6 @@ class Driver:
             self.clean_up()
 
     def clean_up(self) -> None:
-        while self.bystanders:
-            self.kill_bystander()
         for process, orders in self.actors.values():
             orders.close()
             process.kill()
@@ -795,7 +781,7 @@ class Driver:
             time.sleep(self.random.uniform(0.0, 0.002))  # which moment it is, is left to chance
         if how != "end":
             process.kill()
-        wait_until(lambda: process.exitcode is not None)  # join() would wait for its bystanders, too
+        process.join()
         orders.close()
         del self.actors[actor]
         for handle in handles:
@@ -808,21 +794,6 @@ class Driver:
             sub.holders.discard(actor)
             if sub.subscriber == actor and sub.opener is not None:
                 sub.subscriber = sub.opener
-
-    def bystander(self) -> None:
-        """A process forks another that has inherited everything; an older one is killed."""
-        if len(self.bystanders) >= 2:
-            self.kill_bystander()
-            return
-        actor = self.any_actor()
-        self.forked(actor)
-        self.bystanders.append(self.do(actor, "fork"))
-
-    def kill_bystander(self) -> None:
-        pid = self.bystanders.pop(0)
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
 
     def attach(self) -> None:
         """One more handle in a process, or one fewer: what it has published comes nevertheless."""
@@ -909,7 +880,7 @@ class Driver:
 
 
 WEIGHTS: Final = {"publish": 45, "receive": 22, "flush": 5, "settle": 2, "subscribe": 6, "topics": 4, "unsubscribe": 2,
-                  "open": 5, "hand_on": 3, "close": 1, "begin_actor": 1, "kill": 0.6, "bystander": 0.7,
+                  "open": 5, "hand_on": 3, "close": 1, "begin_actor": 1, "kill": 0.6,
                   "fork_and_publish": 0.7, "attach": 1, "stats": 3}  # fmt: skip
 
 

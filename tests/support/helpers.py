@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from mpbroadcast import Broadcaster, BroadcastError, Channel, Lagged, Overflowed, SubscriberStats
+from mpbroadcast import Broadcaster, BroadcastError, Channel, Lagged, Overflowed, SubscriberStats, channel_to_selector
 from mpbroadcast.protocol.control import client_handshake
 
 DEADLINE = 20.0
@@ -60,6 +60,23 @@ def stopped(pid: int) -> Iterator[None]:
 
 def take(channel: Channel[Any], count: int) -> list[Any]:
     return [channel.recv(timeout=DEADLINE) for _ in range(count)]
+
+
+def calls_that_receive(channel: Channel[Any]) -> dict[str, Callable[[], list[Any]]]:
+    """Return each call that receives, as one that returns a list of messages."""
+    selector = channel_to_selector(channel)
+
+    async def first() -> Any:
+        return await anext(channel)
+
+    return {
+        "recv": lambda: [channel.recv(DEADLINE)],
+        "recv_many": lambda: channel.recv_many(2, DEADLINE),
+        "next": lambda: [next(channel)],
+        "for": lambda: [next(iter(channel))],
+        "async for": lambda: [asyncio.run(first())],
+        "selector": lambda: [selector.receive(DEADLINE)],
+    }
 
 
 def receive_all(channel: Channel[Any], timeout: float = DEADLINE) -> tuple[list[Any], BaseException]:

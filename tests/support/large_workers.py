@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import os
@@ -15,7 +14,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from mpbroadcast import Broadcaster, Channel, Selector
+from mpbroadcast import Broadcaster, Channel
 from tests.support.helpers import DEADLINE, Children, answer, finish, pattern, receive_all, rest, wait_until
 from tests.support.victims import stopped
 
@@ -64,28 +63,6 @@ def numbers_until_end(channel: Channel[Any]) -> tuple[list[int], str]:
     """Return the numbers of all messages that come, each of which must be whole, and the name of the error that ends them."""
     messages, error = receive_all(channel)
     return numbers(messages), type(error).__name__
-
-
-def receive_by(call: str, channel: Channel[Any], receive: Callable[[Any], object]) -> None:
-    """Receive up to the clean end, or an error, by one of the calls that receive; ``receive`` is given each message."""
-
-    async def iterate() -> None:
-        async for message in channel:
-            receive(message)
-
-    if call == "for":
-        for message in channel:
-            receive(message)
-    elif call == "async for":
-        asyncio.run(asyncio.wait_for(iterate(), DEADLINE))
-    else:
-        selector = Selector[Any]().select(channel, receive)
-        with contextlib.suppress(EOFError):
-            while call == "selector":
-                selector.receive(timeout=DEADLINE)
-            while True:
-                for message in channel.recv_many(limit=2, timeout=DEADLINE):
-                    receive(message)
 
 
 def open_and_receive(channel: Channel[Any], reports: Connection, receive: Callable[..., Any], *arguments: Any) -> None:
