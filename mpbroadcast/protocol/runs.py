@@ -35,6 +35,7 @@ from mpbroadcast.protocol.frames import OVERHEAD, REFERENCE_SIZE, Batch, MemfdMe
 RUN: Final = Struct("<QIBBH")
 _NOTE: Final = Struct("<QIBBHQ")
 TAIL: Final = b"\n"
+_AROUND: Final = RUN.size + len(TAIL)
 # Messages that a channel unpickles at once. More is no faster: they exceed a processor's cache, and Python's garbage collector
 # begins to visit all of them, and so, in a forked process, to copy all of their memory. A reader shows its progress, too, by
 # what it unpickles next: with more, ``close`` would not wait for one that takes long for a message.
@@ -168,7 +169,12 @@ class _View(Run):
 
 def run_of(batch: Batch, account: Account | None = None) -> Run:
     """Return the run of a batch."""
-    return _pack(batch.frames, batch.sizes, batch.skip, batch.image, account)
+    frames, sizes, _, _, skip, image, _ = batch
+    if len(sizes) > 1:
+        return _pack(frames, sizes, skip, image, account)
+    size = len(frames)  # a single message needs no table: most runs, where topics change with each message
+    data = RUN.pack(_AROUND + size, 1, MESSAGES, image, skip) + frames + TAIL
+    return Run(data, 1, size + OVERHEAD, sizes=sizes, account=account)
 
 
 def _pack(frames: bytes, sizes: array[int], skip: int, image: bool, account: Account | None) -> Run:
