@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
 from typing import Final
 
-from mpbroadcast.broker.core.limits import MOST_STEPS, OverBudget
+from mpbroadcast.broker.core.limits import OverBudget
 from mpbroadcast.broker.core.patterns import Patterns, is_pattern
 from mpbroadcast.protocol.frames import Batch, MemfdMessage
 
@@ -19,6 +19,7 @@ MOST_BYTES: Final = 64 << 20  # of charge, in all
 _PATTERNS: Final = 1024  # to be made ready
 _TOPICS: Final = 256  # to be tried
 _STEPS: Final = 1 << 22
+_MOST_STEPS: Final = 8 * _STEPS  # in all
 
 
 class _Topic:
@@ -106,7 +107,7 @@ class History:
                     found.add(name)
                 if steps > end:
                     break
-            if steps > MOST_STEPS:
+            if steps > _MOST_STEPS:
                 raise OverBudget("replay of so many patterns takes too long: name topics, or begin patterns differently")
         found.update(map(str.encode, topics))  # looked up; only patterns are tried
         return found & self._topics.keys()

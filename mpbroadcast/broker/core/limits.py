@@ -14,7 +14,7 @@ from mpbroadcast.broker.core.patterns import steps_of_all
 
 MOST_CONNECTIONS: Final = 1024  # of a process: one for each session, and one for each request at the same moment
 MOST_ASKED: Final = 128 << 20  # bytes of a process's requests that are not whole
-MOST_STEPS: Final = 1 << 25  # some 0.1 s, of a session's patterns against one topic, or of a replay's against the history
+MOST_STEPS: Final = 1 << 24  # some 40 ms, of a session's patterns against one topic
 _PER_SUBSCRIPTION: Final = 4096  # bytes, about
 _PER_TOPIC: Final = 512
 _UNCOUNTED: Final = 1 << 18  # bytes, of all sessions: what an ordinary program subscribes to does not show in the statistics
@@ -45,7 +45,7 @@ def cost_of(topics: Collection[str], subscriptions: int) -> Cost:
 
 
 SESSION: Final = Cost(1 << 14, 1 << 15, 24 << 20, MOST_STEPS)
-TOGETHER: Final = Cost(1 << 17, 1 << 18, 1 << 26, 8 * MOST_STEPS)
+TOGETHER: Final = Cost(1 << 17, 1 << 18, 1 << 26, 4 * MOST_STEPS)
 _NAMES: Final = ("subscriptions", "topics and patterns", "bytes of topics", "steps of matching its patterns")
 
 
