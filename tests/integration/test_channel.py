@@ -254,16 +254,6 @@ def test_topics_are_added_and_removed_on_the_same_channel(bus: Bus) -> None:
     assert everything(bus, channel) == ["a", "cc", 1, 5]
 
 
-def test_added_topic_starts_behind_what_its_handle_has_published(bus: Bus) -> None:
-    channel = bus.subscribe("a")
-    for number in range(30):
-        topic = f"topic {number}"
-        bus.publish_many(["before"] * 20, topic=topic)
-        channel.subscribe(topic)
-        bus.publish(number, topic=topic)
-        assert channel.recv(timeout=DEADLINE) == number
-
-
 def test_unsubscribe_gives_the_rest_and_then_the_end(bus: Bus) -> None:
     """Give what was routed before, also when it is large and the channel not open yet; then ``EOFError``, again and again."""
     opened, unopened = bus.subscribe(), bus.subscribe()

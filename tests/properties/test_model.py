@@ -68,18 +68,6 @@ def message(handle: int, item: Item) -> tuple[int, int, str, Any]:
     return handle, number, topic, kinds[number % (3 if size > 1000 else 2)](body(handle, 0, number, size))
 
 
-def forked(function: Callable[[], int]) -> int:
-    """Fork a process that ends with the status which this returns."""
-    pid = os.fork()
-    if not pid:
-        status = 255
-        try:
-            status = function()
-        finally:
-            os._exit(status)
-    return pid
-
-
 def result_of(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     """What this returns, or the error of the library that it raises."""
     try:
@@ -186,7 +174,13 @@ class Hands:
 
     def do_fork_and_publish(self, handle: int, new: int, items: list[Item]) -> int:
         """Publish from a forked process, through the handle that it inherits, up to its end: how many were."""
-        pid = forked(lambda: self.do_publish(handle, items, False, None, 0.05, new))
+        pid = os.fork()
+        if not pid:
+            published = 255
+            try:
+                published = self.do_publish(handle, items, False, None, 0.05, new)
+            finally:
+                os._exit(published)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def do_connect(self, handle: int, address: str) -> None:

@@ -328,22 +328,20 @@ def test_a_full_pipe_costs_no_room() -> None:
     memory = mmap.mmap(-1, ring_allocator.CHUNK * ring_allocator.CHUNKS)
     ring = Ring(1, memory)
     reader, writer = os.pipe()
-    try:
-        os.set_blocking(writer, False)
-        ring.allocator.take(100)
-        assert ring.put((b"fi", b"ts"), 4, b"", writer, False)
-        start = ring.allocator.next
-        assert (start, memory[128:132]) == (192, b"fits")
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(writer, bytes(PIPE_BUF))
-        assert ring.put((b"full",), 4, b"", writer, False) is False
-        assert ring.allocator.next == start
-        left = ring.allocator.end - start
-        os.read(reader, 4 * PIPE_BUF)
-        assert ring.put((bytes(left + 1),), left + 1, b"", writer, False) is None
-        assert ring.allocator.next == start
-    finally:
-        ring.close()
-        os.close(reader)
-        os.close(writer)
+    os.set_blocking(writer, False)
+    ring.allocator.take(100)
+    assert ring.put((b"fi", b"ts"), 4, b"", writer, False)
+    start = ring.allocator.next
+    assert (start, memory[128:132]) == (192, b"fits")
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(PIPE_BUF))
+    assert ring.put((b"full",), 4, b"", writer, False) is False
+    assert ring.allocator.next == start
+    left = ring.allocator.end - start
+    os.read(reader, 4 * PIPE_BUF)
+    assert ring.put((bytes(left + 1),), left + 1, b"", writer, False) is None
+    assert ring.allocator.next == start
+    ring.close()
+    os.close(reader)
+    os.close(writer)

@@ -60,19 +60,14 @@ def describe(error: BaseException) -> tuple[str, Any]:
     return type(error).__name__, getattr(error, "pid", None)
 
 
-def receive_until_end(channel: Channel[Any], results: Connection) -> None:
-    """Send home all messages up to the clean end, or what came instead of it."""
-    try:
-        results.send(rest(channel))
-    except BaseException as error:
-        results.send(describe(error))
-
-
 def receive_on_order(channel: Channel[Any], orders: Connection) -> None:
     """Report that the process runs, leave the channel alone until an order comes, then receive up to the end."""
     orders.send("started")
     answer(orders)
-    receive_until_end(channel, orders)
+    try:
+        orders.send(rest(channel))
+    except BaseException as error:
+        orders.send(describe(error))
 
 
 def receive_over_a_gap(channel: Channel[Any], bus: Broadcaster[Any], orders: Connection) -> None:
