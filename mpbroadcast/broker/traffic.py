@@ -92,7 +92,10 @@ class Traffic:
                 continue
             before = routing.routed
             self._route(publisher)
-            busy = routing.routed - before > _BUSY or came > MUCH
+            count = routing.routed - before
+            # One message in shared memory is no stream, however long it is: behind it, a nap would be one more wake-up.
+            is_lone = count == 1 and publisher.lender is not None
+            busy = not is_lone and (count > _BUSY or came > MUCH)
             if busy and publisher.state is PublisherState.READING:
                 intake.nap(publisher)
             elif not busy and publisher.state is PublisherState.NAPPING:

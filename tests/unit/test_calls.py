@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -13,9 +14,13 @@ from typing import NamedTuple
 import pytest
 
 from mpbroadcast.broker.core.history import History
+from mpbroadcast.broker.core.states import PublisherState
 from mpbroadcast.broker.members import Subscription
 from mpbroadcast.broker.server import Broker
-from mpbroadcast.protocol.frames import Batch, frame_head
+from mpbroadcast.posix.fd_socket import DescriptorSocket
+from mpbroadcast.posix.shared_memory import available, message_memory
+from mpbroadcast.protocol.fd_packets import MEMORY, pack
+from mpbroadcast.protocol.frames import Batch, frame_head, memory_frame
 from mpbroadcast.protocol.runs import run_of
 from tests.support.own_broker import asking, own_broker, subscribed
 
@@ -23,6 +28,7 @@ __all__ = ["own_broker"]
 
 MOST = 30
 MOST_ALONE = 15
+SIZE = 100_000  # bytes of a long message
 
 
 class Pipes(NamedTuple):
@@ -142,3 +148,20 @@ def test_a_subscription_that_ends_itself_while_its_own_message_is_routed(pipes: 
     assert not pipes.subscription.is_live
     assert pipes.broker.router.targets(b"topic") == ()
     assert b"behind" not in os.read(pipes.read_end, 1 << 16)
+
+
+@pytest.mark.skipif(not available(), reason="there is no memory to share here")
+def test_a_long_message_that_comes_alone_begins_no_nap(pipes: Pipes) -> None:
+    """Two at once are a stream, whose pipe is read after naps."""
+    traffic = pipes.broker.traffic
+    publisher = [*traffic.publishers.values()][-1]
+    traffic.drop(pipes.subscription)  # what its backlog takes does not matter here
+    with contextlib.closing(DescriptorSocket(traffic.memory.add(publisher))) as fd_socket:
+        for ids, state in (((1,), PublisherState.READING), ((2, 3), PublisherState.NAPPING)):
+            for id in ids:
+                memory = message_memory([bytes(SIZE)])
+                fd_socket.send_packet(pack(MEMORY, 0, id), memory.fd)
+                memory.close()
+            os.write(pipes.write_end, b"".join(memory_frame(id, SIZE, b"topic") for id in ids))
+            pipes.broker.round()
+            assert publisher.state is state
