@@ -26,7 +26,7 @@ from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.pickling import Payload
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS
 from tests.support.helpers import DEADLINE, Children, answer, everything, finish, take
-from tests.support.large_workers import SIZES, Size, descriptors_left, number_of, receive_with_little_memory
+from tests.support.large_workers import SIZES, Size, descriptors_left, exchange, number_of, receive_with_little_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are as Linux has them")
 
@@ -50,9 +50,7 @@ def no_descriptor(outcome: str) -> bool:
 def check_all_works(address: str) -> None:
     """A new client of the broker can publish and subscribe, with messages of all routes."""
     with connect(address) as other, other.subscribe("works") as channel:
-        for number, size in enumerate(SIZES.values()):
-            other.publish(size.message(number), topic="works")
-            assert number_of(channel.recv(timeout=DEADLINE)) == number
+        exchange(other, channel, SIZES.values(), "works")
 
 
 def in_child(call: Callable[..., Any], *args: Any) -> Any:
@@ -237,8 +235,5 @@ def test_a_system_without_memory_for_a_ring(monkeypatch: pytest.MonkeyPatch, bus
     monkeypatch.setattr(ring, "populate", populate)
     with bus.subscribe() as channel:
         channel.fileno()
-        for number, size in enumerate([3000, 20_000, 400_000] * 3):
-            bus.publish(Size(size).message(number), timeout=DEADLINE)
-            bus.flush(timeout=DEADLINE)
-            assert number_of(channel.recv(timeout=DEADLINE)) == number
+        exchange(bus, channel, map(Size, [3000, 20_000, 400_000] * 3))
     assert asked

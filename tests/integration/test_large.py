@@ -11,7 +11,7 @@ import pickle
 import random
 import resource
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,17 @@ from mpbroadcast.posix.shared_memory import MemoryRefused, available, check_mess
 from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from mpbroadcast.protocol.frames import memory_frame, reference_frame
 from tests.support.helpers import DEADLINE, Background, Children, only_subscriber, rest, take, wait_until
-from tests.support.large_workers import ReaderProcess, Size, descriptors_left, keep_all, limited, maps, number_of, numbers
+from tests.support.large_workers import (
+    ReaderProcess,
+    Size,
+    descriptors_left,
+    exchange,
+    keep_all,
+    limited,
+    maps,
+    number_of,
+    numbers,
+)
 from tests.support.rude import Lent, any_file
 from tests.support.victims import descriptors, memories, shared_maps
 
@@ -51,13 +61,6 @@ def in_a_map(address: int) -> bool:
         if start <= address < end:
             return "memfd:mpbroadcast" in line
     return False
-
-
-def exchange(bus: Bus, channel: Channel[Any], sizes: Iterable[Size], topic: str = "") -> None:
-    """Publish a message of each size, and receive it from the channel."""
-    for number, size in enumerate(sizes):
-        bus.publish(size.message(number), topic=topic)
-        assert number_of(channel.recv(timeout=DEADLINE)) == number
 
 
 def quiet(bus: Bus) -> tuple[int, int]:

@@ -65,6 +65,13 @@ def numbers_until_end(channel: Channel[Any]) -> tuple[list[int], str]:
     return numbers(messages), type(error).__name__
 
 
+def exchange(bus: Broadcaster[Any], channel: Channel[Any], sizes: Iterable[Size], topic: str = "") -> None:
+    """Publish a message of each size, and receive it from the channel."""
+    for number, size in enumerate(sizes):
+        bus.publish(size.message(number), topic=topic)
+        assert number_of(channel.recv(timeout=DEADLINE)) == number
+
+
 def open_and_receive(channel: Channel[Any], reports: Connection, receive: Callable[..., Any], *arguments: Any) -> None:
     """Open the channel, report that, and send home what ``receive`` returns, or what it raises instead."""
     channel.fileno()
