@@ -102,7 +102,8 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
     """
     path = check_address(address)
     if not os.path.isdir(os.path.dirname(path)):
-        raise AddressError(f"there is no folder {os.path.dirname(path)!r}: pass the broadcaster's `address`")
+        folder = os.path.dirname(path)
+        raise AddressError(f"there is no folder {folder!r}: the broker has ended, or this is not a broadcaster's `address`")
     client = BrokerClient(path, authkey=check_authkey(authkey))
     client.session()
     return Broadcaster(BrokerClient.shared(path, client.broker, client.restarts))
