@@ -31,6 +31,7 @@ log = logging.getLogger("mpbroadcast.broker")
 TURN: Final = 1 << 12  # puts into backlogs in a round: some 20 ms
 _TRIES: Final = 1 << 3  # of single patterns, in the time of a put
 _STEPS: Final = 1 << 10  # of trying patterns, in the time of a put
+_TRIED: Final = 16  # messages that are packed next, for each that a backlog had room for
 _REPLAYED: Final = 1 << 10  # batches of a replay in a round: some milliseconds
 _BYTES: Final = 1 << 12  # to copy, in the time of one of them
 
@@ -128,6 +129,10 @@ class Routing:
                     fits, full = least, subscription
         if run is not None and fits < count:
             item, rest = item.cut(fits) if fits else (item, item)
+            next_count = _TRIED * (fits + 1)
+            if count - fits > next_count:  # it is packed before it is known what fits: not all of it each time
+                rest, later = rest.cut(next_count)
+                publisher.parked.appendleft(later)
             publisher.parked.appendleft(rest)
             if not fits:
                 return full

@@ -54,7 +54,7 @@ class Stalls:
             seconds,
             full.id,
             f"the same process, {full.pid}{must}" if same else f"process {full.pid}",
-            listed(full.last_topics or self._router.topics(full)),
+            listed(self._router.topics(full)),
             full.backlog.waiting_charge,
             "" if full.is_open else "; it was never opened: receive from it in some process, or unsubscribe it",
         )

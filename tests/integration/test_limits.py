@@ -19,7 +19,7 @@ import pytest
 from mpbroadcast import Broadcaster
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.history import MOST_TOPICS, History
-from mpbroadcast.broker.core.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION
+from mpbroadcast.broker.core.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION, Cost
 from mpbroadcast.broker.members import Publisher, Session, Subscription
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
@@ -429,6 +429,24 @@ def test_many_publishers_of_very_short_messages(gone: bool, attacker: Attacker) 
     while registry.to_finish or not all(publisher.all_routed for publisher in traffic.publishers.values()):
         attacker.round(200_000)
     assert subscription.backlog.published == len(written) * 200
+
+
+def test_a_long_batch_for_a_backlog_of_one_message(attacker: Attacker) -> None:
+    """Each time that there is room for a message, some of them are packed, not all; and none is lost."""
+    registry, routing = attacker.broker.registry, attacker.broker.traffic.routing
+    routing.history = None
+    subscription = registry.add_subscription(5000, attacker.session, 1, "block", Cost())
+    registry.route(subscription, ["a"])
+    backlog, publisher = subscription.backlog, attacker.publisher()[0]
+    publisher.parked.append(Batch(frame_head(0, b"a") * 2000, array("I", [9] * 2000), b"a", 0, 9))
+    with at_most(150_000):
+        for number in range(2000):
+            routing.begin_turn()
+            assert routing.route(publisher) == (number == 1999)
+            assert (backlog.waiting, backlog.published) == (1, number + 1)
+            backlog.wrote(len(backlog.to_write()))
+            backlog.pipe = 0
+            routing.unblock(subscription)
 
 
 @pytest.mark.parametrize("publisher_is", ["busy", "gone", "retired"])
