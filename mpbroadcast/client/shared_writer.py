@@ -68,14 +68,14 @@ class SharedWriter(PipeWriter):
 
     def send_quickly(self, parts: Sequence[Any], size: int, topic: bytes, image: bool) -> bool:
         """Publish a message if the ring and the pipe have room. Return True if they had. Raise as :meth:`Ring.put`."""
-        ring, inside = self._ring, self._inside
-        if ring is None or inside:
+        inside = self._inside
+        if self._ring is None or inside:
             return False
         me = threading.get_ident()
         try:
             inside.add(me)
-            with self._lock:
-                sent = ring.put(parts, size, topic, self.pipe.fd, image)
+            with self._lock:  # under which another thread may have gone over to another ring since
+                sent = self._ring.put(parts, size, topic, self.pipe.fd, image)
                 if sent is None and size <= LONGEST and self._fd_socket is not None:
                     done: list[int] = []
                     self._put(self._fd_socket, Payload(parts, size, image), (topic, 0), done)

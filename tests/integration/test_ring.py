@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import count, islice
 from multiprocessing.context import BaseContext
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mpbroadcast import Broadcaster, Channel, connect
+from mpbroadcast.client import shared_writer
 from mpbroadcast.client.shared_writer import SHARED_FROM
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.frames import PIPE_BUF
@@ -138,6 +142,38 @@ def test_every_size_comes_in_order(bus: Bus) -> None:
     for buffer in buffers:
         bus.publish(pickle.PickleBuffer(bytearray(buffer)))
     assert [bytes(buffer) for buffer in take(channel, len(buffers))] == buffers
+
+
+def test_a_thread_does_not_write_into_the_ring_that_another_thread_has_replaced(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker would end the pipe of a publisher that goes back to the ring before."""
+    channels = [bus.subscribe() for _ in range(3)]
+    prime(bus, os.getpid(), channels=channels, maps=4)
+    begun, replaced, fresh, large = threading.Event(), threading.Event(), count(1), Size(100_000)
+
+    def get_ident() -> int:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert replaced.wait(DEADLINE)
+        return threading.get_ident()
+
+    monkeypatch.setattr(shared_writer, "threading", SimpleNamespace(get_ident=get_ident))
+    late = Background(bus.publish, USUAL.message(0))
+    assert begun.wait(DEADLINE)
+    for others in (channels[1:], channels[2:], []):  # each channel that is not read any more holds a third of the ring
+        for number in islice(fresh, RING // 3 // large.length):
+            bus.publish(large.message(number))
+            for channel in others:
+                channel.recv(timeout=DEADLINE)
+    before = shared_maps(os.getpid())
+    while shared_maps(os.getpid()) == before:
+        bus.publish(large.message(next(fresh)))
+    for number in islice(fresh, 3):
+        bus.publish(large.message(number))
+        bus.flush(timeout=DEADLINE)
+    replaced.set()
+    late.result()
+    bus.publish((LAST, b""))
+    assert list(map(number_of, iter(partial(channels[0].recv, DEADLINE), (LAST, b"")))) == [*range(1, next(fresh)), 0]
 
 
 def test_a_publisher_that_closes_takes_its_memory_along(bus: Bus, reader: MakeReader) -> None:
