@@ -77,8 +77,7 @@ class PipeWriter:
             self._abort()
 
     def _abort(self) -> None:
-        while self._due_aborts:
-            message_id = self._due_aborts[-1]
+        for message_id in list(self._due_aborts):
             write(self.pipe.fd, abort(message_id))
             with contextlib.suppress(ValueError):  # another thread has sent it, too, which does no harm
                 self._due_aborts.remove(message_id)

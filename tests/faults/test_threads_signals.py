@@ -8,13 +8,21 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerLost, ClosedError, TimedOut, connect, trap_points
+from mpbroadcast.client import pipe_writer
+from mpbroadcast.client.broker_client import BrokerClient
+from mpbroadcast.client.pipe_writer import PipeWriter
+from mpbroadcast.deadline import Deadline
+from mpbroadcast.posix.pipes import PipeEnd, new_pipe
+from mpbroadcast.protocol.frames import PIPE_BUF, abort
 from tests.support.helpers import DEADLINE, Background, everything, fill, pattern, take, wait_until
+from tests.support.interrupting import Moment, before_line, interrupting
 
 Bus = Broadcaster[Any]
 
@@ -246,3 +254,27 @@ def test_broker_does_not_grow_under_a_slow_subscriber(bus: Bus) -> None:
         assert publishing.result() == count
         assert highest - before < 32_000_000
         assert channel.missed == 0
+
+
+@pytest.mark.parametrize("count", range(12))
+def test_threads_that_withdraw_messages_at_once_do_not_disturb_each_other(count: int) -> None:
+    """Messages that were given up while the pipe was full are withdrawn by whichever thread writes next."""
+    reader, end = new_pipe(PIPE_BUF)
+    os.write(end, bytes(PIPE_BUF))
+    writer = PipeWriter(BrokerClient(""), cast(Any, None), PipeEnd(end), 1)
+    for message_id in (1, 2):
+        writer.give_up(message_id)
+    os.read(reader, PIPE_BUF)
+    moment, others = before_line(count, pipe_writer.__file__), list[Background]()
+
+    def another_comes_first(frame: FrameType, event: str) -> bool:
+        if moment.is_here(frame, event) and not others:
+            others.append(Background(writer.write, b"other", Deadline(0), []))
+            others[0].result()
+        return False
+
+    interrupting(Moment(another_comes_first), writer.write, b"one", Deadline(0), [])
+    written = os.read(reader, PIPE_BUF)
+    os.close(reader)
+    assert written.endswith(b"one")
+    assert all(abort(message_id) in written for message_id in (1, 2))
