@@ -19,6 +19,7 @@ from mpbroadcast import trap_points
 from mpbroadcast.client.broker_client import BrokerClient, Session
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import TimedOut
+from mpbroadcast.posix.descriptors import pause_fork_lock
 from mpbroadcast.posix.pipes import PipeEnd, write
 from mpbroadcast.protocol.frames import IMAGE, PIPE_BUF, abort, frame_head, pieces
 from mpbroadcast.protocol.pickling import Payload
@@ -104,3 +105,4 @@ class PipeWriter:
             if deadline.remaining() == 0:
                 raise TimedOut(NOT_IN_TIME)
             self._client.send_notes()
+            pause_fork_lock()

@@ -28,6 +28,7 @@ from mpbroadcast.client.ring import Ring
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import TimedOut
 from mpbroadcast.posix import locks
+from mpbroadcast.posix.descriptors import pause_fork_lock
 from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.memory_pool import MemoryPool
 from mpbroadcast.posix.pipes import PipeEnd, write
@@ -263,3 +264,4 @@ class SharedWriter(PipeWriter):
                 raise TimedOut(NOT_IN_TIME)
             fd_socket.wait(deadline.at_most(_SLICE))
             self._client.send_notes()
+            pause_fork_lock()

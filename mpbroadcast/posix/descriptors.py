@@ -15,6 +15,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -43,6 +44,7 @@ class _Forks:
 
 _forks = _Forks()
 _NO_LOCK: Final = contextlib.nullcontext()
+_PAUSE: Final = 0.001  # seconds
 
 
 def on_fork(owner: T, in_child: Callable[[T], None]) -> None:
@@ -57,6 +59,24 @@ def fork_lock(ending: Callable[[], bool] = sys.is_finalizing) -> AbstractContext
     At the interpreter's end nothing forks any more, and a daemon thread may have been stopped under it for good.
     """
     return _NO_LOCK if ending() else _forks.lock
+
+
+def pause_fork_lock() -> None:
+    """Let other threads acquire the lock: a signal handler that waits for one of them may have interrupted its own thread under it.
+
+    A child that is forked meanwhile may keep a copy of the descriptor that the interrupted call is making or closing.
+    """
+    depth = 0
+    try:
+        with contextlib.suppress(RuntimeError):  # this thread does not hold it any more
+            while True:
+                _forks.release()
+                depth += 1
+        if depth:
+            time.sleep(_PAUSE)
+    finally:
+        for _ in range(depth):
+            _forks.acquire()
 
 
 def _in_child() -> None:

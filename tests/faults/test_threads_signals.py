@@ -19,6 +19,7 @@ from mpbroadcast.client import pipe_writer
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.pipe_writer import PipeWriter
 from mpbroadcast.deadline import Deadline
+from mpbroadcast.posix.descriptors import fork_lock
 from mpbroadcast.posix.pipes import PipeEnd, new_pipe
 from mpbroadcast.protocol.frames import PIPE_BUF, abort
 from tests.support.helpers import DEADLINE, Background, everything, fill, pattern, take, wait_until
@@ -163,6 +164,17 @@ def test_signal_handler_publishes_while_publish_waits(bus: Bus, size: int, monke
     names = [name for name, _ in receiving[0].result()]
     assert names[:-2] == published
     assert sorted(names[-2:]) == ["handler", "main"]
+
+
+def test_a_handler_publishes_in_the_middle_of_a_call_that_keeps_forks_out(bus: Bus) -> None:
+    """While it waits for room, another thread receives what needs a descriptor."""
+    channel = bus.subscribe(capacity=5_000_000)
+    channel.poll(0)
+    sizes = [3_000_000, *[1_000] * 10_000]
+    with handler(lambda *_: bus.publish_many(map(bytes, sizes)), signal.SIGUSR1), fork_lock():
+        receiving = Background(take, channel, len(sizes))
+        signal.raise_signal(signal.SIGUSR1)
+    assert list(map(len, receiving.result())) == sizes
 
 
 @pytest.mark.parametrize("size", [100, 3000, 100_000, 3 << 20])
