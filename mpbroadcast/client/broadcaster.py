@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TypedDict, TypeVar, Unpack, overload
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient
 from mpbroadcast.client.channel import Channel
@@ -58,7 +58,7 @@ class Broadcaster(Publishing[M]):
         super().__init__(client)
         self._process = process  # the broker's, in its starter
         self._is_closing_done = False  # False after an interrupted close(), which can be called again
-        self._subscribed: WeakSet[PipeOwnership] = WeakSet()
+        self._subscribed: WeakValueDictionary[int, PipeOwnership] = WeakValueDictionary()
         self._is_pickled = False  # True if a process may have it that was not forked from this one
         self._heirs = descendants()  # processes forked from this one
         on_fork(self, Broadcaster._in_child)
@@ -123,7 +123,7 @@ class Broadcaster(Publishing[M]):
                 replay=replay,
                 publisher=None if writer is None else writer.id,  # a broker that takes over ignores it
             )
-            self._subscribed.add(channel.ownership)
+            self._subscribed[subscription] = channel.ownership
         except BaseException:
             self._client.dropped.add(subscription)  # if a second interrupt stops the finaliser, the next request does it
             del channel
@@ -214,7 +214,7 @@ class Broadcaster(Publishing[M]):
         process, client, writer = self._process, self._client, self._writer
         limit = Deadline(None if timeout is None else timeout + _MARGIN)  # also when the broker is stopped
         if process is not None:
-            open_own(self._subscribed, limit.at_most(CLOSE_TIMEOUT))
+            open_own(self._ownerships(), limit.at_most(CLOSE_TIMEOUT))
         self._closed = True
         if writer is not None:
             writer.pipe.close()
@@ -223,7 +223,7 @@ class Broadcaster(Publishing[M]):
             # Seconds that the broker goes on draining, unless a reader makes progress.
             process.end(limit.remaining(), asked=asked, time_left=lambda: self._stop(timeout, Deadline(1.0))["left"])
             client.close()
-            for ownership in list(self._subscribed):
+            for ownership in self._ownerships():
                 ownership.release_heirs()
         elif writer is not None:
             # A publish that waits in another thread is woken when the broker closes its end.
@@ -234,6 +234,10 @@ class Broadcaster(Publishing[M]):
         self._client = BrokerClient(client.address, client.broker)  # the session ends with its last handle
         self._heirs = Descendants()  # closes their descriptors
         self._is_closing_done = True
+
+    def _ownerships(self) -> list[PipeOwnership]:
+        """Return those of the channels that live, also while other threads subscribe."""
+        return [ownership for reference in self._subscribed.valuerefs() if (ownership := reference()) is not None]
 
     def _stop(self, timeout: float | None, deadline: Deadline) -> dict[str, float]:
         """Request the end of the broker. Return its PID, and the seconds left for draining; 0 if it does not reply."""

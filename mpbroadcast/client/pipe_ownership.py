@@ -238,7 +238,7 @@ class PipeOwnership:
 
 def open_own(ownerships: Iterable[PipeOwnership], deadline: Deadline) -> None:
     """Open those that this process has subscribed and no other one can open, until the deadline."""
-    for ownership in list(ownerships):
+    for ownership in ownerships:
         try:
             if ownership.is_own:
                 ownership.open(deadline)

@@ -62,7 +62,7 @@ def fork_lock(ending: Callable[[], bool] = sys.is_finalizing) -> AbstractContext
 
 
 def pause_fork_lock() -> None:
-    """Let other threads acquire the lock: a signal handler that waits for one of them may have interrupted its own thread under it.
+    """Let other threads acquire the lock: a signal handler that waits may have interrupted its own thread under it.
 
     A child that is forked meanwhile may keep a copy of the descriptor that the interrupted call is making or closing.
     """
@@ -132,18 +132,18 @@ class _Pipes:
     """The pipe of the fork that is being made, and all that were returned by :func:`descendants`."""
 
     def __init__(self) -> None:
-        self.thread_without_heirs = 0  # its forks are the library's own, and no handle is used in them
+        self.threads_without_heirs: set[int] = set()  # their forks are the library's own, and no handle is used in them
         self.ends: tuple[int, ...] = ()
         self.next = Descendants()
         self.before: WeakSet[Descendants] = WeakSet()
 
     def make(self) -> None:
-        if self.thread_without_heirs != threading.get_ident() and _forks.hooks:  # without a hook, there is no handle
+        if threading.get_ident() not in self.threads_without_heirs and _forks.hooks:  # without a hook, there is no handle
             with contextlib.suppress(OSError):
                 self.ends = os.pipe()
 
     def keep_read_end(self) -> None:
-        if self.thread_without_heirs == threading.get_ident():
+        if threading.get_ident() in self.threads_without_heirs:
             return
         ends, self.ends = self.ends, ()
         end = OwnedDescriptor(ends[0]) if ends else None
@@ -172,11 +172,12 @@ def descendants() -> Descendants:
 
 def without_heirs(call: Callable[[], None]) -> None:
     """Call this; the processes that this thread forks meanwhile use none of this process's handles."""
+    me = threading.get_ident()
     try:
-        _pipes.thread_without_heirs = threading.get_ident()
+        _pipes.threads_without_heirs.add(me)
         call()
     finally:
-        _pipes.thread_without_heirs = 0
+        _pipes.threads_without_heirs.discard(me)
 
 
 os.register_at_fork(after_in_child=_in_child)

@@ -14,12 +14,12 @@ from typing import Any, cast
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerLost, ClosedError, TimedOut, connect, trap_points
+from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, ClosedError, TimedOut, connect, start_broadcaster, trap_points
 from mpbroadcast.client import pipe_writer
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.pipe_writer import PipeWriter
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.posix.descriptors import fork_lock
+from mpbroadcast.posix.descriptors import descendants, fork_lock, without_heirs
 from mpbroadcast.posix.pipes import PipeEnd, new_pipe
 from mpbroadcast.protocol.frames import PIPE_BUF, abort
 from tests.support.helpers import DEADLINE, Background, everything, fill, pattern, take, wait_until
@@ -290,3 +290,45 @@ def test_threads_that_withdraw_messages_at_once_do_not_disturb_each_other(count:
     os.close(reader)
     assert written.endswith(b"one")
     assert all(abort(message_id) in written for message_id in (1, 2))
+
+
+def test_threads_subscribe_while_another_one_closes(leaves_nothing: None) -> None:
+    """Their channels do not disturb it."""
+    bus: Bus = start_broadcaster()
+    channels = [bus.subscribe() for _ in range(2)]
+
+    def subscribe() -> None:
+        with suppress(BroadcastError):
+            channels.append(bus.subscribe())
+
+    def another_comes_first(frame: FrameType, event: str) -> bool:
+        if "weakref" in frame.f_code.co_filename and frame.f_code.co_name in ("__iter__", "valuerefs"):
+            Background(subscribe).result()
+        return False
+
+    interrupting(Moment(another_comes_first), bus.close)
+    assert bus.closed
+
+
+def test_threads_start_brokers_at_once() -> None:
+    """None of them counts as a process that could open a channel of this one."""
+    begun, ended = threading.Event(), threading.Event()
+    heirs = descendants()
+
+    def fork() -> None:
+        begun.set()
+        assert ended.wait(DEADLINE)
+        if (child := os.fork()) == 0:
+            signal.pause()
+        children.append(child)
+
+    children: list[int] = []
+    forking = Background(without_heirs, fork)
+    assert begun.wait(DEADLINE)
+    without_heirs(lambda: None)
+    ended.set()
+    forking.result()
+    is_heir = heirs.live()
+    os.kill(children[0], signal.SIGKILL)
+    os.waitpid(children[0], 0)
+    assert not is_heir

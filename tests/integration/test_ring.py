@@ -144,7 +144,7 @@ def test_every_size_comes_in_order(bus: Bus) -> None:
     assert [bytes(buffer) for buffer in take(channel, len(buffers))] == buffers
 
 
-def test_a_thread_does_not_write_into_the_ring_that_another_thread_has_replaced(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_does_not_write_into_the_ring_that_another_one_has_replaced(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker would end the pipe of a publisher that goes back to the ring before."""
     channels = [bus.subscribe() for _ in range(3)]
     prime(bus, os.getpid(), channels=channels, maps=4)
