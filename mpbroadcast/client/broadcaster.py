@@ -211,11 +211,12 @@ class Broadcaster(Publishing[M]):
         timeout = check_timeout(timeout)
         if self._is_closing_done:
             return
-        process, client, writer = self._process, self._client, self._writer
+        process, client = self._process, self._client
         limit = Deadline(None if timeout is None else timeout + _MARGIN)  # also when the broker is stopped
         if process is not None:
             open_own(self._ownerships(), limit.at_most(CLOSE_TIMEOUT))
         self._closed = True
+        writer = self._writer  # not before: a thread that makes one finds the handle closed, or is found here
         if writer is not None:
             writer.pipe.close()
         if process is not None:

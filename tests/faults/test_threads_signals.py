@@ -310,6 +310,24 @@ def test_threads_subscribe_while_another_one_closes(leaves_nothing: None) -> Non
     assert bus.closed
 
 
+def test_a_thread_publishes_for_the_first_time_while_another_one_closes(bus: Bus) -> None:
+    """The close ends it, though it waits for room."""
+    channel = bus.subscribe(capacity=1)
+    fill(bus)
+    other: Bus = connect(bus.address)
+    publishing: list[Background] = []
+
+    def another_comes_first(frame: FrameType, event: str) -> bool:
+        if "limit" in frame.f_locals and not publishing:
+            publishing.append(Background(other.publish_many, [bytes(1000)] * 1000))
+            publishing[0].wait_until_blocked("wait")
+        return False
+
+    interrupting(Moment(another_comes_first), other.close)
+    assert isinstance(publishing[0].error(), ClosedError)
+    channel.close()
+
+
 def test_threads_start_brokers_at_once() -> None:
     """None of them counts as a process that could open a channel of this one."""
     begun, ended = threading.Event(), threading.Event()
