@@ -227,7 +227,7 @@ class BrokerClient:
         _send_last_notes()
 
     def _drop_inherited(self) -> None:
-        for subscription, processes in list(self.inherited.items()):
+        for subscription, processes in self.inherited.copy().items():  # one step: a finaliser may add to it at any time
             if not processes.live():
                 self.dropped.add(subscription)
                 self.inherited.pop(subscription, None)

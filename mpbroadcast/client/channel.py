@@ -27,7 +27,18 @@ from mpbroadcast import trap_points
 from mpbroadcast.client.asyncio_wait import AsyncWaiters, give_turn, in_thread
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.pipe_ownership import OPEN, PipeOwnership
-from mpbroadcast.client.pipe_reader import ENDED, LOST, LOST_FOR_GOOD, NOTHING, End, Stream, follow, read_into, take_lone
+from mpbroadcast.client.pipe_reader import (
+    ENDED,
+    FLAWS,
+    LOST,
+    LOST_FOR_GOOD,
+    NOTHING,
+    End,
+    Stream,
+    follow,
+    read_into,
+    take_lone,
+)
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, set_channel
 from mpbroadcast.posix import locks
@@ -135,7 +146,8 @@ class Channel(Generic[M]):
             return box[0]
         except BaseException:
             # An interrupt: what was taken comes next again. One call and no more, so that no second interrupt comes between.
-            self._stream.ready.extendleft(box[0][::-1])
+            back = box[0][::-1]  # first, as its allocation may begin a collection, and so run another thread
+            self._stream.ready.extendleft(back)
             raise
 
     def _receive_nowait(self, *, is_readable: bool = False) -> M:
@@ -157,33 +169,39 @@ class Channel(Generic[M]):
                     self._fill(is_readable)
                     stream = self._stream
                 ready, plain = stream.ready, stream.plain
-                if message is NOTHING and ready and (plain or type(ready[0]) is not End):
+                if message is NOTHING and ready and (plain or type(ready[0]) not in FLAWS):
                     message = ready[0]  # not popleft(): an interrupt may come between its return and the assignment
                     del ready[0]
                 if message is NOTHING:
+                    self._raise_failure(ready)
                     return message
                 if not ready:
                     self._consume_tail_byte()
                 elif plain:
                     stream.share()
-            if plain or type(message) is not Failure:
-                return message  # nothing is called from here on, so no interrupt comes in between
-            failure: Any = message
-            error = self._about_this(failure.error)
-            missed = error.missed if isinstance(error, Lagged) else 0
+            return message  # nothing is called from here on, so no interrupt comes in between
         except BaseException:
             # An interrupt came after the message was taken and before it could be handed out: it is the next one again.
             if message is not NOTHING:
-                stream = self._stream
-                stream.plain = plain and stream.plain
-                stream.ready.appendleft(message)
+                self._stream.ready.appendleft(message)
             raise
-        # As above, nothing is called.
-        self._missed += missed
-        try:
-            raise error
-        finally:
-            del error, failure.error  # it has this frame in its traceback, and so this channel
+
+    def _raise_failure(self, ready: deque[Any]) -> None:
+        """If a failure comes next, remove it and raise its error. The caller holds the lock."""
+        if ready and type(ready[0]) is Failure:
+            failure = ready[0]
+            error = self._about_this(failure.error)
+            missed = error.missed if isinstance(error, Lagged) else 0
+            if len(ready) == 1:
+                self._consume_tail_byte()
+            if ready[0] is failure:  # else a call in another thread has put a message back
+                # Nothing is called from here on. Put back by an interrupt, it could get among messages of `Stream.fast`.
+                del ready[0]
+                self._missed += missed
+                try:
+                    raise error
+                finally:
+                    del error, failure.error  # it has this frame in its traceback, and so this channel
 
     def _take_ready(self, limit: int | None, box: list[list[M]]) -> None:
         """Move messages that can be received now into ``box``, up to ``limit`` there."""
@@ -348,7 +366,7 @@ class Channel(Generic[M]):
             self._open(deadline)  # not under the lock: a broker that is stopped delays no other thread
             after = Stream()
         with self._lock:
-            if self._stream is stream:  # else another thread has gone over, or closed the channel
+            if self._stream is stream and type(stream.ready[0]) is End:  # else another thread has gone over, or put back
                 self._stream = after
                 self._tasks.wake()
                 self.ownership.release_former()

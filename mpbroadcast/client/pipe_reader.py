@@ -47,7 +47,7 @@ _OVERFLOWED: Final = (
     'the backlog was full under overflow="disconnect", and so this channel was unsubscribed; subscribe again, receive faster, '
     "or choose a larger capacity or another policy"
 )
-_FLAWS: Final = (End, Failure)
+FLAWS: Final = (End, Failure)
 _AT_ONCE: Final = 1 << 19  # bytes in shared memory to decode at once: no more than malloc keeps
 _SHARED: Final = (runs.REFERENCES, runs.IN_MEMORY)
 _NONE: Final[Iterator[Any]] = iter(())
@@ -101,7 +101,7 @@ class Stream:
         """Return the messages before the first failure or end, at most ``limit``, and the same stream without them."""
         count = len(self.ready) if limit is None else min(limit, len(self.ready))
         if not self.plain:
-            count = next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in _FLAWS), count)
+            count = next((index for index, item in enumerate(islice(self.ready, count)) if type(item) in FLAWS), count)
         taken = [*self.ready]
         rest = deque(taken[count:])
         del taken[count:]
@@ -184,12 +184,12 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any
     if size != unread or messages != 1 or kind != runs.MESSAGES or image:
         return NOTHING
     payload = memoryview(data)[RUN.size + skip :]
-    whole = True
     try:
         message = loads(payload)
     except BaseException as error:
-        (message,), whole = load_each([payload], loads, [], error)
-    if with_topic and whole:
+        load_each([payload], loads, [], error)  # which raises an interrupt
+        return NOTHING
+    if with_topic:
         message = topic_of(data[RUN.size : RUN.size + skip]), message
     if shared is not None:
         shared.commit(stream.read, is_progress=True)
@@ -199,7 +199,7 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any
     stream.chunks = []
     stream.skip = 1
     stream.need = RUN.size
-    stream.plain = whole
+    stream.plain = True
     return message
 
 
