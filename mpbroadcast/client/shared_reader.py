@@ -135,10 +135,11 @@ class SharedReader:
 
     def _release(self, ids: list[int]) -> None:
         for message_id in ids:
-            fd = self._memories[message_id]
-            del self._memories[message_id]
-            if fd >= 0:
-                close_fd(fd)
+            with fork_lock():  # so that a child has a copy only while this object knows of it
+                fd = self._memories[message_id]
+                del self._memories[message_id]
+                if fd >= 0:
+                    close_fd(fd)
 
     def close(self) -> None:
         """Close all descriptors, and unmap the rings; it can be called again."""

@@ -12,7 +12,7 @@ import termios
 from array import array
 
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.posix.descriptors import OwnedDescriptor
+from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock
 from mpbroadcast.posix.poller import is_ready
 
 read, write, readv = os.read, os.write, os.readv
@@ -48,7 +48,7 @@ def replace_with_dead_pipe(fd: int) -> None:
 
     If no descriptor is left, do nothing.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), fork_lock():  # a child's copy of the other end would let a waiting thread wait on
         reader, writer = os.pipe()
         try:
             os.dup2(reader, fd, inheritable=False)

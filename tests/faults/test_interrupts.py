@@ -15,23 +15,36 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice
 from types import FrameType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster, Channel, ClosedError, Lagged, TimedOut, channel_to_selector, start_broadcaster, trap_points
+from mpbroadcast import (
+    Broadcaster,
+    BrokerRestarted,
+    Channel,
+    ClosedError,
+    Lagged,
+    TimedOut,
+    channel_to_selector,
+    start_broadcaster,
+    trap_points,
+)
 from mpbroadcast.broker.host.launcher import BrokerProcess
 from mpbroadcast.client import channel as channel_module
+from mpbroadcast.client import shared_reader
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import OwnedDescriptor
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.shared_memory import available
+from mpbroadcast.protocol.pickling import Failure
 from tests.conftest import FAILED, descriptors, leaked
 from tests.support import workers
 from tests.support.helpers import DEADLINE, Background, pattern, take, wait_until
@@ -267,6 +280,59 @@ def test_a_message_that_an_interrupt_puts_back_while_another_thread_decodes_is_n
     _put_back.set()
     assert [others[0].result(), channel.recv(DEADLINE)] == [1, 2]
     channel.close()
+
+
+def test_an_error_that_an_interrupt_delays_is_not_handed_out_as_a_message(bus: Bus) -> None:
+    """Though an iteration in another thread has received what is behind it."""
+    channel = bus.subscribe()
+    bus.publish(workers.CannotBeUnpickled())
+    assert channel.poll(DEADLINE)
+    bus.publish_many(range(5))
+    bus.flush(timeout=DEADLINE, delivered=True)
+    iteration, others, received = iter(channel), list[Background](), list[int]()
+
+    def is_taken(frame: FrameType, event: str) -> bool:
+        if any(isinstance(value, Failure) for value in frame.f_locals.values()):
+            others.extend([] if others else [Background(next, iteration)])
+            others[0].join(0.05)  # not while the lock is held
+        return bool(others) and not others[0].is_alive()
+
+    with contextlib.suppress(workers.Boom):
+        interrupting(Moment(is_taken), channel.recv, DEADLINE)
+        with pytest.raises(workers.Boom):
+            received.extend(islice(iteration, 5))
+    received.insert(0, others[0].result())
+    assert [*received, *islice(iteration, 5 - len(received))] == list(range(5))
+
+
+def test_a_message_that_an_interrupt_puts_back_while_another_thread_reconnects_is_not_lost(
+    leaves_nothing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes next, before the report of what may be missing."""
+    reconnecting, put_back, others = threading.Event(), threading.Event(), list[Background]()
+
+    def reach(name: str, subject: object = None) -> None:
+        if name == "waiting for a reply" and threading.current_thread() in others:
+            reconnecting.set()
+            assert put_back.wait(DEADLINE)
+
+    def is_taken(frame: FrameType, event: str) -> bool:
+        if frame.f_locals.get("message") != "the last":
+            return False
+        others.extend([] if others else [Background(channel.recv)])
+        return reconnecting.wait(0.05)  # not while the lock is held
+
+    monkeypatch.setattr(trap_points, "reach", reach)
+    with start_broadcaster(restart=True) as bus:
+        channel = bus.subscribe()
+        bus.publish("the last")
+        assert channel.poll(DEADLINE)
+        os.kill(bus.stats().pid, signal.SIGKILL)
+        assert interrupting(Moment(is_taken), channel.recv, DEADLINE)
+        put_back.set()
+        assert others[0].result() == "the last"
+        with pytest.raises(BrokerRestarted):
+            channel.recv(DEADLINE)
 
 
 @pytest.mark.parametrize("count", range(40))
@@ -517,7 +583,7 @@ def test_an_interrupted_subscribe_that_is_interrupted_again(bus: Bus, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Channel, "__del__", interrupted)
-        interrupting(entering(WeakSet.add), bus.subscribe)  # behind the request
+        interrupting(entering(WeakValueDictionary.__setitem__), bus.subscribe)  # behind the request
     assert finalised
     assert not bus.stats().subscribers
 
@@ -589,6 +655,38 @@ def test_a_fork_at_any_moment_leaves_both_sides_working(bus: Bus) -> None:
     channel.close()
     children.close()
     wait_until(lambda: not bus.stats().subscribers)
+
+
+@pytest.mark.parametrize("what", ["memory", "pipe"])
+def test_a_fork_while_a_thread_closes_leaves_no_copy(
+    what: str, bus: Bus, own_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child has nothing of the descriptor of a message's memory, or of the dead pipe that replaces a channel's own."""
+    forking: list[Background] = []
+    left: list[int] = []
+
+    def fork() -> None:
+        if (pid := os.fork()) == 0:
+            os._exit(len({kind for _, kind in descriptors() - before if "memfd" in kind or "pipe" in kind}))
+        left.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    def closing(call: Callable[..., Any], *args: Any, **keywords: Any) -> None:
+        forking.append(Background(fork))
+        forking[0].join(0.1)  # a fork that waits goes on behind this call
+        call(*args, **keywords)
+
+    channel = bus.subscribe()
+    channel.poll(0)
+    before = descriptors()
+    if what == "memory":
+        monkeypatch.setattr(shared_reader, "close_fd", partial(closing, os.close))
+        bus.publish(bytes(5000))
+        assert len(channel.recv(DEADLINE)) == 5000
+    else:
+        monkeypatch.setattr(os, "dup2", partial(closing, os.dup2))
+        channel.close()
+    forking[0].result()
+    assert left[0] == 1  # the pipe of the fork
 
 
 def test_a_collection_at_any_moment_disturbs_no_call(bus: Bus) -> None:
