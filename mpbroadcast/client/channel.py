@@ -27,18 +27,7 @@ from mpbroadcast import trap_points
 from mpbroadcast.client.asyncio_wait import AsyncWaiters, give_turn, in_thread
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.pipe_ownership import OPEN, PipeOwnership
-from mpbroadcast.client.pipe_reader import (
-    ENDED,
-    FLAWS,
-    LOST,
-    LOST_FOR_GOOD,
-    NOTHING,
-    End,
-    Stream,
-    follow,
-    read_into,
-    take_lone,
-)
+from mpbroadcast.client.pipe_reader import ENDED, FLAWS, LOST, LOST_FOR_GOOD, NOTHING, End, Stream, follow, read_into, take_lone
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, set_channel
 from mpbroadcast.posix import locks
@@ -161,10 +150,8 @@ class Channel(Generic[M]):
                 stream = self._stream
                 if stream.ready:
                     stream.unshare()
-                elif is_readable:
-                    message = take_lone(
-                        stream, self.ownership, self._with_topic
-                    )  # a return, as opposed to a call in C, is safe
+                elif is_readable:  # a return of this call, as opposed to one in C, is safe
+                    message = take_lone(stream, self.ownership, self._with_topic)
                 if message is NOTHING and not stream.ready:
                     self._fill(is_readable)
                     stream = self._stream
@@ -173,7 +160,8 @@ class Channel(Generic[M]):
                     message = ready[0]  # not popleft(): an interrupt may come between its return and the assignment
                     del ready[0]
                 if message is NOTHING:
-                    self._raise_failure(ready)
+                    if ready:
+                        self._raise_failure(ready)
                     return message
                 if not ready:
                     self._consume_tail_byte()
@@ -188,8 +176,8 @@ class Channel(Generic[M]):
 
     def _raise_failure(self, ready: deque[Any]) -> None:
         """If a failure comes next, remove it and raise its error. The caller holds the lock."""
-        if ready and type(ready[0]) is Failure:
-            failure = ready[0]
+        failure = ready[0]
+        if type(failure) is Failure:
             error = self._about_this(failure.error)
             missed = error.missed if isinstance(error, Lagged) else 0
             if len(ready) == 1:

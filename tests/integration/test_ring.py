@@ -164,7 +164,7 @@ def test_a_thread_does_not_write_into_the_ring_that_another_one_has_replaced(bus
         while shared_maps(os.getpid()) < 3:
             bus.publish(large.message(PRIME))
             channel.recv(timeout=DEADLINE)
-    for _ in range(5):
+    for _ in range(RING // large.length + 10):
         bus.publish(large.message(PRIME))
         bus.flush(timeout=DEADLINE)
         channel.recv(timeout=DEADLINE)
