@@ -135,8 +135,8 @@ class Channel(Generic[M]):
             return box[0]
         except BaseException:
             # An interrupt: what was taken comes next again. One call and no more, so that no second interrupt comes between.
-            back = box[0][::-1]  # first, as its allocation may begin a collection, and so run another thread
-            self._stream.ready.extendleft(back)
+            if back := box[0][::-1]:  # first, as a collection may run another thread. Behind the error of a message: no call
+                self._stream.ready.extendleft(back)
             raise
 
     def _receive_nowait(self, *, is_readable: bool = False) -> M:

@@ -74,6 +74,24 @@ def test_a_thread_that_waits_wakes_up_for_a_message_and_for_the_end(bus: Bus, wa
             assert isinstance(waiting.error(), EOFError if wait == "receive" else ClosedError)
 
 
+@pytest.mark.parametrize("with_topic", [False, True])
+def test_a_message_that_comes_alone_is_received_as_others_are(with_topic: bool, bus: Bus) -> None:
+    """An error of it, too: that it was unpickled twice, to see whether the error comes again, does not show."""
+    with bus.subscribe(with_topic=with_topic) as channel:
+        for message in (1, workers.CannotBeUnpickled(), bytes(100_000), workers.Raises(EOFError()), 2):
+            waiting = Background(channel.recv, DEADLINE)
+            waiting.wait_until_blocked("recv")
+            bus.publish(message, topic="t")
+            if isinstance(message, workers.Raises):
+                error = waiting.error()
+                assert error is not None
+                assert type(error.__cause__ or error) is type(message.error)
+                assert (error.__cause__ or error).__context__ is None
+            else:
+                assert waiting.result() == (("t", message) if with_topic else message)
+            assert not readable(channel)
+
+
 def test_recv_many_takes_what_is_there(bus: Bus) -> None:
     """Return all that has arrived, at least one message, at most the limit, and none from a bad message on."""
     channel = bus.subscribe()
