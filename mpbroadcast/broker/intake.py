@@ -80,14 +80,14 @@ class Intake:
         if not chunk:
             self.close(publisher)
             return
-        if is_alone and self._fast_path.pass_on(publisher, chunk):
-            self._items += 1
-            return
         try:
+            if is_alone and self._fast_path.pass_on(publisher, chunk):
+                self._items += 1
+                return
             came = publisher.take(chunk)
         except Exception as error:
             if not isinstance(error, FrameError):  # whatever is wrong with what it has sent, it does not end the broker
-                log.exception("bytes of process %d could not be parsed", publisher.pid)
+                log.exception("bytes of process %d could not be parsed, or routed", publisher.pid)
             self.refuse(publisher, str(error))
             return
         self._came += came

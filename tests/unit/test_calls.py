@@ -122,6 +122,24 @@ def test_a_message_that_comes_alone_passes_none_that_waits(pipes: Pipes) -> None
     assert re.findall(rb"topic(\w+ 1)", os.read(pipes.read_end, 1 << 16)) == [payload, b"waiting 1", payload]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_message_that_cannot_be_routed_costs_its_publisher(
+    pipes: Pipes, count: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not the broker, whether it comes alone or in company."""
+    traffic = pipes.broker.traffic
+    publisher = [*traffic.publishers.values()][-1]
+    pipes.publish(b"routed")  # which fills the router's cache
+    traffic.round()
+    traffic.routing.history = history = History(10)
+    monkeypatch.setattr(history, "add", None)
+    assert not publisher.is_closed
+    pipes.publish(b"payload", count)
+    traffic.round()
+    assert publisher.is_closed
+    caplog.clear()  # what is logged has the message in its traceback
+
+
 def test_a_subscription_that_is_removed_while_its_own_message_is_routed(pipes: Pipes) -> None:
     """A reader that is gone is found while its message is written: it is on the round's list, and nothing else is touched."""
     traffic = pipes.broker.traffic
