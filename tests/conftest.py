@@ -1,7 +1,5 @@
 """Fixtures of all tests: a broadcaster, start methods, child processes; and the check that each test leaves nothing."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import multiprocessing.forkserver

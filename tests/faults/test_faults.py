@@ -4,8 +4,6 @@ After each fault the others have all that they should. A trap (``support/traps.p
 sample of the table runs; with ``MPBROADCAST_FAULTS=all`` in the environment all of it does, under each start method.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import itertools

@@ -1,7 +1,5 @@
 """Interrupts, forks and collections at any moment of any call."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import itertools

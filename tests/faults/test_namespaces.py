@@ -1,7 +1,5 @@
 """What only another namespace, or a user without privileges, shows: process IDs, a full file system, limits of a user."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """How programs end: forgotten ``close()``, Ctrl-C, unguarded main modules, and what ``close()`` itself promises."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 What is short is short for one process: nothing here changes a setting of the system.
 """
 
-from __future__ import annotations
-
 import errno
 import mmap
 import multiprocessing

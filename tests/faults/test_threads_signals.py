@@ -1,7 +1,5 @@
 """Threads and signal handlers that share a handle, and publishers that wait because a backlog is full."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

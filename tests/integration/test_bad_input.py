@@ -1,7 +1,5 @@
 """Bad input: each wrong argument is refused at once, by the right error, and nothing has happened; so is each bad address."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

@@ -1,7 +1,5 @@
 """What a subscriber holds: receiving, ending, and being an honest waitable."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import itertools

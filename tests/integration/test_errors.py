@@ -1,7 +1,5 @@
 """Errors: their kinds; their texts, each of which names what is wrong, and what to do; and how they reach other processes."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import os

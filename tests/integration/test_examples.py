@@ -1,7 +1,5 @@
 """Each Python block of README and docs/ is a whole script that runs as it stands."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """``flush(delivered=True)``: until all that this handle has published has left every backlog."""
 
-from __future__ import annotations
-
 from multiprocessing.context import BaseContext
 from typing import Any
 

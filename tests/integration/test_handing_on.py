@@ -1,7 +1,5 @@
 """Channels and broadcasters that go from one process to another, by fork and pickled."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import multiprocessing

@@ -1,7 +1,5 @@
 """A broker that has nothing to do does nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import time

@@ -1,7 +1,5 @@
 """Handles in interpreters of their own, and in threads with an event loop each: an address and a key are all they need."""
 
-from __future__ import annotations
-
 import asyncio
 import multiprocessing
 import shutil

@@ -1,7 +1,5 @@
 """Large messages in shared memory: not copied, each reader's own, freed; what is short, broken or hostile harms no other."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

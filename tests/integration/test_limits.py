@@ -1,7 +1,5 @@
 """What one session can make the broker hold, and do: each lie is sent as it would be, and costs its sender only."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """The load program of the benchmarks runs, and loses nothing."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

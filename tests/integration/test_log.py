@@ -1,7 +1,5 @@
 """What the broker logs: where to, what, and how much; and its crash, which reaches every handle."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

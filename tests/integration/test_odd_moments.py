@@ -1,7 +1,5 @@
 """Moments that are seldom met: the next broker at the same address, which message waits behind which, a stopped broker."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal

@@ -1,7 +1,5 @@
 """A slow subscriber under each overflow policy: exact counts, gaps where they belong, bounded memory. Real processes."""
 
-from __future__ import annotations
-
 import array
 import asyncio
 import contextlib

@@ -1,7 +1,5 @@
 """Memory that is written again: never while any process has it, and kept no longer than it is of use."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """Publishing and subscribing: when it takes effect, iterables and sizes, waiting for subscribers, and the statistics."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterator

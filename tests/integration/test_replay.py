@@ -3,8 +3,6 @@
 Which messages a history keeps, and which a replay gets of it, tests/unit/test_history.py compares with a plain list.
 """
 
-from __future__ import annotations
-
 from multiprocessing.context import BaseContext
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A broker that dies is replaced: handles and channels go on, with one error for the gap; and what the supervisor decides."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

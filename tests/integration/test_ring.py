@@ -1,7 +1,5 @@
 """Messages in shared memory between real processes: a slow, stopped, killed or new reader neither loses nor spoils any."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Rude clients, wrong keys, and which process may reach the socket at all."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """A selector receives from channels, connections, processes, and anything else that has a descriptor."""
 
-from __future__ import annotations
-
 import gc
 import socket
 from collections import Counter

@@ -3,8 +3,6 @@
 So they do in test_overflow.py, test_replay.py and test_flush_delivered.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Back-pressure: a full ``block`` channel makes its own publishers wait, no other one, and no longer than it is full."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """The control connection's bytes: the inbox, bodies, and both sides of the handshake, right and wrong."""
 
-from __future__ import annotations
-
 import contextlib
 import hmac
 import json

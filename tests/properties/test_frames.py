@@ -1,7 +1,5 @@
 """Frames, which publishers write to the broker: whole, cut anywhere, damaged, and made up."""
 
-from __future__ import annotations
-
 import struct
 import tracemalloc
 from array import array

@@ -3,8 +3,6 @@
 All is decided by ``MPBROADCAST_SEED``, which is printed; the attacks go on for ``MPBROADCAST_SOAK`` seconds, all together.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import multiprocessing

@@ -8,8 +8,6 @@ The schedules are the same each time, unless ``MPBROADCAST_SOAK`` asks for new o
 ``MPBROADCAST_SEED`` replays another run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

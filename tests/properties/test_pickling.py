@@ -1,7 +1,5 @@
 """Images: messages with large buffers, which travel uncopied behind their pickle."""
 
-from __future__ import annotations
-
 import pickle
 import struct
 

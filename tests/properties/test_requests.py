@@ -7,8 +7,6 @@ anything behind once all sessions have ended.
 ``MPBROADCAST_SEED`` has other orders, and ``MPBROADCAST_SOAK`` seconds more of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import itertools

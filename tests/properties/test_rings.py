@@ -1,7 +1,5 @@
 """A ring's room, its holds, and the packets beside pipes: nothing that may be read is written again."""
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 import os

@@ -1,7 +1,5 @@
 """Runs, which the broker writes to channels, and what a channel takes out of them, however they are cut."""
 
-from __future__ import annotations
-
 import pickle
 import struct
 from collections.abc import Iterable

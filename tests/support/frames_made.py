@@ -1,7 +1,5 @@
 """Frames of all kinds, as publishers write them: what the property tests of the parsers draw and compare."""
 
-from __future__ import annotations
-
 import pickle
 from array import array
 from collections.abc import Iterable, Sequence

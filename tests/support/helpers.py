@@ -1,7 +1,5 @@
 """What several test modules need: waiting with deadlines, receiving until the end, threads that return a result."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

@@ -3,8 +3,6 @@
 ``MPBROADCAST_SEED`` repeats a run's random moments, ``MPBROADCAST_SOAK`` is how many seconds each storm takes.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import random

@@ -1,7 +1,5 @@
 """Functions that child processes of the tests on messages of all sizes run; how such messages are made and checked."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

@@ -8,8 +8,6 @@ function has other code, and the tests of its module run until one fails, those 
 (Of the well-kept tools, mutmut deletes no statements and has no list of what may survive, but for comments in the library.)
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import copy

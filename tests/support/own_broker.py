@@ -1,7 +1,5 @@
 """A broker in the test's own process, which runs only round by round, when a test asks for it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Processes that have the key and misbehave: control connections, publishers and files as none of this package are."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -3,8 +3,6 @@
 At moments at which the victim waits in the kernel, it only notes that, and the test sends the signal once it sees it sleep.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import multiprocessing

@@ -1,7 +1,5 @@
 """What child processes of the tests run. It stands in a module, so that every start method can import it."""
 
-from __future__ import annotations
-
 import os
 import signal
 from multiprocessing.connection import Connection

@@ -1,7 +1,5 @@
 """A subscription's backlog: each policy against a plain list of messages. The pipe is only a number of bytes."""
 
-from __future__ import annotations
-
 import pickle
 from array import array
 from collections.abc import Iterable, Iterator

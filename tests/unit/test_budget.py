@@ -1,7 +1,5 @@
 """What a session may have, and all sessions together: costs, budgets, and what matching patterns takes."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

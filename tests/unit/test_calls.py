@@ -1,7 +1,5 @@
 """What a message costs in the broker: Python calls, from its publisher's pipe to a channel's."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

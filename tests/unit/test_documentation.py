@@ -3,8 +3,6 @@
 ``tests/integration/test_examples.py`` runs the scripts that the pages show.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect

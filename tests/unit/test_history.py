@@ -1,7 +1,5 @@
 """The last messages of each topic: which are kept, which are forgotten, and which a replay gets."""
 
-from __future__ import annotations
-
 from array import array
 from fnmatch import fnmatchcase
 from random import Random

@@ -1,7 +1,5 @@
 """Whether a process that the broker serves still lives, with and without pidfds."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -1,7 +1,5 @@
 """Which subscriptions get what is published to a topic: exact topics, patterns, and what changes meanwhile."""
 
-from __future__ import annotations
-
 import tracemalloc
 from fnmatch import fnmatchcase
 

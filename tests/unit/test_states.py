@@ -1,7 +1,5 @@
 """The states of publishers, subscriptions, their pipes and channels: a transition is listed, or raises."""
 
-from __future__ import annotations
-
 import pytest
 
 from mpbroadcast.broker.channel_pipe import ChannelPipe

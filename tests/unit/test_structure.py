@@ -1,7 +1,5 @@
 """The layout: which module may import and call what, and what is public."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

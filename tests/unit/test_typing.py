@@ -1,7 +1,5 @@
 """The annotations, as type checkers see them: ``typing_uses.py`` has right uses, and wrong ones that must be errors."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys

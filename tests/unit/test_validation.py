@@ -1,7 +1,5 @@
 """Arguments at their limits, and beyond them."""
 
-from __future__ import annotations
-
 import math
 import os
 import time

@@ -4,8 +4,6 @@
 Nothing here is run. A checker that reports unused ``ignore`` comments, as strict mypy does, finds both kinds of mistakes.
 """
 
-from __future__ import annotations
-
 from multiprocessing import Pipe, Process
 from typing import Any, assert_type
 
