@@ -21,7 +21,6 @@ import pytest
 from mpbroadcast import Broadcaster, start_broadcaster
 from mpbroadcast.client import shared_writer
 from mpbroadcast.protocol import pickling
-from mpbroadcast.validation import POLICIES, Policy
 from tests.support.helpers import Children, wait_until
 from tests.support.large_workers import TRANSPORTS, Size
 from tests.support.victims import ROOT
@@ -110,10 +109,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(request: pytest.FixtureRequest, temporary_folder: Path) -> Iterator[None]:
-    """After each test: no process, no descriptor, and no file is left, within a deadline.
-
-    A test with the marker ``interrupted(count)`` has raised so many interrupts, which may leak a few descriptors.
-    """
+    """After each test: no process, no descriptor, and no file is left, within a deadline. A test with the marker
+    ``interrupted(count)`` has raised so many interrupts, which may leak a few descriptors."""
     gc.collect()
     before = descriptors()
     yield
@@ -176,12 +173,6 @@ def context(request: pytest.FixtureRequest) -> BaseContext:
 def transport(request: pytest.FixtureRequest) -> Size:
     """Return the size of messages that take each route in turn."""
     return TRANSPORTS[request.param]
-
-
-@pytest.fixture(params=POLICIES)
-def policy(request: pytest.FixtureRequest) -> Policy:
-    chosen: Policy = request.param
-    return chosen
 
 
 @pytest.fixture

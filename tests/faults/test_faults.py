@@ -1,8 +1,6 @@
-"""Which process is hit by which signal at which moment, with and without ``restart=True``: one table.
-
-After each fault the others have all that they should. A trap (``support/traps.py``) springs at the moment itself. By default a
-sample of the table runs; with ``MPBROADCAST_FAULTS=all`` in the environment all of it does, under each start method.
-"""
+"""Which process is hit by which signal at which moment, with and without ``restart=True``: one table. After each fault the
+others have all that they should. A trap (``support/traps.py``) springs at the moment itself. By default a sample of the table
+runs; with ``MPBROADCAST_FAULTS=all`` in the environment all of it does, under each start method."""
 
 import contextlib
 import gc

@@ -245,39 +245,45 @@ def test_an_interrupted_receive_loses_nothing(bus: Bus, storm: Storm, kind: str,
     channel.close()
 
 
-_decoding, _put_back = threading.Event(), threading.Event()
+class Waits:
+    """Reaches a trap point when it is unpickled."""
 
-
-def _load_slowly() -> int:
-    _decoding.set()
-    assert _put_back.wait(DEADLINE)
-    return 2
-
-
-class _LoadedSlowly:
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load_slowly, ()
+        return trap_points.reach, ("waiting for a reply",)
 
 
-def test_a_message_that_an_interrupt_puts_back_while_another_thread_decodes_is_not_lost(bus: Bus) -> None:
-    """It comes next, before what is decoded."""
-    channel = bus.subscribe()
-    bus.publish(1)
-    assert channel.poll(DEADLINE)
-    bus.publish(_LoadedSlowly())
-    bus.flush(timeout=DEADLINE, delivered=True)
-    others: list[Background] = []
+@pytest.mark.parametrize("meanwhile", ["decodes", "reconnects"])
+def test_a_message_that_an_interrupt_puts_back_while_another_thread_waits_is_not_lost(
+    meanwhile: str, leaves_nothing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes next, before what the other thread decodes, or the report of what may be missing."""
+    waits, put_back, others = threading.Event(), threading.Event(), list[Background]()
 
-    def is_decoding(frame: FrameType, event: str) -> bool:
-        if event != "line" or frame.f_locals.get("message") != 1:
+    def reach(name: str, subject: object = None) -> None:
+        if name == "waiting for a reply" and threading.current_thread() is not threading.main_thread():
+            waits.set()
+            assert put_back.wait(DEADLINE)
+
+    def is_taken(frame: FrameType, event: str) -> bool:
+        if event != "line" or frame.f_locals.get("message") != "first":
             return False
         others.extend([] if others else [Background(channel.recv, DEADLINE)])
-        return _decoding.wait(0.05)  # not while the lock is held
+        return waits.wait(0.05)  # not while the lock is held
 
-    assert interrupting(Moment(is_decoding), channel.recv, DEADLINE)
-    _put_back.set()
-    assert [others[0].result(), channel.recv(DEADLINE)] == [1, 2]
-    channel.close()
+    with start_broadcaster(restart=True) as bus, bus.subscribe() as channel:
+        bus.publish("first")
+        assert channel.poll(DEADLINE)
+        if meanwhile == "decodes":
+            bus.publish(Waits())
+            bus.flush(timeout=DEADLINE, delivered=True)
+        else:
+            os.kill(bus.stats().pid, signal.SIGKILL)
+        monkeypatch.setattr(trap_points, "reach", reach)
+        assert interrupting(Moment(is_taken), channel.recv, DEADLINE)
+        put_back.set()
+        assert others[0].result() == "first"
+        with pytest.raises(BrokerRestarted) if meanwhile == "reconnects" else contextlib.nullcontext():
+            assert channel.recv(DEADLINE) is None
 
 
 def test_an_error_that_an_interrupt_delays_is_not_handed_out_as_a_message(bus: Bus) -> None:
@@ -301,36 +307,6 @@ def test_an_error_that_an_interrupt_delays_is_not_handed_out_as_a_message(bus: B
             received.extend(islice(iteration, 5))
     received.insert(0, others[0].result())
     assert [*received, *islice(iteration, 5 - len(received))] == list(range(5))
-
-
-def test_a_message_that_an_interrupt_puts_back_while_another_thread_reconnects_is_not_lost(
-    leaves_nothing: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It comes next, before the report of what may be missing."""
-    reconnecting, put_back, others = threading.Event(), threading.Event(), list[Background]()
-
-    def reach(name: str, subject: object = None) -> None:
-        if name == "waiting for a reply" and threading.current_thread() in others:
-            reconnecting.set()
-            assert put_back.wait(DEADLINE)
-
-    def is_taken(frame: FrameType, event: str) -> bool:
-        if frame.f_locals.get("message") != "the last":
-            return False
-        others.extend([] if others else [Background(channel.recv)])
-        return reconnecting.wait(0.05)  # not while the lock is held
-
-    monkeypatch.setattr(trap_points, "reach", reach)
-    with start_broadcaster(restart=True) as bus:
-        channel = bus.subscribe()
-        bus.publish("the last")
-        assert channel.poll(DEADLINE)
-        os.kill(bus.stats().pid, signal.SIGKILL)
-        assert interrupting(Moment(is_taken), channel.recv, DEADLINE)
-        put_back.set()
-        assert others[0].result() == "the last"
-        with pytest.raises(BrokerRestarted):
-            channel.recv(DEADLINE)
 
 
 @pytest.mark.parametrize("call", ["recv", "recv_many"])
@@ -663,12 +639,11 @@ def test_a_fork_while_a_thread_closes_leaves_no_copy(
 ) -> None:
     """The child has nothing of the descriptor of a message's memory, or of the dead pipe that replaces a channel's own."""
     forking: list[Background] = []
-    left: list[int] = []
 
-    def fork() -> None:
+    def fork() -> int:
         if (pid := os.fork()) == 0:
             os._exit(len({kind for _, kind in descriptors() - before if "memfd" in kind or "pipe" in kind}))
-        left.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def closing(call: Callable[..., Any], *args: Any, **keywords: Any) -> None:
         forking.append(Background(fork))
@@ -685,8 +660,7 @@ def test_a_fork_while_a_thread_closes_leaves_no_copy(
     else:
         monkeypatch.setattr(os, "dup2", partial(closing, os.dup2))
         channel.close()
-    forking[0].result()
-    assert left[0] == 1  # the pipe of the fork
+    assert forking[0].result() == 1  # the pipe of the fork
 
 
 def test_a_collection_at_any_moment_disturbs_no_call(bus: Bus) -> None:

@@ -107,10 +107,8 @@ def refuse_pidfds(*_: int) -> int:
 
 
 def live_with_ids_that_come_again(pidfds: bool) -> dict[str, Any]:
-    """Kill a subscriber whose pipes a child of its own keeps open, and give its ID to a new client of the broker.
-
-    The broker is stopped meanwhile, so that the newcomer connects before the death can have been noticed.
-    """
+    """Kill a subscriber whose pipes a child of its own keeps open, and give its ID to a new client of the broker. The broker is
+    stopped meanwhile, so that the newcomer connects before the death can have been noticed."""
     if not pidfds:
         os.pidfd_open = refuse_pidfds  # type: ignore[assignment]
     peers.SWEEP = 0.3  # type: ignore[misc]
@@ -209,10 +207,8 @@ def subscribe_and_wait(address: str, report: Connection) -> None:
 
 
 def test_processes_of_another_pid_namespace(temporary_folder: Path, fork: BaseContext, children: Children) -> None:
-    """A process without an ID where the broker is gets all, is not taken for another such one, and ends with its connection.
-
-    A broker that takes over keeps what it has open, and for a while only, as no end of it would be seen.
-    """
+    """A process without an ID where the broker is gets all, is not taken for another such one, and ends with its connection. A
+    broker that takes over keeps what it has open, and for a while only, as no end of it would be seen."""
     address = str(temporary_folder / "shared")
     ours, theirs = Pipe()
     with ours, theirs, another_namespace(address) as order, connect(address, authkey=b"shared") as bus:

@@ -1,7 +1,5 @@
-"""Scarcity: with too few descriptors or processes, or too little memory or room, all is slower or raises, and never wrong.
-
-What is short is short for one process: nothing here changes a setting of the system.
-"""
+"""Scarcity: with too few descriptors or processes, or too little memory or room, all is slower or raises, and never wrong. What
+is short is short for one process: nothing here changes a setting of the system."""
 
 import errno
 import mmap

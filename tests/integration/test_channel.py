@@ -127,16 +127,6 @@ def test_no_error_of_a_message_is_taken_for_the_channels_own(padding: int, bus: 
         assert channel.missed == 0
 
 
-async def take_async(channel: Channel[Any], count: int) -> list[Any]:
-    """Return the next ``count`` messages, by ``async for``."""
-    messages: list[Any] = []
-    async for message in channel:
-        messages.append(message)
-        if len(messages) == count:
-            break
-    return messages
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_all_calls_that_receive_share_one_order(bus: Bus, seed: int) -> None:
     """Give each message once, in order, whichever mix of calls and iterators takes it; be readable while one is left."""
@@ -145,14 +135,11 @@ def test_all_calls_that_receive_share_one_order(bus: Bus, seed: int) -> None:
     first, second = iter(channel), iter(channel)
     received: list[int] = []
     calls: list[Callable[[int], list[int]]] = [
-        lambda most: [channel.recv(0)],
         lambda most: channel.recv_many(most, 0),
         lambda most: channel.recv_many(timeout=0),
-        lambda most: [next(channel)],
-        lambda most: asyncio.run(take_async(channel, most)),
-        lambda most: take(channel, most),
         lambda most: list(itertools.islice(first, most)),
         lambda most: list(itertools.islice(second, most)),
+        *(lambda _, call=call: call() for call in calls_that_receive(channel).values()),
     ]
     with watched(channel) as ready:
         for count in (1, 2, 1000, 300, 128):
@@ -382,10 +369,8 @@ def watched(channel: Channel[Any]) -> Iterator[Callable[[], set[bool]]]:
 
 
 def test_readable_where_a_call_would_raise(bus: Bus) -> None:
-    """Be readable before a message that cannot be unpickled, and at the end for ever; ``poll`` changes nothing.
-
-    Messages go through the pipe at once and in pieces.
-    """
+    """Be readable before a message that cannot be unpickled, and at the end for ever; ``poll`` changes nothing. Messages go
+    through the pipe at once and in pieces."""
     channel = bus.subscribe()
     bad = workers.CannotBeUnpickled()
     messages = [bad, *(pattern(size, size) for size in (0, 4090, 3, 9000, 4096, 20_000, 1, 2, 3)), bad]

@@ -11,19 +11,15 @@ import pytest
 from tests.support.pages import SCRIPTS, Block
 
 
-def run_script(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run it unbuffered, as in many containers: a line of ``print`` is two writes then, and those of processes may mix."""
-    script = folder / "example.py"
-    script.write_text(text)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, str(script)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=folder, check=False)
-
-
 @pytest.mark.parametrize("block", SCRIPTS, ids=lambda block: block.name)
 def test_a_script_runs_as_pasted(block: Block, tmp_path: Path) -> None:
     """End by itself, print what the page shows, and raise and warn of nothing."""
-    done = run_script(block.text, tmp_path)
+    script = tmp_path / "example.py"
+    script.write_text(block.text)
+    # Unbuffered, as in many containers, a line of print() is two writes, and those of processes may mix.
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path, check=False)
     errors = done.stderr
     if "restart=True" in block.text:  # a broker that dies is worth a line in the log
         errors = re.sub(r"mpbroadcast broker \d+: ERROR: .* another one is started\n", "", errors)

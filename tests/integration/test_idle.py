@@ -20,9 +20,7 @@ MOST_WAKE_UPS = 5  # a second
 
 def assert_idle(*pids: int, window: float = 0.6) -> None:
     """Expect that for ``window`` seconds each process uses no measurable CPU time, and wakes up less than five times a second.
-
-    The watch may be repeated: what was still in progress when it began is no idling.
-    """
+    The watch may be repeated: what was still in progress when it began is no idling."""
     processes = [psutil.Process(pid) for pid in pids]
 
     def used() -> list[tuple[float, int]]:

@@ -35,10 +35,8 @@ __all__ = ["own_broker"]
 
 @contextlib.contextmanager
 def at_most(calls: int) -> Iterator[None]:
-    """Expect no more calls meanwhile: so it takes no longer when there is more of what must not be looked at.
-
-    For 0 they are not counted: that takes several times as long.
-    """
+    """Expect no more calls meanwhile: so it takes no longer when there is more of what must not be looked at. For 0 they are
+    not counted: that takes several times as long."""
     made = 0
 
     def count(frame: Any, event: str, argument: Any) -> None:

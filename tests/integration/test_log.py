@@ -30,7 +30,6 @@ def to_file(file: Path) -> dict[str, Any]:
 
 def wait_for_line(file: Path, *words: str) -> None:
     """Wait until a line has these words, in this order."""
-
     pattern = re.compile(".*".join(words))
     wait_until(file.exists)
     wait_until(lambda: pattern.search(file.read_text()))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerStats, Channel, Lagged, Overflowed, TimedOut
-from mpbroadcast.validation import Policy
+from mpbroadcast.validation import POLICIES, Policy
 from tests.support.helpers import (
     DEADLINE,
     Background,
@@ -90,6 +90,7 @@ def end(bus: Bus, channel: Channel[Any]) -> Events:
     return record(channel)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("reader", "transport"),
     [
@@ -155,10 +156,8 @@ def test_all_is_accounted_for_at_every_moment(
 
 
 def test_a_gap_at_the_end_is_readable_and_then_there_is_room_again(bus: Bus) -> None:
-    """While ``recv`` would raise ``Lagged``, ``poll`` is true and the descriptor readable; what comes then is received.
-
-    Neither other topics count nor what the channel was excluded from.
-    """
+    """While ``recv`` would raise ``Lagged``, ``poll`` is true and the descriptor readable; what comes then is received. Neither
+    other topics count nor what the channel was excluded from."""
     channel = bus.subscribe("a", overflow="drop_newest", capacity=20_000)
     for number in range(200):
         bus.publish(USUAL.message(number), topic="a")

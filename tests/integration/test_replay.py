@@ -1,7 +1,5 @@
-"""History and replay: a subscriber starts with the last messages that match, and goes on without a gap or a copy.
-
-Which messages a history keeps, and which a replay gets of it, tests/unit/test_history.py compares with a plain list.
-"""
+"""History and replay: a subscriber starts with the last messages that match, and goes on without a gap or a copy. Which
+messages a history keeps, and which a replay gets of it, tests/unit/test_history.py compares with a plain list."""
 
 from multiprocessing.context import BaseContext
 from typing import Any

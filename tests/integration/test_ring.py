@@ -43,10 +43,7 @@ def numbers(received: Iterable[Any]) -> list[int]:
 
 
 def prime(bus: Bus, *pids: int, channels: Iterable[Channel[Any]] = (), maps: int = 1, topic: str = "") -> None:
-    """Publish until each of these processes has so many maps of rings; the channels, of this process, are read meanwhile.
-
-    Nothing of it is left in them.
-    """
+    """Publish until each of these processes has so many maps of rings; the channels, of this process, are read empty."""
 
     def ready() -> bool:
         bus.publish(USUAL.message(PRIME), topic=topic)

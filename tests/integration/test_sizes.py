@@ -1,7 +1,5 @@
-"""Messages of each size do the same, whatever route they take: the pipe, a ring, or memory of their own.
-
-So they do in test_overflow.py, test_replay.py and test_flush_delivered.py.
-"""
+"""Messages of each size do the same, whatever route they take: the pipe, a ring, or memory of their own. So they do in
+test_overflow.py, test_replay.py and test_flush_delivered.py."""
 
 from typing import Any
 

@@ -161,10 +161,8 @@ def step(side: Handshake, body: bytes) -> tuple[str, list[bytes]]:
 def shake_hands(
     keys: list[bytes], key: bytes, damage: Callable[[bytes], bytes] = bytes, number: int = -1
 ) -> tuple[list[str], list[bytes]]:
-    """Let a server with ``keys`` and a client with ``key`` exchange bodies, of which ``damage`` changes one.
-
-    Return how it ended for each, the server first, and the bodies that were sent.
-    """
+    """Let a server with ``keys`` and a client with ``key`` exchange bodies, of which ``damage`` changes one. Return how it
+    ended for each, the server first, and the bodies that were sent."""
     sides = (serve_handshake(keys), client_handshake(key))
     ends = ["waits", "waits"]
     to_send = [bodies(next(side)) for side in sides]

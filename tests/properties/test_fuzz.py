@@ -1,7 +1,5 @@
-"""Bytes and objects that no client sends, at every pipe and socket of a living broker; the parsers have files of their own.
-
-All is decided by ``MPBROADCAST_SEED``, which is printed; the attacks go on for ``MPBROADCAST_SOAK`` seconds, all together.
-"""
+"""Bytes and objects that no client sends, at every pipe and socket of a living broker; the parsers have files of their own. All
+is decided by ``MPBROADCAST_SEED``, which is printed; the attacks go on for ``MPBROADCAST_SOAK`` seconds, all together."""
 
 import contextlib
 import itertools
@@ -11,6 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import current_process
 from multiprocessing.context import BaseContext
 from random import Random
@@ -221,21 +220,13 @@ def attack_in_rounds(attack: Attack, address: str, counter: memoryview) -> None:
         attack(address, Random(f"{SEED} {attack.__name__} {number}"))
 
 
-class Business:
-    """A publisher and a subscriber whose messages, of all sizes, must all come, in order."""
-
-    def __init__(self, bus: Broadcaster[Any], channel: Channel[Any]) -> None:
-        self._bus = bus
-        self._channel = channel
-        self._number = 0
-
-    def go_on(self) -> None:
-        first = self._number
-        for size in (10, 10, 5000, 30_000, 300_000, 3 << 20 if first % 100 == 0 else 0):
-            self._bus.publish((self._number, bytes(size)), topic=TOPIC, timeout=DEADLINE)
-            self._number += 1
-        for number in range(first, self._number):
-            assert self._channel.recv(timeout=DEADLINE)[0] == number
+def do_business(bus: Broadcaster[Any], channel: Channel[Any], turns: Iterator[int]) -> None:
+    """Publish messages of all sizes, which must all come, in order."""
+    turn = next(turns)
+    for number, size in enumerate((10, 10, 5000, 30_000, 300_000, 3 << 20 if turn % 50 == 0 else 0)):
+        bus.publish((turn, number, bytes(size)), topic=TOPIC, timeout=DEADLINE)
+    for number in range(6):
+        assert channel.recv(timeout=DEADLINE)[:2] == (turn, number)
 
 
 def rests(broker: psutil.Process) -> bool:
@@ -252,20 +243,20 @@ def test_a_broker_under_attack(attack: Attack, leaves_nothing: None, fork: BaseC
     counter = shared_counter()
     bus: Broadcaster[Any] = start_broadcaster(history=ATTACKS[attack][0])
     with contextlib.closing(bus), bus.subscribe(TOPIC) as channel:
-        business = Business(bus, channel)
+        go_on = partial(do_business, bus, channel, itertools.count())
         for _ in range(3):
-            business.go_on()
+            go_on()
         broker = psutil.Process(bus.stats().pid)
         held, memory = descriptors(broker.pid), broker.memory_info().rss
         attacker = children(fork, attack_in_rounds, attack, bus.address, counter)
         try:
             while attacker.is_alive():
-                business.go_on()
+                go_on()
                 assert broker.memory_info().rss - memory < PEAK
                 assert descriptors(broker.pid) - held < 400
             attacker.join()
             assert attacker.exitcode == 0
-            business.go_on()
+            go_on()
             if bus.stats().history_topics:
                 for number in range(MOST_TOPICS):  # so that nothing of the attacker's is in the history any more
                     bus.publish(None, topic=f"another {number}")
@@ -292,10 +283,8 @@ def lives_on(bus: Broadcaster[Any]) -> Iterator[Broadcaster[Any]]:
 @shares_memory
 @pytest.mark.parametrize(("ring", "offset"), [(1, 200), (2, (1 << 24) - 50), (2, 150), (3, 0)])
 def test_references_that_are_refused(ring: int, offset: int, lives_on: Broadcaster[Any]) -> None:
-    """To a ring that was left, beyond the end of one, to bytes of another message, to no ring: their publisher is closed.
-
-    Its rings are forgotten, so that others can have some.
-    """
+    """To a ring that was left, beyond the end of one, to bytes of another message, to no ring: their publisher is closed. Its
+    rings are forgotten, so that others can have some."""
     for _ in range(5):
         with contextlib.closing(BrokerClient(lives_on.address)) as link:
             lent = Lent(link, fd_socket=True)

@@ -319,10 +319,8 @@ def comparable(item: Any) -> Any:
 
 
 def received(parts: Iterable[tuple[bytes, bool]], with_topic: bool = False, beside: Any = None) -> tuple[list[Any], int, int]:
-    """What a channel hands out of chunks, each with whether a byte more is in the pipe.
-
-    Return this, how many messages were skipped, and how many were in shared memory.
-    """
+    """What a channel hands out of chunks, each with whether a byte more is in the pipe. Return this, how many messages were
+    skipped, and how many were in shared memory."""
     stream = Stream()
     items: list[Any] = []
     skipped = 0

@@ -96,10 +96,8 @@ def rest(channel: Channel[Any]) -> list[Any]:
 
 
 def record(channel: Channel[Any]) -> list[tuple[str, int]]:
-    """Return all that a channel of ``(number, pattern)`` messages gives up to its clean end, by kind.
-
-    ``("message", number)``, ``("lagged", how many)`` and ``("overflowed", 0)``.
-    """
+    """Return all that a channel of ``(number, pattern)`` messages gives up to its clean end, by kind. ``("message", number)``,
+    ``("lagged", how many)`` and ``("overflowed", 0)``."""
     events = []
     while True:
         try:
@@ -240,10 +238,8 @@ class Background(threading.Thread):
         return self.ended(timeout).exception(0)
 
     def wait_until_blocked(self, function: str) -> None:
-        """Wait until the thread sleeps in the kernel somewhere below the function of this name.
-
-        It is looked at several times: once, it may wait for the interpreter's lock only.
-        """
+        """Wait until the thread sleeps in the kernel somewhere below the function of this name. It is looked at several times:
+        once, it may wait for the interpreter's lock only."""
         for _ in range(5):
             wait_until(lambda: self._sleeps_below(function))
             time.sleep(0.002)

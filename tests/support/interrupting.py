@@ -1,7 +1,5 @@
-"""Interrupts of calls: at one moment that a test names, at each moment in turn, or at random ones.
-
-``MPBROADCAST_SEED`` repeats a run's random moments, ``MPBROADCAST_SOAK`` is how many seconds each storm takes.
-"""
+"""Interrupts of calls: at one moment that a test names, at each moment in turn, or at random ones. ``MPBROADCAST_SEED`` repeats
+a run's random moments, ``MPBROADCAST_SOAK`` is how many seconds each storm takes."""
 
 import itertools
 import os
@@ -152,10 +150,8 @@ class Storm:
         self._quiet()
 
     def __call__(self, function: Callable[..., Any], *args: Any, within: float = 0, **keywords: Any) -> Interrupt | None:
-        """Call the function, and interrupt it ``within`` so many seconds, or as many as its first calls have taken.
-
-        Those are not interrupted. Return the interrupt, if it came out of the call.
-        """
+        """Call the function, and interrupt it ``within`` so many seconds, or as many as its first calls have taken. Those are
+        not interrupted. Return the interrupt, if it came out of the call."""
         seconds = self._seconds[function.__name__]
         if not within and len(seconds) < 5:
             start = time.perf_counter()

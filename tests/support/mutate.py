@@ -55,9 +55,6 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "matcher: '?' in pattern or '[' in pattern -> True",
         "_beginning: 1 -> ",
         "Router.targets: found is None -> True",
-        "Router.targets: len(self._found) >= _CACHED_TOPICS -> True",
-        "Router.targets: len(self._found) >= _CACHED_TOPICS -> len(self._found) > _CACHED_TOPICS",
-        "Router.targets: self._found[topic] = found -> pass",
         "encoded_topic: ",
         "Run.divided: self.count <= MOST_AT_ONCE",
         "decode: body.count(b'[') + body.count(b'{') > _DEEPEST -> ",
@@ -85,7 +82,6 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "_route: skip > min(size, len(frame)) -> skip >=",
     ),
     "how much goes together need not be exact": (
-        "_references: room > 0 -> room > 1",
         "_Dropping.to_write: 2 * self.pipe -> 3 * self.pipe",
         "_Dropping.to_write: 2 * PIPE_BUF -> 3 * PIPE_BUF",
     ),
@@ -102,10 +98,7 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "_Dropping._split_to: run.count <= 1 -> ",
         "_Dropping._split_to: fits < run.count -> ",
     ),
-    "it is refused below": (
-        "Splitter.split: size < 8 -> size <",
-        "Splitter.split: tag > _ROUTE -> tag >= _ROUTE",
-    ),
+    "it is refused below": ("Splitter.split: size < 8 -> size <", "Splitter.split: tag > _ROUTE -> tag >= _ROUTE"),
     "a longer question is as good": ("serve_handshake: os.urandom(", "client_handshake: os.urandom("),
     "so much is for ever, too": ("check_timeout: timeout > _FOREVER -> timeout >= _FOREVER",),
     "only what was taken is given back, and once": (

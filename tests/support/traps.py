@@ -1,7 +1,5 @@
-"""Traps: a process is hit by a signal at a moment of a call, by the process itself, so that no test sleeps and hopes.
-
-At moments at which the victim waits in the kernel, it only notes that, and the test sends the signal once it sees it sleep.
-"""
+"""Traps: a process is hit by a signal at a moment of a call, by the process itself, so that no test sleeps and hopes. At
+moments at which the victim waits in the kernel, it only notes that, and the test sends the signal once it sees it sleep."""
 
 import contextlib
 import itertools
@@ -45,10 +43,8 @@ Entry = tuple[str, int]
 
 @dataclass(frozen=True)
 class Trap:
-    """Hits the process that it was put into with a signal at a moment, once, from when it is armed on.
-
-    What has happened stands in files in ``folder``: they outlive whoever is killed, and all processes see them.
-    """
+    """Hits the process that it was put into with a signal at a moment, once, from when it is armed on. What has happened stands
+    in files in ``folder``: they outlive whoever is killed, and all processes see them."""
 
     folder: str
     victim: str

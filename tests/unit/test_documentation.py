@@ -1,7 +1,5 @@
 """README, docs/ and the words: short, complete, true to the code, and in the field's words.
-
-``tests/integration/test_examples.py`` runs the scripts that the pages show.
-"""
+``tests/integration/test_examples.py`` runs the scripts that the pages show."""
 
 import importlib
 import importlib.util
@@ -37,10 +35,8 @@ def test_the_readme_is_short() -> None:
 
 
 def test_each_block_is_checked() -> None:
-    """Each block is a script, a command, a picture or an output; commands name modules and paths that are there.
-
-    CI runs the README's commands for the demo and the tests exactly as they stand.
-    """
+    """Each block is a script, a command, a picture or an output; commands name modules and paths that are there. CI runs the
+    README's commands for the demo and the tests exactly as they stand."""
     ci = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
     checked = set()
     for block in BLOCKS:
@@ -211,10 +207,7 @@ BANNED_IDENTIFIERS = {"way", "ways", "place", "places"}
 
 
 def test_the_words_are_those_of_the_field() -> None:
-    """None of the banned words is written, and nothing is called a way or a place.
-
-    The names of tests do not count, nor do they in RELIABILITY.md.
-    """
+    """None of the banned words is written, and nothing is called a way or a place. The names of tests do not count."""
     found = []
     for path in [*MODULES, *PAGES]:
         text = re.sub(r"\btest_\w+", "", path.read_text())

@@ -66,13 +66,6 @@ def imported(module: str) -> set[str]:
     return {name for name, _ in imports(module)}
 
 
-def in_functions(module: str) -> set[str]:
-    """Return what a module imports inside functions."""
-    functions = [node for node in NODES[module] if isinstance(node, ast.FunctionDef)]
-    inside = [part for function in functions for part in ast.walk(function)]
-    return {node.module or "" for node in inside if isinstance(node, ast.ImportFrom)}
-
-
 def test_a_module_imports_only_what_stands_below_it() -> None:
     """Imports go down only, types included. ``client/api.py`` imports the launcher in the function that starts a broker."""
     wrong = [
@@ -83,7 +76,9 @@ def test_a_module_imports_only_what_stands_below_it() -> None:
     ]
     api = "mpbroadcast.client.api"
     assert {me for me, _ in wrong} <= {api}
-    assert {module for _, module in wrong} <= in_functions(api)
+    functions = [node for node in NODES[api] if isinstance(node, ast.FunctionDef)]
+    inside = [part for function in functions for part in ast.walk(function)]
+    assert {module for _, module in wrong} <= {node.module for node in inside if isinstance(node, ast.ImportFrom)}
     assert {module.rpartition(".")[0] for _, module in wrong} == {HOST}
     assert not [path for path in PATHS.values() if "TYPE_CHECKING" in path.read_text()]
 
@@ -111,10 +106,8 @@ SYSTEM_CALLS = re.compile(
 
 
 def test_only_some_rooms_call_the_system_on_descriptors() -> None:
-    """Outside ``posix/``, ``broker/host/`` and ``cli/``, no module has such a function of the system, also not by another name.
-
-    What is on the data path is imported from ``posix/pipes.py``, where it is the system's own function. Constants are no calls.
-    """
+    """Outside ``posix/``, ``broker/host/`` and ``cli/``, no module has such a function of the system, by whatever name. What is
+    on the data path is imported from ``posix/pipes.py``, where it is the system's own function. Constants are no calls."""
     found = []
     for module, nodes in NODES.items():
         if room(module) not in ("posix", "cli") and not module.startswith(HOST):

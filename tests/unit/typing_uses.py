@@ -1,8 +1,6 @@
 # pyright: strict, reportUnnecessaryTypeIgnoreComment=true, reportUnusedFunction=false
 """Right and wrong uses of the interface, for type checkers: each line that must be an error has an ``ignore``, no other has.
-
-Nothing here is run. A checker that reports unused ``ignore`` comments, as strict mypy does, finds both kinds of mistakes.
-"""
+Nothing here is run. A checker that reports unused ``ignore`` comments, as strict mypy does, finds both kinds of mistakes."""
 
 from multiprocessing import Pipe, Process
 from typing import Any, assert_type
