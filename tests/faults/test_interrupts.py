@@ -565,8 +565,7 @@ def test_an_interrupted_subscribe_that_is_interrupted_again(bus: Bus, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "moment",
-    ["waiting for the broker", BrokerClient.session, Broadcaster.__init__, BrokerProcess.end_at_exit],
+    "moment", ["waiting for the broker", BrokerClient.session, Broadcaster.__init__, BrokerProcess.end_at_exit]
 )
 def test_a_start_that_is_interrupted_leaves_nothing(moment: Callable[..., Any] | str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no process and no file."""

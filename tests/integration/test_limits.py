@@ -329,17 +329,6 @@ def test_a_long_replay_comes_in_parts(meanwhile: str, attacker: Attacker) -> Non
         assert backlog.ended == (meanwhile in ("unsubscribe", "stop"))
 
 
-def test_an_error_of_too_many_topics(bus: Broadcaster[Any]) -> None:
-    """An honest program that names too many topics has an error in that call, and goes on; what it has counts as memory."""
-    with pytest.raises(ValueError, match="topics and patterns"):
-        bus.subscribe(*map(str, range(40_000)))
-    with bus.subscribe(*map(str, range(5000))) as channel:
-        bus.publish("one", topic="77")
-        assert channel.recv(DEADLINE) == "one"
-        assert bus.stats().memory > 2_000_000
-    assert bus.stats().memory == 0
-
-
 @shares_memory
 def test_sparse_memory_through_a_pipe(bus: Broadcaster[Any]) -> None:
     """Memory of 1 GiB that was never written, for a reader that shares none, takes nothing of the broker, and no time."""

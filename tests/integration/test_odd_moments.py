@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -18,7 +17,6 @@ from tests.support.victims import alive
 from tests.support.victims import stopped as is_stopped
 
 Bus = Broadcaster[Any]
-Pipe = tuple[Connection, Connection]
 
 
 def test_a_large_message_that_waits_for_room_is_not_overtaken(bus: Bus) -> None:

@@ -2,11 +2,10 @@
 messages a history keeps, and which a replay gets of it, tests/unit/test_history.py compares with a plain list."""
 
 from multiprocessing.context import BaseContext
-from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, connect, start_broadcaster
+from mpbroadcast import connect, start_broadcaster
 from mpbroadcast.validation import Policy
 from tests.support import workers
 from tests.support.helpers import (
@@ -26,7 +25,6 @@ from tests.support.helpers import (
 )
 from tests.support.large_workers import Size, numbers
 
-Bus = Broadcaster[Any]
 LONG = Size(1000)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import accumulate, groupby
 from types import SimpleNamespace
 from typing import Final
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -74,13 +75,9 @@ def test_references_of_one_route_go_together_within_limits() -> None:
     assert found(items) == messages
     large = b"".join(frames.reference_frame(1, number, 1 << 19, b"t") for number in range(5))
     assert [len(item.sizes) for item in split(large)] == [2, 2, 1]
-    other = (
-        frames.reference_frame(1, 0, 4096, b"t")
-        + frames.reference_frame(2, 0, 4096, b"t")
-        + frames.reference_frame(2, 0, 4096, b"u")
-    )
-    other += frames.reference_frame(2, 0, 4096, b"u", 5) + frames.reference_frame(2, 0, 4096, b"u", 5, image=True)
-    assert [len(item.sizes) for item in split(other)] == [1, 1, 1, 1, 1]
+    others = [Message(b"t", 0, (1, 0, 4096)), Message(b"t", 0, (2, 0, 4096)), Message(b"u", 0, (2, 0, 4096))]
+    others += [Message(b"u", 5, (2, 0, 4096)), Message(b"u", 5, (2, 0, 4096), True)]
+    assert [len(item.sizes) for item in split(b"".join(other.frame for other in others))] == [1, 1, 1, 1, 1]
 
 
 def test_a_long_message_is_held_until_it_is_whole_or_aborted() -> None:
@@ -150,23 +147,17 @@ def test_a_row_of_any_length_is_full_batches(topic: bytes) -> None:
 
 def test_a_row_of_one_size_is_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the third neighbour of one size on, all the others are found at once, whatever is in them."""
-    looks = 0
-
-    def counted(data: bytes, start: int = 0) -> tuple[int, int]:
-        nonlocal looks
-        looks += 1
-        return struct.unpack_from("<II", data, start)
-
+    counted = Mock(wraps=frames.HEAD.unpack_from)
     short = frames.frame_head(1, b"t") + b"x"
     row = [
         frames.frame_head(4, b"t") + struct.pack("<I", number % 256 * 0x01010101) for number in range(frames.MOST_TOGETHER - 2)
     ]
     monkeypatch.setattr(frames, "HEAD", SimpleNamespace(size=8, unpack_from=counted))
     for before in ([], [short, short]):
-        looks = 0
+        counted.reset_mock()
         (batch,) = split(b"".join([*before, *row]))
         assert len(batch.sizes) == len(before) + len(row)
-        assert looks == len(before) + 3
+        assert counted.call_count == len(before) + 3
 
 
 @STEADY
