@@ -10,7 +10,6 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Generator, Iterator
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import pytest
 from mpbroadcast import Broadcaster, start_broadcaster
 from mpbroadcast.client import shared_writer
 from mpbroadcast.protocol import pickling
-from tests.support.helpers import Children, wait_until
+from tests.support.helpers import Children, Pipe, wait_until
 from tests.support.large_workers import TRANSPORTS, Size
 from tests.support.victims import ROOT
 
@@ -142,7 +141,7 @@ def bus(leaves_nothing: None) -> Iterator[Broadcaster[Any]]:
 
 
 @pytest.fixture
-def pipe(leaves_nothing: None) -> Iterator[tuple[Connection, Connection]]:
+def pipe(leaves_nothing: None) -> Iterator[Pipe]:
     """Yield a pipe for a child process: this process's end, and the child's."""
     ours, theirs = multiprocessing.Pipe()
     with ours, theirs:

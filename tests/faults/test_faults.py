@@ -11,7 +11,6 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -25,7 +24,7 @@ import mpbroadcast
 from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, BrokerRestarted, Channel, connect, start_broadcaster
 from mpbroadcast.posix.shared_memory import available
 from tests.support import traps, victims
-from tests.support.helpers import DEADLINE, Background, Children, answer, finish, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, Pipe, answer, finish, wait_until
 from tests.support.traps import DEAF, EARLY, GAP, WAITING, Entry, Trap, message, read, read_to_the_end, whole
 from tests.support.victims import SOON, alive, asleep, descriptors, shared_maps, stopped
 
@@ -139,9 +138,9 @@ class Stage:
         self._handles: list[Any] = []
         self._before = (0, 0, 0)
 
-    def pipe(self) -> tuple[Connection, Connection]:
+    def pipe(self) -> Pipe:
         """Two ends, closed at the end."""
-        ends = Pipe()
+        ends = multiprocessing.Pipe()
         self._handles += ends
         return ends
 
@@ -611,12 +610,7 @@ def test_the_sample_has_each_signal_of_each_victim_and_each_moment() -> None:
 
 @pytest.mark.parametrize("end", ["killed", "killed, and no pidfds", "another program"])
 def test_a_subscriber_whose_pipe_stays_open_is_gone(
-    end: str,
-    fork: BaseContext,
-    children: Children,
-    pipe: tuple[Connection, Connection],
-    monkeypatch: pytest.MonkeyPatch,
-    leaves_nothing: None,
+    end: str, fork: BaseContext, children: Children, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither EOF nor EPIPE shows that it was killed while its child keeps each end open, or became another program."""
     if "no pidfds" in end:

@@ -9,8 +9,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import pytest
 from mpbroadcast import Broadcaster, BrokerLost, StartError, connect, start_broadcaster
 from mpbroadcast.broker.host.socket_file import Listening
 from tests.support import victims
-from tests.support.helpers import DEADLINE, Children, answer, finish, wait_until
+from tests.support.helpers import DEADLINE, Children, Pipe, answer, finish, wait_until
 from tests.support.victims import Program, alive
 
 METHODS = ["fork", "spawn", "forkserver"]
@@ -293,11 +291,11 @@ def test_the_broker_keeps_no_descriptor_of_its_starter(fork: BaseContext) -> Non
 
 
 def test_close_gives_up_on_a_reader_that_never_reads(
-    fork: BaseContext, children: Children, pipe: tuple[Connection, Connection], capfd: pytest.CaptureFixture[str]
+    fork: BaseContext, children: Children, pipe: Pipe, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """``close()`` returns within its timeout; a channel that was not drained gets ``BrokerLost``, and the log names it."""
     bus: Broadcaster[Any] = start_broadcaster()
-    ours, theirs = Pipe()
+    ours, theirs = fork.Pipe()
     with ours, theirs:
         channel = bus.subscribe("all")
         other = children(fork, victims.slow_reader, bus.subscribe("all", "other"), theirs, 0.0005)
@@ -319,9 +317,7 @@ def test_close_gives_up_on_a_reader_that_never_reads(
 
 
 @pytest.mark.parametrize(("count", "end"), [(10, "EOFError"), (1000, "BrokerLost")])
-def test_close_that_may_not_wait(
-    count: int, end: str, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
-) -> None:
+def test_close_that_may_not_wait(count: int, end: str, fork: BaseContext, children: Children, pipe: Pipe) -> None:
     """With a timeout of 0, what is in the pipe is received, and the end is clean if nothing else was published."""
     bus: Broadcaster[Any] = start_broadcaster()
     reader = children(fork, victims.slow_reader, bus.subscribe(), pipe[1], None)
@@ -339,7 +335,7 @@ def test_close_that_may_not_wait(
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_close_waits_for_a_reader_that_goes_on_reading(
-    restart: bool, fork: BaseContext, children: Children, pipe: tuple[Connection, Connection]
+    restart: bool, fork: BaseContext, children: Children, pipe: Pipe
 ) -> None:
     """Its timeout counts from the last progress: all is read, though that takes several times as long."""
     bus: Broadcaster[Any] = start_broadcaster(restart=restart)

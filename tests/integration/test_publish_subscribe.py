@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -12,10 +11,9 @@ import pytest
 
 from mpbroadcast import Broadcaster, TimedOut, connect, publish, subscribe, unsubscribe
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, rest, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, Pipe, answer, everything, finish, rest, take, wait_until
 
 Bus = Broadcaster[Any]
-Pipe = tuple[Connection, Connection]
 
 
 def test_functions_mean_the_same_as_the_methods(bus: Bus) -> None:

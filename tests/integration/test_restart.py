@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tests.support.helpers import (
     DEADLINE,
     Background,
     Children,
+    Pipe,
     answer,
     calls_that_receive,
     fill,
@@ -39,7 +39,6 @@ from tests.support.helpers import (
 from tests.support.large_workers import Size, limited, number_of
 
 Bus = Broadcaster[Any]
-Pipe = tuple[Connection, Connection]
 
 
 @pytest.fixture

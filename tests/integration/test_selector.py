@@ -4,17 +4,15 @@ import gc
 import socket
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
 
 import pytest
 
 from mpbroadcast import Broadcaster, Selector, TimedOut, channel_to_selector
-from tests.support.helpers import DEADLINE, Children, answer, everything
+from tests.support.helpers import DEADLINE, Children, Pipe, answer, everything
 
 Bus = Broadcaster[Any]
-Pipe = tuple[Connection, Connection]
 Sockets = tuple[socket.socket, socket.socket]
 
 

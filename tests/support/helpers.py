@@ -24,6 +24,7 @@ import psutil
 from mpbroadcast import Broadcaster, BroadcastError, Channel, Lagged, Overflowed, SubscriberStats, channel_to_selector
 from mpbroadcast.protocol.control import client_handshake
 
+Pipe = tuple[Connection, Connection]
 DEADLINE = 20.0
 """How long a test waits for what must happen, in seconds. No test needs it when all is well."""
 
