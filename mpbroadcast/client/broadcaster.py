@@ -16,6 +16,7 @@ from mpbroadcast.client.pipe_ownership import PipeOwnership, open_own
 from mpbroadcast.client.publishing import Publishing
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, TimedOut
+from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.stats import BrokerStats, snapshot
 from mpbroadcast.validation import Policy, check_count, check_overflow, check_timeout, check_topics, encode_topic
@@ -57,6 +58,7 @@ class Broadcaster(Publishing[M]):
     def __init__(self, client: BrokerClient, process: _Process | None = None) -> None:
         super().__init__(client)
         self._process = process  # the broker's, in its starter
+        self._closing = locks.rlock()
         self._is_closing_done = False  # False after an interrupted close(), which can be called again
         self._subscribed: WeakValueDictionary[int, PipeOwnership] = WeakValueDictionary()
         self._is_pickled = False  # True if a process may have it that was not forked from this one
@@ -206,9 +208,14 @@ class Broadcaster(Publishing[M]):
         or no reader has made progress for ``timeout`` seconds (``None``: no limit). A channel that is not open yet delays it
         while there is a message for it and a process that could open it: one that it was pickled for, or that was forked since.
         Channels that this process has open do not. A channel that got all messages ends with ``EOFError``, another one with
-        ``BrokerLost``, and the broker's log names it. A later ``publish`` raises ``BrokerLost``. It can be called again.
+        ``BrokerLost``, and the broker's log names it. A later ``publish`` raises ``BrokerLost``. It can be called again, and by
+        several threads at once: each blocks until it is closed.
         """
         timeout = check_timeout(timeout)
+        with self._closing:
+            self._close(timeout)
+
+    def _close(self, timeout: float | None) -> None:
         if self._is_closing_done:
             return
         process, client = self._process, self._client
@@ -271,3 +278,4 @@ class Broadcaster(Publishing[M]):
         self._writer = None
         self._has_gap = False
         self._process = None
+        self._closing = locks.rlock()

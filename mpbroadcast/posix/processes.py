@@ -77,11 +77,11 @@ class PeerProcess:
             return False
 
     def wait(self, timeout: float | None) -> bool:
-        """Block until it is dead, for at most ``timeout`` seconds. Return True if it is."""
+        """Block until it is dead, for at most ``timeout`` seconds. Return True if it is, or if this object is closed."""
         deadline = Deadline(timeout)
         if self.fd >= 0:
             return is_ready(self.fd, IN, deadline.milliseconds())
-        while not self.is_dead():
+        while self._process is not None and not self.is_dead():
             if deadline.remaining() == 0:
                 return False
             time.sleep(_PAUSE)

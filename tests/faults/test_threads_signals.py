@@ -348,3 +348,22 @@ def test_threads_start_brokers_at_once() -> None:
     os.kill(children[0], signal.SIGKILL)
     os.waitpid(children[0], 0)
     assert not is_heir
+
+
+@pytest.mark.parametrize("is_handler", [False, True], ids=["thread", "handler"])
+def test_a_handle_is_closed_twice_at_once(is_handler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread returns when it is closed; a signal handler closes it itself."""
+    closing: list[Background] = []
+
+    def reach(name: str, subject: object = None) -> None:
+        if name == "ending the broker" and not closing:
+            closing.append(Background(bus.close) if not is_handler else Background(int))
+            if is_handler:
+                bus.close()
+
+    bus: Bus = start_broadcaster()
+    pid = bus.stats().pid
+    monkeypatch.setattr(trap_points, "reach", reach)
+    bus.close()
+    closing[0].result()
+    assert not psutil.pid_exists(pid)

@@ -153,7 +153,10 @@ class BrokerProcess:
 
     def _kill(self, grace: float) -> None:
         process, watched = self._process, self._watched
-        if process.pid is None:
+        try:
+            if process.pid is None:
+                return
+        except ValueError:  # a signal handler has closed it meanwhile
             return
         if watched is not None:
             watched.send_signal(signal.SIGTERM)
@@ -166,11 +169,11 @@ class BrokerProcess:
                     broker.wait(_GRACE)
                     broker.close()
             watched.close()
-        if process.exitcode is None:
-            connection.wait([process.sentinel], _GRACE)  # a fork server reports a moment later
         try:
+            if process.exitcode is None:
+                connection.wait([process.sentinel], _GRACE)  # a fork server reports a moment later
             process.close()
-        except ValueError:  # other code has reaped it, so its exit code is not to be had
+        except ValueError:  # other code has reaped it, so its exit code is not to be had, or a signal handler has closed it
             self._forget()
 
 
