@@ -3,7 +3,7 @@
 import errno
 import os
 import signal
-from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -36,11 +36,7 @@ def test_a_process_that_has_ended_is_no_peer(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_an_answer_that_cannot_be_had(error: Exception, dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a system without pidfds: one that goes while it is asked for is dead; one that may not be asked for is not."""
-
-    def status(_: Any) -> str:
-        raise error
-
     monkeypatch.delattr(os, "pidfd_open", raising=False)
     peer = PeerProcess(os.getpid())
-    monkeypatch.setattr(psutil.Process, "status", status)
+    monkeypatch.setattr(psutil.Process, "status", Mock(side_effect=error))
     assert peer.is_dead() is dead
