@@ -125,7 +125,8 @@ def test_all_is_accounted_for_at_every_moment(
     for row in rows:
         kept = row.delivered + row.waiting
         assert kept <= 2 if policy == "latest" else fitting // 2 <= kept <= most
-    assert policy == "block" or bus.stats().memory <= capacity + MEBIBYTE  # what is dropped is freed
+    # What is dropped is freed, in chunks of a ring that are not quite full.
+    assert policy == "block" or bus.stats().memory <= capacity + 3 * MEBIBYTE // 2
     if slow is not None:
         slow.go()
     else:
