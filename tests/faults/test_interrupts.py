@@ -63,6 +63,7 @@ from tests.support.interrupting import (
 from tests.support.large_workers import number_of
 from tests.support.victims import Program
 
+SHARED = pytest.mark.skipif(not available(), reason="there is no memory to share here")
 Bus = Broadcaster[Any]
 END = 1_000_000_000  # the number of a last message
 
@@ -161,7 +162,7 @@ def test_an_interrupted_publish_many_has_how_many_were_sent(bus: Bus, storm: Sto
     channel.close()
 
 
-@pytest.mark.skipif(not available(), reason="there is no memory to share here")
+@SHARED
 def test_an_interrupt_behind_a_large_message_that_ran_out_of_time_costs_nothing(
     bus: Bus, own_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -632,7 +633,7 @@ def test_a_fork_at_any_moment_leaves_both_sides_working(bus: Bus) -> None:
     wait_until(lambda: not bus.stats().subscribers)
 
 
-@pytest.mark.parametrize("what", ["memory", "pipe"])
+@pytest.mark.parametrize("what", [pytest.param("memory", marks=SHARED), "pipe"])
 def test_a_fork_while_a_thread_closes_leaves_no_copy(
     what: str, bus: Bus, own_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
