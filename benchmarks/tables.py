@@ -74,7 +74,9 @@ def table(results: RowResults) -> Table:
 
 def _sentences(results: RowResults) -> list[str]:
     """How this package stands to the best of the others."""
-    other = results.best([peer for peer in results.measured if peer not in OWN])
+    others = [peer for peer in results.measured if peer not in OWN]
+    other = results.best([peer for peer in others if peer.waits])
+    ring = results.best([peer for peer in others if not peer.waits])
     if other is None:
         return []
     what = results.row.metrics[0].name
@@ -86,5 +88,7 @@ def _sentences(results: RowResults) -> list[str]:
                 sentence += f"; {results.figure(peer, results.row.metrics[0]) / results.floor:.0%} of pickle.loads alone"
             if results.relay is not None:
                 sentence += f"; {results.ratio(peer, results.relay):.2f} times that of a {results.relay.name}"
+            if ring is not None:
+                sentence += f"; {results.ratio(peer, ring):.2f} times that of {ring.name}, which polls or overwrites"
             sentences.append(sentence)
     return sentences

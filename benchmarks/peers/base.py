@@ -88,6 +88,7 @@ class Peer(ABC):
     has_topics: ClassVar[bool] = False
     has_broker: ClassVar[bool] = False
     is_floor: ClassVar[bool] = False  # what is least, and no peer that others are compared with
+    waits: ClassVar[bool] = True  # without a core for each process that polls, and without overwriting: else compared apart
     lossy: ClassVar[bool] = False  # the last message is sent again until all have it; what else is lost is counted
     environment: ClassVar[dict[str, str]] = {}  # while it is measured, for all its processes
 

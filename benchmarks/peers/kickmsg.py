@@ -52,6 +52,7 @@ class _Endpoint(Endpoint):
 class Kickmsg(Peer):
     name = "kickmsg"
     setting = "slots for 2 to 4,096 messages in each subscriber's ring, twice as many in the pool; the last message is repeated"
+    waits = False
     limits = "loses: it overwrites what a slow subscriber has not read; the longest message and most subscribers are fixed"
     modules = ("kickmsg",)
     packages = ("kickmsg",)

@@ -55,6 +55,7 @@ class _Endpoint(Endpoint):
 class Mmbus(Peer):
     name = "mmbus"
     setting = "2 to 4,096 slots, no log on disk, TopicPublisher.publish(), again while the ring is full; recv_batch()"
+    waits = False
     limits = "one publisher for a topic; a full ring is an error, not a wait; a subscriber that is killed fills it for good"
     modules = ("mmbus",)
     packages = ("mmbus",)

@@ -75,6 +75,7 @@ class _Endpoint(Endpoint):
 class SubEtha(Peer):
     name = "subetha-ipc"
     setting = f"BroadcastRing of {_SLOTS:,} slots of {_SLOT} bytes, push_many() of up to {_BATCH} messages, recv_many()"
+    waits = False
     limits = "one publisher; at most 16 subscribers; polls: each takes a core; a subscriber that is killed blocks it for good"
     modules = ("subetha",)
     packages = ("subetha-ipc",)

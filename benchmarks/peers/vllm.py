@@ -73,6 +73,7 @@ class _Endpoint(Endpoint):
 class MessageQueue(Peer):
     name = "vLLM's MessageQueue, by its design"
     setting = "its ring of 10 chunks in shared memory, written anew here in Python; a message each call, both sides poll"
+    waits = False
     limits = "one publisher; all subscribers are known before the first message; polls: each takes a core; a dead one blocks it"
     most_publishers = 1
     largest = _CHUNK // 2
