@@ -64,7 +64,10 @@ class Intake:
             self.read(publisher)
 
     def read(self, publisher: Publisher, _events: int = IN, *, limit: int | None = None) -> None:
-        """Read once what is in its pipe, at most ``limit`` bytes, and park it; with none, unless this round has enough."""
+        """Read once what is in its pipe, and park it, or pass it on if it is a lone message.
+
+        At most ``limit`` bytes; with none, nothing if this round has enough.
+        """
         if limit is None and self._items > MOST_ITEMS:
             return  # it is read in a later round: those that were read are behind then, as a turn is no longer than that
         is_alone = False
