@@ -188,6 +188,7 @@ class BrokerClient:
         session.lost = True  # the lifeline stays open: a broker that is being closed may still drain
         if not self.restarts:
             _clients.pop(self.broker, None)
+            self.inherited.clear()
 
     def lost_error(self, cause: BaseException | None = None) -> BrokerLost:
         """Return the error for a broker that has ended. Its cause is what the broker sent at its end, or else ``cause``."""
@@ -203,10 +204,10 @@ class BrokerClient:
 
         A finaliser may call this anywhere: each change is one step.
         """
-        session = self._session
-        if session is not None and session.lost and not self.restarts:
+        if self._is_broker_gone:
             return True
         self.dropped.add(subscription)
+        session = self._session
         if session is None:
             return False
         # A connection for requests takes it, if one is idle: so the lifeline has room for its last notes.
@@ -219,6 +220,16 @@ class BrokerClient:
         if not rest:
             self._noted.add(subscription)
         return not rest
+
+    def leave_to(self, processes: Descendants, subscription: int) -> None:
+        """Drop a subscription when none of these processes, which can still open it, lives any more."""
+        if not self._is_broker_gone:
+            self.inherited[subscription] = processes
+
+    @property
+    def _is_broker_gone(self) -> bool:
+        """True if the broker has ended, as far as this process knows, and no other one takes over."""
+        return self._session is not None and self._session.lost and not self.restarts
 
     def send_notes(self) -> None:
         """Send the notes that had no room before, as far as there is room now. A publish that waits calls it repeatedly."""
@@ -242,7 +253,6 @@ class BrokerClient:
     def close(self) -> None:
         """Close all connections: the broker has ended, or no handle of this process needs it any more."""
         self.restarts = False
-        self.inherited.clear()
         if self._session is not None:
             self._lose(self._session)
             self._session.lifeline.close()

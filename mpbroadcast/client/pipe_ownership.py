@@ -219,7 +219,7 @@ class PipeOwnership:
 
     def _leave_to_heirs(self) -> None:
         if not (self._is_pickled or self._owner):
-            self.client.inherited[self.subscription] = self._heirs
+            self.client.leave_to(self._heirs, self.subscription)
 
     def _in_child(self) -> None:
         self._lock = locks.rlock()

@@ -259,3 +259,15 @@ def test_what_no_forked_process_can_open_any_more_is_dropped_without_the_handle_
     wait_until(lambda: not bus.stats().subscribers)
     pipe[0].send("end")
     finish(process)
+
+
+def test_a_channel_that_is_closed_after_its_broker_leaves_no_descriptor(
+    bus: Bus, children: Children, fork: BaseContext, pipe: Pipe
+) -> None:
+    """Its subscription ended with the broker: no note about it is kept for when the forked process has ended."""
+    with connect(bus.address) as handle:
+        channel = handle.subscribe()
+        children(fork, answer, pipe[1])
+        bus.close()
+        channel.close()
+    pipe[0].send("end")
