@@ -1,0 +1,229 @@
+"""Receiving from a subscription in the process of its subscriber: the core of a channel.
+
+- What was read from the pipe is one :class:`Stream`, replaced as a whole in one assignment. So an exception from a signal
+  handler finds it as it was or as it will be. Bytes are read by ``list.extend(map(read, ...))``, which has no moment between
+  reading and keeping. A signal handler that itself receives from the same channel is not provided for.
+- The descriptor is readable for as long as there is something to receive: the tail byte of the last run that was read stays in
+  the pipe until the last decoded message is handed out (see ``protocol/runs.py``). An interrupt behind the reading of that
+  byte puts the message back, but not the byte. To read it with the next call instead would wake each waiter once in vain.
+- :meth:`Receiving._receive_nowait` takes one message, or none, and never blocks: each other call that receives goes through
+  it. ``_lock`` is held while a message is read, decoded and taken, but for those of ``Stream.fast``, which are taken without
+  it. Nothing waits under it, for a message or for the broker.
+- ``pipe_ownership.py`` has the pipe, which process owns it, and the channel's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+from collections import deque
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from mpbroadcast import trap_points
+from mpbroadcast.client.asyncio_wait import AsyncWaiters
+from mpbroadcast.client.broker_client import BrokerClient
+from mpbroadcast.client.pipe_ownership import OPEN, PipeOwnership
+from mpbroadcast.client.pipe_reader import ENDED, FLAWS, LOST, LOST_FOR_GOOD, NOTHING, End, Stream, follow, read_into, take_lone
+from mpbroadcast.deadline import Deadline
+from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, set_channel
+from mpbroadcast.posix import locks
+from mpbroadcast.posix.descriptors import on_fork
+from mpbroadcast.posix.pipes import PipeEnd
+from mpbroadcast.protocol.pickling import Failure
+
+M = TypeVar("M")
+E = TypeVar("E", bound=Exception)
+
+
+class Receiving(Generic[M]):
+    """The part of a channel that receives."""
+
+    def __init__(self, client: BrokerClient, id: int, with_topic: bool, *, subscriber: bool = False) -> None:
+        self.id = id  # the subscription's, at the broker
+        self._with_topic = with_topic
+        self.ownership = PipeOwnership(client, id, subscriber)
+        self._missed = 0
+        self._begin()
+        on_fork(self, Receiving._in_child)
+
+    def _begin(self) -> None:
+        self._lock = locks.rlock()
+        self._stream = Stream()
+        self._tasks = AsyncWaiters()
+        self._turn = 0
+
+    def _in_child(self) -> None:
+        self._stream.discard()  # an iteration that goes on in both processes hands them out in one
+        self._begin()
+
+    def _receive(self, timeout: float | None) -> M:
+        deadline = Deadline(timeout)
+        while True:
+            self._wait(deadline, timeout)
+            message = self._receive_nowait(is_readable=True)
+            if message is not NOTHING:
+                return message
+
+    def _receive_nowait(self, *, is_readable: bool = False) -> M:
+        """Take the next message, or raise the error at its position. Return ``NOTHING`` if there is none, or only the end.
+
+        The end of the pipe is found only if it ``is_readable``.
+        """
+        message: M = NOTHING
+        try:
+            with self._lock:
+                stream = self._stream
+                if stream.ready:
+                    stream.unshare()
+                elif is_readable:  # a return of this call, as opposed to one in C, is safe
+                    message = take_lone(stream, self.ownership, self._with_topic)
+                if message is NOTHING and not stream.ready:
+                    self._fill(is_readable)
+                    stream = self._stream
+                ready, plain = stream.ready, stream.plain
+                if message is NOTHING and ready and (plain or type(ready[0]) not in FLAWS):
+                    message = ready[0]  # not popleft(): an interrupt may come between its return and the assignment
+                    del ready[0]
+                if message is NOTHING:
+                    if ready:
+                        self._raise_failure(ready)
+                    return message
+                if not ready:
+                    self._consume_tail_byte()
+                elif plain:
+                    stream.share()
+            return message  # nothing is called from here on, so no interrupt comes in between
+        except BaseException:
+            # An interrupt came after the message was taken and before it could be handed out: it is the next one again.
+            if message is not NOTHING:
+                self._stream.ready.appendleft(message)
+            raise
+
+    def _raise_failure(self, ready: deque[Any]) -> None:
+        """If a failure comes next, remove it and raise its error. The caller holds the lock."""
+        failure = ready[0]
+        if type(failure) is Failure:
+            error = self._about_this(failure.error)
+            missed = error.missed if isinstance(error, Lagged) else 0
+            if len(ready) == 1:
+                self._consume_tail_byte()
+            if ready[0] is failure:  # else a call in another thread has put a message back
+                # Nothing is called from here on. Put back by an interrupt, it could get among messages of `Stream.fast`.
+                del ready[0]
+                self._missed += missed
+                try:
+                    raise error
+                finally:
+                    del error, failure.error  # it has this frame in its traceback, and so this channel
+
+    def _take_ready(self, limit: int | None, box: list[list[M]]) -> None:
+        """Move messages that can be received now into ``box``, up to ``limit`` there."""
+        with self._lock:
+            # What was decoded before, and what has come since. No loop: an interrupt at its end may not release the lock.
+            if self._take_decoded(limit, box):
+                self._take_decoded(limit, box)
+
+    def _take_decoded(self, limit: int | None, box: list[list[M]]) -> bool:
+        """Do as :meth:`_take_ready`, up to the next error. Return True if there was a message. The caller holds the lock."""
+        if limit is not None and len(box[0]) >= limit:
+            return False
+        if not self._stream.ready:
+            self._fill(False)
+        stream = self._stream
+        stream.unshare()
+        taken, rest = stream.split(limit if limit is None else limit - len(box[0]))
+        if taken:
+            more = box[0] + taken
+            count = len(taken) + len(rest.ready)
+            box[0], self._stream = more, rest  # no call between the two: an interrupt finds neither or both
+            # What a call in another thread has put back meanwhile, as it was interrupted.
+            put_back = [*islice(stream.ready, max(0, len(stream.ready) - count))]
+            rest.ready.extendleft(put_back[::-1])
+            stream.ready.clear()  # which an iteration may refer to
+            if not rest.ready:
+                self._consume_tail_byte()
+        return bool(taken)
+
+    def _fill(self, is_readable: bool) -> None:
+        """Read and decode what is in the pipe. The caller holds the lock, and no decoded message is left."""
+        ownership, before = self.ownership, self._stream
+        pipe, shared = ownership.pipe, ownership.shared
+        if pipe is None or ownership.state is not OPEN or pipe.fd < 0:
+            return
+        after = follow(before, pipe, self._with_topic, shared, is_readable)
+        if before.ready:
+            return  # another thread was interrupted, and has put its message back: what comes behind it is decoded again
+        if after is not None and self._stream is before:  # else a signal handler has received meanwhile
+            self._stream = after
+            self._missed += after.skipped
+        if shared is not None:
+            shared.commit(self._stream.read, after is not None)
+
+    def _consume_tail_byte(self) -> None:
+        """Read the tail byte, so that the descriptor shows what is behind it. The caller holds the lock."""
+        stream, pipe = self._stream, self.ownership.pipe
+        if stream.has_tail and not (stream.chunks and stream.is_decodable):
+            stream.has_tail = False
+            if pipe is not None:
+                read_into(stream, pipe.fd, 1)
+
+    def _wait(self, deadline: Deadline, timeout: float | None) -> None:
+        """Block until there may be a message, or raise TimedOut; raise EOFError or BrokerLost if none comes any more."""
+        end: End | None = None
+        with self._lock:
+            stream = self._stream
+            if stream.ready:
+                if type(stream.ready[0]) is not End:
+                    return
+                end = stream.ready[0]
+                if end is ENDED:
+                    stream.has_more = False
+                    text = "no message follows: this channel was unsubscribed, or its broadcaster closed"
+                    raise self._about_this(EOFError(text))
+                if end is not LOST or not self.ownership.client.restarts:
+                    raise self._about_this(self.ownership.client.lost_error())
+                self.ownership.begin_reconnecting()
+        if end is not None:
+            self._reconnect(stream, deadline)
+        elif not self._wait_readable(deadline):
+            raise self._about_this(TimedOut(f"no message came within {timeout} s"))
+
+    def _wait_readable(self, deadline: Deadline) -> bool:
+        """Open the channel, and block until its descriptor is readable. Return False at the deadline."""
+        pipe = self.ownership.pipe
+        if pipe is None or self.ownership.state is not OPEN:
+            try:
+                pipe = self._open(deadline)
+            except TimedOut:
+                if deadline.remaining() == 0:
+                    return False
+                raise
+        trap_points.reach("waiting for messages", self._stream)
+        return pipe.wait(select.POLLIN, deadline)
+
+    def _reconnect(self, stream: Stream, deadline: Deadline) -> None:
+        """Go over from ``stream``, which has ended, to the pipe of the broker that takes over, or to the end if none does.
+
+        If it raises TimedOut, a later call goes on from there.
+        """
+        after = Stream(deque((LOST_FOR_GOOD,)), plain=False)
+        with contextlib.suppress(BrokerLost, ChannelInUse, ClosedError):
+            self._open(deadline)  # not under the lock: a broker that is stopped delays no other thread
+            after = Stream()
+        with self._lock:
+            if self._stream is stream and type(stream.ready[0]) is End:  # else another thread has gone over, or put back
+                self._stream = after
+                self._tasks.wake()
+                self.ownership.release_former()
+
+    def _open(self, deadline: Deadline) -> PipeEnd:
+        try:
+            return self.ownership.open(deadline)
+        except BroadcastError as error:
+            error.channel = self
+            raise
+
+    def _about_this(self, error: E) -> E:
+        set_channel(error, self)
+        return error
