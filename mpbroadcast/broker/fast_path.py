@@ -66,7 +66,7 @@ class FastPath:
                 return False
             if backlog.pipe + backlog.referred + charge > backlog.capacity:
                 return False
-        data = b"".join((RUN.pack(size + _AROUND, 1, MESSAGES, False, skip), chunk, TAIL))
+        data = b"".join((RUN.pack(size + _AROUND, 1, MESSAGES, False, skip, routing.next_id), chunk, TAIL))
         run: Run | None = None
         for subscription in targets:
             backlog = subscription.backlog
@@ -74,7 +74,7 @@ class FastPath:
                 write(subscription.pipe.fd, data)
             except OSError:
                 if run is None:
-                    run = run_of(_batch(chunk, skip), self._account)
+                    run = run_of(_batch(chunk, skip), routing.next_id, self._account)
                 publisher.last_in[subscription] = backlog.put(run)
                 self._dirty[subscription] = None
                 continue
@@ -83,9 +83,9 @@ class FastPath:
             if subscription.window is not None:
                 subscription.window.moved += len(data)
         if routing.history is not None:
-            routing.history.add(routing.routed, _batch(chunk, skip))
+            routing.history.add(routing.next_id, _batch(chunk, skip))
         source.position += size
-        routing.routed += 1
+        routing.next_id += 1
         return True
 
 

@@ -134,8 +134,8 @@ class RingHold:
     def __del__(self) -> None:
         self.ring.release(self.chunks)
 
-    def data(self, references: References) -> bytes:
-        return references_run(references, self.ring.id)
+    def data(self, references: References, position: int) -> bytes:
+        return references_run(references, position, self.ring.id)
 
     def copied(self, references: References) -> Batch:
         return references.copied(self.ring.view)
@@ -158,8 +158,8 @@ class Memory:
         self.descriptor = descriptor if kept else None
         store.memories += kept
 
-    def data(self, memfd_message: MemfdMessage) -> bytes:
-        return memory_run(memfd_message, self.id)
+    def data(self, memfd_message: MemfdMessage, position: int) -> bytes:
+        return memory_run(memfd_message, position, self.id)
 
     def copied(self, memfd_message: MemfdMessage) -> Batch:
         return memfd_message.copied(self.read(0, memfd_message.length))

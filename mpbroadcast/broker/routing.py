@@ -39,8 +39,11 @@ _BYTES: Final = 1 << 12  # to copy, in the time of one of them
 class Routing:
     """Puts items into backlogs. What its caller has to do about a publisher or a subscription is on lists."""
 
-    def __init__(self, router: Router[Subscription], history: History | None, memory: MemoryExchange, dirty: Dirty) -> None:
-        self.routed = 0
+    def __init__(
+        self, router: Router[Subscription], history: History | None, memory: MemoryExchange, dirty: Dirty, first_id: int
+    ) -> None:
+        self.first_id = first_id  # of this broker's messages
+        self.next_id = first_id  # the next message's
         self.history = history
         self.behind: dict[Publisher, None] = {}  # those whose turn is over: the next is in the next round
         self.resuming: list[Publisher] = []  # blocked by backlogs that have room again
@@ -57,6 +60,11 @@ class Routing:
         self._last = self._puts + self._router.steps // _STEPS + TURN
 
     @property
+    def routed(self) -> int:
+        """How many messages this broker has routed."""
+        return self.next_id - self.first_id
+
+    @property
     def turn_is_over(self) -> bool:
         return self._puts + self._router.steps // _STEPS > self._last
 
@@ -67,10 +75,10 @@ class Routing:
         """
         trap_points.reach("routing")
         parked, router = publisher.parked, self._router
-        before = self.routed
+        before = self.next_id
         while parked:
             if self._puts + router.steps // _STEPS > self._last:
-                if self.routed > before:  # in the next turn, the others are first
+                if self.next_id > before:  # in the next turn, the others are first
                     self.behind.pop(publisher, None)
                 self.behind.setdefault(publisher)
                 publisher.blocked, publisher.warned = None, False
@@ -91,7 +99,7 @@ class Routing:
                 continue
             if full is not None:
                 self.behind.pop(publisher, None)
-                self._block_publisher(publisher, full, went_on=self.routed > before)
+                self._block_publisher(publisher, full, went_on=self.next_id > before)
                 return False
         self.behind.pop(publisher, None)
         publisher.blocked, publisher.warned = None, False
@@ -122,7 +130,7 @@ class Routing:
                 publisher.parked.appendleft(item)
                 return subscription
             if run is None:
-                run = _RUNS[type(item)](item, account)
+                run = _RUNS[type(item)](item, self.next_id, account)
             if backlog.waiting_charge + backlog.pipe + backlog.referred + run.charge > backlog.capacity:
                 subscription.refresh()
                 if backlog.blocks and (least := backlog.fitting(run)) < fits:
@@ -136,12 +144,12 @@ class Routing:
             publisher.parked.appendleft(rest)
             if not fits:
                 return full
-            run = _RUNS[type(item)](item, account)
+            run = _RUNS[type(item)](item, self.next_id, account)
         if run is not None:
             self._enqueue(run, ring, targets, publisher.last_in)
         if self.history is not None:
-            self.history.add(self.routed, item if not isinstance(item, References) else item.hold.copied(item))
-        self.routed += fits
+            self.history.add(self.next_id, item if not isinstance(item, References) else item.hold.copied(item))
+        self.next_id += fits
         if hold is not None:
             _done(item, publisher)
         return full
@@ -169,8 +177,8 @@ class Routing:
         """
         backlog, account, room = subscription.backlog, self._memory.store.account, _REPLAYED
         last = () if self.history is None else self.history.last(topics, 1 if backlog.policy == "latest" else count)
-        for batch in last:
-            if not backlog.put_first(_RUNS[type(batch)](batch, account)):
+        for position, batch in last:
+            if not backlog.put_first(_RUNS[type(batch)](batch, position, account)):
                 break
             room -= 1 + batch.charge // _BYTES
             if room < 0:
@@ -215,11 +223,15 @@ class Routing:
         self.unblock(subscription)
 
 
-def _run_in_ring(item: References, _account: Account) -> Run:
-    return SharedRun(item, item.hold.ring.account)
+def _run_in_ring(item: References, position: int, _account: Account) -> Run:
+    return SharedRun(item, position, item.hold.ring.account)
 
 
-_RUNS: Final[dict[type, Callable[[Any, Account], Run]]] = {Batch: run_of, References: _run_in_ring, MemfdMessage: SharedRun}
+_RUNS: Final[dict[type, Callable[[Any, int, Account], Run]]] = {
+    Batch: run_of,
+    References: _run_in_ring,
+    MemfdMessage: SharedRun,
+}
 
 
 def _done(item: Item, publisher: Publisher) -> None:

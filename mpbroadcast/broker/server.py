@@ -22,7 +22,7 @@ from mpbroadcast.broker.acceptor import Acceptor
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.router import Router
-from mpbroadcast.broker.host.journal import Succession
+from mpbroadcast.broker.host.journal import MOST_IDS, Succession, first_id
 from mpbroadcast.broker.members import Peer, Subscription
 from mpbroadcast.broker.peers import Peers
 from mpbroadcast.broker.registry import Registry
@@ -60,7 +60,8 @@ class Broker:
         self.ends_unneeded = False  # its starter has dropped it: it ends with the last session and subscription
         self.poller = Poller()
         self.router: Router[Subscription] = Router()
-        self.traffic = Traffic(self.poller, self.router, History(history) if history else None, stall_timeout)
+        first = first_id(self.succession.journal)
+        self.traffic = Traffic(self.poller, self.router, History(history) if history else None, stall_timeout, first)
         self.peers = Peers(self.poller)
         self.acceptor = Acceptor(self.poller, listener, keys, self.peers)
         self.registry = Registry(self.poller, self.peers, self.router, self.traffic, self.succession)
@@ -69,6 +70,8 @@ class Broker:
         self.shutdown: Shutdown | None = None
         self._shutdown_steps: Iterator[None] = iter(())
         self._answer = answer
+        self._reserve_at = 0  # ids of messages: when the next one is as high, more are reserved
+        self._reserve_ids()
         self.registry.restore()
 
     def end_with(self, starter: int) -> None:
@@ -106,7 +109,16 @@ class Broker:
             self._work_off()
         if self.parts or self.waiting:
             self._do_parts()
+        if traffic.routing.next_id > self._reserve_at:
+            self._reserve_ids()
         self.poller.close_forgotten()
+
+    def _reserve_ids(self) -> None:
+        """Reserve more ids than a broker gives out until this is called again: one that takes over begins above them."""
+        next_id, journal = self.traffic.routing.next_id, self.succession.journal
+        self._reserve_at = next_id + MOST_IDS // 2
+        if journal is not None:
+            journal.reserve_ids(next_id + MOST_IDS)
 
     def do(self, part: Parts) -> None:
         """Advance what takes long by one step; the others are for later rounds."""

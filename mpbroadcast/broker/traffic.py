@@ -40,12 +40,17 @@ class Traffic:
     """Intake, routing and delivery, put together."""
 
     def __init__(
-        self, poller: Poller, router: Router[Subscription], history: History | None, stall_timeout: float | None
+        self,
+        poller: Poller,
+        router: Router[Subscription],
+        history: History | None,
+        stall_timeout: float | None,
+        first_id: int,
     ) -> None:
         self.departed: dict[Subscription, bool] = {}  # whether it was accepting messages until then
         self.delivery = Delivery(poller)
         self.memory = MemoryExchange(poller, self.delivery.dirty)
-        self.routing = Routing(router, history, self.memory, self.delivery.dirty)
+        self.routing = Routing(router, history, self.memory, self.delivery.dirty, first_id)
         self.overflowed = self.routing.overflowed
         self.intake = Intake(poller, FastPath(router, self.routing, self.delivery.dirty, self.memory.store.account))
         self.publishers = self.intake.publishers
@@ -90,9 +95,9 @@ class Traffic:
         for publisher, came in ready.items():
             if publisher.blocked is not None:
                 continue
-            before = routing.routed
+            before = routing.next_id
             self._route(publisher)
-            count = routing.routed - before
+            count = routing.next_id - before
             # One message in shared memory is no stream, however long it is: behind it, a nap would be one more wake-up.
             is_lone = count == 1 and publisher.lender is not None
             busy = not is_lone and (count > _BUSY or came > MUCH)

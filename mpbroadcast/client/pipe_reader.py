@@ -138,10 +138,10 @@ def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None)
                 messages = [message if type(message) is Failure else (topic, message) for message in messages]
             ready.extend(messages)
         elif kind == runs.SKIPPED:
-            skipped += run.messages
+            skipped += run.position
         elif kind in (runs.RING_OFFERED, runs.RING_GONE):
             if shared is not None:
-                shared.note(kind, run.messages)
+                shared.note(kind, run.position)
         else:
             ready.append(_note(run))
             plain = False
@@ -180,7 +180,7 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any
     data = chunks[-1] if chunks else b""
     if len(data) != unread - 1:
         return NOTHING
-    size, messages, kind, image, skip = RUN.unpack_from(data)
+    size, messages, kind, image, skip, _ = RUN.unpack_from(data)
     if size != unread or messages != 1 or kind != runs.MESSAGES or image:
         return NOTHING
     payload = memoryview(data)[RUN.size + skip :]
@@ -237,7 +237,7 @@ def follow(stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader
 def _note(run: RunView) -> End | Failure:
     """Return what a note stands for."""
     if run.kind == runs.GAP:
-        return Failure(Lagged(run.messages))
+        return Failure(Lagged(run.position))
     if run.kind == runs.RESTARTED:
         return Failure(BrokerRestarted(_RESTARTED))
     return Failure(Overflowed(_OVERFLOWED)) if run.kind == runs.OVERFLOWED else ENDED

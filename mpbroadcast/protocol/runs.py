@@ -2,24 +2,25 @@
 
 A run is at most ``MOST_AT_ONCE`` neighbouring frames, unchanged, behind a table of their lengths::
 
-    size u64 | count u32 | kind u8 | image u8 | skip u16 | count lengths u32 (none for a single frame) | frames | tail byte
+    size u64 | count u32 | kind u8 | image u8 | skip u16 | first u64 | lengths | frames | tail byte
 
 or, for messages in a ring, the broker's id of the ring, and the frames that refer to them::
 
-    size u64 | count u32 | REFERENCES u8 | image u8 | skip u16 | ring u32 | frames | tail byte
+    size u64 | count u32 | REFERENCES u8 | image u8 | skip u16 | first u64 | ring u32 | frames | tail byte
 
 or, for a message in memory of its own, whose descriptor is sent on the socket beside the pipe::
 
-    size u64 | 1 u32 | IN_MEMORY u8 | image u8 | skip u16 | id u64 | length u64 | its head | tail byte
+    size u64 | 1 u32 | IN_MEMORY u8 | image u8 | skip u16 | first u64 | id u64 | length u64 | its head | tail byte
 
 or a **note** at the position of messages, with a count or the id of a ring::
 
     size u64 | 0 u32 | kind u8 | 0 u8 | 0 u16 | value u64 | tail byte
 
-``skip`` is the length of what precedes each payload. The channel reads ``length`` bytes from behind the first frame's head on:
-each read is one payload and the next frame's head, which unpickling ignores. The tail byte stays in the pipe until the last
-message of the run is handed out: so the descriptor stays readable while there is something to receive, and an empty pipe shows
-that all references in it have been read.
+``first`` is the id of the first message, which is its position in the broker's one order; the ids of the others follow it.
+``lengths`` are ``count`` u32, none for a single frame. ``skip`` is the length of what precedes each payload. The channel reads
+``length`` bytes from behind the first frame's head on: each read is one payload and the next frame's head, which unpickling
+ignores. The tail byte stays in the pipe until the last message of the run is handed out: so the descriptor stays readable while
+there is something to receive, and an empty pipe shows that all references in it have been read.
 
 A :class:`Run` of the broker has as many of these as its batch needs, one behind the other: a backlog has the cost of one.
 """
@@ -32,8 +33,7 @@ from typing import Any, Final, NamedTuple
 
 from mpbroadcast.protocol.frames import OVERHEAD, REFERENCE_SIZE, Batch, MemfdMessage, References
 
-RUN: Final = Struct("<QIBBH")
-_NOTE: Final = Struct("<QIBBHQ")
+RUN: Final = Struct("<QIBBHQ")
 TAIL: Final = b"\n"
 _AROUND: Final = RUN.size + len(TAIL)
 # Messages that a channel unpickles at once. More is no faster: they exceed a processor's cache, and Python's garbage collector
@@ -51,7 +51,6 @@ RING_GONE: Final = 6  # no later run refers to the ring
 REFERENCES: Final = 7
 IN_MEMORY: Final = 8
 RESTARTED: Final = 9  # another broker has taken over: an unknown number of messages is missing here
-_NOTES: Final = (END, GAP, SKIPPED, OVERFLOWED, RING_OFFERED, RING_GONE, RESTARTED)
 
 _RING: Final = Struct("<I")
 _MEMORY: Final = Struct("<QQ")
@@ -113,10 +112,10 @@ class Run:
         """Return its messages from ``start`` to before ``stop``, as a run."""
         if self.sizes is None or stop - start == self.count:
             return self
-        _, _, _, image, skip = RUN.unpack_from(self.data)
+        _, _, _, image, skip, position = RUN.unpack_from(self.data)
         first = sum(self.sizes[:start])
         sizes = self.sizes[start:stop]
-        return _pack(self._frames()[first : first + sum(sizes)], sizes, skip, image, self.account)
+        return _pack(self._frames()[first : first + sum(sizes)], sizes, skip, image, position + start, self.account)
 
     def _frames(self) -> bytes:
         frames: list[bytes | memoryview] = []
@@ -167,22 +166,22 @@ class _View(Run):
         pass  # the whole run leaves the account
 
 
-def run_of(batch: Batch, account: Account | None = None) -> Run:
-    """Return the run of a batch."""
+def run_of(batch: Batch, position: int, account: Account | None = None) -> Run:
+    """Return the run of a batch; ``position`` is the id of its first message."""
     frames, sizes, _, _, skip, image, _ = batch
     if len(sizes) > 1:
-        return _pack(frames, sizes, skip, image, account)
+        return _pack(frames, sizes, skip, image, position, account)
     size = len(frames)  # a single message needs no table: most runs, where topics change with each message
-    data = RUN.pack(_AROUND + size, 1, MESSAGES, image, skip) + frames + TAIL
+    data = RUN.pack(_AROUND + size, 1, MESSAGES, image, skip, position) + frames + TAIL
     return Run(data, 1, size + OVERHEAD, sizes=sizes, account=account)
 
 
-def _pack(frames: bytes, sizes: array[int], skip: int, image: bool, account: Account | None) -> Run:
+def _pack(frames: bytes, sizes: array[int], skip: int, image: bool, position: int, account: Account | None) -> Run:
     count = len(sizes)
     charge = len(frames) + count * OVERHEAD
     if count <= MOST_AT_ONCE:
         table = sizes.tobytes() if count > 1 else b""
-        head = RUN.pack(RUN.size + len(table) + len(frames) + len(TAIL), count, MESSAGES, image, skip)
+        head = RUN.pack(RUN.size + len(table) + len(frames) + len(TAIL), count, MESSAGES, image, skip, position)
         return Run(b"".join((head, table, frames, TAIL)), count, charge, sizes=sizes, account=account)
     parts: list[Any] = []
     view = memoryview(frames)
@@ -192,33 +191,34 @@ def _pack(frames: bytes, sizes: array[int], skip: int, image: bool, account: Acc
         start, end = end, end + sum(some)
         table = some.tobytes() if len(some) > 1 else b""
         size = RUN.size + len(table) + end - start + len(TAIL)
-        parts += (RUN.pack(size, len(some), MESSAGES, image, skip), table, view[start:end], TAIL)
+        parts += (RUN.pack(size, len(some), MESSAGES, image, skip, position + first), table, view[start:end], TAIL)
     return Run(b"".join(parts), count, charge, sizes=sizes, account=account)
 
 
 class SharedRun(Run):
     """Messages in a ring, or one in memory of its own; ``hold`` keeps them there. Its data is one whole write."""
 
-    __slots__ = ("_copy", "hold", "item")
+    __slots__ = ("_copy", "hold", "item", "position")
 
-    def __init__(self, item: References | MemfdMessage, account: Account | None = None) -> None:
+    def __init__(self, item: References | MemfdMessage, position: int, account: Account | None = None) -> None:
         self.item = item
+        self.position = position  # the id of the first message
         self.hold = item.hold
         self._copy: Run | None = None
-        super().__init__(self.hold.data(item), len(item.sizes), item.charge, sizes=item.sizes, account=account)
+        super().__init__(self.hold.data(item, position), len(item.sizes), item.charge, sizes=item.sizes, account=account)
 
     def part(self, start: int, stop: int) -> Run:
         if start == 0 and stop == self.count:
             return self
-        return SharedRun(self.item.cut(stop)[0].cut(start)[1], self.account)
+        return SharedRun(self.item.cut(stop)[0].cut(start)[1], self.position + start, self.account)
 
     def copied(self) -> Run:
         """Return the messages copied out of shared memory: the same run each time."""
         if self._copy is None:
             if isinstance(self.item, MemfdMessage) and self.item.length > PART:
-                self._copy = LongRun(self.item, self.hold)
+                self._copy = LongRun(self.item, self.position, self.hold)
             else:
-                self._copy = run_of(self.hold.copied(self.item), self.hold.copies)
+                self._copy = run_of(self.hold.copied(self.item), self.position, self.hold.copies)
         return self._copy
 
 
@@ -230,11 +230,11 @@ class LongRun(Run):
 
     __slots__ = ("_item", "_memory")
 
-    def __init__(self, item: MemfdMessage, memory: Any) -> None:
+    def __init__(self, item: MemfdMessage, position: int, memory: Any) -> None:
         self._item = item
         self._memory = memory
         size = RUN.size + len(item.head) + item.length + len(TAIL)
-        head = RUN.pack(size, 1, MESSAGES, item.image, len(item.head)) + item.head
+        head = RUN.pack(size, 1, MESSAGES, item.image, len(item.head), position) + item.head
         super().__init__(head, 1, item.charge, account=memory.copies)
         self.size = size
 
@@ -245,18 +245,18 @@ class LongRun(Run):
         return self._memory.read(offset, min(PART, self._item.length - offset)) or TAIL
 
 
-def references_run(references: References, ring: int) -> bytes:
-    """Return what a pipe gets for messages in the broker's ring of this id: one whole write."""
+def references_run(references: References, position: int, ring: int) -> bytes:
+    """Return what a pipe gets for messages in the broker's ring of this id, the first at ``position``: one whole write."""
     size = RUN.size + _RING.size + len(references.frames) + len(TAIL)
-    head = RUN.pack(size, len(references.sizes), REFERENCES, references.image, references.skip)
+    head = RUN.pack(size, len(references.sizes), REFERENCES, references.image, references.skip, position)
     return b"".join((head, _RING.pack(ring), references.frames, TAIL))
 
 
-def memory_run(memfd_message: MemfdMessage, message_id: int) -> bytes:
-    """Return what a pipe gets for a message in memory of its own, which is sent beside the pipe with this id."""
+def memory_run(memfd_message: MemfdMessage, position: int, memory: int) -> bytes:
+    """Return what a pipe gets for a message in memory of its own, which is sent beside the pipe with the id ``memory``."""
     size = RUN.size + _MEMORY.size + len(memfd_message.head) + len(TAIL)
-    head = RUN.pack(size, 1, IN_MEMORY, memfd_message.image, len(memfd_message.head))
-    return b"".join((head, _MEMORY.pack(message_id, memfd_message.length), memfd_message.head, TAIL))
+    head = RUN.pack(size, 1, IN_MEMORY, memfd_message.image, len(memfd_message.head), position)
+    return b"".join((head, _MEMORY.pack(memory, memfd_message.length), memfd_message.head, TAIL))
 
 
 def note_run(kind: int, missed: int = 0) -> Run:
@@ -267,17 +267,18 @@ def note_run(kind: int, missed: int = 0) -> Run:
 
 def note(kind: int, value: int) -> bytes:
     """Return a note as a pipe gets it. The value is a count, or the id of a ring."""
-    return _NOTE.pack(_NOTE.size + len(TAIL), 0, kind, 0, 0, value) + TAIL
+    return RUN.pack(_AROUND, 0, kind, 0, 0, value) + TAIL
 
 
 class RunView(NamedTuple):
-    """The head of a run. ``messages`` is how many it has; in a note, the value."""
+    """The head of a run. ``messages`` is how many it has, from ``position`` on; in a note, the position is the value."""
 
     size: int
     kind: int
     messages: int
     image: bool
     skip: int
+    position: int
     sizes: array[int] | None  # of the frames; None for a single one
     first: int  # where the first frame starts
 
@@ -286,18 +287,16 @@ def read_run(data: bytes, start: int) -> RunView | None:
     """Return the run at ``start``, or ``None`` while its head is not whole. The frames may not be there yet."""
     if len(data) - start < RUN.size:
         return None
-    size, count, kind, image, skip = RUN.unpack_from(data, start)
+    size, count, kind, image, skip, position = RUN.unpack_from(data, start)
     first = start + RUN.size
-    if kind in _NOTES:
-        value = _NOTE.unpack_from(data, start)[5] if len(data) - start >= _NOTE.size else 0
-        return RunView(size, kind, value, False, skip, None, first)
     if kind == MESSAGES and count > 1 and len(data) - first >= 4 * count:
-        return RunView(size, kind, count, bool(image), skip, array("I", data[first : first + 4 * count]), first + 4 * count)
+        sizes = array("I", data[first : first + 4 * count])
+        return RunView(size, kind, count, bool(image), skip, position, sizes, first + 4 * count)
     if kind == REFERENCES:
         first += _RING.size
     elif kind == IN_MEMORY:
         first += _MEMORY.size
-    return RunView(size, kind, count, bool(image), skip, None, first)
+    return RunView(size, kind, count, bool(image), skip, position, None, first)
 
 
 def read_references(data: bytes, run: RunView) -> tuple[int, bytes]:

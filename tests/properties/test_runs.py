@@ -55,12 +55,13 @@ def test_a_run_and_each_part_of_it_carries_its_messages(
 ) -> None:
     """What was published comes out of a run, of any slice of it, and of a slice of that; it counts what a batch does."""
     batch = batch_of(values, topic, exclude)
-    run = runs.run_of(batch)
+    run = runs.run_of(batch, 1000)
+    position = 1000
     assert run.charges() == [size + OVERHEAD for size in batch.sizes]
     for _ in range(3):
         view = view_of(data_of(run))
         assert load_run(data_of(run), view) == (values, True)
-        assert (view.kind, view.messages) == (runs.MESSAGES, len(values))
+        assert (view.kind, view.messages, view.position) == (runs.MESSAGES, len(values), position)
         assert topic_of(data_of(run)[view.first : view.first + view.skip]) == topic.decode()
         assert (run.count, run.charge, run.missed) == (len(values), sum(run.charges()), 0)
         assert run.part(0, run.count) is run
@@ -68,11 +69,14 @@ def test_a_run_and_each_part_of_it_carries_its_messages(
         stop = data.draw(st.integers(start + 1, run.count))
         part = run.part(start, stop)
         assert part.charges() == run.charges()[start:stop]
-        run, values = part, values[start:stop]
+        run, values, position = part, values[start:stop], position + start
 
 
 def loaded(run: runs.Run) -> list[Any]:
-    """The messages of a run that may be several, one behind the other, each of what a channel unpickles at once."""
+    """The messages of a run that may be several, one behind the other, each of what a channel unpickles at once.
+
+    They are numbers: each is published at the position of its number.
+    """
     values: list[Any] = []
     data = data_of(run)
     while data:
@@ -81,6 +85,7 @@ def loaded(run: runs.Run) -> list[Any]:
         assert view.messages <= runs.MOST_AT_ONCE
         messages, whole = load_run(data[: view.size], view)
         assert whole
+        assert messages[0] == view.position
         values += messages
         data = data[view.size :]
     assert len(values) == run.count
@@ -90,13 +95,13 @@ def loaded(run: runs.Run) -> list[Any]:
 def test_a_long_run_is_cut_and_divided_anywhere() -> None:
     """Each part has its messages and charges; what is unpickled at once is never divided."""
     values, account = [*range(257)], runs.Account()  # the last one is alone
-    run = runs.run_of(batch_of(values, b"t"), account)
+    run = runs.run_of(batch_of(values, b"t"), 0, account)
     assert loaded(run) == values
     assert run.divided(0) is run.divided(run.first - 1) is run.divided(run.size) is None
     for start, stop in ((0, 128), (1, 129), (100, 257), (127, 256), (256, 257)):
         part = run.part(start, stop)
         assert (loaded(part), part.charges()) == (values[start:stop], run.charges()[start:stop])
-        assert data_of(part) == data_of(runs.run_of(batch_of(values[start:stop], b"t")))
+        assert data_of(part) == data_of(runs.run_of(batch_of(values[start:stop], b"t"), start))
     del part
     second = runs.RUN.unpack_from(run.data, run.first)[0]
     for offset, count in ((run.first, 128), (run.first + second - 1, 128), (run.first + second, 256), (run.size - 1, 256)):
@@ -111,14 +116,14 @@ def test_a_long_run_is_cut_and_divided_anywhere() -> None:
     assert account.held == charge, "the halves still have its data"
     del halves
     assert account.held == 0
-    assert runs.run_of(batch_of(range(128))).divided(1 << 20) is None
+    assert runs.run_of(batch_of(range(128)), 0).divided(1 << 20) is None
 
 
 def test_a_run_is_read_as_far_as_it_is_there() -> None:
     """Of a run that is cut anywhere, nothing is known before its head is whole, and then its right size."""
     for run in (
-        runs.run_of(batch_of([1])),
-        runs.run_of(batch_of(range(5), b"t")),
+        runs.run_of(batch_of([1]), 3),
+        runs.run_of(batch_of(range(5), b"t"), 3),
         runs.note_run(runs.GAP, 7),
         runs.note_run(runs.END),
     ):
@@ -127,7 +132,7 @@ def test_a_run_is_read_as_far_as_it_is_there() -> None:
             assert (view is None) == (length < runs.RUN.size)
             assert view is None or view.size == len(data_of(run))
             assert view is None or (view.sizes is not None) == (run.count > 1 and length >= runs.RUN.size + 4 * run.count)
-            assert view is None or run.count or view.messages == (run.missed if length >= len(data_of(run)) - 1 else 0)
+            assert view is None or view.position == (3 if run.count else run.missed)
             assert runs.read_run(data_of(run), len(data_of(run)) - length) is None or length >= runs.RUN.size
 
 
@@ -136,7 +141,7 @@ def test_a_note_has_its_kind_and_number(kind: int) -> None:
     """A note is a run without messages, which counts nothing against a capacity."""
     for missed in (0, 1, 2**64 - 1):
         run = runs.note_run(kind, missed)
-        assert view_of(data_of(run)) == (len(data_of(run)), kind, missed, False, 0, None, runs.RUN.size)
+        assert view_of(data_of(run)) == (len(data_of(run)), kind, 0, False, 0, missed, None, runs.RUN.size)
         assert (
             data_of(run) == runs.note(kind, missed) == struct.pack("<QIBBHQ", len(data_of(run)), 0, kind, 0, 0, missed) + b"\n"
         )
@@ -160,10 +165,11 @@ def test_references_are_written_read_and_copied(route: tuple[bytes, int, bool], 
         assert isinstance(item, References)
         own = slice(done, done + len(item.sizes))
         done = own.stop
-        data = runs.references_run(item, ring)
+        data = runs.references_run(item, 9, ring)
         assert len(data) <= PIPE_BUF
         view = view_of(data)
         assert (view.kind, view.messages, view.image, view.skip) == (runs.REFERENCES, len(item.sizes), image, item.skip)
+        assert view.position == 9
         assert runs.read_references(data, view) == (ring, item.frames)
         assert topic_of(data[view.first : view.first + view.skip]) == topic.decode()
         batch = item.copied(memoryview(memory))
@@ -178,10 +184,12 @@ def check_shared_run(item: References, ring: int, memory: bytes) -> None:
     """Each part of it is a run of its own, and its copy counts once, however often it is asked for."""
     account, copies = runs.Account(), runs.Account()
     hold = SimpleNamespace(
-        data=lambda item: runs.references_run(item, ring), copied=lambda item: item.copied(memoryview(memory)), copies=copies
+        data=lambda item, position: runs.references_run(item, position, ring),
+        copied=lambda item: item.copied(memoryview(memory)),
+        copies=copies,
     )
-    run = runs.SharedRun(item._replace(hold=hold), account)
-    plain = runs.run_of(item.copied(memoryview(memory)))
+    run = runs.SharedRun(item._replace(hold=hold), 5, account)
+    plain = runs.run_of(item.copied(memoryview(memory)), 5)
     positions = [*item.positions()]
     assert (run.count, run.charge, run.missed, account.held) == (len(positions), item.charge, 0, item.charge)
     assert run.charges() == [size + FRAME_OVERHEAD - 8 for size in item.sizes]
@@ -191,6 +199,7 @@ def check_shared_run(item: References, ring: int, memory: bytes) -> None:
             assert isinstance(part, runs.SharedRun)
             assert isinstance(part.item, References)
             assert [*part.item.positions()] == positions[start:stop]
+            assert view_of(data_of(part)).position == 5 + start
             assert (part is run) == (part.count == run.count)
             assert part is run or account.held == item.charge + part.charge
             assert part.copied().data == plain.part(start, stop).data
@@ -209,9 +218,9 @@ def test_a_message_in_memory_is_written_read_and_copied(
     (message,) = Splitter().split(memory_frame(ids[0], length, topic, exclude, image))
     assert isinstance(message, MemfdMessage)
     assert (message.id, message.length, message.topic, message.exclude, message.image) == (ids[0], length, *route)
-    data = runs.memory_run(message, ids[1])
+    data = runs.memory_run(message, 9, ids[1])
     view = view_of(data)
-    assert (view.kind, view.messages, view.image) == (runs.IN_MEMORY, 1, image)
+    assert (view.kind, view.messages, view.image, view.position) == (runs.IN_MEMORY, 1, image, 9)
     assert runs.read_memory(data, view) == (ids[1], length)
     if length < 10_000:
         payload = pattern(1, length)
@@ -229,15 +238,17 @@ def test_a_long_message_in_memory_is_copied_part_by_part(most: int) -> None:
     assert isinstance(item, MemfdMessage)
     copies = runs.Account()
     hold = SimpleNamespace(
-        data=lambda item: runs.memory_run(item, 1), copies=copies, read=lambda offset, size: memory[offset : offset + size]
+        data=lambda item, position: runs.memory_run(item, position, 1),
+        copies=copies,
+        read=lambda offset, size: memory[offset : offset + size],
     )
-    run = runs.SharedRun(item._replace(hold=hold)).copied()
+    run = runs.SharedRun(item._replace(hold=hold), 6).copied()
     written = b""
     while len(written) < run.size:
         part = run.rest(len(written))
         assert 0 < len(part) <= runs.PART
         written += part[:most]
-    assert written == data_of(runs.run_of(item.copied(memory)))
+    assert written == data_of(runs.run_of(item.copied(memory), 6))
     assert (run.count, run.charge, copies.held) == (1, item.charge, item.charge)
 
 
@@ -247,7 +258,7 @@ def test_one_that_cannot_be_unpickled_is_at_its_position(error: type[Exception])
     for count, position in [(1, 0), (4, 0), (4, 1), (4, 2), (4, 3)]:
         values: list[Any] = list(range(count))
         values[position] = Raises(error())
-        run = runs.run_of(batch_of(values))
+        run = runs.run_of(batch_of(values), 0)
         messages, whole = load_run(data_of(run), view_of(data_of(run)))
         assert not whole
         assert isinstance(messages[position], Failure)
@@ -274,7 +285,7 @@ def test_an_interrupt_that_is_an_exception_is_no_bad_message(before: int, monkey
             return super().read(size)
 
     monkeypatch.setattr("mpbroadcast.protocol.pickling.BytesIO", Interrupted)
-    run = runs.run_of(batch_of([10, 11, 12, 13]))
+    run = runs.run_of(batch_of([10, 11, 12, 13]), 10)
     with pytest.raises(ValueError, match="handler"):
         load_run(data_of(run), view_of(data_of(run)))
     assert load_run(data_of(run), view_of(data_of(run))) == ([10, 11, 12, 13], True)
@@ -307,10 +318,10 @@ def shared_run(kind: int, offset: int, length: int, count: int) -> bytes:
     if kind == runs.IN_MEMORY:
         (item,) = Splitter().split(memory_frame(1, length, b"t"))
         assert isinstance(item, MemfdMessage)
-        return runs.memory_run(item, offset)
+        return runs.memory_run(item, 0, offset)
     (item,) = Splitter().split(reference_frame(1, offset, length, b"t") * count)
     assert isinstance(item, References)
-    return runs.references_run(item, 1)
+    return runs.references_run(item, 0, 1)
 
 
 def comparable(item: Any) -> Any:
@@ -375,7 +386,7 @@ def test_any_cutting_gives_each_message_once(
         else:
             times = 1 if kind == runs.IN_MEMORY else count
             if kind == runs.MESSAGES or not shares:
-                data += data_of(runs.run_of(batch_of([value] * times, b"t")))
+                data += data_of(runs.run_of(batch_of([value] * times, b"t"), 0))
             else:
                 data += shared_run(kind, len(memory), len(pickled), times)
                 memory += pickled
@@ -395,11 +406,11 @@ def test_any_cutting_gives_each_message_once(
 
 
 RUNS: list[tuple[runs.Run, list[Any]]] = [
-    (runs.run_of(batch_of([0])), [0]),
-    (runs.run_of(batch_of([1, 2, 3])), [1, 2, 3]),
+    (runs.run_of(batch_of([0]), 0), [0]),
+    (runs.run_of(batch_of([1, 2, 3]), 1), [1, 2, 3]),
     (runs.note_run(runs.GAP, 4), [("Lagged", 4)]),
     (runs.note_run(runs.SKIPPED, 5), []),
-    (runs.run_of(batch_of([4])), [4]),
+    (runs.run_of(batch_of([4]), 8), [4]),
     (runs.note_run(runs.OVERFLOWED, 1), [("Overflowed", 0)]),
     (runs.note_run(runs.END), ["end"]),
 ]
@@ -419,7 +430,7 @@ def test_nothing_is_given_before_it_is_whole(has_tail: bool) -> None:
 
 def test_bytes_are_not_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a run of known length is not whole, more bytes of it are taken in without being put together."""
-    run = runs.run_of(batch_of([bytes(100_000)]))
+    run = runs.run_of(batch_of([bytes(100_000)]), 0)
     stream = Stream(has_tail=True)
     counted = Mock(wraps=runs.read_run)
     monkeypatch.setattr("mpbroadcast.client.pipe_reader.read_run", counted)
@@ -440,7 +451,7 @@ def test_bytes_are_not_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch
 def test_as_much_is_decoded_at_once_as_is_soon_handed_out() -> None:
     """Until 512 KiB in shared memory, or so many messages, are there; the rest is left as it is, without a copy."""
     shared = shared_run(runs.REFERENCES, 0, 4, 1) * 10
-    small = data_of(runs.run_of(batch_of([0] * (runs.MOST_AT_ONCE // 2)))) * 5
+    small = data_of(runs.run_of(batch_of([0] * (runs.MOST_AT_ONCE // 2)), 0)) * 5
     for data, size, count in (
         *((shared, size, count) for size, count in ((1 << 18, 2), ((1 << 19) - 1, 2), (1 << 19, 1), ((1 << 19) // 3, 4))),
         (small, 0, runs.MOST_AT_ONCE),

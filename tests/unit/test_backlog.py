@@ -42,7 +42,7 @@ Event = tuple[str, int]
 
 def messages(first: int, sizes: Iterable[int], account: Account | None = None) -> Run:
     """Return a run of messages, numbered from ``first`` on, of about these sizes."""
-    return run_of(batch_of((number, bytes(size)) for number, size in enumerate(sizes, first)), account)
+    return run_of(batch_of((number, bytes(size)) for number, size in enumerate(sizes, first)), first, account)
 
 
 def charge_of(first: int, size: int) -> int:
@@ -61,10 +61,11 @@ def views(data: bytes) -> Iterator[RunView]:
 def events(data: bytes, run: RunView) -> list[Event]:
     """Return what a whole run has."""
     if run.kind != MESSAGES:
-        return [(NOTES[run.kind], run.messages)]
+        return [(NOTES[run.kind], run.position)]
     loaded, whole = load_run(data, run)
     assert whole
     assert len(loaded) == run.messages
+    assert [number for number, _ in loaded] == [*range(run.position, run.position + run.messages)], "each has its position"
     return [("message", number) for number, _ in loaded]
 
 
@@ -371,7 +372,7 @@ def test_dropping_one_by_one_does_not_go_through_everything_each_time(monkeypatc
     count = 10 * MOST_TOGETHER
     backlog = new_backlog(count * charge_of(0, 0), "drop_oldest")
     for size in (MOST_TOGETHER, 1):
-        run = run_of(batch_of([(0, b"")] * size))
+        run = run_of(batch_of([(0, b"")] * size), 1)
         for _ in range(count // size):
             backlog.put(run)
     assert (backlog.missed, backlog.waiting) == (count, count)
@@ -381,7 +382,7 @@ def test_dropping_one_by_one_does_not_go_through_everything_each_time(monkeypatc
 def plain_run(count: int = 1, size: int = 100) -> Run:
     """Return a run of messages of exactly so many bytes."""
     frame = frame_head(size, b"") + bytes(size)
-    return run_of(Batch(frame * count, array("I", [len(frame)] * count), b"", 0, 8))
+    return run_of(Batch(frame * count, array("I", [len(frame)] * count), b"", 0, 8), 1)
 
 
 def test_a_capacity_can_be_used_to_its_last_byte() -> None:
@@ -455,15 +456,17 @@ def test_a_gap_that_is_partly_written_stays_as_it_is() -> None:
     while not backlog.is_empty:
         written += (part := bytes(backlog.to_write()))
         backlog.wrote(len(part))
-    assert [(run.kind, run.messages) for run in views(written)] == [(MESSAGES, 1), (GAP, 2), (GAP, 7)]
+    assert [(run.kind, run.position) for run in views(written)] == [(MESSAGES, 1), (GAP, 2), (GAP, 7)]
 
 
 def in_memory(ring: int) -> SharedRun:
     """Return the run of a message in shared memory, which may belong to a ring."""
     copy = bytes(plain_run().data[RUN.size : -1])
     copied = Batch(copy, array("I", [len(copy)]), b"", 0, 8)
-    hold = SimpleNamespace(data=lambda item: memory_run(item, 1), copied=lambda _: copied, copies=None, ring=ring)
-    return SharedRun(MemfdMessage(7, 100, b"", 0, frame_head(100, b""), False, hold))
+    hold = SimpleNamespace(
+        data=lambda item, position: memory_run(item, position, 1), copied=lambda _: copied, copies=None, ring=ring
+    )
+    return SharedRun(MemfdMessage(7, 100, b"", 0, frame_head(100, b""), False, hold), 1)
 
 
 def test_a_message_in_memory_is_not_written_with_what_comes_before() -> None:
@@ -498,7 +501,7 @@ def test_what_is_copied_out_is_written_as_it_would_have_been() -> None:
 def test_a_long_message_is_read_no_further_than_its_end() -> None:
     """Its memory may be longer, as it is written again for messages of other lengths."""
     memory = SimpleNamespace(read=lambda _, size: bytes(size), copies=None)
-    run = LongRun(MemfdMessage(1, PART + 10, b"", 0, frame_head(PART + 10, b""), False), memory)
+    run = LongRun(MemfdMessage(1, PART + 10, b"", 0, frame_head(PART + 10, b""), False), 1, memory)
     written, sizes = 0, []
     while written < run.size:
         sizes.append(len(run.rest(written)))
@@ -508,7 +511,7 @@ def test_a_long_message_is_read_no_further_than_its_end() -> None:
 
 def test_two_messages_at_the_end_of_a_long_run_have_a_table() -> None:
     batch = batch_of([0] * (MOST_AT_ONCE + 2))
-    run = run_of(batch)
+    run = run_of(batch, 7)
     view = read_run(bytes(run.data), run.first)
     assert view is not None
-    assert (view.messages, view.sizes) == (2, batch.sizes[:2])
+    assert (view.position, view.messages, view.sizes) == (7 + MOST_AT_ONCE, 2, batch.sizes[:2])

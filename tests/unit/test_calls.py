@@ -19,7 +19,7 @@ from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.shared_memory import available, message_memory
 from mpbroadcast.protocol.fd_packets import MEMORY, pack
 from mpbroadcast.protocol.frames import Batch, frame_head, memory_frame
-from mpbroadcast.protocol.runs import run_of
+from mpbroadcast.protocol.runs import read_run, run_of
 from tests.support.own_broker import asking, own_broker, subscribed
 
 __all__ = ["own_broker"]
@@ -96,9 +96,16 @@ def test_messages_that_come_alone_wait_as_others_do(pipes: Pipes) -> None:
                     broker.round(at_once=True)
     assert [int(found) for found in re.findall(rb"topic(\d{6})", received)] == [*range(6000)]
     assert (backlog.published, backlog.delivered, backlog.missed, backlog.waiting) == (6000, 6000, 0, 0)
-    assert broker.traffic.routing.routed == 6000
+    routing = broker.traffic.routing
+    assert routing.routed == 6000
+    positions: list[int] = []
+    while run := read_run(received, 0):
+        positions += range(run.position, run.position + run.messages)
+        received = received[run.size :]
+    assert positions == [*range(routing.first_id, routing.next_id)]
     kept = [*broker.traffic.routing.history.last([b"topic"], 5)]
-    assert [int(batch.frames[13:19]) for batch in kept if isinstance(batch, Batch)] == [5999, 5998, 5997, 5996, 5995]
+    assert [position - routing.first_id for position, _ in kept] == [5999, 5998, 5997, 5996, 5995]
+    assert [int(batch.frames[13:19]) for _, batch in kept if isinstance(batch, Batch)] == [5999, 5998, 5997, 5996, 5995]
 
 
 def test_a_message_that_comes_alone_passes_none_that_waits(pipes: Pipes) -> None:
@@ -109,7 +116,7 @@ def test_a_message_that_comes_alone_passes_none_that_waits(pipes: Pipes) -> None
         pipes.broker.round()
         if number == 1:
             waiting = Batch(head + b"waiting 1", array("I", (len(head) + 9,)), b"topic", 0, len(head))
-            pipes.subscription.backlog.put(run_of(waiting))
+            pipes.subscription.backlog.put(run_of(waiting, 0))
     assert re.findall(rb"topic(\w+ 1)", os.read(pipes.read_end, 1 << 16)) == [payload, b"waiting 1", payload]
 
 

@@ -81,7 +81,7 @@ class Plain:
         """Return the positions of what the history has for a replay."""
         found: list[int] = []
         backlog = new_backlog(capacity)
-        for batch in self.history.last(complete(self.history.matching(topics)), count):
+        for position, batch in self.history.last(complete(self.history.matching(topics)), count):
             assert isinstance(batch, Batch)
             assert batch.sizes
             start = len(batch.frames)
@@ -89,7 +89,8 @@ class Plain:
                 start -= size
                 found.insert(0, int(batch.frames[start + batch.skip : start + size].partition(b".")[0]))
             assert start == 0
-            if not backlog.put_first(run_of(batch)):
+            assert found[0] == position
+            if not backlog.put_first(run_of(batch, position)):
                 break
         return found[len(found) - backlog.waiting :]
 
@@ -123,7 +124,7 @@ def test_what_is_kept_holds_no_larger_bytes(length: int) -> None:
     plain = Plain(length)
     plain.add("a", *[1000] * 200)
     kept = plain.history.last([b"a"], 1000)
-    assert sum(len(batch.frames) for batch in kept if isinstance(batch, Batch)) < length * 1100
+    assert sum(len(batch.frames) for _, batch in kept if isinstance(batch, Batch)) < length * 1100
 
 
 @pytest.mark.parametrize("second", ["a", "b"])

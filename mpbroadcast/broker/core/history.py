@@ -72,7 +72,7 @@ class History:
         charge = first.charge
         if dropped < len(first.sizes):
             first = first.cut(dropped)[1]
-            topic.batches.appendleft((position, first))
+            topic.batches.appendleft((position + dropped, first))
             charge -= first.charge
         topic.count -= dropped
         topic.charge -= charge
@@ -112,13 +112,13 @@ class History:
         found.update(map(str.encode, topics))  # looked up; only patterns are tried
         return found & self._topics.keys()
 
-    def last(self, topics: Iterable[bytes], count: int) -> Iterator[Batch | MemfdMessage]:
-        """Yield the last ``count`` messages of these topics as they are at the first step, the newest first."""
+    def last(self, topics: Iterable[bytes], count: int) -> Iterator[tuple[int, Batch | MemfdMessage]]:
+        """Yield the last ``count`` messages of these topics as they are at the first step, the newest first, with positions."""
         # Copied, as messages are added and dropped between two steps.
         each = [tuple(islice(reversed(self._topics[topic].batches), count)) for topic in topics]
-        for _, batch in heapq.merge(*each, key=lambda entry: entry[0], reverse=True):
+        for position, batch in heapq.merge(*each, key=lambda entry: entry[0], reverse=True):
             excess = len(batch.sizes) - count
-            yield batch.cut(excess)[1] if excess > 0 else batch
+            yield (position + excess, batch.cut(excess)[1]) if excess > 0 else (position, batch)
             count -= len(batch.sizes)
             if count <= 0:
                 break

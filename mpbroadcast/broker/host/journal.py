@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import tempfile
 from typing import Any, Final, NamedTuple
 
@@ -25,6 +26,12 @@ _SHORT: Final = 1 << 16  # bytes that are not worth writing anew
 # Entries beside those of subscriptions, which have positive IDs.
 _READY: Final = -1
 _STOPPING: Final = -2
+_RESERVED: Final = -3
+
+# Ids of messages are below 2**53. A broker's are a part of the numbers that nothing but chance finds: another broker's id is
+# unknown to it. A broker that takes over begins above all that the one before it had reserved.
+_FIRST_IDS: Final = 1 << 52
+MOST_IDS: Final = 1 << 32  # to reserve at once: some hours' at the least
 
 Entry = dict[str, Any]
 
@@ -74,6 +81,16 @@ class Journal:
     def note_stopping(self) -> None:
         """Write down that the broker ends: if it dies from now on, none takes over."""
         self.put({"id": _STOPPING, "it": True})
+
+    def reserve_ids(self, end: int) -> None:
+        """Write down that the messages of this broker have ids below ``end``."""
+        self.put({"id": _RESERVED, "end": end})
+
+    @property
+    def reserved_ids(self) -> int:
+        """What :meth:`reserve_ids` was called with last, by this broker or the one before it; 0 if it was not."""
+        end: int = self.entries.get(_RESERVED, {"end": 0})["end"]
+        return end
 
     @property
     def is_another_wanted(self) -> bool:
@@ -127,6 +144,11 @@ class Succession(NamedTuple):
     identity: str
     generation: int
     journal: Journal | None  # None: no other broker follows
+
+
+def first_id(journal: Journal | None) -> int:
+    """Return the id of the first message of a broker: above all of the one before it, else by chance."""
+    return (journal.reserved_ids if journal is not None else 0) or secrets.randbelow(_FIRST_IDS) + 1
 
 
 def _written(file: int, data: bytes, position: int) -> bool:
