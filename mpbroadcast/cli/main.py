@@ -1,6 +1,8 @@
 """The command line: the argument parser, and what each command's outcome means for the exit code.
 
-A command is a module with ``add_arguments`` and ``run``; the module's docstring is its description.
+A command is a module with ``add_arguments`` and ``run``; the module's docstring is its description. It imports what takes long
+in ``run``. ``run`` returns the exit code, or raises a :class:`BroadcastError`, which is one line on standard error and exit
+code 1. argparse ends with 2 for a wrong usage.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def _version() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mpbroadcast", description="Broadcast to processes.")
+    parser = argparse.ArgumentParser(prog="mpbroadcast", description="Broadcast to processes.")
     parser.add_argument("--version", action="version", version=f"mpbroadcast {_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, summary) in _COMMANDS.items():
@@ -43,5 +45,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BroadcastError as error:
-        print(f"mpbroadcast: {error}", file=sys.stderr)
+        print("mpbroadcast:", *str(error).split("\n", 1)[:1], file=sys.stderr)
         return 1

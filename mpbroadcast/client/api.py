@@ -10,7 +10,8 @@ from mpbroadcast.client.broadcaster import Broadcaster, Options
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
-from mpbroadcast.validation import Policy, check_address, check_authkey, check_count, check_timeout
+from mpbroadcast.posix.addresses import is_own_folder, resolve, resolve_default
+from mpbroadcast.validation import Policy, check_authkey, check_count, check_timeout
 
 M = TypeVar("M")
 
@@ -29,9 +30,12 @@ def start_broadcaster(
     """Start a broker process, and return a handle on it. Block until it is ready, at most ``start_timeout`` seconds.
 
     ``context`` is what ``multiprocessing.get_context()`` returns. If not given, the broker is forked where that is the default
-    start method, and else started in a new interpreter, which does not import the main module. ``address`` is the path of the
-    socket to listen at; if not given, one in a new folder that only this user can enter. ``authkey`` is a key that the broker
-    accepts beside this process's own, which its children have.
+    start method, and else started in a new interpreter, which does not import the main module.
+
+    ``address`` is the path of the socket to listen at, or a plain name without a slash, for a socket in the user's runtime
+    folder; if not given, a path in a new folder that only this user can enter. At an address of your choice the broker writes
+    a key into the file ``ADDRESS.key``, from which :func:`connect` reads it, and removes it at its end; unless ``authkey`` is
+    given, a key that it accepts then. This process's own key, which its children have, is accepted in any case.
 
     ``history`` is the number of messages of each topic that are kept for :meth:`Broadcaster.subscribe` with ``replay``: of at
     most 4,096 topics, and at most 64 MiB in all; the topics with the oldest last message are dropped first. When a ``publish``
@@ -65,7 +69,7 @@ def start_broadcaster(
     if not isinstance(restart, bool):
         raise TypeError(f"restart must be True or False, not {type(restart).__name__}")
     try:
-        path = None if address is None else check_address(address)
+        path = None if address is None else resolve(address)
     except AddressError as error:
         raise StartError(str(error)) from error
     # And with it psutil: a program that only connects needs neither.
@@ -75,7 +79,9 @@ def start_broadcaster(
     process: BrokerProcess | None = None
     try:
         # An interrupt before it is assigned leaves a daemon process that multiprocessing ends with the program.
-        process = BrokerProcess(context, timeout, Settings(path, authkey, history, stall, log_config, restart))
+        has_key_file = path is not None and authkey is None
+        settings = Settings(path, authkey, history, stall, log_config, restart, has_key_file)
+        process = BrokerProcess(context, timeout, settings)
         client = BrokerClient(process.address)
         client.session()
         bus: Broadcaster[Any] = Broadcaster(client, process)
@@ -89,22 +95,26 @@ def start_broadcaster(
     return bus
 
 
-def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) -> Broadcaster[Any]:
+def connect(address: str | os.PathLike[str] | None = None, *, authkey: bytes | None = None) -> Broadcaster[Any]:
     """Return a handle on the broker at ``address``, in any process of the same user. It has its own pipe, and its own order.
 
-    ``authkey`` is the broker's key; if not given, this process's own, which is right in the starter's children. Block until the
-    broker replies, at most 10 seconds; also while a broker is being replaced.
+    ``address`` is a path, or a plain name without a slash, as for :func:`start_broadcaster`; if not given, that of the
+    environment variable ``MPBROADCAST_ADDRESS``, which ``mpbroadcast run`` sets. ``authkey`` is the broker's key; if not given,
+    that of its key file, or else this process's own, which is right in the starter's children. Block until the broker replies,
+    at most 10 seconds; also while a broker is being replaced.
 
-    :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) the broker has another key.
+    :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) the broker has another key, or its key file is
+        not safe: a link, another user's, or open to others.
     :raises BrokerLost: there is no broker at this address.
     :raises TimedOut: the broker did not reply in time.
-    :raises AddressError: no socket can have this address.
+    :raises AddressError: no socket can have this address, or there is none.
     """
-    path = check_address(address)
-    if not os.path.isdir(os.path.dirname(path)):
-        folder = os.path.dirname(path)
+    authkey = check_authkey(authkey)
+    path = resolve_default(address)
+    folder = os.path.dirname(path)
+    if not (os.path.isdir(folder) or is_own_folder(folder)):
         raise AddressError(f"there is no folder {folder!r}: the broker has ended, or this is not a broadcaster's `address`")
-    client = BrokerClient(path, authkey=check_authkey(authkey))
+    client = BrokerClient(path, authkey=authkey)
     client.session()
     return Broadcaster(BrokerClient.shared(path, client.broker, client.restarts))
 

@@ -26,9 +26,18 @@ from weakref import WeakValueDictionary
 
 from mpbroadcast.client.control_connection import ENDED, ControlConnection
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import BroadcastError, BrokerCrashed, BrokerLost, ChannelInUse, ClosedError, TimedOut
+from mpbroadcast.errors import (
+    AuthenticationFailed,
+    BroadcastError,
+    BrokerCrashed,
+    BrokerLost,
+    ChannelInUse,
+    ClosedError,
+    TimedOut,
+)
 from mpbroadcast.posix.descriptors import Descendants, on_fork
 from mpbroadcast.posix.fd_socket import DescriptorSocket
+from mpbroadcast.posix.key_file import read_key
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.protocol.control import encode
 
@@ -137,8 +146,19 @@ class BrokerClient:
         return lifeline, lifeline.request({"do": "attach"}, deadline)[0]
 
     def _connect(self, deadline: Deadline) -> ControlConnection:
-        key = self._authkey or _keys.get(self.address) or bytes(multiprocessing.current_process().authkey)
-        return ControlConnection(self.address, key, deadline)
+        key = self._key()
+        while True:
+            try:
+                return ControlConnection(self.address, key, deadline)
+            except AuthenticationFailed:
+                former, key = key, self._key()
+                if key == former:  # else another broker has taken the address over, and has written another key
+                    raise
+
+    def _key(self) -> bytes:
+        """Return the key that the handle was given, else that of the key file, else that which children inherit."""
+        own = bytes(multiprocessing.current_process().authkey)
+        return self._authkey or read_key(self.address) or _keys.get(self.address) or own
 
     def request(self, do: str, *, deadline: Deadline | None = None, session: Session | None = None, **fields: Any) -> Reply:
         """Request something of the broker, and block until its reply comes, or until ``deadline``.

@@ -80,7 +80,8 @@ class ControlConnection:
         except control.ControlError as error:
             raise AuthenticationFailed(
                 f"the broker at {self._address!r} and this process have different keys ({error.args[0]}): pass the key of "
-                "its start_broadcaster() as connect(address, authkey=...)"
+                "its start_broadcaster() as connect(address, authkey=...), or start it at an address of your choice, where it "
+                "writes a key file"
             ) from error
 
     def request(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> Answer:

@@ -35,6 +35,7 @@ from mpbroadcast.broker.host.socket_file import Listening, identity, remove_forg
 from mpbroadcast.broker.host.supervisor import supervise
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import DRAIN_TIMEOUT, Broker
+from mpbroadcast.posix.key_file import LENGTH as KEY_LENGTH
 from mpbroadcast.posix.pipes import new_pipe
 from mpbroadcast.posix.poller import IN
 
@@ -49,12 +50,13 @@ class Settings:
     """The arguments of ``start_broadcaster``, and what the broker takes over from its starter: sent to the new process."""
 
     address: str | None
-    authkey: bytes | None
+    authkey: bytes | None = field(repr=False)
     history: int
     stall_timeout: float | None
     log_config: dict[str, Any] | None
     restart: bool
-    keys: list[bytes] = field(default_factory=list)
+    has_key_file: bool = False
+    keys: list[bytes] = field(default_factory=list, repr=False)
     starter: int = field(default_factory=os.getpid)
     temporary: str = field(default_factory=lambda: os.path.abspath(tempfile.gettempdir()))
     inherited: frozenset[tuple[int, int, int]] = frozenset()  # descriptors, each with the device and inode of its file
@@ -72,7 +74,10 @@ def run(settings: Settings, ready: Connection) -> None:
     listening: Listening | None = None
     try:
         remove_forgotten_folders(settings.temporary)
-        listening = Listening(settings.address, settings.temporary)
+        key = os.urandom(KEY_LENGTH) if settings.has_key_file else None
+        if key is not None:
+            settings.keys.append(key)
+        listening = Listening(settings.address, settings.temporary, key)
         journal = Journal() if settings.restart else None
     except OSError as error:
         where = settings.address or f"a folder in {settings.temporary!r}"

@@ -3,7 +3,8 @@
 The file gets its name, and a mark in its modification time, only when the socket listens. So a socket that has the mark and
 refuses a connection is that of a dead broker, and one without it may be of another program: it is left alone. Removing and
 naming are done under a lock on the folder, which leaves nothing behind. Files are unlinked by name, and only sockets that a
-broker of this user has made; a folder is removed when it is empty.
+broker of this user has made; a folder is removed when it is empty. A key file comes before its socket, and goes before it: as
+long as the socket is there and open, no other broker takes the address over (``posix/key_file.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import time
 from typing import Final
 
 from mpbroadcast import trap_points
+from mpbroadcast.posix.addresses import is_own_folder, make_own_folder
 from mpbroadcast.posix.fd_socket import control_socket
+from mpbroadcast.posix.key_file import SUFFIX, is_key_file, remove_key, write_key
 from mpbroadcast.validation import MAX_ADDRESS
 
 _FOLDER: Final = "mpbroadcast-broker-"
@@ -27,35 +30,51 @@ _OWN_FOLDER: Final = re.compile(_FOLDER + "[a-z0-9_]{8}")  # as tempfile.mkdtemp
 _SOCKET: Final = "broker"
 _QUEUE: Final = 4096  # connections: a client that waits in it keeps its turn, beside however many others
 _PASSING: Final = re.compile(r"\.mpbroadcast-[0-9a-f]+~")  # a socket's name until it listens
+_PASSING_KEY: Final = re.compile(r"\.mpbroadcast-[0-9a-f]+~" + SUFFIX)
 _MARK: Final = 627_294_121  # nanoseconds in the time of a broker's socket; a connection to it changes the time of access only
 _FORGOTTEN: Final = 60.0  # seconds after which a folder without a socket is removed
 
 
 class Listening:
-    """The socket, and its file, which only this user can open.
+    """The socket, and its file, which only this user can open. With a ``key``, that is in a file beside it.
 
     :raises OSError: it cannot be made.
     """
 
-    def __init__(self, address: str | None, temporary: str) -> None:
+    def __init__(self, address: str | None, temporary: str, key: bytes | None = None) -> None:
         self.socket = control_socket()
-        self._made = ""  # its folder, if it is its own
+        self._made = ""  # its folder, if a broker has made it
+        self._key = key
         try:
             if address is None:
                 self._made = tempfile.mkdtemp(prefix=_FOLDER, dir=_short(temporary))  # of mode 0700
                 address = os.path.join(self._made, _SOCKET)
             self.address = address
             folder, name = os.path.split(address)
-            os.chdir(folder)  # so that no name that is bound is longer than the address itself
-            self._listen(name)
+            if is_own_folder(folder):
+                self._made = folder
+            while not self._listen_in(folder, name):
+                pass
             self._identity = identity(address)
         except BaseException:
             self.socket.close()
-            if self._made:
-                os.rmdir(self._made)
+            self._remove_folder()
             raise
         finally:
             os.chdir("/")
+
+    def _listen_in(self, folder: str, name: str) -> bool:
+        """Return False if a broker that has ended meanwhile has removed the folder of names."""
+        if is_own_folder(folder):
+            make_own_folder(folder)
+        try:
+            os.chdir(folder)  # so that no name that is bound is longer than the address itself
+            self._listen(name)
+        except FileNotFoundError:
+            if not is_own_folder(folder):
+                raise
+            return False
+        return True
 
     def _listen(self, name: str) -> None:
         passing = f".mpbroadcast-{os.getpid():x}~"
@@ -64,37 +83,55 @@ class Listening:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             _remove_dead_socket(name)
+            remove_key(name)
             with contextlib.suppress(FileNotFoundError):
                 if _is_unfinished(passing):
                     os.unlink(passing)
-            before = os.umask(0o777)  # a socket of mode 0 is one that has not come to listen
+            if self._key is not None:
+                write_key(name, self._key, passing + SUFFIX)
+                trap_points.reach("naming the key")
             try:
-                self.socket.bind(passing)
-            finally:
-                os.umask(before)
-            try:
-                self.socket.listen(_QUEUE)
-                marked = os.lstat(passing).st_mtime_ns // 10**9 * 10**9 + _MARK
-                os.utime(passing, ns=(marked, marked))
-                os.chmod(passing, 0o600)
-                trap_points.reach("naming the socket")
-                os.link(passing, name)  # unlike a renaming, it replaces nothing
-            except FileExistsError:
-                raise OSError(errno.EADDRINUSE, "something has just been put there; choose another address") from None
-            finally:
-                os.unlink(passing)
+                self._bind(name, passing)
+            except BaseException:
+                if self._key is not None:
+                    remove_key(name)
+                raise
         finally:
             os.close(lock)
 
+    def _bind(self, name: str, passing: str) -> None:
+        before = os.umask(0o777)  # a socket of mode 0 is one that has not come to listen
+        try:
+            self.socket.bind(passing)
+        finally:
+            os.umask(before)
+        try:
+            self.socket.listen(_QUEUE)
+            marked = os.lstat(passing).st_mtime_ns // 10**9 * 10**9 + _MARK
+            os.utime(passing, ns=(marked, marked))
+            os.chmod(passing, 0o600)
+            trap_points.reach("naming the socket")
+            os.link(passing, name)  # unlike a renaming, it replaces nothing
+        except FileExistsError:
+            raise OSError(errno.EADDRINUSE, "something has just been put there; choose another address") from None
+        finally:
+            os.unlink(passing)
+
     def remove(self) -> None:
-        """Unlink the file, remove its own folder, and close the socket."""
+        """Unlink the files, remove a folder that a broker has made, and close the socket."""
         with contextlib.suppress(OSError):
             # While the socket is open, no broker takes the address over, and no other file gets its inode.
             if identity(self.address) == self._identity:
+                if self._key is not None:
+                    remove_key(self.address)
                 os.unlink(self.address)
-            if self._made:
-                os.rmdir(self._made)
+        self._remove_folder()
         self.socket.close()
+
+    def _remove_folder(self) -> None:
+        if self._made:
+            with contextlib.suppress(OSError):  # others are in it
+                os.rmdir(self._made)
 
 
 def identity(file: str | int) -> tuple[int, int]:
@@ -180,14 +217,22 @@ def _remove_if_forgotten(folder: str) -> None:
 
 def _is_forgotten(path: str, old: bool) -> bool:
     name = os.path.basename(path)
-    return _is_dead(path) if name == _SOCKET else old and _PASSING.fullmatch(name) is not None and _is_unfinished(path)
+    if name == _SOCKET:
+        return _is_dead(path)
+    if name == _SOCKET + SUFFIX:
+        socket = path.removesuffix(SUFFIX)
+        return is_key_file(path) and (_is_dead(socket) if os.path.lexists(socket) else old)
+    if _PASSING_KEY.fullmatch(name):
+        return old and stat.S_ISREG(os.lstat(path).st_mode)
+    return old and _PASSING.fullmatch(name) is not None and _is_unfinished(path)
 
 
 def remove_leftovers(address: str) -> None:
-    """Remove the socket of a broker that was killed, and its folder."""
+    """Remove the socket of a broker that was killed, its key file and its folder."""
     with contextlib.suppress(OSError):
         if _is_dead(address):
+            remove_key(address)
             os.unlink(address)
             folder, name = os.path.split(address)
-            if name == _SOCKET and _OWN_FOLDER.fullmatch(os.path.basename(folder)):
+            if is_own_folder(folder) or (name == _SOCKET and _OWN_FOLDER.fullmatch(os.path.basename(folder))):
                 os.rmdir(folder)

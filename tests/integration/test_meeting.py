@@ -1,0 +1,284 @@
+"""Processes that meet at an address: names, key files, and the environment."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpbroadcast import AddressError, AuthenticationFailed, BrokerLost, StartError, connect, start_broadcaster, trap_points
+from mpbroadcast.broker.host.socket_file import Listening, remove_forgotten_folders, remove_leftovers
+from mpbroadcast.posix.addresses import resolve
+from mpbroadcast.posix.key_file import read_key
+from tests.support.helpers import DEADLINE, Children
+
+KEY = bytes(range(32))
+STRANGER = """
+import sys
+from mpbroadcast import connect
+with connect(*sys.argv[1:]) as bus:
+    bus.publish(repr(bus))
+"""
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A runtime folder of this user's; nothing may be left in it."""
+    folder = tmp_path / "runtime"
+    folder.mkdir(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def no_runtime(temporary_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for names where there is no runtime folder."""
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    return temporary_folder / f"mpbroadcast-{os.geteuid()}"
+
+
+def test_what_an_address_stands_for(
+    runtime: Path, temporary_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word is a name, in a folder of the user's; what has a slash, and a ``Path``, is a path."""
+    monkeypatch.chdir(tmp_path)
+    names = temporary_folder / f"mpbroadcast-{os.geteuid()}"
+    assert resolve("my app") == str(runtime / "mpbroadcast-my app")
+    for variable in ("", "relative/folder"):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", variable)
+        assert resolve("myapp") == str(names / "myapp")
+    assert not names.exists()
+    assert [*map(resolve, ("./myapp", Path("myapp")))] == [str(tmp_path / "myapp")] * 2
+    for name in (".", "..", ".hidden", "x" * 108):
+        with pytest.raises(AddressError, match=r"slash|bytes"):
+            resolve(name)
+
+
+@pytest.mark.parametrize("kind", ["open to others", "link", "file", "another user's", "absent"])
+@pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "TMPDIR"])
+def test_a_folder_for_names_that_is_not_safe(
+    kind: str, variable: str, tmp_path: Path, no_runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refuse it, from each call that takes a name, and leave it as it is."""
+    folder = no_runtime
+    if variable == "XDG_RUNTIME_DIR":
+        folder = tmp_path / "unsafe"
+        monkeypatch.setenv(variable, str(folder))
+    if kind == "link":
+        folder.symlink_to("/etc")  # is open to others, if it is followed
+    elif kind == "file":
+        folder.write_text("")
+    elif kind != "absent":
+        folder.mkdir(0o750 if kind == "open to others" else 0o700)
+    if kind == "another user's":
+        monkeypatch.setattr(os, "geteuid", lambda: 54321)
+        if variable == "TMPDIR":
+            folder = folder.rename(folder.with_name("mpbroadcast-54321"))
+    if kind == "absent" and variable == "TMPDIR":
+        with pytest.raises(BrokerLost):
+            connect("myapp")
+        assert not folder.exists()
+        return
+    with pytest.raises(AddressError, match=r"folder|XDG"):
+        connect("myapp")
+    with pytest.raises(StartError, match=r"folder|XDG"):
+        start_broadcaster(address="myapp")
+    if folder.is_dir() and not folder.is_symlink():
+        folder.rmdir()
+    else:
+        folder.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("has_runtime", [False, True])
+def test_a_stranger_needs_the_name_only(
+    restart: bool, has_runtime: bool, runtime: Path, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reach the broker from a process that is no child, by name and by the environment; also the one that takes over."""
+    if not has_runtime:
+        monkeypatch.delenv("XDG_RUNTIME_DIR")
+    with start_broadcaster(address="myapp", restart=restart) as bus, bus.subscribe(overflow="drop_oldest") as channel:
+        key = Path(bus.address + ".key")
+        written = key.read_bytes()
+        assert key.stat().st_mode == 0o100600
+        for argument, variable in (["myapp"], ""), ([], "myapp"), ([], bus.address):
+            environment = os.environ | {"MPBROADCAST_ADDRESS": variable}
+            done = subprocess.run(
+                [sys.executable, "-c", STRANGER, *argument], env=environment, timeout=DEADLINE, capture_output=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            assert channel.recv(DEADLINE) == f"<mpbroadcast.Broadcaster at '{bus.address}'>"
+        if restart:
+            os.kill(bus.stats().pid, signal.SIGKILL)
+            connect("myapp").close()
+            assert key.read_bytes() == written
+    assert not [*runtime.iterdir()]
+    with pytest.raises(BrokerLost, match="no broker"):
+        connect("myapp")
+
+
+def test_without_any_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (None, ""):
+        monkeypatch.delenv("MPBROADCAST_ADDRESS", raising=False)
+        if value is not None:
+            monkeypatch.setenv("MPBROADCAST_ADDRESS", value)
+        with pytest.raises(AddressError, match=r"MPBROADCAST_ADDRESS.*mpbroadcast run"):
+            connect()
+
+
+def test_which_brokers_write_a_key(runtime: Path) -> None:
+    """Not one at an address that was made for it, nor one that is given a key, whose start removes what a dead one has left."""
+    with start_broadcaster() as bus:
+        assert os.listdir(os.path.dirname(bus.address)) == ["broker"]
+    Path(resolve("myapp") + ".key").write_text(KEY.hex() + "\n")
+    with start_broadcaster(address="myapp", authkey=b"mine") as bus:
+        assert [path.name for path in runtime.iterdir()] == ["mpbroadcast-myapp"]
+        with connect("myapp", authkey=b"mine") as other:
+            assert other.stats().pid == bus.stats().pid
+
+
+def replace(path: Path, make: Callable[[Path], None]) -> None:
+    path.unlink()
+    make(path)
+
+
+UNSAFE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "open to others": (lambda path: path.chmod(0o640), "open to other users"),
+    "link": (lambda path: path.symlink_to(path.rename(path.with_name("moved"))), "is a link"),
+    "pipe": (lambda path: replace(path, os.mkfifo), "no plain file"),
+    "folder": (lambda path: replace(path, Path.mkdir), "no plain file"),
+    "cut": (lambda path: path.write_text(path.read_text()[:40]), "holds no key"),
+    "empty": (lambda path: path.write_text(""), "holds no key"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSAFE)
+def test_a_key_file_that_is_not_safe_is_refused(kind: str, runtime: Path) -> None:
+    spoil, text = UNSAFE[kind]
+    with start_broadcaster(address="myapp") as bus:
+        key = Path(bus.address + ".key")
+        spoil(key)
+        with pytest.raises(AuthenticationFailed, match=text) as caught:
+            connect("myapp")
+        assert KEY.hex()[:20] not in str(caught.value)
+    if key.is_dir():
+        key.rmdir()
+
+
+def test_a_key_file_of_another_user(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_broadcaster(address="myapp") as bus:
+        monkeypatch.setattr(os, "geteuid", lambda: 54321)
+        with pytest.raises(AuthenticationFailed, match="user"):
+            read_key(bus.address)
+        monkeypatch.undo()
+
+
+def test_a_key_is_there_before_its_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its name only when it is whole, and goes before the socket; under each name it has mode 0600."""
+    address = str(tmp_path / "socket")
+    seen: list[tuple[str, list[str], bytes | None]] = []
+
+    def reach(name: str, subject: object = None) -> None:
+        if name in ("naming the key", "naming the socket"):
+            seen.append((name, sorted(path for path in os.listdir(".") if not path.startswith(".")), read_key("socket")))
+
+    monkeypatch.setattr(trap_points, "reach", reach)
+    unlinked: list[str] = []
+    unlink = os.unlink
+
+    def note(path: str) -> None:
+        unlinked.append(os.path.basename(path))
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", note)
+    before = os.umask(0o077 << 3)
+    try:
+        listening = Listening(address, "", KEY)
+    finally:
+        os.umask(before)
+    assert seen == [(name, ["socket.key"], KEY) for name in ("naming the key", "naming the socket")]
+    assert read_key(address) == KEY
+    unlinked.clear()
+    listening.remove()
+    assert unlinked == ["socket.key", "socket"]
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["key", "key and socket"])
+def test_what_a_killed_broker_has_left(left: str, tmp_path: Path) -> None:
+    """The next start removes it, and writes a new key; so does the end of its starter."""
+    address = str(tmp_path / "socket")
+    for remove in (lambda: None, lambda: remove_leftovers(address)):
+        Listening(address, "", KEY).socket.close()  # as a kill closes it
+        if left == "key":
+            os.unlink(address)
+        remove()
+        if left == "key and socket":
+            assert bool(os.listdir(tmp_path)) == (remove.__code__.co_names == ())
+        with start_broadcaster(address=address), connect(address) as bus:
+            assert read_key(address) not in (None, KEY)
+            assert bus.stats().publishers == 0
+        assert not os.listdir(tmp_path)
+
+
+def test_a_forgotten_folder_with_a_key(temporary_folder: Path) -> None:
+    """A start removes it, as it does one without."""
+    listening = Listening(None, str(temporary_folder), KEY)
+    folder = os.path.dirname(listening.address)
+    remove_forgotten_folders(str(temporary_folder))
+    assert sorted(os.listdir(folder)) == ["broker", "broker.key"]
+    listening.socket.close()
+    remove_forgotten_folders(str(temporary_folder))
+    assert not os.path.exists(folder)
+
+
+@pytest.mark.parametrize("content", ["precious", "link", "folder"])
+def test_what_is_no_key_file_stays(content: str, tmp_path: Path) -> None:
+    """A start that would write a key there fails, and names it; nothing is followed."""
+    key, target = tmp_path / "socket.key", tmp_path / "target"
+    target.write_text(KEY.hex() + "\n")
+    if content == "link":
+        key.symlink_to(target)
+    elif content == "folder":
+        key.mkdir()
+    else:
+        key.write_text(content)
+    with pytest.raises(StartError, match=r"socket\.key"):
+        start_broadcaster(address=tmp_path / "socket")
+    with pytest.raises(OSError, match="no key file") as caught:
+        Listening(str(tmp_path / "socket"), "", KEY)
+    assert caught.value.errno == errno.EADDRINUSE
+    assert sorted(os.listdir(tmp_path)) == ["socket.key", "target"]
+    assert target.read_text() == KEY.hex() + "\n"
+
+
+def test_another_broker_has_taken_over_between_the_key_and_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that has read the key of the one before reads the file again."""
+    address = str(tmp_path / "socket")
+    with start_broadcaster(address=address):
+        keys = [KEY]
+        real = read_key
+        monkeypatch.setattr("mpbroadcast.client.broker_client.read_key", lambda path: keys.pop() if keys else real(path))
+        with connect(address) as bus:
+            assert bus.stats().publishers == 0
+    assert not keys
+
+
+def use(bus: Any) -> None:
+    bus.publish("from a child of a stranger")
+
+
+def test_a_pickled_handle_carries_no_key(runtime: Path, children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child of a process that is no child of the starter reads the key file, too."""
+    with start_broadcaster(address="myapp") as bus, bus.subscribe() as channel:
+        monkeypatch.setattr(multiprocessing.current_process(), "authkey", os.urandom(32))  # as in another program
+        with connect("myapp") as other:
+            children(multiprocessing.get_context("spawn"), use, other)
+            assert channel.recv(DEADLINE) == "from a child of a stranger"
+        monkeypatch.undo()
