@@ -27,7 +27,7 @@ from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
 from mpbroadcast.posix.pipes import FIONREAD, PipeEnd, ioctl, read
 from mpbroadcast.protocol import runs
 from mpbroadcast.protocol.frames import topic_of
-from mpbroadcast.protocol.pickling import Failure, load_each, load_run, loads
+from mpbroadcast.protocol.pickling import ALL_KINDS, Failure, Loaders, load_each, load_run
 from mpbroadcast.protocol.runs import MOST_AT_ONCE, RUN, RunView, read_run
 
 
@@ -108,7 +108,7 @@ class Stream:
         return taken, Stream(rest, self.chunks, self.skip, self.need, self.plain, 0, self.read, self.has_tail)
 
 
-def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None) -> Stream | None:
+def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None, loaders: Loaders = ALL_KINDS) -> Stream | None:
     """Return the stream that follows ``stream``, which has no decoded messages; ``None`` while no message is whole."""
     if not stream.is_decodable:
         return None
@@ -125,11 +125,11 @@ def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None)
         kind = run.kind
         if kind == runs.MESSAGES or kind in _SHARED:
             if kind == runs.MESSAGES:
-                messages, whole = load_run(data, run)
+                messages, whole = load_run(data, run, loaders)
             elif shared is None:
                 raise RuntimeError("a message in shared memory, which this channel cannot map")
             else:
-                messages, whole, size = shared.load_run(data, run)
+                messages, whole, size = shared.load_run(data, run, loaders)
                 shared_count += len(messages)
                 room -= size
             plain = plain and whole
@@ -157,7 +157,7 @@ def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None)
     return Stream(deque(ready), [rest] if rest else [], position - unused, need, plain, skipped, shared_count, stream.has_tail)
 
 
-def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any:
+def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool, loaders: Loaders) -> Any:
     """Read a message that has come alone, and return it without its tail byte. Return ``NOTHING`` if :func:`follow` must do it.
 
     Where messages come one by one, all code is cold, and what counts is how much of it runs. So this does all for a pipe with
@@ -185,9 +185,9 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any
         return NOTHING
     payload = memoryview(data)[RUN.size + skip :]
     try:
-        message = loads(payload)
+        message = loaders.pickle(payload)
     except BaseException as error:
-        load_each([payload], loads, [], error)  # which raises an interrupt
+        load_each([payload], loaders.pickle, [], error)  # which raises an interrupt
         return NOTHING
     if with_topic:
         message = topic_of(data[RUN.size : RUN.size + skip]), message
@@ -203,12 +203,14 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any
     return message
 
 
-def follow(stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader | None, is_readable: bool) -> Stream | None:
+def follow(
+    stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader | None, loaders: Loaders, is_readable: bool
+) -> Stream | None:
     """Read, and return the stream that follows ``stream``, or ``None``, as :func:`decode` does.
 
     Without ``is_readable``, an empty pipe is not read: whether it has ended is seen when it was waited for.
     """
-    if stream.chunks and (after := decode(stream, with_topic, shared)) is not None:
+    if stream.chunks and (after := decode(stream, with_topic, shared, loaders)) is not None:
         return after
     count = array("i", (0,))
     try:
@@ -220,14 +222,14 @@ def follow(stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader
         return None
     if count[0] != 1:
         read_into(stream, pipe.fd, max(1, count[0] - 1))
-    after = decode(stream, with_topic, shared)
+    after = decode(stream, with_topic, shared, loaders)
     if after is None and stream.has_tail:
         stream.has_tail = False
         read_into(stream, pipe.fd, 1)
     if after is None and stream.chunks and not stream.chunks[-1]:
         # The pipe has ended. A last message may lack its tail byte.
         stream.has_tail = True
-        after = decode(stream, with_topic, shared) or Stream()
+        after = decode(stream, with_topic, shared, loaders) or Stream()
         after.has_tail = False
         after.ready.append(LOST)
         after.plain = False

@@ -30,7 +30,7 @@ from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedE
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import on_fork
 from mpbroadcast.posix.pipes import PipeEnd
-from mpbroadcast.protocol.pickling import Failure
+from mpbroadcast.protocol.pickling import ALL_KINDS, Failure
 
 M = TypeVar("M")
 E = TypeVar("E", bound=Exception)
@@ -43,6 +43,7 @@ class Receiving(Generic[M]):
         self.id = id  # the subscription's, at the broker
         self._with_topic = with_topic
         self.ownership = PipeOwnership(client, id, subscriber)
+        self.loaders = ALL_KINDS  # what turns bytes into messages: a program that trusts no publisher sets another
         self._missed = 0
         self._begin()
         on_fork(self, Receiving._in_child)
@@ -77,7 +78,7 @@ class Receiving(Generic[M]):
                 if stream.ready:
                     stream.unshare()
                 elif is_readable:  # a return of this call, as opposed to one in C, is safe
-                    message = take_lone(stream, self.ownership, self._with_topic)
+                    message = take_lone(stream, self.ownership, self._with_topic, self.loaders)
                 if message is NOTHING and not stream.ready:
                     self._fill(is_readable)
                     stream = self._stream
@@ -151,7 +152,7 @@ class Receiving(Generic[M]):
         pipe, shared = ownership.pipe, ownership.shared
         if pipe is None or ownership.state is not OPEN or pipe.fd < 0:
             return
-        after = follow(before, pipe, self._with_topic, shared, is_readable)
+        after = follow(before, pipe, self._with_topic, shared, self.loaders, is_readable)
         if before.ready:
             return  # another thread was interrupted, and has put its message back: what comes behind it is decoded again
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from mpbroadcast import trap_points
@@ -20,7 +21,7 @@ from mpbroadcast.posix.descriptors import close_fd, fork_lock, on_fork
 from mpbroadcast.posix.fd_socket import DescriptorSocket, Received, taken_apart
 from mpbroadcast.protocol.fd_packets import MAPPED, MEMORY, READ, REFUSED, RING, PacketError, pack, unpack
 from mpbroadcast.protocol.frames import OVERHEAD, references_in
-from mpbroadcast.protocol.pickling import Failure, load_copied_image, load_each, load_image, loads
+from mpbroadcast.protocol.pickling import Failure, Loaders, load_each
 from mpbroadcast.protocol.ring_allocator import CHUNK
 from mpbroadcast.protocol.runs import REFERENCES, RING_OFFERED, RunView, read_memory, read_references
 
@@ -79,20 +80,20 @@ class SharedReader:
         else:
             self._gone.add(ring)
 
-    def load_run(self, data: bytes, run: RunView) -> tuple[list[Any], bool, int]:
+    def load_run(self, data: bytes, run: RunView, loaders: Loaders) -> tuple[list[Any], bool, int]:
         """Return the messages that a run refers to, whether all could be unpickled, and their size."""
         if run.kind != REFERENCES:
             message_id, length = read_memory(data, run)
-            message = self._load_memory(message_id, length, run.image)
+            message = self._load_memory(message_id, length, loaders.image if run.image else loaders.pickle)
             return [message], type(message) is not Failure, length
         ring, frames = read_references(data, run)
         view = self._rings[ring]
         payloads = [view[offset : offset + length] for _, offset, length in references_in(frames, run.skip)]
         size = sum(map(len, payloads))
         self._unacknowledged += size + len(payloads) * (run.skip + OVERHEAD)  # as the broker counts them
-        return *load_each(payloads, load_copied_image if run.image else loads), size
+        return *load_each(payloads, loaders.copied_image if run.image else loaders.pickle), size
 
-    def _load_memory(self, message_id: int, length: int, image: bool) -> Any:
+    def _load_memory(self, message_id: int, length: int, loader: Callable[[Any], Any]) -> Any:
         self._unacknowledged += ACKNOWLEDGE_EVERY
         if message_id not in self._memories:
             trap_points.reach("taking memory")
@@ -107,7 +108,7 @@ class SharedReader:
             buffer = shared_memory.map_or_read(fd, length)
         except (shared_memory.MemoryRefused, OSError, MemoryError, ValueError) as error:  # ValueError: it is empty
             return Failure(OSError(errno.ENOMEM, f"a large message could not be mapped: {error}"))
-        return load_each([memoryview(buffer).cast("B")], load_image if image else loads)[0][0]
+        return load_each([memoryview(buffer).cast("B")], loader)[0][0]
 
     def commit(self, read: int, is_progress: bool = False) -> None:
         """Release what decoding needed, now that its result is kept, and acknowledge: ``read`` messages so far.

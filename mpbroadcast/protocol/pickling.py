@@ -123,6 +123,22 @@ def load_image(buffer: Any) -> Any:
     return loads(parts[0], buffers=parts[1:])
 
 
+def load_copied_image(payload: memoryview) -> Any:
+    """Return the message of an image in memory that will be written again: of a copy."""
+    return load_image(bytearray(payload))
+
+
+class Loaders(NamedTuple):
+    """What makes a message of bytes: of a pickle, of an image in the message's own memory, of one that is overwritten later."""
+
+    pickle: Callable[[Any], Any]
+    image: Callable[[Any], Any]
+    copied_image: Callable[[Any], Any]
+
+
+ALL_KINDS: Final = Loaders(loads, load_image, load_copied_image)
+
+
 class Failure:
     """Stands for a message that could not be unpickled: ``error`` is raised at its position."""
 
@@ -132,7 +148,7 @@ class Failure:
         self.error = error
 
 
-def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
+def load_run(data: bytes, run: RunView, loaders: Loaders = ALL_KINDS) -> tuple[list[Any], bool]:
     """Return the messages of a run whose frames are all in ``data``, and whether all could be unpickled.
 
     One that could not is a :class:`Failure` at its position. An error that does not come again was an interrupt: it is raised,
@@ -140,7 +156,7 @@ def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
     """
     start = run.first + run.skip
     view = memoryview(data)
-    loader = load_copied_image if run.image else loads
+    loader = loaders.copied_image if run.image else loaders.pickle
     if run.sizes is None:
         return load_each([view[start:]], loader)
     messages: list[Any] = []
@@ -148,7 +164,7 @@ def load_run(data: bytes, run: RunView) -> tuple[list[Any], bool]:
     if not run.image:
         stream = BytesIO(data)  # each read is a payload and the next frame's head: no loop in Python
         stream.seek(start)
-        failed = _extend(messages, map(loads, map(stream.read, run.sizes)), run.messages)
+        failed = _extend(messages, map(loader, map(stream.read, run.sizes)), run.messages)
         if failed is None:
             return messages, True
     ends = accumulate(run.sizes, initial=start)
@@ -185,11 +201,6 @@ def _extend(messages: list[Any], more: Iterable[Any], count: int) -> BaseExcepti
             raise
         return raised
     return None if len(messages) == count else StopIteration()  # of a message: it has ended the map
-
-
-def load_copied_image(payload: memoryview) -> Any:
-    """Return the message of an image in memory that will be written again: of a copy."""
-    return load_image(bytearray(payload))
 
 
 def _failure(payload: memoryview, error: BaseException, loader: Callable[[Any], Any]) -> Failure:

@@ -29,7 +29,7 @@ from mpbroadcast.protocol.frames import (
     references_in,
     topic_of,
 )
-from mpbroadcast.protocol.pickling import Failure, load_each, load_run, loads
+from mpbroadcast.protocol.pickling import Failure, Loaders, load_each, load_run, loads
 from tests.support.frames_made import EXCLUDED, ROUTES, SHARED_SIZES, STEADY, TOPICS, batch_of, chunks
 from tests.support.helpers import pattern
 from tests.support.workers import Raises
@@ -300,7 +300,7 @@ class Beside:
         self.noted: dict[tuple[int, int], None] = {}  # as a decoding may be repeated
         self.ends = 0
 
-    def load_run(self, data: bytes, run: runs.RunView) -> tuple[list[Any], bool, int]:
+    def load_run(self, data: bytes, run: runs.RunView, loaders: Loaders) -> tuple[list[Any], bool, int]:
         positions = [runs.read_memory(data, run)] if run.kind == runs.IN_MEMORY else []
         if run.kind == runs.REFERENCES:
             positions = [(offset, length) for _, offset, length in references_in(runs.read_references(data, run)[1], run.skip)]

@@ -1,0 +1,135 @@
+"""Publish the lines of standard input, each when it has come, as text.
+
+example:  tail -f app.log | mpbroadcast pub log --address myapp
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from mpbroadcast import Broadcaster, connect
+from mpbroadcast.cli.progress import Progress
+from mpbroadcast.cli.text import decode, one_line
+
+_BLOCK: Final = 1 << 18  # bytes of one read: a pipe gives what it has
+
+
+class BadLine(Exception):
+    """A line that is no JSON."""
+
+
+class Splitter:
+    """Cuts what is read into lines. What comes behind the last separator waits for the next block."""
+
+    def __init__(self, separator: bytes) -> None:
+        self._separator = separator
+        self._rest: list[bytes] = []
+
+    def lines(self, block: bytes) -> list[str]:
+        """Return the lines that end in this block."""
+        whole, separator, rest = block.rpartition(self._separator)
+        if not separator:
+            self._rest.append(block)
+            return []
+        text = decode(b"".join((*self._rest, whole)))
+        self._rest = [rest] if rest else []
+        return text.split(self._separator.decode())
+
+    def last(self) -> list[str]:
+        """Return the last line, if there is one without a separator."""
+        return [decode(b"".join(self._rest))] if self._rest else []
+
+
+def parse_json(lines: Iterable[str], first: int) -> Iterator[Any]:
+    """Yield the value of each line; ``first`` is the number of the first one.
+
+    :raises BadLine: a line is no JSON.
+    """
+    for number, line in enumerate(lines, first):
+        try:
+            line.encode()  # no bytes that are no UTF-8
+            value = json.loads(line, parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:
+            raise BadLine(f"line {number} is no JSON: {one_line(str(error))}") from None
+        yield value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON value")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
+    parser.add_argument("topic", nargs="?", default="", metavar="TOPIC", help="the topic of each message (default: none)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="each line is a JSON value")
+    form.add_argument("--file", nargs="+", metavar="FILE", help="publish the bytes of each file, instead of lines")
+    parser.add_argument("-0", "--null", action="store_true", help="lines end in NUL, as those of find -print0 do")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Publish what the options name, and return the exit code."""
+    if options.file and options.null:
+        return _failed("-0 is about lines, and --file publishes whole files", 2)
+    topic = decode(os.fsencode(options.topic))
+    with connect(options.address) as bus:
+        try:
+            if options.file:
+                _publish_files(bus, topic, options.file)
+            else:
+                _publish_lines(bus, topic, b"\0" if options.null else b"\n", as_json=options.json)
+        except BadLine as error:
+            return _failed(str(error), 1)
+        bus.flush()
+    return 0
+
+
+def _publish_files(bus: Broadcaster[Any], topic: str, names: list[str]) -> None:
+    paths = [Path(name) for name in names]
+    with Progress(sum(path.stat().st_size for path in paths if path.is_file())) as progress:
+        for path in paths:
+            data = path.read_bytes()
+            bus.publish(data, topic=topic)
+            progress.add(1, len(data))
+
+
+def _publish_lines(bus: Broadcaster[Any], topic: str, separator: bytes, *, as_json: bool) -> None:
+    splitter = Splitter(separator)
+    count = 0
+    with Progress(_length_of_input()) as progress:
+        while block := _read():
+            lines = splitter.lines(block)
+            bus.publish_many(parse_json(lines, count + 1) if as_json else lines, topic=topic)
+            count += len(lines)
+            progress.add(len(lines), len(block))
+        last = splitter.last()
+        bus.publish_many(parse_json(last, count + 1) if as_json else last, topic=topic)
+        progress.add(len(last), 0)
+
+
+def _read() -> bytes:
+    """Return what standard input has, at least one byte; nothing at its end."""
+    while True:
+        try:
+            return os.read(0, _BLOCK)
+        except BlockingIOError:  # another process has made it non-blocking
+            select.select([0], [], [])
+
+
+def _length_of_input() -> int:
+    """Return how many bytes standard input has; 0 if that is not known."""
+    status = os.fstat(0)
+    return max(0, status.st_size - os.lseek(0, 0, os.SEEK_CUR)) if stat.S_ISREG(status.st_mode) else 0
+
+
+def _failed(text: str, status: int) -> int:
+    print(f"mpbroadcast: {text}", file=sys.stderr)
+    return status
