@@ -134,8 +134,9 @@ class Account:
         assert self.books is not None
         with self._reporting():
             if isinstance(error, Lagged):
-                self.books.count(MISSED, error.missed)
-                self.ledger.lag(error.missed)
+                missed = error.missed or 0  # it is None only where a channel with `after` begins
+                self.books.count(MISSED, missed)
+                self.ledger.lag(missed)
             elif isinstance(error, Overflowed):
                 self.books.count(OVERFLOWED)
                 self.ledger.overflow_once()

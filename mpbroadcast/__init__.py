@@ -8,6 +8,7 @@ if sys.platform == "win32":
 from mpbroadcast.client.api import connect, publish, start_broadcaster, subscribe, unsubscribe
 from mpbroadcast.client.broadcaster import Broadcaster
 from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.received import Received
 from mpbroadcast.client.selector import Selector, channel_to_selector
 from mpbroadcast.errors import (
     AddressError,
@@ -39,6 +40,7 @@ __all__ = [
     "ClosedError",
     "Lagged",
     "Overflowed",
+    "Received",
     "Selector",
     "StartError",
     "SubscriberStats",

@@ -92,16 +92,26 @@ class ChannelInUse(BroadcastError, RuntimeError):
 
 
 class Lagged(BroadcastError):
-    """Exactly ``missed`` messages were dropped at this position, as the backlog was full; receiving goes on behind them."""
+    """Messages are missing at this position; receiving goes on behind them.
 
-    def __init__(self, missed: int) -> None:
+    They were dropped, as the backlog was full, or, where a channel with ``after`` begins, the history has them no more.
+    ``missed`` is their exact number; ``None`` where the broker cannot know it, which is only where such a channel begins.
+    """
+
+    def __init__(self, missed: int | None) -> None:
         super().__init__(missed)
         self.missed = missed
 
     def __str__(self) -> str:
+        if self.missed is None:
+            return (
+                "messages are missing here, and their number is not known: the history has not all that this channel was to "
+                "begin with, or the id is another broker's; the next receive goes on behind the gap"
+            )
         return (
-            f"{self.missed} message(s) were dropped here because this channel's backlog was full; the next receive goes on "
-            "behind the gap. Receive faster, or subscribe with a larger capacity or another overflow policy"
+            f"{self.missed} message(s) were dropped here because this channel's backlog was full, or the history has them no "
+            "more; the next receive goes on behind the gap. Receive faster, or subscribe with a larger capacity or another "
+            "overflow policy"
         )
 
 

@@ -29,6 +29,12 @@ def check_timeout(timeout: Any, name: str = "timeout") -> float | None:
     return None if timeout > _FOREVER else float(timeout)
 
 
+def check_bool(value: Any, name: str) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
+
+
 def check_count(value: Any, name: str, least: int) -> int:
     """Return ``value`` if it is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -9,9 +9,10 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 from mpbroadcast.client.broadcaster import Broadcaster, Options
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.received import Received
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
 from mpbroadcast.posix.addresses import is_own_folder, resolve, resolve_default
-from mpbroadcast.validation import Policy, check_authkey, check_count, check_timeout
+from mpbroadcast.validation import Policy, check_authkey, check_bool, check_count, check_timeout
 
 M = TypeVar("M")
 
@@ -66,8 +67,7 @@ def start_broadcaster(
     stall = check_timeout(stall_timeout, "stall_timeout")
     if log_config is not None and not isinstance(log_config, dict):
         raise TypeError(f"log_config must be a dictionary for logging.config.dictConfig, not {type(log_config).__name__}")
-    if not isinstance(restart, bool):
-        raise TypeError(f"restart must be True or False, not {type(restart).__name__}")
+    check_bool(restart, "restart")
     try:
         path = None if address is None else resolve(address)
     except AddressError as error:
@@ -128,16 +128,28 @@ def publish(
 
 @overload
 def subscribe(
-    bus: Broadcaster[M], *topics: str, with_topic: Literal[False] = False, **options: Unpack[Options]
+    bus: Broadcaster[M],
+    *topics: str,
+    with_topic: Literal[False] = False,
+    with_id: Literal[False] = False,
+    **options: Unpack[Options],
 ) -> Channel[M]: ...
 @overload
 def subscribe(
-    bus: Broadcaster[M], *topics: str, with_topic: Literal[True], **options: Unpack[Options]
+    bus: Broadcaster[M], *topics: str, with_topic: Literal[True], with_id: Literal[False] = False, **options: Unpack[Options]
 ) -> Channel[tuple[str, M]]: ...
 @overload
 def subscribe(
-    bus: Broadcaster[M], *topics: str, with_topic: bool, **options: Unpack[Options]
+    bus: Broadcaster[M], *topics: str, with_topic: bool = False, with_id: Literal[True], **options: Unpack[Options]
+) -> Channel[Received[M]]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M], *topics: str, with_topic: bool, with_id: Literal[False] = False, **options: Unpack[Options]
 ) -> Channel[M] | Channel[tuple[str, M]]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M], *topics: str, with_topic: bool = False, with_id: bool, **options: Unpack[Options]
+) -> Channel[M] | Channel[tuple[str, M]] | Channel[Received[M]]: ...
 def subscribe(
     bus: Broadcaster[M],
     *topics: str,
@@ -145,9 +157,11 @@ def subscribe(
     capacity: int | None = None,
     replay: int = 0,
     with_topic: bool = False,
+    with_id: bool = False,
 ) -> Channel[Any]:
     """Call :meth:`Broadcaster.subscribe`."""
-    return _checked(bus).subscribe(*topics, overflow=overflow, capacity=capacity, replay=replay, with_topic=with_topic)
+    options: Options = {"overflow": overflow, "capacity": capacity, "replay": replay}
+    return _checked(bus).subscribe(*topics, with_topic=with_topic, with_id=with_id, **options)
 
 
 def unsubscribe(bus: Broadcaster[Any], channel: Channel[Any]) -> None:

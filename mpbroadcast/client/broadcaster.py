@@ -14,12 +14,13 @@ from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.pipe_ownership import PipeOwnership, open_own
 from mpbroadcast.client.publishing import Publishing
+from mpbroadcast.client.received import WITH_ID, Received
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, TimedOut
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.stats import BrokerStats, snapshot
-from mpbroadcast.validation import Policy, check_count, check_overflow, check_timeout, check_topics, encode_topic
+from mpbroadcast.validation import Policy, check_bool, check_count, check_overflow, check_timeout, check_topics, encode_topic
 
 M = TypeVar("M")
 
@@ -71,13 +72,33 @@ class Broadcaster(Publishing[M]):
         return self._closed
 
     @overload
-    def subscribe(self, *topics: str, with_topic: Literal[False] = False, **options: Unpack[Options]) -> Channel[M]: ...
-    @overload
-    def subscribe(self, *topics: str, with_topic: Literal[True], **options: Unpack[Options]) -> Channel[tuple[str, M]]: ...
-    @overload
-    def subscribe(self, *topics: str, with_topic: bool, **options: Unpack[Options]) -> Channel[M] | Channel[tuple[str, M]]: ...
     def subscribe(
-        self, *topics: str, overflow: Policy = "block", capacity: int | None = None, replay: int = 0, with_topic: bool = False
+        self, *topics: str, with_topic: Literal[False] = False, with_id: Literal[False] = False, **options: Unpack[Options]
+    ) -> Channel[M]: ...
+    @overload
+    def subscribe(
+        self, *topics: str, with_topic: Literal[True], with_id: Literal[False] = False, **options: Unpack[Options]
+    ) -> Channel[tuple[str, M]]: ...
+    @overload
+    def subscribe(
+        self, *topics: str, with_topic: bool = False, with_id: Literal[True], **options: Unpack[Options]
+    ) -> Channel[Received[M]]: ...
+    @overload
+    def subscribe(
+        self, *topics: str, with_topic: bool, with_id: Literal[False] = False, **options: Unpack[Options]
+    ) -> Channel[M] | Channel[tuple[str, M]]: ...
+    @overload
+    def subscribe(
+        self, *topics: str, with_topic: bool = False, with_id: bool, **options: Unpack[Options]
+    ) -> Channel[M] | Channel[tuple[str, M]] | Channel[Received[M]]: ...
+    def subscribe(
+        self,
+        *topics: str,
+        overflow: Policy = "block",
+        capacity: int | None = None,
+        replay: int = 0,
+        with_topic: bool = False,
+        with_id: bool = False,
     ) -> Channel[Any]:
         """Return a new channel, subscribed to ``topics``; to all topics, if none is named. Block until the broker replies.
 
@@ -99,22 +120,23 @@ class Broadcaster(Publishing[M]):
         With ``replay=k`` the channel starts with the last ``k`` messages that match, in the order of all, as far as the broker
         has kept them (``start_broadcaster(history=...)``) and they fit into the capacity; new messages follow without a gap.
 
-        With ``with_topic`` each message that is received is ``(topic, message)``.
+        With ``with_topic`` each message that is received is ``(topic, message)``; with ``with_id``, whatever ``with_topic`` is,
+        a :class:`Received` of its id, its topic, and the message.
 
         :raises ValueError: an argument is out of range; ``replay`` without a history; this process has too many subscriptions.
         :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
         check_topics(topics)
         check_overflow(overflow)
-        if not isinstance(with_topic, bool):
-            raise TypeError(f"with_topic must be True or False, not {type(with_topic).__name__}")
+        check_bool(with_topic, "with_topic")
+        check_bool(with_id, "with_id")
         capacity = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
         check_count(replay, "replay", 0)
         self._check_open()
         writer = self._writer
         subscription = int.from_bytes(os.urandom(6)) or 1
         # The channel exists before the subscription does: if an interrupt comes, its finaliser drops the subscription.
-        channel: Channel[Any] = Channel(self._client, subscription, with_topic, subscriber=True)
+        channel: Channel[Any] = Channel(self._client, subscription, WITH_ID if with_id else with_topic, subscriber=True)
         try:
             self._request(
                 "subscribe",
@@ -155,8 +177,7 @@ class Broadcaster(Publishing[M]):
         :raises BrokerRestarted: something was published to a broker that has died since, and may not have been routed.
         """
         limit = check_timeout(timeout)
-        if not isinstance(delivered, bool):
-            raise TypeError(f"delivered must be True or False, not {type(delivered).__name__}")
+        check_bool(delivered, "delivered")
         self._check_open()
         writer = self._writer
         if writer is not None:

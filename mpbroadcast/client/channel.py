@@ -241,4 +241,4 @@ class Channel(Receiving[M]):
         except BroadcastError as error:
             error.channel = self
             raise
-        return Channel, (self.ownership.client, self.id, self._with_topic)
+        return Channel, (self.ownership.client, self.id, self._form)

@@ -22,6 +22,7 @@ from itertools import islice, repeat
 from typing import Any, Final
 
 from mpbroadcast.client.pipe_ownership import OPEN, PipeOwnership
+from mpbroadcast.client.received import formed
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
 from mpbroadcast.posix.pipes import FIONREAD, PipeEnd, ioctl, read
@@ -108,7 +109,7 @@ class Stream:
         return taken, Stream(rest, self.chunks, self.skip, self.need, self.plain, 0, self.read, self.has_tail)
 
 
-def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None, loaders: Loaders = ALL_KINDS) -> Stream | None:
+def decode(stream: Stream, form: int, shared: SharedReader | None = None, loaders: Loaders = ALL_KINDS) -> Stream | None:
     """Return the stream that follows ``stream``, which has no decoded messages; ``None`` while no message is whole."""
     if not stream.is_decodable:
         return None
@@ -133,9 +134,8 @@ def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None,
                 shared_count += len(messages)
                 room -= size
             plain = plain and whole
-            if with_topic:
-                topic = topic_of(data[run.first : run.first + run.skip])
-                messages = [message if type(message) is Failure else (topic, message) for message in messages]
+            if form:
+                messages = formed(messages, form, topic_of(data[run.first : run.first + run.skip]), run.position)
             ready.extend(messages)
         elif kind == runs.SKIPPED:
             skipped += run.position
@@ -157,7 +157,7 @@ def decode(stream: Stream, with_topic: bool, shared: SharedReader | None = None,
     return Stream(deque(ready), [rest] if rest else [], position - unused, need, plain, skipped, shared_count, stream.has_tail)
 
 
-def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool, loaders: Loaders) -> Any:
+def take_lone(stream: Stream, ownership: PipeOwnership, form: int, loaders: Loaders) -> Any:
     """Read a message that has come alone, and return it without its tail byte. Return ``NOTHING`` if :func:`follow` must do it.
 
     Where messages come one by one, all code is cold, and what counts is how much of it runs. So this does all for a pipe with
@@ -180,7 +180,7 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool, loader
     data = chunks[-1] if chunks else b""
     if len(data) != unread - 1:
         return NOTHING
-    size, messages, kind, image, skip, _ = RUN.unpack_from(data)
+    size, messages, kind, image, skip, position = RUN.unpack_from(data)
     if size != unread or messages != 1 or kind != runs.MESSAGES or image:
         return NOTHING
     payload = memoryview(data)[RUN.size + skip :]
@@ -189,8 +189,8 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool, loader
     except BaseException as error:
         load_each([payload], loaders.pickle, [], error)  # which raises an interrupt
         return NOTHING
-    if with_topic:
-        message = topic_of(data[RUN.size : RUN.size + skip]), message
+    if form:
+        (message,) = formed((message,), form, topic_of(data[RUN.size : RUN.size + skip]), position)
     if shared is not None:
         shared.commit(stream.read, is_progress=True)
     # No call from here on, so neither an interrupt nor another thread comes in between.
@@ -204,13 +204,13 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool, loader
 
 
 def follow(
-    stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader | None, loaders: Loaders, is_readable: bool
+    stream: Stream, pipe: PipeEnd, form: int, shared: SharedReader | None, loaders: Loaders, is_readable: bool
 ) -> Stream | None:
     """Read, and return the stream that follows ``stream``, or ``None``, as :func:`decode` does.
 
     Without ``is_readable``, an empty pipe is not read: whether it has ended is seen when it was waited for.
     """
-    if stream.chunks and (after := decode(stream, with_topic, shared, loaders)) is not None:
+    if stream.chunks and (after := decode(stream, form, shared, loaders)) is not None:
         return after
     count = array("i", (0,))
     try:
@@ -222,14 +222,14 @@ def follow(
         return None
     if count[0] != 1:
         read_into(stream, pipe.fd, max(1, count[0] - 1))
-    after = decode(stream, with_topic, shared, loaders)
+    after = decode(stream, form, shared, loaders)
     if after is None and stream.has_tail:
         stream.has_tail = False
         read_into(stream, pipe.fd, 1)
     if after is None and stream.chunks and not stream.chunks[-1]:
         # The pipe has ended. A last message may lack its tail byte.
         stream.has_tail = True
-        after = decode(stream, with_topic, shared, loaders) or Stream()
+        after = decode(stream, form, shared, loaders) or Stream()
         after.has_tail = False
         after.ready.append(LOST)
         after.plain = False
@@ -238,8 +238,8 @@ def follow(
 
 def _note(run: RunView) -> End | Failure:
     """Return what a note stands for."""
-    if run.kind == runs.GAP:
-        return Failure(Lagged(run.position))
+    if run.kind == runs.GAP:  # the flag of an image is that of a gap of which not all is known
+        return Failure(Lagged(None if run.image else run.position), run.position)
     if run.kind == runs.RESTARTED:
         return Failure(BrokerRestarted(_RESTARTED))
     return Failure(Overflowed(_OVERFLOWED)) if run.kind == runs.OVERFLOWED else ENDED

@@ -26,7 +26,7 @@ from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.pipe_ownership import OPEN, PipeOwnership
 from mpbroadcast.client.pipe_reader import ENDED, FLAWS, LOST, LOST_FOR_GOOD, NOTHING, End, Stream, follow, read_into, take_lone
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, set_channel
+from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut, set_channel
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import on_fork
 from mpbroadcast.posix.pipes import PipeEnd
@@ -39,9 +39,9 @@ E = TypeVar("E", bound=Exception)
 class Receiving(Generic[M]):
     """The part of a channel that receives."""
 
-    def __init__(self, client: BrokerClient, id: int, with_topic: bool, *, subscriber: bool = False) -> None:
+    def __init__(self, client: BrokerClient, id: int, form: int, *, subscriber: bool = False) -> None:
         self.id = id  # the subscription's, at the broker
-        self._with_topic = with_topic
+        self._form = form  # of what it gives, as `received.py` has it
         self.ownership = PipeOwnership(client, id, subscriber)
         self.loaders = ALL_KINDS  # what turns bytes into messages: a program that trusts no publisher sets another
         self._missed = 0
@@ -78,7 +78,7 @@ class Receiving(Generic[M]):
                 if stream.ready:
                     stream.unshare()
                 elif is_readable:  # a return of this call, as opposed to one in C, is safe
-                    message = take_lone(stream, self.ownership, self._with_topic, self.loaders)
+                    message = take_lone(stream, self.ownership, self._form, self.loaders)
                 if message is NOTHING and not stream.ready:
                     self._fill(is_readable)
                     stream = self._stream
@@ -106,7 +106,7 @@ class Receiving(Generic[M]):
         failure = ready[0]
         if type(failure) is Failure:
             error = self._about_this(failure.error)
-            missed = error.missed if isinstance(error, Lagged) else 0
+            missed = failure.missed
             if len(ready) == 1:
                 self._consume_tail_byte()
             if ready[0] is failure:  # else a call in another thread has put a message back
@@ -152,7 +152,7 @@ class Receiving(Generic[M]):
         pipe, shared = ownership.pipe, ownership.shared
         if pipe is None or ownership.state is not OPEN or pipe.fd < 0:
             return
-        after = follow(before, pipe, self._with_topic, shared, self.loaders, is_readable)
+        after = follow(before, pipe, self._form, shared, self.loaders, is_readable)
         if before.ready:
             return  # another thread was interrupted, and has put its message back: what comes behind it is decoded again
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile

@@ -140,12 +140,13 @@ ALL_KINDS: Final = Loaders(loads, load_image, load_copied_image)
 
 
 class Failure:
-    """Stands for a message that could not be unpickled: ``error`` is raised at its position."""
+    """Stands for a message that could not be unpickled, or ``missed`` ones: ``error`` is raised at its position."""
 
-    __slots__ = ("error",)
+    __slots__ = ("error", "missed")
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, missed: int = 0) -> None:
         self.error = error
+        self.missed = missed
 
 
 def load_run(data: bytes, run: RunView, loaders: Loaders = ALL_KINDS) -> tuple[list[Any], bool]:

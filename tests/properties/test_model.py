@@ -122,7 +122,7 @@ class Hands:
             try:
                 got = channel.recv_many(limit - len(events), patience) if call == "many" else [channel.recv(patience)]
             except Lagged as error:
-                events.append(("lagged", error.missed, 0, channel.missed))
+                events.append(("lagged", error.missed or 0, 0, channel.missed))
             except Overflowed:
                 events.append(("overflowed", 0, 0, channel.missed))
             except EOFError:

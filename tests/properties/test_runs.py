@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpbroadcast.client.pipe_reader import ENDED, Stream, decode
+from mpbroadcast.client.received import PLAIN, WITH_ID, WITH_TOPIC, Received
 from mpbroadcast.errors import Lagged
 from mpbroadcast.protocol import runs
 from mpbroadcast.protocol.frames import (
@@ -313,15 +314,15 @@ class Beside:
         self.ends += 1
 
 
-def shared_run(kind: int, offset: int, length: int, count: int) -> bytes:
+def shared_run(kind: int, offset: int, length: int, count: int, position: int = 0) -> bytes:
     """A run of ``count`` times the same message in shared memory."""
     if kind == runs.IN_MEMORY:
         (item,) = Splitter().split(memory_frame(1, length, b"t"))
         assert isinstance(item, MemfdMessage)
-        return runs.memory_run(item, 0, offset)
+        return runs.memory_run(item, position, offset)
     (item,) = Splitter().split(reference_frame(1, offset, length, b"t") * count)
     assert isinstance(item, References)
-    return runs.references_run(item, 0, 1)
+    return runs.references_run(item, position, 1)
 
 
 def comparable(item: Any) -> Any:
@@ -330,7 +331,7 @@ def comparable(item: Any) -> Any:
     return "end" if item is ENDED else item
 
 
-def received(parts: Iterable[tuple[bytes, bool]], with_topic: bool = False, beside: Any = None) -> tuple[list[Any], int, int]:
+def received(parts: Iterable[tuple[bytes, bool]], form: int = PLAIN, beside: Any = None) -> tuple[list[Any], int, int]:
     """What a channel hands out of chunks, each with whether a byte more is in the pipe. Return this, how many messages were
     skipped, and how many were in shared memory."""
     stream = Stream()
@@ -340,7 +341,7 @@ def received(parts: Iterable[tuple[bytes, bool]], with_topic: bool = False, besi
         if part:
             stream.chunks.append(part)
         stream.has_tail = has_tail
-        after = decode(stream, with_topic, beside)
+        after = decode(stream, form, beside)
         while after is not None:
             assert after.ready
             skipped += after.skipped
@@ -349,7 +350,7 @@ def received(parts: Iterable[tuple[bytes, bool]], with_topic: bool = False, besi
             assert not after.plain or after.split(None)[0] == [*after.ready]
             after.ready.clear()
             stream = after
-            after = decode(stream, with_topic, beside) if stream.is_decodable else None
+            after = decode(stream, form, beside) if stream.is_decodable else None
     return [*map(comparable, items)], skipped, stream.read
 
 
@@ -362,17 +363,18 @@ KINDS: Final = 2 * [runs.MESSAGES, runs.REFERENCES] + [runs.IN_MEMORY, *NOTES]
     steps=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 3), st.sampled_from([False, False, True])), max_size=8),
     last=st.sampled_from([runs.END, runs.OVERFLOWED]),
     lengths=st.lists(st.tuples(st.integers(0, 60) | st.integers(0, 300), st.booleans()), max_size=20),
-    with_topic=st.booleans(),
+    form=st.sampled_from([PLAIN, WITH_TOPIC, WITH_ID]),
     shares=st.booleans(),
 )
 def test_any_cutting_gives_each_message_once(
-    steps: list[tuple[int, int, bool]], last: int, lengths: list[tuple[int, bool]], with_topic: bool, shares: bool
+    steps: list[tuple[int, int, bool]], last: int, lengths: list[tuple[int, bool]], form: int, shares: bool
 ) -> None:
     """However a stream of runs and notes is cut, each message comes once and in order, from the pipe or from shared memory."""
     data = memory = b""
     expected: list[Any] = []
     noted: list[tuple[int, int]] = []
     read = skipped = 0
+    position = 1000
     for number, (kind, count, bad) in enumerate(steps):
         value: Any = Raises(ValueError()) if bad else number
         pickled = pickle.dumps(value)
@@ -386,12 +388,14 @@ def test_any_cutting_gives_each_message_once(
         else:
             times = 1 if kind == runs.IN_MEMORY else count
             if kind == runs.MESSAGES or not shares:
-                data += data_of(runs.run_of(batch_of([value] * times, b"t"), 0))
+                data += data_of(runs.run_of(batch_of([value] * times, b"t"), position))
             else:
-                data += shared_run(kind, len(memory), len(pickled), times)
+                data += shared_run(kind, len(memory), len(pickled), times, position)
                 memory += pickled
                 read += times
-            expected += [("ValueError", 0) if bad else ("t", number) if with_topic else number] * times
+            for id in range(position, position + times):
+                expected.append(("ValueError", 0) if bad else [number, ("t", number), Received(id, "t", number)][form])
+            position += times
     data += data_of(runs.note_run(last))
     expected.append("end" if last == runs.END else ("Overflowed", 0))
     parts = chunks(data, [length for length, _ in lengths])
@@ -401,7 +405,7 @@ def test_any_cutting_gives_each_message_once(
         left -= len(part)
         fed.append((part, has_tail and left > 0))
     beside = Beside(memory) if shares else None
-    assert received(fed, with_topic, beside) == (expected, skipped, read)
+    assert received(fed, form, beside) == (expected, skipped, read)
     assert beside is None or ([*beside.noted], beside.ends) == (noted, last == runs.END)
 
 

@@ -104,7 +104,7 @@ def record(channel: Channel[Any]) -> list[tuple[str, int]]:
         try:
             number, data = channel.recv(timeout=DEADLINE)
         except Lagged as error:
-            events.append(("lagged", error.missed))
+            events.append(("lagged", error.missed or 0))
         except Overflowed:
             events.append(("overflowed", 0))
         except EOFError:

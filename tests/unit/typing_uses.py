@@ -6,7 +6,7 @@ from multiprocessing import Pipe, Process
 from typing import Any, assert_type
 
 import mpbroadcast
-from mpbroadcast import Broadcaster, Channel, Selector, channel_to_selector, connect, start_broadcaster
+from mpbroadcast import Broadcaster, Channel, Received, Selector, channel_to_selector, connect, start_broadcaster
 
 
 def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
@@ -24,6 +24,16 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
     assert_type(bus.subscribe(with_topic=with_topic), Channel[int] | Channel[tuple[str, int]])
     assert_type(mpbroadcast.subscribe(bus, "room", overflow="disconnect", capacity=9, replay=1), Channel[int])
     assert_type(mpbroadcast.subscribe(bus, with_topic=True), Channel[tuple[str, int]])
+
+    with_id = bus.subscribe("room:*", with_id=True, overflow="drop_oldest")
+    assert_type(with_id, Channel[Received[int]])
+    assert_type(bus.subscribe(with_topic=with_topic, with_id=True), Channel[Received[int]])
+    assert_type(bus.subscribe(with_topic=True, with_id=False), Channel[tuple[str, int]])
+    assert_type(bus.subscribe(with_id=with_topic), Channel[int] | Channel[tuple[str, int]] | Channel[Received[int]])
+    assert_type(mpbroadcast.subscribe(bus, with_id=True), Channel[Received[int]])
+    for received in with_id:
+        assert_type(received, Received[int])
+        assert_type((received.id, received.topic, received.message), tuple[int, str, int])
 
     assert_type(channel.recv(), int)
     assert_type(pairs.recv(timeout=1), tuple[str, int])
@@ -54,6 +64,8 @@ def wrong(bus: Broadcaster[int], channel: Channel[int]) -> None:
     bus.subscribe(3)  # type: ignore[call-overload]
     bus.subscribe(["room"])  # type: ignore[call-overload]
     bus.subscribe(overflow="drop")  # type: ignore[call-overload]
+    bus.subscribe(with_id=1)  # type: ignore[call-overload]
+    bus.subscribe(overflow="drop", with_id=True)  # type: ignore[call-overload]
     bus.subscribe(capacity="1 MB")  # type: ignore[call-overload]
     bus.unsubscribe("room")  # type: ignore[arg-type]
     mpbroadcast.publish(bus, "text")  # type: ignore[misc]
