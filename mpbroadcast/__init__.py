@@ -24,7 +24,7 @@ from mpbroadcast.errors import (
     StartError,
     TimedOut,
 )
-from mpbroadcast.stats import BrokerStats, SubscriberStats
+from mpbroadcast.stats import BrokerStats, GroupStats, SubscriberStats
 
 __all__ = [
     "AddressError",
@@ -38,6 +38,7 @@ __all__ = [
     "Channel",
     "ChannelInUse",
     "ClosedError",
+    "GroupStats",
     "Lagged",
     "Overflowed",
     "Received",

@@ -29,11 +29,28 @@ class SubscriberStats:
 
 
 @dataclass(frozen=True)
+class GroupStats:
+    """One group (``subscribe(group=...)``): delivered + waiting + dropped is what was published to it.
+
+    ``members`` are its subscriptions. The others are messages: ``waiting`` in its backlog, ``delivered`` into members' pipes,
+    ``dropped`` by its policy. ``lost`` are those of the delivered ones that a member had not finished when it died, or not
+    received when it was closed.
+    """
+
+    members: int
+    waiting: int
+    delivered: int
+    lost: int
+    dropped: int
+
+
+@dataclass(frozen=True)
 class BrokerStats:
     """The broker at one moment.
 
     ``pid`` is its process, ``uptime`` its seconds of life, ``published`` the messages routed, ``publishers`` the handles that
-    have published or can, ``subscribers`` the live subscriptions; of many, not all are of the same moment.
+    have published or can, ``subscribers`` the live subscriptions, and ``groups`` theirs by name; of many, not all
+    are of the same moment.
 
     ``memory`` is in bytes: backlogs (what several hold counts once), the unread parts of publishers' rings in chunks of 256
     KiB, and subscriptions, topics and unfinished requests beyond 256 KiB. ``history_topics`` have a history now, and
@@ -48,6 +65,7 @@ class BrokerStats:
     memory: int
     history_topics: int
     history_forgotten: int
+    groups: dict[str, GroupStats]
 
 
 def snapshot(reply: dict[str, Any]) -> BrokerStats:
@@ -56,4 +74,5 @@ def snapshot(reply: dict[str, Any]) -> BrokerStats:
         SubscriberStats(**{**row, "topics": tuple(row["topics"]), "stalls": tuple(row["stalls"])})
         for row in reply.pop("subscribers")
     )
-    return BrokerStats(subscribers=rows, **reply)
+    groups = {name: GroupStats(**fields) for name, fields in reply.pop("groups").items()}
+    return BrokerStats(subscribers=rows, groups=groups, **reply)

@@ -53,6 +53,18 @@ def check_overflow(overflow: Any) -> str:
     return overflow
 
 
+def check_group(group: Any) -> str | None:
+    """Return the name of a group, or ``None`` for none. It may be as long as a topic, and is not empty."""
+    if group is None:
+        return None
+    if not isinstance(group, str):
+        raise TypeError(f"group must be a str or None, not {type(group).__name__}")
+    if not group:
+        raise ValueError("group must not be empty: None is no group")
+    encode_topic(group)
+    return group
+
+
 def encode_topic(topic: Any) -> bytes:
     """Return a topic as it travels: UTF-8, at most ``MAX_TOPIC`` bytes, without NUL."""
     if not isinstance(topic, str):

@@ -7,12 +7,14 @@ from typing import Final
 
 from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.states import PipeState
-from mpbroadcast.posix.pipes import new_pipe, size_of_pipe, unread, write
+from mpbroadcast.posix.pipes import new_pipe, read, size_of_pipe, unread, write
+from mpbroadcast.protocol.reports import REPORT_SIZE
 from mpbroadcast.protocol.runs import RESTARTED, note
 
 PIPE_SIZE: Final = 1 << 18  # bytes, when the system gives so much
 SHORTEST_RETRY: Final = 0.003  # seconds until a full backlog is looked at again; it doubles while nothing is read
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
+_REPORTS_SIZE: Final = 1 << 16  # bytes
 
 
 class ChannelPipe:
@@ -26,6 +28,8 @@ class ChannelPipe:
         self.is_retrying = False  # independent of the state: a timer will look at it again
         self.retry = SHORTEST_RETRY
         self.is_one_page = False  # it has room for more only once all has been read
+        self.reports_fd = -1  # of the pipe back, in which a member of a group reports what it has finished
+        self.most_reports = 0  # that the pipe back has room for
 
     def reserve(self) -> None:
         """Let only the process open it that had it open before the broker was restarted."""
@@ -47,6 +51,28 @@ class ChannelPipe:
         backlog.pipe_size = _PAGE if given is None else given
         self.is_one_page = given is not None and given <= _PAGE
         return reader
+
+    def begin_reports(self) -> int:
+        """Make the pipe back. Return the descriptor of the reader's end, which that writes to.
+
+        :raises OSError: no descriptor is left.
+        """
+        self.reports_fd, writer = new_pipe(_REPORTS_SIZE)
+        # A page that is partly read has no room for more.
+        self.most_reports = max(_PAGE, (size_of_pipe(writer) or 0) - _PAGE) // REPORT_SIZE
+        return writer
+
+    def read_reports(self) -> bytes:
+        """Return what its reader has reported since; nothing when no report will come any more.
+
+        :raises BlockingIOError: nothing is there.
+        """
+        return read(self.reports_fd, _REPORTS_SIZE)
+
+    def end_reports(self) -> int:
+        """Return the descriptor of the pipe back, if there is one: the caller closes it."""
+        fd, self.reports_fd = self.reports_fd, -1
+        return fd
 
     def open(self) -> None:
         """Note that the reader has its end."""

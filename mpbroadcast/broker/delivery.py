@@ -12,13 +12,14 @@ from typing import Final
 
 from mpbroadcast.broker.channel_pipe import PIPE_SIZE, SHORTEST_RETRY
 from mpbroadcast.broker.core.states import PipeState
-from mpbroadcast.broker.members import Subscription
+from mpbroadcast.broker.members import Group, Subscription
 from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.posix.pipes import unread, write
-from mpbroadcast.posix.poller import OUT, Poller
+from mpbroadcast.posix.poller import IN, OUT, Poller
 from mpbroadcast.protocol.runs import Run, note
 
 _MOST_AT_ONCE: Final = 16 * PIPE_SIZE  # bytes, into a pipe whose reader is as quick as the broker
+_MOST_GIVEN: Final = 64  # messages to the members of a group, before others are written
 LONGEST_RETRY: Final = 0.1  # seconds
 
 Dirty = dict[Subscription, None]
@@ -36,6 +37,8 @@ class Delivery:
     def watch(self, subscription: Subscription) -> None:
         """Write into its pipe, which is open."""
         self._poller.watch(subscription.pipe.fd, 0, partial(self._on_event, subscription))
+        if subscription.group is not None:
+            self._poller.watch(subscription.pipe.reports_fd, IN, partial(self._receive_reports, subscription))
         self.dirty[subscription] = None
 
     def _on_event(self, subscription: Subscription, events: int) -> None:
@@ -52,9 +55,12 @@ class Delivery:
                 del self.dirty[subscription]
         else:
             self.dirty.clear()
+        given = 0
         for subscription in dirty:
             pipe, backlog = subscription.pipe, subscription.backlog
             if pipe.state is not PipeState.OPEN:
+                if isinstance(subscription, Group):
+                    given += self._give_out(subscription)
                 continue
             try:
                 is_full = _write(subscription)
@@ -64,6 +70,9 @@ class Delivery:
             if (backlog.ended or subscription.not_waited_for) and _is_done(subscription, is_full):
                 self.gone.append(subscription)
                 continue
+            if subscription.group is not None and backlog.is_empty:
+                subscription.group.shares.make_room(subscription)
+                self.dirty[subscription.group] = None
             if subscription.waiters:
                 subscription.refresh()
                 if backlog.charge < subscription.blocked_at:
@@ -71,7 +80,66 @@ class Delivery:
                     self.has_room.append(subscription)
             if is_full or subscription.waiters or pipe.write_interest:
                 self._wait_for_room(subscription, is_full)
-        return len(dirty)
+        return len(dirty) + given
+
+    def _give_out(self, group: Group) -> int:
+        """Give what waits for a group to its members, as far as they take it. Return how many messages.
+
+        Each is in a pipe before the next one is given: what is not in a pipe goes to others when a member dies.
+        """
+        backlog, shares, given = group.backlog, group.shares, 0
+        while not group.is_starting and (head := backlog.head()):
+            if given >= _MOST_GIVEN:
+                self.dirty[group] = None
+                break
+            if not head[-1].count:
+                self._end_members(group, head)
+                break
+            member = shares.next()
+            if member is None:
+                break
+            for run in head:
+                member.backlog.put(run)
+            try:
+                is_full = _write(member)
+            except OSError:  # its reader is gone: another member gets the message
+                shares.retire(member)
+                self.gone.append(member)
+                continue
+            given += 1
+            backlog.take(head)
+            shares.gave(member, has_room=member.backlog.is_empty)
+            if is_full:
+                self._wait_for_room(member, is_full)
+        if group.waiters and backlog.charge < group.blocked_at:
+            self.has_room.append(group)
+        if backlog.ended and not backlog.is_empty and all(one.is_open and one.not_waited_for for one in shares.members):
+            self.gone.extend(shares.members)  # the broker ends, and none of them will read it
+        return given
+
+    def _end_members(self, group: Group, head: list[Run]) -> None:
+        """End each member behind what it was given, as nothing waits for the group any more."""
+        *notes, _ = head
+        for member in group.shares.members:
+            for run in notes:
+                member.backlog.put(run)
+            member.backlog.end()
+            group.shares.retire(member)
+            self.dirty[member] = None
+            if not group.backlog.overflowed:
+                notes = []  # what was dropped is reported once
+            if group.is_closing and member.pipe.state is PipeState.UNOPENED:
+                self.gone.append(member)  # no process would get a message from it
+        group.backlog.take(head)
+
+    def _receive_reports(self, member: Subscription, _events: int) -> None:
+        """Give the next messages, as a member has finished some; a member that has ended may be over then."""
+        if not member.receive_reports():
+            self._poller.forget(member.pipe.reports_fd)
+        if member.group is not None:
+            self.dirty[member.group] = None
+        if member.backlog.ended:
+            self.dirty[member] = None
 
     def _wait_for_room(self, subscription: Subscription, is_full: bool) -> None:
         """Wait for room in the pipe; or, while a publisher waits for that, until some of what is unread is read."""
@@ -177,7 +245,7 @@ def _is_held_back(subscription: Subscription) -> bool:
 def _is_done(subscription: Subscription, is_full: bool) -> bool:
     """Return whether nothing more has to be written into its pipe, nor read from it."""
     backlog = subscription.backlog
-    if backlog.ended and backlog.is_empty:
+    if backlog.ended and backlog.is_empty and not subscription.is_unfinished:
         if subscription.must_be_read:
             subscription.refresh()
         return not subscription.must_be_read or (subscription.not_waited_for and is_full)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.backlog import Backlog
+from mpbroadcast.broker.core.groups import Shares
 from mpbroadcast.broker.core.limits import SESSION, Budget, Cost
 from mpbroadcast.broker.core.patterns import Matcher
 from mpbroadcast.broker.core.policies import with_policy
@@ -22,6 +23,7 @@ from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.posix.pipes import readv, unread
 from mpbroadcast.posix.processes import PeerProcess
 from mpbroadcast.protocol.frames import FrameError, Item, MemfdMessage, References, Splitter
+from mpbroadcast.protocol.reports import last_report
 
 log = logging.getLogger("mpbroadcast.broker")
 
@@ -206,10 +208,12 @@ class Subscription:
         self.last_topics: tuple[str, ...] = ()  # when it ended
         self.pipe = ChannelPipe()
         self.window: ReferenceWindow | None = None  # on shared memory; None: all goes through the pipe
+        self.is_starting = False  # independent of its states: a replay is put in front of what waits
         self.restored = False  # independent of its states: made by the broker before this one, and not open since
         self.not_waited_for = False  # independent of its states: it is removed as soon as its pipe is full
         self.waiters: deque[Publisher] = deque()  # those that wait for room in its backlog, the longest first
         self.blocked_at = 0  # what it held when the first of them began to wait
+        self.group: Group | None = None  # that it is a member of: then the group's backlog has what is routed to it
 
     @property
     def pid(self) -> int:
@@ -250,6 +254,46 @@ class Subscription:
             self.backlog.referred = self.window.unread.bytes
 
     @property
+    def target(self) -> Subscription:
+        """What the router leads to: its group, if it is a member of one."""
+        return self.group or self
+
+    def receive_reports(self) -> bool:
+        """Take into account what it reports, as a member of a group. Return False when no report will come any more."""
+        if self.group is None or self not in self.group.shares or self.pipe.reports_fd < 0:
+            return False
+        shares = self.group.shares
+        try:
+            while reports := self.pipe.read_reports():
+                finished, leaves = last_report(reports)
+                shares.finish(self, finished)
+                if leaves:
+                    shares.retire(self)
+        except BlockingIOError:
+            return True
+        return False
+
+    @property
+    def is_unfinished(self) -> bool:
+        """True if it is a member that has not finished all that it was given, and this is still counted."""
+        return self.group is not None and not self.group.is_closing and self.group.shares.has_unfinished(self)
+
+    @property
     def must_be_read(self) -> bool:
         """True if its pipe refers to memory that would be written again if it were forgotten."""
         return self.window is not None and self.window.must_be_read
+
+
+class Group(Subscription):
+    """What several subscriptions share: each message goes to one of them.
+
+    For the router it is one subscription. Its backlog has what waits, under its policy; that of a member has what its pipe has
+    not taken yet of what it was given. It has no pipe of its own, and its session is that of the member that made it.
+    """
+
+    def __init__(self, id: int, name: str, session: Session, backlog: Backlog, topics: list[str]) -> None:
+        super().__init__(id, session, backlog)
+        self.name = name
+        self.topics = frozenset(topics)  # that its members agree on
+        self.shares: Shares[Subscription] = Shares()
+        self.is_closing = False  # the broker ends: what is finished is not counted any more

@@ -20,13 +20,15 @@ from typing import Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.control_connection import ControlConnection
+from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
 from mpbroadcast.broker.core.patterns import is_pattern, matcher
 from mpbroadcast.broker.core.policies import new_backlog
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import PipeState, SubscriptionState
+from mpbroadcast.broker.groups import Groups
 from mpbroadcast.broker.host.journal import Entry, Succession
-from mpbroadcast.broker.members import Peer, Publisher, Session, Subscription
+from mpbroadcast.broker.members import Group, Peer, Publisher, Session, Subscription
 from mpbroadcast.broker.peers import Peers
 from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.broker.traffic import Traffic
@@ -61,6 +63,7 @@ class Registry:
         self.former_owners: OrderedDict[int, int] = OrderedDict()  # subscription -> process that had it open
         self.to_remove: OrderedDict[int, tuple[Subscription, str]] = OrderedDict()  # by their IDs, each with the reason
         self.to_finish: list[Iterator[None]] = []  # publishers of sessions that have ended: the rest of the reading of each
+        self.groups = Groups(traffic)
         self._poller = poller
         self._peers = peers
         self._router = router
@@ -90,24 +93,40 @@ class Registry:
             self._forget_entry(entry["id"])
             self._peers.release(peer)
             return
-        policy = entry["policy"]
+        policy, session = entry["policy"], Session(self.new_id(), peer, self.budget)
         blocks = entry["opened"] and policy in ("block", "disconnect")  # and it may never be opened again
         backlog = new_backlog(entry["capacity"], "drop_oldest" if blocks else policy)
-        subscription = Subscription(entry["id"], Session(self.new_id(), peer, self.budget), backlog)
-        subscription.policy, subscription.restored = policy, True
+        if entry["group"] is not None:
+            subscription = Subscription(entry["id"], session, new_backlog(entry["capacity"], "block"))
+            self._restore_member(subscription, backlog, entry)
+        else:
+            subscription = Subscription(entry["id"], session, backlog)
+            subscription.policy = policy
+        subscription.restored = True
         if entry["opened"]:
             subscription.pipe.reserve()
         self.subscriptions[subscription.id] = subscription
         self._spend(subscription, cost_of(entry["topics"], 1))
         peer.subscriptions.add(subscription)
         if entry["live"]:
-            self._router.add(subscription, entry["topics"])
+            self._router.add(subscription.target, entry["topics"])
         else:
             subscription.state = subscription.state.to(SubscriptionState.ENDED)
             subscription.last_topics = tuple(entry["topics"])
-            backlog.end()
+            subscription.backlog.end()
         if not entry["birth"]:  # nothing will show that its process has ended, until that connects
             self._poller.later(UNCLAIMED, partial(self._remove_unclaimed, subscription))
+
+    def _restore_member(self, subscription: Subscription, backlog: Backlog, entry: Entry) -> None:
+        """Let it join its group again, if it was not unsubscribed."""
+        if entry["live"]:
+            agreed = entry["topics"], entry["capacity"], entry["policy"]
+            group = self.groups.find(entry["group"], *agreed)
+            if group is None:
+                group = self.groups.add(entry["group"], subscription.session, *agreed)
+            if group.backlog.policy != backlog.policy:
+                group.backlog, group.restored = backlog, True
+            self.groups.join(group, subscription, entry["prefetch"])
 
     def _remove_unclaimed(self, subscription: Subscription) -> None:
         if subscription.restored:
@@ -121,7 +140,9 @@ class Registry:
                 "birth": birth(subscription.pid),
                 "topics": list(self.topics(subscription)),
                 "capacity": subscription.backlog.capacity,
-                "policy": subscription.policy,
+                "policy": subscription.target.policy,
+                "group": None if subscription.group is None else subscription.group.name,
+                "prefetch": 0 if subscription.group is None else subscription.group.shares.prefetch(subscription),
                 "opened": subscription.owner is not None,
                 "live": subscription.is_live,
             }
@@ -176,7 +197,7 @@ class Registry:
 
     def route(self, subscription: Subscription, topics: list[str], *, is_last: bool = True) -> None:
         """Add topics to a subscription. The journal is written with the last of them."""
-        self._router.add(subscription, topics)
+        self._router.add(subscription.target, topics)
         if is_last:
             self._write_down(subscription)
 
@@ -193,9 +214,19 @@ class Registry:
         subscription.session.budget.spend(cost)
         subscription.cost = subscription.cost.plus(cost)
 
+    def count(self, topic: bytes | None) -> int:
+        """Return how many subscriptions there are, or get what is published to ``topic``, each member of a group counted.
+
+        :raises UnicodeDecodeError: the topic is not UTF-8.
+        """
+        targets = None if topic is None else self._router.targets(topic)
+        count = self._router.count if targets is None else len(targets)
+        return count + sum(len(group.shares) - 1 for group in self.groups if targets is None or group in targets)
+
     def topics(self, subscription: Subscription) -> tuple[str, ...]:
         """Return its topics, or those that it had until it was ended."""
-        return subscription.last_topics or self._router.topics(subscription)
+        target = subscription.target
+        return target.last_topics or self._router.topics(target)
 
     @staticmethod
     def begin_behind(publisher: Publisher, subscription: Subscription, before: tuple[str, ...] = ()) -> None:
@@ -224,15 +255,21 @@ class Registry:
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """Route nothing more to it; what is in its backlog can still be received."""
-        if subscription.is_live:
-            subscription.backlog.end()
-            self._traffic.routing.end(subscription)
-            self.note_ended(subscription)
+        if not subscription.is_live:
+            return
+        if subscription.group is not None:
+            for member in self.groups.unsubscribe(subscription):
+                self.note_ended(member)
+            return
+        subscription.backlog.end()
+        self._traffic.routing.end(subscription)
+        self.note_ended(subscription)
 
     def note_ended(self, subscription: Subscription) -> None:
         """Write down that nothing more is routed to it."""
-        if subscription.id in self.subscriptions:
-            self._write_down(subscription)
+        for one in self.groups.end(subscription) if isinstance(subscription, Group) else (subscription,):
+            if one.id in self.subscriptions:
+                self._write_down(one)
 
     def remove(self, subscription: Subscription, why: str = "") -> None:
         """Remove it, unless it is removed already, with all that is in its backlog. Log ``why``."""
@@ -243,6 +280,7 @@ class Registry:
         self.subscriptions.pop(subscription.id, None)
         self._forget_entry(subscription.id)
         self.unopen(subscription)
+        self.groups.leave(subscription)
         self._traffic.drop(subscription)
         self._close_descriptors(subscription, subscription.pipe.close())
         self._detach(subscription)
@@ -252,6 +290,7 @@ class Registry:
         """Remove it when the server has time; from now on it is not found."""
         if self.subscriptions.pop(subscription.id, None) is not None:
             self.to_remove[subscription.id] = subscription, why
+            self.groups.retire(subscription)
 
     def close(self, subscription: Subscription, why: str) -> None:
         """Remove it: at once, if that does not take long."""
@@ -284,11 +323,18 @@ class Registry:
     # --- opening
 
     def begin_opening(self, subscription: Subscription, connection: ControlConnection, *, shared: bool) -> list[int]:
-        """Make its pipe, and the socket beside it if ``shared``. Return the reader's descriptors of these.
+        """Make its pipe, the pipe back of a member, and the socket beside it if ``shared``. Return the reader's descriptors.
 
         :raises OSError: no descriptor is left.
         """
         ends = [subscription.pipe.begin_opening(subscription.backlog)]
+        if subscription.group is not None:
+            try:
+                ends.append(subscription.pipe.begin_reports())
+            except OSError:
+                self._poller.close(ends[0])
+                self._close_descriptors(subscription, subscription.pipe.take_back())
+                raise
         if shared:
             with contextlib.suppress(OSError):  # then all comes through the pipe
                 own, other = DescriptorSocket.pair()
@@ -325,6 +371,7 @@ class Registry:
         subscription.pipe.open()
         subscription.not_waited_for = not waited_for
         self._write_down(subscription)
+        self.groups.open(subscription)
         self._traffic.watch(subscription)
         self.former_owners[subscription.id] = session.peer.pid
         if len(self.former_owners) > _MOST_FORMER:
@@ -332,6 +379,7 @@ class Registry:
 
     def _close_descriptors(self, subscription: Subscription, fd: int) -> None:
         self._poller.close(fd)
+        self._poller.close(subscription.pipe.end_reports())
         window, subscription.window = subscription.window, None
         if window is not None:
             self._poller.close(window.fd_socket.detach())

@@ -16,11 +16,11 @@ from typing import Any, Final
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, SESSION, Cost, OverBudget, cost_of
 from mpbroadcast.broker.core.patterns import Matcher, is_pattern, matcher
-from mpbroadcast.broker.members import Publisher, Session, Subscription
+from mpbroadcast.broker.members import Group, Publisher, Session, Subscription
 from mpbroadcast.broker.server import WAIT, Broker, Parts
 from mpbroadcast.broker.statistics import encoded_stats
 from mpbroadcast.protocol.control import frame_of
-from mpbroadcast.validation import check_count, check_overflow, encode_topic
+from mpbroadcast.validation import check_count, check_group, check_overflow, encode_topic
 
 
 class _Refused(Exception):
@@ -118,7 +118,12 @@ def _flush(broker: Broker, connection: ControlConnection, message: dict[str, Any
     (entered,) = routed
     while entered:  # one that waits on is enough: there may be thousands
         subscription, position = entered.popitem()
-        if subscription.backlog.left < position and subscription.id in broker.registry.subscriptions:
+        is_there = subscription.id in broker.registry.subscriptions
+        if isinstance(subscription, Group):
+            is_there = bool(subscription.shares.members)
+            if subscription.backlog.left >= position:  # what it has given out may not be in the members' pipes yet
+                entered.update((member, member.backlog.entered) for member in subscription.shares.members)
+        if subscription.backlog.left < position and is_there:
             entered[subscription] = position
             if now:
                 break
@@ -132,6 +137,8 @@ def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str,
     capacity = _checked(check_count, message.get("capacity"), "capacity", 1)
     policy = _checked(check_overflow, message.get("overflow"))
     replay = _checked(check_count, message.get("replay"), "replay", 0)
+    name = _checked(check_group, message.get("group"))
+    prefetch = _checked(check_count, message.get("prefetch"), "prefetch", 1)
     registry, history = broker.registry, broker.traffic.routing.history
     if replay and history is None:
         raise _Refused("value", "replay needs a broker that keeps a history: start_broadcaster(history=...)")
@@ -152,28 +159,38 @@ def _subscribe(broker: Broker, connection: ControlConnection, message: dict[str,
         yield from _route(broker, known, missing)
     elif known is not None or id in registry.to_remove or not 0 < id <= _MOST:
         raise _Refused("value", f"subscription must be a new ID of 48 bits, not {id}")
-    elif replay:
-        subscription = registry.add_subscription(id, session, capacity, policy, cost)
-        registry.route(subscription, topics)  # at once, so that nothing is missing behind what is replayed
-        is_done = False
-        try:
-            yield from broker.traffic.routing.replay(subscription, published, replay)
-            is_done = True
-        finally:
-            if not is_done:  # the connection has ended in between: requested again, it must be whole
-                registry.close(subscription, "its request was cut off")
+    elif name is not None and (group := _checked(registry.groups.find, name, topics, capacity, policy)) is not None:
+        subscription = registry.add_subscription(id, session, capacity, "block", cost)
+        registry.groups.join(group, subscription, prefetch)  # which has begun: no replay, and nothing to begin behind
+        there = {*broker.router.topics(group)}  # all, unless the request of the first member was cut off
+        yield from _route(broker, subscription, [topic for topic in topics if topic not in there])
     else:
-        subscription = registry.add_subscription(id, session, capacity, policy, cost)
-        publisher = _find_publisher(broker, message)
-        if publisher is not None:
-            registry.begin_behind(publisher, subscription)
-        yield from _route(broker, subscription, topics)
+        subscription = registry.add_subscription(id, session, capacity, policy if name is None else "block", cost)
+        if name is not None:
+            registry.groups.join(registry.groups.add(name, session, topics, capacity, policy), subscription, prefetch)
+        target = subscription.target
+        if replay:
+            registry.route(subscription, topics)  # at once, so that nothing is missing behind what is replayed
+            is_done, target.is_starting = False, True
+            try:
+                yield from broker.traffic.routing.replay(target, published, replay)
+                is_done = True
+            finally:
+                target.is_starting = False
+                broker.traffic.mark(target)
+                if not is_done:  # the connection has ended in between: requested again, it must be whole
+                    registry.close(subscription, "its request was cut off")
+        else:
+            publisher = _find_publisher(broker, message)
+            if publisher is not None:
+                registry.begin_behind(publisher, target)
+            yield from _route(broker, subscription, topics)
     connection.reply({})
 
 
 def _route(broker: Broker, subscription: Subscription, topics: list[str]) -> Iterator[None]:
     """Route these topics to it, in parts: of other handles it may get messages that were published a moment before."""
-    for start in range(0, len(topics), _TOPICS):
+    for start in range(0, max(len(topics), 1), _TOPICS):
         if start:
             yield
         _check_live(subscription)
@@ -183,6 +200,7 @@ def _route(broker: Broker, subscription: Subscription, topics: list[str]) -> Ite
 
 def _add_topics(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     subscription = _find_subscription(broker, connection, message)
+    _check_alone(subscription)
     there = {*broker.registry.topics(subscription)}
     topics = [topic for topic in dict.fromkeys(_topics(message)) if topic not in there]
     cost, _matchers = yield from _prepare(subscription.session, topics, 0)
@@ -205,6 +223,7 @@ def _add_topics(broker: Broker, connection: ControlConnection, message: dict[str
 def _drop_topics(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     topics = [*dict.fromkeys(_topics(message))]
     subscription = _find_subscription(broker, connection, message)
+    _check_alone(subscription)
     _check_live(subscription)
     _session(broker, connection, message)
     yield from broker.traffic.take_in()  # so that they are dropped behind what has been published
@@ -215,6 +234,12 @@ def _drop_topics(broker: Broker, connection: ControlConnection, message: dict[st
             end = start + _TOPICS
             broker.registry.drop_topics(subscription, topics[start:end], is_last=end >= len(topics))
     connection.reply({})
+
+
+def _check_alone(subscription: Subscription) -> None:
+    if subscription.group is not None:
+        text = f"this channel is a member of the group {subscription.group.name!r}, whose members have the same topics"
+        raise _Refused("value", f"{text}: subscribe another channel to others")
 
 
 def _check_live(subscription: Subscription) -> None:
@@ -234,7 +259,8 @@ def _open(broker: Broker, connection: ControlConnection, message: dict[str, Any]
         raise _in_use(subscription.pid)
     _session(broker, connection, message)
     ends = broker.registry.begin_opening(subscription, connection, shared=bool(message.get("shared")))
-    connection.reply({"token": subscription.pipe.token, "fd_socket": len(ends) > 1}, *ends)
+    flags = {"fd_socket": subscription.window is not None, "reports": subscription.group is not None}
+    connection.reply({"token": subscription.pipe.token, **flags}, *ends)
 
 
 def _opened(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
@@ -279,7 +305,7 @@ def _wait(broker: Broker, connection: ControlConnection, message: dict[str, Any]
     topic = message.get("topic")
     encoded = None if topic is None else _checked(encode_topic, topic)
 
-    while (there := broker.router.count if encoded is None else len(broker.router.targets(encoded))) < count:
+    while (there := broker.registry.count(encoded)) < count:
         if message.get("now"):
             break
         yield WAIT

@@ -49,6 +49,7 @@ class Routing:
         self.resuming: list[Publisher] = []  # blocked by backlogs that have room again
         self.refused: dict[Publisher, str] = {}  # those that have sent what cannot be routed, with the reason
         self.overflowed: list[Subscription] = []  # those that have ended themselves
+        self.groups: dict[int, int] = {}  # the ids of members and of their groups, which a member's exclusion leaves out whole
         self._router = router
         self._memory = memory
         self._dirty = dirty
@@ -190,13 +191,14 @@ class Routing:
     def _allowed(self, targets: tuple[Subscription, ...], item: Item, publisher: Publisher) -> tuple[Subscription, ...]:
         """Return the targets without the excluded one, and without those that begin behind this item."""
         late = set()
+        excluded = self.groups.get(item.exclude, item.exclude)
         topic = item.topic.decode()
         for subscription, names, matchers in publisher.not_yet:
             if subscription in targets and topic not in names:
                 self._puts += len(matchers) // _TRIES
                 if not any(one.match(topic) for one in matchers):
                     late.add(subscription)
-        return tuple(target for target in targets if target.id != item.exclude and target not in late)
+        return tuple(target for target in targets if target.id != excluded and target not in late)
 
     def _block_publisher(self, publisher: Publisher, full: Subscription, *, went_on: bool) -> None:
         if went_on or not publisher.blocked:

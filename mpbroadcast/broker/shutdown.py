@@ -110,8 +110,12 @@ class Shutdown:
         yield from self._each(self._end_backlog)
 
     def _end_backlog(self, subscription: Subscription) -> None:
-        if subscription.pipe.state is PipeState.UNOPENED and not subscription.backlog.waiting:
+        if subscription.pipe.state is PipeState.UNOPENED and not subscription.target.backlog.waiting:
             self._registry.remove(subscription)  # no process has opened it, or is about to, nor would one get a message
+        elif subscription.group is not None:
+            subscription.group.is_closing = True
+            self._registry.groups.end(subscription.group)
+            self._traffic.mark(subscription)
         else:
             self._registry.unsubscribe(subscription)
             self._traffic.mark(subscription)  # one that was unsubscribed before keeps nothing from being written any more
@@ -131,7 +135,7 @@ class Shutdown:
         return wait > 0
 
     def _close_unread(self, subscription: Subscription) -> None:
-        if not subscription.backlog.is_empty:
+        if not (subscription.backlog.is_empty and subscription.target.backlog.is_empty):
             self.give_up(subscription)
 
     def give_up(self, subscription: Subscription) -> None:
@@ -143,7 +147,7 @@ class Shutdown:
             subscription.id,
             subscription.pid,
             listed(self._registry.topics(subscription)),
-            subscription.backlog.waiting,
+            subscription.target.backlog.waiting,
             "was never opened" if subscription.owner is None else "was not read in time",
         )
         self._registry.remove(subscription)

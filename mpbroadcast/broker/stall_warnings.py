@@ -7,7 +7,7 @@ import time
 from functools import partial
 
 from mpbroadcast.broker.core.router import Router, listed
-from mpbroadcast.broker.members import Publisher, Subscription
+from mpbroadcast.broker.members import Group, Publisher, Subscription
 from mpbroadcast.posix.poller import Poller
 
 log = logging.getLogger("mpbroadcast.broker")
@@ -46,6 +46,17 @@ class Stalls:
             self._poller.later(max(wait, 0.01), partial(self._look, timeout))
 
     def _warn(self, publisher: Publisher, full: Subscription, seconds: float) -> None:
+        if isinstance(full, Group):
+            log.warning(
+                "process %d has waited %.1f s to publish: the backlog of group %r (%s) is full, with %d bytes waiting%s",
+                publisher.pid,
+                seconds,
+                full.name,
+                listed(self._router.topics(full)),
+                full.backlog.waiting_charge,
+                "" if any(one.is_open for one in full.shares.members) else "; no channel of it was ever opened",
+            )
+            return
         same = publisher.pid == full.pid
         must = ", which must receive before it publishes" if full.is_open else ""  # else another may be about to open it
         log.warning(

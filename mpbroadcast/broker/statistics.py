@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator
 from typing import Any, Final
 
-from mpbroadcast.broker.members import Subscription
+from mpbroadcast.broker.members import Group, Subscription
 from mpbroadcast.broker.server import Broker
 
 _PART: Final = 1 << 15  # characters to encode at once, or parked items to count: some milliseconds
@@ -38,6 +38,7 @@ def encoded_stats(broker: Broker) -> Generator[None, None, list[bytes]]:
         "publishers": len(broker.traffic.publishers),
         "memory": (yield from memory(broker)),
         "history_topics": history.topics if history is not None else 0,
+        "groups": {group.name: _group_row(group) for group in broker.registry.groups},
         "history_forgotten": history.forgotten if history is not None else 0,
     }
     return [*parts, b"], ", json.dumps(rest)[1:].encode()]
@@ -59,17 +60,23 @@ def memory(broker: Broker) -> Generator[None, None, int]:
 
 
 def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
-    backlog = subscription.backlog
+    backlog, is_member = subscription.backlog, subscription.group is not None
     return {
         "id": subscription.id,
         "pid": subscription.pid,
-        "topics": broker.router.topics(subscription),
-        "overflow": subscription.policy,
+        "topics": broker.router.topics(subscription.target),
+        "overflow": subscription.target.policy,
         "capacity": backlog.capacity,
         "published": backlog.published,
-        "delivered": backlog.delivered,
+        "delivered": backlog.published if is_member else backlog.delivered,  # a part of the last one may not be in its pipe yet
         "missed": backlog.missed,
-        "waiting": backlog.waiting,
-        "waiting_bytes": backlog.waiting_charge,
-        "stalls": [publisher.pid for publisher in subscription.waiters],
+        "waiting": 0 if is_member else backlog.waiting,
+        "waiting_bytes": 0 if is_member else backlog.waiting_charge,
+        "stalls": [publisher.pid for publisher in subscription.target.waiters],
     }
+
+
+def _group_row(group: Group) -> dict[str, int]:
+    backlog, shares = group.backlog, group.shares
+    figures = {"delivered": backlog.delivered, "lost": shares.lost, "dropped": backlog.missed}
+    return {"members": len(shares), "waiting": backlog.waiting, **figures}

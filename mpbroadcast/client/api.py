@@ -158,9 +158,11 @@ def subscribe(
     replay: int = 0,
     with_topic: bool = False,
     with_id: bool = False,
+    group: str | None = None,
+    prefetch: int = 1,
 ) -> Channel[Any]:
     """Call :meth:`Broadcaster.subscribe`."""
-    options: Options = {"overflow": overflow, "capacity": capacity, "replay": replay}
+    options: Options = {"overflow": overflow, "capacity": capacity, "replay": replay, "group": group, "prefetch": prefetch}
     return _checked(bus).subscribe(*topics, with_topic=with_topic, with_id=with_id, **options)
 
 

@@ -20,7 +20,16 @@ from mpbroadcast.errors import BroadcastError, BrokerRestarted, TimedOut
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.stats import BrokerStats, snapshot
-from mpbroadcast.validation import Policy, check_bool, check_count, check_overflow, check_timeout, check_topics, encode_topic
+from mpbroadcast.validation import (
+    Policy,
+    check_bool,
+    check_count,
+    check_group,
+    check_overflow,
+    check_timeout,
+    check_topics,
+    encode_topic,
+)
 
 M = TypeVar("M")
 
@@ -36,6 +45,8 @@ class Options(TypedDict, total=False):
     overflow: Policy
     capacity: int | None
     replay: int
+    group: str | None
+    prefetch: int
 
 
 class _Process(Protocol):
@@ -99,6 +110,8 @@ class Broadcaster(Publishing[M]):
         replay: int = 0,
         with_topic: bool = False,
         with_id: bool = False,
+        group: str | None = None,
+        prefetch: int = 1,
     ) -> Channel[Any]:
         """Return a new channel, subscribed to ``topics``; to all topics, if none is named. Block until the broker replies.
 
@@ -123,7 +136,13 @@ class Broadcaster(Publishing[M]):
         With ``with_topic`` each message that is received is ``(topic, message)``; with ``with_id``, whatever ``with_topic`` is,
         a :class:`Received` of its id, its topic, and the message.
 
-        :raises ValueError: an argument is out of range; ``replay`` without a history; this process has too many subscriptions.
+        Of all channels with the same ``group``, each message goes to one: to that with the fewest messages that it has been
+        given and has not finished, of which it has at most ``prefetch``. The last message is finished when the channel is asked
+        for another, by any call that receives or waits; ``recv_many`` gives at most ``prefetch``. What waits for a member that
+        is free is in one backlog. Members agree on topics, ``overflow`` and ``capacity``; ``replay`` is that of the first one.
+
+        :raises ValueError: an argument is out of range; ``replay`` without a history; this process has too many subscriptions;
+            the group is there with other topics, ``overflow`` or ``capacity``.
         :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
         check_topics(topics)
@@ -132,6 +151,8 @@ class Broadcaster(Publishing[M]):
         check_bool(with_id, "with_id")
         capacity = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
         check_count(replay, "replay", 0)
+        check_group(group)
+        check_count(prefetch, "prefetch", 1)
         self._check_open()
         writer = self._writer
         subscription = int.from_bytes(os.urandom(6)) or 1
@@ -145,6 +166,8 @@ class Broadcaster(Publishing[M]):
                 overflow=overflow,
                 capacity=capacity,
                 replay=replay,
+                group=group,
+                prefetch=prefetch,
                 publisher=None if writer is None else writer.id,  # a broker that takes over ignores it
             )
             self._subscribed[subscription] = channel.ownership

@@ -63,12 +63,13 @@ class Session:
 
 
 class Reply(NamedTuple):
-    """A reply of the broker, its session, and the descriptors that came with it: a pipe's end and the socket beside it."""
+    """A reply of the broker, its session, and the descriptors with it: a pipe's end, the socket beside it, the pipe back."""
 
     session: Session
     body: dict[str, Any]
     pipe: PipeEnd | None
     fd_socket: DescriptorSocket | None
+    reports: PipeEnd | None
 
 
 class BrokerClient:
@@ -187,7 +188,7 @@ class BrokerClient:
         try:
             if control is None:
                 control = self._connected(self._connect, deadline.at_most(CONNECT_TIMEOUT))
-            body, pipe, fd_socket = control.request(message, deadline, _notes(to_drop))
+            body, pipe, fd_socket, reports = control.request(message, deadline, _notes(to_drop))
             if body.get("error") == "unknown":  # another broker has replied, which does not know the session
                 raise BrokerLost(str(body["text"]))
         except BaseException as error:
@@ -202,7 +203,7 @@ class BrokerClient:
         self._noted.clear()
         if "error" in body:
             raise _error(body)
-        return Reply(session, body, pipe, fd_socket)
+        return Reply(session, body, pipe, fd_socket, reports)
 
     def _lose(self, session: Session) -> None:
         session.lost = True  # the lifeline stays open: a broker that is being closed may still drain

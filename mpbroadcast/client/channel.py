@@ -83,6 +83,8 @@ class Channel(Receiving[M]):
             timeout = check_timeout(timeout)
         if limit is not None:
             check_count(limit, "limit", 1)
+        if self.ownership.reports is not None:
+            self._finish()
         box: list[list[M]] = [[]]
         try:
             self._take_ready(limit, box)
@@ -104,6 +106,8 @@ class Channel(Receiving[M]):
         """
         deadline = Deadline(check_timeout(timeout))
         is_readable = False
+        if self.ownership.reports is not None:
+            self._finish()
         while True:
             with self._lock:
                 if not self._stream.ready:
@@ -122,6 +126,8 @@ class Channel(Receiving[M]):
         :raises ClosedError, ChannelInUse, BrokerLost: as :meth:`poll`.
         """
         fd = self._open(Deadline(None)).fd
+        if self.ownership.reports is not None:
+            self._finish()
         if fd < 0:
             raise self._about_this(self.ownership.closed_error())
         return fd
@@ -213,7 +219,7 @@ class Channel(Receiving[M]):
         from any process. It blocks until the broker replies, at most 5 seconds, and raises nothing if that does not reply.
         """
         with self._lock:
-            if not self.ownership.close_pipe():
+            if not self.ownership.close_pipe(self._stream.handed_out):
                 return
             self._stream.discard()
             self._stream = Stream()

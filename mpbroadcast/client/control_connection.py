@@ -25,8 +25,8 @@ _READ: Final = 1 << 16  # bytes to receive at once
 _FULL_QUEUE_PAUSE: Final = 0.005  # seconds until another try to connect
 ENDED: Final = "the broker at {!r} has ended: start another one, or connect() to the one that is there now, and subscribe again"
 
-# A reply, and the pipe and the descriptor socket that came with it.
-Answer = tuple[dict[str, Any], PipeEnd | None, DescriptorSocket | None]
+# A reply, and the pipe, the descriptor socket and the pipe back that came with it.
+Answer = tuple[dict[str, Any], PipeEnd | None, DescriptorSocket | None, PipeEnd | None]
 
 
 class ControlConnection:
@@ -95,7 +95,8 @@ class ControlConnection:
         fds = self._fds
         with fork_lock():
             fd_socket = DescriptorSocket(fds.pop()) if fds and reply.get("fd_socket") else None
-            return reply, PipeEnd(fds.pop(0)) if fds else None, fd_socket
+            reports = PipeEnd(fds.pop()) if fds and reply.get("reports") else None
+            return reply, PipeEnd(fds.pop(0)) if fds else None, fd_socket, reports
 
     def _send(self, data: bytes, deadline: Deadline) -> None:
         view = memoryview(data)

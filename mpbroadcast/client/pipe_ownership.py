@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient, Reply
+from mpbroadcast.client.reports import Reports
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut
@@ -62,6 +63,7 @@ class PipeOwnership:
         self.state = UNOPENED
         self.pipe: PipeEnd | None = None
         self.shared: SharedReader | None = None
+        self.reports: Reports | None = None  # the pipe back, of a member of a group
         self._token = 0  # what confirms this pipe
         self._former: tuple[PipeEnd | None, SharedReader | None] | None = None
         self._owner = 0  # the PID of another process that has opened it, as far as this process knows
@@ -119,7 +121,8 @@ class PipeOwnership:
         if self.pipe is None:
             reply = self.request("open", deadline, shared=available())
             shared = None if reply.fd_socket is None else SharedReader(reply.fd_socket)
-            self.pipe, self.shared, self._token = reply.pipe, shared, reply.body["token"]
+            reports = None if reply.reports is None else Reports(reply.reports)
+            self.pipe, self.shared, self.reports, self._token = reply.pipe, shared, reports, reply.body["token"]
         if self.state is UNOPENED:
             self._move(OPENING)
         if self.request("opened", deadline, token=self._token).body["opened"]:
@@ -175,14 +178,16 @@ class PipeOwnership:
         """True if this process has subscribed, has not opened the channel, and no other process can."""
         return self._is_subscriber and self.state in (UNOPENED, OPENING) and not self.can_be_opened_elsewhere
 
-    def close_pipe(self) -> bool:
-        """Begin to close. Return False if it was closed before."""
+    def close_pipe(self, handed_out: int) -> bool:
+        """Begin to close, when so many messages were handed out. Return False if it was closed before."""
         if self.state is CLOSED:
             return False
         if self.state is not CLOSING:
             self._move(CLOSING)
-        _close(self.pipe, self.shared)
-        self.pipe = self.shared = None
+        if self.reports is not None:
+            self.reports.leave(handed_out)
+        _close(self.pipe, self.shared, self.reports)
+        self.pipe = self.shared = self.reports = None
         self.release_former()
         return True
 
@@ -230,7 +235,7 @@ class PipeOwnership:
             # No call from here on, so that an interrupt finds all of it or nothing.
             self.state, self._owner = state, owner
             self.pipe = self._former = None
-        self.shared = None
+        self.shared = self.reports = None
 
     def closed_error(self) -> ClosedError:
         return ClosedError("this channel was closed in this process: subscribe again for another")
@@ -248,7 +253,7 @@ def open_own(ownerships: Iterable[PipeOwnership], deadline: Deadline) -> None:
             continue
 
 
-def _close(*ends: PipeEnd | SharedReader | None) -> None:
+def _close(*ends: PipeEnd | SharedReader | Reports | None) -> None:
     for end in ends:
         if end is not None:
             end.close()

@@ -24,7 +24,7 @@ from typing import Any, Final
 from mpbroadcast.client.pipe_ownership import OPEN, PipeOwnership
 from mpbroadcast.client.received import formed
 from mpbroadcast.client.shared_reader import SharedReader
-from mpbroadcast.errors import BrokerRestarted, Lagged, Overflowed
+from mpbroadcast.errors import BroadcastError, BrokerRestarted, Lagged, Overflowed
 from mpbroadcast.posix.pipes import FIONREAD, PipeEnd, ioctl, read
 from mpbroadcast.protocol import runs
 from mpbroadcast.protocol.frames import topic_of
@@ -63,7 +63,7 @@ class Stream:
     With ``has_tail``, a byte that was seen is still in the pipe, and serves as the last tail byte.
     ``need`` is how many bytes the next run has at least. ``plain`` is True if ``ready`` has messages only, no failure and no
     end. ``has_more`` is False once a call has reported a clean end: there, iterations end. ``skipped`` messages were dropped
-    by ``latest`` between these. ``read`` counts all messages in shared memory so far.
+    by ``latest`` between these. ``read`` counts all messages in shared memory so far, and ``decoded`` all messages.
     """
 
     ready: deque[Any] = field(default_factory=deque)
@@ -73,6 +73,7 @@ class Stream:
     plain: bool = True
     skipped: int = 0
     read: int = 0
+    decoded: int = 0
     has_tail: bool = False
     has_more: bool = True
     fast: Iterator[Any] = _NONE
@@ -94,6 +95,11 @@ class Stream:
         self.ready.clear()
 
     @property
+    def handed_out(self) -> int:
+        """How many messages were taken of all that were decoded. Errors of the channel's own do not count."""
+        return self.decoded - (len(self.ready) if self.plain else sum(map(_is_message, self.ready)))
+
+    @property
     def is_decodable(self) -> bool:
         """True if there are as many bytes as the next run needs, one in the pipe counted in."""
         return sum(map(len, self.chunks)) - self.skip + self.has_tail >= self.need
@@ -106,7 +112,7 @@ class Stream:
         taken = [*self.ready]
         rest = deque(taken[count:])
         del taken[count:]
-        return taken, Stream(rest, self.chunks, self.skip, self.need, self.plain, 0, self.read, self.has_tail)
+        return taken, Stream(rest, self.chunks, self.skip, self.need, self.plain, 0, self.read, self.decoded, self.has_tail)
 
 
 def decode(stream: Stream, form: int, shared: SharedReader | None = None, loaders: Loaders = ALL_KINDS) -> Stream | None:
@@ -117,7 +123,7 @@ def decode(stream: Stream, form: int, shared: SharedReader | None = None, loader
     ready: list[Any] = []
     plain = True
     skipped = 0
-    shared_count = stream.read
+    shared_count, decoded = stream.read, stream.decoded
     position, end = stream.skip, len(data) + stream.has_tail
     room = _AT_ONCE
     while (run := read_run(data, position)) is not None and position + run.size <= end:
@@ -133,6 +139,7 @@ def decode(stream: Stream, form: int, shared: SharedReader | None = None, loader
                 messages, whole, size = shared.load_run(data, run, loaders)
                 shared_count += len(messages)
                 room -= size
+            decoded += run.messages
             plain = plain and whole
             if form:
                 messages = formed(messages, form, topic_of(data[run.first : run.first + run.skip]), run.position)
@@ -154,7 +161,8 @@ def decode(stream: Stream, form: int, shared: SharedReader | None = None, loader
         return None
     unused = 0 if position + need <= end else min(position, len(data))  # no copy of what is decoded next
     rest = data[unused:]
-    return Stream(deque(ready), [rest] if rest else [], position - unused, need, plain, skipped, shared_count, stream.has_tail)
+    chunks, counts = [rest] if rest else [], (skipped, shared_count, decoded)
+    return Stream(deque(ready), chunks, position - unused, need, plain, *counts, stream.has_tail)
 
 
 def take_lone(stream: Stream, ownership: PipeOwnership, form: int, loaders: Loaders) -> Any:
@@ -200,6 +208,7 @@ def take_lone(stream: Stream, ownership: PipeOwnership, form: int, loaders: Load
     stream.skip = 1
     stream.need = RUN.size
     stream.plain = True
+    stream.decoded += 1
     return message
 
 
@@ -229,11 +238,16 @@ def follow(
     if after is None and stream.chunks and not stream.chunks[-1]:
         # The pipe has ended. A last message may lack its tail byte.
         stream.has_tail = True
-        after = decode(stream, form, shared, loaders) or Stream()
+        after = decode(stream, form, shared, loaders) or Stream(decoded=stream.decoded)
         after.has_tail = False
         after.ready.append(LOST)
         after.plain = False
     return after
+
+
+def _is_message(item: object) -> bool:
+    """Return whether a message was decoded to this, be it one that could not be unpickled."""
+    return not isinstance(item.error, BroadcastError) if type(item) is Failure else type(item) is not End
 
 
 def _note(run: RunView) -> End | Failure:

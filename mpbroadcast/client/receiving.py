@@ -72,6 +72,8 @@ class Receiving(Generic[M]):
         The end of the pipe is found only if it ``is_readable``.
         """
         message: M = NOTHING
+        if self.ownership.reports is not None:
+            self._finish()
         try:
             with self._lock:
                 stream = self._stream
@@ -92,7 +94,7 @@ class Receiving(Generic[M]):
                     return message
                 if not ready:
                     self._consume_tail_byte()
-                elif plain:
+                elif plain and self.ownership.reports is None:
                     stream.share()
             return message  # nothing is called from here on, so no interrupt comes in between
         except BaseException:
@@ -100,6 +102,13 @@ class Receiving(Generic[M]):
             if message is not NOTHING:
                 self._stream.ready.appendleft(message)
             raise
+
+    def _finish(self) -> None:
+        """Report what was handed out as finished, if this is a member of a group: each call does that asks for more."""
+        with self._lock:
+            stream, reports = self._stream, self.ownership.reports
+            if reports is not None and not (stream.ready and stream.ready[0] is LOST):  # of the broker before this one
+                reports.finish(stream.handed_out)
 
     def _raise_failure(self, ready: deque[Any]) -> None:
         """If a failure comes next, remove it and raise its error. The caller holds the lock."""

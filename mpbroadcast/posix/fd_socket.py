@@ -19,7 +19,7 @@ from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock, on_fork
 from mpbroadcast.posix.poller import is_ready
 
-SPACE: Final = socket.CMSG_SPACE(2 * array("i").itemsize)
+SPACE: Final = socket.CMSG_SPACE(3 * array("i").itemsize)
 CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 PACKET: Final = 64  # bytes of one at the most
 

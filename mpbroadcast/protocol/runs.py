@@ -28,6 +28,7 @@ A :class:`Run` of the broker has as many of these as its batch needs, one behind
 from __future__ import annotations
 
 from array import array
+from itertools import accumulate, pairwise
 from struct import Struct
 from typing import Any, Final, NamedTuple
 
@@ -116,6 +117,17 @@ class Run:
         first = sum(self.sizes[:start])
         sizes = self.sizes[start:stop]
         return _pack(self._frames()[first : first + sum(sizes)], sizes, skip, image, position + start, self.account)
+
+    def singles(self) -> list[Run]:
+        """Return its messages, each as a run."""
+        if self.sizes is None or self.count == 1:
+            return [self]
+        _, _, _, image, skip, position = RUN.unpack_from(self.data)
+        frames, parts = self._frames(), pairwise(accumulate(self.sizes, initial=0))
+        return [
+            _pack(frames[start:end], array("I", (end - start,)), skip, image, id, self.account)
+            for id, (start, end) in enumerate(parts, position)
+        ]
 
     def _frames(self) -> bytes:
         frames: list[bytes | memoryview] = []

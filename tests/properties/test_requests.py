@@ -32,6 +32,7 @@ from mpbroadcast.posix.shared_memory import available, ring_memory
 from mpbroadcast.protocol.control import Inbox, client_handshake, decode, encode
 from mpbroadcast.protocol.fd_packets import MAPPED, READ, REFUSED, RING, WANTED, pack
 from mpbroadcast.protocol.frames import frame_head, pieces, reference_frame
+from mpbroadcast.protocol.reports import report
 from tests.conftest import descriptors as open_files
 from tests.support.helpers import wait_until
 from tests.support.own_broker import ask, asking, held, own_broker, subscribing
@@ -45,6 +46,7 @@ STEPS: Final = 400  # of one run
 KEY: Final = b"key"
 TOPICS: Final = ("", "a", "b", "a:1", "a:*", "[ab]", "*")
 MANY: Final = [f"many {index}" for index in range(2500)]  # a request in parts
+GROUPS: Final = (None, "block", "drop_oldest", "drop_newest", "latest", "disconnect")  # of a policy, mostly
 POLICIES: Final = ("block", "block", "drop_oldest", "drop_newest", "latest", "disconnect")
 OF_THE_BROKER: Final = (Subscription, Publisher, Session, ControlConnection)
 SOCKETS: Final = 12  # of a process
@@ -52,7 +54,7 @@ OFTEN: Final = {"subscribe": 4, "open": 3, "opened": 4, "attach": 2, "publisher"
 SELDOM: Final = ("fd_socket", "retire", "flush", "add topics", "drop topics", "unsubscribe", "close", "drop", "wait", "detach")
 REQUESTS: Final = OFTEN | dict.fromkeys(SELDOM, 0.7)
 STEP: Final = {"ask": 12, "publish": 4, "receive": 2, "round": 8, "connect": 1, "send_packet": 1, "read_replies": 1,
-               "hang_up": 0.1, "close_something": 1, "kill": 0.01, "stop": 0.003}  # fmt: skip
+               "report": 1, "hang_up": 0.1, "close_something": 1, "kill": 0.01, "stop": 0.003}  # fmt: skip
 
 
 NONSENSE: Final[list[Any]] = [
@@ -65,6 +67,7 @@ NONSENSE: Final[list[Any]] = [
 def request(do: str, session: int, publisher: int | None, subscription: int) -> dict[str, Any]:
     """A good request with the fields of all requests: a handler ignores those of others."""
     topics = {"topics": ["fuzz:[a-c]?", "fuzz"], "capacity": 1 << 16, "overflow": "drop_oldest", "replay": 0}
+    topics |= {"group": None, "prefetch": 1}
     flags = {"delivered": True, "now": True, "shared": True, "token": 4, "count": 1, "topic": "fuzz"}
     return {"do": do, "session": session, "publisher": publisher, "subscription": subscription, **topics, **flags}
 
@@ -140,6 +143,7 @@ class World:
         self.readers: list[FileIO] = []
         self.writers: list[FileIO] = []
         self.fd_sockets: list[socket.socket] = []
+        self.reports: list[FileIO] = []
 
     def connect(self) -> None:
         alive = [process for process in self.processes if process.sockets]
@@ -169,10 +173,14 @@ class World:
             "replay": choose.choice([0, 0, 2]) if self.history else 0,
             "count": choose.randrange(6),
             "topic": choose.choice([None, "a"]),
+            "group": choose.choice(GROUPS),
+            "prefetch": choose.choice([1, 3]),
             "delivered": choose.random() < 0.5,
             "now": do == "flush" and choose.random() < 0.5,
             "shared": choose.random() < 0.5,
         }
+        if do == "subscribe" and message["group"] and choose.random() < 0.9:  # else its members do not agree
+            message |= {"topics": ["a", "a:*"], "capacity": 20_000, "overflow": message["group"]}
         if do == "opened":
             message |= {"subscription": token_of, "token": token}
         elif choose.random() < 0.1:
@@ -218,6 +226,8 @@ class World:
             self.tokens += [(id, reply["token"]) for id in opening]
         elif "session" in reply:
             self.sessions.append((pid, reply["session"]))
+        if reply.get("reports"):
+            self.reports.append(non_blocking(fds.pop(0), "wb"))
         if reply.get("fd_socket"):
             self.fd_sockets.append(socket.socket(fileno=fds.pop(0)))
             self.fd_sockets[-1].setblocking(False)
@@ -267,6 +277,15 @@ class World:
             else:
                 one.send(pack(choose.choice([MAPPED, READ, REFUSED, WANTED]), choose.randint(1, 9), choose.randrange(50)))
 
+    def report(self) -> None:
+        """Report any count, as the member of a group that it may be of, or what is no report."""
+        if self.reports:
+            data = self.choose.choice(
+                [report(self.choose.randrange(50), leaves=self.choose.random() < 0.1), b"abc", bytes(4096)]
+            )
+            with contextlib.suppress(BrokenPipeError):
+                self.choose.choice(self.reports).write(data)
+
     def receive(self) -> None:
         if self.readers:
             self.choose.choice(self.readers).read(self.choose.choice([1, 100, 1 << 16]))
@@ -276,7 +295,7 @@ class World:
                     os.close(fd)
 
     def close_something(self) -> None:
-        things: list[Any] = self.choose.choice([self.readers, self.writers, self.fd_sockets])
+        things: list[Any] = self.choose.choice([self.readers, self.writers, self.fd_sockets, self.reports])
         if things:
             things.pop(self.choose.randrange(len(things))).close()
 
@@ -295,8 +314,11 @@ class World:
             backlog = subscription.backlog
             assert id == subscription.id
             assert backlog.published == backlog.delivered + backlog.missed + backlog.waiting
-            assert subscription.cost.topics >= len(router.topics(subscription)), "topics that no budget has"
+            assert subscription.cost.topics >= len(router.topics(subscription.target)), "topics that no budget has"
             assert subscription in subscription.session.peer.subscriptions
+        for group in registry.groups:
+            assert group.backlog.published == group.backlog.delivered + group.backlog.missed + group.backlog.waiting
+            assert group.is_live
         for field in registry.budget.spent:
             assert field >= 0
         for one in self.broker.traffic.publishers.values():
@@ -305,8 +327,8 @@ class World:
     def is_empty(self) -> bool:
         registry, traffic = self.broker.registry, self.broker.traffic
         self.broker.round(at_once=True)
-        left = (registry.sessions, registry.subscriptions, registry.to_remove, traffic.publishers, self.broker.parts)
-        return not any(left)
+        left = (registry.sessions, registry.subscriptions, [*registry.groups], registry.to_remove, traffic.publishers)
+        return not any((*left, self.broker.parts))
 
     def end(self) -> None:
         """End all that there is; then nothing may be left."""
@@ -316,7 +338,7 @@ class World:
             process.kill()
             for one in process.sockets:
                 one.close()
-        ends: list[Any] = [*self.readers, *self.writers, *self.fd_sockets]
+        ends: list[Any] = [*self.readers, *self.writers, *self.fd_sockets, *self.reports]
         for end in ends:
             end.close()
         wait_until(self.is_empty)

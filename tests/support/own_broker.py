@@ -108,7 +108,8 @@ def ask(broker: Broker, asker: Asker, message: dict[str, Any]) -> None:
 
 
 def subscribing(session: int, subscription: int, *topics: str) -> dict[str, Any]:
-    fields = {"capacity": 1 << 16, "overflow": "drop_oldest", "replay": 0, "publisher": None}
+    fields = {"capacity": 1 << 16, "overflow": "drop_oldest", "replay": 0, "publisher": None, "group": None}
+    fields |= {"prefetch": 1}
     return {"do": "subscribe", "session": session, "subscription": subscription, "topics": [*topics], **fields}
 
 

@@ -17,6 +17,7 @@ The classes of the overflow policies are in ``policies.py``.
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import ClassVar, Final
 
 from mpbroadcast.protocol.frames import OVERHEAD
@@ -220,6 +221,26 @@ class Backlog:
         self.delivered += 1
         self.left += 1
         self.pipe += size
+
+    # --- one message at a time, for the members of a group
+
+    def head(self) -> list[Run]:
+        """Return what comes next for one member of a group: a message alone, or the end, and the note in front of it.
+
+        Nothing, if only a note is here: it goes with the message behind it.
+        """
+        runs = self.runs
+        index = 1 if runs and runs[0].missed else 0
+        if len(runs) <= index:
+            return []
+        if runs[index].count > 1:
+            self._replace(index, tuple(runs[index].singles()))
+        return [*islice(runs, index + 1)]
+
+    def take(self, head: list[Run]) -> None:
+        """Note that a member has got what :meth:`head` has returned. In its pipe, that counts for the member."""
+        self.wrote(sum(run.size for run in head))
+        self.pipe = 0
 
     # --- shared memory
 

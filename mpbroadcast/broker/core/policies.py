@@ -84,6 +84,12 @@ class _Dropping(Backlog):
         self._split_to(limit)
         return self._joined(limit)
 
+    def head(self) -> list[Run]:
+        if self._gap and self.runs:
+            self.runs.appendleft(note_run(self._report, self._gap))
+            self._gap = 0
+        return super().head()
+
     def _split_to(self, limit: int) -> None:
         """Cut the first run of messages, if it can be cut, to ``limit`` bytes with the note before it."""
         index = 1 if self.runs[0].missed else 0
