@@ -64,6 +64,7 @@ class Registry:
         self.to_remove: OrderedDict[int, tuple[Subscription, str]] = OrderedDict()  # by their IDs, each with the reason
         self.to_finish: list[Iterator[None]] = []  # publishers of sessions that have ended: the rest of the reading of each
         self.groups = Groups(traffic)
+        self.awaited: set[Peer] = set()  # processes that the broker before this one served, and that have not come yet
         self._poller = poller
         self._peers = peers
         self._router = router

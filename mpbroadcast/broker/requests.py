@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, SESSION, Cost, OverBudget, cost_of
+from mpbroadcast.broker.core.linger import Linger
 from mpbroadcast.broker.core.patterns import Matcher, is_pattern, matcher
 from mpbroadcast.broker.members import Group, Publisher, Session, Subscription
 from mpbroadcast.broker.server import WAIT, Broker, Parts
@@ -72,6 +73,8 @@ def _attach(broker: Broker, connection: ControlConnection, message: dict[str, An
     if connection.session is not None:
         raise _Refused("value", "this connection is a session's already")
     session = broker.registry.new_session(connection)
+    if broker.linger is not None:
+        broker.linger.begin_anew()
     identity, generation, journal = broker.succession
     connection.reply({"session": session.id, "broker": identity, "number": generation, "restarts": journal is not None})
 
@@ -79,7 +82,7 @@ def _attach(broker: Broker, connection: ControlConnection, message: dict[str, An
 def _detach(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     session, connection.session = connection.session, None
     if message.get("end"):
-        broker.ends_unneeded = True
+        broker.linger = Linger(0.0)
     if session is not None:
         broker.registry.end_session(session, clean=True)
     connection.no_reply()

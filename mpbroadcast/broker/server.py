@@ -21,6 +21,7 @@ from typing import Any, Final
 from mpbroadcast.broker.acceptor import Acceptor
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.history import History
+from mpbroadcast.broker.core.linger import Linger
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.host.journal import MOST_IDS, Succession, first_id
 from mpbroadcast.broker.members import Peer, Subscription
@@ -53,11 +54,12 @@ class Broker:
         history: int = 0,
         stall_timeout: float | None = None,
         succession: Succession | None = None,
+        linger: Linger | None = None,
     ) -> None:
         """Serve on ``listener``, for clients that have one of ``keys``; ``answer`` replies to a request."""
         self.succession = succession or Succession(secrets.token_hex(8), 0, None)
         self.started = time.monotonic()
-        self.ends_unneeded = False  # its starter has dropped it: it ends with the last session and subscription
+        self.linger = linger  # it ends when nothing needs it; None: with its starter, or by a request
         self.poller = Poller()
         self.router: Router[Subscription] = Router()
         first = first_id(self.succession.journal)
@@ -73,6 +75,8 @@ class Broker:
         self._reserve_at = 0  # ids of messages: when the next one is as high, more are reserved
         self._reserve_ids()
         self.registry.restore()
+        if linger is not None:
+            self.poller.later(0.0, _wake)
 
     def end_with(self, starter: int) -> None:
         """Stop when this process has ended.
@@ -102,8 +106,8 @@ class Broker:
             registry.to_finish.pop()
         if registry.to_remove:
             registry.remove_some()
-        if self.ends_unneeded and not (registry.sessions or registry.subscriptions):
-            self.stop(DRAIN_TIMEOUT)
+        if self.linger is not None and not (registry.sessions or registry.subscriptions or registry.awaited):
+            self._end_unneeded(self.linger)
         if self.shutdown is not None:
             next(self._shutdown_steps, None)
             self._work_off()
@@ -119,6 +123,13 @@ class Broker:
         self._reserve_at = next_id + MOST_IDS // 2
         if journal is not None:
             journal.reserve_ids(next_id + MOST_IDS)
+
+    def _end_unneeded(self, linger: Linger) -> None:
+        seconds = linger.look(time.monotonic())
+        if seconds == 0:
+            self.stop(DRAIN_TIMEOUT)
+        elif seconds is not None:
+            self.poller.later(seconds, _wake)
 
     def do(self, part: Parts) -> None:
         """Advance what takes long by one step; the others are for later rounds."""
@@ -195,3 +206,7 @@ class Broker:
     def report_crash(self, traceback: str) -> None:
         """Send every process the traceback; nothing else will be done."""
         self.acceptor.send({"crashed": traceback[-_LAST_WORDS:]})
+
+
+def _wake() -> None:
+    """End the wait of a round."""

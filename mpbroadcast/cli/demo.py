@@ -1,4 +1,4 @@
-"""``python -m mpbroadcast demo`` fans real files out to CPU-bound worker processes.
+"""Fan real files out to CPU-bound worker processes.
 
 The parent subscribes for its workers before it starts them, hands each its channel, and publishes every file once. Each
 worker computes something different, and a running digest over all that it received, in the order in which it came:
@@ -22,6 +22,8 @@ from pathlib import Path
 
 from mpbroadcast import Broadcaster, BroadcastError, Channel, Selector, start_broadcaster
 from mpbroadcast.cli.demo_worker import JOBS, Report, Tally, Text, work
+
+EXAMPLE = "mpbroadcast demo"
 
 # Small, so that the slowest worker sets the pace and memory stays bounded, however large the tree is.
 _CAPACITY = 1 << 20

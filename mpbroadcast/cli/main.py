@@ -1,8 +1,8 @@
 """The command line: the argument parser, and what each command's outcome means for the exit code.
 
-A command is a module with ``add_arguments`` and ``run``; the module's docstring is its description. It imports what takes long
-in ``run``. ``run`` returns the exit code, or raises a :class:`BroadcastError`, which is one line on standard error and exit
-code 1. argparse ends with 2 for a wrong usage.
+A command is a module with ``add_arguments``, ``run`` and ``EXAMPLE``; the module's docstring is its description. What takes
+long is imported in ``run``. That returns the exit code, or raises a :class:`BroadcastError`, which is one line on standard
+error and exit code 1. argparse ends with 2 for a wrong usage.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ import sys
 from collections.abc import Sequence
 
 from mpbroadcast import BroadcastError
-from mpbroadcast.cli import demo
+from mpbroadcast.cli import demo, run, serve
 
-_COMMANDS = {"demo": (demo, "publish a tree of source files to CPU-bound workers")}
+_COMMANDS = {
+    "run": (run, "run a command beside a broker"),
+    "serve": (serve, "serve a broker at an address"),
+    "demo": (demo, "publish a tree of source files to CPU-bound workers"),
+}
 
 
 def _version() -> str:
@@ -30,7 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mpbroadcast {_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, summary) in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        example = f"example: {module.EXAMPLE}"
+        command = commands.add_parser(name, help=summary, description=module.__doc__, epilog=example)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser

@@ -61,13 +61,48 @@ def start_broadcaster(
             f"context must be what multiprocessing.get_context() returns, not {type(context).__name__}: for a start method's "
             'name, multiprocessing.get_context("spawn")'
         )
-    authkey = check_authkey(authkey)
-    timeout = check_timeout(start_timeout, "start_timeout")
-    check_count(history, "history", 0)
-    stall = check_timeout(stall_timeout, "stall_timeout")
+    timeout, settings = _checked_options(
+        authkey=authkey,
+        start_timeout=start_timeout,
+        history=history,
+        stall_timeout=stall_timeout,
+        log_config=log_config,
+        restart=restart,
+    )
+    return _start(context, timeout, address, has_key_file=address is not None and authkey is None, **settings)
+
+
+def start_apart(*, address: str | None, history: int, restart: bool) -> Broadcaster[Any]:
+    """Start a broker for a program that does nothing else: any address has a key file, and signals are left to this process."""
+    timeout, settings = _checked_options(history=history, restart=restart)
+    return _start(None, timeout, address, has_key_file=True, stands_apart=True, **settings)
+
+
+def _checked_options(
+    *,
+    authkey: bytes | None = None,
+    start_timeout: float | None = 10.0,
+    history: int = 0,
+    stall_timeout: float | None = 30.0,
+    log_config: dict[str, Any] | None = None,
+    restart: bool = False,
+) -> tuple[float | None, dict[str, Any]]:
+    """Return the time for the start, and the options as the broker's settings."""
     if log_config is not None and not isinstance(log_config, dict):
         raise TypeError(f"log_config must be a dictionary for logging.config.dictConfig, not {type(log_config).__name__}")
     check_bool(restart, "restart")
+    return check_timeout(start_timeout, "start_timeout"), {
+        "authkey": check_authkey(authkey),
+        "history": check_count(history, "history", 0),
+        "stall_timeout": check_timeout(stall_timeout, "stall_timeout"),
+        "log_config": log_config,
+        "restart": restart,
+    }
+
+
+def _start(
+    context: BaseContext | None, timeout: float | None, address: str | os.PathLike[str] | None, **settings: Any
+) -> Broadcaster[Any]:
     try:
         path = None if address is None else resolve(address)
     except AddressError as error:
@@ -79,9 +114,7 @@ def start_broadcaster(
     process: BrokerProcess | None = None
     try:
         # An interrupt before it is assigned leaves a daemon process that multiprocessing ends with the program.
-        has_key_file = path is not None and authkey is None
-        settings = Settings(path, authkey, history, stall, log_config, restart, has_key_file)
-        process = BrokerProcess(context, timeout, settings)
+        process = BrokerProcess(context, timeout, Settings(address=path, **settings))
         client = BrokerClient(process.address)
         client.session()
         bus: Broadcaster[Any] = Broadcaster(client, process)

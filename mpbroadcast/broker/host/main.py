@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
+from mpbroadcast.broker.core.linger import Linger
 from mpbroadcast.broker.host.journal import Journal, Succession
 from mpbroadcast.broker.host.logs import configure
 from mpbroadcast.broker.host.socket_file import Listening, identity, remove_forgotten_folders
@@ -56,15 +57,22 @@ class Settings:
     log_config: dict[str, Any] | None
     restart: bool
     has_key_file: bool = False
+    stands_apart: bool = False  # in a session of its own, and no SIGTERM ends it: it ends with its starter, or by a request
+    linger: float | None = None  # seconds that a broker without a starter goes on without any session or subscription
     keys: list[bytes] = field(default_factory=list, repr=False)
-    starter: int = field(default_factory=os.getpid)
+    starter: int | None = field(default_factory=os.getpid)  # None: it belongs to no process
     temporary: str = field(default_factory=lambda: os.path.abspath(tempfile.gettempdir()))
     inherited: frozenset[tuple[int, int, int]] = frozenset()  # descriptors, each with the device and inode of its file
 
 
-def run(settings: Settings, ready: Connection) -> None:
-    """Be the broker, or the supervisor of brokers, until the end. Report to ``ready`` where it listens, or why it cannot."""
-    _release_descriptors(settings.inherited)
+def run(settings: Settings, ready: Connection, lock: Connection | None = None) -> None:
+    """Be the broker, or the supervisor of brokers, until the end. Report to ``ready`` where it listens, or why it cannot.
+
+    ``lock`` is a descriptor that holds the lock of the folder of its socket.
+    """
+    if settings.stands_apart:
+        os.setsid()
+    _release_descriptors(settings)
     _ignore_signals()
     _allow_descriptors()
     gc.freeze()  # what the starter had allocated is not looked through here
@@ -77,7 +85,9 @@ def run(settings: Settings, ready: Connection) -> None:
         key = os.urandom(KEY_LENGTH) if settings.has_key_file else None
         if key is not None:
             settings.keys.append(key)
-        listening = Listening(settings.address, settings.temporary, key)
+        listening = Listening(settings.address, settings.temporary, key, None if lock is None else lock.fileno())
+        if lock is not None:
+            lock.close()
         journal = Journal() if settings.restart else None
     except OSError as error:
         where = settings.address or f"a folder in {settings.temporary!r}"
@@ -117,7 +127,9 @@ def _serve_again_and_again(settings: Settings, ready: Connection, listening: Lis
         succession = Succession(identity, generation, Journal(journal.files))
         _serve(settings, None if generation else ready, listening, succession)
 
-    supervise(settings.starter, serve, lambda: Journal(journal.files).is_another_wanted)
+    supervise(
+        None if settings.linger is not None else settings.starter, serve, lambda: Journal(journal.files).is_another_wanted
+    )
 
 
 def _report(ready: Connection | None, **report: Any) -> bool:
@@ -141,14 +153,16 @@ def _serve(settings: Settings, ready: Connection | None, listening: Listening, s
             history=settings.history,
             stall_timeout=settings.stall_timeout,
             succession=succession,
+            linger=None if settings.linger is None else Linger(settings.linger),
         )
-        _stop_on_sigterm(broker)
-        try:
-            broker.end_with(settings.starter)
-        except ProcessLookupError as error:
-            _report(ready, error="its starter has ended", errno=error.errno)
-            return
-        if not _report(ready, address=listening.address):
+        _stop_on_sigterm(broker, ignored=settings.stands_apart)
+        if settings.starter is not None:
+            try:
+                broker.end_with(settings.starter)
+            except ProcessLookupError as error:
+                _report(ready, error="its starter has ended", errno=error.errno)
+                return
+        if not _report(ready, address=listening.address) and settings.starter is not None:
             return
         if broker.succession.journal is not None:
             broker.succession.journal.note_ready()
@@ -178,10 +192,10 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _stop_on_sigterm(broker: Broker) -> None:
+def _stop_on_sigterm(broker: Broker, *, ignored: bool) -> None:
     reader, writer = new_pipe(_SIGNALS)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if ignored else lambda *_: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def read(events: int) -> None:
@@ -191,14 +205,15 @@ def _stop_on_sigterm(broker: Broker) -> None:
     broker.poller.watch(reader, IN, read)
 
 
-def _release_descriptors(inherited: frozenset[tuple[int, int, int]]) -> None:
+def _release_descriptors(settings: Settings) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for fd, device, inode in inherited:
+    for fd, device, inode in settings.inherited:
         with contextlib.suppress(OSError):  # closed in between
             # A number that has been given to another file since is one of the pipes by which processes are watched.
             if fd != nowhere and identity(fd) == (device, inode):
                 os.dup2(nowhere, fd, inheritable=False)
-    for standard in (sys.__stdin__, sys.__stdout__):
+    # Standard error is its starter's; one that belongs to no process has none: a terminal or pipe there would never be free.
+    for standard in (sys.__stdin__, sys.__stdout__, sys.__stderr__ if settings.starter is None else None):
         if standard is not None and not standard.closed:
             os.dup2(nowhere, standard.fileno(), inheritable=False)
     os.close(nowhere)

@@ -17,6 +17,7 @@ import re
 import stat
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Final
 
 from mpbroadcast import trap_points
@@ -38,10 +39,12 @@ _FORGOTTEN: Final = 60.0  # seconds after which a folder without a socket is rem
 class Listening:
     """The socket, and its file, which only this user can open. With a ``key``, that is in a file beside it.
 
+    ``lock`` is a descriptor of the folder, with its lock; without, the lock is waited for.
+
     :raises OSError: it cannot be made.
     """
 
-    def __init__(self, address: str | None, temporary: str, key: bytes | None = None) -> None:
+    def __init__(self, address: str | None, temporary: str, key: bytes | None = None, lock: int | None = None) -> None:
         self.socket = control_socket()
         self._made = ""  # its folder, if a broker has made it
         self._key = key
@@ -53,7 +56,7 @@ class Listening:
             folder, name = os.path.split(address)
             if is_own_folder(folder):
                 self._made = folder
-            while not self._listen_in(folder, name):
+            while not self._listen_in(folder, name, lock):
                 pass
             self._identity = identity(address)
         except BaseException:
@@ -63,13 +66,17 @@ class Listening:
         finally:
             os.chdir("/")
 
-    def _listen_in(self, folder: str, name: str) -> bool:
+    def _listen_in(self, folder: str, name: str, lock: int | None) -> bool:
         """Return False if a broker that has ended meanwhile has removed the folder of names."""
         if is_own_folder(folder):
             make_own_folder(folder)
         try:
             os.chdir(folder)  # so that no name that is bound is longer than the address itself
-            self._listen(name)
+            if lock is not None and identity(lock) == identity("."):
+                self._listen(name)
+            else:
+                with folder_lock("."):
+                    self._listen(name)
         except FileNotFoundError:
             if not is_own_folder(folder):
                 raise
@@ -78,26 +85,20 @@ class Listening:
 
     def _listen(self, name: str) -> None:
         passing = f".mpbroadcast-{os.getpid():x}~"
-        lock = os.open(".", os.O_RDONLY)
+        _remove_dead_socket(name)
+        remove_key(name)
+        with contextlib.suppress(FileNotFoundError):
+            if _is_unfinished(passing):
+                os.unlink(passing)
+        if self._key is not None:
+            write_key(name, self._key, passing + SUFFIX)
+            trap_points.reach("naming the key")
         try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            _remove_dead_socket(name)
-            remove_key(name)
-            with contextlib.suppress(FileNotFoundError):
-                if _is_unfinished(passing):
-                    os.unlink(passing)
+            self._bind(name, passing)
+        except BaseException:
             if self._key is not None:
-                write_key(name, self._key, passing + SUFFIX)
-                trap_points.reach("naming the key")
-            try:
-                self._bind(name, passing)
-            except BaseException:
-                if self._key is not None:
-                    remove_key(name)
-                raise
-        finally:
-            os.close(lock)
+                remove_key(name)
+            raise
 
     def _bind(self, name: str, passing: str) -> None:
         before = os.umask(0o777)  # a socket of mode 0 is one that has not come to listen
@@ -132,6 +133,18 @@ class Listening:
         if self._made:
             with contextlib.suppress(OSError):  # others are in it
                 os.rmdir(self._made)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str) -> Iterator[None]:
+    """Hold the lock under which sockets and key files of this folder are removed and named. It leaves nothing behind."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def identity(file: str | int) -> tuple[int, int]:

@@ -37,15 +37,15 @@ def pause_after(deaths: deque[float], now: float) -> float | None:
     return _FIRST_PAUSE * (1 << (len(deaths) - 1)) if len(deaths) < _DEATHS else None
 
 
-def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], bool]) -> None:
+def supervise(starter: int | None, serve: Callable[[int], None], wanted: Callable[[], bool]) -> None:
     """Call ``serve`` in a child process, with its generation, from 0 on, until one has ended with exit code 0.
 
     None follows either when no other one is ``wanted``, after SIGTERM, which is forwarded to the child, and when process
-    ``starter`` is dead. SIGTERM and SIGCHLD are blocked.
+    ``starter`` is dead, if it is not ``None``. SIGTERM and SIGCHLD are blocked.
     """
     deaths: deque[float] = deque()
     try:
-        watched = PeerProcess(starter)
+        watched = None if starter is None else PeerProcess(starter)
     except ProcessLookupError:
         return
     for generation in itertools.count():
@@ -53,7 +53,7 @@ def supervise(starter: int, serve: Callable[[int], None], wanted: Callable[[], b
         if not child:
             _be_broker(serve, generation)
         status, ending = _wait_for(child)
-        if status == 0 or ending or watched.wait(0):
+        if status == 0 or ending or (watched is not None and watched.wait(0)):
             return
         why = f"was ended by signal {-status}" if status < 0 else f"has ended with exit code {status}"
         if not wanted():

@@ -1,0 +1,190 @@
+"""``mpbroadcast run`` and ``mpbroadcast serve``: whole programs, their signals, their exit status, and what they leave."""
+
+import os
+import pty
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mpbroadcast import BrokerLost, connect
+from tests.support.helpers import DEADLINE, receive_all, rest, wait_until
+from tests.support.victims import Program
+
+MAIN = ("-m", "mpbroadcast")
+PYTHON = ("--", sys.executable, "-c")
+COUNTS = """
+import signal, sys, time
+counts = {}
+def note(number, frame):
+    counts[number] = counts.get(number, 0) + 1
+for number in map(int, sys.argv[1:]):
+    signal.signal(number, note)
+print("ready", flush=True)
+while not counts:
+    time.sleep(0.005)
+time.sleep(0.2)
+print(*sorted(counts.items()), flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "runtime"
+    folder.mkdir(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "error"),
+    [
+        ((*PYTHON, "raise SystemExit(5)"), 5, ""),
+        ((*PYTHON, "import os; os.kill(os.getpid(), 15)"), 143, ""),
+        (("--", "no-such-command"), 127, "mpbroadcast: no-such-command: command not found\n"),
+        (("--", "/tmp"), 126, "mpbroadcast: /tmp: Permission denied\n"),
+        (("--address", "/no/such/folder/x", *PYTHON, "pass"), 1, "mpbroadcast: "),
+        ((), 2, "usage: "),
+    ],
+)
+def test_the_exit_status_of_run(command: tuple[str, ...], code: int, error: str) -> None:
+    """It is the command's, as a shell has it; else one line shows what is wrong."""
+    with Program(*MAIN, "run", *command) as program:
+        status, out, errors = program.end()
+        assert (status, out) == (code, "")
+        assert errors.startswith(error)
+        assert code == 2 or errors.count("\n") == bool(error)
+
+
+CONNECTS = """
+import os, sys
+from multiprocessing import Process
+from mpbroadcast import connect
+
+def work(number):
+    with connect() as bus:
+        bus.publish(number)
+
+if __name__ == "__main__":
+    with connect() as bus, bus.subscribe(replay=1) as channel:
+        assert bus.address not in " ".join(sys.argv)
+        for number in range(3):
+            Process(target=work, args=(number,)).start()
+        print(sorted(channel.recv(10) for _ in range(3)))
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--address", "myapp"), ("--restart",)])
+def test_the_command_connects_without_an_address(options: tuple[str, ...], runtime: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CONNECTS)
+    with Program(*MAIN, "run", *options, "--history", "1", "--", sys.executable, str(script)) as program:
+        assert program.end() == (0, "[0, 1, 2]\n", "")
+    assert not [*runtime.iterdir()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("to_group", [False, True])
+def test_a_signal_reaches_the_command_once(number: signal.Signals, to_group: bool) -> None:
+    """One to this process, and one to its group; the broker lives on until the command has ended."""
+    with Program(*MAIN, "run", *PYTHON, COUNTS, str(int(number))) as program:
+        assert program.line() == "ready"
+        (os.killpg if to_group else os.kill)(program.pid, number)
+        assert program.end() == (7, f"({int(number)}, 1)\n", "")
+
+
+def test_ctrl_c_on_a_terminal_reaches_the_command_once() -> None:
+    """The terminal sends it to the whole foreground group, and nothing is forwarded then."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, *MAIN, "run", *PYTHON, COUNTS, str(int(signal.SIGINT))])
+    out = b""
+    try:
+        while b"ready" not in out:
+            out += os.read(terminal, 1000)
+        os.write(terminal, b"\x03")
+        while b"(2, 1)" not in out:
+            out += os.read(terminal, 1000)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    finally:
+        os.close(terminal)
+
+
+def test_what_the_command_published_last_is_delivered(runtime: Path) -> None:
+    """It is drained when the command has ended, and each channel ends."""
+    publishes = "from mpbroadcast import connect; input(); bus = connect(); bus.publish_many(range(1000)); bus.close()"
+    reader, writer = os.pipe()
+    command = (*MAIN, "run", "--address", "myapp", *PYTHON, publishes)
+    with open(reader) as stdin, Program(*command, stdin=stdin) as program:
+        bus = wait_until(lambda: reached("myapp"), DEADLINE)
+        with bus, bus.subscribe() as channel:
+            channel.fileno()
+            os.write(writer, b"\n")
+            os.close(writer)
+            assert rest(channel) == [*range(1000)]
+        assert program.end() == (0, "", "")
+
+
+def reached(address: str) -> object:
+    try:
+        return connect(address)
+    except BrokerLost:
+        return None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("to_group", [False, True])
+def test_serve_until_a_signal(number: signal.Signals, to_group: bool, runtime: Path) -> None:
+    """One ready line; then it drains, and leaves nothing. systemd gets both states."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified, pytest.MonkeyPatch.context() as patch:
+        notified.bind(str(runtime / "notify"))
+        notified.settimeout(DEADLINE)
+        patch.setenv("NOTIFY_SOCKET", str(runtime / "notify"))
+        with Program(*MAIN, "serve", "myapp") as program:
+            assert program.line() == f"mpbroadcast: ready at {runtime / 'mpbroadcast-myapp'}"
+            assert notified.recv(100) == b"READY=1"
+            with connect("myapp") as bus, bus.subscribe() as channel:
+                bus.publish_many(range(100))
+                bus.flush()
+                (os.killpg if to_group else os.kill)(program.pid, number)
+                messages, error = receive_all(channel)
+                assert (messages, type(error)) == ([*range(100)], EOFError)
+            assert program.end() == (0, "", "")
+            assert notified.recv(100) == b"STOPPING=1"
+    assert [path.name for path in runtime.iterdir()] == ["notify"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_serve_when_its_broker_is_killed(restart: bool, runtime: Path) -> None:
+    """End with an error, or go on with the next one, at the same address and with the same key."""
+    with Program(*MAIN, "serve", "./myapp", *(["--restart"] if restart else [])) as program:
+        address = program.line().removeprefix("mpbroadcast: ready at ")
+        with connect(address) as bus:
+            broker = psutil.Process(bus.stats().pid)
+            broker.kill()
+            if restart:
+                wait_until(lambda: bus.stats().pid != broker.pid)
+                os.kill(program.pid, signal.SIGTERM)
+        status, _out, errors = program.end()
+        assert status == (not restart)
+        assert ("has ended" in errors) == (not restart)
+    assert not os.path.exists(address)
+    assert not os.path.exists(address + ".key")
+
+
+@pytest.mark.parametrize("command", ["run", "serve"])
+def test_one_line_when_the_address_is_in_use(command: str, runtime: Path) -> None:
+    with Program(*MAIN, "serve", "myapp") as program:
+        program.line()
+        arguments = {"run": ("--address", "myapp", "--", "true"), "serve": ("myapp",)}[command]
+        with Program(*MAIN, command, *arguments) as other:
+            status, out, errors = other.end()
+            assert (status, out) == (1, "")
+            assert errors.startswith("mpbroadcast: the address")
+            assert errors.count("\n") == 1
+        os.kill(program.pid, signal.SIGTERM)
+        assert program.end()[0] == 0
