@@ -307,14 +307,18 @@ def test_a_replay_comes_before_what_is_published_meanwhile(policy: str) -> None:
     the two, and what is published afterwards counts as if there were no replay."""
     for seed in range(200):
         choose = Random(seed)
-        one, first, last, entered, is_cut = charge_of(100, 100), 100, 100, 0, False
-        backlog = new_backlog(10 * one, policy)
+        first, last, entered, is_cut = 100, 100, 0, False
+        backlog = new_backlog(choose.choice((1, 10 * charge_of(100, 100))), policy)
         for _ in range(choose.randint(1, 12)):
-            sizes, before = [100] * choose.randint(1, 4), backlog.published
+            sizes, before = choose.choices(choose.choice(([100], [0, 100])), k=choose.randint(1, 4)), backlog.published
             if choose.random() < 0.6 and not is_cut:
+                charges = [charge_of(100, size) for size in sizes]
+                room, least = backlog.capacity - backlog.charge, 0 if backlog.waiting else 1
+                fits = max(count for count in range(len(sizes) + 1) if count <= least or sum(charges[-count:]) <= room)
+                fits = 0 if backlog.drops and backlog.missed else fits
                 is_cut = not backlog.put_first(messages(first - len(sizes), sizes))
                 first -= backlog.published - before
-                assert not is_cut or backlog.missed or not backlog.takes(one)
+                assert (backlog.published - before, is_cut) == (fits, fits < len(sizes))
             elif not backlog.ended and (policy != "block" or backlog.fitting(messages(last, sizes)) == len(sizes)):
                 entered = backlog.put(messages(last, sizes)) or entered
                 last += backlog.published - before
@@ -402,6 +406,15 @@ def test_a_capacity_can_be_used_to_its_last_byte() -> None:
             for each in runs:
                 backlog.put(each)
             assert (backlog.missed, backlog.left) == (more, more * (len(runs) - 1))  # the first one is dropped
+
+
+def test_what_is_passed_on_counts_as_what_has_waited() -> None:
+    put, passed, run = new_backlog(1 << 20), new_backlog(1 << 20), plain_run()
+    for _ in range(2):
+        put.put(run)
+        put.wrote(run.size)
+        passed.passed_on(run.size)
+    assert vars(put) == vars(passed)
 
 
 TINY = len(plain_run(MOST_AT_ONCE, 1).data)
