@@ -14,7 +14,7 @@ from typing import Final
 
 from mpbroadcast.broker.channel_pipe import PIPE_SIZE
 from mpbroadcast.broker.core.states import PublisherState
-from mpbroadcast.broker.fast_path import FastPath
+from mpbroadcast.broker.fast_path import MOST_WRITES, FastPath
 from mpbroadcast.broker.members import Publisher, PublisherPipe, Session
 from mpbroadcast.posix.pipes import new_pipe, replace_with_dead_pipe
 from mpbroadcast.posix.poller import IN, Poller
@@ -25,7 +25,6 @@ log = logging.getLogger("mpbroadcast.broker")
 _SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
 _LONGEST_NAP: Final = 400e-6
 MUCH: Final = PIPE_SIZE // 4  # bytes in one read, or between two naps: with 400 µs, a publisher would soon wait for room
-_FEW: Final = 16  # lone messages that a round passes on at once
 _AT_FIRST: Final = MUCH + PIPE_BUF  # bytes in a read of one that is not busy: one of very short messages never is
 
 
@@ -58,6 +57,7 @@ class Intake:
     def wait(self, *, at_once: bool) -> None:
         """Wait until something happens, and handle it; do not wait if ``at_once``. Then read the pipes of those that nap."""
         much, self._came, self._items = self._came >= MUCH, 0, 0
+        self._fast_path.room = MOST_WRITES
         self._nap = min(2 * self._nap, _LONGEST_NAP) if self._napping and not much else _SHORTEST_NAP
         self._poller.round(0.0 if at_once else self._nap if self._napping else None)
         for publisher in list(self._napping):
@@ -73,7 +73,7 @@ class Intake:
         is_alone = False
         if limit is None and publisher.state is PublisherState.READING:
             limit = _AT_FIRST
-            is_alone = self._items < _FEW and not self.ready
+            is_alone = not self.ready
         try:
             chunk = publisher.pipe.read(limit)
         except BlockingIOError:
