@@ -73,7 +73,7 @@ class Ring:
         self._lender = lender
         self._chunk = chunk
         self._holds = Holds(chunks, chunk)
-        self.view = memoryview(map_for_reading(descriptor.fd, size))
+        self.view = map_for_reading(descriptor.fd, size)
 
     def arrived(self, references: References) -> RingHold:
         """Return the hold on the chunks of messages that have come.

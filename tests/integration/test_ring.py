@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -21,7 +22,7 @@ from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.frames import PIPE_BUF
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST
 from tests.support import large_workers
-from tests.support.helpers import DEADLINE, Background, Children, only_subscriber, pattern, rest, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, finish, only_subscriber, pattern, rest, take, wait_until
 from tests.support.large_workers import ReaderProcess, Size, number_of
 from tests.support.victims import memories, shared_maps, written
 
@@ -167,6 +168,36 @@ def test_a_thread_does_not_write_into_the_ring_that_another_one_has_replaced(bus
     late.result()
     bus.publish(large.message(LAST))
     assert numbers(iter(partial(channel.recv, DEADLINE), large.message(LAST))) == [0]
+
+
+DECODING, GO_ON = threading.Event(), threading.Event()
+
+
+def _slowly(data: bytes) -> int:
+    DECODING.set()
+    assert GO_ON.wait(DEADLINE)
+    return len(data)
+
+
+class Slow:
+    """A message that is being unpickled for as long as a test likes."""
+
+    def __reduce__(self) -> tuple[Callable[[bytes], int], tuple[bytes]]:
+        return _slowly, (bytes(SIZE),)
+
+
+def test_a_child_keeps_no_descriptor_of_a_ring_that_another_thread_reads(bus: Bus, fork: BaseContext) -> None:
+    """That thread does not exist in the child, where nothing releases what it refers to."""
+    channel = bus.subscribe()
+    prime(bus, os.getpid(), channels=[channel], maps=2)
+    reading = Background(channel.recv, DEADLINE)
+    bus.publish(Slow())
+    assert DECODING.wait(DEADLINE)
+    child = fork.Process(target=lambda: sys.exit(memories(os.getpid())))
+    child.start()
+    finish(child)
+    GO_ON.set()
+    assert reading.result() == SIZE
 
 
 def test_a_publisher_that_closes_takes_its_memory_along(bus: Bus, reader: MakeReader) -> None:

@@ -24,6 +24,8 @@ def looked_through() -> Iterator[list[int]]:
     gc.set_threshold(*threshold)
     gc.callbacks[:] = callbacks
     gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # as it is for all tests
 
 
 def test_a_collection_looks_through_little_however_much_waits(looked_through: list[int]) -> None:
