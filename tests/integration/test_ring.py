@@ -186,16 +186,16 @@ class Slow:
         return _slowly, (bytes(SIZE),)
 
 
-def test_a_child_keeps_no_descriptor_of_a_ring_that_another_thread_reads(bus: Bus, fork: BaseContext) -> None:
+def test_a_child_keeps_no_descriptor_of_a_ring_that_another_thread_reads(
+    bus: Bus, children: Children, fork: BaseContext
+) -> None:
     """That thread does not exist in the child, where nothing releases what it refers to."""
     channel = bus.subscribe()
     prime(bus, os.getpid(), channels=[channel], maps=2)
     reading = Background(channel.recv, DEADLINE)
     bus.publish(Slow())
     assert DECODING.wait(DEADLINE)
-    child = fork.Process(target=lambda: sys.exit(memories(os.getpid())))
-    child.start()
-    finish(child)
+    finish(children(fork, lambda: sys.exit(memories(os.getpid()))))
     GO_ON.set()
     assert reading.result() == SIZE
 
