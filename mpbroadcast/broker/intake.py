@@ -88,18 +88,20 @@ class Intake:
                 self._items += 1
                 return
             came = publisher.take(chunk)
-        except Exception as error:
-            if not isinstance(error, FrameError):  # whatever is wrong with what it has sent, it does not end the broker
-                log.exception("bytes of process %d could not be parsed, or routed", publisher.pid)
-            self.refuse(publisher, str(error))
+        except FrameError as error:
+            self.refuse(publisher, f"it sent {error}")
+            return
+        except Exception as error:  # whatever is wrong with what it has sent, or here: it does not end the broker
+            log.exception("bytes of process %d could not be parsed, or routed", publisher.pid)
+            self.refuse(publisher, f"the broker failed at what it sent ({error!r})")
             return
         self._came += came
         self._items += len(publisher.parked)
         self.ready[publisher] = came
 
-    def refuse(self, publisher: Publisher, error: str) -> None:
-        """Read nothing more of a publisher that has sent what it must not."""
-        log.warning("process %d sent %s, which is no frame: it cannot publish any more", publisher.pid, error)
+    def refuse(self, publisher: Publisher, why: str) -> None:
+        """Read nothing more of a publisher whose bytes cannot be parsed, or routed."""
+        log.warning("process %d cannot publish any more: %s", publisher.pid, why)
         self.close(publisher)
 
     def watch(self, publisher: Publisher) -> None:

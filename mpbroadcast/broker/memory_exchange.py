@@ -47,7 +47,7 @@ class MemoryExchange:
         :raises OSError: no descriptor is left, or it shares a ring already.
         """
         if publisher.lender is not None and publisher.lender.rings:
-            raise OSError(errno.EEXIST, "this publisher has a socket for descriptors already")
+            raise OSError(errno.EEXIST, "this publisher shares a ring already")
         own, other = DescriptorSocket.pair()
         if publisher.lender is not None:  # it was interrupted, and begins again
             self._poller.close(publisher.lender.fd_socket.detach())

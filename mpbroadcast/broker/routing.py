@@ -44,7 +44,7 @@ class Routing:
         self.history = history
         self.behind: dict[Publisher, None] = {}  # those whose turn is over: the next is in the next round
         self.resuming: list[Publisher] = []  # blocked by backlogs that have room again
-        self.refused: dict[Publisher, str] = {}  # those that have sent what cannot be routed, with the reason
+        self.refused: dict[Publisher, str] = {}  # those of which something cannot be routed, with the reason
         self.overflowed: list[Subscription] = []  # those that have ended themselves
         self._router = router
         self._memory = memory
@@ -87,7 +87,7 @@ class Routing:
                 continue
             except Exception as error:  # an item that the broker cannot route costs its publisher, and no other one
                 log.exception("a message of process %d could not be routed", publisher.pid)
-                self.refused[publisher] = str(error)
+                self.refused[publisher] = f"the broker failed at a message of it ({error!r})"
                 continue
             if full is not None:
                 self.behind.pop(publisher, None)
@@ -106,7 +106,7 @@ class Routing:
         ring = None if hold is None else hold.ring
         if ring is not None:
             if ring.retired:
-                self.refused[publisher] = "a reference into a ring that it has left"
+                self.refused[publisher] = "it sent a reference into a ring that it had replaced"
                 return None
             self._memory.use(ring, publisher)
         targets = self._router.targets(item.topic)

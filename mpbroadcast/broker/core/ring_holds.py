@@ -15,11 +15,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 
 class Misplaced(Exception):
-    """A message lies outside of the ring, or before the end of an earlier one, as no publisher of this package writes it."""
+    """A message lies outside of the ring, or before the end of an earlier one: no publisher of this package writes so."""
 
 
 class Holds:
-    """The holds on each chunk of a ring of so many chunks of ``size`` bytes."""
+    """The holds on each chunk of a ring that has ``chunks`` chunks of ``size`` bytes."""
 
     def __init__(self, chunks: int, size: int) -> None:
         self._size = size
@@ -46,12 +46,12 @@ class Holds:
         last = -1
         for offset, length in spans:
             if not 0 < length <= whole - offset:
-                raise Misplaced(f"a reference to {length} bytes at {offset} of a ring of {whole}")
+                raise Misplaced(f"a reference to {length} bytes at offset {offset}, outside of the ring of {whole} bytes")
             end = offset + length
             first, last = offset // size, (end - 1) // size
             for chunk in range(first, last + 1):
                 if used >> chunk & 1 and offset < ends[chunk]:
-                    raise Misplaced(f"a reference to {length} bytes at {offset}, before the end of an earlier message")
+                    raise Misplaced(f"a reference to {length} bytes at offset {offset}, before the end of an earlier message")
                 used |= 1 << chunk
                 ends[chunk] = end
                 chunks[chunk] = None
