@@ -23,7 +23,7 @@ from mpbroadcast.protocol.frames import PIPE_BUF
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST
 from tests.support import large_workers
 from tests.support.helpers import DEADLINE, Background, Children, finish, only_subscriber, pattern, rest, take, wait_until
-from tests.support.large_workers import ReaderProcess, Size, number_of
+from tests.support.large_workers import ReaderProcess, Size, exchange, number_of
 from tests.support.victims import memories, shared_maps, written
 
 Bus = Broadcaster[Any]
@@ -156,7 +156,7 @@ def test_a_thread_does_not_write_into_the_ring_that_another_one_has_replaced(bus
     late = Background(bus.publish, Size(3000).message(0))
     assert begun.wait(DEADLINE)
     with monkeypatch.context() as patch:
-        patch.setattr(ring, "populate", lambda *_: False)  # there is no memory for more of this ring
+        patch.setattr(ring.RingAllocator, "take", lambda *_: None)  # no chunk of this ring is free
         while shared_maps(os.getpid()) < 3:
             bus.publish(large.message(PRIME))
             channel.recv(timeout=DEADLINE)
@@ -198,6 +198,15 @@ def test_a_child_keeps_no_descriptor_of_a_ring_that_another_thread_reads(
     finish(children(fork, lambda: sys.exit(memories(os.getpid()))))
     GO_ON.set()
     assert reading.result() == SIZE
+
+
+def test_without_memory_for_a_ring_no_chunk_is_waited_for(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message goes through the pipe at once."""
+    channel = bus.subscribe()
+    prime(bus, os.getpid(), channels=[channel], maps=2)
+    monkeypatch.setattr(ring, "populate", lambda *_: False)
+    monkeypatch.setattr(shared_writer.DescriptorSocket, "wait", None)
+    exchange(bus, channel, CHUNK // SIZE * [Size(2 * SIZE)])
 
 
 def test_a_publisher_that_closes_takes_its_memory_along(bus: Bus, reader: MakeReader) -> None:
