@@ -80,7 +80,7 @@ class FastPath:
                 self._dirty[subscription] = None
                 continue
             backlog.passed_on(len(data))
-            publisher.last_in[subscription] = backlog.left
+            publisher.last_in[subscription] = backlog.departed
             if subscription.window is not None:
                 subscription.window.moved += len(data)
         if routing.history is not None:

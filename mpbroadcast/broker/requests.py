@@ -122,7 +122,7 @@ def _flush(broker: Broker, connection: ControlConnection, message: dict[str, Any
     (entered,) = routed
     while entered:  # one that waits on is enough: there may be thousands
         subscription, position = entered.popitem()
-        if subscription.backlog.left < position and subscription.id in broker.registry.subscriptions:
+        if subscription.backlog.departed < position and subscription.id in broker.registry.subscriptions:
             entered[subscription] = position
             if now:
                 break

@@ -26,7 +26,7 @@ class Block(Backlog):
         self.runs.append(run)
         self.waiting += run.count
         self.waiting_charge += run.charge
-        return self.left + self.waiting
+        return self.departed + self.waiting
 
 
 class DropNewest(Backlog):
@@ -128,7 +128,7 @@ class _Dropping(Backlog):
             if index:
                 self._later += count
             else:
-                self.left += count
+                self.departed += count
             self._miss(count)
 
     def _miss(self, count: int) -> None:
@@ -154,7 +154,7 @@ class DropOldest(_Dropping):
         self._drop(self.charge + run.charge - self.capacity)
         first = _covering(run.charges(), self.charge + run.charge - self.capacity)
         if first == run.count and self.is_clear:
-            first -= 1
+            first -= 1  # it is larger than the capacity: an empty backlog accepts it
         self._miss(first)
         if first < run.count:
             self._append(run.part(first, run.count))
