@@ -18,9 +18,10 @@ import pytest
 from mpbroadcast import Broadcaster, Channel, connect
 from mpbroadcast.client import ring, shared_writer
 from mpbroadcast.client.shared_writer import SHARED_FROM
+from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.frames import PIPE_BUF
-from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST
+from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST, RingAllocator
 from tests.support import large_workers
 from tests.support.helpers import DEADLINE, Background, Children, finish, only_subscriber, pattern, rest, take, wait_until
 from tests.support.large_workers import ReaderProcess, Size, exchange, number_of
@@ -156,7 +157,7 @@ def test_a_thread_does_not_write_into_the_ring_that_another_one_has_replaced(bus
     late = Background(bus.publish, Size(3000).message(0))
     assert begun.wait(DEADLINE)
     with monkeypatch.context() as patch:
-        patch.setattr(ring.RingAllocator, "take", lambda *_: None)  # no chunk of this ring is free
+        patch.setattr(RingAllocator, "take", lambda *_: None)  # no chunk of this ring is free
         while shared_maps(os.getpid()) < 3:
             bus.publish(large.message(PRIME))
             channel.recv(timeout=DEADLINE)
@@ -205,7 +206,7 @@ def test_without_memory_for_a_ring_no_chunk_is_waited_for(bus: Bus, monkeypatch:
     channel = bus.subscribe()
     prime(bus, os.getpid(), channels=[channel], maps=2)
     monkeypatch.setattr(ring, "populate", lambda *_: False)
-    monkeypatch.setattr(shared_writer.DescriptorSocket, "wait", None)
+    monkeypatch.setattr(DescriptorSocket, "wait", None)
     exchange(bus, channel, CHUNK // SIZE * [Size(2 * SIZE)])
 
 
