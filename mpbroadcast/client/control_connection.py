@@ -141,6 +141,11 @@ class ControlConnection:
                 self._crash = BrokerCrashed(str(control.decode(body).get("crashed", "")))
         return self._crash
 
+    @property
+    def is_ended(self) -> bool:
+        """True if the broker, or this process, has closed the connection."""
+        return self._socket.fileno() < 0 or is_ready(self._socket, 0, 0)
+
     def send_now(self, notes: bytes) -> bytes:
         """Send what there is room for. Return the rest, empty if the broker has ended.
 

@@ -124,6 +124,7 @@ class PipeOwnership:
                 self.pipe = None
                 self._owner = error.pid or -1
                 self._move(ELSEWHERE)
+                self.release_heirs()
             raise
 
     def _open_once(self, deadline: Deadline) -> None:
