@@ -22,7 +22,7 @@ from mpbroadcast import trap_points
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
 from mpbroadcast.broker.core.patterns import is_pattern, matcher
-from mpbroadcast.broker.core.policies import new_backlog
+from mpbroadcast.broker.core.policies import new_backlog, reserved_backlog
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import PipeState, SubscriptionState
 from mpbroadcast.broker.host.journal import Entry, Succession
@@ -91,8 +91,8 @@ class Registry:
             self._peers.release(peer)
             return
         policy = entry["policy"]
-        blocks = entry["opened"] and policy in ("block", "disconnect")  # and it may never be opened again
-        backlog = new_backlog(entry["capacity"], "drop_oldest" if blocks else policy)
+        make = reserved_backlog if entry["opened"] else new_backlog
+        backlog = make(entry["capacity"], policy)
         subscription = Subscription(entry["id"], Session(self.new_id(), peer, self.budget), backlog)
         subscription.policy, subscription.restored = policy, True
         if entry["opened"]:

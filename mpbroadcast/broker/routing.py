@@ -168,7 +168,7 @@ class Routing:
         The newest is first, and each comes before those that are there: so what is routed meanwhile comes behind all of them.
         """
         backlog, account, room = subscription.backlog, self._memory.store.account, _REPLAYED
-        last = () if self.history is None else self.history.last(topics, 1 if backlog.policy == "latest" else count)
+        last = () if self.history is None else self.history.last(topics, 1 if backlog.keeps_newest_only else count)
         for batch in last:
             if not backlog.put_first(_RUNS[type(batch)](batch, account)):
                 break

@@ -28,12 +28,14 @@ _WRITE: Final = 1 << 18  # bytes to join for one write at the most: what the pip
 class Backlog:
     """At most ``capacity`` of charge; a single message that is larger is accepted when nothing else is there.
 
-    What a policy adds is :meth:`put`, and whether it :attr:`drops` what waits.
+    A policy adds :meth:`put`, and the class attributes in which it differs.
     """
 
     policy: ClassVar[str]
     blocks: ClassVar[bool] = False  # publishers wait for room, so no more is put than fits
     drops: ClassVar[bool] = False  # what waits: then :attr:`pipe` must be set before :meth:`to_write`
+    keeps_newest_only: ClassVar[bool] = False  # so it needs a pipe of one page, a replay of one message, and no ring
+    policy_while_reserved: ClassVar[str] = ""  # while the channel may never be opened again; "": its own
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
