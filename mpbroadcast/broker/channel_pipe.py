@@ -29,7 +29,7 @@ class ChannelPipe:
 
     def reserve(self) -> None:
         """Let only the process open it that had it open before the broker was restarted."""
-        self.state = self.unopened = PipeState.RESERVED
+        self.state = self.unopened = self.state.to(PipeState.RESERVED)
 
     def begin_opening(self, backlog: Backlog) -> int:
         """Make the pipe. Return the descriptor of its reader's end.
