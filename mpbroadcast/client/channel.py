@@ -29,7 +29,7 @@ from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.pipe_ownership import OPEN, PipeOwnership
 from mpbroadcast.client.pipe_reader import ENDED, FLAWS, LOST, LOST_FOR_GOOD, NOTHING, End, Stream, follow, read_into, take_lone
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, TimedOut, set_channel
+from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, Lagged, Overflowed, TimedOut, set_channel
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import on_fork
 from mpbroadcast.posix.pipes import PipeEnd
@@ -179,7 +179,7 @@ class Channel(Generic[M]):
         failure = ready[0]
         if type(failure) is Failure:
             error = self._about_this(failure.error)
-            missed = error.missed if isinstance(error, Lagged) else 0
+            missed = error.missed if isinstance(error, Lagged) else int(isinstance(error, Overflowed))
             if len(ready) == 1:
                 self._consume_tail_byte()
             if ready[0] is failure:  # else a call in another thread has put a message back
@@ -402,7 +402,7 @@ class Channel(Generic[M]):
     def missed(self) -> int:
         """The number of messages dropped for this channel, under any policy, before the last one that it has received.
 
-        It counts what :class:`Lagged` was raised for, and what ``overflow="latest"`` has skipped.
+        It counts what :class:`Lagged` and, for one, :class:`Overflowed` stand for, and what ``overflow="latest"`` has skipped.
         """
         return self._missed
 
