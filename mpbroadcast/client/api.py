@@ -96,14 +96,11 @@ def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) ->
     broker replies, at most 10 seconds; also while a broker is being replaced.
 
     :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) the broker has another key.
-    :raises BrokerLost: there is no broker at this address.
+    :raises BrokerLost: there is no broker at this address, or not even its folder.
     :raises TimedOut: the broker did not reply in time.
     :raises AddressError: no socket can have this address.
     """
     path = check_address(address)
-    if not os.path.isdir(os.path.dirname(path)):
-        folder = os.path.dirname(path)
-        raise AddressError(f"there is no folder {folder!r}: the broker has ended, or this is not a broadcaster's `address`")
     client = BrokerClient(path, authkey=check_authkey(authkey))
     client.session()
     return Broadcaster(BrokerClient.shared(path, client.broker, client.restarts))

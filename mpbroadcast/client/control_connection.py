@@ -62,7 +62,8 @@ class ControlConnection:
                     return
             except OSError as error:
                 raise BrokerLost(
-                    f"no broker answers at {self._address!r} ({error.strerror}): it has ended, or this is not its `address`"
+                    f"no broker answers at {self._address!r} ({error.strerror}): it has ended, or this is not its `address`: "
+                    "start one, or connect to the `address` of one that is there"
                 ) from error
             if deadline.remaining() == 0:
                 raise TimedOut(f"the broker at {self._address!r} accepted no connection in time")
