@@ -123,7 +123,7 @@ class Ledger:
             raise Broken(f"Lagged({missed}) was raised, and nothing could be dropped")
 
     def count(self, missed: int) -> None:
-        """``Channel.missed`` is this: what ``Lagged`` has counted, or, under "latest", what was skipped up to now."""
+        """``Channel.missed`` is this: what ``Lagged`` and ``Overflowed`` have counted, or, under "latest", what was skipped."""
         before, self.missed = self.missed, missed
         if self.overflow == "latest":
             self.gap += missed - before
@@ -133,6 +133,7 @@ class Ledger:
     def overflow_once(self) -> None:
         """``Overflowed`` was raised."""
         before, self.overflowed = self.overflowed, True
+        self.missed += 1
         if before or self.overflow != "disconnect" or not self.may_drop:
             raise Broken("Overflowed was raised, and nothing could overflow")
 

@@ -53,7 +53,7 @@ class StartError(BroadcastError, RuntimeError):
 
 
 class AddressError(BroadcastError, OSError, ValueError):
-    """An address that no socket can have: too long, empty, with a NUL byte, or in a folder that does not exist."""
+    """An address that no socket can have: too long, empty, or with a NUL byte."""
 
 
 class AuthenticationFailed(BroadcastError, multiprocessing.AuthenticationError):

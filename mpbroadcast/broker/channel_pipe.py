@@ -33,7 +33,7 @@ class ChannelPipe:
 
     def reserve(self) -> None:
         """Let only the process open it that had it open before the broker was restarted."""
-        self.state = self.unopened = PipeState.RESERVED
+        self.state = self.unopened = self.state.to(PipeState.RESERVED)
 
     def begin_opening(self, backlog: Backlog) -> int:
         """Make the pipe. Return the descriptor of its reader's end.
@@ -41,10 +41,9 @@ class ChannelPipe:
         :raises OSError: no descriptor is left.
         """
         # An eighth of the capacity, so that a small one is not all in the pipe, where no event reports that a part is read.
-        # A state goes into an empty pipe only: one page reports room when it is empty.
-        is_state = backlog.policy == "latest"
+        # The newest message goes into an empty pipe only: one page reports room when it is empty.
         size = min(PIPE_SIZE, max(_PAGE, 1 << max(0, (backlog.capacity // 8).bit_length() - 1)))
-        reader, writer = new_pipe(_PAGE if is_state else size)
+        reader, writer = new_pipe(_PAGE if backlog.keeps_newest_only else size)
         self.state = self.state.to(PipeState.OPENING)
         self.fd = writer
         given = size_of_pipe(reader)

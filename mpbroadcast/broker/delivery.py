@@ -45,11 +45,11 @@ class Delivery:
         if events & OUT:
             self.dirty[subscription] = None
         else:
-            self.gone.append(subscription)  # its reader is
+            self.gone.append(subscription)  # an error event: its reader has closed its end
 
-    def write(self, most: int) -> int:
-        """Write what is in the backlogs of at most so many of those that are dirty. Return how many that were."""
-        dirty = list(islice(self.dirty, most))
+    def write(self, limit: int) -> int:
+        """Write the backlogs of at most ``limit`` dirty subscriptions. Return how many these were."""
+        dirty = list(islice(self.dirty, limit))
         if len(dirty) < len(self.dirty):
             for subscription in dirty:
                 del self.dirty[subscription]
@@ -209,7 +209,7 @@ def _write(subscription: Subscription) -> bool:
 
 
 def _write_notes(subscription: Subscription, window: ReferenceWindow) -> bool:
-    """Write the notes of the window, if the pipe ends with a whole run. Return whether the pipe had room for all of them."""
+    """Write the notes of the window, if the pipe ends with a whole run. Return False if the pipe is full."""
     backlog = subscription.backlog
     while window.notes and backlog.is_between_runs:
         data = note(*window.notes[0])

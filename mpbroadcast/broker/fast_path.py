@@ -7,7 +7,7 @@ what intake, routing and delivery do for all others, where none of them has anyt
   pipe takes whole or not at all. Nothing of its publisher is parked or unfinished. Its topic was routed before.
 - For each of its targets nothing waits and nothing is reported, no publisher waits, the pipe is open, and the message fits
   into the capacity as far as is known. So it comes behind all that was routed before, in each pipe.
-- Each round passes few messages on, so that publishers are served in turn, and the round stays short.
+- This round has room for so many writes. Where many messages with many targets come at once, the general way joins them.
 
 Everything else goes the general way, which this must not differ from. A pipe that does not take the message, as it is full or
 its reader is gone, finds it in the backlog, and is written in the same round as always.
@@ -30,7 +30,7 @@ from mpbroadcast.validation import MAX_TOPIC
 
 _AROUND: Final = RUN.size + len(TAIL)
 _LONGEST: Final = PIPE_BUF - _AROUND
-_MOST_TARGETS: Final = 64
+MOST_WRITES: Final = 1 << 10  # into pipes, in one round: some milliseconds
 
 
 class FastPath:
@@ -41,6 +41,7 @@ class FastPath:
         self._routing = routing
         self._dirty = dirty
         self._account = account
+        self.room = MOST_WRITES  # writes that are left to this round
 
     def pass_on(self, publisher: Publisher, chunk: bytes) -> bool:
         """Write what was read into the pipes of its targets. Return False, with nothing done, if it must go the general way."""
@@ -55,7 +56,7 @@ class FastPath:
         if source.splitter.rest or source.barriers:
             return False
         targets = self._found.get(chunk[HEAD.size : skip])
-        if targets is None or len(targets) > _MOST_TARGETS:
+        if targets is None or len(targets) > self.room:
             return False
         charge = size + OVERHEAD
         for subscription in targets:
@@ -79,11 +80,12 @@ class FastPath:
                 self._dirty[subscription] = None
                 continue
             backlog.passed_on(len(data))
-            publisher.last_in[subscription] = backlog.left
+            publisher.last_in[subscription] = backlog.departed
             if subscription.window is not None:
                 subscription.window.moved += len(data)
         if routing.history is not None:
             routing.history.add(routing.next_id, _batch(chunk, skip))
+        self.room -= len(targets)
         source.position += size
         routing.next_id += 1
         return True

@@ -14,7 +14,7 @@ from typing import Final
 
 from mpbroadcast.broker.channel_pipe import PIPE_SIZE
 from mpbroadcast.broker.core.states import PublisherState
-from mpbroadcast.broker.fast_path import FastPath
+from mpbroadcast.broker.fast_path import MOST_WRITES, FastPath
 from mpbroadcast.broker.members import Publisher, PublisherPipe, Session
 from mpbroadcast.posix.pipes import new_pipe, replace_with_dead_pipe
 from mpbroadcast.posix.poller import IN, Poller
@@ -25,7 +25,6 @@ log = logging.getLogger("mpbroadcast.broker")
 _SHORTEST_NAP: Final = 50e-6  # seconds; it doubles while a publisher stays busy
 _LONGEST_NAP: Final = 400e-6
 MUCH: Final = PIPE_SIZE // 4  # bytes in one read, or between two naps: with 400 µs, a publisher would soon wait for room
-_FEW: Final = 16  # lone messages that a round passes on at once
 _AT_FIRST: Final = MUCH + PIPE_BUF  # bytes in a read of one that is not busy: one of very short messages never is
 
 
@@ -58,6 +57,7 @@ class Intake:
     def wait(self, *, at_once: bool) -> None:
         """Wait until something happens, and handle it; do not wait if ``at_once``. Then read the pipes of those that nap."""
         much, self._came, self._items = self._came >= MUCH, 0, 0
+        self._fast_path.room = MOST_WRITES
         self._nap = min(2 * self._nap, _LONGEST_NAP) if self._napping and not much else _SHORTEST_NAP
         self._poller.round(0.0 if at_once else self._nap if self._napping else None)
         for publisher in list(self._napping):
@@ -73,7 +73,7 @@ class Intake:
         is_alone = False
         if limit is None and publisher.state is PublisherState.READING:
             limit = _AT_FIRST
-            is_alone = self._items < _FEW and not self.ready
+            is_alone = not self.ready
         try:
             chunk = publisher.pipe.read(limit)
         except BlockingIOError:
@@ -88,18 +88,20 @@ class Intake:
                 self._items += 1
                 return
             came = publisher.take(chunk)
-        except Exception as error:
-            if not isinstance(error, FrameError):  # whatever is wrong with what it has sent, it does not end the broker
-                log.exception("bytes of process %d could not be parsed, or routed", publisher.pid)
-            self.refuse(publisher, str(error))
+        except FrameError as error:
+            self.refuse(publisher, f"it sent {error}")
+            return
+        except Exception as error:  # whatever is wrong with what it has sent, or here: it does not end the broker
+            log.exception("bytes of process %d could not be parsed, or routed", publisher.pid)
+            self.refuse(publisher, f"the broker failed at what it sent ({error!r})")
             return
         self._came += came
         self._items += len(publisher.parked)
         self.ready[publisher] = came
 
-    def refuse(self, publisher: Publisher, error: str) -> None:
-        """Read nothing more of a publisher that has sent what it must not."""
-        log.warning("process %d sent %s, which is no frame: it cannot publish any more", publisher.pid, error)
+    def refuse(self, publisher: Publisher, why: str) -> None:
+        """Read nothing more of a publisher whose bytes cannot be parsed, or routed."""
+        log.warning("process %d cannot publish any more: %s", publisher.pid, why)
         self.close(publisher)
 
     def watch(self, publisher: Publisher) -> None:

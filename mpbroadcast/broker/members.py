@@ -157,7 +157,7 @@ class Publisher:
             if isinstance(item, References):
                 ring = None if lender is None else lender.rings.get(item.ring)
                 if ring is None:
-                    raise FrameError(f"a reference to a ring {item.ring} that it does not have")
+                    raise FrameError(f"a reference to ring {item.ring}, which it does not share")
                 found = item._replace(hold=ring.arrived(item))
             elif isinstance(item, MemfdMessage):
                 found = None if lender is None else lender.fetch(item)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.broker.core.ring_holds import Holds, Overlap
+from mpbroadcast.broker.core.ring_holds import Holds, Misplaced
 from mpbroadcast.posix.descriptors import OwnedDescriptor
 from mpbroadcast.posix.fd_socket import DescriptorSocket, Reserve
 from mpbroadcast.posix.shared_memory import (
@@ -73,23 +73,18 @@ class Ring:
         self._lender = lender
         self._chunk = chunk
         self._holds = Holds(chunks, chunk)
-        self.view = memoryview(map_for_reading(descriptor.fd, size))
+        self.view = map_for_reading(descriptor.fd, size)
 
     def arrived(self, references: References) -> RingHold:
         """Return the hold on the chunks of messages that have come.
 
         :raises FrameError: they are not in the ring, or lie over earlier ones.
         """
-        spans, size, came = list(references.positions()), self.size, 0
-        for offset, length in spans:
-            if not 0 < length <= size - offset:
-                raise FrameError(f"a reference to {length} bytes at {offset} of a ring of {size}")
-            came += length
-        self.position += came
         try:
-            chunks, freed = self._holds.arrived(spans)
-        except Overlap as error:
+            chunks, freed = self._holds.arrived(references.positions())
+        except Misplaced as error:
             raise FrameError(str(error)) from None
+        self.position += sum(references.sizes) - len(references.sizes) * references.skip
         self._users += 1
         self._report(freed)
         return RingHold(self, chunks)

@@ -47,7 +47,7 @@ class MemoryExchange:
         :raises OSError: no descriptor is left, or it shares a ring already.
         """
         if publisher.lender is not None and publisher.lender.rings:
-            raise OSError(errno.EEXIST, "this publisher has a socket for descriptors already")
+            raise OSError(errno.EEXIST, "this publisher shares a ring already")
         own, other = DescriptorSocket.pair()
         if publisher.lender is not None:  # it was interrupted, and begins again
             self._poller.close(publisher.lender.fd_socket.detach())
@@ -146,7 +146,7 @@ class MemoryExchange:
     def takes(self, subscription: Subscription, ring: Ring) -> bool:
         """Return whether references into this ring may wait for a subscription. Offer the ring to its reader if need be."""
         window, backlog = subscription.window, subscription.backlog
-        if window is None or not subscription.is_open or backlog.capacity < _SMALLEST or backlog.policy == "latest":
+        if window is None or not subscription.is_open or backlog.capacity < _SMALLEST or backlog.keeps_newest_only:
             return False
         if ring not in window.rings:
             ring.readers.add(subscription)

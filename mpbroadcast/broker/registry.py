@@ -23,7 +23,7 @@ from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
 from mpbroadcast.broker.core.patterns import is_pattern, matcher
-from mpbroadcast.broker.core.policies import new_backlog
+from mpbroadcast.broker.core.policies import new_backlog, reserved_backlog
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import PipeState, SubscriptionState
 from mpbroadcast.broker.groups import Groups
@@ -95,8 +95,7 @@ class Registry:
             self._peers.release(peer)
             return
         policy, session = entry["policy"], Session(self.new_id(), peer, self.budget)
-        blocks = entry["opened"] and policy in ("block", "disconnect")  # and it may never be opened again
-        backlog = new_backlog(entry["capacity"], "drop_oldest" if blocks else policy)
+        backlog = (reserved_backlog if entry["opened"] else new_backlog)(entry["capacity"], policy)
         if entry["group"] is not None:
             subscription = Subscription(entry["id"], session, new_backlog(entry["capacity"], "block"))
             self._restore_member(subscription, backlog, entry)

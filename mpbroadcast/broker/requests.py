@@ -7,7 +7,6 @@ takes long is a generator: between two of its steps the broker has a round, so w
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -31,11 +30,15 @@ class _Refused(Exception):
         self.more = more
 
 
+# That are replied. From Python 3.12 on, a context manager of contextlib would leave each in a cycle, for the garbage collector.
+_ERRORS: Final = (OverBudget, _Refused, OSError)
+
+
 def answer(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     """Do what is requested, and reply to it, now or later."""
     do = message.get("do")
     handler = _HANDLERS.get(do) if isinstance(do, str) else None
-    with _errors_to(connection):
+    try:
         if handler is None:
             raise _Refused("value", f"the broker does not know how to {do!r}: is it of another version?")
         if connection.peer.connections > MOST_CONNECTIONS:
@@ -44,26 +47,27 @@ def answer(broker: Broker, connection: ControlConnection, message: dict[str, Any
         parts = handler(broker, connection, message)
         if parts is not None:
             broker.do(_while_open(connection, parts))
+    except _ERRORS as error:
+        _reply_error(connection, error)
 
 
 def _while_open(connection: ControlConnection, parts: Parts) -> Parts:
     """Do what takes long, unless the connection is closed meanwhile."""
-    with _errors_to(connection):
+    try:
         for waits in parts:
             yield waits
             if connection.is_closed:
                 break
+    except _ERRORS as error:
+        _reply_error(connection, error)
 
 
-@contextlib.contextmanager
-def _errors_to(connection: ControlConnection) -> Iterator[None]:
-    try:
-        yield
-    except OverBudget as error:
+def _reply_error(connection: ControlConnection, error: OverBudget | _Refused | OSError) -> None:
+    if isinstance(error, OverBudget):
         connection.reply({"error": "value", "text": str(error)})
-    except _Refused as refused:
-        connection.reply({"error": refused.kind, "text": str(refused), **refused.more})
-    except OSError as error:
+    elif isinstance(error, _Refused):
+        connection.reply({"error": error.kind, "text": str(error), **error.more})
+    else:
         no_descriptors = error.errno in (errno.EMFILE, errno.ENFILE)
         text = "the broker has no descriptor left for another pipe" if no_descriptors else str(error)
         connection.reply({"error": "system", "text": text, "errno": error.errno})
@@ -124,9 +128,9 @@ def _flush(broker: Broker, connection: ControlConnection, message: dict[str, Any
         is_there = subscription.id in broker.registry.subscriptions
         if isinstance(subscription, Group):
             is_there = bool(subscription.shares.members)
-            if subscription.backlog.left >= position:  # what it has given out may not be in the members' pipes yet
+            if subscription.backlog.departed >= position:  # what it has given out may not be in the members' pipes yet
                 entered.update((member, member.backlog.entered) for member in subscription.shares.members)
-        if subscription.backlog.left < position and is_there:
+        if subscription.backlog.departed < position and is_there:
             entered[subscription] = position
             if now:
                 break

@@ -47,7 +47,7 @@ class Routing:
         self.history = history
         self.behind: dict[Publisher, None] = {}  # those whose turn is over: the next is in the next round
         self.resuming: list[Publisher] = []  # blocked by backlogs that have room again
-        self.refused: dict[Publisher, str] = {}  # those that have sent what cannot be routed, with the reason
+        self.refused: dict[Publisher, str] = {}  # those of which something cannot be routed, with the reason
         self.overflowed: list[Subscription] = []  # those that have ended themselves
         self.groups: dict[int, int] = {}  # the ids of members and of their groups, which a member's exclusion leaves out whole
         self._router = router
@@ -96,7 +96,7 @@ class Routing:
                 continue
             except Exception as error:  # an item that the broker cannot route costs its publisher, and no other one
                 log.exception("a message of process %d could not be routed", publisher.pid)
-                self.refused[publisher] = str(error)
+                self.refused[publisher] = f"the broker failed at a message of it ({error!r})"
                 continue
             if full is not None:
                 self.behind.pop(publisher, None)
@@ -115,7 +115,7 @@ class Routing:
         ring = None if hold is None else hold.ring
         if ring is not None:
             if ring.retired:
-                self.refused[publisher] = "a reference into a ring that it has left"
+                self.refused[publisher] = "it sent a reference into a ring that it had replaced"
                 return None
             self._memory.use(ring, publisher)
         targets = self._router.targets(item.topic)
@@ -177,7 +177,7 @@ class Routing:
         The newest is first, and each comes before those that are there: so what is routed meanwhile comes behind all of them.
         """
         backlog, account, room = subscription.backlog, self._memory.store.account, _REPLAYED
-        last = () if self.history is None else self.history.last(topics, 1 if backlog.policy == "latest" else count)
+        last = () if self.history is None else self.history.last(topics, 1 if backlog.keeps_newest_only else count)
         for position, batch in last:
             if not backlog.put_first(_RUNS[type(batch)](batch, position, account)):
                 break

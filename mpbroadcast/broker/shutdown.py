@@ -125,8 +125,8 @@ class Shutdown:
         before, self._progress = self._progress, {}
         for subscription in self._registry.subscriptions.values():
             packets = subscription.window.received if subscription.window is not None else 0
-            left, unread = subscription.backlog.left, subscription.pipe.unread()
-            self._progress[subscription] = (subscription.is_open, left, unread, packets)
+            departed, unread = subscription.backlog.departed, subscription.pipe.unread()
+            self._progress[subscription] = (subscription.is_open, departed, unread, packets)
         if self._progress != before:
             self._progress_at = time.monotonic()
         wait = min(self.time_left, _LOOK)

@@ -11,7 +11,7 @@ from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.received import Received
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
-from mpbroadcast.posix.addresses import is_own_folder, resolve, resolve_default
+from mpbroadcast.posix.addresses import resolve, resolve_default
 from mpbroadcast.validation import Policy, check_authkey, check_bool, check_count, check_timeout
 
 M = TypeVar("M")
@@ -138,15 +138,12 @@ def connect(address: str | os.PathLike[str] | None = None, *, authkey: bytes | N
 
     :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) the broker has another key, or its key file is
         not safe: a link, another user's, or open to others.
-    :raises BrokerLost: there is no broker at this address.
+    :raises BrokerLost: there is no broker at this address, or not even its folder.
     :raises TimedOut: the broker did not reply in time.
     :raises AddressError: no socket can have this address, or there is none.
     """
     authkey = check_authkey(authkey)
     path = resolve_default(address)
-    folder = os.path.dirname(path)
-    if not (os.path.isdir(folder) or is_own_folder(folder)):
-        raise AddressError(f"there is no folder {folder!r}: the broker has ended, or this is not a broadcaster's `address`")
     client = BrokerClient(path, authkey=authkey)
     client.session()
     return Broadcaster(BrokerClient.shared(path, client.broker, client.restarts))

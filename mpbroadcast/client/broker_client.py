@@ -245,12 +245,13 @@ class BrokerClient:
     def leave_to(self, processes: Descendants, subscription: int) -> None:
         """Drop a subscription when none of these processes, which can still open it, lives any more."""
         if not self._is_broker_gone:
-            self.inherited[subscription] = processes
+            self.inherited[subscription] = processes.until_now()
 
     @property
     def _is_broker_gone(self) -> bool:
-        """True if the broker has ended, as far as this process knows, and no other one takes over."""
-        return self._session is not None and self._session.lost and not self.restarts
+        """True if the broker has ended, and no other one takes over."""
+        session = self._session
+        return session is not None and not self.restarts and (session.lost or session.lifeline.is_ended)
 
     def send_notes(self) -> None:
         """Send the notes that had no room before, as far as there is room now. A publish that waits calls it repeatedly."""
@@ -283,6 +284,8 @@ class BrokerClient:
         session: Session | None = getattr(self, "_session", None)
         if session is not None and _last_notes is not None:  # else the interpreter has cleared this module
             self._drop_inherited()
+            if self._is_broker_gone:
+                self.inherited.clear()
             notes = _notes([*self.dropped]) + encode({"do": "detach", "end": self.ends_broker})
             _last_notes.append((session.lifeline, notes))
             _send_last_notes()

@@ -202,7 +202,7 @@ class Channel(Receiving[M]):
     def missed(self) -> int:
         """The number of messages dropped for this channel, under any policy, before the last one that it has received.
 
-        It counts what :class:`Lagged` was raised for, and what ``overflow="latest"`` has skipped.
+        It counts what :class:`Lagged` and, for one, :class:`Overflowed` stand for, and what ``overflow="latest"`` has skipped.
         """
         return self._missed
 

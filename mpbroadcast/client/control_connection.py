@@ -62,7 +62,8 @@ class ControlConnection:
                     return
             except OSError as error:
                 raise BrokerLost(
-                    f"no broker answers at {self._address!r} ({error.strerror}): it has ended, or this is not its `address`"
+                    f"no broker answers at {self._address!r} ({error.strerror}): it has ended, or this is not its `address`: "
+                    "start one, or connect to the `address` of one that is there"
                 ) from error
             if deadline.remaining() == 0:
                 raise TimedOut(f"the broker at {self._address!r} accepted no connection in time")
@@ -142,6 +143,11 @@ class ControlConnection:
             if body is not None:
                 self._crash = BrokerCrashed(str(control.decode(body).get("crashed", "")))
         return self._crash
+
+    @property
+    def is_ended(self) -> bool:
+        """True if the broker, or this process, has closed the connection."""
+        return self._socket.fileno() < 0 or is_ready(self._socket, 0, 0)
 
     def send_now(self, notes: bytes) -> bytes:
         """Send what there is room for. Return the rest, empty if the broker has ended.

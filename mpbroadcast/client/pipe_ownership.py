@@ -8,7 +8,7 @@
 - When a broker has died and another one takes over, the old pipe is kept as ``_former`` until what was read from it is done.
 - The lock is held while the broker is asked, so a thread waits for it until its own deadline, and never under the channel's
   lock. ``close_pipe`` does not take it: a close does not wait for the broker's reply to another thread, and ``_move`` finds
-  which one was first.
+  which one was first. A second lock, under which nothing waits, makes each such change one step, also without the GIL.
 
 The states of a channel in one process::
 
@@ -71,8 +71,12 @@ class PipeOwnership:
         self._is_subscriber = is_subscriber  # this process has subscribed
         self._is_pickled = False  # another process may have it that was not forked from this one
         self._heirs = descendants()  # processes that were forked from this one
-        self._lock = locks.rlock()
+        self._new_locks()
         on_fork(self, PipeOwnership._in_child)
+
+    def _new_locks(self) -> None:
+        self._lock = locks.rlock()
+        self._state_lock = locks.rlock()  # it orders the changes of an opening and of a close, which another thread may call
 
     @property
     def is_closed(self) -> bool:
@@ -101,21 +105,29 @@ class PipeOwnership:
                     raise _in_use(self._owner)
                 try:
                     if self.state is not OPEN:  # else another thread has opened it meanwhile
-                        self._open_once(limit)
+                        self._open_or_restore(limit)
                 except IllegalTransition:  # closed by another thread meanwhile
                     self.pipe = self.shared = None
                     raise self.closed_error() from None
-                except (BrokerLost, ChannelInUse, ClosedError) as error:
-                    former = self._former
-                    if former is not None and self.state is RECONNECTING:  # no call until it is OPEN again
-                        (self.pipe, self.shared), self.state, self._former = former, OPEN, None
-                    elif isinstance(error, ChannelInUse):
-                        self.pipe = None
-                        self._owner = error.pid or -1
-                        self._move(ELSEWHERE)
-                    raise
             pipe = self.pipe
         return pipe
+
+    def _open_or_restore(self, deadline: Deadline) -> None:
+        """Open the pipe. If it raises, the former pipe is back, or another process is known as the owner."""
+        try:
+            self._open_once(deadline)
+        except (BrokerLost, ChannelInUse, ClosedError) as error:
+            with self._state_lock:
+                former = self._former
+                if former is not None and self.state is RECONNECTING:  # no call until it is OPEN again
+                    (self.pipe, self.shared), self.state, self._former = former, OPEN, None
+                    raise
+            if isinstance(error, ChannelInUse):
+                self.pipe = None
+                self._owner = error.pid or -1
+                self._move(ELSEWHERE)
+                self.release_heirs()
+            raise
 
     def _open_once(self, deadline: Deadline) -> None:
         if self.pipe is None:
@@ -138,9 +150,10 @@ class PipeOwnership:
         while True:
             state = self.state
             after = state.to(to)
-            if self.state is state:  # no call from here on, so no other thread comes in between
-                self.state = after
-                return
+            with self._state_lock:
+                if self.state is state:  # no call from here on, so no signal handler comes in between
+                    self.state = after
+                    return
 
     def begin_reconnecting(self) -> None:
         """Note that the broker of this pipe has died: :meth:`open` replaces it, or gives it back if no other takes over.
@@ -227,7 +240,7 @@ class PipeOwnership:
             self.client.leave_to(self._heirs, self.subscription)
 
     def _in_child(self) -> None:
-        self._lock = locks.rlock()
+        self._new_locks()
         self._is_subscriber = False
         if self.pipe is not None or self._former is not None:
             owner = os.getppid()

@@ -256,7 +256,7 @@ def _note(run: RunView) -> End | Failure:
         return Failure(Lagged(None if run.image else run.position), run.position)
     if run.kind == runs.RESTARTED:
         return Failure(BrokerRestarted(_RESTARTED))
-    return Failure(Overflowed(_OVERFLOWED)) if run.kind == runs.OVERFLOWED else ENDED
+    return Failure(Overflowed(_OVERFLOWED), 1) if run.kind == runs.OVERFLOWED else ENDED
 
 
 def read_into(stream: Stream, fd: int, size: int) -> None:

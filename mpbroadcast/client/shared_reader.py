@@ -68,7 +68,7 @@ class SharedReader:
 
     def _map(self, ring: int, fd: int) -> None:
         with contextlib.suppress(OSError, shared_memory.MemoryRefused):
-            self._rings[ring] = memoryview(shared_memory.map_for_reading(fd, shared_memory.check_ring(fd)))
+            self._rings[ring] = shared_memory.map_for_reading(fd, shared_memory.check_ring(fd))
             shared_memory.keep_freed_memory()
 
     def note(self, kind: int, ring: int) -> None:

@@ -3,8 +3,8 @@
 - The pipe gets a small frame at the position of the message, so the order is that of the pipe. For the broker, memory that
   no frame announces does not exist.
 - Messages of up to ``LONGEST`` bytes are copied into the ring. The ring is offered to the broker through the descriptor socket,
-  and used once that has accepted it. When no chunk is free, the publisher asks for one and waits a second at most; then it does
-  not wait again until one is free, and offers no second ring while readers that have stopped hold the first.
+  and used once that has accepted it. When no chunk is free, the publisher asks for one and waits a second at most, or until the
+  broker sends that there will be none. Then it uses the pipe or memory of its own until a chunk is free, and offers a new ring.
 - Longer ones, and those that the ring has no room for, get memory of their own, sent before the frame. The broker's
   acknowledgement, when it has routed the message, bounds how much of that is on its way.
 - The message goes through the pipe where there is no shared memory, where there is no room for the moment and it is short, and
@@ -19,6 +19,7 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, Final
 
 from mpbroadcast import trap_points
@@ -50,6 +51,15 @@ _SLICE: Final = 0.05  # seconds to wait for a packet, which another thread may h
 _ring_ids: Final = itertools.count(1)
 
 
+class _Outcome(Enum):
+    """Of an attempt to publish in the ring."""
+
+    ANNOUNCED = "published"
+    PIPE_FULL = "not published: the pipe has no room for the frame"
+    NO_CHUNK = "not published: the broker has accepted no ring, or no chunk of it is free"
+    NO_MEMORY = "not published: the system has no memory for the chunk"
+
+
 class SharedWriter(PipeWriter):
     """A publisher's writer: its pipe, and the shared memory beside it."""
 
@@ -63,7 +73,7 @@ class SharedWriter(PipeWriter):
         self._offered: Ring | None = None
         self._packets: list[bytes] = []  # received, and not handled yet
         self._no_ring_before = 0.0
-        self._is_dry = False  # True from when a chunk was waited for in vain until one is free
+        self._is_dry = False  # True from when a chunk was waited for in vain, or the broker sent NONE, until one is free
         self._unrouted: dict[int, int] = {}  # bytes of each message in memory of its own
         self.pool = MemoryPool()
 
@@ -138,6 +148,7 @@ class SharedWriter(PipeWriter):
                 return False
 
     def _handle(self, data: bytes) -> None:
+        """Act on a packet of the broker. The caller holds the lock."""
         kind, ring_id, value = unpack(data)
         ring, offered = self._ring, self._offered
         if kind == ROUTED:
@@ -161,17 +172,19 @@ class SharedWriter(PipeWriter):
     def _through_ring(
         self, fd_socket: DescriptorSocket, payload: Payload, route: Route, deadline: Deadline, done: list[int]
     ) -> bool:
-        before = len(done)
+        """Publish a message in the ring: block until the pipe has room. Return False if the message must go another route."""
         patience: Deadline | None = None
         while True:
             with self._lock:
-                has_no_chunk = self._put(fd_socket, payload, route, done)
-                if has_no_chunk and (self._ring is None or self._is_dry):
+                outcome = self._put(fd_socket, payload, route, done)
+                if outcome is _Outcome.NO_CHUNK and (self._ring is None or self._is_dry):
                     self._offer(fd_socket)
                     return False
-            if len(done) > before:
+            if outcome is _Outcome.ANNOUNCED:
                 return True
-            if not has_no_chunk:
+            if outcome is _Outcome.NO_MEMORY:
+                return False
+            if outcome is _Outcome.PIPE_FULL:
                 self.wait(deadline)
                 continue
             # Wait for a chunk, but not for long, and not again until one is free.
@@ -184,8 +197,8 @@ class SharedWriter(PipeWriter):
                 return False
             fd_socket.wait(patience)
 
-    def _put(self, fd_socket: DescriptorSocket, payload: Payload, route: Route, done: list[int]) -> bool:
-        """Copy a message into the ring, and announce it if the pipe has room. Return True if the ring had none."""
+    def _put(self, fd_socket: DescriptorSocket, payload: Payload, route: Route, done: list[int]) -> _Outcome:
+        """Copy a message into the ring, and announce it if the pipe has room. The caller holds the lock."""
         ring = self._ring
         before = len(done)
         start = None if ring is None else ring.allocator.take(payload.size)
@@ -194,20 +207,20 @@ class SharedWriter(PipeWriter):
             ring = self._ring
             start = None if ring is None else ring.allocator.take(payload.size)
         if ring is None or start is None:
-            return True
+            return _Outcome.NO_CHUNK
         try:
             if not ring.copy(start, payload):
-                return True
+                return _Outcome.NO_MEMORY
             frame = reference_frame(ring.id, start, payload.size, *route, payload.image)
             with contextlib.suppress(BlockingIOError):
                 done.extend(map(write, (self.pipe.fd,), (frame,)))
         finally:
             if not done[before:]:
                 ring.allocator.undo()
-        return False
+        return _Outcome.ANNOUNCED if done[before:] else _Outcome.PIPE_FULL
 
     def _offer(self, fd_socket: DescriptorSocket) -> None:
-        """Make a ring, and send it to the broker."""
+        """Make a ring, and send it to the broker. The caller holds the lock."""
         now = time.monotonic()
         if self._offered is not None or now < self._no_ring_before:
             return

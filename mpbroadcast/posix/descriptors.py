@@ -120,6 +120,13 @@ class Descendants:
     def __init__(self) -> None:
         self.ends: dict[OwnedDescriptor | None, None] = {}  # of each fork's pipe; None: no descriptor was left for it
 
+    def until_now(self) -> Descendants:
+        """Return the same processes, without those that are forked later."""
+        made = Descendants()
+        made.ends.update(self.ends)
+        _pipes.complete.add(made)
+        return made
+
     def live(self) -> bool:
         """Return True if one of them may live."""
         for end in list(self.ends):
@@ -135,7 +142,8 @@ class _Pipes:
         self.threads_without_heirs: set[int] = set()  # their forks are the library's own, and no handle is used in them
         self.ends: tuple[int, ...] = ()
         self.next = Descendants()
-        self.before: WeakSet[Descendants] = WeakSet()
+        self.before: WeakSet[Descendants] = WeakSet()  # to which each fork adds
+        self.complete: WeakSet[Descendants] = WeakSet()
 
     def make(self) -> None:
         if threading.get_ident() not in self.threads_without_heirs and _forks.hooks:  # without a hook, there is no handle
@@ -146,20 +154,21 @@ class _Pipes:
         if threading.get_ident() in self.threads_without_heirs:
             return
         ends, self.ends = self.ends, ()
+        if ends:
+            os.close(ends[1])  # first: as long as it is open here, all seem to live
         end = OwnedDescriptor(ends[0]) if ends else None
         self.before.add(self.next)
         self.next = Descendants()
-        for one in list(self.before):
+        for one in [*self.before, *self.complete]:
             one.live()  # so that nothing is kept of those that have ended
+        for one in list(self.before):
             one.ends[end] = None
-        if ends:
-            os.close(ends[1])
 
     def keep_write_end(self) -> None:
         ends, self.ends = self.ends, ()
         if ends:
             os.close(ends[0])  # the end of this process, and of all that it forks, closes the other one
-        self.next, self.before = Descendants(), WeakSet()
+        self.next, self.before, self.complete = Descendants(), WeakSet(), WeakSet()
 
 
 _pipes = _Pipes()

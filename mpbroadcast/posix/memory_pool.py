@@ -26,10 +26,10 @@ from typing import Any, Final
 from mpbroadcast import trap_points
 from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock, on_fork
 from mpbroadcast.posix.shared_memory import (
-    NO_DESCRIPTOR,
     SEAL_FUTURE_WRITE,
     fill,
     fits,
+    map_for_writing,
     message_memory,
     new_memory,
     populate,
@@ -141,7 +141,7 @@ class KeptMemory:
         if not self.is_unused():
             raise OSError(errno.EINVAL, "the system has no leases")
         with fork_lock():  # a child has the map only if it has the hook
-            self._map = mmap.mmap(self.descriptor.fd, 0, **NO_DESCRIPTOR)
+            self._map = map_for_writing(self.descriptor.fd, self.size)
             trap_points.reach("mapping kept memory")
             on_fork(self, KeptMemory.close)
 

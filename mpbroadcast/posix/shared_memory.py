@@ -72,7 +72,7 @@ def ring_memory(size: int) -> tuple[OwnedDescriptor, mmap.mmap]:
     """
     descriptor = new_memory()
     os.ftruncate(descriptor.fd, size)
-    mapped = mmap.mmap(descriptor.fd, size, **NO_DESCRIPTOR)
+    mapped = map_for_writing(descriptor.fd, size)
     seal(descriptor.fd, SEAL_FUTURE_WRITE)
     return descriptor, mapped
 
@@ -179,33 +179,46 @@ def _checked(fd: int, writing: int, size: int) -> int:
     return there
 
 
-def map_for_reading(fd: int, size: int) -> mmap.mmap:
+def map_for_reading(fd: int, size: int) -> memoryview:
     """Map a ring: what its publisher writes is seen in the map.
 
     :raises OSError: the system does not map it.
     """
-    return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ, **NO_DESCRIPTOR)
+    return memoryview(_mapped(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)).toreadonly()
 
 
-# mmap.mmap keeps a duplicate of the descriptor for as long as the map lives, unless ``trackfd`` is false, from 3.13 on: a
-# process that keeps a thousand arrays would have no descriptor left. Before that, the system's own function maps.
-NO_DESCRIPTOR: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+def map_for_writing(fd: int, size: int) -> mmap.mmap:
+    """Map memory that is written through this map.
+
+    :raises OSError: the system does not map it.
+    """
+    return _mapped(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def map_privately(fd: int, size: int) -> Any:
+def map_privately(fd: int, size: int) -> mmap.mmap:
     """Return a buffer over the memory of a message that is this process's own: writable, not shared, not copied.
 
     It lasts until nothing refers to it any more, and needs no descriptor.
 
     :raises OSError: the system does not map it.
     """
+    return _mapped(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _mapped(fd: int, size: int, sharing: int, access: int) -> mmap.mmap:
+    """Map it without a descriptor.
+
+    ``mmap.mmap`` keeps a duplicate of it for as long as the map lives, unless ``trackfd`` is false, from Python 3.13 on. A
+    process that keeps a thousand arrays would have none left; and a map that a thread reads stays in a child that is forked
+    meanwhile, where that thread does not exist. Before 3.13, the system's own function maps.
+    """
     if sys.version_info >= (3, 13):
-        return mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, **NO_DESCRIPTOR)
+        return mmap.mmap(fd, size, sharing, access, trackfd=False)
     buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # Python unmaps it, with what is put over it
     address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-    if _system_map()(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED, fd, 0) != address:
+    if _system_map()(address, size, access, sharing | _MAP_FIXED, fd, 0) != address:
         code = ctypes.get_errno()
-        raise OSError(code, f"{os.strerror(code)}: no map for a message of {size} bytes")
+        raise OSError(code, f"{os.strerror(code)}: no map of {size} bytes")
     return buffer
 
 

@@ -286,7 +286,7 @@ class Splitter:
     def _piece(self, piece: bytes, tag: int, batches: list[Item]) -> None:
         if tag == ABORT and len(piece) == _ABORT.size:
             message_id = _ABORT.unpack(piece)[2]
-            self._discard_unfinished(message_id)
+            self._take_parts(message_id)
             self.aborted.append(message_id)
             self.has_shared = True
             return
@@ -305,12 +305,13 @@ class Splitter:
         if self.unfinished > MAX_FRAME:
             raise FrameError("more bytes of unfinished messages than one message may have")
         if last:
-            frame = self._discard_unfinished(message_id)
+            frame = self._take_parts(message_id)
             if len(frame) < HEAD.size or HEAD.unpack_from(frame)[0] != len(frame):
                 raise FrameError(f"a message of {len(frame)} bytes whose head has another size")
             batches.append(_batch(frame, array("I", (len(frame),))))
 
-    def _discard_unfinished(self, message_id: int) -> bytes:
+    def _take_parts(self, message_id: int) -> bytes:
+        """Remove what has come of a message in pieces. Return it; nothing if nothing has come."""
         parts = self._parts.pop(message_id, None)
         if parts is None:
             return b""

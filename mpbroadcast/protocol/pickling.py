@@ -64,7 +64,7 @@ class _Parts(list[Any]):
 
 
 def gather(message: object) -> Payload:
-    """Pickle a message without copying its large buffers, ``bytes`` and ``bytearray``."""
+    """Pickle a message. Its large buffers (of pickle protocol 5) and large ``bytes`` and ``bytearray`` are not copied."""
     parts = _Parts()
     buffers: list[memoryview] = []
 

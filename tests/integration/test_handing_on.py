@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import pickle
+import signal
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, Channel, ChannelInUse, connect, start_broadcaster
+from tests.conftest import descriptors
 from tests.support import workers
 from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, only_subscriber, take, wait_until
 
@@ -271,3 +273,49 @@ def test_a_channel_that_is_closed_after_its_broker_leaves_no_descriptor(
         bus.close()
         channel.close()
     pipe[0].send("end")
+
+
+def test_a_process_that_is_forked_later_keeps_no_channel(bus: Bus, children: Children, fork: BaseContext) -> None:
+    """A channel that was closed before the fork cannot be opened in it: those that were forked before are waited for only."""
+    (earlier, to_earlier), (later, to_later) = fork.Pipe(), fork.Pipe()
+    channel = bus.subscribe()
+    child = children(fork, answer, to_earlier)
+    channel.close()
+    children(fork, answer, to_later)
+    assert len(bus.stats().subscribers) == 1
+    earlier.send("end")
+    finish(child)
+    wait_until(lambda: not bus.stats().subscribers)
+    later.send("end")
+
+
+def _close_when_asked(address: str, orders: Connection) -> None:
+    """Subscribe, and fork; close all when asked, and report what is left while the forked process lives."""
+    before = descriptors()
+    reader, writer = os.pipe()
+    handle: Bus = connect(address)
+    channel = handle.subscribe()
+    if not os.fork():
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    os.close(reader)
+    orders.send("subscribed")
+    answer(orders)
+    channel.close()
+    handle.close()
+    del channel, handle
+    orders.send(len(descriptors() - before) - 1)
+    os.close(writer)
+    os.wait()
+
+
+def test_nothing_is_kept_for_a_broker_that_was_killed(bus: Bus, children: Children, fork: BaseContext, pipe: Pipe) -> None:
+    """No call has found that the broker has ended: the handle does when it is closed."""
+    process = children(fork, _close_when_asked, bus.address, pipe[1])
+    assert answer(pipe[0]) == "subscribed"
+    os.kill(bus.stats().pid, signal.SIGKILL)
+    bus.close()
+    pipe[0].send("close")
+    assert answer(pipe[0]) == 0
+    finish(process)

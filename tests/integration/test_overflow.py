@@ -287,9 +287,11 @@ def test_overflowed_is_no_lag(bus: Bus) -> None:
     assert channel.recv(timeout=DEADLINE) == ("t", Size(2000).message(0))
     wait_until(lambda: readable(channel))
     assert channel.poll(0)
+    assert channel.missed == 0
     with pytest.raises(Overflowed, match="disconnect") as caught:
         channel.recv(timeout=DEADLINE)
     assert caught.value.channel is channel
+    assert channel.missed == 1
     for _ in range(2):
         with pytest.raises(EOFError):
             channel.recv(timeout=DEADLINE)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,12 +18,13 @@ import pytest
 from mpbroadcast import Broadcaster, Channel, connect
 from mpbroadcast.client import ring, shared_writer
 from mpbroadcast.client.shared_writer import SHARED_FROM
+from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.frames import PIPE_BUF
-from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST
+from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST, RingAllocator
 from tests.support import large_workers
-from tests.support.helpers import DEADLINE, Background, Children, only_subscriber, pattern, rest, take, wait_until
-from tests.support.large_workers import ReaderProcess, Size, number_of
+from tests.support.helpers import DEADLINE, Background, Children, finish, only_subscriber, pattern, rest, take, wait_until
+from tests.support.large_workers import ReaderProcess, Size, exchange, number_of
 from tests.support.victims import memories, shared_maps, written
 
 Bus = Broadcaster[Any]
@@ -155,7 +157,7 @@ def test_a_thread_does_not_write_into_the_ring_that_another_one_has_replaced(bus
     late = Background(bus.publish, Size(3000).message(0))
     assert begun.wait(DEADLINE)
     with monkeypatch.context() as patch:
-        patch.setattr(ring, "populate", lambda *_: False)  # there is no memory for more of this ring
+        patch.setattr(RingAllocator, "take", lambda *_: None)  # no chunk of this ring is free
         while shared_maps(os.getpid()) < 3:
             bus.publish(large.message(PRIME))
             channel.recv(timeout=DEADLINE)
@@ -167,6 +169,45 @@ def test_a_thread_does_not_write_into_the_ring_that_another_one_has_replaced(bus
     late.result()
     bus.publish(large.message(LAST))
     assert numbers(iter(partial(channel.recv, DEADLINE), large.message(LAST))) == [0]
+
+
+DECODING, GO_ON = threading.Event(), threading.Event()
+
+
+def _slowly(data: bytes) -> int:
+    DECODING.set()
+    assert GO_ON.wait(DEADLINE)
+    return len(data)
+
+
+class Slow:
+    """A message that is being unpickled for as long as a test likes."""
+
+    def __reduce__(self) -> tuple[Callable[[bytes], int], tuple[bytes]]:
+        return _slowly, (bytes(SIZE),)
+
+
+def test_a_child_keeps_no_descriptor_of_a_ring_that_another_thread_reads(
+    bus: Bus, children: Children, fork: BaseContext
+) -> None:
+    """That thread does not exist in the child, where nothing releases what it refers to."""
+    channel = bus.subscribe()
+    prime(bus, os.getpid(), channels=[channel], maps=2)
+    reading = Background(channel.recv, DEADLINE)
+    bus.publish(Slow())
+    assert DECODING.wait(DEADLINE)
+    finish(children(fork, lambda: sys.exit(memories(os.getpid()))))
+    GO_ON.set()
+    assert reading.result() == SIZE
+
+
+def test_without_memory_for_a_ring_no_chunk_is_waited_for(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message goes through the pipe at once."""
+    channel = bus.subscribe()
+    prime(bus, os.getpid(), channels=[channel], maps=2)
+    monkeypatch.setattr(ring, "populate", lambda *_: False)
+    monkeypatch.setattr(DescriptorSocket, "wait", None)
+    exchange(bus, channel, CHUNK // SIZE * [Size(2 * SIZE)])
 
 
 def test_a_publisher_that_closes_takes_its_memory_along(bus: Bus, reader: MakeReader) -> None:

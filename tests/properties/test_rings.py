@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from mpbroadcast.broker.core.ring_holds import Holds, Overlap, Unread
+from mpbroadcast.broker.core.ring_holds import Holds, Misplaced, Unread
 from mpbroadcast.client.ring import Ring
 from mpbroadcast.protocol import ring_allocator
 from mpbroadcast.protocol.fd_packets import FREE, NONE, READ, RING, PacketError, pack, unpack
@@ -271,15 +271,19 @@ def test_what_is_unread_is_what_was_written_and_not_read(steps: list[tuple[bool,
 
 @pytest.mark.parametrize(
     "lies",
-    [[(0, 10), (9, 5)], [(0, 10), (5, 1)], [(20, 10), (0, 5)], [(CHUNK, 5), (CHUNK - 5, 10)], [(0, 3 * CHUNK), (CHUNK, 1)]],
+    [
+        *([(0, 10), inside] for inside in ((9, 5), (5, 1))),
+        *([(20, 10), (0, 5)], [(CHUNK, 5), (CHUNK - 5, 10)], [(0, 3 * CHUNK), (CHUNK, 1)]),
+        *([(0, 10), outside] for outside in ((0, 0), (CHUNKS * CHUNK, 1), (5 * CHUNK, CHUNK + 1), (2**32 - 1, 2**32 - 1))),
+    ],
 )
 def test_a_ring_is_written_forward_only(lies: list[tuple[int, int]]) -> None:
-    """A message before the end of an earlier one is refused, until its chunk has been free again."""
+    """A message before the end of an earlier one is refused, until its chunk has been free again; one outside, always."""
     holds = Holds(CHUNKS, CHUNK)
     first, second = lies
     chunks, _ = holds.arrived([first])
     for positions in ([second], [(first[0] + first[1], 5), second]):
-        with pytest.raises(Overlap):
+        with pytest.raises(Misplaced):
             holds.arrived(positions)
     last = (CHUNKS - 1) * CHUNK
     holds.arrived([(last, 1)])

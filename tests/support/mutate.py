@@ -71,6 +71,7 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "Backlog._joined: len(parts) > 1 -> ",
         "_Dropping._split_to: self._divide(index, run.first) -> ",
         "_pack: count <= MOST_AT_ONCE -> ",
+        "History.last: excess > 0 -> excess >= 0",
         "SharedRun.copied: self.item.length > PART -> self.item.length >= PART",
     ),
     "the first of several has more than one message, and a run of several has their sizes": (
@@ -271,12 +272,12 @@ class Plugin:
 
     def killer(self, mutant: CodeType, functions: list[FunctionType], tests: list[tuple[float, pytest.Item]]) -> str:
         """Return the first test that fails with the mutant, in a fork, or how the fork has ended; empty if it survives."""
-        with tempfile.TemporaryFile() as answer:
+        with tempfile.TemporaryFile() as answer, open(os.devnull, "w") as null:
             child = os.fork()
             if not child:
                 try:
                     for stream in (1, 2):
-                        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+                        os.dup2(null.fileno(), stream)
                     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
                     for function in functions:
                         if place_of(function.__code__) == place_of(mutant):

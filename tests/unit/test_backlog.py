@@ -186,12 +186,12 @@ class Trial:
             if not fits:
                 return
         self.is_divided |= len(sizes) > MOST_AT_ONCE
-        before, left = backlog.charge, backlog.left
+        before, left = backlog.charge, backlog.departed
         entered = backlog.put(messages(first, sizes, self.account))
         plain.put(charges)
         assert entered == (backlog.entered if plain.waiting and plain.waiting[-1] >= first else 0)
         self.promised.append((backlog.entered, len(plain.fates)))
-        assert backlog.left >= left
+        assert backlog.departed >= left
         assert backlog.overflowed == backlog.ended == plain.overflowed
         if self.policy != "latest":
             assert backlog.charge <= max(backlog.capacity, before) or (backlog.waiting == 1 and backlog.pipe <= 1)
@@ -257,15 +257,15 @@ class Trial:
         assert backlog.published == len(plain.fates)
         assert backlog.delivered == plain.fates.count(DELIVERED)
         assert backlog.missed == plain.fates.count(MISSED)
-        assert backlog.left == backlog.delivered or self.policy != "block"
+        assert backlog.departed == backlog.delivered or self.policy != "block"
         assert backlog.waiting == len(plain.waiting)
         assert backlog.waiting_charge == plain.waiting_charge <= self.account.held
         assert self.is_divided or self.account.held == plain.waiting_charge
         assert backlog.pipe == plain.pipe
         assert backlog.charge == plain.waiting_charge + plain.pipe
         for left, published in self.promised:
-            assert (backlog.left >= left) == (WAITING not in plain.fates[:published])
-        self.promised = [one for one in self.promised if backlog.left < one[0]]
+            assert (backlog.departed >= left) == (WAITING not in plain.fates[:published])
+        self.promised = [one for one in self.promised if backlog.departed < one[0]]
         self.in_pipe = [end for end in self.in_pipe if end > self.written - self.unread]
         assert self.policy != "latest" or len(self.in_pipe) <= 1
 
@@ -308,18 +308,22 @@ def test_a_replay_comes_before_what_is_published_meanwhile(policy: str) -> None:
     the two, and what is published afterwards counts as if there were no replay."""
     for seed in range(200):
         choose = Random(seed)
-        one, first, last, entered, is_cut = charge_of(100, 100), 100, 100, 0, False
-        backlog = new_backlog(10 * one, policy)
+        first, last, entered, is_cut = 100, 100, 0, False
+        backlog = new_backlog(choose.choice((1, 10 * charge_of(100, 100))), policy)
         for _ in range(choose.randint(1, 12)):
-            sizes, before = [100] * choose.randint(1, 4), backlog.published
+            sizes, before = choose.choices(choose.choice(([100], [0, 100])), k=choose.randint(1, 4)), backlog.published
             if choose.random() < 0.6 and not is_cut:
+                charges = [charge_of(100, size) for size in sizes]
+                room, least = backlog.capacity - backlog.charge, 0 if backlog.waiting else 1
+                fits = max(count for count in range(len(sizes) + 1) if count <= least or sum(charges[-count:]) <= room)
+                fits = 0 if backlog.drops and backlog.missed else fits
                 is_cut = not backlog.put_first(messages(first - len(sizes), sizes))
                 first -= backlog.published - before
-                assert not is_cut or backlog.missed or not backlog.takes(one)
+                assert (backlog.published - before, is_cut) == (fits, fits < len(sizes))
             elif not backlog.ended and (policy != "block" or backlog.fitting(messages(last, sizes)) == len(sizes)):
                 entered = backlog.put(messages(last, sizes)) or entered
                 last += backlog.published - before
-        has_left, position = backlog.left >= entered, first
+        has_left, position = backlog.departed >= entered, first
         assert backlog.published == last - first == backlog.waiting + backlog.missed
         for kind, number in emptied(backlog):
             assert number == position or kind != "message"
@@ -402,7 +406,16 @@ def test_a_capacity_can_be_used_to_its_last_byte() -> None:
             backlog = new_backlog(2 * run.charge - more, "drop_oldest")
             for each in runs:
                 backlog.put(each)
-            assert (backlog.missed, backlog.left) == (more, more * (len(runs) - 1))  # the first one is dropped
+            assert (backlog.missed, backlog.departed) == (more, more * (len(runs) - 1))  # the first one is dropped
+
+
+def test_what_is_passed_on_counts_as_what_has_waited() -> None:
+    put, passed, run = new_backlog(1 << 20), new_backlog(1 << 20), plain_run()
+    for _ in range(2):
+        put.put(run)
+        put.wrote(run.size)
+        passed.passed_on(run.size)
+    assert vars(put) == vars(passed)
 
 
 TINY = len(plain_run(MOST_AT_ONCE, 1).data)
@@ -436,7 +449,7 @@ def test_what_is_behind_a_part_of_a_long_run_can_be_dropped() -> None:
     backlog = new_backlog(run.charge)
     backlog.put(run)
     backlog.wrote(run.first + 1)
-    assert (backlog.delivered, backlog.waiting, backlog.left) == (MOST_AT_ONCE, 3 * MOST_AT_ONCE, MOST_AT_ONCE)
+    assert (backlog.delivered, backlog.waiting, backlog.departed) == (MOST_AT_ONCE, 3 * MOST_AT_ONCE, MOST_AT_ONCE)
     backlog = with_policy("drop_oldest", backlog)
     backlog.pipe = run.charge
     backlog.put(plain_run())

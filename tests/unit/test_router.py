@@ -64,6 +64,7 @@ def test_a_topic_that_is_no_text_is_an_error() -> None:
     st.text(alphabet="ab*?[]!-\n", max_size=9).filter(is_pattern),
     st.lists(st.text(alphabet="ab[]*\n", max_size=9), min_size=1, max_size=20),
 )
+@example("a*", ["b"])
 @example("a*a", ["a", "aa", "aba"])
 @example("a*b*a", ["aaa", "aba"])
 @example("*b*b", ["aab", "bab"])

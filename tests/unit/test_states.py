@@ -1,10 +1,14 @@
 """The states of publishers, subscriptions, their pipes and channels: a transition is listed, or raises."""
 
+from unittest.mock import Mock
+
 import pytest
 
 from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.states import PipeState, PublisherState, SubscriptionState
-from mpbroadcast.client.pipe_ownership import ChannelState
+from mpbroadcast.client.pipe_ownership import ChannelState, PipeOwnership
+from mpbroadcast.deadline import Deadline
+from mpbroadcast.errors import ChannelInUse, ClosedError
 from mpbroadcast.states import IllegalTransition, State
 
 
@@ -30,3 +34,12 @@ def test_an_illegal_transition_changes_nothing() -> None:
     with pytest.raises(IllegalTransition):
         pipe.open()
     assert vars(pipe) == before
+
+
+def test_a_close_comes_before_the_reply_that_another_process_is_the_owner() -> None:
+    """Of a channel that another thread closes meanwhile, ``open`` raises ClosedError."""
+    client, reply = Mock(), Mock(side_effect=ChannelInUse("", 1))
+    ownership = PipeOwnership(client, 1, True)
+    client.request.side_effect = lambda *_, **__: ownership.close_pipe(0) and reply()
+    with pytest.raises(ClosedError):
+        ownership.open(Deadline(None))

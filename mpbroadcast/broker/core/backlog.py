@@ -29,12 +29,14 @@ _WRITE: Final = 1 << 18  # bytes to join for one write at the most: what the pip
 class Backlog:
     """At most ``capacity`` of charge; a single message that is larger is accepted when nothing else is there.
 
-    What a policy adds is :meth:`put`, and whether it :attr:`drops` what waits.
+    A policy adds :meth:`put`, and the class attributes in which it differs.
     """
 
     policy: ClassVar[str]
     blocks: ClassVar[bool] = False  # publishers wait for room, so no more is put than fits
     drops: ClassVar[bool] = False  # what waits: then :attr:`pipe` must be set before :meth:`to_write`
+    keeps_newest_only: ClassVar[bool] = False  # so it needs a pipe of one page, a replay of one message, and no ring
+    policy_while_reserved: ClassVar[str] = ""  # while the channel may never be opened again; "": its own
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -43,7 +45,7 @@ class Backlog:
         self.missed = 0
         self.waiting = 0
         self.waiting_charge = 0
-        self.left = 0  # messages that were put here and are not here any more: the index of the first that waits; < 0: a replay
+        self.departed = 0  # messages, so the index of the first that waits. A replay, put in front, makes it negative
         self.pipe = 0  # bytes in the pipe that are unread, as far as is known
         self.pipe_size = 0  # bytes that an empty pipe takes
         self.referred = 0  # bytes in shared memory that the pipe refers to, and that are unread
@@ -66,8 +68,8 @@ class Backlog:
 
     @property
     def entered(self) -> int:
-        """How many messages have ever waited here; ``left`` of them do not any more."""
-        return self.left + self._later + self.waiting
+        """How many messages have ever waited here; ``departed`` of them do not any more."""
+        return self.departed + self._later + self.waiting
 
     def takes(self, charge: int) -> bool:
         """True if that much fits without dropping anything, as far as is known."""
@@ -115,7 +117,7 @@ class Backlog:
             part = run.part(run.count - fits, run.count)
             self.runs.appendleft(part)
             self.published += fits
-            self.left -= fits
+            self.departed -= fits
             self.waiting += fits
             self.waiting_charge += part.charge
         return fits == run.count
@@ -209,7 +211,7 @@ class Backlog:
             run = runs.popleft()
             size -= run.size
             self.delivered += run.count
-            self.left += run.count + self._later
+            self.departed += run.count + self._later
             self._later = 0
             self.waiting -= run.count
             self.waiting_charge -= run.charge
@@ -219,7 +221,7 @@ class Backlog:
         """Note that one message of ``size`` bytes has gone into the pipe at once, as nothing waited here and it did fit."""
         self.published += 1
         self.delivered += 1
-        self.left += 1
+        self.departed += 1
         self.pipe += size
 
     # --- one message at a time, for the members of a group

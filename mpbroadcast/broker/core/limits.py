@@ -21,7 +21,7 @@ _UNCOUNTED: Final = 1 << 18  # bytes, of all sessions: what an ordinary program 
 
 
 class OverBudget(Exception):
-    """A session, or all sessions together, would have more than they may have."""
+    """A request would cost more memory, or time for matching, than a session, or all sessions together, may have."""
 
 
 class Cost(NamedTuple):

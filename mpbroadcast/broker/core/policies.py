@@ -19,6 +19,7 @@ class Block(Backlog):
     """Nothing is dropped: publishers wait for room."""
 
     policy = "block"
+    policy_while_reserved = "drop_oldest"  # no publisher waits for a process that may never come back
     blocks = True
 
     def put(self, run: Run) -> int:
@@ -26,7 +27,7 @@ class Block(Backlog):
         self.runs.append(run)
         self.waiting += run.count
         self.waiting_charge += run.charge
-        return self.left + self.waiting
+        return self.departed + self.waiting
 
 
 class DropNewest(Backlog):
@@ -52,6 +53,7 @@ class Disconnect(Backlog):
     """The first message that does not fit ends the subscription; what comes behind it is received by no one."""
 
     policy = "disconnect"
+    policy_while_reserved = "drop_oldest"  # the process may still come back, and then it reads on
 
     def put(self, run: Run) -> int:
         fits = self._put_fitting(run)
@@ -134,7 +136,7 @@ class _Dropping(Backlog):
             if index:
                 self._later += count
             else:
-                self.left += count
+                self.departed += count
             self._miss(count)
 
     def _miss(self, count: int) -> None:
@@ -160,7 +162,7 @@ class DropOldest(_Dropping):
         self._drop(self.charge + run.charge - self.capacity)
         first = _covering(run.charges(), self.charge + run.charge - self.capacity)
         if first == run.count and self.is_clear:
-            first -= 1
+            first -= 1  # it is larger than the capacity: an empty backlog accepts it
         self._miss(first)
         if first < run.count:
             self._append(run.part(first, run.count))
@@ -171,6 +173,7 @@ class Latest(_Dropping):
     """Only the newest message waits, and it is written into an empty pipe only."""
 
     policy = "latest"
+    keeps_newest_only = True
     _report = SKIPPED
 
     @property
@@ -191,6 +194,11 @@ POLICIES: Final[dict[str, type[Backlog]]] = {one.policy: one for one in (Block, 
 def new_backlog(capacity: int, policy: str = "block") -> Backlog:
     """Return an empty backlog of this policy."""
     return POLICIES[policy](capacity)
+
+
+def reserved_backlog(capacity: int, policy: str) -> Backlog:
+    """Return an empty backlog for a channel of this policy that only the process that had it open may open again."""
+    return new_backlog(capacity, POLICIES[policy].policy_while_reserved or policy)
 
 
 def with_policy(policy: str, backlog: Backlog) -> Backlog:

@@ -14,15 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 
-class Overlap(Exception):
-    """A message lies before the end of an earlier one, as no publisher of this package writes it."""
+class Misplaced(Exception):
+    """A message lies outside of the ring, or before the end of an earlier one: no publisher of this package writes so."""
 
 
 class Holds:
-    """The holds on each chunk of a ring of so many chunks of ``size`` bytes."""
+    """The holds on each chunk of a ring that has ``chunks`` chunks of ``size`` bytes."""
 
     def __init__(self, chunks: int, size: int) -> None:
         self._size = size
+        self._whole = chunks * size
         self._counts = [0] * chunks
         self._ends = [0] * chunks  # in each that is used, of the last message
         self._used = 0  # a bit for each chunk that is not free
@@ -38,17 +39,19 @@ class Holds:
 
         Return these chunks, and the chunks that are free now, as bits.
 
-        :raises Overlap: a message lies before the end of an earlier one.
+        :raises Misplaced: a message is not in the ring, or lies before the end of an earlier one.
         """
-        size, ends, used = self._size, self._ends, self._used
+        size, whole, ends, used = self._size, self._whole, self._ends, self._used
         chunks: dict[int, None] = {}
         last = -1
         for offset, length in spans:
+            if not 0 < length <= whole - offset:
+                raise Misplaced(f"a reference to {length} bytes at offset {offset}, outside of the ring of {whole} bytes")
             end = offset + length
             first, last = offset // size, (end - 1) // size
             for chunk in range(first, last + 1):
                 if used >> chunk & 1 and offset < ends[chunk]:
-                    raise Overlap(f"a reference to {length} bytes at {offset}, before the end of an earlier message")
+                    raise Misplaced(f"a reference to {length} bytes at offset {offset}, before the end of an earlier message")
                 used |= 1 << chunk
                 ends[chunk] = end
                 chunks[chunk] = None

@@ -18,7 +18,7 @@ class PublisherState(State):
 class PipeState(State):
     """Of the pipe of a subscription, in the broker."""
 
-    UNOPENED = "any process may open it", "OPENING", "GONE"
+    UNOPENED = "any process may open it", "OPENING", "RESERVED", "GONE"
     RESERVED = "one process may open it, which had it open before the broker was restarted", "OPENING", "GONE"
     OPENING = "its descriptors are on their way to a process", "OPEN", "UNOPENED", "RESERVED", "GONE"
     OPEN = "it has a reader", "GONE"

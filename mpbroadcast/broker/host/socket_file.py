@@ -170,7 +170,8 @@ def _remove_dead_socket(path: str) -> None:
     if not stat.S_ISSOCK(status.st_mode):
         raise OSError(errno.EADDRINUSE, "there is a file that is no socket, which is left alone; choose another address")
     if _answers(path):
-        raise OSError(errno.EADDRINUSE, "another process listens there; end it, or choose another address")
+        text = "another process listens there, or none can be seen from here; end it, or choose another address"
+        raise OSError(errno.EADDRINUSE, text)
     if not _is_brokers(status):
         text = "there is a socket that no broker of this user has left; if nothing needs it, remove it, or choose another"
         raise OSError(errno.EADDRINUSE, text)
@@ -197,6 +198,7 @@ def _is_unfinished(path: str) -> bool:
 
 
 def _answers(path: str) -> bool:
+    """Return False only if certainly no process listens at this socket."""
     with control_socket() as probe:
         try:
             probe.connect(path)
