@@ -91,6 +91,10 @@ class ChannelInUse(BroadcastError, RuntimeError):
         return str(self.args[0])
 
 
+class ChannelBusy(BroadcastError, RuntimeError):
+    """A task of this process receives from this channel, which one call at a time may do; the task goes on."""
+
+
 class Lagged(BroadcastError):
     """Messages are missing at this position; receiving goes on behind them.
 

@@ -6,12 +6,14 @@ import os
 from multiprocessing.context import BaseContext
 from typing import Any, Literal, TypeVar, Unpack, overload
 
-from mpbroadcast.client.broadcaster import Broadcaster, Options
+from mpbroadcast.client.broadcaster import Broadcaster
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.received import Received
+from mpbroadcast.client.subscribing import Options
 from mpbroadcast.errors import AddressError, BroadcastError, StartError
 from mpbroadcast.posix.addresses import resolve, resolve_default
+from mpbroadcast.posix.waiting import run
 from mpbroadcast.validation import Policy, check_authkey, check_bool, check_count, check_timeout
 
 M = TypeVar("M")
@@ -121,7 +123,7 @@ def _start(
         process.end_at_exit(bus.close)
     except BaseException as error:
         if process is not None:
-            process.end(0, asked=0, time_left=float)
+            run(process.ending(0))
             if isinstance(error, BroadcastError):
                 raise StartError(f"the broker started, but did not answer: {error}") from error
         raise

@@ -1,4 +1,4 @@
-"""Tasks of asyncio that wait for a descriptor, several tasks in several loops, or for a call that blocks.
+"""Waiting in a task of asyncio, or of a loop with its interface, such as uvloop's.
 
 ``asyncio`` is imported by the first task that waits, as it takes as long to import as all of this package.
 """
@@ -6,77 +6,79 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from mpbroadcast.posix.poller import IN
+from mpbroadcast.posix.waiting import Wait, Wakers
 
-class AsyncWaiters:
-    """The tasks that wait for one source, whose descriptor may change."""
-
-    __slots__ = ("_waiters",)
-
-    def __init__(self) -> None:
-        self._waiters: dict[tuple[Any, int], set[Any]] = {}  # loop and descriptor -> futures
-
-    async def readable(self, fd: int) -> None:
-        """Wait until the descriptor is readable, or until :meth:`wake`."""
-        from asyncio import get_running_loop
-
-        loop = get_running_loop()
-        waiter = loop.create_future()
-        waiters = self._waiters.setdefault((loop, fd), set())
-        if not waiters:
-            loop.add_reader(fd, _wake, waiters)
-        waiters.add(waiter)
-        try:
-            await waiter
-        finally:
-            waiters.discard(waiter)
-            if not waiters and self._waiters.get((loop, fd)) is waiters:
-                loop.remove_reader(fd)
-                self._waiters.pop((loop, fd), None)
-
-    def wake(self) -> None:
-        """Wake all tasks, from any thread: the descriptor that they wait for is not the source's any more."""
-        if not self._waiters:
-            return
-        from asyncio import get_running_loop
-
-        for loop, fd in list(self._waiters):
-            waiters = self._waiters.pop((loop, fd), set())
-            with contextlib.suppress(RuntimeError):  # this thread runs no loop
-                if get_running_loop() is loop:
-                    _release(loop, fd, waiters)
-                    continue
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(_release, loop, fd, waiters)
+# The futures that wait for one descriptor, by loop, descriptor and events: a loop has room for one callback only.
+_waiting: dict[tuple[Any, int, int], list[Any]] = {}
 
 
 async def give_turn() -> None:
-    """Let the other tasks of this loop run."""
     from asyncio import sleep
 
     await sleep(0)
 
 
-async def in_thread(call: Callable[..., object], *arguments: Any) -> None:
-    """Call this in a thread of its own, which ends with the call, also when the task is cancelled. Raise what it raises."""
+async def wait_for(wait: Wait, wakers: tuple[Wakers, ...]) -> bool:
     from asyncio import get_running_loop
-    from concurrent.futures import ThreadPoolExecutor
 
-    executor = ThreadPoolExecutor(1)
+    loop = get_running_loop()
+    future = loop.create_future()
+    timer = None
+    keys: list[tuple[Any, int, int]] = []
     try:
-        await get_running_loop().run_in_executor(executor, call, *arguments)
+        for each in wakers:
+            each.add(future, partial(_wake, loop, future))
+        for source in wait.sources:  # behind the wakers: what is closed from now on wakes this task
+            fd = source.fileno()
+            if fd < 0:
+                return True
+            keys.append(_register(loop, fd, wait.events, future))
+        remaining = wait.deadline.remaining()
+        if remaining is not None:
+            timer = loop.call_later(remaining, _set_result, [future], False)
+        is_ready: bool = await future
+        return is_ready
     finally:
-        executor.shutdown(wait=False)
+        for each in wakers:
+            each.remove(future)
+        for key in keys:
+            _unregister(key, future)
+        if timer is not None:
+            timer.cancel()
 
 
-def _release(loop: Any, fd: int, waiters: set[Any]) -> None:
-    loop.remove_reader(fd)
-    _wake(waiters)
+def _register(loop: Any, fd: int, events: int, future: Any) -> tuple[Any, int, int]:
+    key = loop, fd, events
+    futures = _waiting.setdefault(key, [])
+    futures.append(future)
+    if len(futures) == 1:
+        try:
+            (loop.add_reader if events == IN else loop.add_writer)(fd, _set_result, futures, True)
+        except BaseException:
+            del _waiting[key]
+            raise
+    return key
 
 
-def _wake(waiters: set[Any]) -> None:
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
+def _unregister(key: tuple[Any, int, int], future: Any) -> None:
+    futures = _waiting[key]
+    futures.remove(future)
+    if not futures:
+        loop, fd, events = key
+        del _waiting[key]
+        (loop.remove_reader if events == IN else loop.remove_writer)(fd)
+
+
+def _wake(loop: Any, future: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed
+        loop.call_soon_threadsafe(_set_result, [future], True)
+
+
+def _set_result(futures: list[Any], is_ready: bool) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(is_ready)

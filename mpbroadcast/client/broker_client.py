@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from mpbroadcast.posix.descriptors import Descendants, on_fork
 from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.key_file import read_key
 from mpbroadcast.posix.pipes import PipeEnd
+from mpbroadcast.posix.waiting import Steps, Wait, run
 from mpbroadcast.protocol.control import encode
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped blocks no call for ever
@@ -102,15 +102,20 @@ class BrokerClient:
         return BrokerClient.shared, (self.address, self.broker, self.restarts)
 
     def session(self, deadline: Deadline | None = None) -> Session:
-        """Return the session, attached to the broker that has taken over if the last one was lost. Raise as ControlConnection.
+        """Return the session, attached to the broker that has taken over if the last one was lost.
 
-        Block until ``deadline``, at most ``CONNECT_TIMEOUT`` seconds.
+        Block until ``deadline``, at most ``CONNECT_TIMEOUT`` seconds. Raise as :meth:`ControlConnection.connecting`.
         """
+        return run(self.attaching(deadline))
+
+    def attaching(self, deadline: Deadline | None = None) -> Steps[Session]:
+        """Do as :meth:`session`."""
         session = self._session
         if session is not None and not (session.lost and self.restarts):
             return session
         try:
-            lifeline, reply = self._connected(self._attach, (deadline or Deadline(None)).at_most(CONNECT_TIMEOUT))
+            limit = (deadline or Deadline(None)).at_most(CONNECT_TIMEOUT)
+            lifeline, reply = yield from self._connected(self._attaching, limit)
         except BrokerLost as error:
             self.restarts = False  # no later call needs to wait for another broker
             if self.broker:  # it was there before
@@ -130,27 +135,30 @@ class BrokerClient:
             self._session = made
         return self._session or made
 
-    def _connected(self, connect: Callable[[Deadline], T], deadline: Deadline) -> T:
+    def _connected(self, connect: Callable[[Deadline], Steps[T]], deadline: Deadline) -> Steps[T]:
         for pause in _PAUSES:
             try:
-                return connect(deadline)
+                return (yield from connect(deadline))
             except BrokerLost as error:
                 if not isinstance(error.__cause__, (ConnectionResetError, BrokenPipeError)):
                     raise
                 if deadline.remaining() == 0:  # there may be a broker all the same
                     raise TimedOut(f"the broker at {self.address!r} accepted no connection in time") from error
-            time.sleep(deadline.at_most(pause).remaining() or 0.0)
-        return connect(deadline)
+            yield Wait(deadline.at_most(pause))
+        return (yield from connect(deadline))
 
-    def _attach(self, deadline: Deadline) -> tuple[ControlConnection, dict[str, Any]]:
-        lifeline = self._connect(deadline)
-        return lifeline, lifeline.request({"do": "attach"}, deadline)[0]
+    def _attaching(self, deadline: Deadline) -> Steps[tuple[ControlConnection, dict[str, Any]]]:
+        lifeline = yield from self._connecting(deadline)
+        reply, *_ = yield from lifeline.requesting({"do": "attach"}, deadline)
+        return lifeline, reply
 
-    def _connect(self, deadline: Deadline) -> ControlConnection:
+    def _connecting(self, deadline: Deadline) -> Steps[ControlConnection]:
         key = self._key()
         while True:
+            control = ControlConnection(self.address)
             try:
-                return ControlConnection(self.address, key, deadline)
+                yield from control.connecting(key, deadline)
+                return control
             except AuthenticationFailed:
                 former, key = key, self._key()
                 if key == former:  # else another broker has taken the address over, and has written another key
@@ -169,16 +177,23 @@ class BrokerClient:
         :raises BrokerLost, TimedOut: there was no reply.
         :raises ChannelInUse, ClosedError, ValueError, OSError: the broker replied with this error.
         """
+        return run(self.requesting(do, deadline=deadline, session=session, **fields))
+
+    def requesting(
+        self, do: str, *, deadline: Deadline | None = None, session: Session | None = None, **fields: Any
+    ) -> Steps[Reply]:
+        """Do as :meth:`request`."""
         self.send_notes()
         while True:
-            current = session or self.session(deadline)
+            current = session or (yield from self.attaching(deadline))
+            message = {"do": do, "session": current.id, **fields}
             try:
-                return self._request(current, deadline or Deadline(None), {"do": do, "session": current.id, **fields})
+                return (yield from self._requesting(current, deadline or Deadline(None), message))
             except BrokerLost:
                 if session is not None or not (current.lost and self.restarts):
                     raise
 
-    def _request(self, session: Session, deadline: Deadline, message: dict[str, Any]) -> Reply:
+    def _requesting(self, session: Session, deadline: Deadline, message: dict[str, Any]) -> Steps[Reply]:
         if session.lost:
             raise self.lost_error()
         to_drop = list(self.dropped)
@@ -187,8 +202,8 @@ class BrokerClient:
             control = session.idle.pop()
         try:
             if control is None:
-                control = self._connected(self._connect, deadline.at_most(CONNECT_TIMEOUT))
-            body, pipe, fd_socket, reports = control.request(message, deadline, _notes(to_drop))
+                control = yield from self._connected(self._connecting, deadline.at_most(CONNECT_TIMEOUT))
+            body, pipe, fd_socket, reports = yield from control.requesting(message, deadline, _notes(to_drop))
             if body.get("error") == "unknown":  # another broker has replied, which does not know the session
                 raise BrokerLost(str(body["text"]))
         except BaseException as error:

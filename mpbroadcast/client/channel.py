@@ -5,26 +5,25 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from itertools import chain, repeat, starmap, takewhile
 from operator import attrgetter
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-from mpbroadcast.client.asyncio_wait import give_turn, in_thread
 from mpbroadcast.client.pipe_ownership import OPEN
 from mpbroadcast.client.pipe_reader import NOTHING, Stream
 from mpbroadcast.client.receiving import Receiving
+from mpbroadcast.client.tasks import TURN, drive, give_turn
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import BroadcastError, TimedOut
+from mpbroadcast.errors import BroadcastError
+from mpbroadcast.posix.waiting import Steps, run
 from mpbroadcast.validation import check_count, check_timeout, check_topics
 
 M = TypeVar("M")
 
 _FAST: Final = attrgetter("_stream.fast")
 _HAS_MORE: Final = attrgetter("_stream.has_more")
-_TURN: Final = 64  # messages that `async for` hands out before it lets other tasks run
 
 
 class Channel(Receiving[M]):
@@ -56,6 +55,7 @@ class Channel(Receiving[M]):
         :raises Overflowed: the backlog was full (``disconnect``); ``EOFError`` comes next.
         :raises ClosedError: this channel was closed, before or meanwhile.
         :raises ChannelInUse: another process is the owner.
+        :raises ChannelBusy: a task receives from the channel (:meth:`arecv`, ``async for``).
         :raises Exception: whatever unpickling this message raises; the next call returns the next message. An error that could
             be taken for the channel's own (``EOFError``, ``StopIteration``, an error of this package) is the cause of a
             ``RuntimeError``.
@@ -65,6 +65,8 @@ class Channel(Receiving[M]):
         message: M
         for message in self._stream.fast:
             return message  # nothing was called since, so no interrupt comes in between
+        if self._has_receiver:
+            self._check_no_receiver()
         message = self._receive_nowait()
         if message is NOTHING:
             message = self._receive(timeout)
@@ -83,6 +85,7 @@ class Channel(Receiving[M]):
             timeout = check_timeout(timeout)
         if limit is not None:
             check_count(limit, "limit", 1)
+        self._check_no_receiver()
         if self.ownership.reports is not None:
             self._finish()
         box: list[list[M]] = [[]]
@@ -97,6 +100,33 @@ class Channel(Receiving[M]):
             if back := box[0][::-1]:  # first, as a collection may run another thread. Behind the error of a message: no call
                 self._stream.ready.extendleft(back)
             raise
+
+    async def arecv(self, timeout: float | None = None) -> M:
+        """Return the next message, as :meth:`recv`, in a task of asyncio or trio: the loop runs on while it waits.
+
+        Cancelled, it has received nothing. One task at a time may receive.
+
+        :raises ChannelBusy: another task receives from the channel.
+        :raises Exception: as :meth:`recv`.
+        """
+        if timeout is not None:
+            timeout = check_timeout(timeout)
+        await self._take_turn()
+        return await self._in_task(self._arriving(timeout))
+
+    async def arecv_many(self, limit: int | None = None, timeout: float | None = None) -> list[M]:
+        """Return messages that have arrived, as :meth:`recv_many`, in a task; else as :meth:`arecv`."""
+        if timeout is not None:
+            timeout = check_timeout(timeout)
+        if limit is not None:
+            check_count(limit, "limit", 1)
+        await self._take_turn()
+        return await self._in_task(self._arriving_many(limit, timeout))
+
+    async def _take_turn(self) -> None:
+        self._turn = (self._turn + 1) % TURN
+        if not self._turn:
+            await give_turn()
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Block until :meth:`recv` would return or raise at once, at most ``timeout`` seconds. Return True if it would.
@@ -149,26 +179,16 @@ class Channel(Receiving[M]):
         return self
 
     async def __anext__(self) -> M:
-        self._turn = (self._turn + 1) % _TURN
+        self._turn = (self._turn + 1) % TURN
         if not self._turn:
             await give_turn()
         message: M
         for message in self._stream.fast:
             return message
-        is_readable = False
-        while True:
-            message = self._receive_nowait(is_readable=is_readable)
-            if message is not NOTHING:
-                return message
-            if self.ownership.state is OPEN and not self._stream.ready:
-                await self._tasks.readable(self.fileno())
-                is_readable = True
-                continue
-            try:
-                with contextlib.suppress(TimedOut):
-                    await in_thread(self._wait, Deadline(0), 0)  # a broker that is stopped does not block the loop
-            except EOFError:
-                raise StopAsyncIteration from None
+        try:
+            return await self._in_task(self._arriving(None))
+        except EOFError:
+            raise StopAsyncIteration from None
 
     # --- opening and closing
 
@@ -196,7 +216,7 @@ class Channel(Receiving[M]):
         check_topics(topics)
         if self.closed:
             raise self._about_this(self.ownership.closed_error())
-        self.ownership.request(do, topics=topics)
+        run(self.ownership.requesting(do, topics=topics))
 
     @property
     def missed(self) -> int:
@@ -218,19 +238,34 @@ class Channel(Receiving[M]):
         lives) stays subscribed for the process that opens it: only this handle is dropped. ``Broadcaster.unsubscribe`` ends it
         from any process. It blocks until the broker replies, at most 5 seconds, and raises nothing if that does not reply.
         """
+        run(self._closing())
+
+    async def aclose(self) -> None:
+        """Do as :meth:`close`, in a task. Cancelled, it leaves a channel that :meth:`close` closes."""
+        await drive(self._closing())
+
+    def _closing(self) -> Steps[None]:
         with self._lock:
             if not self.ownership.close_pipe(self._stream.handed_out):
                 return
             self._stream.discard()
             self._stream = Stream()
-        self._tasks.wake()
-        self.ownership.end_subscription()
+        self._tasks.close()
+        yield from self.ownership.ending_subscription()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
 
     def __del__(self) -> None:
         if hasattr(self, "ownership"):

@@ -1,7 +1,7 @@
 """A control connection, at the user's end: the handshake, then one request at a time and its reply.
 
-It is used by one thread at a time. A call that is interrupted, or that runs out of time, leaves it in the middle of a request:
-then it is closed, and never used again. Its socket never blocks: what waits is ``_wait``, until a deadline.
+It is used by one call at a time. A call that is interrupted, or that runs out of time, leaves it in the middle of a request:
+then it is closed, and never used again. Its socket never blocks: what waits yields that, see ``posix/waiting.py``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import select
-import time
 from typing import Any, Final
 
 from mpbroadcast import trap_points
@@ -19,6 +18,7 @@ from mpbroadcast.posix.descriptors import close_fd, fork_lock, on_fork
 from mpbroadcast.posix.fd_socket import CLOEXEC, SPACE, DescriptorSocket, control_socket, taken_apart
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.poller import is_ready
+from mpbroadcast.posix.waiting import Steps, Wait
 from mpbroadcast.protocol import control
 
 _READ: Final = 1 << 16  # bytes to receive at once
@@ -30,14 +30,9 @@ Answer = tuple[dict[str, Any], PipeEnd | None, DescriptorSocket | None, PipeEnd 
 
 
 class ControlConnection:
-    """A control connection of this process, behind its handshake.
+    """A control connection of this process: :meth:`connecting` comes first."""
 
-    :raises BrokerLost: there is no broker at ``address``.
-    :raises AuthenticationFailed: the broker has another key.
-    :raises TimedOut: the broker did not answer by ``deadline``.
-    """
-
-    def __init__(self, address: str, authkey: bytes, deadline: Deadline) -> None:
+    def __init__(self, address: str) -> None:
         self._address = address
         self._inbox = control.Inbox(control.MAX_HANDSHAKE)
         self._crash: BrokerCrashed | None = None
@@ -45,16 +40,24 @@ class ControlConnection:
         with fork_lock():
             self._socket = control_socket()
             on_fork(self, ControlConnection.close)
+
+    def connecting(self, authkey: bytes, deadline: Deadline) -> Steps[None]:
+        """Connect to the broker, and prove that both have the key.
+
+        :raises BrokerLost: there is no broker at the address.
+        :raises AuthenticationFailed: the broker has another key.
+        :raises TimedOut: the broker did not answer by ``deadline``.
+        """
         try:
-            self._connect(deadline)
+            yield from self._connecting(deadline)
             trap_points.reach("connected")
-            self._shake_hands(control.client_handshake(authkey), deadline)
+            yield from self._shaking_hands(control.client_handshake(authkey), deadline)
         except BaseException:
             self.close()
             raise
         self._inbox.limit = control.MAX_REPLY
 
-    def _connect(self, deadline: Deadline) -> None:
+    def _connecting(self, deadline: Deadline) -> Steps[None]:
         while True:
             try:
                 with contextlib.suppress(BlockingIOError):
@@ -67,17 +70,17 @@ class ControlConnection:
                 ) from error
             if deadline.remaining() == 0:
                 raise TimedOut(f"the broker at {self._address!r} accepted no connection in time")
-            time.sleep(_FULL_QUEUE_PAUSE)
+            yield Wait(Deadline(_FULL_QUEUE_PAUSE))
 
-    def _shake_hands(self, handshake: control.Handshake, deadline: Deadline) -> None:
+    def _shaking_hands(self, handshake: control.Handshake, deadline: Deadline) -> Steps[None]:
         to_send = next(handshake)
         try:
             while True:
                 trap_points.reach("answering")
-                self._send(to_send, deadline)
-                to_send = handshake.send(self._receive(deadline))
+                yield from self._sending(to_send, deadline)
+                to_send = handshake.send((yield from self._receiving(deadline)))
         except StopIteration as done:
-            self._send(done.value, deadline)
+            yield from self._sending(done.value, deadline)
         except control.ControlError as error:
             raise AuthenticationFailed(
                 f"the broker at {self._address!r} and this process have different keys ({error.args[0]}): pass the key of "
@@ -85,21 +88,21 @@ class ControlConnection:
                 "writes a key file"
             ) from error
 
-    def request(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> Answer:
+    def requesting(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> Steps[Answer]:
         """Send ``notes``, then a request. Return the reply: the broker has then handled the notes, too."""
         data = control.encode(message)
         if len(data) > control.MAX_REQUEST:
             raise ValueError(f"a request of {len(data)} bytes is too long: name fewer topics in one call")
-        self._send(notes + data, deadline)
+        yield from self._sending(notes + data, deadline)
         trap_points.reach("waiting for a reply", (message["do"], self._socket))
-        reply = control.decode(self._receive(deadline))
+        reply = control.decode((yield from self._receiving(deadline)))
         fds = self._fds
         with fork_lock():
             fd_socket = DescriptorSocket(fds.pop()) if fds and reply.get("fd_socket") else None
             reports = PipeEnd(fds.pop()) if fds and reply.get("reports") else None
             return reply, PipeEnd(fds.pop(0)) if fds else None, fd_socket, reports
 
-    def _send(self, data: bytes, deadline: Deadline) -> None:
+    def _sending(self, data: bytes, deadline: Deadline) -> Steps[None]:
         view = memoryview(data)
         while view:
             try:
@@ -108,9 +111,9 @@ class ControlConnection:
                     continue
             except OSError as error:
                 raise BrokerLost(ENDED.format(self._address)) from error
-            self._wait(select.POLLOUT, deadline)
+            yield from self._waiting(select.POLLOUT, deadline)
 
-    def _receive(self, deadline: Deadline) -> bytes:
+    def _receiving(self, deadline: Deadline) -> Steps[bytes]:
         while (body := self._inbox.next()) is None:
             try:
                 with contextlib.suppress(BlockingIOError):
@@ -118,7 +121,7 @@ class ControlConnection:
                     continue
             except ConnectionError as error:
                 raise BrokerLost(ENDED.format(self._address)) from error
-            self._wait(select.POLLIN, deadline)
+            yield from self._waiting(select.POLLIN, deadline)
         return body
 
     def _read(self) -> bytes:
@@ -131,8 +134,8 @@ class ControlConnection:
             raise ConnectionResetError("the connection was closed")
         return data
 
-    def _wait(self, events: int, deadline: Deadline) -> None:
-        if not is_ready(self._socket, events, deadline.milliseconds()):
+    def _waiting(self, events: int, deadline: Deadline) -> Steps[None]:
+        if not (yield Wait(deadline, events, self._socket)):
             raise TimedOut("the broker did not answer in time")
 
     def crash(self) -> BrokerCrashed | None:

@@ -6,9 +6,11 @@
 - A subscription that this process has made can be opened by another one if it was pickled, or if a process was forked since and
   lives. Then closing, or dropping, this handle does not end it.
 - When a broker has died and another one takes over, the old pipe is kept as ``_former`` until what was read from it is done.
-- The lock is held while the broker is asked, so a thread waits for it until its own deadline, and never under the channel's
-  lock. ``close_pipe`` does not take it: a close does not wait for the broker's reply to another thread, and ``_move`` finds
-  which one was first. A second lock, under which nothing waits, makes each such change one step, also without the GIL.
+- The lock is held while a thread asks the broker, so another one waits for it until its own deadline, and never under the
+  channel's lock. ``close_pipe`` does not take it: a close does not wait for the broker's reply to another thread, and ``_move``
+  finds which one was first. A second lock, under which nothing waits, makes each such change one step, also without the GIL.
+- A task holds no lock while it asks, and begins only when no other call does. A thread that begins meanwhile supersedes it: the
+  broker takes the second request of a process for a repeated one, and the task ignores the reply to its own.
 
 The states of a channel in one process::
 
@@ -34,9 +36,11 @@ from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.shared_memory import available
+from mpbroadcast.posix.waiting import Steps, Wait, run
 from mpbroadcast.states import IllegalTransition, State
 
 _CLOSE_TIMEOUT: Final = 5.0  # seconds until close() no longer waits for the broker's reply
+_PAUSE: Final = 0.01  # seconds until a task looks again whether another call has opened the channel
 
 
 class ChannelState(State):
@@ -65,6 +69,7 @@ class PipeOwnership:
         self.shared: SharedReader | None = None
         self.reports: Reports | None = None  # the pipe back, of a member of a group
         self._token = 0  # what confirms this pipe
+        self._attempt: object = None  # the call that is opening it
         self._former: tuple[PipeEnd | None, SharedReader | None] | None = None
         self._owner = 0  # the PID of another process that has opened it, as far as this process knows
         # Which process may open it; independent of the state, until this process has: then no other one can.
@@ -82,8 +87,8 @@ class PipeOwnership:
     def is_closed(self) -> bool:
         return self.state is CLOSED or self.state is CLOSING
 
-    def request(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Reply:
-        return self.client.request(do, deadline=deadline, subscription=self.subscription, **fields)
+    def requesting(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Steps[Reply]:
+        return self.client.requesting(do, deadline=deadline, subscription=self.subscription, **fields)
 
     # --- opening
 
@@ -99,24 +104,46 @@ class PipeOwnership:
         limit = deadline.at_least(LEAST_TIME)
         while pipe is None or self.state is not OPEN:
             with locks.within(self._lock, limit):
-                if self.is_closed:
-                    raise self.closed_error()
-                if self.state is ELSEWHERE:
-                    raise _in_use(self._owner)
-                try:
-                    if self.state is not OPEN:  # else another thread has opened it meanwhile
-                        self._open_or_restore(limit)
-                except IllegalTransition:  # closed by another thread meanwhile
-                    self.pipe = self.shared = None
-                    raise self.closed_error() from None
+                run(self._opening(limit))
             pipe = self.pipe
         return pipe
 
-    def _open_or_restore(self, deadline: Deadline) -> None:
+    def opening(self, deadline: Deadline) -> Steps[PipeEnd]:
+        """Do as :meth:`open`, in a task."""
+        limit = deadline.at_least(LEAST_TIME)
+        while (pipe := self.pipe) is None or self.state is not OPEN:
+            if self._attempt is None:
+                yield from self._opening(limit)
+            elif limit.remaining() == 0:
+                raise TimedOut("another call waits for the broker's reply, which did not come in time")
+            else:
+                yield Wait(limit.at_most(_PAUSE))
+        return pipe
+
+    def _opening(self, deadline: Deadline) -> Steps[None]:
+        if self.is_closed:
+            raise self.closed_error()
+        if self.state is ELSEWHERE:
+            raise _in_use(self._owner)
+        if self.state is OPEN:  # another thread has opened it meanwhile
+            return
+        attempt = self._attempt = object()
+        try:
+            yield from self._opening_or_restoring(attempt, deadline)
+        except IllegalTransition:  # closed by another thread meanwhile
+            self.pipe = self.shared = None
+            raise self.closed_error() from None
+        finally:
+            if self._attempt is attempt:
+                self._attempt = None
+
+    def _opening_or_restoring(self, attempt: object, deadline: Deadline) -> Steps[None]:
         """Open the pipe. If it raises, the former pipe is back, or another process is known as the owner."""
         try:
-            self._open_once(deadline)
+            yield from self._opening_once(attempt, deadline)
         except (BrokerLost, ChannelInUse, ClosedError) as error:
+            if self._attempt is not attempt:
+                return
             with self._state_lock:
                 former = self._former
                 if former is not None and self.state is RECONNECTING:  # no call until it is OPEN again
@@ -129,15 +156,20 @@ class PipeOwnership:
                 self.release_heirs()
             raise
 
-    def _open_once(self, deadline: Deadline) -> None:
+    def _opening_once(self, attempt: object, deadline: Deadline) -> Steps[None]:
         if self.pipe is None:
-            reply = self.request("open", deadline, shared=available())
+            reply = yield from self.requesting("open", deadline, shared=available())
+            if self._attempt is not attempt:
+                return
             shared = None if reply.fd_socket is None else SharedReader(reply.fd_socket)
             reports = None if reply.reports is None else Reports(reply.reports)
             self.pipe, self.shared, self.reports, self._token = reply.pipe, shared, reports, reply.body["token"]
         if self.state is UNOPENED:
             self._move(OPENING)
-        if self.request("opened", deadline, token=self._token).body["opened"]:
+        reply = yield from self.requesting("opened", deadline, token=self._token)
+        if self._attempt is not attempt:
+            return
+        if reply.body["opened"]:
             self._heirs, self._is_pickled = Descendants(), False
             self._move(OPEN)
             return
@@ -204,14 +236,14 @@ class PipeOwnership:
         self.release_former()
         return True
 
-    def end_subscription(self) -> None:
+    def ending_subscription(self) -> Steps[None]:
         """End the subscription, unless another process has it or can open it: the last step of closing."""
         if self.can_be_opened_elsewhere:
             self._leave_to_heirs()
         elif not self._owner:
             # A recv that waits in another thread is woken when the broker closes its end.
             try:
-                self.request("close", Deadline(_CLOSE_TIMEOUT))
+                yield from self.requesting("close", Deadline(_CLOSE_TIMEOUT))
             except (BroadcastError, OSError):  # the request may be lost, and no other event ends an unopened channel
                 self.client.drop(self.subscription)
         client = BrokerClient(self.client.address, self.client.broker)  # the session ends with its last handle
@@ -241,6 +273,7 @@ class PipeOwnership:
 
     def _in_child(self) -> None:
         self._new_locks()
+        self._attempt = None
         self._is_subscriber = False
         if self.pipe is not None or self._former is not None:
             owner = os.getppid()
@@ -254,12 +287,12 @@ class PipeOwnership:
         return ClosedError("this channel was closed in this process: subscribe again for another")
 
 
-def open_own(ownerships: Iterable[PipeOwnership], deadline: Deadline) -> None:
+def opening_own(ownerships: Iterable[PipeOwnership], deadline: Deadline) -> Steps[None]:
     """Open those that this process has subscribed and no other one can open, until the deadline."""
     for ownership in ownerships:
         try:
             if ownership.is_own:
-                ownership.open(deadline)
+                yield from ownership.opening(deadline)
         except TimedOut:
             return  # the next ones would, too
         except (BroadcastError, OSError):

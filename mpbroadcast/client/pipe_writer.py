@@ -21,6 +21,7 @@ from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import TimedOut
 from mpbroadcast.posix.descriptors import pause_fork_lock
 from mpbroadcast.posix.pipes import PipeEnd, write
+from mpbroadcast.posix.waiting import Steps, Wait, run
 from mpbroadcast.protocol.frames import IMAGE, PIPE_BUF, abort, frame_head, pieces
 from mpbroadcast.protocol.pickling import Payload
 
@@ -55,6 +56,13 @@ class PipeWriter:
         """Write one frame of any length, or several that fit into one write; else as :meth:`write`."""
         if len(frame) <= PIPE_BUF:
             self.write(frame, deadline, done)
+        else:
+            run(self.sending(frame, deadline, done))
+
+    def sending(self, frame: bytes, deadline: Deadline, done: list[int]) -> Steps[None]:
+        """Do as :meth:`send`."""
+        if len(frame) <= PIPE_BUF:
+            yield from self.writing(frame, deadline, done)
             return
         message_id = next(message_ids)
         written: list[int] = []
@@ -62,10 +70,10 @@ class PipeWriter:
             last = b""
             for piece in pieces(frame, message_id):
                 if last:
-                    self.write(last, deadline, written)
+                    yield from self.writing(last, deadline, written)
                 last = piece
             trap_points.reach("sending the last piece")
-            self.write(last, deadline, done)
+            yield from self.writing(last, deadline, done)
         except BaseException:
             # If the last piece was written after all, the broker does not know the id any more, and ignores the abort.
             self.give_up(message_id)
@@ -89,19 +97,28 @@ class PipeWriter:
         :raises TimedOut: it was not written, and never will be.
         :raises OSError: this end of the pipe, or the other, is closed.
         """
+        # It waits outside of the handler, so that an interrupt has no context that is no error.
+        with contextlib.suppress(BlockingIOError):
+            if self._due_aborts:
+                self._abort()
+            done.extend(map(write, (self.pipe.fd,), (data,)))
+            return
+        run(self.writing(data, deadline, done))
+
+    def writing(self, data: bytes, deadline: Deadline, done: list[int]) -> Steps[None]:
+        """Do as :meth:`write`."""
         while True:
-            # It waits outside of the handler, so that an interrupt has no context that is no error.
             with contextlib.suppress(BlockingIOError):
                 if self._due_aborts:
                     self._abort()
                 done.extend(map(write, (self.pipe.fd,), (data,)))
                 return
-            self.wait(deadline)
+            yield from self.waiting(deadline)
 
-    def wait(self, deadline: Deadline) -> None:
-        """Block until the pipe may have room, or raise TimedOut."""
+    def waiting(self, deadline: Deadline) -> Steps[None]:
+        """Wait until the pipe may have room, or raise TimedOut."""
         trap_points.reach("waiting for room", self.pipe.fd)
-        while not self.pipe.wait(select.POLLOUT, deadline.at_most(_NOTES_EVERY)):
+        while not (yield Wait(deadline.at_most(_NOTES_EVERY), select.POLLOUT, self.pipe)):
             if deadline.remaining() == 0:
                 raise TimedOut(NOT_IN_TIME)
             self._client.send_notes()

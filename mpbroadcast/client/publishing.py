@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Generic, TypeVar
 
@@ -20,14 +21,17 @@ from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient, Reply
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.pipe_writer import Route, framed
 from mpbroadcast.client.shared_writer import SHARED_FROM, SharedWriter
+from mpbroadcast.client.tasks import TURN, drive, give_turn
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import ClosedError, TimedOut
 from mpbroadcast.posix.pipes import write
+from mpbroadcast.posix.waiting import Steps, Wakers, run
 from mpbroadcast.protocol.frames import HEAD, MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.protocol.pickling import PROTOCOL, LargeBuffer, Payload, dumps, explain, gather, keep_in_band
 from mpbroadcast.validation import check_timeout, encode_topic, encoded_topic
 
 M = TypeVar("M")
+T = TypeVar("T")
 
 _NOT_WRITTEN: Final = (errno.EAGAIN, errno.EPIPE, errno.EBADF)
 SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)  # bytes of a message below which it is one write into the pipe
@@ -46,6 +50,12 @@ class Publishing(Generic[M]):
         self._has_gap = False  # True if something was published to a broker that has died since
         self._is_large = False  # True if the last message was, and so perhaps the next
         self._closed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tasks = Wakers()
+        self._threads_with_tasks: list[int] = []  # the thread of each task that publishes now
+        self._turn = 0
 
     @property
     def address(self) -> str:
@@ -68,13 +78,14 @@ class Publishing(Generic[M]):
         ``None``: no limit, 0: do not block. An exception from a signal handler leaves the message published whole or not at
         all.
 
-        :raises TimedOut: (a ``TimeoutError``) the message is not published, and never will be.
+        :raises TimedOut: (a ``TimeoutError``) the message is not published, and never will be. Also without a limit, if the
+            call would block the loop of a task that waits in :meth:`apublish` on this handle.
         :raises BrokerLost: the broker has ended.
         :raises ClosedError: this handle was closed.
         :raises Exception: whatever pickling the message raises; nothing was sent.
         """
         if exclude is not None or timeout is not None:
-            route, deadline = self._route(topic, exclude), Deadline(check_timeout(timeout))
+            route, deadline = self._route(topic, exclude), self._deadline(check_timeout(timeout))
             self._publish(self._pickled(message, topic), route, deadline, [])
             return
         encoded = encoded_topic(topic) if topic != "" else b""
@@ -89,7 +100,7 @@ class Publishing(Generic[M]):
                 payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
             except LargeBuffer:
                 self._is_large = True
-                self._publish(self._pickled(message, topic), (encoded, 0), Deadline(None), [])
+                self._publish(self._pickled(message, topic), (encoded, 0), self._deadline(None), [])
                 return
             except Exception as error:
                 explain(error, message, topic)
@@ -112,7 +123,7 @@ class Publishing(Generic[M]):
                 # Full, closed or broken: _publish finds out. Any other error is not of this write.
                 if error.errno not in _NOT_WRITTEN:
                     raise
-        self._publish(Payload((payload,), size, False), (encoded, 0), Deadline(None), [])
+        self._publish(Payload((payload,), size, False), (encoded, 0), self._deadline(None), [])
 
     def _publish_parts(self, payload: Payload, encoded: bytes) -> None:
         """Publish a message that was gathered, quickly if that is possible."""
@@ -123,7 +134,7 @@ class Publishing(Generic[M]):
         except OSError as error:
             if error.errno not in _NOT_WRITTEN:  # as in publish
                 raise
-        self._publish(payload, (encoded, 0), Deadline(None), [])
+        self._publish(payload, (encoded, 0), self._deadline(None), [])
 
     def publish_many(
         self,
@@ -140,41 +151,96 @@ class Publishing(Generic[M]):
 
         :raises Exception: as :meth:`publish`; the exception's ``sent`` is how many of the first messages were published.
         """
+        result = run(self._publishing_many(messages, topic, exclude, self._deadline(check_timeout(timeout))))
+        if isinstance(result, StopIteration):
+            raise result
+        return result
+
+    async def apublish(
+        self, message: M, *, topic: str = "", exclude: Channel[Any] | None = None, timeout: float | None = None
+    ) -> None:
+        """Do as :meth:`publish`, in a task of asyncio or trio: the loop runs on while it waits.
+
+        Cancelled, it has published the message whole, or never will.
+        """
+        route, deadline = self._route(topic, exclude), Deadline(check_timeout(timeout))
+        payload = self._pickled(message, topic)
+        await self._in_task(self._publishing(payload, route, deadline, []))
+
+    async def apublish_many(
+        self,
+        messages: Iterable[M],
+        *,
+        topic: str = "",
+        exclude: Channel[Any] | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Do as :meth:`publish_many`, in a task. ``sent`` is exact when it is cancelled, too."""
+        result = await self._in_task(self._publishing_many(messages, topic, exclude, Deadline(check_timeout(timeout))))
+        if isinstance(result, StopIteration):
+            raise result
+        return result
+
+    async def _in_task(self, steps: Steps[T]) -> T:
+        """Drive a core that publishes. Note meanwhile that a task of this thread may wait for room in the pipe."""
+        self._turn = (self._turn + 1) % TURN
+        if not self._turn:
+            await give_turn()
+        me = threading.get_ident()
+        self._threads_with_tasks.append(me)
+        try:
+            return await drive(steps, self._tasks, closed_error)
+        finally:
+            self._threads_with_tasks.remove(me)
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        """Return the deadline of a call that blocks. Without a limit, it may not block a task that publishes in this thread."""
+        if timeout is None and self._threads_with_tasks and threading.get_ident() in self._threads_with_tasks:
+            return Deadline(0)
+        return Deadline(timeout)
+
+    def _publishing_many(
+        self, messages: Iterable[M], topic: str, exclude: Channel[Any] | None, deadline: Deadline
+    ) -> Steps[int | StopIteration]:
+        """Return how many were sent, or an error of pickling that a generator cannot raise."""
         counts: list[int] = []  # messages in each write that was begun
         done: list[int] = []  # one item for each write that was done
         waiting: list[bytes] = []
         try:
-            route, deadline = self._route(topic, exclude), Deadline(check_timeout(timeout))
+            route = self._route(topic, exclude)
             size = 0
             try:
                 for message in messages:
                     payload = self._pickled(message, topic)
                     frame = framed(payload, route) if payload.size < SHARED_FROM else b""
                     if not frame or size + len(frame) > PIPE_BUF:
-                        self._send_all(waiting, deadline, counts, done)
+                        yield from self._sending_all(waiting, deadline, counts, done)
                         size = 0
                     if not frame or len(frame) > PIPE_BUF:
                         counts.append(1)
-                        self._publish(payload, route, deadline, done)
+                        yield from self._publishing(payload, route, deadline, done)
                     else:
                         waiting.append(frame)
                         size += len(frame)
             except Exception:
-                self._send_all(waiting, deadline, counts, done)  # the messages before the one that cannot be sent
+                # The messages before the one that cannot be sent.
+                yield from self._sending_all(waiting, deadline, counts, done)
                 raise
-            self._send_all(waiting, deadline, counts, done)
+            yield from self._sending_all(waiting, deadline, counts, done)
         except BaseException as error:
             with contextlib.suppress(AttributeError):
                 error.sent = sum(counts[: len(done)])  # type: ignore[attr-defined]
+            if isinstance(error, StopIteration):
+                return error
             raise
         return sum(counts)
 
-    def _send_all(self, waiting: list[bytes], deadline: Deadline, counts: list[int], done: list[int]) -> None:
+    def _sending_all(self, waiting: list[bytes], deadline: Deadline, counts: list[int], done: list[int]) -> Steps[None]:
         if waiting:
             frames = b"".join(waiting)
             counts.append(len(waiting))
             waiting.clear()
-            self._deliver(deadline, SharedWriter.send, frames, deadline, done)
+            yield from self._delivering(deadline, SharedWriter.sending, frames, deadline, done)
 
     def _route(self, topic: str, exclude: Channel[Any] | None) -> Route:
         return encode_topic(topic), 0 if exclude is None else self._own_channel(exclude, "exclude").id
@@ -204,17 +270,29 @@ class Publishing(Generic[M]):
         return payload
 
     def _publish(self, payload: Payload, route: Route, deadline: Deadline, done: list[int]) -> None:
+        writer = self._writer
+        if writer is not None and not self._closed and payload.size < SHORT:
+            try:
+                writer.send(framed(payload, route), deadline, done)
+                return
+            except TimedOut:
+                raise
+            except OSError:
+                pass  # closed or broken: what follows finds out
+        run(self._publishing(payload, route, deadline, done))
+
+    def _publishing(self, payload: Payload, route: Route, deadline: Deadline, done: list[int]) -> Steps[None]:
         if payload.size + 16 + len(route[0]) > MAX_FRAME:
             raise ValueError(f"a message of {payload.size} bytes is too long: with its topic, the limit is {MAX_FRAME - 16}")
-        self._deliver(deadline, SharedWriter.publish, payload, route, deadline, done)
+        yield from self._delivering(deadline, SharedWriter.publishing, payload, route, deadline, done)
 
-    def _deliver(self, deadline: Deadline, send: Callable[..., None], *arguments: Any) -> None:
-        """Call ``send`` with the writer, and again with a new one if another broker takes over meanwhile."""
+    def _delivering(self, deadline: Deadline, sending: Callable[..., Steps[None]], *arguments: Any) -> Steps[None]:
+        """Go through ``sending`` with the writer, and again with a new one if another broker takes over meanwhile."""
         while True:
             self._check_open()
-            writer = self._writer or self._make_writer(deadline)
+            writer = self._writer or (yield from self._making_writer(deadline))
             try:
-                send(writer, *arguments)
+                yield from sending(writer, *arguments)
                 return
             except TimedOut:
                 raise
@@ -224,8 +302,8 @@ class Publishing(Generic[M]):
                     raise self._client.lost_error(error)  # noqa: B904, it has its cause
                 self._drop_writer(writer)
 
-    def _make_writer(self, deadline: Deadline) -> SharedWriter:
-        reply = self._request("publisher", deadline.at_least(LEAST_TIME))
+    def _making_writer(self, deadline: Deadline) -> Steps[SharedWriter]:
+        reply = yield from self._requesting("publisher", deadline.at_least(LEAST_TIME))
         if reply.pipe is None:
             raise self._client.lost_error()
         writer = SharedWriter(self._client, reply.session, reply.pipe, reply.body["publisher"])
@@ -245,10 +323,14 @@ class Publishing(Generic[M]):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("this broadcaster was closed in this process: start or connect() another") from None
+            raise closed_error() from None
 
-    def _request(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Reply:
+    def _requesting(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Steps[Reply]:
         self._check_open()
         if self._writer is not None:
             self._writer.pool.rest()
-        return self._client.request(do, deadline=deadline, **fields)
+        return (yield from self._client.requesting(do, deadline=deadline, **fields))
+
+
+def closed_error() -> ClosedError:
+    return ClosedError("this broadcaster was closed in this process: start or connect() another")

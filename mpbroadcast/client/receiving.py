@@ -18,22 +18,30 @@ import contextlib
 import select
 from collections import deque
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from mpbroadcast import trap_points
-from mpbroadcast.client.asyncio_wait import AsyncWaiters
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.pipe_ownership import OPEN, PipeOwnership
 from mpbroadcast.client.pipe_reader import ENDED, FLAWS, LOST, LOST_FOR_GOOD, NOTHING, End, Stream, follow, read_into, take_lone
+from mpbroadcast.client.tasks import drive
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut, set_channel
+from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelBusy, ChannelInUse, ClosedError, TimedOut, set_channel
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import on_fork
 from mpbroadcast.posix.pipes import PipeEnd
+from mpbroadcast.posix.waiting import Steps, Wait, Wakers
 from mpbroadcast.protocol.pickling import ALL_KINDS, Failure
 
 M = TypeVar("M")
+T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
+
+_NO_MESSAGE: Final = "no message came within {} s"
+_BUSY: Final = (
+    "a task receives from this channel, and one call at a time may: let one task receive and hand the messages to others, or "
+    "subscribe once for each"
+)
 
 
 class Receiving(Generic[M]):
@@ -51,7 +59,8 @@ class Receiving(Generic[M]):
     def _begin(self) -> None:
         self._lock = locks.rlock()
         self._stream = Stream()
-        self._tasks = AsyncWaiters()
+        self._tasks = Wakers()
+        self._has_receiver = False  # True while a task receives: no other call may
         self._turn = 0
 
     def _in_child(self) -> None:
@@ -180,24 +189,28 @@ class Receiving(Generic[M]):
 
     def _wait(self, deadline: Deadline, timeout: float | None) -> None:
         """Block until there may be a message, or raise TimedOut; raise EOFError or BrokerLost if none comes any more."""
-        end: End | None = None
+        is_lost = False
         with self._lock:
             stream = self._stream
             if stream.ready:
                 if type(stream.ready[0]) is not End:
                     return
-                end = stream.ready[0]
-                if end is ENDED:
-                    stream.has_more = False
-                    text = "no message follows: this channel was unsubscribed, or its broadcaster closed"
-                    raise self._about_this(EOFError(text))
-                if end is not LOST or not self.ownership.client.restarts:
-                    raise self._about_this(self.ownership.client.lost_error())
-                self.ownership.begin_reconnecting()
-        if end is not None:
+                self._meet_end(stream)
+                is_lost = True
+        if is_lost:
             self._reconnect(stream, deadline)
         elif not self._wait_readable(deadline):
-            raise self._about_this(TimedOut(f"no message came within {timeout} s"))
+            raise self._about_this(TimedOut(_NO_MESSAGE.format(timeout)))
+
+    def _meet_end(self, stream: Stream) -> None:
+        """Raise EOFError or BrokerLost, or begin to go over to the broker that takes over. The caller holds the lock."""
+        end = stream.ready[0]
+        if end is ENDED:
+            stream.has_more = False
+            raise self._about_this(EOFError("no message follows: this channel was unsubscribed, or its broadcaster closed"))
+        if end is not LOST or not self.ownership.client.restarts:
+            raise self._about_this(self.ownership.client.lost_error())
+        self.ownership.begin_reconnecting()
 
     def _wait_readable(self, deadline: Deadline) -> bool:
         """Open the channel, and block until its descriptor is readable. Return False at the deadline."""
@@ -217,10 +230,14 @@ class Receiving(Generic[M]):
 
         If it raises TimedOut, a later call goes on from there.
         """
-        after = Stream(deque((LOST_FOR_GOOD,)), plain=False)
+        is_open = False
         with contextlib.suppress(BrokerLost, ChannelInUse, ClosedError):
             self._open(deadline)  # not under the lock: a broker that is stopped delays no other thread
-            after = Stream()
+            is_open = True
+        self._go_over(stream, is_open)
+
+    def _go_over(self, stream: Stream, is_open: bool) -> None:
+        after = Stream() if is_open else Stream(deque((LOST_FOR_GOOD,)), plain=False)
         with self._lock:
             if self._stream is stream and type(stream.ready[0]) is End:  # else another thread has gone over, or put back
                 self._stream = after
@@ -230,6 +247,91 @@ class Receiving(Generic[M]):
     def _open(self, deadline: Deadline) -> PipeEnd:
         try:
             return self.ownership.open(deadline)
+        except BroadcastError as error:
+            error.channel = self
+            raise
+
+    # --- receiving in a task: the same steps, without blocking
+
+    async def _in_task(self, steps: Steps[T]) -> T:
+        """Drive a core that receives, as the only task that does, or raise ChannelBusy."""
+        self._claim()
+        try:
+            return await drive(steps, self._tasks, self._closed_error)
+        finally:
+            self._unclaim()
+
+    def _claim(self) -> None:
+        with self._lock:
+            self._check_no_receiver()
+            self._has_receiver = True
+
+    def _unclaim(self) -> None:
+        self._has_receiver = False
+
+    def _check_no_receiver(self) -> None:
+        if self._has_receiver:
+            raise self._about_this(ChannelBusy(_BUSY))
+
+    def _closed_error(self) -> ClosedError:
+        return self._about_this(self.ownership.closed_error())
+
+    def _arriving(self, timeout: float | None) -> Steps[M]:
+        """Return the next message, or raise, as ``recv`` does."""
+        deadline = Deadline(timeout)
+        is_readable = False
+        while True:
+            message = self._receive_nowait(is_readable=is_readable)
+            if message is not NOTHING:
+                return message  # no wait follows in which the task could be cancelled
+            yield from self._waiting(deadline, timeout)
+            is_readable = True
+
+    def _arriving_many(self, limit: int | None, timeout: float | None) -> Steps[list[M]]:
+        """Return messages, or raise, as ``recv_many`` does."""
+        if self.ownership.reports is not None:
+            self._finish()
+        box: list[list[M]] = [[]]
+        try:
+            self._take_ready(limit, box)
+            if not box[0]:
+                box[0] = [(yield from self._arriving(timeout))]
+                self._take_ready(limit, box)
+            return box[0]
+        except BaseException:
+            if back := box[0][::-1]:
+                self._stream.ready.extendleft(back)
+            raise
+
+    def _waiting(self, deadline: Deadline, timeout: float | None) -> Steps[None]:
+        """Do as :meth:`_wait`."""
+        is_lost = False
+        with self._lock:
+            stream = self._stream
+            if stream.ready:
+                if type(stream.ready[0]) is not End:
+                    return
+                self._meet_end(stream)
+                is_lost = True
+        if is_lost:
+            is_open = False
+            with contextlib.suppress(BrokerLost, ChannelInUse, ClosedError):
+                yield from self._opening(deadline)
+                is_open = True
+            self._go_over(stream, is_open)
+            return
+        try:
+            pipe = yield from self._opening(deadline)
+            if (yield Wait(deadline, select.POLLIN, pipe)):
+                return
+        except TimedOut:
+            if deadline.remaining() != 0:
+                raise
+        raise self._about_this(TimedOut(_NO_MESSAGE.format(timeout)))
+
+    def _opening(self, deadline: Deadline) -> Steps[PipeEnd]:
+        try:
+            return (yield from self.ownership.opening(deadline))
         except BroadcastError as error:
             error.channel = self
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -10,8 +11,11 @@ from types import TracebackType
 from typing import Any, Final, Generic, Protocol, Self, TypeVar, cast
 
 from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.tasks import TURN, drive, give_turn
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import BrokerLost, ClosedError, TimedOut
+from mpbroadcast.errors import BroadcastError, BrokerLost, ClosedError, TimedOut
+from mpbroadcast.posix.poller import IN
+from mpbroadcast.posix.waiting import Descriptor, Steps, Wait
 from mpbroadcast.validation import check_timeout
 
 try:
@@ -24,6 +28,7 @@ N = TypeVar("N")
 
 _FAIR: Final = 64  # messages taken from sources that are known to be readable, before the others are polled
 _NOTHING: Final = object()
+_NONE_LEFT: Final = "no source is left to receive from: all have ended, or none was selected"
 
 
 class _HasFileno(Protocol):
@@ -41,10 +46,14 @@ class Selector(Generic[M]):
     called with the channel's or connection's message, with the process that has ended, or with the readable object, and
     :meth:`receive` returns what the handler returns; without a handler it returns the value.
 
-    It has no descriptor of its own. One thread at a time may use it.
+    An iteration, ``for`` or ``async for``, gives what :meth:`receive` returns, until no source is left. An error leaves the
+    loop, and the next loop goes on behind it.
+
+    It has no descriptor of its own. One thread or task at a time may use it.
     """
 
     def __init__(self) -> None:
+        self._turn = 0
         self._handlers: dict[Source, Handler | None] = {}
         self._ready: deque[Source] = deque()
         self._since_wait = 0
@@ -103,7 +112,7 @@ class Selector(Generic[M]):
         deadline = Deadline(check_timeout(timeout))
         while True:
             if not self._handlers:
-                raise EOFError("no source is left to receive from: all have ended, or none was selected")
+                raise EOFError(_NONE_LEFT)
             if not self._ready or self._since_wait >= _FAIR:
                 self._find_ready(deadline if not self._ready else Deadline(0))
                 if not self._ready and self._handlers:
@@ -115,6 +124,48 @@ class Selector(Generic[M]):
             self._since_wait += 1
             handler = self._handlers[source]
             value = self._take(source)
+            if value is not _NOTHING:
+                return cast(M, value if handler is None else handler(value))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> M:
+        try:
+            return self.receive()
+        except EOFError:
+            if self._handlers:
+                raise  # it is a handler's
+            raise StopIteration from None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> M:
+        self._turn = (self._turn + 1) % TURN
+        if not self._turn:
+            await give_turn()
+        try:
+            return await drive(self._receiving())
+        except EOFError:
+            if self._handlers:
+                raise
+            raise StopAsyncIteration from None
+
+    def _receiving(self) -> Steps[M]:
+        """Return what the next source gives, as :meth:`receive`."""
+        while True:
+            if not self._handlers:
+                raise EOFError(_NONE_LEFT)
+            if not self._ready or self._since_wait >= _FAIR:
+                yield from self._finding_ready()
+                continue
+            source = self._ready.popleft()
+            if source not in self._handlers:
+                continue
+            self._since_wait += 1
+            handler = self._handlers[source]
+            value = (yield from self._taking(source)) if isinstance(source, Channel) else self._take(source)
             if value is not _NOTHING:
                 return cast(M, value if handler is None else handler(value))
 
@@ -144,6 +195,44 @@ class Selector(Generic[M]):
         self._ready.extend(
             source for fd in wait(list(waitables), deadline.remaining()) if (source := waitables[cast(int, fd)]) not in known
         )
+
+    def _finding_ready(self) -> Steps[None]:
+        """Do as :meth:`_find_ready`, in a task, which is then the one that receives from all channels."""
+        for source in list(self._handlers):
+            if isinstance(source, Channel):  # while another broker takes over, fileno() would block
+                with contextlib.suppress(BroadcastError):  # which fileno() raises, too
+                    yield from source._opening(Deadline(None))
+        self._find_ready(Deadline(0))
+        if self._ready or not self._handlers:
+            return
+        channels = [source for source in self._handlers if isinstance(source, Channel)]
+        sources = [Descriptor(one.sentinel) if isinstance(one, BaseProcess) else one for one in self._handlers]
+        claimed: list[Channel[Any]] = []
+        try:
+            for channel in channels:
+                channel._claim()
+                claimed.append(channel)
+            yield Wait(Deadline(None), IN, *sources, wakers=tuple(channel._tasks for channel in channels))
+        finally:
+            for channel in claimed:
+                channel._unclaim()
+
+    def _taking(self, channel: Channel[Any]) -> Steps[Any]:
+        """Do as :meth:`_take`, without blocking."""
+        self._ready.append(channel)
+        channel._claim()
+        try:
+            return (yield from channel._arriving(0.0))
+        except TimedOut:
+            self._ready.pop()
+        except (EOFError, ClosedError):
+            self.deselect(channel)
+        except BrokerLost:
+            self.deselect(channel)
+            raise
+        finally:
+            channel._unclaim()
+        return _NOTHING
 
     def _take(self, source: Source) -> Any:
         """Return what ``source`` gives; ``_NOTHING`` if it has nothing after all, or has ended."""

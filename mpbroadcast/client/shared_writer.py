@@ -9,18 +9,20 @@
   acknowledgement, when it has routed the message, bounds how much of that is on its way.
 - The message goes through the pipe where there is no shared memory, where there is no room for the moment and it is short, and
   in a signal handler that interrupts its own thread here. So no lock is waited for by the thread that holds it.
-- The lock is held for the ring and the packets, never while something is waited for.
+- The lock is held for the ring and the packets, never while something is waited for. The same holds for the note of a thread
+  in ``_inside``: while a task waits, its thread publishes as if the task were not there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import select
 import threading
 import time
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from mpbroadcast import trap_points
 from mpbroadcast.client.broker_client import CONNECT_TIMEOUT, LEAST_TIME, BrokerClient, Session
@@ -34,6 +36,7 @@ from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.memory_pool import MemoryPool
 from mpbroadcast.posix.pipes import PipeEnd, write
 from mpbroadcast.posix.shared_memory import available, keep_freed_memory, ring_memory
+from mpbroadcast.posix.waiting import Steps, Wait, run
 from mpbroadcast.protocol.fd_packets import ACCEPTED, FREE, MEMORY, NONE, REFUSED, RING, ROUTED, WANTED, pack, unpack
 from mpbroadcast.protocol.frames import memory_frame, reference_frame
 from mpbroadcast.protocol.pickling import Payload
@@ -47,6 +50,8 @@ _SOCKET_PATIENCE: Final = CONNECT_TIMEOUT + 1.0  # seconds that the request for 
 _MOST_UNROUTED: Final = 8  # messages in memory of their own that the broker has not routed yet
 _MOST_UNROUTED_BYTES: Final = 64 << 20  # in those, unless it is a single one
 _SLICE: Final = 0.05  # seconds to wait for a packet, which another thread may have received
+
+T = TypeVar("T")
 
 _ring_ids: Final = itertools.count(1)
 
@@ -97,26 +102,44 @@ class SharedWriter(PipeWriter):
 
     def publish(self, payload: Payload, route: Route, deadline: Deadline, done: list[int]) -> None:
         """Send one message of any length; else as :meth:`write`."""
-        if payload.size < SHARED_FROM or not self._share(payload, route, deadline, done):
+        if payload.size < SHARED_FROM:
             self.send(framed(payload, route), deadline, done)
+        else:
+            run(self.publishing(payload, route, deadline, done))
 
-    def _share(self, payload: Payload, route: Route, deadline: Deadline, done: list[int]) -> bool:
+    def publishing(self, payload: Payload, route: Route, deadline: Deadline, done: list[int]) -> Steps[None]:
+        """Do as :meth:`publish`."""
+        if payload.size < SHARED_FROM or not (yield from self._sharing(payload, route, deadline, done)):
+            yield from self.sending(framed(payload, route), deadline, done)
+
+    def _sharing(self, payload: Payload, route: Route, deadline: Deadline, done: list[int]) -> Steps[bool]:
         """Publish a message in shared memory. Return False if it must go through the pipe."""
         me = threading.get_ident()
         if me in self._inside:
             return False
         try:
             self._inside.add(me)
-            fd_socket = self._fd_socket or self._request_socket(deadline)
+            fd_socket = self._fd_socket or (yield from self._outside(self._requesting_socket(deadline)))
             if fd_socket is None:
                 return False
-            if payload.size <= LONGEST and self._through_ring(fd_socket, payload, route, deadline, done):
+            if payload.size <= LONGEST and (yield from self._through_ring(fd_socket, payload, route, deadline, done)):
                 return True
-            return payload.size >= MEMORY_FROM and self._in_memory(fd_socket, payload, route, deadline, done)
+            if payload.size < MEMORY_FROM:
+                return False
+            return (yield from self._in_memory(fd_socket, payload, route, deadline, done))
         finally:
             self._inside.discard(me)
 
-    def _request_socket(self, deadline: Deadline) -> DescriptorSocket | None:
+    def _outside(self, steps: Steps[T]) -> Steps[T]:
+        """Go through ``steps``, with which a signal handler or another task of this thread does not interfere."""
+        me = threading.get_ident()
+        try:
+            self._inside.discard(me)
+            return (yield from steps)
+        finally:
+            self._inside.add(me)
+
+    def _requesting_socket(self, deadline: Deadline) -> Steps[DescriptorSocket | None]:
         now = time.monotonic()
         with self._lock:  # so that a single thread sends the request, also without the GIL
             if now < self._no_socket_before:
@@ -124,7 +147,8 @@ class SharedWriter(PipeWriter):
             self._no_socket_before = now + _SOCKET_PATIENCE
         with contextlib.suppress(OSError):  # no descriptor is left, here or in the broker
             deadline = deadline.at_least(LEAST_TIME)
-            reply = self._client.request("fd_socket", session=self.session, publisher=self.id, deadline=deadline)
+            client, publisher = self._client, self.id
+            reply = yield from client.requesting("fd_socket", session=self.session, publisher=publisher, deadline=deadline)
             self._fd_socket = reply.fd_socket
         self._no_socket_before = time.monotonic() + _RETRY
         return self._fd_socket
@@ -171,8 +195,8 @@ class SharedWriter(PipeWriter):
 
     def _through_ring(
         self, fd_socket: DescriptorSocket, payload: Payload, route: Route, deadline: Deadline, done: list[int]
-    ) -> bool:
-        """Publish a message in the ring: block until the pipe has room. Return False if the message must go another route."""
+    ) -> Steps[bool]:
+        """Publish a message in the ring: wait until the pipe has room. Return False if the message must go another route."""
         patience: Deadline | None = None
         while True:
             with self._lock:
@@ -185,7 +209,7 @@ class SharedWriter(PipeWriter):
             if outcome is _Outcome.NO_MEMORY:
                 return False
             if outcome is _Outcome.PIPE_FULL:
-                self.wait(deadline)
+                yield from self._outside(self.waiting(deadline))
                 continue
             # Wait for a chunk, but not for long, and not again until one is free.
             if patience is None:
@@ -195,7 +219,7 @@ class SharedWriter(PipeWriter):
             if not patience.remaining():
                 self._is_dry = True
                 return False
-            fd_socket.wait(patience)
+            yield from self._outside(_waiting(fd_socket, patience))
 
     def _put(self, fd_socket: DescriptorSocket, payload: Payload, route: Route, done: list[int]) -> _Outcome:
         """Copy a message into the ring, and announce it if the pipe has room. The caller holds the lock."""
@@ -237,12 +261,12 @@ class SharedWriter(PipeWriter):
 
     def _in_memory(
         self, fd_socket: DescriptorSocket, payload: Payload, route: Route, deadline: Deadline, done: list[int]
-    ) -> bool:
-        self.wait(deadline)  # else much memory could be filled in vain
+    ) -> Steps[bool]:
+        yield from self._outside(self.waiting(deadline))  # else much memory could be filled in vain
         before = len(done)
         message_id = next(message_ids)
         try:
-            if not self._wait_for_credit(fd_socket, message_id, payload.size, deadline):
+            if not (yield from self._waiting_for_credit(fd_socket, message_id, payload.size, deadline)):
                 return False
             trap_points.reach("filling memory")
             try:
@@ -253,15 +277,16 @@ class SharedWriter(PipeWriter):
                 return False
             trap_points.reach("publishing memory")
             descriptor.close()
-            self.write(memory_frame(message_id, payload.size, *route, payload.image), deadline, done)
+            frame = memory_frame(message_id, payload.size, *route, payload.image)
+            yield from self._outside(self.writing(frame, deadline, done))
             return True
         finally:
             if not done[before:] and message_id in self._unrouted:  # no call up to here, so no interrupt
                 del self._unrouted[message_id]
                 self.give_up(message_id)
 
-    def _wait_for_credit(self, fd_socket: DescriptorSocket, message_id: int, size: int, deadline: Deadline) -> bool:
-        """Block until the message may be sent, and count it. Return False if the broker is gone."""
+    def _waiting_for_credit(self, fd_socket: DescriptorSocket, message_id: int, size: int, deadline: Deadline) -> Steps[bool]:
+        """Wait until the message may be sent, and count it. Return False if the broker is gone."""
         while True:
             with self._lock:
                 is_connected = self._receive(fd_socket)
@@ -275,6 +300,11 @@ class SharedWriter(PipeWriter):
                 return False
             if deadline.remaining() == 0:
                 raise TimedOut(NOT_IN_TIME)
-            fd_socket.wait(deadline.at_most(_SLICE))
+            yield from self._outside(_waiting(fd_socket, deadline.at_most(_SLICE)))
             self._client.send_notes()
             pause_fork_lock()
+
+
+def _waiting(fd_socket: DescriptorSocket, deadline: Deadline) -> Steps[None]:
+    """Wait until a packet, or the other end's close, comes."""
+    yield Wait(deadline, select.POLLIN, fd_socket)

@@ -99,6 +99,9 @@ class OwnedDescriptor:
         self.fd = self._fd = fd  # `fd` is the one to use; -1 once it is closed
         on_fork(self, OwnedDescriptor.close)
 
+    def fileno(self) -> int:
+        return self.fd
+
     def close(self) -> None:
         self.fd = -1
         with fork_lock():  # so that a child has a copy of it only while this object knows of it
@@ -110,6 +113,15 @@ class OwnedDescriptor:
         # Without `_fd` an interrupt came before there was one; without `fork_lock` the interpreter has cleared this module.
         if hasattr(self, "_fd") and fork_lock is not None:
             OwnedDescriptor.close(self)
+
+
+def duplicate(fd: int) -> OwnedDescriptor:
+    """Return another descriptor of the same open file.
+
+    :raises OSError: no descriptor is left.
+    """
+    with fork_lock():
+        return OwnedDescriptor(os.dup(fd))
 
 
 class Descendants:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import struct
 from array import array
 from collections.abc import Iterator
 from typing import Any, Final
 
-from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock, on_fork
-from mpbroadcast.posix.poller import is_ready
 
 SPACE: Final = socket.CMSG_SPACE(3 * array("i").itemsize)
 CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
@@ -93,10 +90,6 @@ class DescriptorSocket(socket.socket):
                 self.send(packet)
             return True
         return False
-
-    def wait(self, deadline: Deadline) -> bool:
-        """Return True if a packet, or the other end's close, comes before the deadline."""
-        return is_ready(self, select.POLLIN, deadline.milliseconds())
 
     def receive_packet_with_fd(self) -> tuple[bytes, OwnedDescriptor | None] | None:
         """Return the next packet and its descriptor; ``None`` when none is there; an empty one at the end.

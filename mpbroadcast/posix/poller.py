@@ -13,7 +13,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 IN: Final = select.POLLIN
@@ -29,6 +29,14 @@ def is_ready(fd: int | socket.socket, events: int, milliseconds: int | None) -> 
     """Block until one of ``events``, or an error, comes; ``None`` is for ever. Return True if one has come in time."""
     poll = select.poll()
     poll.register(fd, events)
+    return bool(poll.poll(milliseconds))
+
+
+def is_any_ready(fds: Iterable[int], events: int, milliseconds: int | None) -> bool:
+    """Do as :func:`is_ready`, for any of several descriptors."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, events)
     return bool(poll.poll(milliseconds))
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from typing import Final
 
 import psutil
 
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.posix.poller import IN, is_ready
+from mpbroadcast.posix.poller import IN
+from mpbroadcast.posix.waiting import Steps, Wait
 
 _PAUSE: Final = 0.01  # seconds, where a death is no event
 
@@ -76,15 +76,18 @@ class PeerProcess:
         except (psutil.Error, OSError):  # it cannot be asked, as no descriptor is left
             return False
 
-    def wait(self, timeout: float | None) -> bool:
-        """Block until it is dead, for at most ``timeout`` seconds. Return True if it is, or if this object is closed."""
+    def fileno(self) -> int:
+        return self.fd
+
+    def waiting(self, timeout: float | None) -> Steps[bool]:
+        """Wait until it is dead, for at most ``timeout`` seconds. Return True if it is, or if this object is closed."""
         deadline = Deadline(timeout)
         if self.fd >= 0:
-            return is_ready(self.fd, IN, deadline.milliseconds())
+            return (yield Wait(deadline, IN, self))
         while self._process is not None and not self.is_dead():
             if deadline.remaining() == 0:
                 return False
-            time.sleep(_PAUSE)
+            yield Wait(Deadline(_PAUSE))
         return True
 
     def send_signal(self, signal_number: int) -> None:

@@ -35,7 +35,7 @@ from mpbroadcast import (
 )
 from mpbroadcast.broker.host.launcher import BrokerProcess
 from mpbroadcast.client import channel as channel_module
-from mpbroadcast.client import shared_reader
+from mpbroadcast.client import receiving, shared_reader
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix import locks
@@ -322,7 +322,7 @@ def test_an_interrupted_receive_loses_no_error(bus: Bus, call: str) -> None:
 
             def is_here(frame: FrameType, event: str, behind: Moment = behind) -> bool:
                 # An error that leaves a function is reported as a return, too, and no signal is looked for there.
-                in_channel = frame.f_code.co_filename == channel_module.__file__
+                in_channel = frame.f_code.co_filename in (channel_module.__file__, receiving.__file__)
                 return not (event == "return" and in_channel) and behind.is_here(frame, event)
 
             try:

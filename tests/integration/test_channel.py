@@ -30,7 +30,6 @@ from tests.support.helpers import (
     readable,
     stopped,
     take,
-    until_tasks_wait,
     wait_delivered,
     wait_for,
     wait_until,
@@ -182,31 +181,6 @@ def test_an_iterator_keeps_no_message_that_another_call_has_taken(bus: Bus) -> N
     taken = [weakref.ref(message) for message in channel.recv_many()]
     assert [one() for one in taken] == [None] * 7
     channel.close()
-
-
-def test_tasks_share_a_channel(bus: Bus) -> None:
-    """Give each message to one of them, and the end to all; one that is cancelled changes nothing for the others."""
-
-    async def receive(channel: Channel[Any]) -> list[int]:
-        return [message async for message in channel]
-
-    async def main() -> None:
-        shared, closed = bus.subscribe(), bus.subscribe("nothing")
-        first, second, third, other = (asyncio.create_task(receive(one)) for one in (shared, shared, shared, closed))
-        await until_tasks_wait()
-        first.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await first
-        closed.close()
-        with pytest.raises(ClosedError):
-            await asyncio.wait_for(other, DEADLINE)
-        bus.publish_many(range(1000))
-        bus.flush(timeout=DEADLINE)
-        bus.unsubscribe(shared)
-        parts = await asyncio.wait_for(asyncio.gather(second, third), DEADLINE)
-        assert sorted(parts[0] + parts[1]) == list(range(1000))
-
-    asyncio.run(main())
 
 
 def test_cancelled_tasks_lose_no_message(bus: Bus) -> None:

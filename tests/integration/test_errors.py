@@ -27,13 +27,14 @@ KINDS: dict[str, type[BaseException]] = {
     "AddressError": OSError,
     "BrokerLost": ConnectionError,
     "ClosedError": OSError,
+    "ChannelBusy": RuntimeError,
     "ChannelInUse": RuntimeError,
     "TimedOut": TimeoutError,
 }
 
 
 def test_every_error_has_one_base_and_the_built_in_kind_of_its_meaning() -> None:
-    assert len(PACKAGE_ERRORS) == 12
+    assert len(PACKAGE_ERRORS) == 13
     assert not [error for error in PACKAGE_ERRORS if not isinstance(error, KINDS.get(type(error).__name__, BroadcastError))]
     public = [kind for kind in vars(mpbroadcast).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert {*public} == {type(error) for error in PACKAGE_ERRORS}

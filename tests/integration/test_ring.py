@@ -206,7 +206,7 @@ def test_without_memory_for_a_ring_no_chunk_is_waited_for(bus: Bus, monkeypatch:
     channel = bus.subscribe()
     prime(bus, os.getpid(), channels=[channel], maps=2)
     monkeypatch.setattr(ring, "populate", lambda *_: False)
-    monkeypatch.setattr(DescriptorSocket, "wait", None)
+    monkeypatch.setattr(DescriptorSocket, "send_packet", None)  # which asks for a chunk
     exchange(bus, channel, CHUNK // SIZE * [Size(2 * SIZE)])
 
 

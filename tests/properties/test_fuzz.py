@@ -22,7 +22,9 @@ from mpbroadcast import Broadcaster, BroadcastError, Channel, connect, start_bro
 from mpbroadcast.broker.core.history import MOST_TOPICS
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.deadline import Deadline
+from mpbroadcast.posix.poller import IN
 from mpbroadcast.posix.shared_memory import available, ring_memory
+from mpbroadcast.posix.waiting import Wait
 from mpbroadcast.protocol.control import client_handshake, encode
 from mpbroadcast.protocol.fd_packets import ACCEPTED, MAPPED, MEMORY, READ, REFUSED, RING, WANTED, pack, unpack
 from mpbroadcast.protocol.frames import abort, frame_head, memory_frame, pieces, reference_frame
@@ -293,7 +295,7 @@ def test_references_that_are_refused(ring: int, offset: int, lives_on: Broadcast
                 descriptor, memory = ring_memory(1 << 24)
                 memory.close()
                 lent.send_packet(pack(RING, number, 1 << 18), descriptor.fd)
-                assert lent.fd_socket.wait(Deadline(DEADLINE))
+                assert Wait(Deadline(DEADLINE), IN, lent.fd_socket).block()
                 assert lent.fd_socket.recv(64) == pack(ACCEPTED, number)
             positions = [(1, 0), (2, 100), (ring, offset)]
             lent.write(b"".join(reference_frame(number, start, 100, b"fuzz") for number, start in positions))

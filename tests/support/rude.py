@@ -13,7 +13,9 @@ import pytest
 
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.deadline import Deadline
+from mpbroadcast.posix.poller import IN
 from mpbroadcast.posix.shared_memory import available, message_memory, ring_memory
+from mpbroadcast.posix.waiting import Wait
 from mpbroadcast.protocol.control import decode, encode
 from mpbroadcast.protocol.fd_packets import MEMORY, RING, pack
 from tests.support.helpers import DEADLINE, keyed_connection
@@ -78,7 +80,7 @@ class Lent:
         descriptor, memory = ring_memory(RING_SIZE)
         self.send_packet(pack(RING, number, 1 << 16), descriptor.fd)
         if self.fd_socket is not None:
-            self.fd_socket.wait(Deadline(seconds))
+            Wait(Deadline(seconds), IN, self.fd_socket).block()
         memory.close()
 
     def memory(self, number: int, size: int) -> None:

@@ -14,7 +14,7 @@ import mpbroadcast
 from mpbroadcast import validation
 from mpbroadcast.broker import acceptor, routing
 from mpbroadcast.broker.core import history, limits
-from mpbroadcast.client import broadcaster, shared_writer
+from mpbroadcast.client import shared_writer, subscribing
 from mpbroadcast.protocol import control, frames, pickling, ring_allocator, runs
 from mpbroadcast.states import State
 from tests.support.pages import BLOCKS, PAGES, README, ROOT, SCRIPTS
@@ -131,7 +131,7 @@ def test_the_limits_are_those_of_the_code() -> None:
     stated = {
         "guide.md": [
             f"at most {validation.MAX_TOPIC:,} bytes of UTF-8",
-            f"`capacity` bytes ({broadcaster.DEFAULT_CAPACITY // mib} MiB by default)",
+            f"`capacity` bytes ({subscribing.DEFAULT_CAPACITY // mib} MiB by default)",
             f"Pickles of less than {shared_writer.SHARED_FROM // 1024} KiB",
             f"Up to {ring_allocator.LONGEST // mib} MiB",
             f"{ring_allocator.CHUNK * ring_allocator.CHUNKS // mib} MiB of memory",

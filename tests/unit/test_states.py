@@ -1,5 +1,6 @@
 """The states of publishers, subscriptions, their pipes and channels: a transition is listed, or raises."""
 
+from collections.abc import Generator
 from unittest.mock import Mock
 
 import pytest
@@ -38,8 +39,12 @@ def test_an_illegal_transition_changes_nothing() -> None:
 
 def test_a_close_comes_before_the_reply_that_another_process_is_the_owner() -> None:
     """Of a channel that another thread closes meanwhile, ``open`` raises ClosedError."""
-    client, reply = Mock(), Mock(side_effect=ChannelInUse("", 1))
-    ownership = PipeOwnership(client, 1, True)
-    client.request.side_effect = lambda *_, **__: ownership.close_pipe(0) and reply()
+
+    def requesting(*_: object, **__: object) -> Generator[None, None, None]:
+        ownership.close_pipe(0)
+        raise ChannelInUse("", 1)
+        yield
+
+    ownership = PipeOwnership(Mock(requesting=requesting), 1, True)
     with pytest.raises(ClosedError):
         ownership.open(Deadline(None))

@@ -35,8 +35,11 @@ from mpbroadcast.broker.host.no_main import NoMainContext
 from mpbroadcast.broker.host.socket_file import identity, remove_leftovers
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import StartError
+from mpbroadcast.posix import waiting
 from mpbroadcast.posix.descriptors import on_fork, without_heirs
+from mpbroadcast.posix.poller import IN
 from mpbroadcast.posix.processes import PeerProcess
+from mpbroadcast.posix.waiting import Descriptor, Steps, Wait
 
 _GRACE: Final = 3.0  # seconds until a broker ends, where no timeout limits that
 _SHORT_GRACE: Final = 0.3  # seconds for what comes behind a timeout
@@ -48,6 +51,11 @@ _GUARD: Final = (
 _NO_MAIN: Final = (
     "Without a `context` the broker imports nothing of the main module: what log_config names must stand in another one"
 )
+
+
+def _no_time() -> Steps[float]:
+    yield from ()
+    return 0.0
 
 
 class BrokerProcess:
@@ -94,7 +102,7 @@ class BrokerProcess:
                 self.address = _wait_until_ready(self._process, reader, Deadline(timeout), hint)
             except BaseException:
                 reader.close()  # a broker that cannot be watched ends when it cannot report
-                self._kill(_GRACE)
+                waiting.run(self._killing(_GRACE))
                 raise
 
     def end_at_exit(self, close: Callable[[], None]) -> None:
@@ -122,23 +130,23 @@ class BrokerProcess:
             at_exit.cancel()
         return at_exit is not None
 
-    def end(self, timeout: float | None, *, asked: int, time_left: Callable[[], float]) -> None:
+    def ending(self, timeout: float | None, *, asked: int = 0, time_left: Callable[[], Steps[float]] = _no_time) -> Steps[None]:
         """End it.
 
         If ``asked`` (the PID that confirmed the stop request; 0: none did), wait for it first, for at most ``timeout`` seconds,
-        and longer while ``time_left()`` is not 0. Then send SIGTERM, and SIGKILL if that does not end it.
+        and longer while ``time_left()`` does not return 0. Then send SIGTERM, and SIGKILL if that does not end it.
         """
         trap_points.reach("ending the broker")
         broker = _process(asked) if asked and self._restart else None
         deadline = Deadline(timeout)
         if asked and self._watched is not None:
-            _wait(self._watched, deadline, time_left)
+            yield from _waiting(self._watched, deadline, time_left)
         if broker is not None:  # its supervisor may have died before. It may stay a zombie: its parent has to reap it
-            if not _wait(broker, deadline, time_left):
+            if not (yield from _waiting(broker, deadline, time_left)):
                 broker.send_signal(signal.SIGKILL)
             broker.close()
         left = deadline.remaining()
-        self._kill(_GRACE if left is None else max(left, _SHORT_GRACE))
+        yield from self._killing(_GRACE if left is None else max(left, _SHORT_GRACE))
         remove_leftovers(self.address)
         self.leave()
 
@@ -151,7 +159,7 @@ class BrokerProcess:
     def _forget(self) -> None:
         vars(multiprocessing.process).get("_children", set()).discard(self._process)
 
-    def _kill(self, grace: float) -> None:
+    def _killing(self, grace: float) -> Steps[None]:
         process, watched = self._process, self._watched
         try:
             if process.pid is None:
@@ -160,18 +168,18 @@ class BrokerProcess:
             return
         if watched is not None:
             watched.send_signal(signal.SIGTERM)
-            if not watched.wait(grace):
+            if not (yield from watched.waiting(grace)):
                 below = _children(watched.pid) if self._restart else []
                 watched.send_signal(signal.SIGKILL)
-                watched.wait(None)
+                yield from watched.waiting(None)
                 for broker in below:
                     broker.send_signal(signal.SIGKILL)
-                    broker.wait(_GRACE)
+                    yield from broker.waiting(_GRACE)
                     broker.close()
             watched.close()
         try:
             if process.exitcode is None:
-                connection.wait([process.sentinel], _GRACE)  # a fork server reports a moment later
+                yield Wait(Deadline(_GRACE), IN, Descriptor(process.sentinel))  # a fork server reports a moment later
             process.close()
         except ValueError:  # other code has reaped it, so its exit code is not to be had, or a signal handler has closed it
             self._forget()
@@ -185,11 +193,11 @@ def _process(pid: int | None) -> PeerProcess | None:
         return None
 
 
-def _wait(process: PeerProcess, deadline: Deadline, time_left: Callable[[], float]) -> bool:
+def _waiting(process: PeerProcess, deadline: Deadline, time_left: Callable[[], Steps[float]]) -> Steps[bool]:
     """Wait for a broker that drains. Return True if it has ended."""
     left = deadline.remaining()
-    while not process.wait(left):
-        left = time_left()
+    while not (yield from process.waiting(left)):
+        left = yield from time_left()
         if not left:
             return False
         left += _SHORT_GRACE

@@ -21,6 +21,7 @@ from typing import Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.posix.processes import PeerProcess
+from mpbroadcast.posix.waiting import run
 
 log = logging.getLogger("mpbroadcast.broker")
 
@@ -53,7 +54,7 @@ def supervise(starter: int | None, serve: Callable[[int], None], wanted: Callabl
         if not child:
             _be_broker(serve, generation)
         status, ending = _wait_for(child)
-        if status == 0 or ending or (watched is not None and watched.wait(0)):
+        if status == 0 or ending or (watched is not None and run(watched.waiting(0))):
             return
         why = f"was ended by signal {-status}" if status < 0 else f"has ended with exit code {status}"
         if not wanted():

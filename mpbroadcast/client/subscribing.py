@@ -1,0 +1,200 @@
+"""Subscribing through one handle, and its other requests."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final, Literal, TypedDict, TypeVar, Unpack, overload
+from weakref import WeakValueDictionary
+
+from mpbroadcast.client.broker_client import BrokerClient
+from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.pipe_ownership import PipeOwnership
+from mpbroadcast.client.publishing import Publishing, closed_error
+from mpbroadcast.client.received import WITH_ID, Received
+from mpbroadcast.client.tasks import drive
+from mpbroadcast.posix.waiting import Steps, run
+from mpbroadcast.validation import Policy, check_bool, check_count, check_group, check_overflow, check_topics
+
+M = TypeVar("M")
+T = TypeVar("T")
+
+DEFAULT_CAPACITY: Final = 64 << 20  # bytes
+
+
+class Options(TypedDict, total=False):
+    """Arguments of :meth:`Broadcaster.subscribe`, for its overloads."""
+
+    overflow: Policy
+    capacity: int | None
+    replay: int
+    group: str | None
+    prefetch: int
+
+
+class Subscribing(Publishing[M]):
+    """The part of a broadcaster that subscribes."""
+
+    def __init__(self, client: BrokerClient) -> None:
+        super().__init__(client)
+        self._subscribed: WeakValueDictionary[int, PipeOwnership] = WeakValueDictionary()
+
+    @overload
+    def subscribe(
+        self, *topics: str, with_topic: Literal[False] = False, with_id: Literal[False] = False, **options: Unpack[Options]
+    ) -> Channel[M]: ...
+    @overload
+    def subscribe(
+        self, *topics: str, with_topic: Literal[True], with_id: Literal[False] = False, **options: Unpack[Options]
+    ) -> Channel[tuple[str, M]]: ...
+    @overload
+    def subscribe(
+        self, *topics: str, with_topic: bool = False, with_id: Literal[True], **options: Unpack[Options]
+    ) -> Channel[Received[M]]: ...
+    @overload
+    def subscribe(
+        self, *topics: str, with_topic: bool, with_id: Literal[False] = False, **options: Unpack[Options]
+    ) -> Channel[M] | Channel[tuple[str, M]]: ...
+    @overload
+    def subscribe(
+        self, *topics: str, with_topic: bool = False, with_id: bool, **options: Unpack[Options]
+    ) -> Channel[M] | Channel[tuple[str, M]] | Channel[Received[M]]: ...
+    def subscribe(
+        self,
+        *topics: str,
+        overflow: Policy = "block",
+        capacity: int | None = None,
+        replay: int = 0,
+        with_topic: bool = False,
+        with_id: bool = False,
+        group: str | None = None,
+        prefetch: int = 1,
+    ) -> Channel[Any]:
+        """Return a new channel, subscribed to ``topics``; to all topics, if none is named. Block until the broker replies.
+
+        A topic with ``*``, ``?`` or ``[`` is a pattern (``fnmatch.fnmatchcase``; ``[*]`` is a literal star). After this has
+        returned, every publish, by any process, reaches the channel; nothing that this handle has published before does. Each
+        channel gets its own copy, once, however many of its topics match.
+
+        ``capacity`` bounds the backlog, in bytes (64 MiB if not given). A message counts with its pickled length, its
+        topic's, and 256 bytes while it waits in the broker, and with its unread bytes in the channel's pipe. A message that is
+        larger than the capacity passes when the backlog is empty. ``overflow`` is what happens when the backlog is full:
+
+        - ``"block"``: ``publish`` blocks in the handles whose messages the channel would get; nothing is lost.
+        - ``"drop_oldest"``: the oldest messages are dropped, and ``recv`` raises ``Lagged`` at their position.
+        - ``"drop_newest"``: the new message is dropped, and ``recv`` raises ``Lagged`` at its position.
+        - ``"latest"``: full or not, the channel gets the newest message only, as soon as it has received the one before.
+        - ``"disconnect"``: the channel is unsubscribed; ``recv`` returns what was kept, then raises ``Overflowed``, then
+          ``EOFError``.
+
+        With ``replay=k`` the channel starts with the last ``k`` messages that match, in the order of all, as far as the broker
+        has kept them (``start_broadcaster(history=...)``) and they fit into the capacity; new messages follow without a gap.
+
+        With ``with_topic`` each message that is received is ``(topic, message)``; with ``with_id``, whatever ``with_topic`` is,
+        a :class:`Received` of its id, its topic, and the message.
+
+        Of all channels with the same ``group``, each message goes to one: to that with the fewest messages that it has been
+        given and has not finished, of which it has at most ``prefetch``. The last message is finished when the channel is asked
+        for another, by any call that receives or waits; ``recv_many`` gives at most ``prefetch``. What waits for a member that
+        is free is in one backlog. Members agree on topics, ``overflow`` and ``capacity``; ``replay`` is that of the first one.
+
+        :raises ValueError: an argument is out of range; ``replay`` without a history; this process has too many subscriptions;
+            the group is there with other topics, ``overflow`` or ``capacity``.
+        :raises BrokerLost, ClosedError: as :meth:`publish`.
+        """
+        return run(self._subscribing(topics, overflow, capacity, replay, with_topic, with_id, group, prefetch))
+
+    @overload
+    async def asubscribe(
+        self, *topics: str, with_topic: Literal[False] = False, with_id: Literal[False] = False, **options: Unpack[Options]
+    ) -> Channel[M]: ...
+    @overload
+    async def asubscribe(
+        self, *topics: str, with_topic: Literal[True], with_id: Literal[False] = False, **options: Unpack[Options]
+    ) -> Channel[tuple[str, M]]: ...
+    @overload
+    async def asubscribe(
+        self, *topics: str, with_topic: bool = False, with_id: Literal[True], **options: Unpack[Options]
+    ) -> Channel[Received[M]]: ...
+    @overload
+    async def asubscribe(
+        self, *topics: str, with_topic: bool, with_id: Literal[False] = False, **options: Unpack[Options]
+    ) -> Channel[M] | Channel[tuple[str, M]]: ...
+    @overload
+    async def asubscribe(
+        self, *topics: str, with_topic: bool = False, with_id: bool, **options: Unpack[Options]
+    ) -> Channel[M] | Channel[tuple[str, M]] | Channel[Received[M]]: ...
+    async def asubscribe(
+        self,
+        *topics: str,
+        overflow: Policy = "block",
+        capacity: int | None = None,
+        replay: int = 0,
+        with_topic: bool = False,
+        with_id: bool = False,
+        group: str | None = None,
+        prefetch: int = 1,
+    ) -> Channel[Any]:
+        """Do as :meth:`subscribe`, in a task. Cancelled, it leaves no subscription."""
+        return await self._ask(self._subscribing(topics, overflow, capacity, replay, with_topic, with_id, group, prefetch))
+
+    def _subscribing(
+        self,
+        topics: tuple[str, ...],
+        overflow: Policy,
+        capacity: int | None,
+        replay: int,
+        with_topic: bool,
+        with_id: bool,
+        group: str | None,
+        prefetch: int,
+    ) -> Steps[Channel[Any]]:
+        check_topics(topics)
+        check_overflow(overflow)
+        check_bool(with_topic, "with_topic")
+        check_bool(with_id, "with_id")
+        capacity = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
+        check_count(replay, "replay", 0)
+        check_group(group)
+        check_count(prefetch, "prefetch", 1)
+        self._check_open()
+        writer = self._writer
+        subscription = int.from_bytes(os.urandom(6)) or 1
+        # The channel exists before the subscription does: if an interrupt comes, its finaliser drops the subscription.
+        channel: Channel[Any] = Channel(self._client, subscription, WITH_ID if with_id else with_topic, subscriber=True)
+        try:
+            yield from self._requesting(
+                "subscribe",
+                subscription=subscription,
+                topics=topics or ("*",),
+                overflow=overflow,
+                capacity=capacity,
+                replay=replay,
+                group=group,
+                prefetch=prefetch,
+                publisher=None if writer is None else writer.id,  # a broker that takes over ignores it
+            )
+            self._subscribed[subscription] = channel.ownership
+        except BaseException:
+            self._client.dropped.add(subscription)  # if a second interrupt stops the finaliser, the next request does it
+            del channel
+            raise
+        return channel
+
+    def unsubscribe(self, channel: Channel[Any]) -> None:
+        """End the subscription of ``channel``, whichever process has opened it. Block until the broker replies.
+
+        What was published before can still be received, but for what a backlog that is full at that moment blocks or drops;
+        then ``EOFError``. Nothing happens if it was unsubscribed or closed before.
+
+        :raises ValueError: the channel is another broker's.
+        :raises BrokerLost, ClosedError: as :meth:`publish`.
+        """
+        run(self._requesting("unsubscribe", subscription=self._own_channel(channel, "channel").id))
+
+    async def aunsubscribe(self, channel: Channel[Any]) -> None:
+        """Do as :meth:`unsubscribe`, in a task."""
+        await self._ask(self._requesting("unsubscribe", subscription=self._own_channel(channel, "channel").id))
+
+    async def _ask(self, steps: Steps[T]) -> T:
+        """Drive a core that sends requests."""
+        return await drive(steps, self._tasks, closed_error)
