@@ -57,7 +57,8 @@ def parse_json(lines: Iterable[str], first: int) -> Iterator[Any]:
             line.encode()  # no bytes that are no UTF-8
             value = json.loads(line, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
-            raise BadLine(f"line {number} is no JSON: {error}") from None
+            reason = f"{error.msg}, at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+            raise BadLine(f"line {number} is no JSON: {reason}") from None
         yield value
 
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 from typing import Any, Final
 
-from mpbroadcast import BroadcastError, BrokerRestarted, Channel, Lagged, TimedOut, connect
+from mpbroadcast import BroadcastError, BrokerRestarted, Channel, Lagged, Received, TimedOut, connect
 from mpbroadcast.cli import output
 from mpbroadcast.cli.text import decode, json_line, plain_line
 from mpbroadcast.protocol.plain_pickling import PLAIN_DATA
@@ -46,14 +46,14 @@ def run(options: argparse.Namespace) -> int:
     """Print messages until the options, the broadcaster, the reader of the output or Ctrl-C ends it. Return the exit code."""
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError), connect(options.address) as bus:
         topics = [decode(os.fsencode(topic)) for topic in options.topics]
-        with bus.subscribe(*topics, with_topic=True) as channel:
+        with bus.subscribe(*topics, with_id=True) as channel:
             if not options.pickle:
                 channel.loaders = PLAIN_DATA
             return _print_all(channel, options)
     return 0
 
 
-def _print_all(channel: Channel[tuple[str, Any]], options: argparse.Namespace) -> int:
+def _print_all(channel: Channel[Received[Any]], options: argparse.Namespace) -> int:
     """Print what comes, up to the count. Return the exit code."""
     printed = 0
     why = "the broadcaster has closed"
@@ -75,7 +75,7 @@ def _print_all(channel: Channel[tuple[str, Any]], options: argparse.Namespace) -
         except Exception as error:  # of unpickling this message
             output.warn(f"a message was refused: {type(error).__name__}: {error}")
             continue
-        lines = [*filter(None, (_line(topic, message, as_json=options.json) for topic, message in batch))]
+        lines = [*filter(None, (_line(received, as_json=options.json) for received in batch))]
         output.write(b"".join(lines))
         printed += len(lines)
     if options.count is None or printed == options.count:
@@ -84,10 +84,10 @@ def _print_all(channel: Channel[tuple[str, Any]], options: argparse.Namespace) -
     return 1
 
 
-def _line(topic: str, message: Any, *, as_json: bool) -> bytes:
+def _line(received: Received[Any], *, as_json: bool) -> bytes:
     """Return the line of a message; nothing, but a line on standard error, if it has none."""
     try:
-        return json_line({"topic": topic, "message": message}) if as_json else plain_line(message)
+        return json_line(received._asdict()) if as_json else plain_line(received.message)
     except Exception as error:  # of its repr, which may be any code with --pickle, or is too deep
         output.warn(f"a message was refused, as it cannot be printed: {type(error).__name__}: {error}")
         return b""
