@@ -1,8 +1,8 @@
 """The command line: the argument parser, and what each command's outcome means for the exit code.
 
 A command is a module with ``add_arguments``, ``run`` and ``EXAMPLE``; the module's docstring is its description. What takes
-long is imported in ``run``. That returns the exit code, or raises a :class:`BroadcastError`, which is one line on standard
-error and exit code 1. argparse ends with 2 for a wrong usage.
+long is imported in ``run``. That returns the exit code, or raises a :class:`BroadcastError`, ``OSError`` or ``ValueError``,
+which is one line on standard error and exit code 1. argparse ends with 2 for a wrong usage.
 """
 
 from __future__ import annotations
@@ -57,6 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # of standard output: what has read it has ended
         return 0
-    except (BroadcastError, OSError) as error:
+    except (BroadcastError, OSError, ValueError) as error:  # ValueError: an argument that makes no sense
         output.warn(str(error).partition("\n")[0])
         return 1
