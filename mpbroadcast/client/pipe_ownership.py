@@ -127,7 +127,7 @@ class PipeOwnership:
         try:
             yield from self._opening_once(attempt, deadline)
         except IllegalTransition:  # closed by another thread meanwhile
-            self.pipe = self.shared = None
+            self.pipe = self.shared = self.reports = None
             raise self.closed_error() from None
         except (BrokerLost, ChannelInUse, ClosedError) as error:
             if self._attempt is not attempt:
