@@ -25,7 +25,7 @@ from mpbroadcast.errors import (
     StartError,
     TimedOut,
 )
-from mpbroadcast.stats import BrokerStats, GroupStats, SubscriberStats
+from mpbroadcast.stats import BrokerStats, GroupStats, PublisherStats, SubscriberStats
 
 __all__ = [
     "AddressError",
@@ -43,6 +43,7 @@ __all__ = [
     "GroupStats",
     "Lagged",
     "Overflowed",
+    "PublisherStats",
     "Received",
     "Selector",
     "StartError",

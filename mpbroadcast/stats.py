@@ -12,7 +12,8 @@ class SubscriberStats:
 
     ``published``, ``delivered``, ``missed`` and ``waiting`` are messages: routed to it, moved into its pipe, dropped, and in
     its backlog. ``capacity`` and ``waiting_bytes`` are bytes, with the fixed overhead of each message. ``pid`` is the process
-    that has it open, else the one that has subscribed. ``stalls`` are the process IDs of publishers that wait for it.
+    that has it open (``is_open``), else the one that has subscribed. ``stalls`` are the process IDs of publishers that wait for
+    it. ``group`` is the name of its group, or ``None``.
     """
 
     id: int
@@ -26,6 +27,24 @@ class SubscriberStats:
     waiting: int
     waiting_bytes: int
     stalls: tuple[int, ...]
+    is_open: bool
+    group: str | None
+
+
+@dataclass(frozen=True)
+class PublisherStats:
+    """One handle that has published or can. ``pid`` is its process, ``bytes`` what the broker has received from it.
+
+    ``waiting_bytes`` are messages that are received and not routed yet. ``waits_for`` is the id of the subscription, or
+    the name of the group, whose full backlog blocks it, and ``waited`` the seconds since it has; ``None`` and 0 if none.
+    """
+
+    id: int
+    pid: int
+    bytes: int
+    waiting_bytes: int
+    waits_for: int | str | None
+    waited: float
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,8 @@ class BrokerStats:
     """The broker at one moment.
 
     ``pid`` is its process, ``uptime`` its seconds of life, ``published`` the messages routed, ``publishers`` the handles that
-    have published or can, ``subscribers`` the live subscriptions, and ``groups`` theirs by name; of many, not all
-    are of the same moment.
+    have published or can, each in ``publisher_rows``, ``subscribers`` the live subscriptions, and ``groups`` theirs by name; of
+    many, not all are of the same moment.
 
     ``memory`` is in bytes: backlogs (what several hold counts once), the unread parts of publishers' rings in chunks of 256
     KiB, and subscriptions, topics and unfinished requests beyond 256 KiB. ``history_topics`` have a history now, and
@@ -66,6 +85,7 @@ class BrokerStats:
     history_topics: int
     history_forgotten: int
     groups: dict[str, GroupStats]
+    publisher_rows: tuple[PublisherStats, ...]
 
 
 def snapshot(reply: dict[str, Any]) -> BrokerStats:
@@ -75,4 +95,5 @@ def snapshot(reply: dict[str, Any]) -> BrokerStats:
         for row in reply.pop("subscribers")
     )
     groups = {name: GroupStats(**fields) for name, fields in reply.pop("groups").items()}
-    return BrokerStats(subscribers=rows, groups=groups, **reply)
+    publishers = tuple(PublisherStats(**row) for row in reply.pop("publisher_rows"))
+    return BrokerStats(subscribers=rows, groups=groups, publisher_rows=publishers, **reply)

@@ -112,6 +112,7 @@ class Publisher:
         self.state = PublisherState.READING
         self.lender: Lender | None = None  # what it shares; None: all goes through the pipe
         self.parked: deque[Parked] = deque()
+        self.referred = 0  # bytes in shared memory that it has published so far
         self.blocked: Subscription | None = None  # the full one that it waits for
         self.blocked_since = 0.0  # when something of it was routed last
         self.warned = False  # independent of the state: a warning of this wait is in the log
@@ -166,6 +167,7 @@ class Publisher:
                 continue
             self.parked.append(found)
             referred += found.charge
+        self.referred += referred
         aborted = self.pipe.splitter.aborted
         while aborted:
             message_id = aborted.pop()

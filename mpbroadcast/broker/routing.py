@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.broker.core.history import History
+from mpbroadcast.broker.core.history import ALL, Entry, History
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import PipeState, SubscriptionState
 from mpbroadcast.broker.delivery import Dirty
@@ -171,22 +171,55 @@ class Routing:
                 self.end(subscription)
                 self.overflowed.append(subscription)
 
-    def replay(self, subscription: Subscription, topics: Iterable[bytes], count: int) -> Iterator[None]:
-        """Put the last ``count`` messages of these topics into its backlog, in parts, until it is full, opened or removed.
+    def put_first(self, subscription: Subscription, entries: Iterable[Entry]) -> Generator[None, None, tuple[int, int]]:
+        """Put messages of the history into its backlog, in parts, until it is full, opened or removed.
 
         The newest is first, and each comes before those that are there: so what is routed meanwhile comes behind all of them.
+        Return how many were put, and how many did not fit.
         """
         backlog, account, room = subscription.backlog, self._memory.store.account, _REPLAYED
-        last = () if self.history is None else self.history.last(topics, 1 if backlog.keeps_newest_only else count)
-        for position, batch in last:
-            if not backlog.put_first(_RUNS[type(batch)](batch, position, account)):
-                break
-            room -= 1 + batch.charge // _BYTES
+        kept, cut, is_state = 0, 0, backlog.keeps_newest_only
+        for position, batch in entries:
+            count = len(batch.sizes)
+            if cut or (kept and is_state):
+                cut += count
+                room -= 1
+            else:
+                run = _RUNS[type(batch)](batch, position, account)
+                fits = backlog.put_first(run.part(count - 1, count) if is_state else run)
+                kept += fits
+                cut += count - fits
+                room -= 1 + batch.charge // _BYTES
             if room < 0:
                 yield
                 if subscription.pipe.state is not PipeState.UNOPENED:
                     break
                 room = _REPLAYED
+        return kept, cut
+
+    def knows(self, id: int) -> bool:
+        """Return whether a message of this broker has this id, or it is 0, which stands before all of them."""
+        return id == 0 or self.first_id <= id < self.next_id
+
+    def resume(
+        self, subscription: Subscription, history: History, topics: Iterable[bytes], after: int, *, has_all: bool
+    ) -> Iterator[None]:
+        """Put what the history has behind the id ``after`` into its backlog, in parts, and in front of it what is missing.
+
+        The subscription has all topics there are if it ``has_all``, else it has ``topics``.
+        """
+        is_known = self.knows(after)
+        after = max(after, self.first_id - 1) if is_known else 0
+        routed = self.next_id - 1 - after
+        missing = history.missing(topics, after) if is_known else None
+        kept, cut = yield from self.put_first(subscription, history.last(topics, ALL, after))
+        if has_all and is_known:
+            missing = routed - kept - cut
+        is_exact = missing is not None
+        if is_known and subscription.backlog.policy == "latest":
+            is_exact = bool(kept or not missing)  # it would have got the newest only
+        if cut or missing or not is_exact:
+            subscription.backlog.put_gap_first(cut + (missing or 0), is_exact=is_exact)
 
     def _allowed(self, targets: tuple[Subscription, ...], item: Item, publisher: Publisher) -> tuple[Subscription, ...]:
         """Return the targets without the excluded one, and without those that begin behind this item."""

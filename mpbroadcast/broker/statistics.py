@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator
 from typing import Any, Final
 
-from mpbroadcast.broker.members import Group, Subscription
+from mpbroadcast.broker.members import Group, Publisher, Subscription
 from mpbroadcast.broker.server import Broker
 
 _PART: Final = 1 << 15  # characters to encode at once, or parked items to count: some milliseconds
@@ -31,12 +31,14 @@ def encoded_stats(broker: Broker) -> Generator[None, None, list[bytes]]:
             yield
     parts.append(", ".join(rows if rows != [""] else ()).encode())
     history = broker.traffic.routing.history
+    parts.append(b'], "publisher_rows": [')
+    held = yield from _add_publishers(broker, parts)
     rest = {
         "pid": os.getpid(),
         "uptime": time.monotonic() - broker.started,
         "published": broker.traffic.routing.routed,
         "publishers": len(broker.traffic.publishers),
-        "memory": (yield from memory(broker)),
+        "memory": held + _held_elsewhere(broker),
         "history_topics": history.topics if history is not None else 0,
         "groups": {group.name: _group_row(group) for group in broker.registry.groups},
         "history_forgotten": history.forgotten if history is not None else 0,
@@ -45,18 +47,43 @@ def encoded_stats(broker: Broker) -> Generator[None, None, list[bytes]]:
 
 
 def memory(broker: Broker) -> Generator[None, None, int]:
-    """Return the bytes of messages that are here, of what is still to be read of publishers' rings, and of what is requested.
+    """Return the bytes of messages that are here, of what is still to be read of publishers' rings, and of what is asked."""
+    return (yield from _add_publishers(broker, [])) + _held_elsewhere(broker)
+
+
+def _held_elsewhere(broker: Broker) -> int:
+    return broker.traffic.memory.held + broker.registry.budget.memory + broker.peers.asked
+
+
+def _add_publishers(broker: Broker, parts: list[bytes]) -> Generator[None, None, int]:
+    """Append the rows of all publishers, as JSON. Return the bytes that are received from them and not routed.
 
     They are counted in parts, as publishers that are blocked may have many messages here.
     """
-    parked, room = 0, _PART
+    parked, room, comma = 0, _PART, b""
     for publisher in list(broker.traffic.publishers.values()):
-        parked += publisher.held
-        room -= 1 + len(publisher.parked)
+        row = _publisher_row(publisher)
+        parts.append(comma + json.dumps(row).encode())
+        comma = b", "
+        parked += row["waiting_bytes"]
+        room -= len(parts[-1]) + len(publisher.parked)
         if room < 0:
             room = _PART
             yield
-    return parked + broker.traffic.memory.held + broker.registry.budget.memory + broker.peers.asked
+    return parked
+
+
+def _publisher_row(publisher: Publisher) -> dict[str, Any]:
+    blocked = publisher.blocked
+    waits_for = blocked.name if isinstance(blocked, Group) else None if blocked is None else blocked.id
+    return {
+        "id": publisher.id,
+        "pid": publisher.pid,
+        "bytes": publisher.pipe.position + publisher.referred,
+        "waiting_bytes": publisher.held,
+        "waits_for": waits_for,
+        "waited": 0.0 if blocked is None else time.monotonic() - publisher.blocked_since,
+    }
 
 
 def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
@@ -73,6 +100,8 @@ def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
         "waiting": 0 if is_member else backlog.waiting,
         "waiting_bytes": 0 if is_member else backlog.waiting_charge,
         "stalls": [publisher.pid for publisher in subscription.target.waiters],
+        "is_open": subscription.is_open,
+        "group": subscription.target.name if isinstance(subscription.target, Group) else None,
     }
 
 

@@ -1,8 +1,8 @@
 """The command line: the argument parser, and what each command's outcome means for the exit code.
 
 A command is a module with ``add_arguments``, ``run`` and ``EXAMPLE``; the module's docstring is its description. What takes
-long is imported in ``run``. That returns the exit code, or raises a :class:`BroadcastError`, which is one line on standard
-error and exit code 1. argparse ends with 2 for a wrong usage.
+long is imported in ``run``. That returns the exit code, or raises a :class:`BroadcastError`, ``OSError`` or ``ValueError``,
+which is one line on standard error and exit code 1. argparse ends with 2 for a wrong usage.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import sys
 from collections.abc import Sequence
 
 from mpbroadcast import BroadcastError
-from mpbroadcast.cli import demo, run, serve
+from mpbroadcast.cli import demo, output, pub, run, serve, sub
 
 _COMMANDS = {
     "run": (run, "run a command beside a broker"),
     "serve": (serve, "serve a broker at an address"),
+    "pub": (pub, "publish lines, JSON values or files"),
+    "sub": (sub, "print what is published"),
     "demo": (demo, "publish a tree of source files to CPU-bound workers"),
 }
+_CLIENTS = {"pub", "sub"}  # commands that connect to a broker
 
 
 def _version() -> str:
@@ -37,18 +40,23 @@ def _parser() -> argparse.ArgumentParser:
         example = f"example: {module.EXAMPLE}"
         command = commands.add_parser(name, help=summary, description=module.__doc__, epilog=example)
         module.add_arguments(command)
+        if name in _CLIENTS:
+            command.add_argument("--address", metavar="NAME", help="the broker's name or path (default: $MPBROADCAST_ADDRESS)")
         command.set_defaults(run=module.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with ``argv`` (``sys.argv`` by default) and return the exit code."""
+    output.prepare()
     try:
         options = _parser().parse_args(argv)
         return int(options.run(options))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BroadcastError as error:
-        print("mpbroadcast:", *str(error).split("\n", 1)[:1], file=sys.stderr)
+    except BrokenPipeError:  # of standard output: what has read it has ended
+        return 0
+    except (BroadcastError, OSError, ValueError) as error:  # ValueError: an argument that makes no sense
+        output.warn(str(error).partition("\n")[0])
         return 1

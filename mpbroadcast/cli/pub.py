@@ -1,7 +1,4 @@
-"""Publish the lines of standard input, each when it has come, as text.
-
-example:  tail -f app.log | mpbroadcast pub log --address myapp
-"""
+"""Publish the lines of standard input, each as a text as soon as it comes."""
 
 from __future__ import annotations
 
@@ -10,14 +7,16 @@ import json
 import os
 import select
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from mpbroadcast import Broadcaster, connect
+from mpbroadcast.cli import output
 from mpbroadcast.cli.progress import Progress
-from mpbroadcast.cli.text import decode, one_line
+from mpbroadcast.cli.text import decode
+
+EXAMPLE = "tail -f app.log | mpbroadcast pub log --address myapp"
 
 _BLOCK: Final = 1 << 18  # bytes of one read: a pipe gives what it has
 
@@ -58,7 +57,8 @@ def parse_json(lines: Iterable[str], first: int) -> Iterator[Any]:
             line.encode()  # no bytes that are no UTF-8
             value = json.loads(line, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
-            raise BadLine(f"line {number} is no JSON: {one_line(str(error))}") from None
+            reason = f"{error.msg}, at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+            raise BadLine(f"line {number} is no JSON: {reason}") from None
         yield value
 
 
@@ -131,5 +131,5 @@ def _length_of_input() -> int:
 
 
 def _failed(text: str, status: int) -> int:
-    print(f"mpbroadcast: {text}", file=sys.stderr)
+    output.warn(text)
     return status

@@ -188,13 +188,21 @@ def subscribe(
     overflow: Policy = "block",
     capacity: int | None = None,
     replay: int = 0,
+    after: int | None = None,
     with_topic: bool = False,
     with_id: bool = False,
     group: str | None = None,
     prefetch: int = 1,
 ) -> Channel[Any]:
     """Call :meth:`Broadcaster.subscribe`."""
-    options: Options = {"overflow": overflow, "capacity": capacity, "replay": replay, "group": group, "prefetch": prefetch}
+    options: Options = {
+        "overflow": overflow,
+        "capacity": capacity,
+        "replay": replay,
+        "after": after,
+        "group": group,
+        "prefetch": prefetch,
+    }
     return _checked(bus).subscribe(*topics, with_topic=with_topic, with_id=with_id, **options)
 
 

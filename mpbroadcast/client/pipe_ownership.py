@@ -131,7 +131,7 @@ class PipeOwnership:
         try:
             yield from self._opening_or_restoring(attempt, deadline)
         except IllegalTransition:  # closed by another thread meanwhile
-            self.pipe = self.shared = None
+            self.pipe = self.shared = self.reports = None
             raise self.closed_error() from None
         finally:
             if self._attempt is attempt:

@@ -252,7 +252,7 @@ def _is_message(item: object) -> bool:
 
 def _note(run: RunView) -> End | Failure:
     """Return what a note stands for."""
-    if run.kind == runs.GAP:  # the flag of an image is that of a gap of which not all is known
+    if run.kind == runs.GAP:  # the flag of an image is, in a note, that of a count which is not exact
         return Failure(Lagged(None if run.image else run.position), run.position)
     if run.kind == runs.RESTARTED:
         return Failure(BrokerRestarted(_RESTARTED))

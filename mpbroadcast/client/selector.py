@@ -57,6 +57,7 @@ class Selector(Generic[M]):
         self._handlers: dict[Source, Handler | None] = {}
         self._ready: deque[Source] = deque()
         self._since_wait = 0
+        self._last: Channel[Any] | None = None  # the channel that has given the last message
 
     def select(self, source: Source, handler: Callable[[Any], M] | None = None) -> Self:
         """Add ``source``; selected again, it gets the new handler. Return this selector.
@@ -110,6 +111,7 @@ class Selector(Generic[M]):
             channel whose broker is lost is removed.
         """
         deadline = Deadline(check_timeout(timeout))
+        self._finish()
         while True:
             if not self._handlers:
                 raise EOFError(_NONE_LEFT)
@@ -154,6 +156,7 @@ class Selector(Generic[M]):
 
     def _receiving(self) -> Steps[M]:
         """Return what the next source gives, as :meth:`receive`."""
+        self._finish()
         while True:
             if not self._handlers:
                 raise EOFError(_NONE_LEFT)
@@ -168,6 +171,12 @@ class Selector(Generic[M]):
             value = (yield from self._taking(source)) if isinstance(source, Channel) else self._take(source)
             if value is not _NOTHING:
                 return cast(M, value if handler is None else handler(value))
+
+    def _finish(self) -> None:
+        """Let the member of a group that has given the last message ask for the next one, also if another source is first."""
+        last, self._last = self._last, None
+        if last is not None and last.ownership.reports is not None:
+            last._finish()
 
     def close(self) -> None:
         """Deselect all. The sources stay open: their owners close them."""
@@ -220,6 +229,7 @@ class Selector(Generic[M]):
     def _taking(self, channel: Channel[Any]) -> Steps[Any]:
         """Do as :meth:`_take`, without blocking."""
         self._ready.append(channel)
+        self._last = channel
         channel._claim()
         try:
             return (yield from channel._arriving(0.0))
@@ -239,6 +249,7 @@ class Selector(Generic[M]):
         if isinstance(source, Channel):
             # It may have more, and to try costs less than to wait. Behind an interrupt its descriptor may not be readable.
             self._ready.append(source)
+            self._last = source
             try:
                 return source.recv(0)
             except TimedOut:

@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     overflow: Policy
     capacity: int | None
     replay: int
+    after: int | None
     group: str | None
     prefetch: int
 
@@ -64,6 +65,7 @@ class Subscribing(Publishing[M]):
         overflow: Policy = "block",
         capacity: int | None = None,
         replay: int = 0,
+        after: int | None = None,
         with_topic: bool = False,
         with_id: bool = False,
         group: str | None = None,
@@ -89,19 +91,26 @@ class Subscribing(Publishing[M]):
         With ``replay=k`` the channel starts with the last ``k`` messages that match, in the order of all, as far as the broker
         has kept them (``start_broadcaster(history=...)``) and they fit into the capacity; new messages follow without a gap.
 
+        With ``after=id`` it starts behind the message with that id, with what the history still has; new messages follow. If
+        something that the channel would have got is gone, one ``Lagged`` comes first, with the number where the broker knows it
+        (always, without topics), else with ``None``. What exceeds the capacity is gone, too, the oldest first, and is in that
+        number. An id that this broker has not given out is unknown to it: one ``Lagged`` with ``None``, then all that the
+        history has. 0 stands for the beginning, and is known.
+
         With ``with_topic`` each message that is received is ``(topic, message)``; with ``with_id``, whatever ``with_topic`` is,
         a :class:`Received` of its id, its topic, and the message.
 
         Of all channels with the same ``group``, each message goes to one: to that with the fewest messages that it has been
         given and has not finished, of which it has at most ``prefetch``. The last message is finished when the channel is asked
         for another, by any call that receives or waits; ``recv_many`` gives at most ``prefetch``. What waits for a member that
-        is free is in one backlog. Members agree on topics, ``overflow`` and ``capacity``; ``replay`` is that of the first one.
+        is free is in one backlog. Members agree on topics, ``overflow`` and ``capacity``; the first one's ``replay`` and
+        ``after`` count.
 
-        :raises ValueError: an argument is out of range; ``replay`` without a history; this process has too many subscriptions;
-            the group is there with other topics, ``overflow`` or ``capacity``.
+        :raises ValueError: an argument is out of range; ``replay`` or ``after`` without a history, or both; this process has
+            too many subscriptions; the group is there with other topics, ``overflow`` or ``capacity``.
         :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
-        return run(self._subscribing(topics, overflow, capacity, replay, with_topic, with_id, group, prefetch))
+        return run(self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, group, prefetch))
 
     @overload
     async def asubscribe(
@@ -129,13 +138,16 @@ class Subscribing(Publishing[M]):
         overflow: Policy = "block",
         capacity: int | None = None,
         replay: int = 0,
+        after: int | None = None,
         with_topic: bool = False,
         with_id: bool = False,
         group: str | None = None,
         prefetch: int = 1,
     ) -> Channel[Any]:
         """Do as :meth:`subscribe`, in a task. Cancelled, it leaves no subscription."""
-        return await self._ask(self._subscribing(topics, overflow, capacity, replay, with_topic, with_id, group, prefetch))
+        return await self._ask(
+            self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, group, prefetch)
+        )
 
     def _subscribing(
         self,
@@ -143,6 +155,7 @@ class Subscribing(Publishing[M]):
         overflow: Policy,
         capacity: int | None,
         replay: int,
+        after: int | None,
         with_topic: bool,
         with_id: bool,
         group: str | None,
@@ -154,6 +167,10 @@ class Subscribing(Publishing[M]):
         check_bool(with_id, "with_id")
         capacity = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
         check_count(replay, "replay", 0)
+        if after is not None:
+            check_count(after, "after", 0)
+            if replay:
+                raise ValueError("replay and after are two beginnings: give one of them")
         check_group(group)
         check_count(prefetch, "prefetch", 1)
         self._check_open()
@@ -169,6 +186,7 @@ class Subscribing(Publishing[M]):
                 overflow=overflow,
                 capacity=capacity,
                 replay=replay,
+                after=after,
                 group=group,
                 prefetch=prefetch,
                 publisher=None if writer is None else writer.id,  # a broker that takes over ignores it

@@ -14,7 +14,7 @@ or, for a message in memory of its own, whose descriptor is sent on the socket b
 
 or a **note** at the position of messages, with a count or the id of a ring::
 
-    size u64 | 0 u32 | kind u8 | 0 u8 | 0 u16 | value u64 | tail byte
+    size u64 | 0 u32 | kind u8 | inexact u8 | 0 u16 | value u64 | tail byte
 
 ``first`` is the id of the first message, which is its position in the broker's one order; the ids of the others follow it.
 ``lengths`` are ``count`` u32, none for a single frame. ``skip`` is the length of what precedes each payload. The channel reads
@@ -72,6 +72,7 @@ class Run:
     __slots__ = ("account", "charge", "count", "data", "missed", "size", "sizes")
 
     hold: Any = None  # keeps the messages if they are in shared memory, for which a reader must be prepared
+    is_exact = True  # the count of a note: no more messages are missing
 
     def __init__(
         self,
@@ -96,6 +97,11 @@ class Run:
     def __del__(self) -> None:
         if self.account is not None:
             self.account.held -= self.charge
+
+    @property
+    def is_gap(self) -> bool:
+        """True for the note of missing messages."""
+        return self.missed > 0 or not self.is_exact
 
     def rest(self, offset: int) -> bytes | memoryview:
         """Return bytes that a pipe gets from ``offset`` on, at least one."""
@@ -271,15 +277,23 @@ def memory_run(memfd_message: MemfdMessage, position: int, memory: int) -> bytes
     return b"".join((head, _MEMORY.pack(memory, memfd_message.length), memfd_message.head, TAIL))
 
 
-def note_run(kind: int, missed: int = 0) -> Run:
-    """Return a note: ``END`` (a clean end), ``GAP`` (``missed`` messages were dropped here), ``SKIPPED`` (the same under
-    ``latest``, which is counted and not raised), ``OVERFLOWED`` (the next message did not fit)."""
-    return Run(note(kind, missed), 0, 0, missed=missed)
+class _InexactGap(Run):
+    """A gap of which more may be missing than its count."""
+
+    __slots__ = ()
+
+    is_exact = False
 
 
-def note(kind: int, value: int) -> bytes:
+def note_run(kind: int, missed: int = 0, *, is_exact: bool = True) -> Run:
+    """Return a note: ``END`` (a clean end), ``GAP`` (``missed`` messages are missing here, or more if that is not exact),
+    ``SKIPPED`` (the same under ``latest``, which is counted and not raised), ``OVERFLOWED`` (the next message did not fit)."""
+    return (Run if is_exact else _InexactGap)(note(kind, missed, is_exact=is_exact), 0, 0, missed=missed)
+
+
+def note(kind: int, value: int, *, is_exact: bool = True) -> bytes:
     """Return a note as a pipe gets it. The value is a count, or the id of a ring."""
-    return RUN.pack(_AROUND, 0, kind, 0, 0, value) + TAIL
+    return RUN.pack(_AROUND, 0, kind, not is_exact, 0, value) + TAIL
 
 
 class RunView(NamedTuple):

@@ -29,14 +29,16 @@ from tests.support.helpers import DEADLINE, everything
 Bus = Broadcaster[Any]
 WRONG: dict[str, Any] = {
     **dict.fromkeys(("topic", "overflow", "exclude", "handler", "log_config", "address", "authkey"), 5),
-    **dict.fromkeys(("timeout", "start_timeout", "stall_timeout", "limit", "history", "capacity", "replay", "context"), "1"),
+    **dict.fromkeys(
+        ("timeout", "start_timeout", "stall_timeout", "limit", "history", "capacity", "replay", "after", "context"), "1"
+    ),
     **dict.fromkeys(("delivered", "with_topic", "with_id", "restart"), 1),
 }
 """One of each keyword: that it is checked. What each check refuses, test_validation has."""
 KEYWORDS: list[tuple[str, tuple[Any, ...], str]] = [
     ("bus.publish", ("x",), "topic timeout exclude"),
     ("bus.publish_many", (["x"],), "topic timeout exclude"),
-    ("bus.subscribe", (), "overflow capacity replay with_topic with_id"),
+    ("bus.subscribe", (), "overflow capacity replay after with_topic with_id"),
     ("bus.flush", (), "timeout delivered"),
     ("bus.wait_for_subscribers", (0,), "timeout topic"),
     ("bus.close", (), "timeout"),

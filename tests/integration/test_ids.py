@@ -3,18 +3,23 @@
 import contextlib
 import os
 import signal
-from typing import Any
+from collections.abc import Iterator
+from random import Random
+from typing import Any, NamedTuple, get_args
 
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerRestarted, connect, start_broadcaster
-from tests.support.helpers import DEADLINE, Background, everything
+from mpbroadcast import Broadcaster, BrokerRestarted, Channel, Lagged, Received, connect, start_broadcaster
+from mpbroadcast.validation import Policy
+from tests.support.helpers import DEADLINE, Background, everything, rest
 from tests.support.large_workers import Size, numbers
 
+Bus = Broadcaster[Any]
 
-def publish_numbers(bus: Broadcaster[Any], size: Size, first: int) -> None:
-    """Publish 30 messages, to three topics in turn."""
-    for number in range(first, first + 30):
+
+def publish_numbers(bus: Bus, size: Size, first: int) -> None:
+    """Publish 12 messages, to three topics in turn."""
+    for number in range(first, first + 12):
         bus.publish(size.message(number), topic=f"topic:{number % 3}")
     bus.flush(DEADLINE)
 
@@ -35,7 +40,7 @@ def test_an_id_is_the_same_in_each_channel_and_grows(transport: Size) -> None:
         for one in publishing:
             one.result()
         received = everything(bus, everyone)
-        assert sorted(numbers(one.message for one in received)) == [*range(30), *range(1000, 1030)]
+        assert sorted(numbers(one.message for one in received)) == [*range(12), *range(1000, 1012)]
         ids = [one.id for one in received]
         assert ids == sorted({*ids})
         assert 0 < ids[0] < ids[-1] < 2**53
@@ -58,3 +63,149 @@ def test_ids_grow_from_a_broker_to_the_one_that_takes_over() -> None:
                 bus.flush(DEADLINE)
         assert ids == sorted({*ids})
         assert ids[-1] < 2**53
+
+
+class Gap(NamedTuple):
+    """What ``Lagged`` has reported: how many messages are missing, or ``None``."""
+
+    missed: int | None
+
+
+def received(bus: Bus, channel: Channel[Received[Any]]) -> list[Any]:
+    """Return all that a channel gives for what was published until now: messages and gaps."""
+    bus.flush(DEADLINE)
+    bus.unsubscribe(channel)
+    found: list[Any] = []
+    while True:
+        try:
+            found.append(channel.recv(DEADLINE).message)
+        except Lagged as error:
+            found.append(Gap(error.missed))
+        except EOFError:
+            return found
+
+
+BEGINNING, FOREIGN, TO_COME = -1, -2, 12
+KEPT = [3, 4, 5, *range(6, 12)]
+
+
+@pytest.fixture
+def kept(leaves_nothing: None) -> Iterator[tuple[Bus, list[int]]]:
+    """Yield a broadcaster whose history has KEPT of 12 numbers, and ids: of these, one to come, a foreign one, and 0."""
+    with start_broadcaster(history=3) as bus, bus.subscribe(with_id=True) as channel:
+        bus.publish_many(range(6), topic="a")
+        for number in range(6, 12):
+            bus.publish(number, topic="b" if number % 2 else "c")
+        ids = [channel.recv(DEADLINE).id for _ in range(12)]
+        yield bus, [*ids, ids[-1] + 1, ids[0] - 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("after", "topics", "expected"),
+    [
+        (4, (), [5, *range(6, 12)]),
+        (2, (), KEPT),
+        (1, (), [Gap(1), *KEPT]),
+        (BEGINNING, (), [Gap(3), *KEPT]),
+        (11, (), []),
+        (1, ("a",), [Gap(1), 3, 4, 5]),
+        (1, ("b",), [7, 9, 11]),
+        (0, ("a", "c"), [Gap(2), 3, 4, 5, 6, 8, 10]),
+        (5, ("[ab]",), [7, 9, 11]),
+        (BEGINNING, ("b", "c"), KEPT[3:]),
+        (0, ("none",), []),
+        (TO_COME, (), [Gap(None), *KEPT]),
+        (FOREIGN, ("b",), [Gap(None), 7, 9, 11]),
+        (FOREIGN, ("none",), [Gap(None)]),
+    ],
+)
+def test_a_channel_resumes_behind_an_id(
+    kept: tuple[Bus, list[int]], after: int, topics: tuple[str, ...], expected: list[Any]
+) -> None:
+    """It gets what the history has behind the id, then what is live; a gap first if something of its topics is gone."""
+    bus, ids = kept
+    channel = bus.subscribe(*topics, with_id=True, after=ids[after])
+    (row,) = [one for one in bus.stats().subscribers if one.id == channel.id]
+    missed = sum(one.missed or 0 for one in expected if isinstance(one, Gap))
+    resumed = [one for one in expected if not isinstance(one, Gap)]
+    assert (row.published, row.missed, row.waiting) == (missed + len(resumed), missed, len(resumed))
+    bus.publish("live", topic="none" if "none" in topics else "b")
+    assert received(bus, channel) == [*expected, *(["live"] if "a" not in topics else [])]
+    assert channel.missed == missed
+
+
+@pytest.mark.parametrize("overflow", get_args(Policy))
+def test_what_is_resumed_is_cut_at_the_capacity(overflow: Policy, transport: Size) -> None:
+    """The oldest are cut, and counted: in the gap that comes first, or, under ``latest``, in ``missed`` alone."""
+    with start_broadcaster(history=100) as bus, bus.subscribe(with_id=True, capacity=1 << 30) as witness:
+        bus.publish_many(map(transport.message, range(8)))
+        id = witness.recv(DEADLINE).id
+        channel = bus.subscribe(overflow=overflow, capacity=4 * transport.charge, after=id, with_id=True)
+        row = bus.stats().subscribers[-1]
+        cut = row.missed
+        assert cut == 6 if overflow == "latest" else 1 <= cut <= 3
+        assert (row.published, row.waiting) == (7, 7 - cut)
+        bus.flush(DEADLINE)
+        bus.unsubscribe(channel)
+        if overflow != "latest":
+            with pytest.raises(Lagged) as caught:
+                channel.recv(DEADLINE)
+            assert caught.value.missed == cut
+        messages = rest(channel)
+        assert numbers(one.message for one in messages) == [*range(1 + cut, 8)]
+        assert [one.id for one in messages] == [*range(id + 1 + cut, id + 8)]
+        assert channel.missed == cut
+
+
+def test_under_latest_what_is_gone_is_no_gap_where_the_newest_is_there(kept: tuple[Bus, list[int]]) -> None:
+    """It would not have got more; an unknown id is a gap there, too."""
+    bus, ids = kept
+    for after, expected, missed in ((BEGINNING, [11], 11), (3, [11], 7), (11, [], 0), (FOREIGN, [Gap(None), 11], 8)):
+        channel = bus.subscribe(after=ids[after], overflow="latest", with_id=True)
+        assert received(bus, channel) == expected
+        assert channel.missed == missed
+
+
+def test_very_many_messages_are_resumed_at_random_places() -> None:
+    """While others come: each once, in order, and live ones behind them."""
+    count, choose = 100_000, Random(5)
+    with start_broadcaster(history=2 * count) as bus, connect(bus.address) as other:
+        witness = bus.subscribe(with_id=True)
+        bus.publish_many(range(count))
+        first = witness.recv(DEADLINE).id
+        witness.close()
+        publishing = Background(other.publish_many, range(count, count + 10_000))
+        for _ in range(8):
+            number = choose.randrange(count)
+            with bus.subscribe(with_id=True, after=first + number) as channel:
+                found: list[Received[int]] = []
+                while not found or found[-1].message < count + 9_999:
+                    found += channel.recv_many(timeout=DEADLINE)
+                assert [one.message for one in found] == [*range(number + 1, count + 10_000)]
+                assert [one.id for one in found] == [*range(first + number + 1, first + count + 10_000)]
+        assert publishing.result() == 10_000
+
+
+def test_an_id_of_a_broker_that_was_replaced_is_unknown() -> None:
+    """The one that took over begins with a gap of unknown size, and with what it has itself."""
+    with start_broadcaster(history=10, restart=True) as bus:
+        bus.publish_many("abc")
+        old = bus.subscribe(after=0, with_id=True)
+        ids = [old.recv(DEADLINE).id for _ in range(3)]
+        os.kill(bus.stats().pid, signal.SIGKILL)
+        with pytest.raises(BrokerRestarted):
+            old.recv(DEADLINE)
+        with contextlib.suppress(BrokerRestarted):
+            bus.flush(DEADLINE)
+        bus.publish("d")
+        assert received(bus, bus.subscribe(after=ids[1], with_id=True)) == [Gap(None), "d"]
+        assert received(bus, bus.subscribe(after=0, with_id=True)) == ["d"]
+        assert old.recv(DEADLINE).id > ids[2]
+
+
+def test_resuming_needs_a_history(bus: Bus) -> None:
+    """And is another beginning than a replay."""
+    with pytest.raises(ValueError, match="after needs a broker that keeps a history"):
+        bus.subscribe(after=0)
+    with pytest.raises(ValueError, match="one of them"):
+        bus.subscribe(after=0, replay=1)

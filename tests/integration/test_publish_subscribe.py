@@ -11,7 +11,7 @@ import pytest
 
 from mpbroadcast import Broadcaster, TimedOut, connect, publish, subscribe, unsubscribe
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, Pipe, answer, everything, finish, rest, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, Pipe, answer, everything, fill, finish, rest, take, wait_until
 
 Bus = Broadcaster[Any]
 
@@ -129,3 +129,22 @@ def test_stats_describe_broker_and_subscriptions(bus: Bus) -> None:
     assert bus.stats().subscribers == ()  # though there is something unread
     assert rest(channel) == ["message"] * 2
     wait_until(lambda: bus.stats().memory == 0)
+
+
+def test_stats_have_a_row_for_each_publisher(bus: Bus) -> None:
+    """How much was received from it, in shared memory too, and the subscription that it waits for."""
+    with connect(bus.address) as other:
+        other.publish(bytes(100_000))
+        other.flush(timeout=DEADLINE)
+        (row,) = bus.stats().publisher_rows
+        assert (row.pid, row.waiting_bytes, row.waits_for, row.waited) == (os.getpid(), 0, None, 0)
+        assert 100_000 < row.bytes < 110_000
+        with bus.subscribe("full", capacity=1) as channel:
+            assert not bus.stats().subscribers[0].is_open
+            fill(bus, topic="full", timeout=0.1)
+            rows = {row.id: row for row in bus.stats().publisher_rows}
+            assert rows.pop(row.id) == row
+            (mine,) = rows.values()
+            assert (mine.pid, mine.waits_for, mine.waited > 0, mine.waiting_bytes > 0) == (os.getpid(), channel.id, True, True)
+            channel.recv(timeout=DEADLINE)
+            assert bus.stats().subscribers[0].is_open

@@ -317,7 +317,7 @@ def test_a_replay_comes_before_what_is_published_meanwhile(policy: str) -> None:
                 room, least = backlog.capacity - backlog.charge, 0 if backlog.waiting else 1
                 fits = max(count for count in range(len(sizes) + 1) if count <= least or sum(charges[-count:]) <= room)
                 fits = 0 if backlog.drops and backlog.missed else fits
-                is_cut = not backlog.put_first(messages(first - len(sizes), sizes))
+                is_cut = backlog.put_first(messages(first - len(sizes), sizes)) < len(sizes)
                 first -= backlog.published - before
                 assert (backlog.published - before, is_cut) == (fits, fits < len(sizes))
             elif not backlog.ended and (policy != "block" or backlog.fitting(messages(last, sizes)) == len(sizes)):

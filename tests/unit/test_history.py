@@ -1,13 +1,14 @@
 """The last messages of each topic: which are kept, which are forgotten, and which a replay gets."""
 
 from array import array
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from random import Random
 from typing import NamedTuple
 
 import pytest
 
-from mpbroadcast.broker.core.history import History
+from mpbroadcast.broker.core.history import Entry, History
 from mpbroadcast.broker.core.limits import OverBudget
 from mpbroadcast.broker.core.patterns import Patterns
 from mpbroadcast.broker.core.policies import new_backlog
@@ -41,6 +42,7 @@ class Plain:
         self.history = History(length, most_topics, most_bytes)
         self.length, self.most_topics, self.most_bytes = length, most_topics, most_bytes
         self.published = 0
+        self.all: list[Message] = []
         self.kept: list[Message] = []
         self.recent: list[str] = []  # topics, the one published to the longest ago first
         self.forgotten = 0
@@ -58,6 +60,7 @@ class Plain:
         self.published += len(sizes)
         self.recent = [other for other in self.recent if other != topic] + [topic]
         self.kept += added
+        self.all += added
         own = [message for message in self.kept if message.topic == topic]
         for message in own[: max(0, len(own) - self.length)]:
             self.kept.remove(message)
@@ -90,9 +93,35 @@ class Plain:
                 found.insert(0, int(batch.frames[start + batch.skip : start + size].partition(b".")[0]))
             assert start == 0
             assert found[0] == position
-            if not backlog.put_first(run_of(batch, position)):
+            if backlog.put_first(run_of(batch, position)) < len(batch.sizes):
                 break
         return found[len(found) - backlog.waiting :]
+
+    def check_resuming(self, topics: list[str], after: int, count: int) -> None:
+        """What is behind ``after`` is found from both ends, and what is gone of that is counted, or not known."""
+        published = [one for one in self.all if one.position > after and any(fnmatchcase(one.topic, own) for own in topics)]
+        kept = [one.position for one in published if one in self.kept]
+        missing = len(published) - len(kept)
+        names: set[bytes] = complete(self.history.matching(topics, former=True))
+        found = self.history.missing(names, after)
+        assert found == missing or (found is None and missing)
+        assert after >= 0 or found is not None
+        assert positions(self.history.last(names, len(self.all), after), reverse=True) == kept
+        assert positions(self.history.last(names, count, after), reverse=True) == kept[len(kept) - min(count, len(kept)) :]
+        assert positions(self.history.first(names, count, after)) == kept[:count]
+
+
+def positions(entries: Iterable[Entry], *, reverse: bool = False) -> list[int]:
+    """Return the positions of all messages, of which each must have that of its payload."""
+    found: list[int] = []
+    for position, batch in [*entries][:: -1 if reverse else 1]:
+        assert isinstance(batch, Batch)
+        start = 0
+        for number, size in enumerate(batch.sizes, position):
+            assert batch.frames[start + batch.skip : start + size].startswith(b"%d." % number)
+            start += size
+            found.append(number)
+    return found
 
 
 TOPICS = ["", "a", "b", "a:1", "a:2", "*"]
@@ -116,6 +145,30 @@ def test_a_history_keeps_what_a_plain_list_keeps() -> None:
             for capacity in (1, exact - 1, exact, ALL):
                 count = choose.randint(0, 12)
                 assert plain.replayed(asked, count, capacity) == plain.last(asked, count, capacity)
+            plain.check_resuming(asked, choose.randint(-1, plain.published), choose.randint(1, 9))
+
+
+def test_only_so_much_is_known_of_forgotten_topics() -> None:
+    """A channel of other topics resumes without a gap, until very many topics were forgotten behind its id."""
+    plain = Plain(most_topics=1)
+    plain.add("first", 0)
+    for number in range(1 << 14):
+        plain.add(str(number), 0)
+    assert [plain.history.missing([name], -1) for name in (b"first", b"7", b"other")] == [1, 1, 0]
+    for number in range(10):
+        plain.add(f"more {number}", 0)
+    assert [plain.history.missing([b"other"], after) for after in (-1, 8, 9)] == [None, None, 0]
+
+
+def test_a_gap_between_messages_of_other_topics_is_counted_where_it_can_be() -> None:
+    """From before the first of the topic that was forgotten, and anywhere if no other topic's lie between."""
+    plain = Plain(length=1)
+    for topic in ("other", "a", "a", "a", "b", "other", "b", "b"):
+        plain.add(topic, 0)
+    missing = plain.history.missing
+    assert [missing([b"a"], after) for after in (0, 1, 2, 3)] == [2, 1, 0, 0]
+    assert [missing([b"b"], after) for after in (0, 3, 4, 5, 6)] == [2, 2, None, None, 0]
+    assert [missing([b"a", b"b"], after) for after in (1, 4)] == [3, None]
 
 
 @pytest.mark.parametrize("length", [1, 100])

@@ -21,7 +21,7 @@ from itertools import islice
 from typing import ClassVar, Final
 
 from mpbroadcast.protocol.frames import OVERHEAD
-from mpbroadcast.protocol.runs import END, Run, note_run
+from mpbroadcast.protocol.runs import END, GAP, Run, note_run
 
 _WRITE: Final = 1 << 18  # bytes to join for one write at the most: what the pipe can take
 
@@ -100,13 +100,13 @@ class Backlog:
         """
         raise NotImplementedError
 
-    def put_first(self, run: Run) -> bool:
-        """Enqueue a run in front of all that waits, while nothing is in the pipe. Return whether all of it was.
+    def put_first(self, run: Run) -> int:
+        """Enqueue a run in front of all that waits, while nothing is in the pipe. Return how many of its messages were.
 
         Only its last messages are that fit; none if what would follow them was dropped. The others do not count.
         """
         if self.drops and self.missed:
-            return False
+            return 0
         room, fits = self.capacity - self.charge, 0
         for charge in reversed(run.charges()):
             room -= charge
@@ -120,7 +120,13 @@ class Backlog:
             self.departed -= fits
             self.waiting += fits
             self.waiting_charge += part.charge
-        return fits == run.count
+        return fits
+
+    def put_gap_first(self, missed: int, *, is_exact: bool) -> None:
+        """Report in front of all that waits, while nothing is in the pipe, that so many messages are missing, or more."""
+        self.published += missed
+        self.missed += missed
+        self.runs.appendleft(note_run(GAP, missed, is_exact=is_exact))
 
     def end(self) -> None:
         """Put a clean end: nothing is put behind it."""
@@ -232,7 +238,7 @@ class Backlog:
         Nothing, if only a note is here: it goes with the message behind it.
         """
         runs = self.runs
-        index = 1 if runs and runs[0].missed else 0
+        index = 1 if runs and runs[0].is_gap else 0
         if len(runs) <= index:
             return []
         if runs[index].count > 1:

@@ -41,11 +41,13 @@ class DropNewest(Backlog):
         missed = run.count - fits
         if missed:
             self.missed += missed
+            is_exact = True
             last = self.runs[-1] if len(self.runs) > (1 if self._offset else 0) else None
-            if last is not None and last.missed:
+            if last is not None and last.is_gap:
                 missed += last.missed
+                is_exact = last.is_exact
                 self.runs.pop()
-            self.runs.append(note_run(GAP, missed))
+            self.runs.append(note_run(GAP, missed, is_exact=is_exact))
         return self.entered if fits else 0
 
 
@@ -76,9 +78,7 @@ class _Dropping(Backlog):
     def to_write(self) -> bytes | memoryview:
         if self._offset:
             return self.runs[0].rest(self._offset)
-        if self._gap:
-            self.runs.appendleft(note_run(self._report, self._gap))
-            self._gap = 0
+        self._put_note()
         if not self.runs:
             return b""
         # A page of the pipe may be half empty, so what is unread counts twice.
@@ -87,14 +87,22 @@ class _Dropping(Backlog):
         return self._joined(limit)
 
     def head(self) -> list[Run]:
-        if self._gap and self.runs:
-            self.runs.appendleft(note_run(self._report, self._gap))
-            self._gap = 0
+        if self.runs:
+            self._put_note()
         return super().head()
+
+    def _put_note(self) -> None:
+        if self._gap:
+            if self.runs and not self.runs[0].is_exact:
+                note = note_run(GAP, self._gap + self.runs.popleft().missed, is_exact=False)
+            else:
+                note = note_run(self._report, self._gap)
+            self.runs.appendleft(note)
+            self._gap = 0
 
     def _split_to(self, limit: int) -> None:
         """Cut the first run of messages, if it can be cut, to ``limit`` bytes with the note before it."""
-        index = 1 if self.runs[0].missed else 0
+        index = 1 if self.runs[0].is_gap else 0
         if len(self.runs) <= index:
             return
         run = self.runs[index]
@@ -114,14 +122,24 @@ class _Dropping(Backlog):
         if fits < run.count:
             self._replace(index, (run.part(0, fits), run.part(fits, run.count)))
 
+    def put_gap_first(self, missed: int, *, is_exact: bool) -> None:
+        if is_exact:
+            self.published += missed
+            self._miss(missed)
+        else:
+            super().put_gap_first(missed, is_exact=False)
+
     def _drop(self, excess: int) -> None:
         """Drop the oldest messages that are not partly in the pipe, until ``excess`` of charge is gone."""
         runs, index = self.runs, 1 if self._offset else 0
         if index:
             self._divide(0, runs[0].first)  # what is behind the part can be dropped
-        if len(runs) > index and runs[index].missed:  # a note that is not written yet: its messages are reported with these
-            self._gap += runs[index].missed
-            del runs[index]
+        if len(runs) > index and runs[index].is_gap:  # a note that is not written yet: its messages are reported with these
+            if runs[index].is_exact:
+                self._gap += runs[index].missed
+                del runs[index]
+            else:
+                index += 1
         while excess > 0 and len(runs) > index:
             if runs[index].charge > excess:
                 self._divide(index, runs[index].first)

@@ -1,0 +1,93 @@
+"""Print each message that is published, a line each, as soon as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from typing import Any, Final
+
+from mpbroadcast import BroadcastError, BrokerRestarted, Channel, Lagged, Received, TimedOut, connect
+from mpbroadcast.cli import output
+from mpbroadcast.cli.text import decode, json_line, plain_line
+from mpbroadcast.protocol.plain_pickling import PLAIN_DATA
+
+EXAMPLE = "mpbroadcast sub 'room:*' --json --address myapp | jq .message"
+
+_AT_ONCE: Final = 512  # messages of one write
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
+    parser.add_argument("topics", nargs="*", metavar="TOPIC", help="topics or patterns like 'room:*' (default: everything)")
+    parser.add_argument("--json", action="store_true", help='print {"id", "topic", "message"} for each')
+    parser.add_argument("--count", type=_count, metavar="N", help="end after N messages")
+    parser.add_argument("--timeout", type=_seconds, metavar="S", help="end when nothing has come for S seconds")
+    parser.add_argument(
+        "--pickle", action="store_true", help="unpickle everything, not only plain data: this runs what a publisher has sent"
+    )
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{count} is less than 1")
+    return count
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds from 0")
+    return seconds
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print messages until the options, the broadcaster, the reader of the output or Ctrl-C ends it. Return the exit code."""
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError), connect(options.address) as bus:
+        topics = [decode(os.fsencode(topic)) for topic in options.topics]
+        with bus.subscribe(*topics, with_id=True) as channel:
+            if not options.pickle:
+                channel.loaders = PLAIN_DATA
+            return _print_all(channel, options)
+    return 0
+
+
+def _print_all(channel: Channel[Received[Any]], options: argparse.Namespace) -> int:
+    """Print what comes, up to the count. Return the exit code."""
+    printed = 0
+    why = "the broadcaster has closed"
+    while options.count is None or printed < options.count:
+        try:
+            batch = channel.recv_many(_AT_ONCE if options.count is None else min(_AT_ONCE, options.count - printed), timeout=0)
+        except TimedOut:
+            if output.wait(channel.fileno(), options.timeout):
+                continue
+            why = f"nothing has come for {options.timeout:g} s"
+            break
+        except (Lagged, BrokerRestarted) as error:
+            output.warn(f"gap: {error}")
+            continue
+        except EOFError:
+            break
+        except BroadcastError:
+            raise
+        except Exception as error:  # of unpickling this message
+            output.warn(f"a message was refused: {type(error).__name__}: {error}")
+            continue
+        lines = [*filter(None, (_line(received, as_json=options.json) for received in batch))]
+        output.write(b"".join(lines))
+        printed += len(lines)
+    if options.count is None or printed == options.count:
+        return 0
+    output.warn(f"{why}: {printed} of {options.count} messages have come")
+    return 1
+
+
+def _line(received: Received[Any], *, as_json: bool) -> bytes:
+    """Return the line of a message; nothing, but a line on standard error, if it has none."""
+    try:
+        return json_line(received._asdict()) if as_json else plain_line(received.message)
+    except Exception as error:  # of its repr, which may be any code with --pickle, or is too deep
+        output.warn(f"a message was refused, as it cannot be printed: {type(error).__name__}: {error}")
+        return b""
