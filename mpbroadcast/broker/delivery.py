@@ -30,7 +30,7 @@ class Delivery:
     def __init__(self, poller: Poller) -> None:
         self.dirty: Dirty = {}
         self.gone: list[Subscription] = []  # done, or closed by their readers, or full and not waited for
-        self.has_room: list[Subscription] = []  # those for which publishers waited
+        self.unblocked: list[Subscription] = []  # those that have room again, for which publishers wait
         self._poller = poller
 
     def watch(self, subscription: Subscription) -> None:
@@ -66,9 +66,9 @@ class Delivery:
                 continue
             if subscription.waiters:
                 subscription.refresh()
-                if backlog.charge < subscription.blocked_at:
+                if backlog.charge < subscription.charge_when_blocked:
                     pipe.retry = SHORTEST_RETRY
-                    self.has_room.append(subscription)
+                    self.unblocked.append(subscription)
             if is_full or subscription.waiters or pipe.write_interest:
                 self._wait_for_room(subscription, is_full)
         return len(dirty)

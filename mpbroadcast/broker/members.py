@@ -209,7 +209,7 @@ class Subscription:
         self.restored = False  # independent of its states: made by the broker before this one, and not open since
         self.not_waited_for = False  # independent of its states: it is removed as soon as its pipe is full
         self.waiters: deque[Publisher] = deque()  # those that wait for room in its backlog, the longest first
-        self.blocked_at = 0  # what it held when the first of them began to wait
+        self.charge_when_blocked = 0  # of its backlog, when the first of them began to wait
 
     @property
     def pid(self) -> int:

@@ -196,7 +196,7 @@ class Routing:
             publisher.warned = False
         publisher.blocked = full
         if not full.waiters:  # what is read from now on counts for those that come behind, too
-            full.blocked_at = full.backlog.charge
+            full.charge_when_blocked = full.backlog.charge
         full.waiters.append(publisher)
         self._dirty[full] = None
 

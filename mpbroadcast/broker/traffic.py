@@ -77,8 +77,8 @@ class Traffic:
                     self._route(publisher)
             if delivery.dirty:
                 writes -= delivery.write(writes)
-            while delivery.has_room:
-                routing.unblock(delivery.has_room.pop())
+            while delivery.unblocked:
+                routing.unblock(delivery.unblocked.pop())
             while delivery.gone and writes > 0:
                 self._depart(delivery.gone.pop())
                 writes -= _REMOVAL
