@@ -29,7 +29,7 @@ class Delivery:
 
     def __init__(self, poller: Poller) -> None:
         self.dirty: Dirty = {}
-        self.gone: list[Subscription] = []  # done, or closed by their readers, or full and not waited for
+        self.gone: list[Subscription] = []  # done, or closed by their readers, or full and abandoned
         self.unblocked: list[Subscription] = []  # those that have room again, for which publishers wait
         self._poller = poller
 
@@ -61,7 +61,7 @@ class Delivery:
             except OSError:
                 self.gone.append(subscription)
                 continue
-            if (backlog.ended or subscription.not_waited_for) and _is_done(subscription, is_full):
+            if (backlog.ended or subscription.is_abandoned) and _is_done(subscription, is_full):
                 self.gone.append(subscription)
                 continue
             if subscription.waiters:
@@ -115,12 +115,12 @@ def _write(subscription: Subscription) -> bool:
         if run.hold:
             is_ready = _prepare(subscription, run)
             if is_ready is None:
-                return subscription.not_waited_for  # else the packet that must come lets it be written
+                return subscription.is_abandoned  # else the packet that must come lets it be written
             if not is_ready:
                 backlog.copy_first()
                 continue
         elif run.missed and backlog.drops and _is_held_back(subscription):
-            return subscription.not_waited_for
+            return subscription.is_abandoned
         try:
             size = write(fd, data)
         except BlockingIOError:
@@ -180,5 +180,5 @@ def _is_done(subscription: Subscription, is_full: bool) -> bool:
     if backlog.ended and backlog.is_empty:
         if subscription.must_be_read:
             subscription.refresh()
-        return not subscription.must_be_read or (subscription.not_waited_for and is_full)
-    return subscription.not_waited_for and is_full
+        return not subscription.must_be_read or (subscription.is_abandoned and is_full)
+    return subscription.is_abandoned and is_full

@@ -207,7 +207,7 @@ class Subscription:
         self.pipe = ChannelPipe()
         self.window: ReferenceWindow | None = None  # on shared memory; None: all goes through the pipe
         self.restored = False  # independent of its states: made by the broker before this one, and not open since
-        self.not_waited_for = False  # independent of its states: it is removed as soon as its pipe is full
+        self.is_abandoned = False  # independent of its states: its process closes the broker, so it ends once its pipe is full
         self.waiters: deque[Publisher] = deque()  # those that wait for room in its backlog, the longest first
         self.charge_when_blocked = 0  # of its backlog, when the first of them began to wait
 

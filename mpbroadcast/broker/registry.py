@@ -309,7 +309,7 @@ class Registry:
             if opening is connection:
                 self.unopen(subscription)
 
-    def confirm_open(self, subscription: Subscription, session: Session, *, waited_for: bool) -> None:
+    def confirm_open(self, subscription: Subscription, session: Session, *, is_abandoned: bool) -> None:
         """Give it to ``session``, whose process has its reader's end, and write its backlog into the pipe.
 
         :raises BrokenPipeError: the reader's end is closed already; nothing has changed.
@@ -323,7 +323,7 @@ class Registry:
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
         subscription.pipe.open()
-        subscription.not_waited_for = not waited_for
+        subscription.is_abandoned = is_abandoned
         self._write_down(subscription)
         self._traffic.watch(subscription)
         self.former_owners[subscription.id] = session.peer.pid

@@ -248,7 +248,7 @@ def _opened(broker: Broker, connection: ControlConnection, message: dict[str, An
         session = _session(broker, connection, message)
         is_last = broker.shutdown is not None and session.peer is broker.shutdown.by
         try:
-            broker.registry.confirm_open(subscription, session, waited_for=not is_last)
+            broker.registry.confirm_open(subscription, session, is_abandoned=is_last)
         except BrokenPipeError:  # the process has closed its end meanwhile
             broker.registry.unopen(subscription)
             is_there = False

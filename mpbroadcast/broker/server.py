@@ -34,7 +34,7 @@ from mpbroadcast.posix.poller import Poller
 log = logging.getLogger("mpbroadcast.broker")
 
 _LAST_WORDS: Final = 1 << 14  # characters
-_TURN: Final = 0.01  # seconds in a round for what takes long, and what waits: patterns may take long to match
+_SECONDS_FOR_PARTS: Final = 0.01  # in a round, for what takes long, and what waits: patterns may take long to match
 DRAIN_TIMEOUT: Final = 5.0  # seconds, when the request for the end has no other
 WAIT: Final = True  # what a part yields that has nothing to do until something has happened
 
@@ -119,7 +119,7 @@ class Broker:
         parts = self.parts
         parts.extend(self.waiting)
         self.waiting.clear()
-        end = time.monotonic() + _TURN
+        end = time.monotonic() + _SECONDS_FOR_PARTS
         for _ in range(len(parts)):
             self.do(parts.popleft())
             if time.monotonic() > end:
@@ -144,7 +144,7 @@ class Broker:
             traffic.run_until_idle()
 
     def _remove_departed(self, subscription: Subscription, was_accepting: bool) -> None:
-        if subscription.not_waited_for and not subscription.backlog.is_empty and self.shutdown is not None:
+        if subscription.is_abandoned and not subscription.backlog.is_empty and self.shutdown is not None:
             self.shutdown.give_up(subscription)
         else:
             self.registry.remove(subscription, "its reader has closed it" if was_accepting else "it had ended")

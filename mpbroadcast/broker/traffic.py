@@ -6,7 +6,7 @@
                          (rings and messages in memory of their own: memory_exchange)
 
 Nothing here calls the server. What it has to do is on two lists, which it works off at the end of the round, where nothing
-iterates over subscriptions any more: ``departed`` has those that are done, closed by their readers, or full and not waited for;
+iterates over subscriptions any more: ``departed`` has those that are done, closed by their readers, or full and abandoned;
 ``overflowed`` those that have ended themselves.
 """
 
