@@ -1,7 +1,7 @@
 """From backlogs into channels' pipes.
 
-What has something to write is in :attr:`Delivery.dirty`. Writing finds pipes that are gone, and backlogs that have room again:
-both are put on lists, which the caller works off when nothing iterates over subscriptions.
+Subscriptions with something to write are in :attr:`Delivery.dirty`. Writing finds pipes that are gone, and backlogs that have
+room again: both are put on lists, which the caller works off when nothing iterates over subscriptions.
 """
 
 from __future__ import annotations

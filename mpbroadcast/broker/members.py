@@ -1,8 +1,8 @@
-"""What the broker knows of its peers: processes, their sessions, their publishers and their subscriptions.
+"""The broker's records of its peers: processes, their sessions, their publishers and their subscriptions.
 
-These are records, with the descriptors that belong to them. What happens to them is in ``intake.py`` (publishers' pipes are
+Each record has the descriptors that belong to it. The code that acts on them is in ``intake.py`` (publishers' pipes are
 read), ``routing.py`` (what was read goes into backlogs), ``delivery.py`` (backlogs go into channels' pipes) and ``server.py``.
-They refer to each other, so they stand in one module.
+The records refer to each other, so they stand in one module.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Session:
 
 
 class PublisherPipe:
-    """A pipe that is read into ``buffer``, which all publishers use in turn. What is not split yet counts as not read.
+    """A pipe that is read into ``buffer``, which all publishers use in turn. Bytes that are not split yet count as not read.
 
     ``barriers`` are positions that no read goes beyond, each with what is to be called when all before it is routed.
     """
@@ -194,7 +194,7 @@ class Publisher:
 
 
 class Subscription:
-    """What a channel receives: the topics that are routed to it, its backlog, and the pipe to its reader."""
+    """A subscription in the broker: topics, backlog, and the pipe to its reader."""
 
     def __init__(self, id: int, session: Session, backlog: Backlog) -> None:
         self.id = id

@@ -146,7 +146,7 @@ class Registry:
     def end_session(self, session: Session, *, clean: bool, why: str = "it has detached") -> None:
         """Read its publishers to their end, and remove what it has open; also what it has not opened, unless it has detached.
 
-        What the starter has not opened stays until the end of the broker: another process may have it.
+        Channels that the starter has not opened stay until the end of the broker: another process may have it.
         """
         self.sessions.pop(session.id, None)
         self.to_finish.extend(map(self._traffic.intake.finish, session.publishers))

@@ -1,4 +1,4 @@
-"""What a process requests of the broker over a control connection: a handler a request.
+"""The requests that the broker answers over a control connection: a handler for each.
 
 Every value comes from another process: none is trusted. A handler replies, now or later, or raises :class:`_Refused`. One that
 takes long is a generator: between two of its steps the broker has a round, so what it has looked up may be gone after a

@@ -4,7 +4,7 @@ A batch is put into the backlogs of all its targets, or of none. If a ``block`` 
 what is left of its queue stays parked: so all subscriptions see one order, and the publisher's pipe fills up until its
 ``publish`` waits. When a backlog has room again, those that wait for it are routed again, the longest first.
 
-What is routed in a round is bounded. A publisher that is not done then is behind all others in the next one.
+A round routes a bounded number of messages. A publisher that is not done then is behind all others in the next one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BYTES_PER_BATCH: Final = 1 << 12  # that are copied in the time of one of these
 
 
 class Routing:
-    """Puts items into backlogs. What its caller has to do about a publisher or a subscription is on lists."""
+    """Puts items into backlogs. Publishers and subscriptions that its caller has to handle are on lists."""
 
     def __init__(self, router: Router[Subscription], history: History | None, memory: MemoryExchange, dirty: Dirty) -> None:
         self.routed = 0

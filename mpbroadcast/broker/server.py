@@ -4,9 +4,9 @@ A **round** waits until something happens, reads, routes and writes (``traffic``
 (``acceptor``, ``requests``), and then works off what all of that has found: subscriptions that are over, processes that have
 died, connections that are closed. There nothing iterates over subscriptions, publishers or connections any more.
 
-Nothing keeps a round for long. What takes long is an iterator that is advanced once in a round (:meth:`Broker.do`), as far as
-the round has time for it; one that waits for something yields :data:`WAIT`, and no round is run for it alone. Of what sessions
-leave behind (``registry.to_finish``, ``registry.to_remove``), only some is worked off in a round.
+Nothing keeps a round for long. A request that takes long is an iterator that is advanced once in a round (:meth:`Broker.do`),
+as far as the round has time for it; one that waits for something yields :data:`WAIT`, and no round is run for it alone. Of what
+sessions leave behind (``registry.to_finish``, ``registry.to_remove``), only some is worked off in a round.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Broker:
             self.acceptor.forget(connection)
 
     def stop(self, timeout: float, by: Peer | None = None) -> Shutdown:
-        """Drain until no reader makes progress for ``timeout`` seconds, then end. What ``by`` has open is not waited for."""
+        """Drain until no reader makes progress for ``timeout`` seconds, then end. Wait for no channel of ``by``."""
         if self.shutdown is None:
             self.shutdown = Shutdown(self.poller, self.registry, self.traffic, timeout, by)
             self._shutdown_steps = self.shutdown.steps()

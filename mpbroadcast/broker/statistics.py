@@ -1,4 +1,4 @@
-"""What ``stats()`` reports. A new field is added here, and in ``mpbroadcast/stats.py``."""
+"""The answer to ``stats()``. A new field is added here, and in ``mpbroadcast/stats.py``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def encoded_stats(broker: Broker) -> Generator[None, None, list[bytes]]:
 def memory(broker: Broker) -> Generator[None, None, int]:
     """Return the bytes of messages that are here, of what is still to be read of publishers' rings, and of what is requested.
 
-    They are counted in parts, as publishers that are blocked may have many messages here.
+    Messages are counted in parts, as publishers that are blocked may have many messages here.
     """
     parked, room = 0, _PART
     for publisher in list(broker.traffic.publishers.values()):

@@ -5,7 +5,7 @@
     publishers' pipes -> intake -> queues -> routing -> backlogs -> delivery -> channels' pipes
                          (rings and messages in memory of their own: memory_exchange)
 
-Nothing here calls the server. What it has to do is on two lists, which it works off at the end of the round, where nothing
+Nothing here calls the server. The server finds its work on two lists, which it works off at the end of the round, where nothing
 iterates over subscriptions any more: ``departed`` has those that are done, closed by their readers, or full and abandoned;
 ``overflowed`` those that have ended themselves.
 """

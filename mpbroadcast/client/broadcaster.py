@@ -48,8 +48,9 @@ class _Process(Protocol):
 class Broadcaster(Publishing[M]):
     """A handle on a broker. :func:`start_broadcaster` and :func:`connect` make it.
 
-    It can be pickled into any child process of the starter, and used in any number of threads and signal handlers, and after a
-    fork. The messages of each handle in each process keep their order (FIFO), and all channels get all messages in one order.
+    A handle can be pickled into any child process of the starter, and used in any number of threads and signal handlers, and
+    after a fork. The messages of each handle in each process keep their order (FIFO), and all channels get all messages in one
+    order.
 
     Used with ``with``, it is closed at the end. If its starter drops it without closing it, that is a ``ResourceWarning``: the
     broker ends when no channel of this process and no other process needs it, at the latest with the program.
@@ -208,8 +209,8 @@ class Broadcaster(Publishing[M]):
         or no reader has made progress for ``timeout`` seconds (``None``: no limit). A channel that is not open yet delays it
         while there is a message for it and a process that could open it: one that it was pickled for, or that was forked since.
         Channels that this process has open do not. A channel that got all messages ends with ``EOFError``, another one with
-        ``BrokerLost``, and the broker's log names it. A later ``publish`` raises ``BrokerLost``. It can be called again, and by
-        several threads at once: each blocks until it is closed.
+        ``BrokerLost``, and the broker's log names it. A later ``publish`` raises ``BrokerLost``. ``close`` can be called again,
+        and by several threads at once: each blocks until it is closed.
         """
         timeout = check_timeout(timeout)
         with self._closing:

@@ -32,7 +32,7 @@ from mpbroadcast.protocol.runs import MOST_AT_ONCE, RUN, RunView, read_run
 
 
 class End:
-    """What follows the last message, for good."""
+    """The end of a stream, behind its last message, for good."""
 
 
 NOTHING: Final[Any] = object()  # no message

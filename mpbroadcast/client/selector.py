@@ -41,7 +41,7 @@ class Selector(Generic[M]):
     called with the channel's or connection's message, with the process that has ended, or with the readable object, and
     :meth:`receive` returns what the handler returns; without a handler it returns the value.
 
-    It has no descriptor of its own. One thread at a time may use it.
+    A selector has no descriptor of its own. One thread at a time may use it.
     """
 
     def __init__(self) -> None:

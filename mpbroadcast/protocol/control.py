@@ -111,7 +111,7 @@ Handshake = Generator[bytes, bytes, bytes]
 
 
 def serve_handshake(keys: Sequence[bytes]) -> Handshake:
-    """Return the handshake of the broker, which challenges first. It takes any of ``keys``, and answers with the client's."""
+    """Return the handshake of the broker, which challenges first. Accept any of ``keys``; answer with the client's."""
     question = _SHA256 + os.urandom(32)
     response = yield frame(_CHALLENGE + question)
     key = next((key for key in keys if _is_answer(response, key, question)), None)

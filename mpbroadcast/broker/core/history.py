@@ -81,7 +81,7 @@ class History:
     def matching(self, topics: Iterable[str]) -> Generator[None, None, set[bytes]]:
         """Return which topics these topics and patterns match, in parts of some milliseconds.
 
-        What is published between two parts is matched, too.
+        Topics that are published to between two parts are matched, too.
 
         :raises OverBudget: that takes too many steps.
         """

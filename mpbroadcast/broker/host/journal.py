@@ -122,7 +122,7 @@ class Journal:
 
 
 class Succession(NamedTuple):
-    """What brokers that follow each other have in common; ``generation`` counts them from 0 on."""
+    """The data that brokers that follow each other have in common; ``generation`` counts them from 0 on."""
 
     identity: str
     generation: int
