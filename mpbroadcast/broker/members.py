@@ -188,7 +188,7 @@ class Publisher:
 
     @property
     def held(self) -> int:
-        """Bytes of it in the broker's memory that are in no backlog."""
+        """Bytes of this publisher's messages in the broker's memory, but for those in backlogs and rings."""
         parked = sum(item.charge for item in self.parked if not callable(item) and not isinstance(item, References))
         return self.pipe.splitter.unfinished + len(self.pipe.ahead) + parked
 

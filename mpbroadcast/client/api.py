@@ -90,7 +90,7 @@ def start_broadcaster(
 
 
 def connect(address: str | os.PathLike[str], *, authkey: bytes | None = None) -> Broadcaster[Any]:
-    """Return a handle on the broker at ``address``, in any process of the same user, with a pipe and an order of its own.
+    """Return a handle on the broker at ``address``, in any process of the same user. It has its own pipe, and its own order.
 
     ``authkey`` is the broker's key; if not given, this process's own, which is right in the starter's children. Block until the
     broker replies, at most 10 seconds; also while a broker is being replaced.

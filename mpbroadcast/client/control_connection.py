@@ -78,10 +78,14 @@ class ControlConnection:
                 to_send = handshake.send(self._receive(deadline))
         except StopIteration as done:
             self._send(done.value, deadline)
-        except control.ControlError as error:
+        except control.WrongKey as error:
             raise AuthenticationFailed(
                 f"the broker at {self._address!r} and this process have different keys ({error.args[0]}): pass the key of "
                 "its start_broadcaster() as connect(address, authkey=...)"
+            ) from error
+        except control.ControlError as error:
+            raise AuthenticationFailed(
+                f"the process that listens at {self._address!r} is no broker ({error.args[0]}): pass the `address` of one"
             ) from error
 
     def request(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> Answer:
