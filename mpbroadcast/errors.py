@@ -1,9 +1,9 @@
 """The exceptions of the public interface.
 
-They are split by cause: the handle was closed (:class:`ClosedError`), the broker ended (:class:`BrokerLost`), the subscriber
-was too slow (:class:`Lagged`, :class:`Overflowed`), the call would have blocked for too long (:class:`TimedOut`). A clean end
-is the built-in ``EOFError``. Wrong arguments raise the built-in ``TypeError`` and ``ValueError``. A message that cannot be
-pickled raises whatever its pickling raises.
+The exceptions are split by cause: the handle was closed (:class:`ClosedError`), the broker ended (:class:`BrokerLost`), the
+subscriber was too slow (:class:`Lagged`, :class:`Overflowed`), the call would have blocked for too long (:class:`TimedOut`). A
+clean end is the built-in ``EOFError``. Wrong arguments raise the built-in ``TypeError`` and ``ValueError``. A message that
+cannot be pickled raises whatever its pickling raises.
 """
 
 from __future__ import annotations
@@ -124,4 +124,4 @@ class Overflowed(BroadcastError):
 
 
 class TimedOut(BroadcastError, TimeoutError):
-    """The call did not succeed within its ``timeout`` seconds. What it was to do is not done, and will not be."""
+    """The call did not succeed within its ``timeout`` seconds. Its work is not done, and will not be."""

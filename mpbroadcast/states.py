@@ -1,7 +1,7 @@
 """States that know which states can follow them. Pure.
 
 An object has its state in one attribute, and changes it by ``self.state = self.state.to(...)``: a transition that is not listed
-raises, and changes nothing. What an object has in flags beside that is independent of its state.
+raises, and changes nothing. Flags that an object has beside that are independent of its state.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What runs in the broker process."""
+"""The broker process."""

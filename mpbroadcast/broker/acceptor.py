@@ -32,7 +32,7 @@ _MOST_STRANGERS: Final = 128
 _LEAST_TIME: Final = 0.25  # seconds
 _AGAIN: Final = 0.2  # seconds, until there may be descriptors
 _MOST_REQUESTS: Final = 64  # of one connection in a round: thousands of notes come at once when channels are dropped
-_TURN: Final = 0.02  # seconds for all requests in a round, but one at the least
+_SECONDS_FOR_REQUESTS: Final = 0.02  # for all requests in a round, but one request at the least
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 
 
@@ -55,7 +55,7 @@ class Acceptor:
         """Yield the requests that have come, of each connection as many as it may have in a round."""
         readable = list(self.readable)
         self.readable.clear()
-        end = time.monotonic() + _TURN
+        end = time.monotonic() + _SECONDS_FOR_REQUESTS
         served: list[ControlConnection] = []
         for connection in readable:
             count, is_over = 0, bool(served) and time.monotonic() > end

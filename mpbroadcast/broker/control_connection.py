@@ -38,7 +38,7 @@ Closed = list["ControlConnection"]
 
 
 class ControlConnection:
-    """One connection. It has one request at a time, until :meth:`reply` or :meth:`no_reply`."""
+    """One connection, with one request at a time, until :meth:`reply` or :meth:`no_reply`."""
 
     def __init__(
         self, poller: Poller, connection: Socket, peer: Peer, handshake: Handshake, readable: Readable, closed: Closed

@@ -1,7 +1,7 @@
 """From backlogs into channels' pipes.
 
-What has something to write is in :attr:`Delivery.dirty`. Writing finds pipes that are gone, and backlogs that have room again:
-both are put on lists, which the caller works off when nothing iterates over subscriptions.
+Subscriptions with something to write are in :attr:`Delivery.dirty`. Writing finds pipes that are gone, and backlogs that have
+room again: both are put on lists, which the caller works off when nothing iterates over subscriptions.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Delivery:
 
     def __init__(self, poller: Poller) -> None:
         self.dirty: Dirty = {}
-        self.gone: list[Subscription] = []  # done, or closed by their readers, or full and not waited for
-        self.has_room: list[Subscription] = []  # those for which publishers waited
+        self.gone: list[Subscription] = []  # done, or closed by their readers, or full and abandoned
+        self.unblocked: list[Subscription] = []  # those that have room again, for which publishers wait
         self._poller = poller
 
     def watch(self, subscription: Subscription) -> None:
@@ -67,7 +67,7 @@ class Delivery:
             except OSError:
                 self.gone.append(subscription)
                 continue
-            if (backlog.ended or subscription.not_waited_for) and _is_done(subscription, is_full):
+            if (backlog.ended or subscription.is_abandoned) and _is_done(subscription, is_full):
                 self.gone.append(subscription)
                 continue
             if subscription.group is not None and backlog.is_empty:
@@ -75,9 +75,9 @@ class Delivery:
                 self.dirty[subscription.group] = None
             if subscription.waiters:
                 subscription.refresh()
-                if backlog.charge < subscription.blocked_at:
+                if backlog.charge < subscription.charge_when_blocked:
                     pipe.retry = SHORTEST_RETRY
-                    self.has_room.append(subscription)
+                    self.unblocked.append(subscription)
             if is_full or subscription.waiters or pipe.write_interest:
                 self._wait_for_room(subscription, is_full)
         return len(dirty) + given
@@ -111,9 +111,9 @@ class Delivery:
             shares.gave(member, has_room=member.backlog.is_empty)
             if is_full:
                 self._wait_for_room(member, is_full)
-        if group.waiters and backlog.charge < group.blocked_at:
-            self.has_room.append(group)
-        if backlog.ended and not backlog.is_empty and all(one.is_open and one.not_waited_for for one in shares.members):
+        if group.waiters and backlog.charge < group.charge_when_blocked:
+            self.unblocked.append(group)
+        if backlog.ended and not backlog.is_empty and all(one.is_open and one.is_abandoned for one in shares.members):
             self.gone.extend(shares.members)  # the broker ends, and none of them will read it
         return given
 
@@ -183,12 +183,12 @@ def _write(subscription: Subscription) -> bool:
         if run.hold:
             is_ready = _prepare(subscription, run)
             if is_ready is None:
-                return subscription.not_waited_for  # else the packet that must come lets it be written
+                return subscription.is_abandoned  # else the packet that must come lets it be written
             if not is_ready:
                 backlog.copy_first()
                 continue
         elif run.missed and backlog.drops and _is_held_back(subscription):
-            return subscription.not_waited_for
+            return subscription.is_abandoned
         try:
             size = write(fd, data)
         except BlockingIOError:
@@ -248,5 +248,5 @@ def _is_done(subscription: Subscription, is_full: bool) -> bool:
     if backlog.ended and backlog.is_empty and not subscription.is_unfinished:
         if subscription.must_be_read:
             subscription.refresh()
-        return not subscription.must_be_read or (subscription.not_waited_for and is_full)
-    return subscription.not_waited_for and is_full
+        return not subscription.must_be_read or (subscription.is_abandoned and is_full)
+    return subscription.is_abandoned and is_full

@@ -61,7 +61,7 @@ class FastPath:
         charge = size + OVERHEAD
         for subscription in targets:
             backlog, pipe, window = subscription.backlog, subscription.pipe, subscription.window
-            if backlog.runs or backlog.drops or subscription.waiters or subscription.not_waited_for:
+            if backlog.runs or backlog.drops or subscription.waiters or subscription.is_abandoned:
                 return False
             if pipe.state is not PipeState.OPEN or pipe.write_interest or (window is not None and window.notes):
                 return False

@@ -1,8 +1,8 @@
 """From publishers' pipes into their queues.
 
 A publisher that finds the broker waiting for its pipe pays for waking it, with each message. So the pipe of one that is busy is
-not watched by the poller, but read after naps: a publisher whose pipe is not waited for pays nothing. What else happens ends a
-nap at once.
+not watched by the poller, but read after naps: a publisher whose pipe is not waited for pays nothing. Any other event
+ends a nap at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _AT_FIRST: Final = MUCH + PIPE_BUF  # bytes in a read of one that is not busy: o
 
 
 class Intake:
-    """All publishers. What was read is in ``ready``, to be routed."""
+    """All publishers. Those of which something was read are in ``ready``, to be routed."""
 
     def __init__(self, poller: Poller, fast_path: FastPath) -> None:
         self.publishers: dict[int, Publisher] = {}

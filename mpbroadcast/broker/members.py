@@ -1,8 +1,8 @@
-"""What the broker knows of its peers: processes, their sessions, their publishers and their subscriptions.
+"""The broker's records of its peers: processes, their sessions, their publishers and their subscriptions.
 
-These are records, with the descriptors that belong to them. What happens to them is in ``intake.py`` (publishers' pipes are
+Each record has the descriptors that belong to it. The code that acts on them is in ``intake.py`` (publishers' pipes are
 read), ``routing.py`` (what was read goes into backlogs), ``delivery.py`` (backlogs go into channels' pipes) and ``server.py``.
-They refer to each other, so they stand in one module.
+The records refer to each other, so they stand in one module.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Session:
 
 
 class PublisherPipe:
-    """A pipe that is read into ``buffer``, which all publishers use in turn. What is not split yet counts as not read.
+    """A pipe that is read into ``buffer``, which all publishers use in turn. Bytes that are not split yet count as not read.
 
     ``barriers`` are positions that no read goes beyond, each with what is to be called when all before it is routed.
     """
@@ -192,13 +192,13 @@ class Publisher:
 
     @property
     def held(self) -> int:
-        """Bytes of it in the broker's memory that are in no backlog."""
+        """Bytes of this publisher's messages in the broker's memory, but for those in backlogs and rings."""
         parked = sum(item.charge for item in self.parked if not callable(item) and not isinstance(item, References))
         return self.pipe.splitter.unfinished + len(self.pipe.ahead) + parked
 
 
 class Subscription:
-    """What a channel receives: the topics that are routed to it, its backlog, and the pipe to its reader."""
+    """A subscription in the broker: topics, backlog, and the pipe to its reader."""
 
     def __init__(self, id: int, session: Session, backlog: Backlog) -> None:
         self.id = id
@@ -212,9 +212,9 @@ class Subscription:
         self.window: ReferenceWindow | None = None  # on shared memory; None: all goes through the pipe
         self.is_starting = False  # independent of its states: a replay is put in front of what waits
         self.restored = False  # independent of its states: made by the broker before this one, and not open since
-        self.not_waited_for = False  # independent of its states: it is removed as soon as its pipe is full
+        self.is_abandoned = False  # independent of its states: its process closes the broker, so it ends once its pipe is full
         self.waiters: deque[Publisher] = deque()  # those that wait for room in its backlog, the longest first
-        self.blocked_at = 0  # what it held when the first of them began to wait
+        self.charge_when_blocked = 0  # of its backlog, when the first of them began to wait
         self.group: Group | None = None  # that it is a member of: then the group's backlog has what is routed to it
 
     @property
@@ -257,7 +257,7 @@ class Subscription:
 
     @property
     def target(self) -> Subscription:
-        """What the router leads to: its group, if it is a member of one."""
+        """The target of the router: its group, if it is a member of one."""
         return self.group or self
 
     def receive_reports(self) -> bool:
@@ -287,7 +287,7 @@ class Subscription:
 
 
 class Group(Subscription):
-    """What several subscriptions share: each message goes to one of them.
+    """The messages that several subscriptions share: each message goes to one of them.
 
     For the router it is one subscription. Its backlog has what waits, under its policy; that of a member has what its pipe has
     not taken yet of what it was given. It has no pipe of its own, and its session is that of the member that made it.

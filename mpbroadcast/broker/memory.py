@@ -1,6 +1,6 @@
 """The memory that publishers share: rings, and single messages in memory of their own, as the broker has them.
 
-What comes from a publisher is checked before it is used, so that nothing in it makes this process, or a subscriber, read
+All that comes from a publisher is checked before it is used, so that nothing in it makes this process, or a subscriber, read
 where nothing is.
 """
 
@@ -170,7 +170,7 @@ class Memory:
 
 
 class Lender:
-    """What one publisher shares, and its socket."""
+    """The rings and memories that one publisher shares, and its descriptor socket."""
 
     def __init__(self, store: Store, fd_socket: DescriptorSocket, pid: int) -> None:
         self.fd_socket = fd_socket

@@ -27,7 +27,7 @@ _SMALLEST: Final = 4 << 20  # capacity: of less, what was read and not acknowled
 
 
 class MemoryExchange:
-    """Receives the packets, and decides which references may wait. What has to be written after that is marked ``dirty``."""
+    """Receives the packets, and decides which references may wait. Subscriptions to be written after that are in ``dirty``."""
 
     def __init__(self, poller: Poller, dirty: dict[Subscription, None]) -> None:
         self.store = Store()

@@ -1,4 +1,4 @@
-"""What the reader of a pipe was given in shared memory, and what of that it has not read yet.
+"""The shared memory that the reader of a pipe was given, and how much of it is unread.
 
 References into a ring follow the ring itself: its memory is sent on the socket beside the pipe, an offer is written into the
 pipe, and the reader answers on the socket that it has mapped it. All of the references that it has not read lie within a part
@@ -64,7 +64,7 @@ class ReferenceWindow:
     def prepare(self, hold: Memory | RingHold, most: int) -> bool | None:
         """Return whether the reader has all that it needs for this; ``None`` if it must read, or answer, before that.
 
-        It must read first when more than ``most`` bytes are unread.
+        The reader must read first when more than ``most`` bytes are unread.
         """
         if self.unread.bytes > most:
             return None

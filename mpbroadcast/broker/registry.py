@@ -167,7 +167,7 @@ class Registry:
     def end_session(self, session: Session, *, clean: bool, why: str = "it has detached") -> None:
         """Read its publishers to their end, and remove what it has open; also what it has not opened, unless it has detached.
 
-        What the starter has not opened stays until the end of the broker: another process may have it.
+        Channels that the starter has not opened stay until the end of the broker: another process may have it.
         """
         self.sessions.pop(session.id, None)
         self.to_finish.extend(map(self._traffic.intake.finish, session.publishers))
@@ -355,7 +355,7 @@ class Registry:
             if opening is connection:
                 self.unopen(subscription)
 
-    def confirm_open(self, subscription: Subscription, session: Session, *, waited_for: bool) -> None:
+    def confirm_open(self, subscription: Subscription, session: Session, *, is_abandoned: bool) -> None:
         """Give it to ``session``, whose process has its reader's end, and write its backlog into the pipe.
 
         :raises BrokenPipeError: the reader's end is closed already; nothing has changed.
@@ -369,7 +369,7 @@ class Registry:
         session.subscriptions.add(subscription)
         session.peer.subscriptions.add(subscription)
         subscription.pipe.open()
-        subscription.not_waited_for = not waited_for
+        subscription.is_abandoned = is_abandoned
         self._write_down(subscription)
         self.groups.open(subscription)
         self._traffic.watch(subscription)

@@ -1,4 +1,4 @@
-"""What a process requests of the broker over a control connection: a handler a request.
+"""The requests that the broker answers over a control connection: a handler for each.
 
 Those that make a subscription are in ``subscription_requests.py``, the checks of fields in ``request_fields.py``.
 
@@ -166,7 +166,7 @@ def _opened(broker: Broker, connection: ControlConnection, message: dict[str, An
         session = session_of(broker, connection, message)
         is_last = broker.shutdown is not None and session.peer is broker.shutdown.by
         try:
-            broker.registry.confirm_open(subscription, session, waited_for=not is_last)
+            broker.registry.confirm_open(subscription, session, is_abandoned=is_last)
         except BrokenPipeError:  # the process has closed its end meanwhile
             broker.registry.unopen(subscription)
             is_there = False

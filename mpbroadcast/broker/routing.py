@@ -4,7 +4,7 @@ A batch is put into the backlogs of all its targets, or of none. If a ``block`` 
 what is left of its queue stays parked: so all subscriptions see one order, and the publisher's pipe fills up until its
 ``publish`` waits. When a backlog has room again, those that wait for it are routed again, the longest first.
 
-What is routed in a round is bounded. A publisher that is not done then is behind all others in the next one.
+A round routes a bounded number of messages. A publisher that is not done then is behind all others in the next one.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from mpbroadcast.protocol.runs import Account, Run, SharedRun, run_of
 log = logging.getLogger("mpbroadcast.broker")
 
 TURN: Final = 1 << 12  # puts into backlogs in a round: some 20 ms
-_TRIES: Final = 1 << 3  # of single patterns, in the time of a put
-_STEPS: Final = 1 << 10  # of trying patterns, in the time of a put
-_TRIED: Final = 16  # messages that are packed next, for each that a backlog had room for
+_PATTERNS_PER_PUT: Final = 1 << 3  # patterns that are tried one by one in the time of a put
+_STEPS_PER_PUT: Final = 1 << 10  # steps of trying all patterns, in the same time
+_PACKED_PER_FIT: Final = 16  # messages that are packed next, for each that a backlog had room for
 _REPLAYED: Final = 1 << 10  # batches of a replay in a round: some milliseconds
-_BYTES: Final = 1 << 12  # to copy, in the time of one of them
+_BYTES_PER_BATCH: Final = 1 << 12  # that are copied in the time of one of these batches
 
 
 class Routing:
-    """Puts items into backlogs. What its caller has to do about a publisher or a subscription is on lists."""
+    """Puts items into backlogs. Publishers and subscriptions that its caller has to handle are on lists."""
 
     def __init__(
         self, router: Router[Subscription], history: History | None, memory: MemoryExchange, dirty: Dirty, first_id: int
@@ -54,11 +54,11 @@ class Routing:
         self._memory = memory
         self._dirty = dirty
         self._puts = 0
-        self._last = TURN  # puts, when the turn is over
+        self._turn_end = TURN  # puts: beyond so many, the turn is over
 
     def begin_turn(self) -> None:
         """Route as much as a round has time for from now on, of all publishers together."""
-        self._last = self._puts + self._router.steps // _STEPS + TURN
+        self._turn_end = self._puts + self._router.steps // _STEPS_PER_PUT + TURN
 
     @property
     def routed(self) -> int:
@@ -67,7 +67,7 @@ class Routing:
 
     @property
     def turn_is_over(self) -> bool:
-        return self._puts + self._router.steps // _STEPS > self._last
+        return self._puts + self._router.steps // _STEPS_PER_PUT > self._turn_end
 
     def route(self, publisher: Publisher) -> bool:
         """Route what is parked, as far as the backlogs take it, and until the turn is over.
@@ -77,8 +77,8 @@ class Routing:
         trap_points.reach("routing")
         parked, router = publisher.parked, self._router
         before = self.next_id
-        while parked:
-            if self._puts + router.steps // _STEPS > self._last:
+        while parked:  # `turn_is_over` is written out here, as a property is a call for each item
+            if self._puts + router.steps // _STEPS_PER_PUT > self._turn_end:
                 if self.next_id > before:  # in the next turn, the others are first
                     self.behind.pop(publisher, None)
                 self.behind.setdefault(publisher)
@@ -138,7 +138,7 @@ class Routing:
                     fits, full = least, subscription
         if run is not None and fits < count:
             item, rest = item.cut(fits) if fits else (item, item)
-            next_count = _TRIED * (fits + 1)
+            next_count = _PACKED_PER_FIT * (fits + 1)
             if count - fits > next_count:  # it is packed before it is known what fits: not all of it each time
                 rest, later = rest.cut(next_count)
                 publisher.parked.appendleft(later)
@@ -189,7 +189,7 @@ class Routing:
                 fits = backlog.put_first(run.part(count - 1, count) if is_state else run)
                 kept += fits
                 cut += count - fits
-                room -= 1 + batch.charge // _BYTES
+                room -= 1 + batch.charge // _BYTES_PER_BATCH
             if room < 0:
                 yield
                 if subscription.pipe.state is not PipeState.UNOPENED:
@@ -228,7 +228,7 @@ class Routing:
         topic = item.topic.decode()
         for subscription, names, matchers in publisher.not_yet:
             if subscription in targets and topic not in names:
-                self._puts += len(matchers) // _TRIES
+                self._puts += len(matchers) // _PATTERNS_PER_PUT
                 if not any(one.match(topic) for one in matchers):
                     late.add(subscription)
         return tuple(target for target in targets if target.id != excluded and target not in late)
@@ -239,7 +239,7 @@ class Routing:
             publisher.warned = False
         publisher.blocked = full
         if not full.waiters:  # what is read from now on counts for those that come behind, too
-            full.blocked_at = full.backlog.charge
+            full.charge_when_blocked = full.backlog.charge
         full.waiters.append(publisher)
         self._dirty[full] = None
 

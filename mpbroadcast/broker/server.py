@@ -4,9 +4,9 @@ A **round** waits until something happens, reads, routes and writes (``traffic``
 (``acceptor``, ``requests``), and then works off what all of that has found: subscriptions that are over, processes that have
 died, connections that are closed. There nothing iterates over subscriptions, publishers or connections any more.
 
-Nothing keeps a round for long. What takes long is an iterator that is advanced once in a round (:meth:`Broker.do`), as far as
-the round has time for it; one that waits for something yields :data:`WAIT`, and no round is run for it alone. Of what sessions
-leave behind (``registry.to_finish``, ``registry.to_remove``), only some is worked off in a round.
+Nothing keeps a round for long. A request that takes long is an iterator that is advanced once in a round (:meth:`Broker.do`),
+as far as the round has time for it; one that waits for something yields :data:`WAIT`, and no round is run for it alone. Of what
+sessions leave behind (``registry.to_finish``, ``registry.to_remove``), only some is worked off in a round.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mpbroadcast.posix.poller import Poller
 log = logging.getLogger("mpbroadcast.broker")
 
 _LAST_WORDS: Final = 1 << 14  # characters
-_TURN: Final = 0.01  # seconds in a round for what takes long, and what waits: patterns may take long to match
+_SECONDS_FOR_PARTS: Final = 0.01  # in a round, for what takes long, and what waits: patterns may take long to match
 DRAIN_TIMEOUT: Final = 5.0  # seconds, when the request for the end has no other
 WAIT: Final = True  # what a part yields that has nothing to do until something has happened
 
@@ -142,7 +142,7 @@ class Broker:
         parts = self.parts
         parts.extend(self.waiting)
         self.waiting.clear()
-        end = time.monotonic() + _TURN
+        end = time.monotonic() + _SECONDS_FOR_PARTS
         for _ in range(len(parts)):
             self.do(parts.popleft())
             if time.monotonic() > end:
@@ -167,7 +167,7 @@ class Broker:
             traffic.run_until_idle()
 
     def _remove_departed(self, subscription: Subscription, was_accepting: bool) -> None:
-        if subscription.not_waited_for and not subscription.backlog.is_empty and self.shutdown is not None:
+        if subscription.is_abandoned and not subscription.backlog.is_empty and self.shutdown is not None:
             self.shutdown.give_up(subscription)
         else:
             self.registry.remove(subscription, "its reader has closed it" if was_accepting else "it had ended")
@@ -192,7 +192,7 @@ class Broker:
             self.acceptor.forget(connection)
 
     def stop(self, timeout: float, by: Peer | None = None) -> Shutdown:
-        """Drain until no reader makes progress for ``timeout`` seconds, then end. What ``by`` has open is not waited for."""
+        """Drain until no reader makes progress for ``timeout`` seconds, then end. Wait for no channel of ``by``."""
         if self.shutdown is None:
             self.shutdown = Shutdown(self.poller, self.registry, self.traffic, timeout, by)
             self._shutdown_steps = self.shutdown.steps()

@@ -64,8 +64,8 @@ class Shutdown:
         # 0. No other broker follows. What only the process that closes could open is not opened any more.
         registry.note_stopping()
         for subscription in list(registry.subscriptions.values()):
-            subscription.not_waited_for = subscription.session.peer is self.by
-            if subscription.not_waited_for and subscription.owner is not None and not subscription.is_open:
+            subscription.is_abandoned = subscription.session.peer is self.by
+            if subscription.is_abandoned and subscription.owner is not None and not subscription.is_open:
                 registry.remove(subscription)
         # 1. What publishers have written is read, and their pipes are closed, which wakes each publish that waits.
         registry.to_finish.extend(map(traffic.intake.finish, traffic.publishers.values()))

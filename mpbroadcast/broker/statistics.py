@@ -1,4 +1,4 @@
-"""What ``stats()`` reports. A new field is added here, and in ``mpbroadcast/stats.py``."""
+"""The answer to ``stats()``. A new field is added here, and in ``mpbroadcast/stats.py``."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _held_elsewhere(broker: Broker) -> int:
 def _add_publishers(broker: Broker, parts: list[bytes]) -> Generator[None, None, int]:
     """Append the rows of all publishers, as JSON. Return the bytes that are received from them and not routed.
 
-    They are counted in parts, as publishers that are blocked may have many messages here.
+    Messages are counted in parts, as publishers that are blocked may have many messages here.
     """
     parked, room, comma = 0, _PART, b""
     for publisher in list(broker.traffic.publishers.values()):

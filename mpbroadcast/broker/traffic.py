@@ -5,8 +5,8 @@
     publishers' pipes -> intake -> queues -> routing -> backlogs -> delivery -> channels' pipes
                          (rings and messages in memory of their own: memory_exchange)
 
-Nothing here calls the server. What it has to do is on two lists, which it works off at the end of the round, where nothing
-iterates over subscriptions any more: ``departed`` has those that are done, closed by their readers, or full and not waited for;
+Nothing here calls the server. The server finds its work on two lists, which it works off at the end of the round, where nothing
+iterates over subscriptions any more: ``departed`` has those that are done, closed by their readers, or full and abandoned;
 ``overflowed`` those that have ended themselves.
 """
 
@@ -82,8 +82,8 @@ class Traffic:
                     self._route(publisher)
             if delivery.dirty:
                 writes -= delivery.write(writes)
-            while delivery.has_room:
-                routing.unblock(delivery.has_room.pop())
+            while delivery.unblocked:
+                routing.unblock(delivery.unblocked.pop())
             while delivery.gone and writes > 0:
                 self._depart(delivery.gone.pop())
                 writes -= _REMOVAL

@@ -1,4 +1,4 @@
-"""What the commands have in common that start a broker."""
+"""Options of the commands that start a broker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker of the demo computes: a digest of all that it receives, in its order, and one job of its own."""
+"""A worker of the demo: a digest of all that it receives, in its order, and one job of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Text = tuple[str, str]  # what is published: a file's name and its text
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker computes: ``count`` looks at one file, ``answer`` at the sum over all of them."""
+    """The task of a worker: ``count`` looks at one file, ``answer`` at the sum over all of them."""
 
     title: str
     count: Callable[[str, str], dict[str, int]]
@@ -106,7 +106,7 @@ JOBS = (
 
 @dataclass(slots=True)
 class Tally:
-    """What has been seen so far: how much, and a digest of all of it in its order."""
+    """A sum of all that was received so far: how much, and a digest of all of it in its order."""
 
     messages: int = 0
     size: int = 0
@@ -120,7 +120,7 @@ class Tally:
 
 
 class Report(NamedTuple):
-    """What a worker sends to its parent: now and then while it works, and once at the end, with its answer."""
+    """A worker's message to its parent: now and then while it works, and once at the end, with its answer."""
 
     worker: int
     messages: int

@@ -1,1 +1,1 @@
-"""What runs in a user's process: handles, channels, selectors."""
+"""The side of a user's process: handles, channels, selectors."""

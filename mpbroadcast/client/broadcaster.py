@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeVar
 
 from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient
-from mpbroadcast.client.pipe_ownership import PipeOwnership, opening_own
+from mpbroadcast.client.pipe_ownership import PipeOwnership, opening_unshared
 from mpbroadcast.client.subscribing import Subscribing
 from mpbroadcast.client.tasks import drive
 from mpbroadcast.deadline import Deadline
@@ -44,8 +44,9 @@ class _Process(Protocol):
 class Broadcaster(Subscribing[M]):
     """A handle on a broker. :func:`start_broadcaster` and :func:`connect` make it.
 
-    It can be pickled into any child process of the starter, and used in any number of threads and signal handlers, and after a
-    fork. The messages of each handle in each process keep their order (FIFO), and all channels get all messages in one order.
+    A handle can be pickled into any child process of the starter, and used in any number of threads and signal handlers, and
+    after a fork. The messages of each handle in each process keep their order (FIFO), and all channels get all messages in one
+    order.
 
     Used with ``with``, it is closed at the end. If its starter drops it without closing it, that is a ``ResourceWarning``: the
     broker ends when no channel of this process and no other process needs it, at the latest with the program.
@@ -149,8 +150,8 @@ class Broadcaster(Subscribing[M]):
         or no reader has made progress for ``timeout`` seconds (``None``: no limit). A channel that is not open yet delays it
         while there is a message for it and a process that could open it: one that it was pickled for, or that was forked since.
         Channels that this process has open do not. A channel that got all messages ends with ``EOFError``, another one with
-        ``BrokerLost``, and the broker's log names it. A later ``publish`` raises ``BrokerLost``. It can be called again, and by
-        several threads at once: each blocks until it is closed.
+        ``BrokerLost``, and the broker's log names it. A later ``publish`` raises ``BrokerLost``. ``close`` can be called again,
+        and by several threads at once: each blocks until it is closed.
         """
         timeout = check_timeout(timeout)
         with self._closing:
@@ -166,7 +167,7 @@ class Broadcaster(Subscribing[M]):
         process, client = self._process, self._client
         limit = Deadline(None if timeout is None else timeout + _MARGIN)  # also when the broker is stopped
         if process is not None:
-            yield from opening_own(self._ownerships(), limit.at_most(CLOSE_TIMEOUT))
+            yield from opening_unshared(self._ownerships(), limit.at_most(CLOSE_TIMEOUT))
         self._closed = True
         writer = self._writer  # not before: a thread that makes one finds the handle closed, or is found here
         if writer is not None:

@@ -7,7 +7,7 @@ connections for requests.
 - A request has a connection to itself. One that waits for long delays no other, and one that an exception interrupts is closed
   with its connection: so threads and signal handlers need no lock, and no reply meets the wrong request.
 - A *note* is a request without a reply, which finalisers send: at once if there is room, and without a lock. Notes that had no
-  room are sent before the next request, or while a publish waits. They are idempotent, and are sent until a reply shows that
+  room are sent before the next request, or while a publish waits. Notes are idempotent, and are sent until a reply shows that
   the broker has handled them.
 - A session is lost once its broker is known to have ended. The next request attaches to the broker that takes over, which
   waits in the queue of the socket meanwhile.
@@ -75,8 +75,8 @@ class Reply(NamedTuple):
 class BrokerClient:
     """This process's requests to the broker of one identity at ``address``, and to each that takes over from it.
 
-    It attaches when it is first used, and anew behind a fork. It detaches when nothing refers to it any more. ``restarts`` is
-    True if another broker takes over when one dies: the broker's reply to the first request sets it.
+    A client attaches when it is first used, and anew behind a fork, and detaches when nothing refers to it any more.
+    ``restarts`` is True if another broker takes over when one dies: the broker's reply to the first request sets it.
     """
 
     def __init__(self, address: str, broker: str = "", restarts: bool = False, authkey: bytes | None = None) -> None:

@@ -81,11 +81,15 @@ class ControlConnection:
                 to_send = handshake.send((yield from self._receiving(deadline)))
         except StopIteration as done:
             yield from self._sending(done.value, deadline)
-        except control.ControlError as error:
+        except control.WrongKey as error:
             raise AuthenticationFailed(
                 f"the broker at {self._address!r} and this process have different keys ({error.args[0]}): pass the key of "
                 "its start_broadcaster() as connect(address, authkey=...), or start it at an address of your choice, where it "
                 "writes a key file"
+            ) from error
+        except control.ControlError as error:
+            raise AuthenticationFailed(
+                f"the process that listens at {self._address!r} is no broker ({error.args[0]}): pass the `address` of one"
             ) from error
 
     def requesting(self, message: dict[str, Any], deadline: Deadline, notes: bytes = b"") -> Steps[Answer]:

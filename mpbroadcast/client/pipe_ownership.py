@@ -55,7 +55,9 @@ class ChannelState(State):
     CLOSED = ("the broker knows, or the next request will show it",)
 
 
-UNOPENED, OPENING, OPEN, RECONNECTING, ELSEWHERE, CLOSING, CLOSED = ChannelState
+UNOPENED, OPENING, OPEN = ChannelState.UNOPENED, ChannelState.OPENING, ChannelState.OPEN
+RECONNECTING, ELSEWHERE = ChannelState.RECONNECTING, ChannelState.ELSEWHERE
+CLOSING, CLOSED = ChannelState.CLOSING, ChannelState.CLOSED
 
 
 class PipeOwnership:
@@ -200,8 +202,9 @@ class PipeOwnership:
 
     def release_former(self) -> None:
         """Close the pipe and the memory of the broker that has died."""
-        former, self._former = self._former or (), None
-        _close(*former)
+        former, self._former = self._former, None
+        if former is not None:
+            _close(*former)
 
     # --- handing on and closing
 
@@ -219,7 +222,7 @@ class PipeOwnership:
         return self._is_subscriber and (self._is_pickled or self._heirs.live())
 
     @property
-    def is_own(self) -> bool:
+    def is_only_openable_here(self) -> bool:
         """True if this process has subscribed, has not opened the channel, and no other process can."""
         return self._is_subscriber and self.state in (UNOPENED, OPENING) and not self.can_be_opened_elsewhere
 
@@ -287,11 +290,11 @@ class PipeOwnership:
         return ClosedError("this channel was closed in this process: subscribe again for another")
 
 
-def opening_own(ownerships: Iterable[PipeOwnership], deadline: Deadline) -> Steps[None]:
+def opening_unshared(ownerships: Iterable[PipeOwnership], deadline: Deadline) -> Steps[None]:
     """Open those that this process has subscribed and no other one can open, until the deadline."""
     for ownership in ownerships:
         try:
-            if ownership.is_own:
+            if ownership.is_only_openable_here:
                 yield from ownership.opening(deadline)
         except TimedOut:
             return  # the next ones would, too

@@ -33,7 +33,7 @@ from mpbroadcast.protocol.runs import MOST_AT_ONCE, RUN, RunView, read_run
 
 
 class End:
-    """What follows the last message, for good."""
+    """The end of a stream, behind its last message, for good."""
 
 
 NOTHING: Final[Any] = object()  # no message
@@ -48,7 +48,7 @@ _OVERFLOWED: Final = (
     'the backlog was full under overflow="disconnect", and so this channel was unsubscribed; subscribe again, receive faster, '
     "or choose a larger capacity or another policy"
 )
-FLAWS: Final = (End, Failure)
+FLAWS: Final = (End, Failure)  # kinds that stand among messages, and are none
 _AT_ONCE: Final = 1 << 19  # bytes in shared memory to decode at once: no more than malloc keeps
 _SHARED: Final = (runs.REFERENCES, runs.IN_MEMORY)
 _NONE: Final[Iterator[Any]] = iter(())
@@ -79,19 +79,19 @@ class Stream:
     fast: Iterator[Any] = _NONE
     _left: Iterator[Any] = _NONE
 
-    def share(self) -> None:
+    def open_fast(self) -> None:
         """Let all messages but the last be taken from ``fast``. The caller holds the channel's lock, as for the next one."""
         if _IS_ATOMIC:
             self._left = repeat(self.ready, len(self.ready) - 1)
             self.fast = map(deque.popleft, self._left)
 
-    def unshare(self) -> None:
+    def close_fast(self) -> None:
         """Exhaust ``fast``: from then on only the holder of the lock takes messages."""
         deque(self._left, 0)
 
     def discard(self) -> None:
         """Release all messages, which iterations refer to, too. The caller holds the lock."""
-        self.unshare()
+        self.close_fast()
         self.ready.clear()
 
     @property

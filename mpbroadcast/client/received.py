@@ -1,4 +1,4 @@
-"""What a channel gives for a message: the message, with its topic, or with its id and topic."""
+"""The item that a channel gives for a message: the message, with its topic, or with its id and topic."""
 
 from __future__ import annotations
 

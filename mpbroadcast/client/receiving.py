@@ -87,7 +87,7 @@ class Receiving(Generic[M]):
             with self._lock:
                 stream = self._stream
                 if stream.ready:
-                    stream.unshare()
+                    stream.close_fast()
                 elif is_readable:  # a return of this call, as opposed to one in C, is safe
                     message = take_lone(stream, self.ownership, self._form, self.loaders)
                 if message is NOTHING and not stream.ready:
@@ -104,7 +104,7 @@ class Receiving(Generic[M]):
                 if not ready:
                     self._consume_tail_byte()
                 elif plain and self.ownership.reports is None:
-                    stream.share()
+                    stream.open_fast()
             return message  # nothing is called from here on, so no interrupt comes in between
         except BaseException:
             # An interrupt came after the message was taken and before it could be handed out: it is the next one again.
@@ -150,7 +150,7 @@ class Receiving(Generic[M]):
         if not self._stream.ready:
             self._fill(False)
         stream = self._stream
-        stream.unshare()
+        stream.close_fast()
         taken, rest = stream.split(limit if limit is None else limit - len(box[0]))
         if taken:
             more = box[0] + taken

@@ -1,6 +1,6 @@
 """A publisher's ring in the publisher: memory that it alone writes, and that the broker and every subscriber read.
 
-A message is copied, then announced by a frame in the pipe. What is written here and never announced does not exist.
+A message is copied, then announced by a frame in the pipe. A message that is written here and never announced does not exist.
 """
 
 from __future__ import annotations

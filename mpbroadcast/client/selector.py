@@ -49,7 +49,7 @@ class Selector(Generic[M]):
     An iteration, ``for`` or ``async for``, gives what :meth:`receive` returns, until no source is left. An error leaves the
     loop, and the next loop goes on behind it.
 
-    It has no descriptor of its own. One thread or task at a time may use it.
+    A selector has no descriptor of its own. One thread or task at a time may use it.
     """
 
     def __init__(self) -> None:

@@ -44,7 +44,7 @@ class SharedReader:
         on_fork(self, SharedReader.close)
 
     def _receive(self, wanted: int) -> None:
-        """Receive packets up to that of this ring or message."""
+        """Receive packets until this ring or message has come, or none is left."""
         received = self._received
         with contextlib.suppress(OSError, PacketError, IndexError):  # IndexError: a signal handler has closed it
             while wanted not in self._memories and wanted not in self._rings:

@@ -5,8 +5,8 @@ messages needs less: each is written into memory that one before it had, once no
 knows, as it knows every descriptor and every map of every process; and so nothing is held up or lost by a process that was
 killed, and a message is its reader's own for as long as the reader likes.
 
-A publisher that sends such messages only now and then keeps nothing. What a stream has left is released at the next occasion,
-as there is no thread here that could do it by itself.
+A publisher that sends such messages only now and then keeps nothing. The memory that a stream has left is released at the next
+occasion, as there is no thread here that could do it by itself.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ class KeptMemory:
     def is_unused(self) -> bool:
         """Return True if this memory is not open or mapped in any process, except through this object.
 
-        Just then the system gives a lease for writing. It is given back at once; an open that would have to wait for that makes
-        the system send a signal, one that is ignored where no handler is set.
+        Just then the system gives a lease for writing, which is given back at once; an open that would have to wait for that
+        makes the system send a signal, one that is ignored where no handler is set.
         """
         try:
             # In one step, as far as an interrupt can see: under a lease that is not given back, no open() would return. (Where

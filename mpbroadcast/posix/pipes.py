@@ -44,7 +44,7 @@ def unread(fd: int) -> int:
 
 
 def replace_with_dead_pipe(fd: int) -> None:
-    """Put a pipe with no other end under this number, so that the number is not free yet. What it was is closed.
+    """Close a descriptor, and put a pipe with no other end under its number, so that the number is not free yet.
 
     If no descriptor is left, do nothing.
     """

@@ -4,7 +4,7 @@ A **ring** is written by its publisher as long as that lives; all others map it 
 written once and then sealed; or its publisher keeps it, is the only one that can write it, and does so again when no other
 process has it any more. Its receiver maps it privately, so that no other process sees what is written there.
 
-Neither can shrink, so no map of it ever ends in SIGBUS. What comes from another process is checked for that before it is
+Neither can shrink, so no map of it ever ends in SIGBUS. Memory that comes from another process is checked for that before it is
 mapped.
 """
 
@@ -131,8 +131,8 @@ def populate(mapped: mmap.mmap, start: int, length: int) -> bool:
 def keep_freed_memory(size: int = _LARGE_BLOCK) -> None:
     """Make the C library keep up to twice ``size`` bytes of what is freed; ``size`` is less than 32 MiB.
 
-    It gives memory back to the system when a large block is freed, and then each message costs its page faults again, several
-    times what copying it takes. It does so less once it has seen a larger one.
+    The library gives memory back to the system when a large block is freed, and then each message costs its page faults again,
+    several times what copying it takes. Once a larger block was freed, the library keeps more: here one is made and freed.
     """
     bytes(size)
 
@@ -198,7 +198,7 @@ def map_for_writing(fd: int, size: int) -> mmap.mmap:
 def map_privately(fd: int, size: int) -> mmap.mmap:
     """Return a buffer over the memory of a message that is this process's own: writable, not shared, not copied.
 
-    It lasts until nothing refers to it any more, and needs no descriptor.
+    The buffer lasts until nothing refers to it any more, and needs no descriptor.
 
     :raises OSError: the system does not map it.
     """

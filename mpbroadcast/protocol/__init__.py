@@ -1,1 +1,1 @@
-"""What travels on pipes and sockets: bytes in, bytes out. No descriptor, no clock."""
+"""The formats of pipes and sockets: bytes in, bytes out. No descriptor, no clock."""

@@ -33,6 +33,10 @@ class ControlError(Exception):
     """Bytes that no peer of this package sends, or a challenge that was not met."""
 
 
+class WrongKey(ControlError):
+    """A challenge that was not met: one side does not have the key of the other."""
+
+
 class Inbox:
     """Splits a stream into messages; ``limit`` is the longest body that is accepted."""
 
@@ -56,7 +60,7 @@ class Inbox:
             return None
         (length,) = _LENGTH.unpack_from(self._data)
         if not 0 <= length <= self.limit:
-            raise ControlError(f"a message of {length} bytes")
+            raise ControlError(f"a message of {length} bytes, where {self.limit} are the most")
         end = _LENGTH.size + length
         if len(self._data) < end:
             return None
@@ -111,12 +115,12 @@ Handshake = Generator[bytes, bytes, bytes]
 
 
 def serve_handshake(keys: Sequence[bytes]) -> Handshake:
-    """Return the handshake of the broker, which challenges first. It takes any of ``keys``, and answers with the client's."""
+    """Return the handshake of the broker, which challenges first. Accept any of ``keys``; answer with the client's."""
     question = _SHA256 + os.urandom(32)
     response = yield frame(_CHALLENGE + question)
     key = next((key for key in keys if _is_answer(response, key, question)), None)
     if key is None:
-        raise ControlError("the key is not one of the broker's", frame(_FAILURE))
+        raise WrongKey("the key is not one of the broker's", frame(_FAILURE))
     challenge = yield frame(_WELCOME)
     verdict = yield frame(_answer(key, challenge))
     if verdict != _WELCOME:
@@ -128,17 +132,17 @@ def client_handshake(key: bytes) -> Handshake:
     challenge = yield b""
     verdict = yield frame(_answer(key, challenge))
     if verdict != _WELCOME:
-        raise ControlError("the key is not the broker's")
+        raise WrongKey("the key is not the broker's")
     question = _SHA256 + os.urandom(32)
     response = yield frame(_CHALLENGE + question)
     if not _is_answer(response, key, question):
-        raise ControlError("the broker does not have the key", frame(_FAILURE))
+        raise WrongKey("the broker does not have the key", frame(_FAILURE))
     return frame(_WELCOME)
 
 
 def _answer(key: bytes, challenge: bytes) -> bytes:
     if not challenge.startswith(_CHALLENGE) or not len(_CHALLENGE) + 16 <= len(challenge) <= MAX_HANDSHAKE:
-        raise ControlError("no challenge where one was due")
+        raise ControlError("no challenge of a handshake where one was due")
     question = challenge[len(_CHALLENGE) :]
     if not question.startswith(_SHA256):
         raise ControlError("a challenge of another kind than SHA-256")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from itertools import accumulate, islice, pairwise
@@ -129,7 +130,7 @@ def load_copied_image(payload: memoryview) -> Any:
 
 
 class Loaders(NamedTuple):
-    """What makes a message of bytes: of a pickle, of an image in the message's own memory, of one that is overwritten later."""
+    """The functions that make a message of bytes: of a pickle, of an image in the message's own memory, of one that is overwritten later."""
 
     pickle: Callable[[Any], Any]
     image: Callable[[Any], Any]
@@ -206,12 +207,12 @@ def _extend(messages: list[Any], more: Iterable[Any], count: int) -> BaseExcepti
 
 def _failure(payload: memoryview, error: BaseException, loader: Callable[[Any], Any]) -> Failure:
     """Return the failure of a message whose unpickling raised ``error``, or raise that if it does not come again."""
-    if isinstance(error, KeyboardInterrupt):  # a second one comes from an impatient user, not from the message
+    if _may_be_the_users(error):
         raise error
     try:
         loader(payload)
     except BaseException as again:
-        if isinstance(again, KeyboardInterrupt):
+        if _may_be_the_users(again):
             raise
         if isinstance(again, Exception) and not isinstance(again, _NOT_OF_A_MESSAGE):
             return Failure(again)
@@ -219,3 +220,8 @@ def _failure(payload: memoryview, error: BaseException, loader: Callable[[Any], 
         wrapped.__cause__ = again
         return Failure(wrapped)
     raise error
+
+
+def _may_be_the_users(error: BaseException) -> bool:
+    """Return whether this may be a Ctrl-C; a second one comes from an impatient user. It interrupts the main thread only."""
+    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()

@@ -1,4 +1,4 @@
-"""What a member of a group writes into the pipe back to the broker. Sans-IO: bytes in, bytes out.
+"""Reports, which a member of a group writes into the pipe back to the broker. Sans-IO: bytes in, bytes out.
 
 A report is one u64: how many messages the member has finished, of all that came through its pipe. The highest bit is set in the
 last one: the member is closed, and wants no more. A report repeats what the one before it has, so only the last one matters.

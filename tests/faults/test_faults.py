@@ -590,10 +590,7 @@ def check_it_goes_on(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage",
-    [case for case in TABLE if case.in_sample or os.environ.get("MPBROADCAST_FAULTS") == "all"],
-    ids=str,
-    indirect=True,
+    "stage", [case for case in TABLE if case.in_sample or os.environ.get("MPBROADCAST_FAULTS") == "all"], ids=str, indirect=True
 )
 def test_a_fault(stage: Stage) -> None:
     """Whatever is hit, by whatever, whenever: the others have what they should, in order, and nothing of the dead is left."""

@@ -126,6 +126,21 @@ def test_no_error_of_a_message_is_taken_for_the_channels_own(padding: int, bus: 
         assert channel.missed == 0
 
 
+@pytest.mark.parametrize("padding", [0, 3000, 300_000])
+def test_a_ctrl_c_of_a_message(padding: int, bus: Bus) -> None:
+    """The main thread cannot know it from the user's, and raises it until another one, which gets no signals, passes it."""
+    with bus.subscribe() as channel:
+        bus.publish([bytes(padding), workers.Raises(KeyboardInterrupt())])
+        bus.publish("next")
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                channel.recv(timeout=DEADLINE)
+        error = Background(channel.recv, DEADLINE).error()
+        assert isinstance(error, RuntimeError)
+        assert isinstance(error.__cause__, KeyboardInterrupt)
+        assert channel.recv(timeout=DEADLINE) == "next"
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_all_calls_that_receive_share_one_order(bus: Bus, seed: int) -> None:
     """Give each message once, in order, whichever mix of calls and iterators takes it; be readable while one is left."""

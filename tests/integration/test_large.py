@@ -312,7 +312,7 @@ def test_many_threads_take_no_more_than_there_is(own_memory: None, bus: Bus, mon
         monkeypatch.setattr(trap_points, "reach", reach)
         threads = [Background(bus.publish, bytes([number]) * 3000) for number in range(80)]
         for thread in threads:
-            thread.wait_until_blocked("block")
+            thread.wait_until_blocked("publish")
         assert len(filling) < 64  # the broker takes no more of a publisher that it does not read from
         may_fill.set()
         messages = take(channel, 90)

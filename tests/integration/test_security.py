@@ -214,11 +214,12 @@ def test_a_wrong_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert channel.recv(DEADLINE) == "from a stranger"
 
 
-def test_a_server_that_does_not_have_the_key_is_not_trusted(temporary_folder: Path) -> None:
+@pytest.mark.parametrize(("key", "text"), [(b"the stranger's key", "different keys"), (None, "is no broker")])
+def test_a_server_that_does_not_have_the_key_is_not_trusted(key: bytes | None, text: str, temporary_folder: Path) -> None:
     """Find out what listens at the address, and give it no answer that helps it."""
     address = str(temporary_folder / "stranger")
-    with Listener(address, "AF_UNIX", authkey=b"the stranger's key") as listener:
-        accepting = Background(listener.accept)
-        with pytest.raises(AuthenticationFailed):
+    with Listener(address, "AF_UNIX", authkey=key) as listener:
+        accepting = Background(lambda: listener.accept().send_bytes(b"a greeting"))
+        with pytest.raises(AuthenticationFailed, match=text):
             connect(address)
-        assert isinstance(accepting.error(), AuthenticationError | OSError | EOFError)
+        assert (accepting.error() is None) == (key is None)

@@ -34,13 +34,7 @@ class Size(NamedTuple):
         return self.length + 512
 
 
-SIZES = {
-    "100": Size(100),
-    "2100": Size(2100),
-    "60000": Size(60_000),
-    "3 MiB": Size(3 << 20),
-    "buffer": Size(300_000, True),
-}
+SIZES = {"100": Size(100), "2100": Size(2100), "60000": Size(60_000), "3 MiB": Size(3 << 20), "buffer": Size(300_000, True)}
 """On both sides of each limit at which messages take another route."""
 TRANSPORTS = {"pipe": SIZES["100"], "ring": SIZES["60000"], "memory": SIZES["3 MiB"], "buffers": SIZES["buffer"]}
 """One size for each route: the pipe, a ring, memory of their own, and buffers out of band."""

@@ -28,7 +28,7 @@ class CannotBePickled:
         raise Boom("this cannot be pickled")
 
 
-def throw(error: Exception) -> NoReturn:
+def throw(error: BaseException) -> NoReturn:
     """Raise this, while something is unpickled, with no frame in its traceback that refers to it."""
     try:
         raise error
@@ -39,7 +39,7 @@ def throw(error: Exception) -> NoReturn:
 class Raises:
     """Pickles well, and raises this error when it is unpickled."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         self.error = error
 
     def __reduce__(self) -> tuple[Any, ...]:

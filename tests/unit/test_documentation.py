@@ -204,16 +204,18 @@ BANNED = re.compile(
     flags=re.IGNORECASE,
 )
 BANNED_IDENTIFIERS = {"way", "ways", "place", "places"}
+BANNED_OPENINGS = re.compile(r'"""(?:What|Who|It|They)\b.*')  # of a docstring: they hide its subject
 
 
 def test_the_words_are_those_of_the_field() -> None:
-    """None of the banned words is written, and nothing is called a way or a place. The names of tests do not count."""
+    """None of the banned words is written, nor begins a docstring; nothing is called a way or a place. Not in tests' names."""
     found = []
     for path in [*MODULES, *PAGES]:
         text = re.sub(r"\btest_\w+", "", path.read_text())
         for number, line in enumerate(text.splitlines(), 1):
             found += [f"{path}:{number}: {word}" for word in BANNED.findall(line)]
         if path.suffix == ".py":
+            found += [f"{path}: {opening}" for opening in BANNED_OPENINGS.findall(text)]
             for token in tokenize.generate_tokens(io.StringIO(text).readline):
                 if token.type == tokenize.NAME and BANNED_IDENTIFIERS & {*token.string.split("_")}:
                     found.append(f"{path}:{token.start[0]}: {token.string}")

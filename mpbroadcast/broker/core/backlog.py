@@ -1,7 +1,7 @@
 """The messages that wait for one subscription. Pure: no descriptor and no clock; the broker writes what it returns.
 
 A message is **waiting** until the run that it is in has gone into the pipe, then it is **delivered**; one that was dropped is
-**missed**. What was published to the subscription is always delivered + missed + waiting.
+**missed**. Published to the subscription is always delivered + missed + waiting.
 
 Against ``capacity`` counts each waiting message's charge (``frames.FRAME_OVERHEAD``), what is unread in the pipe, byte by
 byte, and what that refers to in shared memory. Only the kernel knows how much is in the pipe: before a message is dropped, or a
@@ -63,7 +63,7 @@ class Backlog:
 
     @property
     def charge(self) -> int:
-        """What counts against the capacity, as far as is known."""
+        """The bytes that count against the capacity, as far as is known."""
         return self.waiting_charge + self.pipe + self.referred
 
     @property

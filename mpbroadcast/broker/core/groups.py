@@ -13,7 +13,7 @@ M = TypeVar("M")
 
 
 class Share:
-    """What one member has of its group's messages."""
+    """The part of its group's messages that one member has."""
 
     __slots__ = ("finished", "given", "has_room", "is_taking", "prefetch")
 

@@ -35,7 +35,7 @@ Entry = tuple[int, Batch | MemfdMessage]  # with the position of its first messa
 
 
 class _Forgotten:
-    """What was forgotten of one topic: how many messages, and the positions of the first and the last of them."""
+    """The messages of one topic that were forgotten: how many messages, and the positions of the first and the last of them."""
 
     __slots__ = ("count", "first", "last")
 
@@ -168,7 +168,7 @@ class History:
     def matching(self, topics: Iterable[str], *, former: bool = False) -> Generator[None, None, set[bytes]]:
         """Return which topics these topics and patterns match, in parts of some milliseconds; with those of ``former`` times.
 
-        What is published between two parts is matched, too.
+        Topics that are published to between two parts are matched, too.
 
         :raises OverBudget: that takes too many steps.
         """

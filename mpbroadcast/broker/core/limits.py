@@ -1,4 +1,4 @@
-"""What one session may have of the broker, and all sessions together. Pure: no descriptor, no clock.
+"""The limits of one session, and of all sessions together. Pure: no descriptor, no clock.
 
 A session is one process, with all its handles. A subscription beyond its budget is refused, by an error in that call. What
 only a program that does not use this package sends (half requests, connections without end) closes the connection. Messages

@@ -1,4 +1,4 @@
-"""What happens when a backlog is full: one class for each overflow policy. Pure, as ``backlog.py``.
+"""The overflow policies, for when a backlog is full: one class each. Pure, as ``backlog.py``.
 
 What is in the pipe cannot be dropped, nor what follows a part that is. So a policy that drops writes a run of many messages
 only when all of it has room for certain, and else in writes that the pipe takes whole or not at all.
@@ -31,7 +31,7 @@ class Block(Backlog):
 
 
 class DropNewest(Backlog):
-    """What does not fit is dropped, and reported behind what waits."""
+    """The messages that do not fit are dropped, and reported behind those that wait."""
 
     policy = "drop_newest"
 

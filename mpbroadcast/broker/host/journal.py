@@ -88,7 +88,7 @@ class Journal:
 
     @property
     def reserved_ids(self) -> int:
-        """What :meth:`reserve_ids` was called with last, by this broker or the one before it; 0 if it was not."""
+        """The last argument of :meth:`reserve_ids`, by this broker or the one before it; 0 if it was not."""
         end: int = self.entries.get(_RESERVED, {"end": 0})["end"]
         return end
 
@@ -139,7 +139,7 @@ class Journal:
 
 
 class Succession(NamedTuple):
-    """What brokers that follow each other have in common; ``generation`` counts them from 0 on."""
+    """The data that brokers that follow each other have in common; ``generation`` counts them from 0 on."""
 
     identity: str
     generation: int

@@ -1,12 +1,12 @@
 """The starter's side of the broker process: how it is started, watched and ended.
 
-It is started through ``multiprocessing``, and reports through a pipe that it is ready, or why it cannot be. Without a
+The process is started through ``multiprocessing``, and reports through a pipe that it is ready, or why it cannot be. Without a
 ``context`` it is forked where that is the default, and else started in a new interpreter that imports nothing of the main
 module.
 
 The process is watched through a pidfd of its own, as it may be reaped by other code: where SIGCHLD is ignored,
-``multiprocessing`` never learns that it has ended, and its process ID may be another process's by then. It is ended by a
-request, then by SIGTERM, then by SIGKILL, each with its time. With ``restart=True`` the process is the supervisor, and the
+``multiprocessing`` never learns that it has ended, and its process ID may be another process's by then. The broker is ended by
+a request, then by SIGTERM, then by SIGKILL, each with its time. With ``restart=True`` the process is the supervisor, and the
 broker is its child: what is left of that is ended, too.
 """
 

@@ -1,4 +1,4 @@
-"""What the broker logs, in its own process: where to, and how much of it."""
+"""The broker's log, in its own process: where it goes, and how much of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the broker process runs: set itself up, listen, serve, and leave nothing behind.
+"""The main function of the broker process: set itself up, listen, serve, and leave nothing behind.
 
 A forked broker has copies of all its starter's descriptors. It puts ``/dev/null`` under their numbers before anything else, so
 that no pipe or socket of the user's lives on in it. (It does not close them: objects of the user's that are collected later
@@ -7,8 +7,8 @@ would close what has got these numbers since.)
 It ends by a request, on SIGTERM, and when its starter is dead, however that came about; each time it drains first. A Ctrl-C
 goes to the whole process group and is the starter's to handle: the broker ignores it from before its first instruction on.
 
-With ``restart=True`` this process is the supervisor. It owns the listening socket and the journal, and each broker is a child
-of it that inherits both.
+With ``restart=True`` this process is the supervisor, which owns the listening socket and the journal, and each broker is a
+child of it that inherits both.
 """
 
 from __future__ import annotations
@@ -190,8 +190,9 @@ def _ignore_signals() -> None:
 def bound_collections() -> None:
     """Let each garbage collection look through a bounded number of objects, however much waits in the broker.
 
-    What the broker makes is in no cycle, so it is freed when nothing refers to it any more, and no collection is needed. They
-    are for what handlers of the user's log leave, and come when there are more objects than before, not with each message.
+    The broker's own objects are in no cycle, so each is freed when nothing refers to it any more, without a collection.
+    Collections are for objects that handlers of the user's log leave, and come when there are more objects than before, not
+    with each message.
     """
     gc.freeze()  # what the starter had allocated is not looked through here
     gc.callbacks.append(_exempt_what_waits)

@@ -1,7 +1,8 @@
 """A start method for the broker that imports nothing of the user's main module, so that this needs no guard.
 
-It is ``spawn``, whose child first gets a dictionary from which it prepares itself; here that does not name the main module.
-The class of ``multiprocessing`` that sends it gets another module ``spawn`` among its globals: nothing changes for others.
+The method is ``spawn``, whose child first gets a dictionary from which it prepares itself; here that does not name the main
+module. The class of ``multiprocessing`` that sends it gets another module ``spawn`` among its globals: nothing changes for
+others.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The supervisor: a small process between the starter and the broker, which starts another broker when one has died.
 
-It carries no messages. When it dies itself, the broker lives on, and is not replaced any more.
+The supervisor carries no messages. When it dies itself, the broker lives on, and is not replaced any more.
 
 A broker is replaced that has ended by a signal or with an exit code other than 0, after it was ready and before it was to end,
 while the starter lives. After five deaths in thirty seconds none is started any more.
