@@ -19,6 +19,7 @@ from functools import partial
 from typing import Final
 
 from mpbroadcast import trap_points
+from mpbroadcast.broker.awaited import Awaited
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
@@ -64,7 +65,7 @@ class Registry:
         self.to_remove: OrderedDict[int, tuple[Subscription, str]] = OrderedDict()  # by their IDs, each with the reason
         self.to_finish: list[Iterator[None]] = []  # publishers of sessions that have ended: the rest of the reading of each
         self.groups = Groups(traffic)
-        self.awaited: set[Peer] = set()  # processes that the broker before this one served, and that have not come yet
+        self.awaited = Awaited(peers, succession.journal)
         self._poller = poller
         self._peers = peers
         self._router = router
@@ -83,6 +84,7 @@ class Registry:
         trap_points.reach("restoring")
         for entry in self._journal.subscriptions if self._journal is not None else ():
             self._restore(entry)
+        self.awaited.restore()
 
     def _restore(self, entry: Entry) -> None:
         try:
@@ -163,6 +165,7 @@ class Registry:
         session = Session(self.new_id(), connection.peer, self.budget)
         connection.session = session
         self.sessions[session.id] = session
+        self.awaited.note_session(session.peer)
         return session
 
     def end_session(self, session: Session, *, clean: bool, why: str = "it has detached") -> None:
@@ -170,7 +173,8 @@ class Registry:
 
         What the starter has not opened stays until the end of the broker: another process may have it.
         """
-        self.sessions.pop(session.id, None)
+        if self.sessions.pop(session.id, None) is not None:
+            self.awaited.note_end(session.peer)
         self.to_finish.extend(map(self._traffic.intake.finish, session.publishers))
         for subscription in session.subscriptions:
             if subscription.is_open or not (clean or session.peer.is_starter):
@@ -178,6 +182,7 @@ class Registry:
 
     def remove_all_of(self, peer: Peer) -> None:
         """Remove all that is a process's own, but for what the starter may have handed on."""
+        self.awaited.note_death(peer)
         for subscription in peer.subscriptions:
             if subscription.is_open or not peer.is_starter:
                 self.remove_in_parts(subscription, "its process has ended")
