@@ -140,7 +140,7 @@ def die_at(moment: str) -> None:
     connect_or_start("myapp", linger=SOON)
 
 
-@pytest.mark.parametrize("moment", ["starting for all", "waiting for the broker", "connected"])
+@pytest.mark.parametrize("moment", ["starting for all", "waiting for all", "connected"])
 def test_the_first_caller_is_killed(moment: str, fork: BaseContext, children: Children) -> None:
     """Another one gets a broker all the same, and all of it ends."""
     process = children(fork, die_at, moment)
@@ -162,7 +162,7 @@ def test_a_group_that_is_signalled_during_the_start(fork: BaseContext, children:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else lambda *_: None)
 
         def reach(name: str, subject: object = None) -> None:
-            if name == "waiting for the broker":
+            if name == "waiting for all":
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                     os.killpg(0, number)
 

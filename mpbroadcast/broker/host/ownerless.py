@@ -110,7 +110,7 @@ def _start(address: str, settings: Settings, lock: Connection, deadline: Deadlin
 
 
 def _report(reader: Connection, address: str, deadline: Deadline) -> dict[str, str]:
-    trap_points.reach("waiting for the broker")
+    trap_points.reach("waiting for all")
     if not reader.poll(deadline.remaining()):
         raise StartError(_LATE.format(address))
     try:
