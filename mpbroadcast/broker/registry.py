@@ -21,7 +21,6 @@ from typing import Final
 from mpbroadcast import trap_points
 from mpbroadcast.broker.awaited import Awaited
 from mpbroadcast.broker.control_connection import ControlConnection
-from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
 from mpbroadcast.broker.core.patterns import is_pattern, matcher
 from mpbroadcast.broker.core.policies import new_backlog
@@ -99,9 +98,10 @@ class Registry:
         policy, session = entry["policy"], Session(self.new_id(), peer, self.budget)
         blocks = entry["opened"] and policy in ("block", "disconnect")  # and it may never be opened again
         backlog = new_backlog(entry["capacity"], "drop_oldest" if blocks else policy)
+        is_live = entry["live"]
         if entry["group"] is not None:
             subscription = Subscription(entry["id"], session, new_backlog(entry["capacity"], "block"))
-            self._restore_member(subscription, backlog, entry)
+            is_live = is_live and self.groups.rejoin(subscription, entry, backlog)
         else:
             subscription = Subscription(entry["id"], session, backlog)
             subscription.policy = policy
@@ -111,7 +111,7 @@ class Registry:
         self.subscriptions[subscription.id] = subscription
         self._spend(subscription, cost_of(entry["topics"], 1))
         peer.subscriptions.add(subscription)
-        if entry["live"]:
+        if is_live:
             self._router.add(subscription.target, entry["topics"])
         else:
             subscription.state = subscription.state.to(SubscriptionState.ENDED)
@@ -119,17 +119,6 @@ class Registry:
             subscription.backlog.end()
         if not entry["birth"]:  # nothing will show that its process has ended, until that connects
             self._poller.later(UNCLAIMED, partial(self._remove_unclaimed, subscription))
-
-    def _restore_member(self, subscription: Subscription, backlog: Backlog, entry: Entry) -> None:
-        """Let it join its group again, if it was not unsubscribed."""
-        if entry["live"]:
-            agreed = entry["topics"], entry["capacity"], entry["policy"]
-            group = self.groups.find(entry["group"], *agreed)
-            if group is None:
-                group = self.groups.add(entry["group"], subscription.session, *agreed)
-            if group.backlog.policy != backlog.policy:
-                group.backlog, group.restored = backlog, True
-            self.groups.join(group, subscription, entry["prefetch"])
 
     def _remove_unclaimed(self, subscription: Subscription) -> None:
         if subscription.restored:

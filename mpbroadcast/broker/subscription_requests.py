@@ -48,6 +48,8 @@ def subscribe(broker: Broker, connection: ControlConnection, message: dict[str, 
     session, id, known = _identity(broker, connection, message)
     if known is not None:
         there = {*registry.topics(known)}
+        if known.group is not None and not known.group.topics.issuperset(topics):
+            _check_alone(known)
         missing = [topic for topic in topics if topic not in there]
         if missing:  # of a request in parts that was cut off; or others, so they cost again
             registry.spend(known, cost._replace(subscriptions=0))
