@@ -4,6 +4,7 @@ These take long, and need the servers (``pip install -e '.[programs]'``): ``pyth
 whose server is not installed is skipped.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -155,3 +156,36 @@ def test_workers_that_start_the_broker_themselves(monkeypatch: pytest.MonkeyPatc
         os.killpg(site.program.pid, signal.SIGTERM)
         assert site.program.end()[0] == 0
         wait_until(lambda: not alive(broker))
+
+
+def test_the_example() -> None:
+    """A text that is posted reaches the readers of its room in each worker, and no others."""
+    command = "uvicorn {app} --workers 4 --timeout-graceful-shutdown 1 --port {port}"
+    with Site(command, "examples.events:app") as site, contextlib.ExitStack() as stack:
+        wait_until(lambda: posted(site, "/room/warm-up", b"x"), PATIENCE)
+        lobby = [stack.enter_context(reading(site, "/room/lobby")) for _ in range(12)]
+        other = stack.enter_context(reading(site, "/room/other"))
+        assert posted(site, "/room/lobby", b"hello,\nall")
+        assert posted(site, "/room/other", b"elsewhere")
+        assert {reader.readline() for reader in lobby} == {b'data: "hello,\\nall"\n'}
+        assert other.readline() == b'data: "elsewhere"\n'
+        bus = site.connected()
+        assert len({row.pid for row in bus.stats().subscribers}) > 1
+        bus.close()
+        os.kill(site.program.pid, signal.SIGTERM)
+        assert site.program.end()[0] == 0
+
+
+def posted(site: Site, path: str, body: bytes) -> bool:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{site.port}{path}", body, timeout=PATIENCE).status == 204
+    except OSError:
+        return False
+
+
+def reading(site: Site, path: str) -> Any:
+    """Open a stream of events, and read what shows that it is subscribed."""
+    stream = urllib.request.urlopen(f"http://127.0.0.1:{site.port}{path}", timeout=PATIENCE)
+    assert stream.readline() == b": you are in\n"
+    assert stream.readline() == b"\n"
+    return stream
