@@ -318,7 +318,7 @@ def test_a_thread_publishes_for_the_first_time_while_another_one_closes(bus: Bus
     def another_comes_first(frame: FrameType, event: str) -> bool:
         if "limit" in frame.f_locals and not publishing:
             publishing.append(Background(other.publish_many, [bytes(1000)] * 1000))
-            publishing[0].wait_until_blocked("wait")
+            publishing[0].wait_until_blocked("block")
         return False
 
     interrupting(Moment(another_comes_first), other.close)
