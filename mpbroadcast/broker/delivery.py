@@ -126,8 +126,7 @@ class Delivery:
             member.backlog.end()
             group.shares.retire(member)
             self.dirty[member] = None
-            if not group.backlog.overflowed:
-                notes = []  # what was dropped is reported once
+            notes = notes[-1:] if group.backlog.overflowed else []  # what was dropped is reported once
             if group.is_closing and member.pipe.state is PipeState.UNOPENED:
                 self.gone.append(member)  # no process would get a message from it
         group.backlog.take(head)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.policies import new_backlog, with_policy
 from mpbroadcast.broker.core.states import SubscriptionState
+from mpbroadcast.broker.host.journal import Entry
 from mpbroadcast.broker.members import Group, Session, Subscription
 from mpbroadcast.broker.traffic import Traffic
 
@@ -24,7 +26,7 @@ class Groups:
         self._ids = itertools.count(-1, -1)  # which no subscription has
 
     def __iter__(self) -> Iterator[Group]:
-        return iter(tuple(self._groups.values()))
+        return iter([group for group in self._groups.values() if group.is_live])
 
     def find(self, name: str, topics: list[str], capacity: int, policy: str) -> Group | None:
         """Return the group of this name, if there is one.
@@ -32,7 +34,7 @@ class Groups:
         :raises ValueError: it has other topics, another capacity or another policy.
         """
         group = self._groups.get(name)
-        if group is None:
+        if group is None or not group.is_live:  # at an overflow in this round
             return None
         there = {"topics": group.topics, "overflow": group.policy, "capacity": group.backlog.capacity}
         wanted = {"topics": frozenset(topics), "overflow": policy, "capacity": capacity}
@@ -51,6 +53,23 @@ class Groups:
         member.group = group
         group.shares.join(member, prefetch)
         self._traffic.routing.groups[member.id] = group.id
+
+    def rejoin(self, member: Subscription, entry: Entry, backlog: Backlog) -> bool:
+        """Let a member join its group again, which the broker before this one had; ``backlog`` is the group's if it is new.
+
+        Return False if the group had just ended, and another one with this name has other topics, capacity or policy.
+        """
+        agreed = entry["topics"], entry["capacity"], entry["policy"]
+        try:
+            group = self.find(entry["group"], *agreed)
+        except ValueError:
+            return False
+        if group is None:
+            group = self.add(entry["group"], member.session, *agreed)
+        if backlog.policy != group.policy and not group.restored:  # a member had its channel open, which may never be again
+            group.backlog, group.restored = backlog, True
+        self.join(group, member, entry["prefetch"])
+        return True
 
     def open(self, member: Subscription) -> None:
         """Let a member whose channel is open take messages."""

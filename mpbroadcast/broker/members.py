@@ -36,14 +36,16 @@ class Peer(PeerProcess):
     def __init__(self, pid: int) -> None:
         super().__init__(pid)
         self.is_starter = False  # of the broker, which ends with it
+        self.is_awaited = False  # it had a session with the broker before this one, and has none yet
         self.connections = 0  # control connections that it has
+        self.sessions = 0
         self.asked = 0  # bytes of their requests that are not whole
         self.subscriptions: set[Subscription] = set()
 
     @property
     def is_unused(self) -> bool:
         """True if nothing belongs to it, so that its death means nothing."""
-        return not (self.is_starter or self.connections or self.subscriptions)
+        return not (self.is_starter or self.is_awaited or self.connections or self.subscriptions)
 
 
 class Session:

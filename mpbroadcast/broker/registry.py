@@ -19,8 +19,8 @@ from functools import partial
 from typing import Final
 
 from mpbroadcast import trap_points
+from mpbroadcast.broker.awaited import Awaited
 from mpbroadcast.broker.control_connection import ControlConnection
-from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.limits import TOGETHER, Budget, Cost, cost_of
 from mpbroadcast.broker.core.patterns import is_pattern, matcher
 from mpbroadcast.broker.core.policies import new_backlog, reserved_backlog
@@ -64,7 +64,7 @@ class Registry:
         self.to_remove: OrderedDict[int, tuple[Subscription, str]] = OrderedDict()  # by their IDs, each with the reason
         self.to_finish: list[Iterator[None]] = []  # publishers of sessions that have ended: the rest of the reading of each
         self.groups = Groups(traffic)
-        self.awaited: set[Peer] = set()  # processes that the broker before this one served, and that have not come yet
+        self.awaited = Awaited(peers, succession.journal)
         self._poller = poller
         self._peers = peers
         self._router = router
@@ -83,6 +83,7 @@ class Registry:
         trap_points.reach("restoring")
         for entry in self._journal.subscriptions if self._journal is not None else ():
             self._restore(entry)
+        self.awaited.restore()
 
     def _restore(self, entry: Entry) -> None:
         try:
@@ -96,9 +97,10 @@ class Registry:
             return
         policy, session = entry["policy"], Session(self.new_id(), peer, self.budget)
         backlog = (reserved_backlog if entry["opened"] else new_backlog)(entry["capacity"], policy)
+        is_live = entry["live"]
         if entry["group"] is not None:
             subscription = Subscription(entry["id"], session, new_backlog(entry["capacity"], "block"))
-            self._restore_member(subscription, backlog, entry)
+            is_live = is_live and self.groups.rejoin(subscription, entry, backlog)
         else:
             subscription = Subscription(entry["id"], session, backlog)
             subscription.policy = policy
@@ -108,7 +110,7 @@ class Registry:
         self.subscriptions[subscription.id] = subscription
         self._spend(subscription, cost_of(entry["topics"], 1))
         peer.subscriptions.add(subscription)
-        if entry["live"]:
+        if is_live:
             self._router.add(subscription.target, entry["topics"])
         else:
             subscription.state = subscription.state.to(SubscriptionState.ENDED)
@@ -116,17 +118,6 @@ class Registry:
             subscription.backlog.end()
         if not entry["birth"]:  # nothing will show that its process has ended, until that connects
             self._poller.later(UNCLAIMED, partial(self._remove_unclaimed, subscription))
-
-    def _restore_member(self, subscription: Subscription, backlog: Backlog, entry: Entry) -> None:
-        """Let it join its group again, if it was not unsubscribed."""
-        if entry["live"]:
-            agreed = entry["topics"], entry["capacity"], entry["policy"]
-            group = self.groups.find(entry["group"], *agreed)
-            if group is None:
-                group = self.groups.add(entry["group"], subscription.session, *agreed)
-            if group.backlog.policy != backlog.policy:
-                group.backlog, group.restored = backlog, True
-            self.groups.join(group, subscription, entry["prefetch"])
 
     def _remove_unclaimed(self, subscription: Subscription) -> None:
         if subscription.restored:
@@ -162,6 +153,7 @@ class Registry:
         session = Session(self.new_id(), connection.peer, self.budget)
         connection.session = session
         self.sessions[session.id] = session
+        self.awaited.note_session(session.peer)
         return session
 
     def end_session(self, session: Session, *, clean: bool, why: str = "it has detached") -> None:
@@ -169,7 +161,8 @@ class Registry:
 
         Channels that the starter has not opened stay until the end of the broker: another process may have it.
         """
-        self.sessions.pop(session.id, None)
+        if self.sessions.pop(session.id, None) is not None:
+            self.awaited.note_end(session.peer)
         self.to_finish.extend(map(self._traffic.intake.finish, session.publishers))
         for subscription in session.subscriptions:
             if subscription.is_open or not (clean or session.peer.is_starter):
@@ -177,6 +170,7 @@ class Registry:
 
     def remove_all_of(self, peer: Peer) -> None:
         """Remove all that is a process's own, but for what the starter may have handed on."""
+        self.awaited.note_death(peer)
         for subscription in peer.subscriptions:
             if subscription.is_open or not peer.is_starter:
                 self.remove_in_parts(subscription, "its process has ended")

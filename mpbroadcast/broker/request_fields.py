@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.members import Publisher, Session, Subscription
-from mpbroadcast.broker.server import Broker
+from mpbroadcast.broker.server import WAIT, Broker, Parts
 
 
 class Refused(Exception):
@@ -41,6 +42,15 @@ def session_of(broker: Broker, connection: ControlConnection, message: dict[str,
 
 def find_publisher(broker: Broker, message: dict[str, Any]) -> Publisher | None:
     return broker.traffic.publishers.get(integer(message, "publisher")) if message.get("publisher") is not None else None
+
+
+def until_routed(publisher: Publisher | None) -> Parts:
+    """Wait until all that a publisher has written until now is routed."""
+    routed: list[None] = []
+    if publisher is not None:
+        publisher.after_written(partial(routed.append, None))
+        while not routed:
+            yield WAIT
 
 
 def own_publisher(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Publisher | None:

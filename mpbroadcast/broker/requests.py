@@ -28,10 +28,11 @@ from mpbroadcast.broker.request_fields import (
     own_publisher,
     refuse_when_stopping,
     session_of,
+    until_routed,
 )
 from mpbroadcast.broker.server import WAIT, Broker, Parts
 from mpbroadcast.broker.statistics import encoded_stats
-from mpbroadcast.broker.subscription_requests import add_topics, drop_topics, subscribe
+from mpbroadcast.broker.subscription_requests import add_topics, drop_topics, history, subscribe
 from mpbroadcast.protocol.control import frame_of
 from mpbroadcast.validation import encode_topic
 
@@ -200,7 +201,7 @@ def _wait(broker: Broker, connection: ControlConnection, message: dict[str, Any]
     count = integer(message, "count")
     topic = message.get("topic")
     encoded = None if topic is None else checked(encode_topic, topic)
-
+    yield from until_routed(find_publisher(broker, message))
     while (there := broker.registry.count(encoded)) < count:
         if message.get("now"):
             break
@@ -230,6 +231,7 @@ _HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]],
     "retire": _retire,
     "flush": _flush,
     "subscribe": subscribe,
+    "history": history,
     "add topics": add_topics,
     "drop topics": drop_topics,
     "open": _open,

@@ -197,6 +197,18 @@ class Routing:
                 room = _REPLAYED
         return kept, cut
 
+    def put_last(self, subscription: Subscription, entries: Iterable[Entry]) -> Iterator[None]:
+        """Put messages of the history into its backlog, in parts and in order, whatever its capacity, until it is removed."""
+        room = _REPLAYED
+        for position, batch in entries:
+            subscription.backlog.put(_RUNS[type(batch)](batch, position, self._memory.store.account))
+            room -= 1 + batch.charge // _BYTES_PER_BATCH
+            if room < 0:
+                yield
+                if subscription.pipe.state is not PipeState.UNOPENED:
+                    break
+                room = _REPLAYED
+
     def knows(self, id: int) -> bool:
         """Return whether a message of this broker has this id, or it is 0, which stands before all of them."""
         return id == 0 or self.first_id <= id < self.next_id

@@ -106,7 +106,7 @@ class Broker:
             registry.to_finish.pop()
         if registry.to_remove:
             registry.remove_some()
-        if self.linger is not None and not (registry.sessions or registry.subscriptions or registry.awaited):
+        if self.linger is not None and not (registry.sessions or registry.subscriptions or registry.awaited.peers):
             self._end_unneeded(self.linger)
         if self.shutdown is not None:
             next(self._shutdown_steps, None)

@@ -6,9 +6,10 @@ from collections.abc import Generator, Iterator
 from typing import Any, Final
 
 from mpbroadcast.broker.control_connection import ControlConnection
-from mpbroadcast.broker.core.history import History
+from mpbroadcast.broker.core.history import ALL, History
 from mpbroadcast.broker.core.limits import SESSION, Cost, cost_of
 from mpbroadcast.broker.core.patterns import Matcher, is_pattern, matcher
+from mpbroadcast.broker.core.states import SubscriptionState
 from mpbroadcast.broker.members import Session, Subscription
 from mpbroadcast.broker.request_fields import (
     Refused,
@@ -18,11 +19,13 @@ from mpbroadcast.broker.request_fields import (
     integer,
     refuse_when_stopping,
     session_of,
+    until_routed,
 )
-from mpbroadcast.broker.server import Broker
+from mpbroadcast.broker.server import Broker, Parts
 from mpbroadcast.validation import check_count, check_group, check_overflow, encode_topic
 
 _MOST: Final = (1 << 48) - 1
+_NO_LIMIT: Final = 1 << 62  # bytes
 
 _PART: Final = 2048  # characters of patterns to compile: some milliseconds
 _TOPICS: Final = 1024  # that are routed to a subscription in the same time
@@ -42,20 +45,15 @@ def subscribe(broker: Broker, connection: ControlConnection, message: dict[str, 
         history = _history_of(broker, "replay" if replay else "after")
         yield from broker.traffic.take_in()  # so that it is in the history
         published = yield from history.matching(topics, former=after is not None)
-    refuse_when_stopping(broker)
-    session = session_of(broker, connection, message)
-    id = integer(message, "subscription")
-    if id in registry.dropped_early:
-        raise Refused("closed", "this subscription was dropped before it was made")
-    known = registry.subscriptions.get(id)
-    if known is not None and known.session.peer.pid == connection.peer.pid:  # the reply was lost, perhaps with the broker
+    session, id, known = _identity(broker, connection, message)
+    if known is not None:
         there = {*registry.topics(known)}
+        if known.group is not None and not known.group.topics.issuperset(topics):
+            _check_alone(known)
         missing = [topic for topic in topics if topic not in there]
         if missing:  # of a request in parts that was cut off; or others, so they cost again
             registry.spend(known, cost._replace(subscriptions=0))
         yield from _route(broker, known, missing)
-    elif known is not None or id in registry.to_remove or not 0 < id <= _MOST:
-        raise Refused("value", f"subscription must be a new ID of 48 bits, not {id}")
     elif name is not None and (group := checked(registry.groups.find, name, topics, capacity, policy)) is not None:
         subscription = registry.add_subscription(id, session, capacity, "block", cost)
         registry.groups.join(group, subscription, prefetch)  # which has begun: no replay, and nothing to begin behind
@@ -86,6 +84,55 @@ def subscribe(broker: Broker, connection: ControlConnection, message: dict[str, 
             if publisher is not None:
                 registry.begin_behind(publisher, target)
             yield from _route(broker, subscription, topics)
+    connection.reply({})
+
+
+def _identity(
+    broker: Broker, connection: ControlConnection, message: dict[str, Any]
+) -> tuple[Session, int, Subscription | None]:
+    """Return session and ID of a new subscription, and the subscription if the reply to this request was lost.
+
+    Then it is there, whole, or of a broker before this one.
+    """
+    refuse_when_stopping(broker)
+    session, id, registry = session_of(broker, connection, message), integer(message, "subscription"), broker.registry
+    if id in registry.dropped_early:
+        raise Refused("closed", "this subscription was dropped before it was made")
+    known = registry.subscriptions.get(id)
+    if known is not None and known.session.peer.pid == connection.peer.pid:
+        return session, id, known
+    if known is not None or id in registry.to_remove or not 0 < id <= _MOST:
+        raise Refused("value", f"subscription must be a new ID of 48 bits, not {id}")
+    return session, id, None
+
+
+def history(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Parts:
+    """Make a subscription that gets what the history has, and ends behind that: nothing is routed to it."""
+    topics = [*dict.fromkeys(_topics(message))]
+    cost, _matchers = yield from _prepare(session_of(broker, connection, message), topics, 1)
+    limit = ALL if message.get("limit") is None else checked(check_count, message.get("limit"), "limit", 0)
+    after = _after(message)
+    kept, routing, registry = _history_of(broker, "history()"), broker.traffic.routing, broker.registry
+    yield from until_routed(find_publisher(broker, message))
+    yield from broker.traffic.take_in()
+    names = yield from kept.matching(topics)
+    session, id, known = _identity(broker, connection, message)
+    if known is None:
+        subscription = registry.add_subscription(id, session, _NO_LIMIT, "block", cost)
+        subscription.state = subscription.state.to(SubscriptionState.ENDED)
+        is_done = False
+        try:
+            start = 0 if after is None or not routing.knows(after) else after
+            if after is None or limit == ALL:
+                yield from routing.put_first(subscription, kept.last(names, limit, start))
+            else:
+                yield from routing.put_last(subscription, kept.first(names, limit, start))
+            is_done = True
+        finally:
+            if not is_done:
+                registry.close(subscription, "its request was cut off")
+        subscription.backlog.end()
+        registry.note_ended(subscription)
     connection.reply({})
 
 

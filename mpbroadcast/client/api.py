@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from multiprocessing.context import BaseContext
-from typing import Any, Literal, TypeVar, Unpack, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from mpbroadcast.client.broadcaster import Broadcaster
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.received import Received
 from mpbroadcast.client.subscribing import Options
-from mpbroadcast.errors import AddressError, BroadcastError, StartError
+from mpbroadcast.deadline import Deadline
+from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, StartError
 from mpbroadcast.posix.addresses import resolve, resolve_default
 from mpbroadcast.posix.waiting import run
 from mpbroadcast.validation import Policy, check_authkey, check_bool, check_count, check_timeout
 
 M = TypeVar("M")
+
+
+class StartOptions(TypedDict, total=False):
+    """Arguments of :func:`start_broadcaster`, for :func:`connect_or_start`."""
+
+    authkey: bytes | None
+    start_timeout: float | None
+    history: int
+    stall_timeout: float | None
+    log_config: dict[str, Any] | None
+    restart: bool
 
 
 def start_broadcaster(
@@ -72,6 +86,39 @@ def start_broadcaster(
         restart=restart,
     )
     return _start(context, timeout, address, has_key_file=address is not None and authkey is None, **settings)
+
+
+def connect_or_start(
+    address: str | os.PathLike[str] | None = None, *, linger: float | None = 5.0, **options: Unpack[StartOptions]
+) -> Broadcaster[Any]:
+    """Return a handle on the broker at ``address``, as :func:`connect` does; start one if there is none, and block until then.
+
+    Many processes may call this at once: one starts the broker, all get a handle on the same. It belongs to no process: it is
+    none's child, goes on when the process that started it ends, is reached by no signal to that one's process group, and writes
+    no log unless ``log_config`` names a file. It ends ``linger`` seconds after the last handle and channel of any process has
+    gone (``None``: by SIGTERM only), and drains first.
+
+    ``address`` is as for :func:`connect`. ``options`` are those of :func:`start_broadcaster` except ``context``; they are
+    without effect if the broker is there already, but for ``authkey``. Without ``authkey``, the key is in a key file.
+
+    :raises StartError: there is no broker, and none could be started within ``start_timeout`` seconds.
+    :raises AuthenticationFailed, TimedOut, AddressError: as :func:`connect`.
+    :raises TypeError, ValueError: an argument is of the wrong type, or out of range.
+    """
+    lingering = check_timeout(linger, "linger")
+    timeout, settings = _checked_options(**options)
+    path = resolve_default(address)
+    from mpbroadcast.broker.host.main import Settings
+    from mpbroadcast.broker.host.ownerless import tries_to_start
+
+    key = settings["authkey"]
+    settings |= {"has_key_file": key is None, "keys": [key] if key else [], "starter": None}
+    settings |= {"linger": math.inf if lingering is None else lingering}
+    tries = tries_to_start(path, Settings(path, **settings), Deadline(timeout))
+    while True:
+        with contextlib.suppress(BrokerLost):
+            return connect(path, authkey=key)
+        next(tries)
 
 
 def start_apart(*, address: str | None, history: int, restart: bool) -> Broadcaster[Any]:

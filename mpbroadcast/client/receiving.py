@@ -303,6 +303,14 @@ class Receiving(Generic[M]):
                 self._stream.ready.extendleft(back)
             raise
 
+    def arriving_until_end(self) -> Steps[list[M]]:
+        """Return all messages up to the clean end, or raise what comes before that."""
+        messages: list[M] = []
+        with contextlib.suppress(EOFError):
+            while True:
+                messages += yield from self._arriving_many(None, None)
+        return messages
+
     def _waiting(self, deadline: Deadline, timeout: float | None) -> Steps[None]:
         """Do as :meth:`_wait`."""
         is_lost = False

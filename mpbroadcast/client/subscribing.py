@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any, Final, Literal, TypedDict, TypeVar, Unpack, overload
 from weakref import WeakValueDictionary
@@ -12,8 +13,9 @@ from mpbroadcast.client.pipe_ownership import PipeOwnership
 from mpbroadcast.client.publishing import Publishing, closed_error
 from mpbroadcast.client.received import WITH_ID, Received
 from mpbroadcast.client.tasks import drive
+from mpbroadcast.errors import BrokerRestarted
 from mpbroadcast.posix.waiting import Steps, run
-from mpbroadcast.validation import Policy, check_bool, check_count, check_group, check_overflow, check_topics
+from mpbroadcast.validation import Policy, check_bool, check_count, check_group, check_overflow, check_topics, encode_topic
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -174,29 +176,34 @@ class Subscribing(Publishing[M]):
         check_group(group)
         check_count(prefetch, "prefetch", 1)
         self._check_open()
-        writer = self._writer
+        options = {"overflow": overflow, "capacity": capacity, "replay": replay, "group": group, "prefetch": prefetch}
+        form = WITH_ID if with_id else with_topic
+        channel: Channel[Any] = yield from self._making("subscribe", form, topics, after, **options)
+        self._subscribed[channel.id] = channel.ownership
+        return channel
+
+    def _making(self, do: str, form: int, topics: tuple[str, ...], after: int | None, **options: Any) -> Steps[Channel[Any]]:
+        """Return a channel of this form, of the subscription that a request makes."""
         subscription = int.from_bytes(os.urandom(6)) or 1
         # The channel exists before the subscription does: if an interrupt comes, its finaliser drops the subscription.
-        channel: Channel[Any] = Channel(self._client, subscription, WITH_ID if with_id else with_topic, subscriber=True)
+        channel: Channel[Any] = Channel(self._client, subscription, form, subscriber=True)
         try:
+            topics = topics or ("*",)
+            publisher = self._publisher
             yield from self._requesting(
-                "subscribe",
-                subscription=subscription,
-                topics=topics or ("*",),
-                overflow=overflow,
-                capacity=capacity,
-                replay=replay,
-                after=after,
-                group=group,
-                prefetch=prefetch,
-                publisher=None if writer is None else writer.id,  # a broker that takes over ignores it
+                do, subscription=subscription, topics=topics, after=after, publisher=publisher, **options
             )
-            self._subscribed[subscription] = channel.ownership
         except BaseException:
             self._client.dropped.add(subscription)  # if a second interrupt stops the finaliser, the next request does it
             del channel
             raise
         return channel
+
+    @property
+    def _publisher(self) -> int | None:
+        """The id of what this handle publishes by: what is requested comes behind that. A broker that takes over ignores it."""
+        writer = self._writer
+        return None if writer is None else writer.id
 
     def unsubscribe(self, channel: Channel[Any]) -> None:
         """End the subscription of ``channel``, whichever process has opened it. Block until the broker replies.
@@ -212,6 +219,53 @@ class Subscribing(Publishing[M]):
     async def aunsubscribe(self, channel: Channel[Any]) -> None:
         """Do as :meth:`unsubscribe`, in a task."""
         await self._ask(self._requesting("unsubscribe", subscription=self._own_channel(channel, "channel").id))
+
+    def history(self, *topics: str, limit: int | None = None, after: int | None = None) -> list[Received[M]]:
+        """Return what the broker has kept of ``topics``, or of all, in order: behind all that this handle has published.
+
+        The last ``limit`` messages, all if that is not given; with ``after``, the first ``limit`` behind the message with that
+        id. So one can page: the id of the last message is the next ``after``, and 0 the first. An id that this broker does not
+        know stands before all that is kept. Block until all of it has come.
+
+        :raises ValueError: an argument is out of range; the broker keeps no history; this process has too many subscriptions.
+        :raises BrokerLost, ClosedError: as :meth:`publish`.
+        :raises Exception: whatever unpickling one of these messages raises, as :meth:`Channel.recv`.
+        """
+        return run(self._reading_history(topics, limit, after))
+
+    async def ahistory(self, *topics: str, limit: int | None = None, after: int | None = None) -> list[Received[M]]:
+        """Do as :meth:`history`, in a task."""
+        return await self._ask(self._reading_history(topics, limit, after))
+
+    def _reading_history(self, topics: tuple[str, ...], limit: int | None, after: int | None) -> Steps[list[Received[M]]]:
+        check_topics(topics)
+        if limit is not None:
+            check_count(limit, "limit", 0)
+        if after is not None:
+            check_count(after, "after", 0)
+        while True:
+            channel: Channel[Received[M]] = yield from self._making("history", WITH_ID, topics, after, limit=limit)
+            with contextlib.suppress(BrokerRestarted):  # then that of the broker which has taken over is read
+                return (yield from channel.arriving_until_end())
+
+    def subscriber_count(self, topic: str = "") -> int:
+        """Return how many channels would get what is published to ``topic``, behind all that this handle has published.
+
+        Block until the broker replies, which it does when it has routed that.
+
+        :raises BrokerLost, ClosedError: as :meth:`publish`.
+        """
+        return run(self._counting(topic))
+
+    async def asubscriber_count(self, topic: str = "") -> int:
+        """Do as :meth:`subscriber_count`, in a task."""
+        return await self._ask(self._counting(topic))
+
+    def _counting(self, topic: str) -> Steps[int]:
+        encode_topic(topic)
+        reply = yield from self._requesting("wait", now=True, count=0, topic=topic, publisher=self._publisher)
+        there: int = reply.body["there"]
+        return there
 
     async def _ask(self, steps: Steps[T]) -> T:
         """Drive a core that sends requests."""

@@ -130,7 +130,7 @@ def load_copied_image(payload: memoryview) -> Any:
 
 
 class Loaders(NamedTuple):
-    """The functions that make a message of bytes: of a pickle, of an image in the message's own memory, of one that is overwritten later."""
+    """Three functions that make a message of bytes: a pickle, an image in its own memory, an image that is overwritten."""
 
     pickle: Callable[[Any], Any]
     image: Callable[[Any], Any]

@@ -39,6 +39,8 @@ KEYWORDS: list[tuple[str, tuple[Any, ...], str]] = [
     ("bus.publish", ("x",), "topic timeout exclude"),
     ("bus.publish_many", (["x"],), "topic timeout exclude"),
     ("bus.subscribe", (), "overflow capacity replay after with_topic with_id"),
+    ("bus.history", (), "limit after"),
+    ("bus.subscriber_count", (), "topic"),
     ("bus.flush", (), "timeout delivered"),
     ("bus.wait_for_subscribers", (0,), "timeout topic"),
     ("bus.close", (), "timeout"),

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerRestarted, Channel, Lagged, Received, connect, start_broadcaster
+from mpbroadcast import Broadcaster, BrokerRestarted, Channel, Lagged, Overflowed, Received, connect, start_broadcaster
 from mpbroadcast.validation import Policy
-from tests.support.helpers import DEADLINE, Background, everything, rest
+from tests.support.helpers import DEADLINE, Background, everything, fill, receive_all, rest, take, wait_until
 from tests.support.large_workers import Size, numbers
 
 Bus = Broadcaster[Any]
@@ -203,9 +203,102 @@ def test_an_id_of_a_broker_that_was_replaced_is_unknown() -> None:
         assert old.recv(DEADLINE).id > ids[2]
 
 
+@pytest.mark.parametrize(
+    ("topics", "limit", "after", "expected"),
+    [
+        ((), None, None, KEPT),
+        (("*",), 4, None, [8, 9, 10, 11]),
+        ((), 0, None, []),
+        (("a", "b"), 4, None, [5, 7, 9, 11]),
+        (("[bc]",), None, 8, [9, 10, 11]),
+        ((), 3, BEGINNING, [3, 4, 5]),
+        ((), 3, 4, [5, 6, 7]),
+        (("a", "c"), 3, 3, [4, 5, 6]),
+        ((), 3, 11, []),
+        (("none",), None, 0, []),
+        ((), None, FOREIGN, KEPT),
+        ((), 2, TO_COME, [3, 4]),
+    ],
+)
+def test_the_history_can_be_read(
+    kept: tuple[Bus, list[int]], topics: tuple[str, ...], limit: int | None, after: int | None, expected: list[int]
+) -> None:
+    """The last messages, or the first behind an id; all of them behind an unknown one. It leaves no subscription."""
+    bus, ids = kept
+    found = bus.history(*topics, limit=limit, after=None if after is None else ids[after])
+    assert [(one.message, one.id) for one in found] == [(number, ids[number]) for number in expected]
+    assert {one.topic for one in found} == {"a" if number < 6 else "b" if number % 2 else "c" for number in expected}
+    assert len(bus.stats().subscribers) == 1
+
+
+def test_a_history_is_read_page_by_page(transport: Size) -> None:
+    """Messages of all sizes: each once, with the limit of a page and the last id of the one before."""
+    with start_broadcaster(history=20) as bus:
+        for number in range(15):
+            bus.publish(transport.message(number), topic=f"{number % 4}")
+        found = bus.history(limit=4, after=0)
+        while page := bus.history(limit=4, after=found[-1].id):
+            found += page
+        assert numbers(one.message for one in found) == [*range(15)]
+        assert found == bus.history() == [one for one in found if one in bus.history("*")]
+
+
+def test_very_many_messages_are_read_at_once() -> None:
+    """More than a pipe takes, and than is put in one round; they come behind all that the handle has published."""
+    with start_broadcaster(history=100_000) as bus:
+        for start in range(0, 30_000, 10_000):
+            bus.publish_many(range(start, start + 10_000))
+            bus.publish("last")
+            found = bus.history()
+            assert [one.message for one in found if one.message != "last"] == [*range(start + 10_000)]
+            assert found[-1].message == "last"
+        assert found[20_000:25_000] == bus.history(after=found[19_999].id, limit=5_000)
+
+
+def test_what_comes_behind_a_publish_waits_for_it() -> None:
+    """``history`` and ``subscriber_count`` come behind what this handle has published, also if a full channel holds it back."""
+    with start_broadcaster(history=1000) as bus, connect(bus.address) as other:
+        full = bus.subscribe("t", capacity=30_000)
+        published = fill(bus, topic="t", timeout=0.2)
+        calls = [Background(bus.history, "t"), Background(bus.subscriber_count, "t")]
+        assert other.subscriber_count("t") == 1
+        assert not [one for one in calls if not one.is_alive()]
+        take(full, len(published))
+        assert [one.message[0] for one in calls[0].result()] == published
+        assert calls[1].result() == 1
+
+
+def test_subscribers_are_counted() -> None:
+    """Those that would get what is published to a topic, now."""
+    with start_broadcaster() as bus:
+        channels = [bus.subscribe(*topics) for topics in ((), ("a",), ("a*",), ("b", "a"))]
+        assert [bus.subscriber_count(), bus.subscriber_count("a"), bus.subscriber_count("ab")] == [1, 4, 2]
+        bus.unsubscribe(channels[1])
+        channels[2].close()
+        assert bus.subscriber_count(topic="a") == 2
+        ends = bus.subscribe("c", overflow="disconnect", capacity=1)
+        bus.publish_many([b"", b""], topic="c")
+        assert bus.subscriber_count("c") == 1
+        assert isinstance(receive_all(ends)[1], Overflowed)
+
+
+def test_a_history_is_read_from_the_broker_that_has_taken_over() -> None:
+    """Which has what was published since."""
+    with start_broadcaster(history=10, restart=True) as bus:
+        bus.publish("lost")
+        assert [one.message for one in bus.history()] == ["lost"]
+        pid = bus.stats().pid
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: bus.stats().pid != pid)
+        bus.publish("kept")
+        assert [one.message for one in bus.history()] == ["kept"]
+
+
 def test_resuming_needs_a_history(bus: Bus) -> None:
     """And is another beginning than a replay."""
     with pytest.raises(ValueError, match="after needs a broker that keeps a history"):
         bus.subscribe(after=0)
+    with pytest.raises(ValueError, match=r"history\(\) needs a broker that keeps a history"):
+        bus.history()
     with pytest.raises(ValueError, match="one of them"):
         bus.subscribe(after=0, replay=1)

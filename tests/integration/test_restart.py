@@ -32,6 +32,7 @@ from tests.support.helpers import (
     calls_that_receive,
     fill,
     finish,
+    kill_broker,
     stopped,
     take,
     wait_until,
@@ -47,13 +48,6 @@ def kept(leaves_nothing: None) -> Iterator[Bus]:
     broadcaster: Bus = start_broadcaster(restart=True)
     yield broadcaster
     broadcaster.close(timeout=2.0)
-
-
-def kill_broker(bus: Bus) -> None:
-    """Kill the broker, and wait until another one is there."""
-    pid = bus.stats().pid
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: bus.stats().pid != pid)
 
 
 def expect_gap(channel: Channel[Any]) -> None:

@@ -52,7 +52,8 @@ POLICIES: Final = ("block", "block", "drop_oldest", "drop_newest", "latest", "di
 OF_THE_BROKER: Final = (Subscription, Publisher, Session, ControlConnection)
 SOCKETS: Final = 12  # of a process
 OFTEN: Final = {"subscribe": 4, "open": 3, "opened": 4, "attach": 2, "publisher": 2, "stats": 2}
-SELDOM: Final = ("fd_socket", "retire", "flush", "add topics", "drop topics", "unsubscribe", "close", "drop", "wait", "detach")
+SELDOM: Final = ("fd_socket", "retire", "flush", "add topics", "drop topics", "unsubscribe", "close", "drop", "wait", "detach",
+                 "history")  # fmt: skip
 REQUESTS: Final = OFTEN | dict.fromkeys(SELDOM, 0.7)
 STEP: Final = {"ask": 12, "publish": 4, "receive": 2, "round": 8, "connect": 1, "send_packet": 1, "read_replies": 1,
                "report": 1, "hang_up": 0.1, "close_something": 1, "kill": 0.01, "stop": 0.003}  # fmt: skip
@@ -68,7 +69,7 @@ NONSENSE: Final[list[Any]] = [
 def request(do: str, session: int, publisher: int | None, subscription: int) -> dict[str, Any]:
     """A good request with the fields of all requests: a handler ignores those of others."""
     topics = {"topics": ["fuzz:[a-c]?", "fuzz"], "capacity": 1 << 16, "overflow": "drop_oldest", "replay": 0}
-    topics |= {"group": None, "prefetch": 1}
+    topics |= {"group": None, "prefetch": 1, "after": None, "limit": 3}
     flags = {"delivered": True, "now": True, "shared": True, "token": 4, "count": 1, "topic": "fuzz"}
     return {"do": do, "session": session, "publisher": publisher, "subscription": subscription, **topics, **flags}
 
@@ -172,6 +173,8 @@ class World:
             "capacity": choose.choice([1, 300, 20_000, 5 << 20]),
             "overflow": choose.choice(POLICIES),
             "replay": choose.choice([0, 0, 2]) if self.history else 0,
+            "after": choose.choice([None, 0, self.next_id, self.next_id - 2, 1]) if self.history else None,
+            "limit": choose.choice([None, 0, 2]),
             "count": choose.randrange(6),
             "topic": choose.choice([None, "a"]),
             "group": choose.choice(GROUPS),
@@ -187,6 +190,10 @@ class World:
         elif choose.random() < 0.1:
             message[choose.choice([*message])] = choose.choice(NONSENSE)
         client.send(encode(message))
+
+    @property
+    def next_id(self) -> int:
+        return self.broker.traffic.routing.next_id
 
     def one_of(self, all_of_them: list[tuple[int, int]], client: Client) -> int:
         own = [id for pid, id in all_of_them if pid == client.pid or self.choose.random() < 0.1]

@@ -57,6 +57,13 @@ def stopped(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
+def kill_broker(bus: Broadcaster[Any]) -> None:
+    """Kill the broker, and wait until another one is there."""
+    pid = bus.stats().pid
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: bus.stats().pid != pid)
+
+
 def take(channel: Channel[Any], count: int) -> list[Any]:
     return [channel.recv(timeout=DEADLINE) for _ in range(count)]
 

@@ -108,7 +108,14 @@ def test_each_public_name_is_documented() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("start_broadcaster", "connect", "Broadcaster.publish", "Broadcaster.publish_many", "Broadcaster.subscribe"),
+        *(
+            "start_broadcaster",
+            "connect",
+            "connect_or_start",
+            "Broadcaster.publish",
+            "Broadcaster.publish_many",
+            "Broadcaster.subscribe",
+        ),
         *("Broadcaster.flush", "Broadcaster.wait_for_subscribers", "Broadcaster.close"),
         *("Channel.recv", "Channel.recv_many", "Channel.poll"),
     ],

@@ -35,6 +35,8 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
         assert_type(received, Received[int])
         assert_type((received.id, received.topic, received.message), tuple[int, str, int])
 
+    assert_type(bus.history("room:*", limit=3, after=with_id.recv().id), list[Received[int]])
+    assert_type(bus.subscriber_count("room"), int)
     assert_type(channel.recv(), int)
     assert_type(pairs.recv(timeout=1), tuple[str, int])
     assert_type(channel.recv_many(limit=3), list[int])
@@ -67,6 +69,8 @@ def wrong(bus: Broadcaster[int], channel: Channel[int]) -> None:
     bus.subscribe(with_id=1)  # type: ignore[call-overload]
     bus.subscribe(overflow="drop", with_id=True)  # type: ignore[call-overload]
     bus.subscribe(capacity="1 MB")  # type: ignore[call-overload]
+    bus.history(limit="3")  # type: ignore[arg-type]
+    bus.history(["room"])  # type: ignore[arg-type]
     bus.unsubscribe("room")  # type: ignore[arg-type]
     mpbroadcast.publish(bus, "text")  # type: ignore[misc]
     mpbroadcast.publish(bus, 1, to="room")  # type: ignore[call-arg]

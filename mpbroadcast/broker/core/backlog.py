@@ -233,13 +233,13 @@ class Backlog:
     # --- one message at a time, for the members of a group
 
     def head(self) -> list[Run]:
-        """Return what comes next for one member of a group: a message alone, or the end, and the note in front of it.
+        """Return what comes next for one member of a group: a message alone, or the end, and the notes in front of it.
 
-        Nothing, if only a note is here: it goes with the message behind it.
+        Nothing, if only notes are here: they go with the message behind them.
         """
         runs = self.runs
-        index = 1 if runs and runs[0].is_gap else 0
-        if len(runs) <= index:
+        index = next((index for index, run in enumerate(runs) if not run.is_gap), -1)
+        if index < 0:
             return []
         if runs[index].count > 1:
             self._replace(index, tuple(runs[index].singles()))

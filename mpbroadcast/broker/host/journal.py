@@ -23,9 +23,10 @@ log = logging.getLogger("mpbroadcast.broker")
 _HEAD: Final = 17  # characters: a version in hexadecimal, and the end of the line
 _SHORT: Final = 1 << 16  # bytes that are not worth writing anew
 
-# Entries beside those of subscriptions, which have positive IDs.
+# Entries beside those of subscriptions, which have positive IDs. That of a process is below the last by its process ID.
 _READY: Final = -1
 _STOPPING: Final = -2
+_PROCESS: Final = -16
 _RESERVED: Final = -3
 
 # Ids of messages are below 2**53. A broker's are a part of the numbers that nothing but chance finds: another broker's id is
@@ -96,6 +97,17 @@ class Journal:
     def is_another_wanted(self) -> bool:
         """True if a broker has served, and was not to end."""
         return _READY in self.entries and _STOPPING not in self.entries
+
+    def put_process(self, pid: int, birth: float) -> None:
+        """Write down that a process has a session."""
+        self.put({"id": _PROCESS - pid, "pid": pid, "birth": birth})
+
+    def drop_process(self, pid: int) -> None:
+        self.drop(_PROCESS - pid)
+
+    @property
+    def processes(self) -> list[Entry]:
+        return [entry for id, entry in self.entries.items() if id < _PROCESS]
 
     @property
     def subscriptions(self) -> list[Entry]:

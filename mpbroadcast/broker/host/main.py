@@ -74,7 +74,7 @@ def run(settings: Settings, ready: Connection, lock: Connection | None = None) -
     """
     if settings.stands_apart:
         os.setsid()
-    _release_descriptors(settings)
+    _release_descriptors(settings.inherited)
     _ignore_signals()
     _allow_descriptors()
     bound_collections()
@@ -224,15 +224,14 @@ def _stop_on_sigterm(broker: Broker, *, ignored: bool) -> None:
     broker.poller.watch(reader, IN, read)
 
 
-def _release_descriptors(settings: Settings) -> None:
+def _release_descriptors(inherited: frozenset[tuple[int, int, int]]) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for fd, device, inode in settings.inherited:
+    for fd, device, inode in inherited:
         with contextlib.suppress(OSError):  # closed in between
             # A number that has been given to another file since is one of the pipes by which processes are watched.
             if fd != nowhere and identity(fd) == (device, inode):
                 os.dup2(nowhere, fd, inheritable=False)
-    # Standard error is its starter's; one that belongs to no process has none: a terminal or pipe there would never be free.
-    for standard in (sys.__stdin__, sys.__stdout__, sys.__stderr__ if settings.starter is None else None):
+    for standard in (sys.__stdin__, sys.__stdout__):
         if standard is not None and not standard.closed:
             os.dup2(nowhere, standard.fileno(), inheritable=False)
     os.close(nowhere)

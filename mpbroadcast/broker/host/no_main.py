@@ -7,6 +7,7 @@ others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from multiprocessing import popen_spawn_posix, spawn
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FunctionType, SimpleNamespace
@@ -24,6 +25,14 @@ class _Popen(popen_spawn_posix.Popen):
 
 class _Process(SpawnProcess):
     _Popen = staticmethod(_Popen)
+
+
+def spawn_alone(target: Callable[..., None], *args: Any) -> _Popen:
+    """Start such a process, which does not count among this one's children: a daemonic process may start it, too.
+
+    The caller waits for its end.
+    """
+    return _Popen(_Process(target=target, args=args))
 
 
 class NoMainContext(SpawnContext):

@@ -169,7 +169,7 @@ def _remove_dead_socket(path: str) -> None:
         return
     if not stat.S_ISSOCK(status.st_mode):
         raise OSError(errno.EADDRINUSE, "there is a file that is no socket, which is left alone; choose another address")
-    if _answers(path):
+    if answers(path):
         text = "another process listens there, or none can be seen from here; end it, or choose another address"
         raise OSError(errno.EADDRINUSE, text)
     if not _is_brokers(status):
@@ -189,7 +189,7 @@ def _is_own_socket(status: os.stat_result, mode: int) -> bool:
 
 
 def _is_dead(path: str) -> bool:
-    return _is_brokers(os.lstat(path)) and not _answers(path)
+    return _is_brokers(os.lstat(path)) and not answers(path)
 
 
 def _is_unfinished(path: str) -> bool:
@@ -197,7 +197,7 @@ def _is_unfinished(path: str) -> bool:
     return _is_own_socket(os.lstat(path), 0) or _is_dead(path)
 
 
-def _answers(path: str) -> bool:
+def answers(path: str) -> bool:
     """Return False only if certainly no process listens at this socket."""
     with control_socket() as probe:
         try:

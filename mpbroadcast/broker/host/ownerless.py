@@ -1,0 +1,135 @@
+"""A broker that belongs to no process: the first process that needs it starts it, and it ends by itself.
+
+::
+
+    caller ── spawns ──▶ a new interpreter ── forks ──▶ the broker, or its supervisor
+      ▲                     in a session of its own;       │
+      │                     it ends at once                │
+      └──────────── a pipe: it is ready, or why not ───────┘
+
+So the broker is no process's child, and a signal to the caller's process group or terminal does not reach it. It keeps nothing
+of the caller's: of its descriptors none, standard error included; its working directory is the root.
+
+The lock of the socket's folder decides which of many callers starts it. The lock belongs to a descriptor that the broker
+inherits, and closes when its socket answers: whatever dies at whatever moment, the lock is held as long as a start is under
+way, and not for longer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing import Pipe, resource_tracker
+from multiprocessing.connection import Connection
+from typing import Final
+
+from mpbroadcast import trap_points
+from mpbroadcast.broker.host.main import Settings, run
+from mpbroadcast.broker.host.no_main import spawn_alone
+from mpbroadcast.broker.host.socket_file import answers
+from mpbroadcast.deadline import Deadline
+from mpbroadcast.errors import StartError
+from mpbroadcast.posix.addresses import is_own_folder, make_own_folder
+
+_PAUSE: Final = 0.01  # seconds until the next try while another process starts it; then twice that, and so on
+_LONGEST_PAUSE: Final = 0.2
+_GRACE: Final = 1.0  # seconds until the interpreter between has ended
+_GROUP_SIGNALS: Final = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+_LATE: Final = (
+    "no broker was ready at {!r} in time: the machine is very busy, another process that starts it is stopped, or "
+    "start_timeout is too short"
+)
+
+
+def tries_to_start(address: str, settings: Settings, deadline: Deadline) -> Iterator[None]:
+    """Start a broker at ``address``, or wait while another process does. After each step, the caller tries to connect.
+
+    :raises StartError: it could not be started, or not until ``deadline``.
+    """
+    folder, pause = os.path.dirname(address), _PAUSE
+    while deadline.remaining() != 0:
+        if is_own_folder(folder):
+            make_own_folder(folder)
+        with _lock_of(folder) as lock:
+            if lock is not None and not answers(address):
+                trap_points.reach("starting for all")
+                _start(address, settings, lock, deadline)
+        if lock is None:
+            time.sleep(deadline.at_most(pause).remaining() or 0.0)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        yield
+    raise StartError(_LATE.format(address))
+
+
+@contextlib.contextmanager
+def _lock_of(folder: str) -> Iterator[Connection | None]:
+    """Hold the lock of a folder; ``None`` if another process has it. A ``Connection`` can be handed to a new process."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # a broker that has ended has removed it
+        yield None
+        return
+    with Connection(fd, writable=False) as lock:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        except OSError:  # a file system without locks: only one of several that start a broker gets the socket's name
+            pass
+        yield lock
+
+
+def _start(address: str, settings: Settings, lock: Connection, deadline: Deadline) -> None:
+    reader, writer = Pipe(duplex=False)
+    with reader, writer:
+        resource_tracker.ensure_running()  # which unblocks SIGINT, up to 3.11
+        # The new process inherits the mask, so no signal to this process's group ends it before it has left the group.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+        try:
+            between = spawn_alone(_fork_broker, settings, writer, lock)
+        except OSError as error:
+            raise StartError(f"the broker process could not be started: {error.strerror}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        writer.close()
+        try:
+            report = _report(reader, address, deadline)
+        finally:
+            if between.wait(_GRACE) is None:
+                between.kill()
+                between.wait(_GRACE)
+            between.close()
+    if "error" in report:
+        raise StartError(report["error"]) from (OSError(report["errno"], report["error"]) if report.get("errno") else None)
+
+
+def _report(reader: Connection, address: str, deadline: Deadline) -> dict[str, str]:
+    trap_points.reach("waiting for all")
+    if not reader.poll(deadline.remaining()):
+        raise StartError(_LATE.format(address))
+    try:
+        report: dict[str, str] = json.loads(reader.recv_bytes())
+    except (EOFError, OSError):
+        raise StartError("the broker process ended before it was ready; see what it wrote to standard error") from None
+    return report
+
+
+def _fork_broker(settings: Settings, ready: Connection, lock: Connection) -> None:
+    """Leave the session of the caller, and leave the broker to no process."""
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    kept, standard = {ready.fileno(), lock.fileno()}, {0, 1, 2}
+    for fd in {int(name) for name in os.listdir("/dev/fd")} - kept - standard:
+        with contextlib.suppress(OSError):  # that of the listing
+            os.close(fd)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in standard - kept - {nowhere}:
+        os.dup2(nowhere, fd)
+    run(settings, ready, lock)

@@ -1,0 +1,299 @@
+"""``connect_or_start``: a broker that belongs to no process."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mpbroadcast import (
+    AddressError,
+    AuthenticationFailed,
+    Broadcaster,
+    BrokerLost,
+    BrokerRestarted,
+    StartError,
+    connect,
+    connect_or_start,
+    start_broadcaster,
+    trap_points,
+)
+from tests.support.helpers import DEADLINE, Children, Pipe, answer, finish, rest, wait_until
+from tests.support.victims import Program, alive
+
+Bus = Broadcaster[Any]
+SOON = 0.1  # seconds of lingering, where a test waits for the end
+LATER = 60.0  # where it must not end
+PATIENCE = 2 * DEADLINE  # for a start
+
+
+@pytest.fixture(autouse=True)
+def runtime(leaves_nothing: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the sockets: empty in the end, which waits for a broker that lingers."""
+    folder = tmp_path / "runtime"
+    folder.mkdir(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    yield folder
+    wait_until(lambda: not [*folder.iterdir()], DEADLINE)
+
+
+def end(pid: int) -> None:
+    """End a broker that lingers for long, and wait for that."""
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not alive(pid))
+
+
+def report_broker(pipe: Connection, address: str = "myapp") -> None:
+    with connect_or_start(address, linger=LATER, start_timeout=PATIENCE) as bus:
+        pipe.send(bus.stats().pid)
+        answer(pipe, 3 * DEADLINE)
+
+
+def test_fifty_processes_at_once_get_the_same_broker(fork: BaseContext, children: Children) -> None:
+    pipes = [multiprocessing.Pipe() for _ in range(50)]
+    for _, theirs in pipes:
+        children(fork, report_broker, theirs)
+    brokers = {answer(ours, 3 * DEADLINE) for ours, _ in pipes}
+    assert len(brokers) == 1
+    for ours, theirs in pipes:
+        ours.send("end")
+        ours.close()
+        theirs.close()
+    end(*brokers)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver", "daemon"])
+def test_under_each_start_method(method: str, runtime: Path, pipe: Pipe) -> None:
+    """Also in a daemonic process, such as a pool's worker, which can start no broker of its own."""
+    (ours, theirs), address = pipe, str(runtime / "socket")
+    context = multiprocessing.get_context("fork" if method == "daemon" else method)
+    process = context.Process(target=report_broker, args=(theirs, address), daemon=method == "daemon")  # type: ignore[attr-defined]
+    process.start()
+    broker = answer(ours, 3 * DEADLINE)
+    with connect(address) as bus:
+        assert bus.stats().pid == broker
+        ours.send("end")
+        finish(process)
+        process.close()
+        assert bus.stats().pid == broker
+    end(broker)
+
+
+def test_it_belongs_to_no_process() -> None:
+    """It has another session, no descriptor, terminal or folder of its caller's, and is the child of none of its processes."""
+    code = f"import mpbroadcast; print(mpbroadcast.connect_or_start('myapp', linger={LATER}, start_timeout=60).stats().pid)"
+    # The end of its output comes although the broker lives on.
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, capture_output=True, timeout=60, text=True, check=True
+    )
+    assert done.stderr == ""
+    broker = psutil.Process(int(done.stdout))
+    assert os.getpid() not in [parent.pid for parent in broker.parents()]
+    assert broker.cwd() == "/"
+    assert broker.terminal() is None
+    assert os.getsid(broker.pid) not in (os.getsid(0), broker.pid)
+    assert broker.num_fds() < 20
+    for number in range(3):
+        assert os.readlink(f"/proc/{broker.pid}/fd/{number}") == os.devnull
+    assert Path(broker.environ()["XDG_RUNTIME_DIR"], "mpbroadcast-myapp.key").read_text().strip() not in str(broker.cmdline())
+    end(broker.pid)
+
+
+CALLER = """
+import signal, sys, time
+from mpbroadcast import connect_or_start
+bus = connect_or_start("myapp", linger=float(sys.argv[1]))
+print(bus.stats().pid, flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL])
+def test_a_signal_to_the_group_of_the_caller(number: signal.Signals) -> None:
+    """The broker goes on, and ends when the other handle has gone."""
+    with Program("-c", CALLER, "0.5") as program:
+        broker = int(program.line())
+        with connect("myapp") as bus, bus.subscribe() as channel:
+            os.killpg(program.pid, number)
+            program.process.wait(DEADLINE)
+            bus.publish("goes on")
+            assert channel.recv(DEADLINE) == "goes on"
+            assert bus.stats().pid == broker
+        wait_until(lambda: not alive(broker))
+
+
+def die_at(moment: str) -> None:
+    def reach(name: str, subject: object = None) -> None:
+        if name == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trap_points.reach = reach
+    connect_or_start("myapp", linger=SOON)
+
+
+@pytest.mark.parametrize("moment", ["starting for all", "waiting for all", "connected"])
+def test_the_first_caller_is_killed(moment: str, fork: BaseContext, children: Children) -> None:
+    """Another one gets a broker all the same, and all of it ends."""
+    process = children(fork, die_at, moment)
+    process.join(DEADLINE)
+    assert process.exitcode == -signal.SIGKILL
+    with connect_or_start("myapp", linger=SOON) as bus, bus.subscribe() as channel:
+        bus.publish("here")
+        assert channel.recv(DEADLINE) == "here"
+        broker = bus.stats().pid
+    wait_until(lambda: not alive(broker))
+
+
+def test_a_group_that_is_signalled_during_the_start(fork: BaseContext, children: Children, pipe: Pipe) -> None:
+    """What is between the caller and its broker does not end by it."""
+
+    def start(pipe: Connection) -> None:
+        os.setpgid(0, 0)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else lambda *_: None)
+
+        def reach(name: str, subject: object = None) -> None:
+            if name == "waiting for all":
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    os.killpg(0, number)
+
+        trap_points.reach = reach
+        report_broker(pipe)
+
+    process = children(fork, start, pipe[1])
+    broker = answer(pipe[0], DEADLINE)
+    assert alive(broker)
+    pipe[0].send("end")
+    finish(process)
+    end(broker)
+
+
+def test_it_goes_on_under_churn() -> None:
+    """Handles that are there for a moment only keep it, for longer than it lingers."""
+    with connect_or_start("myapp", linger=1.0) as bus:
+        broker = bus.stats().pid
+    end_of_churn = time.monotonic() + 2.5
+    while time.monotonic() < end_of_churn:
+        with connect("myapp") as bus:
+            assert bus.stats().pid == broker
+        time.sleep(0.05)
+    wait_until(lambda: not alive(broker))
+    with pytest.raises(BrokerLost):
+        connect("myapp")
+
+
+@pytest.mark.parametrize("last", ["channel", "handle", "unopened channel"])
+def test_what_keeps_it(last: str) -> None:
+    """It lives as long as one of them does, though for longer than it lingers."""
+    bus = connect_or_start("myapp", linger=SOON)
+    broker, channel = bus.stats().pid, bus.subscribe()
+    if last == "channel":
+        channel.fileno()
+    if last == "handle":
+        channel.close()
+    else:
+        bus.close()
+    time.sleep(5 * SOON)
+    assert alive(broker)
+    channel.close()
+    bus.close()
+    wait_until(lambda: not alive(broker))
+
+
+def test_a_broker_that_is_killed_is_replaced_and_awaits_its_handles(fork: BaseContext, children: Children, pipe: Pipe) -> None:
+    """A handle that is not used meanwhile keeps the next one, too; that ends when its process has."""
+    with connect_or_start("myapp", linger=SOON, restart=True) as bus:
+        process = children(fork, report_broker, pipe[1])
+        first = answer(pipe[0], DEADLINE)
+        assert bus.stats().pid == first
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: bus.stats().pid != first)
+        second = bus.stats().pid
+    time.sleep(5 * SOON)
+    assert alive(second)
+    pipe[0].send("end")
+    finish(process)
+    wait_until(lambda: not alive(second))
+
+
+def test_messages_over_a_restart(runtime: Path) -> None:
+    """Both the key file and the socket stay."""
+    with connect_or_start("myapp", linger=SOON, restart=True) as bus, bus.subscribe() as channel:
+        channel.fileno()
+        key = Path(bus.address + ".key").read_text()
+        os.kill(bus.stats().pid, signal.SIGKILL)
+        with pytest.raises(BrokerRestarted):
+            channel.recv(DEADLINE)
+        bus.publish("behind it")
+        assert channel.recv(DEADLINE) == "behind it"
+        assert Path(bus.address + ".key").read_text() == key
+
+
+def test_options_count_for_the_first_caller_only(runtime: Path) -> None:
+    with connect_or_start("myapp", linger=SOON, history=2) as bus, connect_or_start("myapp", linger=0, history=0) as other:
+        bus.publish_many(range(5))
+        bus.flush()
+        with other.subscribe(replay=5) as channel:
+            other.unsubscribe(channel)
+            assert rest(channel) == [3, 4]
+    with start_broadcaster(address="other") as bus, connect_or_start("other") as other:
+        assert other.stats().pid == bus.stats().pid
+
+
+def test_with_a_key(runtime: Path) -> None:
+    """There is no key file, and each caller needs the key."""
+    with connect_or_start("myapp", authkey=b"mine", linger=SOON) as bus:
+        assert [path.name for path in runtime.iterdir()] == ["mpbroadcast-myapp"]
+        with connect_or_start("myapp", authkey=b"mine") as other:
+            assert other.stats().pid == bus.stats().pid
+        with pytest.raises(AuthenticationFailed):
+            connect_or_start("myapp", authkey=b"another")
+
+
+def test_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPBROADCAST_ADDRESS", "myapp")
+    with connect_or_start(linger=SOON) as bus, connect() as other:
+        assert bus.address == other.address
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "text"),
+    [
+        (connect_or_start, AddressError, "MPBROADCAST_ADDRESS"),
+        (lambda: connect_or_start("/no/such/folder/x"), AddressError, "folder"),
+        (lambda: connect_or_start("myapp", linger=-1), ValueError, "linger"),
+        (lambda: connect_or_start("myapp", linger="1"), TypeError, "linger"),  # type: ignore[arg-type]
+        (lambda: connect_or_start("myapp", history="1"), TypeError, "history"),  # type: ignore[arg-type]
+        (lambda: connect_or_start("myapp", context=None), TypeError, "context"),  # type: ignore[call-arg]
+        (lambda: connect_or_start("precious"), StartError, "precious"),
+        (lambda: connect_or_start("myapp", log_config={"version": 7}), StartError, "log_config"),
+        (lambda: connect_or_start("myapp", start_timeout=0.001), StartError, "start_timeout"),
+    ],
+)
+def test_errors(
+    call: Callable[[], Bus], kind: type[Exception], text: str, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MPBROADCAST_ADDRESS", raising=False)
+    in_the_way = runtime / "mpbroadcast-precious"
+    in_the_way.write_text("precious")
+    with pytest.raises(kind, match=text):
+        call()
+    assert in_the_way.read_text() == "precious"
+    in_the_way.unlink()
+
+
+def test_a_log_in_a_file(tmp_path: Path) -> None:
+    handler = {"class": "logging.FileHandler", "filename": str(tmp_path / "log")}
+    config = {"version": 1, "handlers": {"file": handler}, "root": {"handlers": ["file"], "level": "INFO"}}
+    with connect_or_start("myapp", linger=SOON, log_config=config) as bus, bus.subscribe() as channel:
+        channel.fileno()
+    wait_until(lambda: "is removed" in (tmp_path / "log").read_text())
