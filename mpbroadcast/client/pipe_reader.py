@@ -162,7 +162,8 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any
 
     Where messages come one by one, all code is cold, and what counts is how much of it runs. So this does all for a pipe with
     one run of one message, where nothing was read before. Whatever else it finds stays in ``stream``, as bytes that are not
-    decoded. The caller holds the channel's lock, and no decoded message is left.
+    decoded; but one that cannot be unpickled is in ``stream.ready``, as a failure. The caller holds the channel's lock, and no
+    decoded message is left.
     """
     chunks, pipe, shared = stream.chunks, ownership.pipe, ownership.shared
     if len(chunks) > 1 or sum(map(len, chunks)) != stream.skip or pipe is None or ownership.state is not OPEN:
@@ -184,12 +185,17 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any
     if size != unread or messages != 1 or kind != runs.MESSAGES or image:
         return NOTHING
     payload = memoryview(data)[RUN.size + skip :]
+    plain, failed = True, None
     try:
         message = loads(payload)
     except BaseException as error:
-        load_each([payload], loads, [], error)  # which raises an interrupt
-        return NOTHING
-    if with_topic:
+        failed = error
+    if failed is not None:
+        try:
+            [message], plain = load_each([payload], loads, [], failed)  # which raises an interrupt
+        finally:
+            failed = None  # it has this frame in its traceback
+    if with_topic and plain:
         message = topic_of(data[RUN.size : RUN.size + skip]), message
     if shared is not None:
         shared.commit(stream.read, is_progress=True)
@@ -199,8 +205,11 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any
     stream.chunks = []
     stream.skip = 1
     stream.need = RUN.size
-    stream.plain = True
-    return message
+    stream.plain = plain
+    if plain:
+        return message
+    stream.ready.append(message)
+    return NOTHING
 
 
 def follow(stream: Stream, pipe: PipeEnd, with_topic: bool, shared: SharedReader | None, is_readable: bool) -> Stream | None:
