@@ -170,7 +170,8 @@ def take_lone(stream: Stream, ownership: PipeOwnership, form: int, loaders: Load
 
     Where messages come one by one, all code is cold, and what counts is how much of it runs. So this does all for a pipe with
     one run of one message, where nothing was read before. Whatever else it finds stays in ``stream``, as bytes that are not
-    decoded. The caller holds the channel's lock, and no decoded message is left.
+    decoded; but one that cannot be unpickled is in ``stream.ready``, as a failure. The caller holds the channel's lock, and no
+    decoded message is left.
     """
     chunks, pipe, shared = stream.chunks, ownership.pipe, ownership.shared
     if len(chunks) > 1 or sum(map(len, chunks)) != stream.skip or pipe is None or ownership.state is not OPEN:
@@ -192,12 +193,17 @@ def take_lone(stream: Stream, ownership: PipeOwnership, form: int, loaders: Load
     if size != unread or messages != 1 or kind != runs.MESSAGES or image:
         return NOTHING
     payload = memoryview(data)[RUN.size + skip :]
+    plain, failed = True, None
     try:
         message = loaders.pickle(payload)
     except BaseException as error:
-        load_each([payload], loaders.pickle, [], error)  # which raises an interrupt
-        return NOTHING
-    if form:
+        failed = error
+    if failed is not None:
+        try:
+            [message], plain = load_each([payload], loaders.pickle, [], failed)  # which raises an interrupt
+        finally:
+            failed = None  # it has this frame in its traceback
+    if form and plain:
         (message,) = formed((message,), form, topic_of(data[RUN.size : RUN.size + skip]), position)
     if shared is not None:
         shared.commit(stream.read, is_progress=True)
@@ -207,9 +213,12 @@ def take_lone(stream: Stream, ownership: PipeOwnership, form: int, loaders: Load
     stream.chunks = []
     stream.skip = 1
     stream.need = RUN.size
-    stream.plain = True
+    stream.plain = plain
     stream.decoded += 1
-    return message
+    if plain:
+        return message
+    stream.ready.append(message)
+    return NOTHING
 
 
 def follow(

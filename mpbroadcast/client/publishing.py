@@ -89,52 +89,42 @@ class Publishing(Generic[M]):
             self._publish(self._pickled(message, topic), route, deadline, [])
             return
         encoded = encoded_topic(topic) if topic != "" else b""
-        if self._is_large:
+        is_large = self._is_large
+        if is_large:
             gathered = self._pickled(message, topic)
-            if len(gathered.parts) > 1:
-                self._publish_parts(gathered, encoded)
-                return
-            payload = gathered.parts[0]  # a short message, after all
+            size = gathered.size
         else:
             try:
-                payload = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
+                data = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
             except LargeBuffer:
                 self._is_large = True
-                self._publish(self._pickled(message, topic), (encoded, 0), self._deadline(None), [])
+                self.publish(message, topic=topic)
                 return
             except Exception as error:
                 explain(error, message, topic)
                 raise
-        size = len(payload)
+            size = len(data)
         writer = self._writer
         if writer is not None:
             try:
-                if size < SHORT:
-                    if not encoded:
-                        write(writer.pipe.fd, _HEADS[size] + payload)
+                if is_large:
+                    if size >= SHORT and writer.send_quickly(gathered.parts, size, encoded, gathered.image):
                         return
-                    if size + len(encoded) <= _ROOM:
-                        write(writer.pipe.fd, frame_head(size, encoded) + payload)
+                elif size >= SHORT:
+                    self._is_large = size >= _GATHER_FROM
+                    if writer.send_quickly((data,), size, encoded, False):
                         return
-                self._is_large = size >= _GATHER_FROM
-                if writer.send_quickly((payload,), size, encoded, False):
+                elif not encoded:
+                    write(writer.pipe.fd, _HEADS[size] + data)
+                    return
+                elif size + len(encoded) <= _ROOM:
+                    write(writer.pipe.fd, frame_head(size, encoded) + data)
                     return
             except OSError as error:
                 # Full, closed or broken: _publish finds out. Any other error is not of this write.
                 if error.errno not in _NOT_WRITTEN:
                     raise
-        self._publish(Payload((payload,), size, False), (encoded, 0), self._deadline(None), [])
-
-    def _publish_parts(self, payload: Payload, encoded: bytes) -> None:
-        """Publish a message that was gathered, quickly if that is possible."""
-        writer = self._writer
-        try:
-            if writer is not None and writer.send_quickly(payload.parts, payload.size, encoded, payload.image):
-                return
-        except OSError as error:
-            if error.errno not in _NOT_WRITTEN:  # as in publish
-                raise
-        self._publish(payload, (encoded, 0), self._deadline(None), [])
+        self._publish(gathered if is_large else Payload((data,), size, False), (encoded, 0), self._deadline(None), [])
 
     def publish_many(
         self,

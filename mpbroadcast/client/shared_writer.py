@@ -93,6 +93,7 @@ class SharedWriter(PipeWriter):
             with self._lock:  # under which another thread may have gone over to another ring since
                 sent = self._ring.put(parts, size, topic, self.pipe.fd, image)
                 if sent is None and size <= LONGEST and self._fd_socket is not None:
+                    # In another chunk, which the complete path would find, too, but 1 µs later: 4 % of the CPU for 250 KB.
                     done: list[int] = []
                     self._put(self._fd_socket, Payload(parts, size, image), (topic, 0), done)
                     sent = bool(done)

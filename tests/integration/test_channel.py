@@ -71,11 +71,21 @@ def test_a_thread_that_waits_wakes_up_for_a_message_and_for_the_end(bus: Bus, wa
             assert isinstance(waiting.error(), EOFError if wait == "receive" else ClosedError)
 
 
+class Counted(Exception):
+    """Counts how often one is made."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        Counted.made += 1
+
+
 @pytest.mark.parametrize("with_topic", [False, True])
 def test_a_message_that_comes_alone_is_received_as_others_are(with_topic: bool, bus: Bus) -> None:
-    """An error of it, too: that it was unpickled twice, to see whether the error comes again, does not show."""
+    """An error of it, too: it is unpickled twice, to see whether the error comes again, and that does not show."""
+    Counted.made = 0
     with bus.subscribe(with_topic=with_topic) as channel:
-        for message in (1, workers.CannotBeUnpickled(), bytes(100_000), workers.Raises(EOFError()), 2):
+        for message in (1, workers.Raises(Counted()), bytes(100_000), workers.Raises(EOFError()), 2):
             waiting = Background(channel.recv, DEADLINE)
             waiting.wait_until_blocked("recv")
             bus.publish(message, topic="t")
@@ -87,6 +97,7 @@ def test_a_message_that_comes_alone_is_received_as_others_are(with_topic: bool, 
             else:
                 assert waiting.result() == (("t", message) if with_topic else message)
             assert not readable(channel)
+    assert Counted.made == 3
 
 
 def test_recv_many_takes_what_is_there(bus: Bus) -> None:

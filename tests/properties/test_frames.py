@@ -80,6 +80,18 @@ def test_references_of_one_route_go_together_within_limits() -> None:
     assert [len(item.sizes) for item in split(b"".join(other.frame for other in others))] == [1, 1, 1, 1, 1]
 
 
+def test_no_more_is_split_at_once_than_a_round_has_time_for() -> None:
+    """The others are taken back, and come again."""
+    messages = [Message(b"a"), Message(b"b")] * frames.MOST_ITEMS
+    splitter = frames.Splitter()
+    assert not splitter.has_more
+    items = splitter.split(b"".join(message.frame for message in messages))
+    assert (len(items), splitter.has_more) == (frames.MOST_ITEMS, True)
+    rest = splitter.take_back()
+    assert (splitter.has_more, splitter.rest) == (False, b"")
+    assert found(items + splitter.split(rest)) == messages
+
+
 def test_a_long_message_is_held_until_it_is_whole_or_aborted() -> None:
     """Its pieces are counted; what had come of an aborted one is dropped, and its number may be used again."""
     lost, kept = Message(b"room:1", 7, b"x" * (3 * frames.PIPE_BUF)), Message(b"", 0, b"y" * (3 * frames.PIPE_BUF))

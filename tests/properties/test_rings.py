@@ -113,6 +113,7 @@ def test_room_is_taken_where_it_was_used_last() -> None:
     assert room.take(CHUNK - 64) == CHUNK + 64
     room.free |= 0b110000
     assert room.take(2 * CHUNK) == 4 * CHUNK  # in just as many as are free
+    assert [*span(CHUNK, CHUNK, CHUNK), *span(CHUNK - 1, 2, CHUNK)] == [1, 0, 1]
 
 
 class Kept:
@@ -286,7 +287,7 @@ def test_a_ring_is_written_forward_only(lies: list[tuple[int, int]]) -> None:
         with pytest.raises(Misplaced):
             holds.arrived(positions)
     last = (CHUNKS - 1) * CHUNK
-    holds.arrived([(last, 1)])
+    holds.arrived([(last, CHUNK)])
     assert holds.release(chunks)
     if (second[0] + second[1] - 1) // CHUNK in chunks:
         holds.arrived([second])

@@ -82,7 +82,9 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "Splitter._piece: len(frame) < HEAD.size -> len(frame) <= HEAD.size",
         "_route: skip > min(size, len(frame)) -> skip >=",
     ),
-    "how much goes together need not be exact": (
+    "how much goes together, or is kept, need not be exact": (
+        "_references: room <= 0 -> room <= 1",
+        "Router.targets: len(self.found) >= _CACHED_TOPICS -> len(self.found) > _CACHED_TOPICS",
         "_Dropping.to_write: 2 * self.pipe -> 3 * self.pipe",
         "_Dropping.to_write: 2 * PIPE_BUF -> 3 * PIPE_BUF",
     ),
