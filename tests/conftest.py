@@ -48,6 +48,7 @@ def temporary_folder() -> Iterator[Path]:
     folder = tempfile.mkdtemp(prefix="mt-", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
+        patch.delenv("XDG_RUNTIME_DIR", raising=False)  # so that names are in this folder, and those of two runs apart
         patch.setattr(tempfile, "tempdir", folder)
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # for whole programs
         # These two live as long as this process: started here, they belong to no test.

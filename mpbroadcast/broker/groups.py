@@ -97,7 +97,7 @@ class Groups:
             del self._groups[group.name]
         group.backlog.end()
         self._traffic.routing.end(group)
-        ended = [member for member in group.shares.members if member.is_live]
+        ended = [member for member in group.shares if member.is_live]
         for member in ended:
             member.state = member.state.to(SubscriptionState.ENDED)
         return ended

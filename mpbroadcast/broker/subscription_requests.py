@@ -57,6 +57,7 @@ def subscribe(broker: Broker, connection: ControlConnection, message: dict[str, 
     elif name is not None and (group := checked(registry.groups.find, name, topics, capacity, policy)) is not None:
         subscription = registry.add_subscription(id, session, capacity, "block", cost)
         registry.groups.join(group, subscription, prefetch)  # which has begun: no replay, and nothing to begin behind
+        registry.route(subscription, [])
         there = {*broker.router.topics(group)}  # all, unless the request of the first member was cut off
         yield from _route(broker, subscription, [topic for topic in topics if topic not in there])
     else:
@@ -150,7 +151,7 @@ def _history_of(broker: Broker, argument: str) -> History:
 
 def _route(broker: Broker, subscription: Subscription, topics: list[str]) -> Iterator[None]:
     """Route these topics to it, in parts: of other handles it may get messages that were published a moment before."""
-    for start in range(0, max(len(topics), 1), _TOPICS):
+    for start in range(0, len(topics), _TOPICS):
         if start:
             yield
         _check_live(subscription)

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain, repeat, starmap, takewhile
-from operator import attrgetter
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, overload
 
+from mpbroadcast.client.messages import Gap, Messages, OnGap, in_turns
 from mpbroadcast.client.pipe_ownership import OPEN
 from mpbroadcast.client.pipe_reader import NOTHING, Stream
 from mpbroadcast.client.receiving import Receiving
@@ -21,9 +20,6 @@ from mpbroadcast.posix.waiting import Steps, run
 from mpbroadcast.validation import check_count, check_timeout, check_topics
 
 M = TypeVar("M")
-
-_FAST: Final = attrgetter("_stream.fast")
-_HAS_MORE: Final = attrgetter("_stream.has_more")
 
 
 class Channel(Receiving[M]):
@@ -163,11 +159,7 @@ class Channel(Receiving[M]):
         return fd
 
     def __iter__(self) -> Iterator[M]:
-        # In turns: what is decoded, then one message by `recv`. All of this is C, and so an interrupt comes within `recv` only:
-        # it would end a generator, and with that the iteration.
-        fast = map(_FAST, takewhile(_HAS_MORE, repeat(self)))
-        one = starmap(map, repeat((Channel.__next__, (self,))))
-        return chain.from_iterable(chain.from_iterable(zip(fast, one, strict=False)))
+        return in_turns(self, Channel.__next__, self)
 
     def __next__(self) -> M:
         try:
@@ -189,6 +181,19 @@ class Channel(Receiving[M]):
             return await self._in_task(self._arriving(None))
         except EOFError:
             raise StopAsyncIteration from None
+
+    @overload
+    def messages(self, on_gap: Literal["skip"] | Callable[[Gap], object]) -> Messages[M]: ...
+    @overload
+    def messages(self, on_gap: Literal["yield"]) -> Messages[M | Gap]: ...
+    def messages(self, on_gap: OnGap) -> Messages[Any]:
+        """Return an iterable over the messages that goes on behind gaps, for ``for`` and ``async for``.
+
+        Where messages are missing (:class:`Lagged`), or another broker has taken over (:class:`BrokerRestarted`), it goes on
+        with the next message if ``on_gap`` is ``"skip"``, gives the exception as a value if it is ``"yield"``, and else calls
+        ``on_gap`` with the exception. Everything else is as in ``for message in channel``.
+        """
+        return Messages(self, on_gap)
 
     # --- opening and closing
 

@@ -178,9 +178,7 @@ class Subscribing(Publishing[M]):
         self._check_open()
         options = {"overflow": overflow, "capacity": capacity, "replay": replay, "group": group, "prefetch": prefetch}
         form = WITH_ID if with_id else with_topic
-        channel: Channel[Any] = yield from self._making("subscribe", form, topics, after, **options)
-        self._subscribed[channel.id] = channel.ownership
-        return channel
+        return (yield from self._making("subscribe", form, topics, after, **options))
 
     def _making(self, do: str, form: int, topics: tuple[str, ...], after: int | None, **options: Any) -> Steps[Channel[Any]]:
         """Return a channel of this form, of the subscription that a request makes."""
@@ -193,6 +191,7 @@ class Subscribing(Publishing[M]):
             yield from self._requesting(
                 do, subscription=subscription, topics=topics, after=after, publisher=publisher, **options
             )
+            self._subscribed[subscription] = channel.ownership
         except BaseException:
             self._client.dropped.add(subscription)  # if a second interrupt stops the finaliser, the next request does it
             del channel

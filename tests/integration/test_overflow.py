@@ -1,11 +1,12 @@
 """A slow subscriber under each overflow policy: exact counts, gaps where they belong, bounded memory. Real processes."""
 
 import array
+import asyncio
 import contextlib
 import fcntl
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from mpbroadcast import Broadcaster, BrokerStats, Channel, Lagged, Overflowed, TimedOut
 from mpbroadcast.validation import POLICIES, Policy
+from tests.support import workers
 from tests.support.helpers import (
     DEADLINE,
     Background,
@@ -220,6 +222,50 @@ def test_each_call_that_receives_goes_on_after_a_gap(bus: Bus, call: str) -> Non
     numbers, following = positions_of(events)
     assert (following, numbers[-1]) == (500, 499)
     assert channel.missed == 500 - len(numbers) > 0
+
+
+async def collected(messages: AsyncIterable[Any]) -> list[Any]:
+    return [item async for item in messages]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_loop_lives_through_gaps(bus: Bus, is_async: bool) -> None:
+    """A gap is skipped, given as a value, or handed to a callable; all else is as it is in any loop."""
+    met: list[Any] = []
+    for on_gap in ("skip", "yield", met.append):
+        channel = bus.subscribe(overflow="drop_oldest", capacity=1)
+        bus.publish_many([None, 1, 2])
+        assert isinstance(next(iter(channel.messages("yield"))), Lagged)
+        assert next(channel) == 2
+        bus.publish_many([3, 4])
+        channel.poll(DEADLINE)
+        bus.publish_many([None, 5, 6, 7])
+        bus.flush(DEADLINE)
+        bus.unsubscribe(channel)
+        messages: Any = channel.messages(on_gap=on_gap)
+        found = asyncio.run(collected(messages)) if is_async else [*messages]
+        numbers = [one for one in found if not isinstance(one, Lagged)]
+        gaps = met if callable(on_gap) else [one for one in found if isinstance(one, Lagged)]
+        assert numbers[-1] == 7
+        assert len(numbers) + channel.missed - 2 == 6
+        assert sum(one.missed or 0 for one in gaps) == (channel.missed - 2 if on_gap != "skip" else 0)
+        assert all(one.channel is channel for one in gaps)
+
+
+def test_what_is_no_gap_leaves_the_loop(bus: Bus) -> None:
+    """An error of a message, or of the callable; the next loop goes on behind it."""
+    channel = bus.subscribe(overflow="drop_newest", capacity=1)
+    bus.publish_many([workers.CannotBeUnpickled(), "dropped"])
+    bus.flush(DEADLINE)
+    messages = channel.messages(on_gap=lambda gap: 1 // 0)
+    for error in (workers.Boom, ZeroDivisionError):
+        with pytest.raises(error):
+            next(messages)
+    bus.publish("next")
+    assert next(iter(messages)) == "next"
+    for wrong, kind in (("drop", ValueError), (None, TypeError)):
+        with pytest.raises(kind, match="on_gap"):
+            channel.messages(on_gap=wrong)  # type: ignore[call-overload]
 
 
 def test_latest_after_each_of_many_pauses(bus: Bus) -> None:

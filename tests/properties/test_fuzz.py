@@ -92,7 +92,7 @@ def subscribed(link: BrokerClient, choose: Random) -> Iterator[Any]:
     number = choose.randrange(1, 1 << 48)
     policy = choose.choice(["drop_oldest", "drop_newest", "latest", "disconnect", "block"])
     capacity = choose.choice([1, 10_000, 1 << 20, 4 << 20, 4 << 20, 4 << 20])
-    more: dict[str, Any] = {"topics": ["fuzz*"], "replay": 0, "subscription": number, "publisher": None}
+    more: dict[str, Any] = {"topics": ["fuzz*"], "replay": 0, "prefetch": 1, "subscription": number, "publisher": None}
     link.request("subscribe", overflow=policy, capacity=capacity, **more)
     reply = None
     if choose.random() < 0.8:

@@ -44,7 +44,7 @@ from tests.support.helpers import DEADLINE, Children, answer, wait_for, wait_unt
 Bus = Broadcaster[Any]
 Item = tuple[int, str, int]
 """The number, the topic and the size of a message to publish."""
-Event = tuple[str, int, int, int]
+Event = tuple[str, int, int, int, int]
 """What a channel returned or raised: its kind, the handle and number of a message or the length of a gap, and ``missed``."""
 
 SOAK: Final = float(os.environ.get("MPBROADCAST_SOAK", "0"))
@@ -77,10 +77,10 @@ def result_of(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
 class Hands:
     """The handles and channels of one process. Each ``do_`` is a command."""
 
-    def __init__(self, buses: dict[int, Bus], channels: dict[int, Channel[Any]], with_topic: dict[int, bool]) -> None:
+    def __init__(self, buses: dict[int, Bus], channels: dict[int, Channel[Any]], forms: dict[int, int]) -> None:
         self.buses = buses
         self.channels = channels
-        self.with_topic = with_topic
+        self.forms = forms
 
     def do(self, command: str, *arguments: Any, **more: Any) -> Any:
         return getattr(self, f"do_{command}")(*arguments, **more)
@@ -103,9 +103,9 @@ class Hands:
             return int(getattr(error, "sent", done))
         return done
 
-    def do_subscribe(self, handle: int, key: int, topics: tuple[str, ...], with_topic: bool, more: dict[str, Any]) -> int:
-        self.channels[key] = self.buses[handle].subscribe(*topics, with_topic=with_topic, **more)
-        self.with_topic[key] = with_topic
+    def do_subscribe(self, handle: int, key: int, topics: tuple[str, ...], form: int, more: dict[str, Any]) -> int:
+        self.channels[key] = self.buses[handle].subscribe(*topics, with_topic=form == 1, with_id=form == 2, **more)
+        self.forms[key] = form
         return self.channels[key].id
 
     def do_receive(self, key: int, limit: int, timeout: float, call: str) -> list[Event]:
@@ -122,27 +122,29 @@ class Hands:
             try:
                 got = channel.recv_many(limit - len(events), patience) if call == "many" else [channel.recv(patience)]
             except Lagged as error:
-                events.append(("lagged", error.missed or 0, 0, channel.missed))
+                events.append(("lagged", error.missed or 0, 0, 0, channel.missed))
             except Overflowed:
-                events.append(("overflowed", 0, 0, channel.missed))
+                events.append(("overflowed", 0, 0, 0, channel.missed))
             except EOFError:
-                return [*events, ("end", 0, 0, channel.missed)]
+                return [*events, ("end", 0, 0, 0, channel.missed)]
             except TimedOut:
                 assert not is_ready, "poll returned True, and there was nothing"
                 break
             else:
-                events += [("message", *self.checked(one, self.with_topic[key]), channel.missed) for one in got]
+                events += [("message", *self.checked(one, self.forms[key]), channel.missed) for one in got]
         return events
 
     @staticmethod
-    def checked(got: Any, with_topic: bool) -> tuple[int, int]:
-        came_with = None
-        if with_topic:
+    def checked(got: Any, form: int) -> tuple[int, int, int]:
+        came_with, id = None, 0
+        if form == 1:
             came_with, got = got
+        elif form == 2:
+            id, came_with, got = got
         handle, number, topic, data = got
         assert came_with in (None, topic), f"message {number} of {handle} has topic {topic!r}, and came with {came_with!r}"
         assert is_body(data, handle, 0, number, len(data)), f"message {number} of handle {handle} is spoilt"
-        return handle, number
+        return handle, number, id
 
     def do_bus(self, handle: int, method: str, *arguments: Any, **more: Any) -> Any:
         return result_of(getattr(self.buses[handle], method), *arguments, **more)
@@ -166,9 +168,9 @@ class Hands:
     def do_give(self, key: int) -> bytes:
         return pickle.dumps(self.channels[key])
 
-    def do_take(self, key: int, channel: bytes, with_topic: bool) -> None:
+    def do_take(self, key: int, channel: bytes, form: int) -> None:
         self.channels[key] = pickle.loads(channel)
-        self.with_topic[key] = with_topic
+        self.forms[key] = form
 
     def do_fork_and_publish(self, handle: int, new: int, items: list[Item]) -> int:
         """Publish from a forked process, through the handle that it inherits, up to its end: how many were."""
@@ -209,12 +211,12 @@ def matches(topics: dict[str, None], topic: str) -> bool:
 class Sub(Ledger):
     """A subscription. Its row is what was published to it, in the order of all."""
 
-    def __init__(self, key: int, topics: tuple[str, ...], policy: str, capacity: int, with_topic: bool, actor: int) -> None:
+    def __init__(self, key: int, topics: tuple[str, ...], policy: str, capacity: int, form: int, actor: int) -> None:
         super().__init__(policy, capacity, has_one_row=True, may_drop=False)
         self.key = key
         self.id = 0
         self.topics = dict.fromkeys(topics or ("*",))
-        self.with_topic = with_topic
+        self.form = form  # of what it gives: a message, with its topic, with its id
         self.subscriber = actor
         self.opener: int | None = None
         self.holders = {actor}  # which could open it
@@ -307,14 +309,15 @@ class Driver:
         self.random = Random(seed)
         self.history = self.random.choice([0, 1, 5, 30])
         self.bus: Bus = start_broadcaster(history=self.history)
-        witness = self.bus.subscribe("*", capacity=1 << 40, with_topic=True)
-        self.hands = Hands({0: self.bus}, {-1: witness}, {-1: True})
+        witness = self.bus.subscribe("*", capacity=1 << 40, with_id=True)
+        self.hands = Hands({0: self.bus}, {-1: witness}, {-1: 2})
         self.handles = {0: Handle(0, DRIVER)}
         self.subs: dict[int, Sub] = {}
         self.actors: dict[int, tuple[BaseProcess, Connection]] = {}
         self.routed: dict[int, int] = {}  # of each handle, the last number that the broker has for certain
         self.clock: dict[int, int] = {}
         self.order: dict[tuple[int, int], int] = {}
+        self.first_id = 0
         self.last: dict[int, int] = {}  # of each handle, in this order
         self.kept: dict[str, deque[tuple[int, int]]] = {}
         self.given_up = False
@@ -472,11 +475,13 @@ class Driver:
         received = 0
         while until is None or until not in self.order:
             events = self.hands.do_receive(-1, 10_000, timeout, self.random.choice(["many", "one"]))
-            for kind, key, number, _ in events:
+            for kind, key, number, id, _ in events:
                 if kind == "end":
                     return received
                 assert kind == "message", f"the witness got {kind} of {key}"
                 self.witnessed(self.handles[key], number)
+                self.first_id = self.first_id or id
+                self.check_id(id, (key, number))
                 received += 1
             if not events:
                 assert until is None, f"the witness does not get message {until[1]} of handle {until[0]}"
@@ -522,7 +527,7 @@ class Driver:
             self.compare(sub, *event)
         return len(events)
 
-    def compare(self, sub: Sub, kind: str, key: int, number: int, missed: int) -> None:
+    def compare(self, sub: Sub, kind: str, key: int, number: int, id: int, missed: int) -> None:
         """Compare what a channel returned or raised with what it must."""
         self.covered[kind] += 1
         if kind == "message":
@@ -530,6 +535,8 @@ class Driver:
                 self.watch(DEADLINE, (key, number))
             sub.count(missed)
             sub.receive(self.order[key, number])
+            if sub.form == 2:
+                self.check_id(id, (key, number))
         elif kind == "lagged":
             first = not sub.received and not sub.missed
             assert not first or sub.overflow != "drop_newest" or sub.replayed, f"{sub} missed the very first"
@@ -541,6 +548,13 @@ class Driver:
             assert not sub.live, f"{sub} ended, and was not unsubscribed"
             sub.ended = True
         sub.count(missed)
+
+    def check_id(self, id: int, message: tuple[int, int]) -> None:
+        """A message has the same id in each channel: its position in the order of all."""
+        position = id - self.first_id
+        assert position == self.order[message], (
+            f"message {message} is {self.order[message]} in the order, and has id {position}"
+        )
 
     def settle(self) -> None:
         """Wait until all that was published is routed, receiving what keeps it; then compare what has ended."""
@@ -584,9 +598,9 @@ class Driver:
         if replay:
             self.settle()
             replay *= not any(self.pending())  # else the last one is not known
-        sub = Sub(next(self.keys), topics, policy, capacity or 64 << 20, self.random.random() < 0.5, actor)
+        sub = Sub(next(self.keys), topics, policy, capacity or 64 << 20, self.random.choice([0, 1, 2]), actor)
         more = {"overflow": policy, "capacity": capacity, "replay": replay}
-        sub.id = self.do(actor, "subscribe", handle.key, sub.key, topics, sub.with_topic, more)
+        sub.id = self.do(actor, "subscribe", handle.key, sub.key, topics, sub.form, more)
         self.subs[sub.key] = sub
         if replay:
             self.expect_replay(sub, replay)
@@ -683,7 +697,7 @@ class Driver:
         takers = [actor for actor in (DRIVER, *self.actors) if actor not in sub.holders and actor != sub.subscriber]
         if takers:
             taker = self.random.choice(takers)
-            self.do(taker, "take", sub.key, self.do(giver, "give", sub.key), sub.with_topic)
+            self.do(taker, "take", sub.key, self.do(giver, "give", sub.key), sub.form)
             sub.holders.add(taker)
             sub.handed = True
 
@@ -742,7 +756,7 @@ class Driver:
         given = [sub for sub in self.unopened() if DRIVER in sub.holders and self.random.random() < 0.3]
         channels = {sub.key: self.hands.channels[sub.key] for sub in given}
         orders, theirs = self.context.Pipe()
-        hands = Hands({handle.key: self.bus}, channels, {sub.key: sub.with_topic for sub in given})
+        hands = Hands({handle.key: self.bus}, channels, {sub.key: sub.form for sub in given})
         self.actors[actor] = (self.children(self.context, act, hands, theirs), orders)
         theirs.close()
         self.handles[handle.key] = handle

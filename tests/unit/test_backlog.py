@@ -332,6 +332,40 @@ def test_a_replay_comes_before_what_is_published_meanwhile(policy: str) -> None:
         assert position == last
 
 
+@pytest.mark.parametrize("is_exact", [True, False])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_missing_at_the_beginning_is_reported_once(policy: str, is_exact: bool) -> None:
+    """In front of all that waits, with what is dropped there before it is written; under ``latest``, a number is not raised."""
+    for seed in range(200):
+        choose = Random(seed)
+        backlog, last, gap = new_backlog(10 * charge_of(100, 100), policy), 100, choose.randint(is_exact, 5)
+        kept = backlog.put_first(messages(100 - (count := choose.randint(1, 4)), [100] * (1 if policy == "latest" else count)))
+        at = choose.randrange(12)
+        for step in range(12):
+            sizes = [100] * choose.randint(1, 4)
+            if step == at:
+                backlog.put_gap_first(gap, is_exact=is_exact)
+            elif not backlog.ended and (policy != "block" or backlog.fitting(messages(last, sizes)) == len(sizes)):
+                before = backlog.published
+                backlog.put(messages(last, sizes))
+                last += backlog.published - before
+        assert backlog.published == gap + kept + last - 100 == backlog.missed + backlog.waiting
+        data = b""
+        while not backlog.is_empty:
+            backlog.pipe = 0
+            data += (part := backlog.to_write())
+            backlog.wrote(len(part))
+        found = [(NOTES.get(run.kind), run.image, run.position) for run in views(data)]
+        assert found[0][:2] == ("skipped" if policy == "latest" and is_exact else "gap", not is_exact)
+        assert not [one for one in found[1:] if one[0] and policy in ("block", "drop_oldest", "latest")]
+        assert not [one for one in found[1:] if one[1]]
+        numbers = [number for run in views(data) for kind, number in events(data, run) if kind == "message"]
+        assert len(numbers) == backlog.delivered
+        assert sum(number for kind, _, number in found if kind) == backlog.missed
+        if policy in ("drop_oldest", "latest"):
+            assert numbers == [*range(last - len(numbers), last)]
+
+
 def test_another_policy_takes_over() -> None:
     """A gap that is not reported is reported by the same policy only."""
     for policy, reported in (("drop_oldest", [("gap", 2)]), ("drop_newest", []), ("latest", [])):

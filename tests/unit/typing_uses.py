@@ -6,7 +6,17 @@ from multiprocessing import Pipe, Process
 from typing import Any, assert_type
 
 import mpbroadcast
-from mpbroadcast import Broadcaster, Channel, Received, Selector, channel_to_selector, connect, start_broadcaster
+from mpbroadcast import (
+    Broadcaster,
+    BrokerRestarted,
+    Channel,
+    Lagged,
+    Received,
+    Selector,
+    channel_to_selector,
+    connect,
+    start_broadcaster,
+)
 
 
 def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
@@ -35,6 +45,10 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
         assert_type(received, Received[int])
         assert_type((received.id, received.topic, received.message), tuple[int, str, int])
 
+    for number in channel.messages("skip"):
+        assert_type(number, int)
+    assert_type(next(channel.messages(on_gap="yield")), int | Lagged | BrokerRestarted)
+    assert_type(next(pairs.messages(on_gap=lambda gap: print(gap.channel))), tuple[str, int])
     assert_type(bus.history("room:*", limit=3, after=with_id.recv().id), list[Received[int]])
     assert_type(bus.subscriber_count("room"), int)
     assert_type(channel.recv(), int)
@@ -69,6 +83,7 @@ def wrong(bus: Broadcaster[int], channel: Channel[int]) -> None:
     bus.subscribe(with_id=1)  # type: ignore[call-overload]
     bus.subscribe(overflow="drop", with_id=True)  # type: ignore[call-overload]
     bus.subscribe(capacity="1 MB")  # type: ignore[call-overload]
+    channel.messages("drop")  # type: ignore[call-overload]
     bus.history(limit="3")  # type: ignore[arg-type]
     bus.history(["room"])  # type: ignore[arg-type]
     bus.unsubscribe("room")  # type: ignore[arg-type]

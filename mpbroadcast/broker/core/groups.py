@@ -7,6 +7,7 @@ goes. So each message that was given is finished, unfinished or lost, and belong
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 M = TypeVar("M")
@@ -41,6 +42,10 @@ class Shares(Generic[M]):
     def members(self) -> tuple[M, ...]:
         """Those that are subscribed, open or not, the oldest first."""
         return tuple(self._subscribed)
+
+    def __iter__(self) -> Iterator[M]:
+        """All that have joined and not left."""
+        return iter(tuple(self._shares))
 
     def __len__(self) -> int:
         """How many are subscribed."""
