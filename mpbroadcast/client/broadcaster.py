@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient
 from mpbroadcast.client.channel import Channel
-from mpbroadcast.client.pipe_ownership import PipeOwnership, open_unshared
+from mpbroadcast.client.pipe_ownership import PipeOwnership, open_own
 from mpbroadcast.client.publishing import Publishing
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, TimedOut
@@ -222,7 +222,7 @@ class Broadcaster(Publishing[M]):
         process, client = self._process, self._client
         limit = Deadline(None if timeout is None else timeout + _MARGIN)  # also when the broker is stopped
         if process is not None:
-            open_unshared(self._ownerships(), limit.at_most(CLOSE_TIMEOUT))
+            open_own(self._ownerships(), limit.at_most(CLOSE_TIMEOUT))
         self._closed = True
         writer = self._writer  # not before: a thread that makes one finds the handle closed, or is found here
         if writer is not None:
@@ -277,6 +277,7 @@ class Broadcaster(Publishing[M]):
 
     def _in_child(self) -> None:
         self._writer = None
+        self._writer_lock = locks.rlock()
         self._has_gap = False
         self._process = None
         self._closing = locks.rlock()

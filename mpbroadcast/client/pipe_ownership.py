@@ -252,7 +252,7 @@ class PipeOwnership:
         return ClosedError("this channel was closed in this process: subscribe again for another")
 
 
-def open_unshared(ownerships: Iterable[PipeOwnership], deadline: Deadline) -> None:
+def open_own(ownerships: Iterable[PipeOwnership], deadline: Deadline) -> None:
     """Open those that this process has subscribed and no other one can open, until the deadline."""
     for ownership in ownerships:
         try:

@@ -22,6 +22,7 @@ from mpbroadcast.client.pipe_writer import Route, framed
 from mpbroadcast.client.shared_writer import SHARED_FROM, SharedWriter
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import ClosedError, TimedOut
+from mpbroadcast.posix import locks
 from mpbroadcast.posix.pipes import write
 from mpbroadcast.protocol.frames import HEAD, MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.protocol.pickling import PROTOCOL, LargeBuffer, Payload, dumps, explain, gather, keep_in_band
@@ -46,6 +47,7 @@ class Publishing(Generic[M]):
         self._has_gap = False  # True if something was published to a broker that has died since
         self._is_large = False  # True if the last message was, and so perhaps the next
         self._closed = False
+        self._writer_lock = locks.rlock()  # makes each change of the writer one step, also without the GIL
 
     @property
     def address(self) -> str:
@@ -219,9 +221,10 @@ class Publishing(Generic[M]):
         if reply.pipe is None:
             raise self._client.lost_error()
         writer = SharedWriter(self._client, reply.session, reply.pipe, reply.body["publisher"])
-        if self._writer is None:  # no call in between, so no other thread either: the first one makes it for all
-            self._writer = writer
-        writer = self._writer or writer
+        with self._writer_lock:
+            if self._writer is None:  # no call in between, so no signal handler either: the first one makes it for all
+                self._writer = writer
+            writer = self._writer
         if self._closed:  # meanwhile, by another thread
             writer.pipe.close()
         self._check_open()
@@ -230,8 +233,9 @@ class Publishing(Generic[M]):
     def _drop_writer(self, writer: SharedWriter) -> None:
         """Drop the writer of a broker that has died: the next publish makes one for the broker that has taken over."""
         self._has_gap = True
-        if writer is self._writer:
-            self._writer = None
+        with self._writer_lock:
+            if writer is self._writer:
+                self._writer = None
 
     def _check_open(self) -> None:
         if self._closed:
