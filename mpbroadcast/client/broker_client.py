@@ -87,7 +87,7 @@ class BrokerClient:
 
     @classmethod
     def shared(cls, address: str, broker: str, restarts: bool) -> BrokerClient:
-        """Return the one that this process has for this broker."""
+        """Return the client that this process has for this broker; make it if there is none."""
         return _clients.get(broker) or _clients.setdefault(broker, cls(address, broker, restarts))
 
     def __reduce__(self) -> tuple[Any, ...]:
