@@ -70,6 +70,7 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "Backlog.to_write: len(runs) == 1 -> ",
         "Backlog._joined: len(parts) > 1 -> ",
         "_Dropping._split_to: self._divide(index, run.first) -> ",
+        "run_of: len(sizes) > 1 -> ",
         "_pack: count <= MOST_AT_ONCE -> ",
         "History.last: excess > 0 -> excess >= 0",
         "SharedRun.copied: self.item.length > PART -> self.item.length >= PART",
