@@ -283,7 +283,7 @@ def _wait(broker: Broker, connection: ControlConnection, message: dict[str, Any]
     topic = message.get("topic")
     encoded = None if topic is None else _checked(encode_topic, topic)
 
-    while (there := broker.router.count if encoded is None else len(broker.router.targets(encoded))) < count:
+    while (there := broker.router.count if encoded is None else len((yield from broker.router.look_up(encoded)))) < count:
         if message.get("now"):
             break
         yield WAIT
