@@ -195,6 +195,7 @@ def test_nothing_is_left_of_patterns_that_were_dropped() -> None:
     router.remove(0)
     for pattern in ("a*", "a?", "b*"):
         patterns.add(pattern, 1)
+    assert len([*patterns.matching_in_parts("ab", 0, [])]) == 3
     for pattern in ("a?", "a*", "b*"):
         patterns.drop(pattern, 1)
     assert (held(router), held(patterns)) == empty
