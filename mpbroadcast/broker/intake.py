@@ -2,7 +2,7 @@
 
 A publisher that finds the broker waiting for its pipe pays for waking it, with each message. So the pipe of one that is busy is
 not watched by the poller, but read after naps: a publisher whose pipe is not waited for pays nothing. Any other event
-ends a nap at once.
+ends a nap at once. A short message that comes alone is passed on as soon as it is read (``fast_path.py``).
 """
 
 from __future__ import annotations

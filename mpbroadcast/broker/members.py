@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.backlog import Backlog
@@ -115,6 +115,7 @@ class Publisher:
         self.lender: Lender | None = None  # what it shares; None: all goes through the pipe
         self.parked: deque[Parked] = deque()
         self.referred = 0  # bytes in shared memory that it has published so far
+        self.lookup: Generator[None, None, tuple[Subscription, ...]] | None = None  # of the first item's topic, in parts
         self.blocked: Subscription | None = None  # the full one that it waits for
         self.blocked_since = 0.0  # when something of it was routed last
         self.warned = False  # independent of the state: a warning of this wait is in the log

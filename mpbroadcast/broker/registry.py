@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Final
 
@@ -208,12 +208,12 @@ class Registry:
         subscription.session.budget.spend(cost)
         subscription.cost = subscription.cost.plus(cost)
 
-    def count(self, topic: bytes | None) -> int:
+    def counting(self, topic: bytes | None) -> Generator[None, None, int]:
         """Return how many subscriptions there are, or get what is published to ``topic``, each member of a group counted.
 
         :raises UnicodeDecodeError: the topic is not UTF-8.
         """
-        targets = None if topic is None else self._router.targets(topic)
+        targets = None if topic is None else (yield from self._router.look_up(topic))
         count = self._router.count if targets is None else len(targets)
         return count + sum(len(group.shares) - 1 for group in self.groups if targets is None or group in targets)
 

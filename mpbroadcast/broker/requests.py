@@ -202,7 +202,7 @@ def _wait(broker: Broker, connection: ControlConnection, message: dict[str, Any]
     topic = message.get("topic")
     encoded = None if topic is None else checked(encode_topic, topic)
     yield from until_routed(find_publisher(broker, message))
-    while (there := broker.registry.count(encoded)) < count:
+    while (there := (yield from broker.registry.counting(encoded))) < count:
         if message.get("now"):
             break
         yield WAIT

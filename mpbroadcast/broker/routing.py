@@ -36,6 +36,10 @@ _REPLAYED: Final = 1 << 10  # batches of a replay in a round: some milliseconds
 _BYTES_PER_BATCH: Final = 1 << 12  # that are copied in the time of one of these batches
 
 
+class _LooksUp(Exception):
+    """The targets of an item are not known yet."""
+
+
 class Routing:
     """Puts items into backlogs. Publishers and subscriptions that its caller has to handle are on lists."""
 
@@ -51,6 +55,7 @@ class Routing:
         self.overflowed: list[Subscription] = []  # those that have ended themselves
         self.groups: dict[int, int] = {}  # the ids of members and of their groups, which a member's exclusion leaves out whole
         self._router = router
+        self._found = router.found
         self._memory = memory
         self._dirty = dirty
         self._puts = 0
@@ -90,6 +95,12 @@ class Routing:
                 continue
             try:
                 full = self._put(item, publisher)
+            except _LooksUp:
+                parked.appendleft(item)
+                self.behind.pop(publisher, None)  # the others are first in the next turn
+                self.behind[publisher] = None
+                publisher.blocked, publisher.warned = None, False
+                return False
             except UnicodeDecodeError:
                 log.warning("process %d published to a topic that is not UTF-8: dropped", publisher.pid)
                 _done(item, publisher)
@@ -118,7 +129,9 @@ class Routing:
                 self.refused[publisher] = "it sent a reference into a ring that it had replaced"
                 return None
             self._memory.use(ring, publisher)
-        targets = self._router.targets(item.topic)
+        targets = self._found.get(item.topic)
+        if targets is None or publisher.lookup is not None:
+            targets = self._look_up(item.topic, publisher)
         if item.exclude or publisher.not_yet:
             targets = self._allowed(targets, item, publisher)
         self._puts += 1 + len(targets)
@@ -154,6 +167,25 @@ class Routing:
         if hold is not None:
             _done(item, publisher)
         return full
+
+    def _look_up(self, topic: bytes, publisher: Publisher) -> tuple[Subscription, ...]:
+        """Return the targets of the topic of its first item.
+
+        :raises _LooksUp: that takes long. It is to be called again for the same item, in its next turn.
+        :raises UnicodeDecodeError: the topic is not UTF-8.
+        """
+        if publisher.lookup is None:
+            targets = self._router.targets(topic)
+            if targets is not None:
+                return targets
+            publisher.lookup = self._router.look_up(topic)
+        try:
+            next(publisher.lookup)
+        except StopIteration as done:
+            publisher.lookup = None
+            found: tuple[Subscription, ...] = done.value
+            return found
+        raise _LooksUp
 
     def _enqueue(
         self, run: Run, ring: Ring | None, targets: tuple[Subscription, ...], last_in: dict[Subscription, int]

@@ -15,7 +15,7 @@ from mpbroadcast.client.received import Received
 from mpbroadcast.client.subscribing import Options
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, StartError
-from mpbroadcast.posix.addresses import resolve, resolve_default
+from mpbroadcast.posix.addresses import is_own_folder, resolve, resolve_default
 from mpbroadcast.posix.waiting import run
 from mpbroadcast.validation import Policy, check_authkey, check_bool, check_count, check_timeout
 
@@ -108,6 +108,9 @@ def connect_or_start(
     lingering = check_timeout(linger, "linger")
     timeout, settings = _checked_options(**options)
     path = resolve_default(address)
+    folder = os.path.dirname(path)
+    if not (os.path.isdir(folder) or is_own_folder(folder)):
+        raise AddressError(f"there is no folder {folder!r}: make it, or choose another address")
     from mpbroadcast.broker.host.main import Settings
     from mpbroadcast.broker.host.ownerless import tries_to_start
 

@@ -34,6 +34,7 @@ from mpbroadcast.errors import (
     ClosedError,
     TimedOut,
 )
+from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import Descendants, on_fork
 from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.key_file import read_key
@@ -85,6 +86,7 @@ class BrokerClient:
         self.restarts = restarts
         self._authkey = authkey
         self._session: Session | None = None  # the last one
+        self._session_lock = locks.rlock()  # makes each change of it one step, also without the GIL
         # Ids of subscriptions that no handle refers to any more, until a reply shows that the broker has dropped them.
         self.dropped: set[int] = _dropped.setdefault(broker, set()) if broker else set()
         # Subscriptions that only these processes, forked from this one, can still open.
@@ -95,7 +97,7 @@ class BrokerClient:
 
     @classmethod
     def shared(cls, address: str, broker: str, restarts: bool) -> BrokerClient:
-        """Return the one that this process has for this broker."""
+        """Return the client that this process has for this broker; make it if there is none."""
         return _clients.get(broker) or _clients.setdefault(broker, cls(address, broker, restarts))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -131,9 +133,10 @@ class BrokerClient:
             _keys[self.address] = self._authkey  # for handles of this process that come without a key
         _clients.setdefault(self.broker, self)
         made = Session(lifeline, int(reply["session"]))
-        if self._session is session:  # else another thread has attached. No call in between, so no thread either
-            self._session = made
-        return self._session or made
+        with self._session_lock:
+            if self._session is session:  # else another thread has attached, or a signal handler: no call in between
+                self._session = made
+            return self._session or made
 
     def _connected(self, connect: Callable[[Deadline], Steps[T]], deadline: Deadline) -> Steps[T]:
         for pause in _PAUSES:
@@ -282,6 +285,7 @@ class BrokerClient:
 
     def _in_child(self) -> None:
         self._session = None
+        self._session_lock = locks.rlock()
         self.inherited = {}
         self.dropped = set()
         for kept in (_clients, _dropped, _inherited, _last_notes):

@@ -44,7 +44,7 @@ def check_on_gap(on_gap: Any) -> None:
 
 
 class Messages(Generic[M]):
-    """What a channel gives, in ``for`` and ``async for``, with gaps skipped, given, or handed to a callable.
+    """The items of a channel, in ``for`` and ``async for``, with gaps skipped, given, or handed to a callable.
 
     ``Channel.messages`` makes it. What was received by an iteration that is left is not received by the next one.
     """

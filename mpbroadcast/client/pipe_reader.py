@@ -8,6 +8,7 @@
 - Messages are decoded up to a limit at once; what is not decoded stays in the stream as bytes.
 - All messages of a stream but the last can be taken without a lock, and by C alone: :attr:`Stream.fast`, which each thread and
   each iteration shares, pops exactly so many. The last one is taken under the channel's lock, as its tail byte is read then.
+- A message that comes alone takes a fast path, :func:`take_lone`, which changes the stream with no call in between.
 - What has no message follows as a :class:`Failure` at its position, or as an :class:`End` behind all messages.
 """
 

@@ -24,6 +24,7 @@ from mpbroadcast.client.shared_writer import SHARED_FROM, SharedWriter
 from mpbroadcast.client.tasks import TURN, drive, give_turn
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import ClosedError, TimedOut
+from mpbroadcast.posix import locks
 from mpbroadcast.posix.pipes import write
 from mpbroadcast.posix.waiting import Steps, Wakers, run
 from mpbroadcast.protocol.frames import HEAD, MAX_FRAME, PIPE_BUF, frame_head
@@ -56,6 +57,7 @@ class Publishing(Generic[M]):
         self._tasks = Wakers()
         self._threads_with_tasks: list[int] = []  # the thread of each task that publishes now
         self._turn = 0
+        self._writer_lock = locks.rlock()  # makes each change of the writer one step, also without the GIL
 
     @property
     def address(self) -> str:
@@ -297,9 +299,10 @@ class Publishing(Generic[M]):
         if reply.pipe is None:
             raise self._client.lost_error()
         writer = SharedWriter(self._client, reply.session, reply.pipe, reply.body["publisher"])
-        if self._writer is None:  # no call in between, so no other thread either: the first one makes it for all
-            self._writer = writer
-        writer = self._writer or writer
+        with self._writer_lock:
+            if self._writer is None:  # no call in between, so no signal handler either: the first one makes it for all
+                self._writer = writer
+            writer = self._writer
         if self._closed:  # meanwhile, by another thread
             writer.pipe.close()
         self._check_open()
@@ -308,8 +311,9 @@ class Publishing(Generic[M]):
     def _drop_writer(self, writer: SharedWriter) -> None:
         """Drop the writer of a broker that has died: the next publish makes one for the broker that has taken over."""
         self._has_gap = True
-        if writer is self._writer:
-            self._writer = None
+        with self._writer_lock:
+            if writer is self._writer:
+                self._writer = None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,8 +1,8 @@
 """Receiving from a subscription in the process of its subscriber: the core of a channel.
 
-- What was read from the pipe is one :class:`Stream`, replaced as a whole in one assignment. So an exception from a signal
-  handler finds it as it was or as it will be. Bytes are read by ``list.extend(map(read, ...))``, which has no moment between
-  reading and keeping. A signal handler that itself receives from the same channel is not provided for.
+- What was read from the pipe is one :class:`Stream`, replaced in one assignment, or changed with no call in between. So an
+  exception from a signal handler finds it as it was or as it will be. Bytes are read by ``list.extend(map(read, ...))``: there
+  is no moment between reading and keeping. A signal handler that receives from the same channel itself is not provided for.
 - The descriptor is readable for as long as there is something to receive: the tail byte of the last run that was read stays in
   the pipe until the last decoded message is handed out (see ``protocol/runs.py``). An interrupt behind the reading of that
   byte puts the message back, but not the byte. To read it with the next call instead would wake each waiter once in vain.

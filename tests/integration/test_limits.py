@@ -180,12 +180,42 @@ def test_many_waits_and_many_subscriptions(attacker: Attacker) -> None:
         attacker.broker.round(at_once=True)
 
 
+def slow_patterns(first: int) -> list[str]:
+    """Return patterns that take as long to match as those of a session may."""
+    return [f"*[ab]{'?' * 900}{number}" for number in range(first, first + 17)]
+
+
 @pytest.fixture
 def slow(attacker: Attacker) -> Attacker:
     """A session with a subscription whose patterns take as long to match as they may."""
-    patterns = [f"*[ab]{'?' * 900}{number}" for number in range(17)]
-    assert attacker.ask(subscribing(attacker.number, 5000, *patterns)) == {}
+    assert attacker.ask(subscribing(attacker.number, 5000, *slow_patterns(0))) == {}
     return attacker
+
+
+def test_what_patterns_of_several_sessions_take(slow: Attacker) -> None:
+    """A topic is looked up in the turns of its publisher, also before what is requested then. Others have theirs in between."""
+    router = slow.broker.router
+    everything, quick = slow.subscribe([6000], "*") + slow.subscribe([6001], "quick")
+    for number in range(1, 4):
+        assert slow.ask(subscribing(slow.new_session(), 5000 + number, *slow_patterns(number * 100))) == {}
+    (_, long_pipe), (_, quick_pipe) = slow.publisher(), slow.publisher()
+    os.write(quick_pipe, frame_head(0, b"quick"))
+    slow.broker.round(at_once=True)
+    for number in range(2):
+        os.write(long_pipe, frame_head(0, b"a" * 1000 + b"%d" % number))
+    steps, served = [], 0
+    while everything.backlog.published < 3 + served:
+        os.write(quick_pipe, frame_head(0, b"quick"))
+        before = router.steps
+        slow.broker.round(at_once=True)
+        steps.append(router.steps - before)
+        served = quick.backlog.published - 1
+    assert max(steps) < SESSION.steps // 2
+    assert sum(steps) > 6 * SESSION.steps
+    assert served == len(steps)
+    os.write(long_pipe, frame_head(0, b"a" * 1000))
+    assert slow.ask({"do": "unsubscribe", "subscription": 6000, "session": slow.number}) == {}
+    assert everything.backlog.published == 4 + served
 
 
 def wait(number: int, now: bool) -> dict[str, Any]:

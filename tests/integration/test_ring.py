@@ -18,7 +18,6 @@ import pytest
 from mpbroadcast import Broadcaster, Channel, connect
 from mpbroadcast.client import ring, shared_writer
 from mpbroadcast.client.shared_writer import SHARED_FROM
-from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.frames import PIPE_BUF
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST, RingAllocator
@@ -206,7 +205,7 @@ def test_without_memory_for_a_ring_no_chunk_is_waited_for(bus: Bus, monkeypatch:
     channel = bus.subscribe()
     prime(bus, os.getpid(), channels=[channel], maps=2)
     monkeypatch.setattr(ring, "populate", lambda *_: False)
-    monkeypatch.setattr(DescriptorSocket, "send_packet", None)  # which asks for a chunk
+    monkeypatch.setattr("mpbroadcast.posix.fd_socket.DescriptorSocket.send_packet", None)  # which asks for a chunk
     exchange(bus, channel, CHUNK // SIZE * [Size(2 * SIZE)])
 
 

@@ -35,7 +35,7 @@ def test_no_session_has_more_than_its_budget_nor_all_sessions_theirs(
             parts[index].spend(cost)
             spent[index] = wanted
         else:
-            with pytest.raises(OverBudget, match="all sessions together would" if fits else "this session would"):
+            with pytest.raises(OverBudget, match="all processes together would" if fits else "this process would"):
                 parts[index].check(cost)
         assert [part.spent for part in parts] == spent
         assert whole.spent == spent[0].plus(spent[1])

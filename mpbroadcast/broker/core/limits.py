@@ -64,7 +64,7 @@ class Budget:
         """
         for name, spent, more, most in zip(_NAMES, self.spent, cost, self.limit, strict=True):
             if spent + more > most:
-                owner = "this session" if self._whole is not None else "all sessions together"
+                owner = "this process" if self._whole is not None else "all processes together"
                 raise OverBudget(f"{owner} would have {spent + more} {name}, and may have {most}: close some channels first")
         if self._whole is not None:
             self._whole.check(cost)

@@ -8,7 +8,7 @@ does.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from fnmatch import translate
 from typing import Final, Generic, TypeVar
@@ -82,13 +82,19 @@ def _beginning(pattern: str) -> str:
     return _SPECIAL.split(pattern, maxsplit=1)[0]
 
 
+_Entry = tuple[Matcher, dict[S, None], int]  # of a pattern: its members, and its steps for the longest topic
+
+
 class Patterns(Generic[S]):
     """Patterns, each with members."""
 
     def __init__(self) -> None:
-        self._alike: dict[str, dict[str, tuple[Matcher, dict[S, None]]]] = {}  # by their beginnings
+        self._alike: dict[str, dict[str, _Entry[S]]] = {}  # by their beginnings
         self._steps: Counter[str] = Counter()  # of those that begin so
         self._lengths: Counter[int] = Counter()  # of the beginnings
+        self._running: dict[
+            int, tuple[str, deque[_Entry[S]]]
+        ] = {}  # topics that are matched in parts, and what is left of each
 
     def add(self, pattern: str, member: S) -> None:
         beginning = _beginning(pattern)
@@ -97,8 +103,12 @@ class Patterns(Generic[S]):
             self._lengths[len(beginning)] += 1
         alike = self._alike[beginning]
         if pattern not in alike:
-            alike[pattern] = (matcher(pattern), {})
-            self._steps[beginning] += steps(pattern)
+            longest = steps(pattern)
+            entry = alike[pattern] = (matcher(pattern), {}, longest)
+            self._steps[beginning] += longest
+            for text, left in self._running.values():
+                if text.startswith(beginning):
+                    left.append(entry)
         alike[pattern][1][member] = None
 
     def drop(self, pattern: str, member: S) -> None:
@@ -128,6 +138,27 @@ class Patterns(Generic[S]):
     def matching(self, text: str) -> Iterator[dict[S, None]]:
         """Return the members of each pattern that matches this topic."""
         for beginning in self._begin_as(text):
-            for made, members in self._alike[beginning].values():
+            for made, members, _ in self._alike[beginning].values():
                 if made.match(text):
                     yield members
+
+    def matching_in_parts(self, text: str, most: int, matching: list[dict[S, None]]) -> Iterator[int]:
+        """Append what :meth:`matching` returns, in parts of more than ``most`` steps but the last. Yield how many each took.
+
+        At the end it is right: patterns that come meanwhile are tried, too, and members come and go in what was appended.
+        """
+        left = deque(entry for beginning in self._begin_as(text) for entry in self._alike[beginning].values())
+        taken = 0
+        try:
+            self._running[id(left)] = text, left
+            while left:
+                made, members, longest = left.popleft()
+                taken += _CALL + longest * len(text) // MAX_TOPIC
+                if made.match(text):
+                    matching.append(members)
+                if taken > most:
+                    yield taken
+                    taken = 0
+            yield taken
+        finally:
+            del self._running[id(left)]

@@ -3,8 +3,8 @@
 A chunk is free again when the publisher has gone on to another, all messages in it are routed, no backlog has them any more,
 and each reference to it that was written into the pipe of a living subscription has been read.
 
-A chunk is written forward only: until it is free again, no message lies before the end of an earlier one. So what one read of
-a publisher's pipe refers to is never more than the ring.
+Each message lies in the ring. A chunk is written forward only: until it is free again, no message lies before the end of an
+earlier one. So what one read of a publisher's pipe refers to is never more than the ring.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Final, Generic, TypeVar
 
 from mpbroadcast.broker.core.patterns import Patterns, is_pattern
@@ -11,6 +11,8 @@ S = TypeVar("S")
 
 _LISTED: Final = 10
 _CACHED_TOPICS: Final = 16384  # at most 1 KiB each; all are forgotten when there are more
+MOST_LOOKED_UP: Final = 4  # topics at once, in parts
+PART: Final = 1 << 21  # steps of trying patterns at once: some 5 ms
 
 
 class Router(Generic[S]):
@@ -22,6 +24,7 @@ class Router(Generic[S]):
         self._patterns: Patterns[S] = Patterns()
         self.steps = 0  # what trying patterns has taken so far
         self.found: dict[bytes, tuple[S, ...]] = {}  # what was looked up; to be read only
+        self._looked_up = 0  # topics at this moment
 
     def add(self, subscription: S, topics: Iterable[str]) -> None:
         self.found.clear()
@@ -63,22 +66,54 @@ class Router(Generic[S]):
         """Return the topics of the subscription, in the order in which they were added."""
         return tuple(self._topics.get(subscription, ()))
 
-    def targets(self, topic: bytes) -> tuple[S, ...]:
-        """Return the subscriptions that get what is published to ``topic``.
+    def targets(self, topic: bytes) -> tuple[S, ...] | None:
+        """Return the subscriptions that get what is published to ``topic``; ``None`` if that takes too long to look up at once.
 
         :raises UnicodeDecodeError: the topic is not UTF-8.
         """
         found = self.found.get(topic)
         if found is None:
             text = topic.decode()
-            members = dict(self._exact.get(text, {}))
-            self.steps += self._patterns.steps(text)
-            for matching in self._patterns.matching(text):
-                members.update(matching)
-            found = tuple(members)
-            if len(self.found) >= _CACHED_TOPICS:
-                self.found.clear()
-            self.found[topic] = found
+            steps = self._patterns.steps(text)
+            if steps > PART:
+                return None
+            self.steps += steps
+            found = self._keep(topic, self._members(text, self._patterns.matching(text)))
+        return found
+
+    def look_up(self, topic: bytes) -> Generator[None, None, tuple[S, ...]]:
+        """Return what :meth:`targets` does, in parts: the subscriptions that get it at the end.
+
+        Few topics are looked up at once, as each has a list of patterns. Others go on when one of these is done, or closed.
+
+        :raises UnicodeDecodeError: the topic is not UTF-8.
+        """
+        while (found := self.found.get(topic)) is None and self._looked_up >= MOST_LOOKED_UP:
+            yield
+        if found is None:
+            self._looked_up += 1
+            try:
+                text = topic.decode()
+                matching: list[dict[S, None]] = []
+                for steps in self._patterns.matching_in_parts(text, PART, matching):
+                    self.steps += steps
+                    if steps > PART:
+                        yield
+                found = self._keep(topic, self._members(text, matching))
+            finally:
+                self._looked_up -= 1
+        return found
+
+    def _members(self, text: str, matching: Iterable[dict[S, None]]) -> tuple[S, ...]:
+        members = dict(self._exact.get(text, {}))
+        for more in matching:
+            members.update(more)
+        return tuple(members)
+
+    def _keep(self, topic: bytes, found: tuple[S, ...]) -> tuple[S, ...]:
+        if len(self.found) >= _CACHED_TOPICS:
+            self.found.clear()
+        self.found[topic] = found
         return found
 
 
