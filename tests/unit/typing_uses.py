@@ -10,6 +10,7 @@ from mpbroadcast import (
     Broadcaster,
     BrokerRestarted,
     Channel,
+    GroupStats,
     Lagged,
     Received,
     Selector,
@@ -35,6 +36,10 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
     assert_type(mpbroadcast.subscribe(bus, "room", overflow="disconnect", capacity=9, replay=1), Channel[int])
     assert_type(mpbroadcast.subscribe(bus, with_topic=True), Channel[tuple[str, int]])
 
+    assert_type(bus.subscribe("jobs", group="workers", prefetch=3, with_topic=True), Channel[tuple[str, int]])
+    assert_type(mpbroadcast.subscribe(bus, "jobs", group=None), Channel[int])
+    assert_type(bus.stats().groups["workers"], GroupStats)
+    bus.subscribe("jobs", group=3)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     with_id = bus.subscribe("room:*", with_id=True, overflow="drop_oldest")
     assert_type(with_id, Channel[Received[int]])
     assert_type(bus.subscribe(with_topic=with_topic, with_id=True), Channel[Received[int]])
