@@ -39,7 +39,6 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
     assert_type(bus.subscribe("jobs", group="workers", prefetch=3, with_topic=True), Channel[tuple[str, int]])
     assert_type(mpbroadcast.subscribe(bus, "jobs", group=None), Channel[int])
     assert_type(bus.stats().groups["workers"], GroupStats)
-    bus.subscribe("jobs", group=3)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     with_id = bus.subscribe("room:*", with_id=True, overflow="drop_oldest")
     assert_type(with_id, Channel[Received[int]])
     assert_type(bus.subscribe(with_topic=with_topic, with_id=True), Channel[Received[int]])
@@ -83,6 +82,7 @@ def wrong(bus: Broadcaster[int], channel: Channel[int]) -> None:
     bus.publish("text")  # type: ignore[arg-type]
     bus.publish(1, "room")  # type: ignore[call-arg]
     bus.subscribe(3)  # type: ignore[call-overload]
+    bus.subscribe("jobs", group=3)  # type: ignore[call-overload]
     bus.subscribe(["room"])  # type: ignore[call-overload]
     bus.subscribe(overflow="drop")  # type: ignore[call-overload]
     bus.subscribe(with_id=1)  # type: ignore[call-overload]
