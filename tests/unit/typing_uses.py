@@ -16,6 +16,7 @@ from mpbroadcast import (
     Selector,
     channel_to_selector,
     connect,
+    connect_or_start,
     start_broadcaster,
 )
 
@@ -24,6 +25,8 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
     """What must be accepted, and as what."""
     assert_type(start_broadcaster(), Broadcaster[Any])
     assert_type(connect("address"), Broadcaster[Any])
+    assert_type(connect(), Broadcaster[Any])
+    assert_type(connect_or_start("name", linger=None, history=3, restart=True, log_config={}), Broadcaster[Any])
     strings: Broadcaster[str] = start_broadcaster(history=3)
     strings.publish("text", topic="t")
 
@@ -98,6 +101,8 @@ def wrong(bus: Broadcaster[int], channel: Channel[int]) -> None:
     mpbroadcast.subscribe(bus, with_topics=True)  # type: ignore[call-overload]
     mpbroadcast.unsubscribe(bus, "room")  # type: ignore[arg-type]
     start_broadcaster(context="spawn")  # type: ignore[arg-type]
+    connect_or_start("name", history="1")  # type: ignore[arg-type]
+    connect_or_start("name", context=None)  # type: ignore[call-arg]
     channel_to_selector(bus)  # type: ignore[arg-type]
     channel.recv(timeout="1")  # type: ignore[arg-type]
     _: str = channel.recv()  # type: ignore[assignment]
