@@ -37,7 +37,7 @@ from mpbroadcast.errors import (
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import Descendants, on_fork
 from mpbroadcast.posix.fd_socket import DescriptorSocket
-from mpbroadcast.posix.key_file import read_key
+from mpbroadcast.posix.key_file import Key, read_key
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.waiting import Steps, Wait, run
 from mpbroadcast.protocol.control import encode
@@ -167,10 +167,10 @@ class BrokerClient:
                 if key == former:  # else another broker has taken the address over, and has written another key
                     raise
 
-    def _key(self) -> bytes:
+    def _key(self) -> Key:
         """Return the key that the handle was given, else that of the key file, else that which children inherit."""
         own = bytes(multiprocessing.current_process().authkey)
-        return self._authkey or read_key(self.address) or _keys.get(self.address) or own
+        return Key(self._authkey or read_key(self.address) or _keys.get(self.address) or own)
 
     def request(self, do: str, *, deadline: Deadline | None = None, session: Session | None = None, **fields: Any) -> Reply:
         """Request something of the broker, and block until its reply comes, or until ``deadline``.

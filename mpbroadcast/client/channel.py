@@ -35,6 +35,9 @@ class Channel(Receiving[M]):
     it level-triggered, not edge-triggered. When an exception from a signal handler has interrupted a call that receives, call
     ``poll(0)`` before the next wait: a message may be ready, and the descriptor not readable.
 
+    Of a group's member (``subscribe(group=...)``), each call that receives or waits also reports that what was handed out
+    before is finished. If you wait with ``selectors``, call ``poll()`` behind each message.
+
     Used with ``with``, it is closed at the end. An iteration ends where the messages end.
     """
 

@@ -22,7 +22,14 @@ LENGTH: Final = 32  # bytes of a key
 _WHOLE: Final = re.compile(rb"[0-9a-f]{%d}\n" % (2 * LENGTH))
 
 
-def read_key(address: str) -> bytes | None:
+class Key(bytes):
+    """A key that is not shown where the values of variables are, as in some tracebacks."""
+
+    def __repr__(self) -> str:
+        return "<key>"
+
+
+def read_key(address: str) -> Key | None:
     """Return the key that belongs to the socket at ``address``; ``None`` if it has no key file.
 
     :raises AuthenticationFailed: there is a file that cannot be trusted.
@@ -46,7 +53,7 @@ def read_key(address: str) -> bytes | None:
         why = "holds no key"
     if why:
         raise AuthenticationFailed(_refused(path, why))
-    return bytes.fromhex(text.decode())
+    return Key.fromhex(text.decode())
 
 
 def _refused(path: str, why: str) -> str:

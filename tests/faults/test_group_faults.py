@@ -6,13 +6,15 @@ import time
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from random import Random
+from struct import iter_unpack, pack
 from typing import Any
 
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerRestarted, Channel, GroupStats, start_broadcaster
 from tests.support.helpers import DEADLINE, Background, Children, Pipe, answer, finish, rest, stopped, take, wait_until
-from tests.support.large_workers import Size, numbers
+from tests.support.large_workers import Size, number_of, numbers
 
 Bus = Broadcaster[Any]
 SMALL = Size(100)
@@ -128,6 +130,54 @@ def test_memory_of_a_killed_member_is_freed(
     assert 0 < lost <= 3
     assert numbers(take(other, 6 - lost)) == [*range(lost, 6)]
     wait_until(lambda: bus.stats().memory < 100_000)
+
+
+def test_each_message_comes_once_or_is_lost(bus: Bus, children: Children, fork: BaseContext) -> None:
+    """Members that join, close, end and are killed at random moments get nothing twice, and what none has got is counted."""
+    choose = Random(1)
+    reader, writer = os.pipe()
+    held: Channel[Any] = bus.subscribe(group="g")  # not open: it keeps the group, and takes nothing
+    workers = [children(fork, note_each, bus, writer, seed) for seed in range(4)]
+    published, kills = 0, 0
+    for step in range(100):
+        count = choose.randrange(15)
+        bus.publish_many(Size(choose.choice([10, 10, 3000, 100_000])).message(published + index) for index in range(count))
+        published += count
+        if choose.random() < 0.1:
+            workers[choose.randrange(4)].kill()
+            kills += 1
+        for index, process in enumerate(workers):
+            if not process.is_alive():
+                workers[index] = children(fork, note_each, bus, writer, step + index)
+        time.sleep(0.002)
+    bus.flush(DEADLINE, delivered=True)
+    for process in workers:
+        process.kill()
+    wait_until(lambda: group(bus).members == 1)
+    figures = group(bus)
+    held.close()
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        got = [number for (number,) in iter_unpack("<I", file.read())]
+    assert len({*got}) == len(got), "no message comes twice"
+    assert {*got} <= {*range(published)}
+    assert figures == GroupStats(1, 0, published, figures.lost, 0)
+    assert figures.lost >= published - len(got), "what was not received is counted"
+    assert kills > 5
+
+
+def note_each(bus: Bus, descriptor: int, seed: int) -> None:
+    """Write down the number of each message that comes; now and then close the channel, or end without that."""
+    choose = Random(seed)
+    channel: Channel[Any] = bus.subscribe(group="g", prefetch=choose.choice([1, 1, 3, 20]))
+    while True:
+        for message in channel.recv_many() if choose.random() < 0.3 else [channel.recv()]:
+            os.write(descriptor, pack("<I", number_of(message)))
+        if choose.random() < 0.005:
+            channel.close()
+            return
+        if choose.random() < 0.005:
+            os._exit(0)
 
 
 def test_the_last_member_is_killed(bus: Bus, children: Children, fork: BaseContext, pipe: Pipe) -> None:

@@ -30,7 +30,8 @@ Bus = Broadcaster[Any]
 WRONG: dict[str, Any] = {
     **dict.fromkeys(("topic", "overflow", "exclude", "handler", "log_config", "address", "authkey"), 5),
     **dict.fromkeys(
-        ("timeout", "start_timeout", "stall_timeout", "limit", "history", "capacity", "replay", "after", "context"), "1"
+        ("timeout", "start_timeout", "stall_timeout", "limit", "history", "linger", "capacity", "replay", "after", "context"),
+        "1",
     ),
     **dict.fromkeys(("delivered", "with_topic", "with_id", "restart"), 1),
 }
@@ -50,6 +51,7 @@ KEYWORDS: list[tuple[str, tuple[Any, ...], str]] = [
     ("selector.select", (0,), "handler"),
     ("selector.receive", (), "timeout"),
     ("mpbroadcast.connect", ("/tmp/x",), "authkey"),
+    ("mpbroadcast.connect_or_start", ("/tmp/x",), "linger authkey start_timeout history stall_timeout log_config restart"),
     ("mpbroadcast.start_broadcaster", (), "context address authkey start_timeout history stall_timeout log_config restart"),
 ]
 POSITIONS: list[tuple[str, tuple[Any, ...], str]] = [

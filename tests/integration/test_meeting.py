@@ -3,9 +3,11 @@
 import errno
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import AddressError, AuthenticationFailed, BrokerLost, StartError, connect, start_broadcaster, trap_points
+from mpbroadcast.broker.host.main import Settings
 from mpbroadcast.broker.host.socket_file import Listening, remove_forgotten_folders, remove_leftovers
 from mpbroadcast.posix.addresses import resolve
 from mpbroadcast.posix.key_file import read_key
@@ -268,6 +271,30 @@ def test_another_broker_has_taken_over_between_the_key_and_the_socket(tmp_path: 
         with connect(address) as bus:
             assert bus.stats().publishers == 0
     assert not keys
+
+
+def test_a_key_is_shown_nowhere(tmp_path: Path) -> None:
+    """Not in the log, whatever its level, in what is shown of objects, or in a traceback with the values of variables."""
+    handler = {"class": "logging.FileHandler", "filename": str(tmp_path / "log")}
+    log = {"version": 1, "handlers": {"file": handler}, "root": {"handlers": ["file"], "level": "DEBUG"}}
+    settings = Settings(None, KEY, 0, None, None, False, keys=[KEY])
+    shown = [repr(settings), str(vars(settings)["starter"])]
+    with start_broadcaster(address=tmp_path / "socket", log_config=log) as bus, connect(bus.address) as other:
+        path = Path(bus.address + ".key")
+        key = path.read_text().strip()
+        shown += [repr(bus), repr(other), pickle.dumps(other).decode("latin-1"), str(sys.argv), str(os.environ)]
+        path.write_text(KEY.hex() + "\n")
+        with pytest.raises(AuthenticationFailed) as caught:
+            connect(bus.address)
+        error, frames = caught.value, caught.tb.tb_next  # without that of this test, which has the key
+        shown += traceback.TracebackException(type(error), error, frames, capture_locals=True).format()
+        path.unlink()
+        bus.subscribe().close()
+    shown.append((tmp_path / "log").read_text())
+    assert "<key>" in "".join(shown)
+    for one in (KEY, bytes.fromhex(key)):
+        for form in (one.hex(), repr(one)[2:-1], one.decode("latin-1")):
+            assert form not in "".join(shown)
 
 
 def use(bus: Any) -> None:

@@ -10,11 +10,13 @@ from mpbroadcast import (
     Broadcaster,
     BrokerRestarted,
     Channel,
+    GroupStats,
     Lagged,
     Received,
     Selector,
     channel_to_selector,
     connect,
+    connect_or_start,
     start_broadcaster,
 )
 
@@ -23,6 +25,8 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
     """What must be accepted, and as what."""
     assert_type(start_broadcaster(), Broadcaster[Any])
     assert_type(connect("address"), Broadcaster[Any])
+    assert_type(connect(), Broadcaster[Any])
+    assert_type(connect_or_start("name", linger=None, history=3, restart=True, log_config={}), Broadcaster[Any])
     strings: Broadcaster[str] = start_broadcaster(history=3)
     strings.publish("text", topic="t")
 
@@ -35,6 +39,9 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
     assert_type(mpbroadcast.subscribe(bus, "room", overflow="disconnect", capacity=9, replay=1), Channel[int])
     assert_type(mpbroadcast.subscribe(bus, with_topic=True), Channel[tuple[str, int]])
 
+    assert_type(bus.subscribe("jobs", group="workers", prefetch=3, with_topic=True), Channel[tuple[str, int]])
+    assert_type(mpbroadcast.subscribe(bus, "jobs", group=None), Channel[int])
+    assert_type(bus.stats().groups["workers"], GroupStats)
     with_id = bus.subscribe("room:*", with_id=True, overflow="drop_oldest")
     assert_type(with_id, Channel[Received[int]])
     assert_type(bus.subscribe(with_topic=with_topic, with_id=True), Channel[Received[int]])
@@ -78,6 +85,7 @@ def wrong(bus: Broadcaster[int], channel: Channel[int]) -> None:
     bus.publish("text")  # type: ignore[arg-type]
     bus.publish(1, "room")  # type: ignore[call-arg]
     bus.subscribe(3)  # type: ignore[call-overload]
+    bus.subscribe("jobs", group=3)  # type: ignore[call-overload]
     bus.subscribe(["room"])  # type: ignore[call-overload]
     bus.subscribe(overflow="drop")  # type: ignore[call-overload]
     bus.subscribe(with_id=1)  # type: ignore[call-overload]
@@ -93,6 +101,8 @@ def wrong(bus: Broadcaster[int], channel: Channel[int]) -> None:
     mpbroadcast.subscribe(bus, with_topics=True)  # type: ignore[call-overload]
     mpbroadcast.unsubscribe(bus, "room")  # type: ignore[arg-type]
     start_broadcaster(context="spawn")  # type: ignore[arg-type]
+    connect_or_start("name", history="1")  # type: ignore[arg-type]
+    connect_or_start("name", context=None)  # type: ignore[call-arg]
     channel_to_selector(bus)  # type: ignore[arg-type]
     channel.recv(timeout="1")  # type: ignore[arg-type]
     _: str = channel.recv()  # type: ignore[assignment]

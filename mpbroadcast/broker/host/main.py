@@ -37,6 +37,7 @@ from mpbroadcast.broker.host.supervisor import supervise
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import DRAIN_TIMEOUT, Broker
 from mpbroadcast.posix.key_file import LENGTH as KEY_LENGTH
+from mpbroadcast.posix.key_file import Key
 from mpbroadcast.posix.pipes import new_pipe
 from mpbroadcast.posix.poller import IN
 
@@ -84,7 +85,7 @@ def run(settings: Settings, ready: Connection, lock: Connection | None = None) -
     listening: Listening | None = None
     try:
         remove_forgotten_folders(settings.temporary)
-        key = os.urandom(KEY_LENGTH) if settings.has_key_file else None
+        key = Key(os.urandom(KEY_LENGTH)) if settings.has_key_file else None
         if key is not None:
             settings.keys.append(key)
         listening = Listening(settings.address, settings.temporary, key, None if lock is None else lock.fileno())
