@@ -166,6 +166,17 @@ def test_under_latest_what_is_gone_is_no_gap_where_the_newest_is_there(kept: tup
         assert channel.missed == missed
 
 
+@pytest.mark.parametrize("overflow", ["block", "drop_oldest", "drop_newest", "disconnect"])
+def test_a_group_starts_behind_an_id(kept: tuple[Bus, list[int]], overflow: Policy) -> None:
+    """That of its first member; the gap goes to the member that gets the next message."""
+    bus, ids = kept
+    for after, expected in ((BEGINNING, [Gap(3), *KEPT]), (3, KEPT[1:]), (FOREIGN, [Gap(None), *KEPT])):
+        first = bus.subscribe(group=f"group {after}", after=ids[after], overflow=overflow, with_id=True)
+        second = bus.subscribe(group=f"group {after}", after=0, overflow=overflow, with_id=True)
+        second.close()
+        assert received(bus, first) == expected
+
+
 def test_very_many_messages_are_resumed_at_random_places() -> None:
     """While others come: each once, in order, and live ones behind them."""
     count, choose = 100_000, Random(5)

@@ -80,6 +80,7 @@ def calls_that_receive(channel: Channel[Any]) -> dict[str, Callable[[], list[Any
         "recv_many": lambda: channel.recv_many(2, DEADLINE),
         "next": lambda: [next(channel)],
         "for": lambda: [next(iter(channel))],
+        "messages": lambda: [next(channel.messages("yield"))],
         "async for": lambda: [asyncio.run(first())],
         "selector": lambda: [selector.receive(DEADLINE)],
     }
