@@ -13,16 +13,18 @@ import sys
 from collections.abc import Sequence
 
 from mpbroadcast import BroadcastError
-from mpbroadcast.cli import demo, output, pub, run, serve, sub
+from mpbroadcast.cli import demo, output, pub, run, serve, stats, sub, top
 
 _COMMANDS = {
     "run": (run, "run a command beside a broker"),
     "serve": (serve, "serve a broker at an address"),
     "pub": (pub, "publish lines, JSON values or files"),
     "sub": (sub, "print what is published"),
+    "top": (top, "show subscriptions and publishers as they change"),
+    "stats": (stats, "print one snapshot"),
     "demo": (demo, "publish a tree of source files to CPU-bound workers"),
 }
-_CLIENTS = {"pub", "sub"}  # commands that connect to a broker
+_CLIENTS = {"pub", "sub", "top", "stats"}  # commands that connect to a broker
 
 
 def _version() -> str:

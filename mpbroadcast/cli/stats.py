@@ -1,0 +1,39 @@
+"""Print one snapshot of the broker: its subscriptions, publishers and groups."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+
+from mpbroadcast import connect
+from mpbroadcast.cli import output
+from mpbroadcast.cli.figures import figures, report
+from mpbroadcast.cli.processes import Processes
+from mpbroadcast.cli.prometheus import exposition
+from mpbroadcast.cli.text import encode, json_line
+
+EXAMPLE = "mpbroadcast stats --json --address myapp | jq .published"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as one JSON object, with the fields of BrokerStats")
+    form.add_argument("--prometheus", action="store_true", help="in Prometheus' text format")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the snapshot, and return the exit code."""
+    with connect(options.address) as bus:
+        stats = bus.stats()
+        if options.json:
+            output.write(json_line(dataclasses.asdict(stats)))
+        elif options.prometheus:
+            output.write(encode(exposition(stats)))
+        else:
+            lines = report(
+                figures(stats, None, Processes().of(stats)), bus.address, shutil.get_terminal_size((120, 24)).columns
+            )
+            output.write(encode("".join(f"{line}\n" for line in lines)))
+    return 0
