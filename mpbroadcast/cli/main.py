@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from mpbroadcast import BroadcastError
 from mpbroadcast.cli import demo, output, pub, run, serve, stats, sub, top
 
-_COMMANDS = {
+COMMANDS = {
     "run": (run, "run a command beside a broker"),
     "serve": (serve, "serve a broker at an address"),
     "pub": (pub, "publish lines, JSON values or files"),
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mpbroadcast", description="Broadcast to processes.")
     parser.add_argument("--version", action="version", version=f"mpbroadcast {_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (module, summary) in _COMMANDS.items():
+    for name, (module, summary) in COMMANDS.items():
         example = f"example: {module.EXAMPLE}"
         command = commands.add_parser(name, help=summary, description=module.__doc__, epilog=example)
         module.add_arguments(command)

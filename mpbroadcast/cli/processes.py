@@ -18,9 +18,9 @@ class Processes:
 
     def of(self, stats: BrokerStats) -> dict[int, Process]:
         """Return what is known of each process of a snapshot; of another PID namespace, nothing is."""
-        pids = {row.pid for row in (*stats.subscribers, *stats.publisher_rows)} - {0}
+        pids = {row.pid for row in stats.subscribers} | {row.pid for row in stats.publisher_rows}
         self._known = {pid: known for pid, known in self._known.items() if pid in pids}
-        return {pid: self._look_up(pid) for pid in pids}
+        return {pid: self._look_up(pid) for pid in pids if pid}
 
     def _look_up(self, pid: int) -> Process:
         try:

@@ -44,7 +44,8 @@ class Splitter:
 
     def last(self) -> list[str]:
         """Return the last line, if there is one without a separator."""
-        return [decode(b"".join(self._rest))] if self._rest else []
+        rest = b"".join(self._rest)
+        return [decode(rest)] if rest else []
 
 
 def parse_json(lines: Iterable[str], first: int) -> Iterator[Any]:

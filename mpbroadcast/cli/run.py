@@ -24,7 +24,7 @@ _BY_SIGNAL = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s [-h] [--address NAME] [--history N] [--restart] -- COMMAND..."
+    parser.usage = "%(prog)s [--address NAME] [--history N] [--restart] -- COMMAND..."
     parser.add_argument("--address", metavar="NAME", help="a name, or a path with a slash; otherwise one of its own")
     add_broker_options(parser)
     parser.add_argument("arguments", nargs="+", metavar="COMMAND", help="the command, and its arguments")

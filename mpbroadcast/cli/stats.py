@@ -32,8 +32,7 @@ def run(options: argparse.Namespace) -> int:
         elif options.prometheus:
             output.write(encode(exposition(stats)))
         else:
-            lines = report(
-                figures(stats, None, Processes().of(stats)), bus.address, shutil.get_terminal_size((120, 24)).columns
-            )
+            whole = figures(stats, None, Processes().of(stats))
+            lines = report(whole, bus.address, shutil.get_terminal_size((120, 24)).columns)
             output.write(encode("".join(f"{line}\n" for line in lines)))
     return 0

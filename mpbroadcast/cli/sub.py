@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help='print {"id", "topic", "message"} for each')
     parser.add_argument("--count", type=_count, metavar="N", help="end after N messages")
     parser.add_argument("--timeout", type=_seconds, metavar="S", help="end when nothing has come for S seconds")
+    parser.add_argument("--after", type=int, metavar="ID", help="start behind this id, with what the history has; 0: with all")
+    parser.add_argument("--group", metavar="NAME", help="of all with the same group, each message goes to one")
     parser.add_argument(
         "--pickle", action="store_true", help="unpickle everything, not only plain data: this runs what a publisher has sent"
     )
@@ -46,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     """Print messages until the options, the broadcaster, the reader of the output or Ctrl-C ends it. Return the exit code."""
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError), connect(options.address) as bus:
         topics = [decode(os.fsencode(topic)) for topic in options.topics]
-        with bus.subscribe(*topics, with_id=True) as channel:
+        group = None if options.group is None else decode(os.fsencode(options.group))
+        with bus.subscribe(*topics, after=options.after, group=group, with_id=True) as channel:
             if not options.pickle:
                 channel.loaders = PLAIN_DATA
             return _print_all(channel, options)

@@ -119,9 +119,8 @@ def screen(whole: Row, address: str, view: View, width: int, height: int) -> tup
     shown = lines[1 + first : 1 + first + page]
     middle = [lines[0], *shown, *[Line("")] * (page - len(shown))]
     everything = [*head, *middle, *below][: height - 1]
-    return [*everything, Line(cut(_footer(view, first, len(shown), len(lines) - 1), width), "footer")], replace(
-        view, first=first
-    )
+    footer = Line(cut(_footer(view, first, len(shown), len(lines) - 1), width).ljust(width), "footer")
+    return [*everything, footer], replace(view, first=first)
 
 
 def _footer(view: View, first: int, shown: int, rows: int) -> str:
@@ -130,7 +129,7 @@ def _footer(view: View, first: int, shown: int, rows: int) -> str:
     order = f"{_SORTS[view.sort]}{' reversed' if view.is_reversed else ''}"
     found = f"{first + 1 if rows else 0}-{first + shown} of {rows} by {order}"
     kept = f", with {view.filter!r}" if view.filter else ""
-    return f"{found}{kept}   q quit  / filter  r reverse  sort: {' '.join(f'{key} {title}' for key, title in _SORTS.items())}"
+    return f"{found}{kept}   q quit  / filter  r reverse  sort: {' '.join(_SORTS)}"
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Row], view: View, width: int) -> list[Line]:

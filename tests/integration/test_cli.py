@@ -256,3 +256,19 @@ def test_a_gap_is_a_line_on_standard_error(tmp_path: Path) -> None:
         assert b"gap: the broker has died" in process.stderr.readline()
         bus.publish("two")
         assert outcome(process) == (0, b"two\n", b"")
+
+
+def test_sub_resumes_and_shares(shell: Shell) -> None:
+    """``--after`` starts behind an id, and ``--timeout 0`` gives all that is there; a group's lines are all finished."""
+    shell.bus.publish_many(["one", "two", "three"])
+    status, printed, errors = outcome(shell.start("$mpb sub --after 0 --timeout 0 --json"))
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert (status, [row["message"] for row in rows], errors) == (0, ["one", "two", "three"], b"")
+    assert outcome(shell.start(f"$mpb sub --after {rows[0]['id']} --count 2")) == (0, b"two\nthree\n", b"")
+    assert outcome(shell.start(f"$mpb sub --after {rows[2]['id'] + 9} --count 1"))[:2] == (0, b"one\n")
+    members = [shell.subscribe("$mpb sub jobs --group workers --count 2") for _ in range(2)]
+    with shell.bus.subscribe("jobs", group="workers"):
+        shell.bus.publish_many(["a", "b", "c", "d", "e"], topic="jobs")
+        printed_lines = [line for member in members for line in outcome(member)[1].split()]
+        wait_until(lambda: len(shell.bus.stats().subscribers) == 1)
+        assert (len(printed_lines), shell.bus.stats().groups["workers"].lost) == (4, 0)
