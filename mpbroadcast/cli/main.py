@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from mpbroadcast import BroadcastError
-from mpbroadcast.cli import demo, output, pub, run, serve, stats, sub, top
+from mpbroadcast.cli import bench, completion, demo, output, pub, run, serve, stats, sub, top
 
 COMMANDS = {
     "run": (run, "run a command beside a broker"),
@@ -22,6 +22,8 @@ COMMANDS = {
     "sub": (sub, "print what is published"),
     "top": (top, "show subscriptions and publishers as they change"),
     "stats": (stats, "print one snapshot"),
+    "bench": (bench, "measure this machine"),
+    "completion": (completion, "print a script that completes this command in a shell"),
     "demo": (demo, "publish a tree of source files to CPU-bound workers"),
 }
 _CLIENTS = {"pub", "sub", "top", "stats"}  # commands that connect to a broker
@@ -44,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         if name in _CLIENTS:
             command.add_argument("--address", metavar="NAME", help="the broker's name or path (default: $MPBROADCAST_ADDRESS)")
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parsers=commands.choices)
     return parser
 
 

@@ -25,7 +25,7 @@ class Progress:
     """Shows how much of ``total`` bytes is done, if standard error is a terminal and there is a total."""
 
     def __init__(self, total: int) -> None:
-        self._total = total
+        self._whole = total
         self._is_shown = total > 0 and sys.stderr.isatty()
         self._start = time.monotonic()
         self._next = self._start
@@ -46,7 +46,7 @@ class Progress:
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         except OSError:
             columns = 80
-        sys.stderr.write("\r\033[K" + bar(self._done, self._total, self._messages, now - self._start, columns) + end)
+        sys.stderr.write("\r\033[K" + bar(self._done, self._whole, self._messages, now - self._start, columns) + end)
         sys.stderr.flush()
 
     def __enter__(self) -> Self:

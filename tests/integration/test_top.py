@@ -98,6 +98,7 @@ def rows_of(lines: list[str]) -> list[str]:
 
 def test_top_on_a_terminal(bus: Bus) -> None:
     """Figures change, keys sort, filter and scroll, another size is taken at once, and ``q`` leaves the terminal as it was."""
+    pytest.importorskip("rich")
     channels = [bus.subscribe(f"room:{number:03}", capacity=10_000, overflow="drop_oldest") for number in range(500)]
     for _ in range(100):
         bus.publish(bytes(100), topic="room:123")
@@ -125,6 +126,7 @@ def test_top_on_a_terminal(bus: Bus) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_top(bus: Bus, number: int) -> None:
     """And leaves the terminal as it was."""
+    pytest.importorskip("rich")
     with Terminal(bus, 80, 24) as terminal:
         terminal.wait_for(lambda lines: len(lines) == 24)
         if number == signal.SIGINT:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import subprocess
 from itertools import pairwise
 from typing import Any
 
@@ -251,3 +252,17 @@ def test_each_help_fits_a_screen(capsys: pytest.CaptureFixture[str], monkeypatch
         assert re.search(rf"^example: mpbroadcast {name}\b|^example: .*\| mpbroadcast {name}\b", text, re.MULTILINE) or not name
         if not name:
             assert [one for one in main.COMMANDS if not re.search(rf"^ +{one} ", text, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_option_is_completed(shell: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of each command; bash completes with the script."""
+    assert main.main(["completion", shell]) == 0
+    script = capfd.readouterr().out
+    for word in (*main.COMMANDS, "-l timeout" if shell == "fish" else "--timeout", "interval", "prometheus"):
+        assert word in script
+    if shell == "bash":
+        for words, position in (("mpbroadcast st", 1), ("mpbroadcast sub --t", 2), ("mpbroadcast pub x", 2)):
+            script += f'COMP_WORDS=({words}); COMP_CWORD={position}; _mpbroadcast; echo "${{COMPREPLY[@]}}"\n'
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == ["stats", "--timeout", ""]
