@@ -29,7 +29,7 @@ _DEADLINE: Final = 60.0  # seconds until a reader must have read
 
 
 class Case(NamedTuple):
-    """What is published, and to how many readers."""
+    """A message, and the number of its readers."""
 
     title: str
     message: Any

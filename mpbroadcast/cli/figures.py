@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 class Process(NamedTuple):
-    """What is known of a process: its command line, and whether it is alive."""
+    """A process as the system knows it: its command line, and whether it is alive."""
 
     command: str
     is_alive: bool

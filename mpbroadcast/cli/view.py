@@ -1,4 +1,4 @@
-"""What ``top`` shows on a full screen: keys change the view; the view and the figures make the lines."""
+"""The full screen of ``top``, as lines: keys change the view; the view and the figures make the lines."""
 
 from __future__ import annotations
 
