@@ -70,6 +70,8 @@ def _unregister(key: tuple[Any, int, int], future: Any) -> None:
     if not futures:
         loop, fd, events = key
         del _waiting[key]
+        if loop.is_closed():
+            return  # the task was still there at the loop's end
         (loop.remove_reader if events == IN else loop.remove_writer)(fd)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -28,9 +29,11 @@ from mpbroadcast import (
 )
 from tests.support import workers
 from tests.support.helpers import DEADLINE, Background, fill, kill_broker, pattern, stopped, take
+from tests.support.large_workers import descriptors_left, limited
 from tests.support.loops import LOOPS, Cancelled, Loop, made
 
 Bus = Broadcaster[Any]
+ENOUGH = 8192  # descriptors for a thousand channels, in the process and in its broker
 SIZES = [100, 60_000, 3 << 20]  # bytes of messages in the pipe, in a ring, and in memory of their own
 
 
@@ -371,6 +374,28 @@ def test_a_broker_is_replaced_while_tasks_wait(loop: Loop, opened: bool) -> None
         full.close()
 
     with start_broadcaster(restart=True) as bus:
+        loop.run(main, bus)
+
+
+@pytest.mark.timeout(240)
+def test_a_thousand_channels_in_one_loop(loop: Loop) -> None:
+    """Each gets what is published; where the limit of descriptors is lower, the call that needs one raises a clear error."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < ENOUGH:
+        pytest.skip("the system allows no process so many descriptors")
+
+    async def main(bus: Bus) -> None:
+        channels = [await bus.asubscribe() for _ in range(1000)]
+        tasks = [loop.start(channel.arecv) for channel in channels]
+        await loop.sleep(0)
+        await bus.apublish("to all")
+        assert {await task.result() for task in tasks} == {"to all"}
+        channel = await bus.asubscribe()
+        with descriptors_left(0):
+            error = await outcome(channel.arecv())
+        assert isinstance(error, OSError)
+        assert "no descriptor is left" in str(error)
+
+    with limited(resource.RLIMIT_NOFILE, ENOUGH), start_broadcaster() as bus:
         loop.run(main, bus)
 
 

@@ -62,8 +62,7 @@ class AsyncioLoop:
 
     def run(self, main: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         async def run() -> Any:
-            async with asyncio.timeout(2 * DEADLINE):
-                return await main(*args)
+            return await main(*args)
 
         if self.name == "uvloop":
             import uvloop
@@ -130,12 +129,11 @@ class TrioLoop:
         import trio
 
         async def run() -> Any:
-            with trio.fail_after(2 * DEADLINE):
-                async with trio.open_nursery() as nursery:
-                    loop._nursery = nursery
-                    value = await main(*args)
-                    nursery.cancel_scope.cancel()
-                    return value
+            async with trio.open_nursery() as nursery:
+                loop._nursery = nursery
+                value = await main(*args)
+                nursery.cancel_scope.cancel()
+                return value
 
         loop = self
         try:

@@ -1,6 +1,7 @@
 """The layout: which module may import and call what, and what is public."""
 
 import ast
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -208,7 +209,24 @@ def test_an_import_loads_no_broker() -> None:
     code = "import sys, mpbroadcast; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert "mpbroadcast.client.broker_client" in loaded
-    assert not [name for name in loaded if name in ("asyncio", "psutil") or name.startswith("mpbroadcast.broker")]
+    assert not [name for name in loaded if name in ("asyncio", "trio", "psutil") or name.startswith("mpbroadcast.broker")]
+
+
+def test_a_loop_is_imported_only_where_it_runs() -> None:
+    """A task loads what waits in its own loop, though other loops are installed."""
+    code = """
+import sys, mpbroadcast
+from mpbroadcast.client.tasks import give_turn
+{run}
+print(*sys.modules)
+"""
+    waits = {"asyncio": "mpbroadcast.client.asyncio_wait", "trio": "mpbroadcast.client.trio_wait"}
+    runs = {"asyncio": "import asyncio; asyncio.run(give_turn())", "trio": "import trio; trio.run(give_turn)"}
+    for loop, run in runs.items():
+        if importlib.util.find_spec(loop) is not None:
+            command = [sys.executable, "-c", code.format(run=run)]
+            loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+            assert {*waits.values()} & {*loaded} == {waits[loop]}
 
 
 def test_each_public_name_has_a_docstring() -> None:

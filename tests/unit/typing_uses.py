@@ -9,6 +9,7 @@ import mpbroadcast
 from mpbroadcast import (
     Broadcaster,
     BrokerRestarted,
+    BrokerStats,
     Channel,
     GroupStats,
     Lagged,
@@ -78,6 +79,46 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
     assert_type(channel_to_selector(channel).map(str).receive(timeout=0), str)
     numbers = Selector[int]().select(channel)
     assert_type(numbers.receive(), int)
+
+
+async def right_in_tasks(bus: Broadcaster[int], with_topic: bool) -> None:
+    """The same for tasks."""
+    channel = await bus.asubscribe("room", overflow="latest", capacity=9, replay=1, group="g", prefetch=2)
+    pairs = await bus.asubscribe("room:*", with_topic=True)
+    assert_type(channel, Channel[int])
+    assert_type(pairs, Channel[tuple[str, int]])
+    assert_type(await bus.asubscribe(with_id=True), Channel[Received[int]])
+    assert_type(await bus.asubscribe(with_topic=with_topic), Channel[int] | Channel[tuple[str, int]])
+    assert_type(await bus.apublish_many([1, 2], exclude=pairs, topic="room", timeout=1.5), int)
+    await bus.apublish(3, topic="room", exclude=pairs, timeout=None)
+    assert_type(await channel.arecv(), int)
+    assert_type(await pairs.arecv_many(limit=3, timeout=1), list[tuple[str, int]])
+    assert_type(await bus.astats(), BrokerStats)
+    await bus.aflush(timeout=3, delivered=True)
+    await bus.await_for_subscribers(3, topic="room", timeout=1)
+    await bus.aunsubscribe(channel)
+    async with bus as same_bus, channel as same_channel:
+        assert_type(same_bus, Broadcaster[int])
+        assert_type(same_channel, Channel[int])
+    async for topic, number in pairs:
+        assert_type((topic, number), tuple[str, int])
+    async for item in channel_to_selector(channel).map(str):
+        assert_type(item, str)
+    for other in channel_to_selector(pairs):
+        assert_type(other, tuple[str, int])
+    await channel.aclose()
+    await bus.aclose(timeout=1)
+
+
+async def wrong_in_tasks(bus: Broadcaster[int], channel: Channel[int]) -> None:
+    """What must not be accepted."""
+    await bus.apublish("text")  # type: ignore[arg-type]
+    await bus.apublish_many(["text"])  # type: ignore[list-item]
+    await bus.asubscribe(overflow="drop")  # type: ignore[call-overload]
+    await bus.asubscribe(3)  # type: ignore[call-overload]
+    await bus.aunsubscribe("room")  # type: ignore[arg-type]
+    await channel.arecv(timeout="1")  # type: ignore[arg-type]
+    _: str = await channel.arecv()  # type: ignore[assignment]
 
 
 def wrong(bus: Broadcaster[int], channel: Channel[int]) -> None:
