@@ -5,7 +5,8 @@ this process as one of these brokers knows it: a *lifeline*, a control connectio
 connections for requests.
 
 - A request has a connection to itself. One that waits for long delays no other, and one that an exception interrupts is closed
-  with its connection: so threads and signal handlers need no lock, and no reply meets the wrong request.
+  with its connection: so threads and signal handlers need no lock, and no reply meets the wrong request. Of many requests at
+  once, few make a connection, and the others wait for one of these or for an idle one: a thousand tasks need no thousand.
 - A *note* is a request without a reply, which finalisers send: at once if there is room, and without a lock. Notes that had no
   room are sent before the next request, or while a publish waits. Notes are idempotent, and are sent until a reply shows that
   the broker has handled them.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,13 +41,15 @@ from mpbroadcast.posix.descriptors import Descendants, on_fork
 from mpbroadcast.posix.fd_socket import DescriptorSocket
 from mpbroadcast.posix.key_file import Key, read_key
 from mpbroadcast.posix.pipes import PipeEnd
-from mpbroadcast.posix.waiting import Steps, Wait, run
+from mpbroadcast.posix.waiting import Steps, Wait, Wakers, run
 from mpbroadcast.protocol.control import encode
 
 CONNECT_TIMEOUT: Final = 10.0  # seconds for connecting and the handshake: a broker that is stopped blocks no call for ever
 # Seconds before another try to connect, when a connection was reset: by a broker that has died and is replaced, or by one that
 # had more unauthenticated connections than it keeps.
 _PAUSES: Final = [0.02 * 2**power for power in range(8)]
+_MOST_MADE: Final = 16  # connections that are made at once
+_LOOK_AGAIN: Final = 0.25  # seconds that a task waits for another's connection, unless it is woken
 # Seconds for a reply that needs no waiting, whatever the caller's timeout: 0 does not forbid a request, and a broker that is
 # stopped makes the call longer by less than a second.
 LEAST_TIME: Final = 0.6
@@ -61,6 +65,16 @@ class Session:
     id: int
     idle: list[ControlConnection] = field(default_factory=list)
     lost: bool = False  # True once the broker is known to have ended; pipes may have data left all the same
+    making: dict[Wakers, None] = field(default_factory=dict)  # the requests that make a connection
+    waiting: dict[Wakers, None] = field(default_factory=dict)  # those that wait for one, the first one first
+    replied_at: float = 0.0  # when the last reply came
+
+    def wake_next(self) -> None:
+        """Wake the first request that waits for a connection."""
+        with contextlib.suppress(StopIteration, RuntimeError, KeyError):  # other threads come and go
+            first = next(iter(self.waiting))
+            del self.waiting[first]
+            first.wake()
 
 
 class Reply(NamedTuple):
@@ -205,7 +219,7 @@ class BrokerClient:
             control = session.idle.pop()
         try:
             if control is None:
-                control = yield from self._connected(self._connecting, deadline.at_most(CONNECT_TIMEOUT))
+                control = yield from self._borrowing(session, deadline)
             body, pipe, fd_socket, reports = yield from control.requesting(message, deadline, _notes(to_drop))
             if body.get("error") == "unknown":  # another broker has replied, which does not know the session
                 raise BrokerLost(str(body["text"]))
@@ -217,11 +231,40 @@ class BrokerClient:
                 error.__cause__ = self._crash() or error.__cause__
             raise
         session.idle.append(control)
+        session.replied_at = time.monotonic()
+        session.wake_next()
         self.dropped.difference_update(to_drop)
         self._noted.clear()
         if "error" in body:
             raise _error(body)
         return Reply(session, body, pipe, fd_socket, reports)
+
+    def _borrowing(self, session: Session, deadline: Deadline) -> Steps[ControlConnection]:
+        """Return a new connection, or one that is idle by then."""
+        me, began = Wakers(), time.monotonic()
+        try:
+            while True:
+                if len(session.making) < _MOST_MADE:
+                    session.making[me] = None
+                    return (yield from self._connected(self._connecting, deadline.at_most(CONNECT_TIMEOUT)))
+                session.waiting[me] = None
+                yield Wait(deadline.at_most(_LOOK_AGAIN), wakers=(me,))
+                session.waiting.pop(me, None)
+                with contextlib.suppress(IndexError):
+                    return session.idle.pop()
+                if session.lost:
+                    raise self.lost_error()
+                silent = time.monotonic() - max(began, session.replied_at)
+                if deadline.remaining() == 0 or silent > CONNECT_TIMEOUT:
+                    raise TimedOut("the broker did not answer in time")
+        except BaseException:
+            session.wake_next()  # it may have been woken for what another one can use
+            raise
+        finally:
+            session.waiting.pop(me, None)
+            if me in session.making:
+                del session.making[me]
+                session.wake_next()
 
     def _lose(self, session: Session) -> None:
         session.lost = True  # the lifeline stays open: a broker that is being closed may still drain

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.poller import is_any_ready
 
 T = TypeVar("T")
+
+_SOON: Final = 0.005  # seconds
 
 
 class Source(Protocol):
@@ -63,7 +65,7 @@ class Wakers:
 class Wait:
     """Until one of ``sources`` has one of ``events``, or an error, or is closed; or until the deadline.
 
-    A task is also woken by ``wakers``. Without sources, it is a pause.
+    Without sources, it is a pause. A task is also woken by ``wakers``; a thread, which they do not wake, looks again soon.
     """
 
     __slots__ = ("deadline", "events", "sources", "wakers")
@@ -77,7 +79,8 @@ class Wait:
     def block(self) -> bool:
         """Block until then. Return False if it was the deadline that came."""
         if not self.sources:
-            time.sleep(self.deadline.remaining() or 0.0)
+            deadline = self.deadline.at_most(_SOON) if self.wakers else self.deadline
+            time.sleep(deadline.remaining() or 0.0)
             return False
         fds = [source.fileno() for source in self.sources]
         return min(fds) < 0 or is_any_ready(fds, self.events, self.deadline.milliseconds())
