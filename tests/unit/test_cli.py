@@ -12,12 +12,26 @@ from hypothesis import strategies as st
 
 from mpbroadcast import BrokerStats, GroupStats, PublisherStats, SubscriberStats
 from mpbroadcast.cli import main
-from mpbroadcast.cli.figures import SUBSCRIPTIONS, Process, Row, columns_of, cut, figures, report, short, sorted_rows, table
+from mpbroadcast.cli.figures import (
+    GROUPS,
+    PUBLISHERS,
+    SUBSCRIPTIONS,
+    Process,
+    Row,
+    columns_of,
+    cut,
+    figures,
+    report,
+    short,
+    sorted_rows,
+    table,
+)
 from mpbroadcast.cli.progress import bar
 from mpbroadcast.cli.prometheus import exposition
 from mpbroadcast.cli.pub import Splitter
 from mpbroadcast.cli.text import decode, encode, json_line, plain_line
 from mpbroadcast.cli.view import View, changed, keys_in, screen
+from tests.support.pages import ROOT
 
 SUBSCRIBER = SubscriberStats(1, 10, ("room:*",), "drop_oldest", 1000, 50, 40, 3, 7, 900, (11,), True, None)
 PUBLISHER = PublisherStats(5, 11, 1000, 20, 1, 3.25)
@@ -266,3 +280,12 @@ def test_each_option_is_completed(shell: str, capfd: pytest.CaptureFixture[str])
             script += f'COMP_WORDS=({words}); COMP_CWORD={position}; _mpbroadcast; echo "${{COMPREPLY[@]}}"\n'
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines() == ["stats", "--timeout", ""]
+
+
+def test_the_picture_of_top_is_that_of_today() -> None:
+    """docs/top.svg has each title, and the keys."""
+    texts = (ROOT / "docs" / "top.svg").read_text().replace("&#160;", " ")
+    for columns in (SUBSCRIPTIONS, PUBLISHERS, GROUPS):
+        for column in columns:
+            assert column.title in texts
+    assert "q quit  / filter  r reverse" in texts
