@@ -73,7 +73,7 @@ def subscribe(broker: Broker, connection: ControlConnection, message: dict[str, 
                 if after is None:
                     yield from routing.put_first(target, history.last(published, replay))
                 else:
-                    yield from routing.resume(target, history, published, after, has_all=topics == ["*"])
+                    yield from routing.resume(target, history, published, after, has_all="*" in topics)
                 is_done = True
             finally:
                 target.is_starting = False

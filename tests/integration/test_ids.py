@@ -106,6 +106,7 @@ def kept(leaves_nothing: None) -> Iterator[tuple[Bus, list[int]]]:
         (4, (), [5, *range(6, 12)]),
         (2, (), KEPT),
         (1, (), [Gap(1), *KEPT]),
+        (1, ("none", "*"), [Gap(1), *KEPT]),
         (BEGINNING, (), [Gap(3), *KEPT]),
         (11, (), []),
         (1, ("a",), [Gap(1), 3, 4, 5]),

@@ -41,13 +41,11 @@ class DropNewest(Backlog):
         missed = run.count - fits
         if missed:
             self.missed += missed
-            is_exact = True
             last = self.runs[-1] if len(self.runs) > (1 if self._offset else 0) else None
-            if last is not None and last.is_gap:
+            if last is not None and last.missed:
                 missed += last.missed
-                is_exact = last.is_exact
                 self.runs.pop()
-            self.runs.append(note_run(GAP, missed, is_exact=is_exact))
+            self.runs.append(note_run(GAP, missed))
         return self.entered if fits else 0
 
 
