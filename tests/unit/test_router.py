@@ -105,6 +105,7 @@ def test_patterns_match_as_in_the_standard_library(pattern: str, topics: list[st
 @STEADY
 @given(actions=st.lists(ACTIONS, max_size=15), asked=st.lists(TOPICS, min_size=1, max_size=4))
 @example([("add", 0, ["a"]), ("add", 1, ["a"]), ("drop", 0, ["a"])], ["a"])
+@example([("add", 0, ["[ab]"])], ["a"])
 def test_any_changes_lead_where_a_plain_list_leads(actions: list[tuple[str, int, list[str]]], asked: list[str]) -> None:
     """After each change, all that is asked leads to those of whose topics one matches, each once."""
     router: Router[int] = Router()
