@@ -190,7 +190,7 @@ def take_lone(stream: Stream, ownership: PipeOwnership, with_topic: bool) -> Any
     try:
         message = loads(payload)
     except BaseException as error:
-        failed = error
+        message, failed = NOTHING, error
     if failed is not None:
         try:
             [message], plain = load_each([payload], loads, [], failed)  # which raises an interrupt
