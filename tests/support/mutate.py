@@ -50,6 +50,7 @@ TESTS: Final = {
 EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
     "it is only slower, or quicker": (
         "Router.targets: steps > PART -> steps >= PART",
+        "Router.look_up: found is None -> True",
         "Patterns.add: text.startswith(beginning) -> True",
         "Patterns.matching_in_parts: taken > most -> taken >= most",
         "matcher: made is None -> True",
