@@ -145,7 +145,7 @@ class Traffic:
             self._look_for_room(publisher)
             if publisher.blocked:
                 pending.pop(publisher, None)
-            if pending and (room <= 0 or self.routing.turn_is_over):
+            if pending and (room <= 0 or self.routing.turn_is_over or publisher.lookup is not None):
                 yield
                 self.routing.begin_turn()
                 room = MUCH

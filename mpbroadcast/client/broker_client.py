@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -364,6 +365,15 @@ def _send_last_notes() -> None:
             if rest := lifeline.send_now(notes):
                 _last_notes.append((lifeline, rest))
 
+
+def _release_ended() -> None:
+    """Close the descriptors of inherited subscriptions that show that their process has ended."""
+    for inherited in list(_inherited.values()):
+        for processes in list(inherited.values()):
+            processes.live()
+
+
+os.register_at_fork(after_in_parent=_release_ended)  # an occasion in a process that has no handle any more
 
 _dropped: dict[str, set[int]] = {}  # by the broker's identity: the broker that takes over may be the first to get the notes
 _inherited: dict[str, dict[int, Descendants]] = {}  # likewise: the handle that has left them may be closed

@@ -154,7 +154,8 @@ class ControlConnection:
     @property
     def is_ended(self) -> bool:
         """True if the broker, or this process, has closed the connection."""
-        return self._socket.fileno() < 0 or is_ready(self._socket, 0, 0)
+        fd = self._socket.fileno()
+        return fd < 0 or is_ready(fd, 0, 0)
 
     def send_now(self, notes: bytes) -> bytes:
         """Send what there is room for. Return the rest, empty if the broker has ended.

@@ -198,7 +198,7 @@ def take_lone(stream: Stream, ownership: PipeOwnership, form: int, loaders: Load
     try:
         message = loaders.pickle(payload)
     except BaseException as error:
-        failed = error
+        message, failed = NOTHING, error
     if failed is not None:
         try:
             [message], plain = load_each([payload], loaders.pickle, [], failed)  # which raises an interrupt

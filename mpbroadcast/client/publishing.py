@@ -91,10 +91,10 @@ class Publishing(Generic[M]):
             self._publish(self._pickled(message, topic), route, deadline, [])
             return
         encoded = encoded_topic(topic) if topic != "" else b""
-        is_large = self._is_large
-        if is_large:
+        gathered: Payload | None = None
+        if self._is_large:
             gathered = self._pickled(message, topic)
-            size = gathered.size
+            data, size = b"", gathered.size
         else:
             try:
                 data = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
@@ -109,7 +109,7 @@ class Publishing(Generic[M]):
         writer = self._writer
         if writer is not None:
             try:
-                if is_large:
+                if gathered is not None:
                     if size >= SHORT and writer.send_quickly(gathered.parts, size, encoded, gathered.image):
                         return
                 elif size >= SHORT:
@@ -126,7 +126,7 @@ class Publishing(Generic[M]):
                 # Full, closed or broken: _publish finds out. Any other error is not of this write.
                 if error.errno not in _NOT_WRITTEN:
                     raise
-        self._publish(gathered if is_large else Payload((data,), size, False), (encoded, 0), self._deadline(None), [])
+        self._publish(gathered or Payload((data,), size, False), (encoded, 0), self._deadline(None), [])
 
     def publish_many(
         self,

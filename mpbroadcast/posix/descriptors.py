@@ -136,7 +136,6 @@ class Descendants:
         """Return the same processes, without those that are forked later."""
         made = Descendants()
         made.ends.update(self.ends)
-        _pipes.complete.add(made)
         return made
 
     def live(self) -> bool:
@@ -155,7 +154,6 @@ class _Pipes:
         self.ends: tuple[int, ...] = ()
         self.next = Descendants()
         self.before: WeakSet[Descendants] = WeakSet()  # to which each fork adds
-        self.complete: WeakSet[Descendants] = WeakSet()
 
     def make(self) -> None:
         if threading.get_ident() not in self.threads_without_heirs and _forks.hooks:  # without a hook, there is no handle
@@ -171,16 +169,15 @@ class _Pipes:
         end = OwnedDescriptor(ends[0]) if ends else None
         self.before.add(self.next)
         self.next = Descendants()
-        for one in [*self.before, *self.complete]:
-            one.live()  # so that nothing is kept of those that have ended
         for one in list(self.before):
+            one.live()  # so that nothing is kept of those that have ended
             one.ends[end] = None
 
     def keep_write_end(self) -> None:
         ends, self.ends = self.ends, ()
         if ends:
             os.close(ends[0])  # the end of this process, and of all that it forks, closes the other one
-        self.next, self.before, self.complete = Descendants(), WeakSet(), WeakSet()
+        self.next, self.before = Descendants(), WeakSet()
 
 
 _pipes = _Pipes()

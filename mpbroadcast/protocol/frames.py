@@ -23,7 +23,7 @@ import select
 from array import array
 from collections.abc import Iterator
 from struct import Struct, iter_unpack
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from mpbroadcast.validation import MAX_TOPIC
 
@@ -121,11 +121,7 @@ class Batch(NamedTuple):
 
     def cut(self, count: int) -> tuple[Batch, Batch]:
         """Return its first ``count`` messages, and the others."""
-        middle = sum(self.sizes[:count])
-        return (
-            self._replace(frames=self.frames[:middle], sizes=self.sizes[:count]),
-            self._replace(frames=self.frames[middle:], sizes=self.sizes[count:]),
-        )
+        return _cut(self, count, sum(self.sizes[:count]))
 
 
 class References(NamedTuple):
@@ -147,11 +143,7 @@ class References(NamedTuple):
 
     def cut(self, count: int) -> tuple[References, References]:
         """Return its first ``count`` messages, and the others."""
-        middle = count * (self.skip + _REFERENCE.size)
-        return (
-            self._replace(frames=self.frames[:middle], sizes=self.sizes[:count]),
-            self._replace(frames=self.frames[middle:], sizes=self.sizes[count:]),
-        )
+        return _cut(self, count, count * (self.skip + _REFERENCE.size))
 
     def positions(self) -> Iterator[tuple[int, int]]:
         """Return offset and length of each message in the ring."""
@@ -196,6 +188,13 @@ class MemfdMessage(NamedTuple):
 
 
 Item = Batch | References | MemfdMessage
+Several = TypeVar("Several", Batch, References)
+
+
+def _cut(item: Several, count: int, middle: int) -> tuple[Several, Several]:
+    """Return the first ``count`` messages, whose frames have ``middle`` bytes, and the others."""
+    first = item._replace(frames=item.frames[:middle], sizes=item.sizes[:count])
+    return first, item._replace(frames=item.frames[middle:], sizes=item.sizes[count:])
 
 
 class Splitter:

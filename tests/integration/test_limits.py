@@ -18,6 +18,7 @@ from mpbroadcast import Broadcaster
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.history import MOST_TOPICS, History
 from mpbroadcast.broker.core.limits import MOST_ASKED, MOST_CONNECTIONS, SESSION, Cost
+from mpbroadcast.broker.core.router import MOST_LOOKED_UP
 from mpbroadcast.broker.members import Publisher, Session, Subscription
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
@@ -213,6 +214,9 @@ def test_what_patterns_of_several_sessions_take(slow: Attacker) -> None:
     assert max(steps) < SESSION.steps // 2
     assert sum(steps) > 6 * SESSION.steps
     assert served == len(steps)
+    waits = [Asker(slow.one.peer) for _ in range(MOST_LOOKED_UP)]  # they come first
+    for number, asker in enumerate(waits):
+        ask(slow.broker, asker, wait(number, False))
     os.write(long_pipe, frame_head(0, b"a" * 1000))
     assert slow.ask({"do": "unsubscribe", "subscription": 6000, "session": slow.number}) == {}
     assert everything.backlog.published == 4 + served

@@ -49,6 +49,10 @@ TESTS: Final = {
 # The mutants, by their beginnings, that no test can distinguish from the original, or need not, and the reason.
 EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
     "it is only slower, or quicker": (
+        "Router.targets: steps > PART -> steps >= PART",
+        "Router.look_up: found is None -> True",
+        "Patterns.add: text.startswith(beginning) -> True",
+        "Patterns.matching_in_parts: taken > most -> taken >= most",
         "matcher: made is None -> True",
         "matcher: _matchers[pattern] = made -> pass",
         "Backlog._put_fitting: self.takes(run.charge) -> False",

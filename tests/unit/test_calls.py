@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import pytest
 
-from mpbroadcast.broker import fast_path, intake, routing
 from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.states import PublisherState
 from mpbroadcast.broker.members import Subscription
@@ -123,24 +122,19 @@ def test_a_message_that_comes_alone_passes_none_that_waits(pipes: Pipes) -> None
 
 def test_a_round_passes_on_no_more_than_it_has_time_for(pipes: Pipes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the messages of many publishers it writes so many at once, and routes so many others; the next round has the rest."""
-    for limit in (intake, fast_path):
-        monkeypatch.setattr(limit, "MOST_WRITES", 4)
-    monkeypatch.setattr(routing, "TURN", 6)
-    traffic, new_id = pipes.broker.traffic, pipes.broker.registry.new_id
-    session = [*pipes.broker.registry.sessions.values()][-1]
-    ends = [traffic.intake.add(new_id(), session)[1] for _ in range(30)]
+    for limit in ("intake.MOST_WRITES", "fast_path.MOST_WRITES", "routing.TURN"):
+        monkeypatch.setattr(f"mpbroadcast.broker.{limit}", 5)
+    broker, traffic = pipes.broker, pipes.broker.traffic
     pipes.publish(b"")  # which fills the router's cache
-    pipes.broker.round()
-    for end in ends:
-        pipes._replace(write_end=end).publish(b"")
-    passed_on = []
+    broker.round()
+    for _ in range(30):
+        write_end = traffic.intake.add(broker.registry.new_id(), pipes.subscription.session)[1]
+        pipes._replace(write_end=write_end).publish(b"")
+        os.close(write_end)
+    broker.round()
+    assert traffic.routing.routed <= 1 + 2 * 5
     while traffic.routing.routed < 31:
-        before = traffic.routing.routed
-        pipes.broker.round(at_once=True)
-        passed_on.append(traffic.routing.routed - before)
-    assert max(passed_on) <= 4 + 6
-    for end in ends:
-        os.close(end)
+        broker.round(at_once=True)
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -105,6 +105,7 @@ def test_patterns_match_as_in_the_standard_library(pattern: str, topics: list[st
 @STEADY
 @given(actions=st.lists(ACTIONS, max_size=15), asked=st.lists(TOPICS, min_size=1, max_size=4))
 @example([("add", 0, ["a"]), ("add", 1, ["a"]), ("drop", 0, ["a"])], ["a"])
+@example([("add", 0, ["[ab]"])], ["a"])
 def test_any_changes_lead_where_a_plain_list_leads(actions: list[tuple[str, int, list[str]]], asked: list[str]) -> None:
     """After each change, all that is asked leads to those of whose topics one matches, each once."""
     router: Router[int] = Router()
@@ -165,7 +166,7 @@ def test_a_topic_that_takes_long_is_looked_up_in_parts() -> None:
     router.add(2, ["*"])
     begun = [router.look_up(b"a" * 1000 + b"%d" % number) for number in range(module.MOST_LOOKED_UP)]
     late_topic = b"b" * 1000 + b"1"
-    late = router.look_up(late_topic)
+    late, latest = router.look_up(late_topic), router.look_up(late_topic)
     assert router.targets(late_topic) is None
     assert not any(map(advance, begun))
     before = router.steps
@@ -175,6 +176,8 @@ def test_a_topic_that_takes_long_is_looked_up_in_parts() -> None:
     steps = [before]
     while (found := advance(late)) is None:
         steps.append(router.steps)
+        assert advance(latest) is None
+        assert router.steps == steps[-1]
     taken = [more - less for less, more in pairwise(steps)]
     assert (len(taken) > 4, min(taken) > module.PART, max(taken) < 2 * module.PART) == (True, True, True)
     assert sorted(found) == sorted(router.targets(late_topic) or ()) == [1, 2]
