@@ -208,7 +208,7 @@ def test_an_interrupt_behind_a_large_message_that_ran_out_of_time_costs_nothing(
 @pytest.mark.parametrize(
     ("kind", "call"),
     [
-        *(("small", call) for call in ("for", "next", "poll", "recv", "recv_many")),
+        *(("small", call) for call in ("for", "messages", "next", "poll", "recv", "recv_many")),
         *(("topic", "recv"), ("ring", "poll"), ("ring", "recv"), ("ring", "recv_many"), ("memory", "recv")),
         ("memory", "recv_many"),
         *(("group", call) for call in ("for", "recv", "recv_many")),
@@ -220,7 +220,7 @@ def test_an_interrupted_receive_loses_nothing(bus: Bus, storm: Storm, kind: str,
     pause = min(pause, 80)
     channel = bus.subscribe(with_topic=bool(topic), group="g" if kind == "group" else None, prefetch=3)
     channel.poll(0)
-    iterator = iter(channel)
+    iterator = iter(channel.messages(on_gap="skip") if call == "messages" else channel)
     received: deque[Any] = deque()
     within = 30e-6 if size < 100_000 else 0.002
     for _ in storm.moments():
@@ -233,7 +233,7 @@ def test_an_interrupted_receive_loses_nothing(bus: Bus, storm: Storm, kind: str,
                 storm(received.extend, map(channel.recv, (DEADLINE / 2,)), within=within)
             elif call == "recv_many":
                 storm(received.extend, chain.from_iterable(map(channel.recv_many, (None,))), within=2 * within)
-            elif call == "for":
+            elif call in ("for", "messages"):
                 storm(received.extend, islice(iterator, pause - len(received)), within=within)
             elif call == "next":
                 storm(received.extend, map(next, (channel,)), within=within)
