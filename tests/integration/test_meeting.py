@@ -189,6 +189,7 @@ def test_a_key_is_there_before_its_socket(tmp_path: Path, monkeypatch: pytest.Mo
 
     def reach(name: str, subject: object = None) -> None:
         if name in ("naming the key", "naming the socket"):
+            assert os.stat("socket.key").st_mode == 0o100600
             seen.append((name, sorted(path for path in os.listdir(".") if not path.startswith(".")), read_key("socket")))
 
     monkeypatch.setattr(trap_points, "reach", reach)

@@ -2,9 +2,11 @@
 
 import os
 import pty
+import re
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -12,21 +14,19 @@ import pytest
 
 from mpbroadcast import BrokerLost, connect
 from tests.support.helpers import DEADLINE, receive_all, rest, wait_until
-from tests.support.victims import Program
+from tests.support.victims import Program, asleep
 
 MAIN = ("-m", "mpbroadcast")
 PYTHON = ("--", sys.executable, "-c")
 COUNTS = """
-import signal, sys, time
+import signal, sys
 counts = {}
 def note(number, frame):
     counts[number] = counts.get(number, 0) + 1
 for number in map(int, sys.argv[1:]):
     signal.signal(number, note)
 print("ready", flush=True)
-while not counts:
-    time.sleep(0.005)
-time.sleep(0.2)
+sys.stdin.readline()
 print(*sorted(counts.items()), flush=True)
 sys.exit(7)
 """
@@ -91,10 +91,21 @@ def test_the_command_connects_without_an_address(options: tuple[str, ...], runti
 @pytest.mark.parametrize("to_group", [False, True])
 def test_a_signal_reaches_the_command_once(number: signal.Signals, to_group: bool) -> None:
     """One to this process, and one to its group; the broker lives on until the command has ended."""
-    with Program(*MAIN, "run", *PYTHON, COUNTS, str(int(number))) as program:
+    reader, writer = os.pipe()
+    command = (*MAIN, "run", *PYTHON, COUNTS, str(int(number)))
+    with open(reader) as stdin, open(writer, "w") as line, Program(*command, stdin=stdin) as program:
         assert program.line() == "ready"
         (os.killpg if to_group else os.kill)(program.pid, number)
+        wait_until(lambda: has_handled(program.pid, number))
+        print(file=line, flush=True)
         assert program.end() == (7, f"({int(number)}, 1)\n", "")
+
+
+def has_handled(pid: int, number: int) -> bool:
+    """Return whether a signal does not wait for a process any more, and this sleeps again."""
+    pending = re.search(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), flags=re.MULTILINE)
+    assert pending
+    return not int(pending[1], 16) >> (number - 1) & 1 and asleep(pid)
 
 
 def test_ctrl_c_on_a_terminal_reaches_the_command_once() -> None:
@@ -107,6 +118,9 @@ def test_ctrl_c_on_a_terminal_reaches_the_command_once() -> None:
         while b"ready" not in out:
             out += os.read(terminal, 1000)
         os.write(terminal, b"\x03")
+        wait_until(lambda: has_handled(pid, signal.SIGINT))
+        time.sleep(0.1)  # what is to show is that nothing comes
+        os.write(terminal, b"\n")
         while b"(2, 1)" not in out:
             out += os.read(terminal, 1000)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
@@ -156,6 +170,24 @@ def test_serve_until_a_signal(number: signal.Signals, to_group: bool, runtime: P
             assert program.end() == (0, "", "")
             assert notified.recv(100) == b"STOPPING=1"
     assert [path.name for path in runtime.iterdir()] == ["notify"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_signal_to_all_processes_of_serve(restart: bool, runtime: Path) -> None:
+    """The broker does not end by the SIGTERM that a service manager sends to it, but behind what ``serve`` does then."""
+    with Program(*MAIN, "serve", "myapp", *(["--restart"] if restart else [])) as program:
+        program.line()
+        with connect("myapp") as bus, bus.subscribe() as channel:
+            others = [process for process in program.processes() if process.pid != program.pid]
+            assert len(others) == 1 + restart
+            for process in others:
+                process.terminate()
+                wait_until(lambda process=process: has_handled(process.pid, signal.SIGTERM))  # type: ignore[misc]
+            bus.publish("it goes on")
+            assert channel.recv(DEADLINE) == "it goes on"
+            os.kill(program.pid, signal.SIGTERM)
+            assert rest(channel) == []
+        assert program.end() == (0, "", "")
 
 
 @pytest.mark.parametrize("restart", [False, True])
