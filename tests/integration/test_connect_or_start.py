@@ -131,20 +131,38 @@ def test_a_signal_to_the_group_of_the_caller(number: signal.Signals) -> None:
         wait_until(lambda: not alive(broker))
 
 
-def die_at(moment: str) -> None:
+def die_at(moment: str, linger: float) -> None:
     def reach(name: str, subject: object = None) -> None:
         if name == moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
     trap_points.reach = reach
-    connect_or_start("myapp", linger=SOON)
+    connect_or_start("myapp", linger=linger, start_timeout=PATIENCE)
+
+
+def reached() -> Bus | None:
+    try:
+        return connect("myapp")
+    except BrokerLost:
+        return None
+
+
+@pytest.mark.parametrize("moment", ["waiting for all", "connected"])
+def test_the_first_caller_is_killed_before_it_has_a_handle(moment: str, fork: BaseContext, children: Children) -> None:
+    """The broker that it has begun to start is there all the same."""
+    process = children(fork, die_at, moment, LATER)
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL
+    with wait_until(reached, DEADLINE) as bus:
+        broker = bus.stats().pid
+    end(broker)
 
 
 @pytest.mark.parametrize("moment", ["starting for all", "waiting for all", "connected"])
 def test_the_first_caller_is_killed(moment: str, fork: BaseContext, children: Children) -> None:
     """Another one gets a broker all the same, and all of it ends."""
-    process = children(fork, die_at, moment)
-    process.join(DEADLINE)
+    process = children(fork, die_at, moment, SOON)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     with connect_or_start("myapp", linger=SOON) as bus, bus.subscribe() as channel:
         bus.publish("here")
