@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerRestarted, Channel, GroupStats, start_broadcaster
-from tests.support.helpers import DEADLINE, Background, Children, Pipe, answer, finish, rest, stopped, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, Pipe, answer, fill, finish, rest, stopped, take, wait_until
 from tests.support.large_workers import Size, number_of, numbers
 
 Bus = Broadcaster[Any]
@@ -223,6 +223,25 @@ def test_a_group_outlives_its_broker(children: Children, fork: BaseContext, pipe
         got += rest(own) + answer(pipe[0])
         assert sorted(got) == [*range(20)]
         finish(process)
+
+
+def test_a_group_that_is_restored_makes_nobody_wait() -> None:
+    """Until a member receives again, the newest messages are kept; then the group goes by its own policy."""
+    with start_broadcaster(restart=True) as bus:
+        member: Channel[Any] = bus.subscribe(group="g", capacity=5000)
+        member.fileno()
+        before = bus.stats().pid
+        os.kill(before, signal.SIGKILL)
+        wait_until(lambda: bus.stats().pid != before)
+        bus.publish_many(map(Size(1000).message, range(500)), timeout=DEADLINE)
+        bus.flush(DEADLINE)
+        with pytest.raises(BrokerRestarted):
+            member.recv(DEADLINE)
+        kept = numbers(take(member, group(bus).waiting + group(bus).delivered))
+        assert kept == [*range(500 - len(kept), 500)]
+        assert 0 < len(kept) < 5
+        sent = fill(bus)
+        assert [number for number, _ in take(member, len(sent))] == sent
 
 
 def receive_over_a_restart(bus: Bus, orders: Connection) -> None:

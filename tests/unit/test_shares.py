@@ -60,7 +60,7 @@ class Groups(RuleBasedStateMachine):
         self.backlog.put(run)
         self.fates += [WAITS] * (self.backlog.published - before)
 
-    @rule(prefetch=st.sampled_from([1, 1, 2, 3, 40]))
+    @rule(prefetch=st.sampled_from([1, 2, 3, 4, 40]))
     def join(self, prefetch: int) -> None:
         self.count += 1
         self.shares.join(self.count, prefetch)
@@ -78,10 +78,13 @@ class Groups(RuleBasedStateMachine):
         if member in self.shares.members:
             self.taking.add(member)
 
-    @rule(data=st.data())
-    def give(self, data: st.DataObject) -> None:
-        """Give all that the members take, in order. Each goes to one with the least to do, and what was dropped before it."""
-        while (head := self.backlog.head()) and head[-1].count:
+    @rule(data=st.data(), most=st.sampled_from([1, 2, 1000]))
+    def give(self, data: st.DataObject, most: int) -> None:
+        """Give what the members take, in order. Each goes to one with the least to do, and what was dropped before it."""
+        for _ in range(most):
+            head = self.backlog.head()
+            if not head or not head[-1].count:
+                return
             free = [one for one in self.taking - self.full if self.unfinished(one) < self.prefetch[one]]
             member = self.shares.next()
             assert (member is None) == (not free)

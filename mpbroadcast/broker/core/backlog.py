@@ -142,6 +142,8 @@ class Backlog:
         """Take over all that ``other`` has, but for what it dropped in front and has not reported."""
         vars(self).update(vars(other))
         self._gap = 0
+        if self.runs and self.runs[0].is_gap and not self._offset:
+            self.runs.popleft()
 
     def _append(self, run: Run) -> None:
         self.runs.append(run)
