@@ -42,6 +42,9 @@ class Groups(RuleBasedStateMachine):
         self.full: set[int] = set()
         self.reported = 0  # dropped messages of which a member has got a note
         self.count = 0
+        for prefetch in (4, 2, 30):
+            self.join(prefetch)
+            self.begin_taking(self.count)
 
     def unfinished(self, member: int) -> int:
         return sum(self.fates[number] == member for number in self.given[member])
@@ -72,7 +75,9 @@ class Groups(RuleBasedStateMachine):
     @precondition(lambda self: self.prefetch)
     @rule(data=st.data())
     def open(self, data: st.DataObject) -> None:
-        member = self.one_of(data)
+        self.begin_taking(self.one_of(data))
+
+    def begin_taking(self, member: int) -> None:
         self.shares.open(member, 30)
         self.prefetch[member] = min(self.prefetch[member], 30)
         if member in self.shares.members:
