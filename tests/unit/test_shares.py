@@ -130,14 +130,14 @@ class Groups(RuleBasedStateMachine):
         for number in self.given[member][done:count]:
             self.fates[number] = FINISHED
 
-    @precondition(lambda self: self.prefetch)
+    @precondition(lambda self: len(self.taking) > 3)
     @rule(data=st.data())
     def retire(self, data: st.DataObject) -> None:
         member = self.one_of(data)
         self.shares.retire(member)
         self.taking.discard(member)
 
-    @precondition(lambda self: self.prefetch)
+    @precondition(lambda self: len(self.prefetch) > 3)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         member = self.one_of(data)
@@ -147,6 +147,7 @@ class Groups(RuleBasedStateMachine):
         self.full.discard(member)
         self.fates = [LOST if fate == member else fate for fate in self.fates]
 
+    @precondition(lambda self: len(self.fates) > 100)
     @rule()
     def end(self) -> None:
         """End the group: behind all that waits comes the end, and in front of it what was dropped last, or the overflow."""
