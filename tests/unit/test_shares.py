@@ -130,6 +130,18 @@ class Groups(RuleBasedStateMachine):
         for number in self.given[member][done:count]:
             self.fates[number] = FINISHED
 
+    @precondition(lambda self: self.prefetch)
+    @rule(data=st.data(), steps=st.lists(st.sampled_from(["publish", "give", "finish"]), min_size=5, max_size=30))
+    def work(self, data: st.DataObject, steps: list[str]) -> None:
+        """Do what happens most, one by one: so members come to differ in what they have to do."""
+        for step in steps:
+            if step == "publish":
+                self.publish(2)
+            elif step == "give":
+                self.give(data, 1)
+            else:
+                self.finish(data, 0)
+
     @precondition(lambda self: len(self.taking) > 3)
     @rule(data=st.data())
     def retire(self, data: st.DataObject) -> None:
@@ -173,7 +185,7 @@ class Groups(RuleBasedStateMachine):
             assert shares.has_unfinished(member) == (self.unfinished(member) > 0)
 
 
-Groups.TestCase.settings = settings(STEADY, max_examples=50, stateful_step_count=40)
+Groups.TestCase.settings = settings(STEADY, max_examples=40, stateful_step_count=25)
 TestGroups = Groups.TestCase
 
 
