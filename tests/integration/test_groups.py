@@ -43,7 +43,7 @@ from tests.support.large_workers import Size
 from tests.support.workers import CannotBeUnpickled
 
 Bus = Broadcaster[Any]
-CALLS = ["recv", "recv_many", "next", "for", "async for", "selector"]
+CALLS = ["recv", "recv_many", "next", "for", "async for", "selector", "arecv", "arecv_many"]
 
 
 def opened(bus: Bus, count: int = 1, prefetch: int = 1, **options: Any) -> list[Channel[Any]]:
@@ -95,7 +95,11 @@ def test_a_message_is_finished_when_the_next_is_asked_for(bus: Bus, call: str) -
     """A member has one message at a time until it asks for the next one, by whichever call receives."""
     (member,) = opened(bus)
     publish(bus, range(3))
-    receive = calls_that_receive(member)[call]
+    in_tasks: dict[str, Callable[[], list[Any]]] = {
+        "arecv": lambda: [asyncio.run(member.arecv(DEADLINE))],
+        "arecv_many": lambda: asyncio.run(member.arecv_many(2, DEADLINE)),
+    }
+    receive = (calls_that_receive(member) | in_tasks)[call]
     for number in range(3):
         assert receive() == [number]
         for _ in range(3):  # the broker has had its turn, and gives nothing more
