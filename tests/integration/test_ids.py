@@ -12,7 +12,7 @@ import pytest
 from mpbroadcast import Broadcaster, BrokerRestarted, Channel, Lagged, Overflowed, Received, connect, start_broadcaster
 from mpbroadcast.validation import Policy
 from tests.support.helpers import DEADLINE, Background, everything, fill, receive_all, rest, take, wait_until
-from tests.support.large_workers import Size, numbers
+from tests.support.large_workers import TRANSPORTS, Size, numbers
 
 Bus = Broadcaster[Any]
 
@@ -135,9 +135,13 @@ def test_a_channel_resumes_behind_an_id(
     assert channel.missed == missed
 
 
-@pytest.mark.parametrize("overflow", get_args(Policy))
-def test_what_is_resumed_is_cut_at_the_capacity(overflow: Policy, transport: Size) -> None:
+@pytest.mark.parametrize(
+    ("overflow", "size"),
+    [*((policy, "pipe") for policy in get_args(Policy)), ("block", "ring"), ("drop_oldest", "memory"), ("latest", "buffers")],
+)
+def test_what_is_resumed_is_cut_at_the_capacity(overflow: Policy, size: str) -> None:
     """The oldest are cut, and counted: in the gap that comes first, or, under ``latest``, in ``missed`` alone."""
+    transport = TRANSPORTS[size]
     with start_broadcaster(history=100) as bus, bus.subscribe(with_id=True, capacity=1 << 30) as witness:
         bus.publish_many(map(transport.message, range(8)))
         id = witness.recv(DEADLINE).id
@@ -215,32 +219,30 @@ def test_an_id_of_a_broker_that_was_replaced_is_unknown() -> None:
         assert old.recv(DEADLINE).id > ids[2]
 
 
-@pytest.mark.parametrize(
-    ("topics", "limit", "after", "expected"),
-    [
-        ((), None, None, KEPT),
-        (("*",), 4, None, [8, 9, 10, 11]),
-        ((), 0, None, []),
-        (("a", "b"), 4, None, [5, 7, 9, 11]),
-        (("[bc]",), None, 8, [9, 10, 11]),
-        ((), 3, BEGINNING, [3, 4, 5]),
-        ((), 3, 4, [5, 6, 7]),
-        (("a", "c"), 3, 3, [4, 5, 6]),
-        ((), 3, 11, []),
-        (("none",), None, 0, []),
-        ((), None, FOREIGN, KEPT),
-        ((), 2, TO_COME, [3, 4]),
-    ],
-)
-def test_the_history_can_be_read(
-    kept: tuple[Bus, list[int]], topics: tuple[str, ...], limit: int | None, after: int | None, expected: list[int]
-) -> None:
+READ: list[tuple[tuple[str, ...], int | None, int | None, list[int]]] = [
+    ((), None, None, KEPT),
+    (("*",), 4, None, [8, 9, 10, 11]),
+    ((), 0, None, []),
+    (("a", "b"), 4, None, [5, 7, 9, 11]),
+    (("[bc]",), None, 8, [9, 10, 11]),
+    ((), 3, BEGINNING, [3, 4, 5]),
+    ((), 3, 4, [5, 6, 7]),
+    (("a", "c"), 3, 3, [4, 5, 6]),
+    ((), 3, 11, []),
+    (("none",), None, 0, []),
+    ((), None, FOREIGN, KEPT),
+    ((), 2, TO_COME, [3, 4]),
+]
+
+
+def test_the_history_can_be_read(kept: tuple[Bus, list[int]]) -> None:
     """The last messages, or the first behind an id; all of them behind an unknown one. It leaves no subscription."""
     bus, ids = kept
-    found = bus.history(*topics, limit=limit, after=None if after is None else ids[after])
-    assert [(one.message, one.id) for one in found] == [(number, ids[number]) for number in expected]
-    assert {one.topic for one in found} == {"a" if number < 6 else "b" if number % 2 else "c" for number in expected}
-    assert len(bus.stats().subscribers) == 1
+    for topics, limit, after, expected in READ:
+        found = bus.history(*topics, limit=limit, after=None if after is None else ids[after])
+        assert [(one.message, one.id) for one in found] == [(number, ids[number]) for number in expected]
+        assert {one.topic for one in found} == {"a" if number < 6 else "b" if number % 2 else "c" for number in expected}
+        assert len(bus.stats().subscribers) == 1
 
 
 def test_a_history_is_read_page_by_page(transport: Size) -> None:
