@@ -200,7 +200,7 @@ def summary(whole: Row, address: str) -> list[str]:
         f"history of {whole['history_topics']} topics",
     ]
     uptime = f"up {hours}:{minutes:02}:{seconds:02}"
-    published = f"published {short(whole['published'])}, {short(whole['rate'])}/s"
+    published = f"published {short(whole['published'])}" + ("" if whole["rate"] is None else f", {short(whole['rate'])}/s")
     return [
         f"broker {whole['pid']} {uptime}, {published}, memory {short(whole['memory'])}, {printable(address)}",
         ", ".join(counts),

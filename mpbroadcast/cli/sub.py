@@ -7,7 +7,7 @@ import contextlib
 import os
 from typing import Any, Final
 
-from mpbroadcast import BroadcastError, BrokerRestarted, Channel, Lagged, Received, TimedOut, connect
+from mpbroadcast import Broadcaster, BroadcastError, BrokerRestarted, Channel, Lagged, Received, TimedOut, connect
 from mpbroadcast.cli import output
 from mpbroadcast.cli.text import decode, json_line, plain_line
 from mpbroadcast.protocol.plain_pickling import PLAIN_DATA
@@ -52,11 +52,11 @@ def run(options: argparse.Namespace) -> int:
         with bus.subscribe(*topics, after=options.after, group=group, with_id=True) as channel:
             if not options.pickle:
                 channel.loaders = PLAIN_DATA
-            return _print_all(channel, options)
+            return _print_all(bus, channel, group, options)
     return 0
 
 
-def _print_all(channel: Channel[Received[Any]], options: argparse.Namespace) -> int:
+def _print_all(bus: Broadcaster[Any], channel: Channel[Received[Any]], group: str | None, options: argparse.Namespace) -> int:
     """Print what comes, up to the count. Return the exit code."""
     printed = 0
     why = "the broadcaster has closed"
@@ -64,7 +64,7 @@ def _print_all(channel: Channel[Received[Any]], options: argparse.Namespace) -> 
         try:
             batch = channel.recv_many(_AT_ONCE if options.count is None else min(_AT_ONCE, options.count - printed), timeout=0)
         except TimedOut:
-            if output.wait(channel.fileno(), options.timeout):
+            if output.wait(channel.fileno(), options.timeout) or _is_due(bus, channel, group):
                 continue
             why = f"nothing has come for {options.timeout:g} s"
             break
@@ -85,6 +85,15 @@ def _print_all(channel: Channel[Received[Any]], options: argparse.Namespace) -> 
         return 0
     output.warn(f"{why}: {printed} of {options.count} messages have come")
     return 1
+
+
+def _is_due(bus: Broadcaster[Any], channel: Channel[Any], group: str | None) -> bool:
+    """Return whether something is still in the broker for this channel, as what it resumes is at first, or came just now."""
+    stats = bus.stats()
+    waiting = sum(row.waiting for row in stats.subscribers if row.id == channel.id)
+    if group in stats.groups:
+        waiting += stats.groups[group].waiting
+    return waiting > 0 or channel.poll(0)
 
 
 def _line(received: Received[Any], *, as_json: bool) -> bytes:

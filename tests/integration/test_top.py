@@ -123,17 +123,20 @@ def test_top_on_a_terminal(bus: Bus) -> None:
         assert terminal.end() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_top(bus: Bus, number: int) -> None:
-    """And leaves the terminal as it was."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, 0], ids=["Ctrl-C", "SIGTERM", "no broker"])
+def test_what_ends_top(bus: Bus, number: int) -> None:
+    """It leaves the terminal as it was; a broker that has ended is one line there."""
     pytest.importorskip("rich")
     with Terminal(bus, 80, 24) as terminal:
         terminal.wait_for(lambda lines: len(lines) == 24)
         if number == signal.SIGINT:
             terminal.press("\x03")
-        else:
+        elif number:
             terminal.process.send_signal(number)
-        assert terminal.end() == (0 if number == signal.SIGINT else 128 + number)
+        else:
+            bus.close()
+        assert terminal.end() == {signal.SIGINT: 0, signal.SIGTERM: 128 + number, 0: 1}[number]
+        assert number or sum("mpbroadcast: " in line for line in terminal.shown) == 1
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"PYTHONPATH": "no rich"}], ids=["dumb", "without rich"])
