@@ -9,7 +9,6 @@ import shutil
 from mpbroadcast import connect
 from mpbroadcast.cli import output
 from mpbroadcast.cli.figures import figures, report
-from mpbroadcast.cli.processes import Processes
 from mpbroadcast.cli.prometheus import exposition
 from mpbroadcast.cli.text import encode, json_line
 
@@ -32,6 +31,8 @@ def run(options: argparse.Namespace) -> int:
         elif options.prometheus:
             output.write(encode(exposition(stats)))
         else:
+            from mpbroadcast.cli.processes import Processes  # and psutil, which the other forms do not need
+
             whole = figures(stats, None, Processes().of(stats))
             lines = report(whole, bus.address, shutil.get_terminal_size((120, 24)).columns)
             output.write(encode("".join(f"{line}\n" for line in lines)))

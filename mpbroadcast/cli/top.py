@@ -13,7 +13,6 @@ from typing import Any
 from mpbroadcast import Broadcaster, BrokerStats, connect
 from mpbroadcast.cli import output
 from mpbroadcast.cli.figures import figures, report
-from mpbroadcast.cli.processes import Processes
 from mpbroadcast.cli.text import encode, json_line
 
 EXAMPLE = "mpbroadcast top --address myapp --interval 2"
@@ -57,6 +56,8 @@ def _is_screen() -> bool:
 
 def _print(bus: Broadcaster[Any], options: argparse.Namespace) -> None:
     """Print the figures of each interval, or of one."""
+    from mpbroadcast.cli.processes import Processes  # and psutil, which the other commands do not need
+
     processes = Processes()
     before: BrokerStats = bus.stats()
     while True:
