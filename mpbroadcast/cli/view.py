@@ -68,7 +68,7 @@ class View:
 
 def keys_in(data: bytes) -> list[str]:
     """Return the keys that a terminal has sent: characters and names."""
-    keys = _KEY.findall(data.decode("utf-8", "ignore"))
+    keys: list[str] = _KEY.findall(data.decode("utf-8", "ignore"))
     return [_NAMES.get(key, key) for key in keys]
 
 
