@@ -33,6 +33,7 @@ def read_key(address: str) -> Key | None:
     """Return the key that belongs to the socket at ``address``; ``None`` if it has no key file.
 
     :raises AuthenticationFailed: there is a file that cannot be trusted.
+    :raises OSError: no file can be read, as no descriptor is left.
     """
     path = address + SUFFIX
     try:
@@ -40,6 +41,8 @@ def read_key(address: str) -> Key | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EACCES, errno.EISDIR, errno.ENXIO):
+            raise  # it is not the file: no descriptor is left, say
         why = "is a link" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})"
         raise AuthenticationFailed(_refused(path, why)) from None
     why = ""
