@@ -42,7 +42,7 @@ def read_key(address: str) -> Key | None:
         return None
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EACCES, errno.EISDIR, errno.ENXIO):
-            raise  # it is not the file: no descriptor is left, say
+            raise  # it is not the file: perhaps no descriptor is left
         why = "is a link" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})"
         raise AuthenticationFailed(_refused(path, why)) from None
     why = ""

@@ -26,7 +26,10 @@ def uvloop_has_its_pipe() -> None:
         made("uvloop").run(made("uvloop").sleep, 0)
 
 
-@pytest.fixture(params=["asyncio", "asyncio, late", "uvloop", "uvloop, late", "trio"])
+ALL = ["asyncio", "asyncio, late", "uvloop", "uvloop, late", "trio"]
+
+
+@pytest.fixture(params=ALL if os.environ.get("MPBROADCAST_FAULTS") == "all" else ["asyncio, late", "trio"])
 def loop(request: pytest.FixtureRequest) -> tuple[Loop, bool]:
     """Return a loop, and whether calls are cancelled late."""
     name, _, late = request.param.partition(", ")

@@ -214,7 +214,8 @@ def test_a_wrong_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert channel.recv(DEADLINE) == "from a stranger"
 
 
-@pytest.mark.parametrize(("key", "text"), [(b"the stranger's key", "different keys"), (None, "is no broker")])
+# Before Python 3.12 the other side has HMAC-MD5 only.
+@pytest.mark.parametrize(("key", "text"), [(b"the stranger's key", "different keys|is no broker"), (None, "is no broker")])
 def test_a_server_that_does_not_have_the_key_is_not_trusted(key: bytes | None, text: str, temporary_folder: Path) -> None:
     """Find out what listens at the address, and give it no answer that helps it."""
     address = str(temporary_folder / "stranger")
