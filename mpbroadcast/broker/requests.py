@@ -218,8 +218,10 @@ def _stop(broker: Broker, connection: ControlConnection, message: dict[str, Any]
     timeout = message.get("timeout")
     if timeout is not None and (type(timeout) not in (int, float) or not 0 <= timeout <= _FOREVER):
         raise Refused("value", f"timeout must be 0 or more seconds, not {timeout!r}")
-    shutdown = broker.stop(_FOREVER if timeout is None else float(timeout), connection.peer)
-    connection.reply({"pid": os.getpid(), "left": shutdown.time_left})  # requested again, it is what is left now
+    seconds = _FOREVER if timeout is None else float(timeout)
+    shutdown = broker.stop(seconds, connection.peer)
+    shutdown.shorten(seconds)  # requested again: after an interrupted close(), the next one may have less time
+    connection.reply({"pid": os.getpid(), "left": shutdown.time_left})
 
 
 _FOREVER: Final = 1e9

@@ -58,6 +58,10 @@ class Shutdown:
         """Seconds until what is left is closed, if no reader makes progress until then."""
         return max(0.0, self._progress_at + self._patience - time.monotonic())
 
+    def shorten(self, timeout: float) -> None:
+        """Go on without progress for ``timeout`` seconds at most."""
+        self._patience = min(self._patience, timeout)
+
     def steps(self) -> Iterator[None]:
         """End the broker. Between two steps it has a round; at the end, no publisher and no subscription is left."""
         registry, traffic, poller = self._registry, self._traffic, self._poller

@@ -168,7 +168,13 @@ class Publishing(Generic[M]):
         timeout: float | None = None,
     ) -> int:
         """Do as :meth:`publish_many`, in a task. ``sent`` is exact when it is cancelled, too."""
-        result = await self._in_task(self._publishing_many(messages, topic, exclude, Deadline(check_timeout(timeout))))
+        deadline = Deadline(check_timeout(timeout))
+        try:
+            result = await self._in_task(self._publishing_many(messages, topic, exclude, deadline))
+        except BaseException as error:
+            if not hasattr(error, "sent"):  # cancelled in the turn of other tasks, before the first message
+                error.sent = 0  # type: ignore[attr-defined]
+            raise
         if isinstance(result, StopIteration):
             raise result
         return result

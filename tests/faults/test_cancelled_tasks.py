@@ -173,6 +173,31 @@ def test_many_that_are_published(loop: tuple[Loop, bool], bus: Bus) -> None:
     each_step(loop, turn)
 
 
+def test_many_that_are_cancelled_in_the_turn_of_others(loop: tuple[Loop, bool], bus: Bus) -> None:
+    """A task that never blocks gives turns to others: cancelled in one, it has published nothing, and ``sent`` has that."""
+    channel = bus.subscribe()
+    sent: list[int] = []
+
+    async def call(cancel: Callable[[], object]) -> None:
+        cancel()
+        try:
+            sent.append(await bus.apublish_many([len(sent), len(sent)]))
+        except BaseException as error:
+            sent.append(error.sent)  # type: ignore[attr-defined]
+            raise
+
+    async def main() -> None:
+        bus.publish(LAST)
+        assert await channel.arecv(DEADLINE) == LAST
+        while 0 not in sent:
+            with contextlib.suppress(Cancelled):
+                await loop[0].cancelling(call)
+        await bus.apublish(LAST)
+
+    loop[0].run(main)
+    assert up_to_last(channel) == [number for number, count in enumerate(sent) for _ in range(count)]
+
+
 CALLS: dict[str, Callable[[Channel[Any]], Callable[[], Awaitable[Any]]]] = {
     "arecv": lambda channel: channel.arecv,
     "arecv_many": lambda channel: channel.arecv_many,

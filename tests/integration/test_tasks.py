@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import pytest
@@ -27,8 +28,20 @@ from mpbroadcast import (
     connect,
     start_broadcaster,
 )
-from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, fill, kill_broker, pattern, stopped, take
+from tests.support import victims, workers
+from tests.support.helpers import (
+    DEADLINE,
+    Background,
+    Children,
+    Pipe,
+    answer,
+    fill,
+    finish,
+    kill_broker,
+    pattern,
+    stopped,
+    take,
+)
 from tests.support.large_workers import descriptors_left, limited
 from tests.support.loops import LOOPS, Cancelled, Loop, made
 
@@ -144,6 +157,32 @@ def test_the_starter_ends_its_broker(loop: Loop) -> None:
         await channel.aclose()
 
     loop.run(main)
+
+
+def test_less_time_for_the_end(loop: Loop, fork: BaseContext, children: Children, pipe: Pipe) -> None:
+    """``close`` behind a cancelled ``aclose`` has its own timeout, though the broker drains already."""
+    bus = start_broadcaster()
+    other = connect(bus.address)
+    reader = children(fork, victims.slow_reader, bus.subscribe(), pipe[1], None)
+    assert answer(pipe[0]) == "open"
+    bus.publish_many((number, bytes(1900)) for number in range(1000))
+
+    async def main() -> None:
+        closing = loop.start(lambda: bus.aclose(None))
+        with contextlib.suppress(BrokerLost):
+            while True:  # until the broker has the request
+                other.publish((0, b""))
+                await loop.sleep(0.01)
+        closing.cancel()
+        with pytest.raises(Cancelled):
+            await closing.result()
+
+    loop.run(main)
+    Background(bus.close, 0.1).result()
+    other.close()
+    pipe[0].send("go on")
+    assert answer(pipe[0])[1] == BrokerLost.__name__
+    finish(reader)
 
 
 def test_selectors(loop: Loop, bus: Bus) -> None:
