@@ -186,10 +186,10 @@ class Channel(Receiving[M]):
             raise StopAsyncIteration from None
 
     @overload
-    def messages(self, on_gap: Literal["skip"] | Callable[[Gap], object]) -> Messages[M]: ...
+    def messages(self, on_gap: Literal["skip"] | Callable[[Gap], object] = "skip") -> Messages[M]: ...
     @overload
     def messages(self, on_gap: Literal["yield"]) -> Messages[M | Gap]: ...
-    def messages(self, on_gap: OnGap) -> Messages[Any]:
+    def messages(self, on_gap: OnGap = "skip") -> Messages[Any]:
         """Return an iterable over the messages that goes on behind gaps, for ``for`` and ``async for``.
 
         Where messages are missing (:class:`Lagged`), or another broker has taken over (:class:`BrokerRestarted`), it goes on

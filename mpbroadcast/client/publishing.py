@@ -143,7 +143,7 @@ class Publishing(Generic[M]):
 
         :raises Exception: as :meth:`publish`; the exception's ``sent`` is how many of the first messages were published.
         """
-        result = run(self._publishing_many(messages, topic, exclude, self._deadline(check_timeout(timeout))))
+        result = run(self._publishing_many(messages, topic, exclude, timeout, self._deadline))
         if isinstance(result, StopIteration):
             raise result
         return result
@@ -168,9 +168,8 @@ class Publishing(Generic[M]):
         timeout: float | None = None,
     ) -> int:
         """Do as :meth:`publish_many`, in a task. ``sent`` is exact when it is cancelled, too."""
-        deadline = Deadline(check_timeout(timeout))
         try:
-            result = await self._in_task(self._publishing_many(messages, topic, exclude, deadline))
+            result = await self._in_task(self._publishing_many(messages, topic, exclude, timeout, Deadline))
         except BaseException as error:
             if not hasattr(error, "sent"):  # cancelled in the turn of other tasks, before the first message
                 error.sent = 0  # type: ignore[attr-defined]
@@ -198,14 +197,19 @@ class Publishing(Generic[M]):
         return Deadline(timeout)
 
     def _publishing_many(
-        self, messages: Iterable[M], topic: str, exclude: Channel[Any] | None, deadline: Deadline
+        self,
+        messages: Iterable[M],
+        topic: str,
+        exclude: Channel[Any] | None,
+        timeout: float | None,
+        deadline_of: Callable[[float | None], Deadline],
     ) -> Steps[int | StopIteration]:
         """Return how many were sent, or an error of pickling that a generator cannot raise."""
         counts: list[int] = []  # messages in each write that was begun
         done: list[int] = []  # one item for each write that was done
         waiting: list[bytes] = []
         try:
-            route = self._route(topic, exclude)
+            route, deadline = self._route(topic, exclude), deadline_of(check_timeout(timeout))
             size = 0
             try:
                 for message in messages:
