@@ -35,14 +35,15 @@ class ChannelPipe:
         """Let only the process open it that had it open before the broker was restarted."""
         self.state = self.unopened = self.state.to(PipeState.RESERVED)
 
-    def begin_opening(self, backlog: Backlog) -> int:
-        """Make the pipe. Return the descriptor of its reader's end.
+    def begin_opening(self, backlog: Backlog, *, is_member: bool = False) -> int:
+        """Make the pipe, of a group's member or of another channel. Return the descriptor of its reader's end.
 
         :raises OSError: no descriptor is left.
         """
         # An eighth of the capacity, so that a small one is not all in the pipe, where no event reports that a part is read.
         # The newest message goes into an empty pipe only: one page reports room when it is empty.
-        size = min(PIPE_SIZE, max(_PAGE, 1 << max(0, (backlog.capacity // 8).bit_length() - 1)))
+        # What a member has been given does not count against the capacity, and the member reports what it has finished.
+        size = PIPE_SIZE if is_member else min(PIPE_SIZE, max(_PAGE, 1 << max(0, (backlog.capacity // 8).bit_length() - 1)))
         reader, writer = new_pipe(_PAGE if backlog.keeps_newest_only else size)
         self.state = self.state.to(PipeState.OPENING)
         self.fd = writer

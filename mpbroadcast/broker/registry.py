@@ -321,8 +321,9 @@ class Registry:
 
         :raises OSError: no descriptor is left.
         """
-        ends = [subscription.pipe.begin_opening(subscription.backlog)]
-        if subscription.group is not None:
+        is_member = subscription.group is not None
+        ends = [subscription.pipe.begin_opening(subscription.backlog, is_member=is_member)]
+        if is_member:
             try:
                 ends.append(subscription.pipe.begin_reports())
             except OSError:

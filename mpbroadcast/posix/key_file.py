@@ -60,7 +60,7 @@ def read_key(address: str) -> Key | None:
 
 
 def _refused(path: str, why: str) -> str:
-    return f"the key file {path!r} {why}: a new broker at this address writes a new one; or pass authkey"
+    return f"the key file {path!r} {why}: remove it, and start another broker at this address; or pass authkey"
 
 
 def _read(path: str) -> tuple[os.stat_result, bytes]:

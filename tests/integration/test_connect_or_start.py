@@ -209,6 +209,12 @@ def test_it_goes_on_under_churn() -> None:
         connect("myapp")
 
 
+def test_a_broker_that_does_not_linger_has_its_first_handle() -> None:
+    with connect_or_start("myapp", linger=0, start_timeout=PATIENCE) as bus:
+        broker = bus.stats().pid
+    wait_until(lambda: not alive(broker))
+
+
 @pytest.mark.parametrize("last", ["channel", "handle", "unopened channel"])
 def test_what_keeps_it(last: str) -> None:
     """It lives as long as one of them does, though for longer than it lingers."""

@@ -149,6 +149,14 @@ def test_recv_many_gives_at_most_prefetch(bus: Bus) -> None:
     assert take(member, 5) == [3, 4, 5, 6, 7]
 
 
+def test_what_is_given_does_not_count_against_the_capacity(bus: Bus) -> None:
+    (member,) = opened(bus, prefetch=32, capacity=3000, overflow="drop_newest")
+    for _ in range(32):
+        publish(bus, [bytes(1000)])  # one at a time: what the broker reads at once is in the backlog first
+    assert bus.stats().groups["g"] == GroupStats(members=1, waiting=0, delivered=32, lost=0, dropped=0)
+    assert take(member, 32) == [bytes(1000)] * 32
+
+
 def test_nothing_waits_behind_a_member_at_work(bus: Bus) -> None:
     """With ``prefetch=1``, all goes to those that ask; with more, to the one that has the least."""
     busy, *idle = opened(bus, 3)

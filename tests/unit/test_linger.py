@@ -26,3 +26,12 @@ def test_at_once_and_never(seconds: float, first: float) -> None:
     linger = Linger(seconds)
     assert linger.look(1.0) == first
     assert linger.look(1e9) == (0.0 if not seconds else None)
+
+
+def test_it_waits_for_the_first_session() -> None:
+    linger = Linger(0.0, first=3.0)
+    assert [linger.look(now) for now in (1.0, 2.0)] == [3.0, None]
+    linger.begin_anew()
+    assert linger.look(2.5) == 0.0
+    assert Linger(0.0, first=3.0).look(1.0) == 3.0
+    assert Linger(5.0, first=3.0).look(1.0) == 5.0

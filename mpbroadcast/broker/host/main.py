@@ -44,6 +44,7 @@ from mpbroadcast.posix.poller import IN
 log = logging.getLogger("mpbroadcast.broker")
 
 _FAILED: Final = 1  # exit code
+_FIRST_LINGER: Final = 3.0  # seconds, at least, in which the first handle on a broker without a starter connects
 _SIGNALS: Final = 4096  # that are read at once
 MOST_LOOKED_THROUGH: Final = 50_000  # objects, in one garbage collection: some 5 ms
 _GROWTH: Final = 20_000  # objects more than at the last collection, until the next one
@@ -156,7 +157,7 @@ def _serve(settings: Settings, ready: Connection | None, listening: Listening, s
             history=settings.history,
             stall_timeout=settings.stall_timeout,
             succession=succession,
-            linger=None if settings.linger is None else Linger(settings.linger),
+            linger=None if settings.linger is None else Linger(settings.linger, first=_FIRST_LINGER),
         )
         _stop_on_sigterm(broker, ignored=settings.stands_apart)
         if settings.starter is not None:
