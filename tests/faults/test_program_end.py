@@ -21,7 +21,7 @@ from tests.support import victims
 from tests.support.helpers import DEADLINE, Children, Pipe, answer, finish, wait_until
 from tests.support.victims import Program, alive
 
-METHODS = ["fork", "spawn", "forkserver"]
+METHODS = ["fork", "spawn", "forkserver"] if os.environ.get("MPBROADCAST_FAULTS") == "all" else ["fork", "spawn"]
 
 Write = Callable[[str], str]
 IMPORTS = """
