@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.util
 import multiprocessing
 import statistics
@@ -28,9 +29,10 @@ Sleep = Callable[[float], Awaitable[None]]
 
 def receive_slowly(channel: Channel[Any]) -> None:
     """Receive until the end, and pause again and again."""
-    for _ in channel:
-        channel.recv_many(20)
-        time.sleep(PAUSE)
+    with contextlib.suppress(EOFError):
+        while True:
+            channel.recv_many(20)
+            time.sleep(PAUSE)
 
 
 def publish_often(bus: Broadcaster[Any], seconds: float) -> None:
