@@ -191,8 +191,9 @@ def test_a_signal_to_all_processes_of_serve(restart: bool, runtime: Path) -> Non
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_serve_when_its_broker_is_killed(restart: bool, runtime: Path) -> None:
+def test_serve_when_its_broker_is_killed(restart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """End with an error, or go on with the next one, at the same address and with the same key."""
+    monkeypatch.chdir(tmp_path)
     with Program(*MAIN, "serve", "./myapp", *(["--restart"] if restart else [])) as program:
         address = program.line().removeprefix("mpbroadcast: ready at ")
         with connect(address) as bus:
