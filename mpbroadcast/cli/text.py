@@ -35,7 +35,6 @@ def plain_line(message: object) -> bytes:
 
 def json_line(value: dict[str, Any]) -> bytes:
     """Return the line of a JSON object, in which what JSON has no form for is its ``repr``."""
-    text = ""
     parts = []
     for name, item in value.items():
         try:

@@ -64,6 +64,9 @@ def test_publish_many_takes_any_iterable_and_counts(bus: Bus) -> None:
     with pytest.raises(workers.Boom) as caught:
         bus.publish_many(numbers(), topic="t")
     assert caught.value.sent == 50  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="timeout") as wrong:
+        bus.publish_many([0], topic="t", timeout=-1)
+    assert wrong.value.sent == 0  # type: ignore[attr-defined]
     assert everything(bus, channel) == list(range(1, 2051))
 
 

@@ -133,6 +133,9 @@ def test_wrong_arguments(loop: Loop, bus: Bus) -> None:
         with pytest.raises(workers.Boom) as raised:
             await bus.apublish_many([1, 2, workers.CannotBePickled()])
         assert raised.value.sent == 2  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match="timeout") as wrong:
+            await bus.apublish_many([0], timeout=-1)
+        assert wrong.value.sent == 0  # type: ignore[attr-defined]
         assert take(channel, 2) == [1, 2]
 
     loop.run(main)
