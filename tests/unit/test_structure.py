@@ -20,6 +20,7 @@ TESTS = Path(__file__).parents[1]
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"bridge"},
     {"__init__"},
     {"client", "broker"},
     {"posix", "protocol"},
@@ -87,6 +88,16 @@ def test_a_module_imports_only_what_stands_below_it() -> None:
 def test_no_import_cycle() -> None:
     """No module imports itself through others."""
     TopologicalSorter({name: imported(name) - {name} for name in PATHS}).prepare()
+
+
+def test_bridges_use_public_names_only() -> None:
+    """A bridge is a program like any other: it imports nothing of a broker, and an engine's client only in its own module."""
+    public = re.compile(r"mpbroadcast(\.(bridge(\..*)?|client\..*|errors|stats|validation|trap_points))?")
+    clients = {"redis", "nats"}
+    for me in (name for name in PATHS if room(name) == "bridge"):
+        assert not [module for module in imported(me) & {*PATHS} if not public.fullmatch(module)], me
+        own = clients - {me.rpartition(".")[2].removesuffix("_engine")}
+        assert not [module for module in imported(me) if module.partition(".")[0] in own], me
 
 
 def test_the_core_of_the_broker_is_pure() -> None:
