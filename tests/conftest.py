@@ -20,7 +20,7 @@ import pytest
 from mpbroadcast import Broadcaster, start_broadcaster
 from mpbroadcast.client import shared_writer
 from mpbroadcast.protocol import pickling
-from tests.support.helpers import Children, Pipe, wait_until
+from tests.support.helpers import DEADLINE, Children, Pipe, wait_until
 from tests.support.large_workers import TRANSPORTS, Size
 from tests.support.victims import ROOT
 
@@ -147,6 +147,16 @@ def pipe(leaves_nothing: None) -> Iterator[Pipe]:
     ours, theirs = multiprocessing.Pipe()
     with ours, theirs:
         yield ours, theirs
+
+
+@pytest.fixture
+def runtime(leaves_nothing: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A runtime folder of this user's, with the sockets that have a name: empty in the end."""
+    folder = tmp_path / "runtime"
+    folder.mkdir(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    yield folder
+    wait_until(lambda: not [*folder.iterdir()], DEADLINE)
 
 
 @pytest.fixture

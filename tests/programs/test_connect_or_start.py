@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -28,22 +29,15 @@ from mpbroadcast import (
     trap_points,
 )
 from tests.support.helpers import DEADLINE, Children, Pipe, answer, finish, rest, wait_until
-from tests.support.victims import Program, alive
+from tests.support.victims import Program, alive, reached
 
 Bus = Broadcaster[Any]
 SOON = 0.1  # seconds of lingering, where a test waits for the end
 LATER = 60.0  # where it must not end
 PATIENCE = 2 * DEADLINE  # for a start
+SOAK = float(os.environ.get("MPBROADCAST_SOAK", "1"))  # seconds
 
-
-@pytest.fixture(autouse=True)
-def runtime(leaves_nothing: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of the sockets: empty in the end, which waits for a broker that lingers."""
-    folder = tmp_path / "runtime"
-    folder.mkdir(0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
-    yield folder
-    wait_until(lambda: not [*folder.iterdir()], DEADLINE)
+pytestmark = pytest.mark.usefixtures("runtime")
 
 
 def end(pid: int) -> None:
@@ -52,8 +46,8 @@ def end(pid: int) -> None:
     wait_until(lambda: not alive(pid))
 
 
-def report_broker(pipe: Connection, address: str = "myapp") -> None:
-    with connect_or_start(address, linger=LATER, start_timeout=PATIENCE) as bus:
+def report_broker(pipe: Connection, address: str = "myapp", linger: float = LATER) -> None:
+    with connect_or_start(address, linger=linger, start_timeout=PATIENCE) as bus:
         pipe.send(bus.stats().pid)
         answer(pipe, 3 * DEADLINE)
 
@@ -140,22 +134,50 @@ def die_at(moment: str, linger: float) -> None:
     connect_or_start("myapp", linger=linger, start_timeout=PATIENCE)
 
 
-def reached() -> Bus | None:
-    try:
-        return connect("myapp")
-    except BrokerLost:
-        return None
-
-
 @pytest.mark.parametrize("moment", ["waiting for all", "connected"])
 def test_the_first_caller_is_killed_before_it_has_a_handle(moment: str, fork: BaseContext, children: Children) -> None:
     """The broker that it has begun to start is there all the same."""
     process = children(fork, die_at, moment, LATER)
     process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
-    with wait_until(reached, DEADLINE) as bus:
+    with wait_until(lambda: reached("myapp"), DEADLINE) as bus:
         broker = bus.stats().pid
     end(broker)
+
+
+def be_first() -> None:
+    os.setpgid(0, 0)
+    connect_or_start("myapp", linger=0.3, start_timeout=PATIENCE)
+    signal.pause()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(SOAK + 60)
+def test_the_first_caller_is_killed_at_any_moment_with_its_group_or_alone(fork: BaseContext, children: Children) -> None:
+    """Others get the same broker, and it ends: before anything has begun, on the way, or when all is there."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    moments = random.Random(seed)
+    end = time.monotonic() + SOAK
+    is_first = True
+    while is_first or time.monotonic() < end:
+        is_first = False
+        victim = children(fork, be_first)
+        assert victim.pid
+        time.sleep(moments.uniform(0, 0.5))
+        pipes = [multiprocessing.Pipe() for _ in range(3)]
+        processes = [children(fork, report_broker, theirs, "myapp", 0.3) for _, theirs in pipes]
+        time.sleep(moments.uniform(0, 0.1))
+        (os.killpg if moments.random() < 0.5 and os.getpgid(victim.pid) == victim.pid else os.kill)(victim.pid, signal.SIGKILL)
+        (broker,) = {answer(ours, 3 * DEADLINE) for ours, _ in pipes}
+        for ours, theirs in pipes:
+            ours.send("end")
+            ours.close()
+            theirs.close()
+        for process in processes:
+            finish(process)
+        wait_until(lambda broker=broker: not alive(broker), DEADLINE)  # type: ignore[misc]
+        assert reached("myapp") is None
 
 
 @pytest.mark.parametrize("moment", ["starting for all", "waiting for all", "connected"])

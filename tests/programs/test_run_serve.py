@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mpbroadcast import BrokerLost, connect
+from mpbroadcast import connect
 from tests.support.helpers import DEADLINE, receive_all, rest, wait_until
-from tests.support.victims import Program, asleep
+from tests.support.victims import Program, asleep, reached
 
 MAIN = ("-m", "mpbroadcast")
 PYTHON = ("--", sys.executable, "-c")
@@ -31,14 +31,6 @@ sys.stdin.readline()
 print(*collections.Counter(os.read(reader, 100)).items(), flush=True)
 sys.exit(7)
 """
-
-
-@pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "runtime"
-    folder.mkdir(0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -149,21 +141,14 @@ def test_what_the_command_published_last_is_delivered(runtime: Path) -> None:
         assert program.end() == (0, "", "")
 
 
-def reached(address: str) -> object:
-    try:
-        return connect(address)
-    except BrokerLost:
-        return None
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("to_group", [False, True])
-def test_serve_until_a_signal(number: signal.Signals, to_group: bool, runtime: Path) -> None:
+def test_serve_until_a_signal(number: signal.Signals, to_group: bool, runtime: Path, tmp_path: Path) -> None:
     """One ready line; then it drains, and leaves nothing. systemd gets both states."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified, pytest.MonkeyPatch.context() as patch:
-        notified.bind(str(runtime / "notify"))
+        notified.bind(str(tmp_path / "notify"))
         notified.settimeout(DEADLINE)
-        patch.setenv("NOTIFY_SOCKET", str(runtime / "notify"))
+        patch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         with Program(*MAIN, "serve", "myapp") as program:
             assert program.line() == f"mpbroadcast: ready at {runtime / 'mpbroadcast-myapp'}"
             assert notified.recv(100) == b"READY=1"
@@ -175,7 +160,6 @@ def test_serve_until_a_signal(number: signal.Signals, to_group: bool, runtime: P
                 assert (messages, type(error)) == ([*range(100)], EOFError)
             assert program.end() == (0, "", "")
             assert notified.recv(100) == b"STOPPING=1"
-    assert [path.name for path in runtime.iterdir()] == ["notify"]
 
 
 @pytest.mark.parametrize("restart", [False, True])

@@ -10,15 +10,14 @@ import signal
 import socket
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerLost, Channel, connect
+from mpbroadcast import Broadcaster, Channel
 from tests.support.helpers import receive_all, wait_until
-from tests.support.victims import Program, alive
+from tests.support.victims import Program, alive, reached
 
 Bus = Broadcaster[Any]
 PATIENCE = 50.0  # seconds for the start of a server's workers
@@ -29,17 +28,7 @@ SERVERS = {
     "granian": "granian --interface asgi --workers 4 --respawn-failed-workers --port {port} {app}",
 }
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("programs")]
-
-
-@pytest.fixture(autouse=True)
-def runtime(leaves_nothing: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of the sockets: empty in the end."""
-    folder = tmp_path / "runtime"
-    folder.mkdir(0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
-    yield folder
-    wait_until(lambda: not [*folder.iterdir()])
+pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("programs"), pytest.mark.usefixtures("runtime")]
 
 
 class Site:
@@ -64,13 +53,7 @@ class Site:
         self.program.__exit__(*exc)
 
     def connected(self) -> Bus:
-        return wait_until(self._try_to_connect, PATIENCE)
-
-    def _try_to_connect(self) -> Bus | None:
-        try:
-            return connect("site")
-        except BrokerLost:
-            return None
+        return wait_until(lambda: reached("site"), PATIENCE)
 
     def request(self, path: str) -> int:
         """Return the process ID of the worker that answers."""

@@ -38,6 +38,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def reached(address: str) -> Broadcaster[Any] | None:
+    """Return a handle of the broker at an address, if one answers."""
+    try:
+        return mpbroadcast.connect(address)
+    except mpbroadcast.BrokerLost:
+        return None
+
+
 def asleep(pid: int) -> bool:
     """Whether a process waits in a system call."""
     return psutil.Process(pid).status() == psutil.STATUS_SLEEPING
