@@ -214,24 +214,76 @@ def subscribe(
     *topics: str,
     with_topic: Literal[False] = False,
     with_id: Literal[False] = False,
+    raw: Literal[False] = False,
     **options: Unpack[Options],
 ) -> Channel[M]: ...
 @overload
 def subscribe(
-    bus: Broadcaster[M], *topics: str, with_topic: Literal[True], with_id: Literal[False] = False, **options: Unpack[Options]
+    bus: Broadcaster[M],
+    *topics: str,
+    with_topic: Literal[True],
+    with_id: Literal[False] = False,
+    raw: Literal[False] = False,
+    **options: Unpack[Options],
 ) -> Channel[tuple[str, M]]: ...
 @overload
 def subscribe(
-    bus: Broadcaster[M], *topics: str, with_topic: bool = False, with_id: Literal[True], **options: Unpack[Options]
+    bus: Broadcaster[M],
+    *topics: str,
+    with_topic: bool = False,
+    with_id: Literal[True],
+    raw: Literal[False] = False,
+    **options: Unpack[Options],
 ) -> Channel[Received[M]]: ...
 @overload
 def subscribe(
-    bus: Broadcaster[M], *topics: str, with_topic: bool, with_id: Literal[False] = False, **options: Unpack[Options]
+    bus: Broadcaster[M],
+    *topics: str,
+    with_topic: bool,
+    with_id: Literal[False] = False,
+    raw: Literal[False] = False,
+    **options: Unpack[Options],
 ) -> Channel[M] | Channel[tuple[str, M]]: ...
 @overload
 def subscribe(
-    bus: Broadcaster[M], *topics: str, with_topic: bool = False, with_id: bool, **options: Unpack[Options]
+    bus: Broadcaster[M],
+    *topics: str,
+    with_topic: bool = False,
+    with_id: bool,
+    raw: Literal[False] = False,
+    **options: Unpack[Options],
 ) -> Channel[M] | Channel[tuple[str, M]] | Channel[Received[M]]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    with_topic: Literal[False] = False,
+    with_id: Literal[False] = False,
+    raw: Literal[True],
+    **options: Unpack[Options],
+) -> Channel[bytes]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    with_topic: Literal[True],
+    with_id: Literal[False] = False,
+    raw: Literal[True],
+    **options: Unpack[Options],
+) -> Channel[tuple[str, bytes]]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M],
+    *topics: str,
+    with_topic: bool = False,
+    with_id: Literal[True],
+    raw: Literal[True],
+    **options: Unpack[Options],
+) -> Channel[Received[bytes]]: ...
+@overload
+def subscribe(
+    bus: Broadcaster[M], *topics: str, with_topic: bool = False, with_id: bool = False, raw: bool, **options: Unpack[Options]
+) -> Channel[Any]: ...
 def subscribe(
     bus: Broadcaster[M],
     *topics: str,
@@ -241,6 +293,7 @@ def subscribe(
     after: int | None = None,
     with_topic: bool = False,
     with_id: bool = False,
+    raw: bool = False,
     group: str | None = None,
     prefetch: int = 1,
 ) -> Channel[Any]:
@@ -253,7 +306,7 @@ def subscribe(
         "group": group,
         "prefetch": prefetch,
     }
-    return _checked(bus).subscribe(*topics, with_topic=with_topic, with_id=with_id, **options)
+    return _checked(bus).subscribe(*topics, with_topic=with_topic, with_id=with_id, raw=raw, **options)
 
 
 def unsubscribe(bus: Broadcaster[Any], channel: Channel[Any]) -> None:

@@ -17,6 +17,7 @@ from mpbroadcast.client.tasks import TURN, drive, give_turn
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError
 from mpbroadcast.posix.waiting import Steps, run
+from mpbroadcast.protocol.pickling import PAYLOADS
 from mpbroadcast.validation import check_count, check_timeout, check_topics
 
 M = TypeVar("M")
@@ -290,4 +291,4 @@ class Channel(Receiving[M]):
         except BroadcastError as error:
             error.channel = self
             raise
-        return Channel, (self.ownership.client, self.id, self._form)
+        return Channel, (self.ownership.client, self.id, self._form, self.loaders is PAYLOADS)

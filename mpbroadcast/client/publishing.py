@@ -28,7 +28,7 @@ from mpbroadcast.posix import locks
 from mpbroadcast.posix.pipes import write
 from mpbroadcast.posix.waiting import Steps, Wakers, run
 from mpbroadcast.protocol.frames import HEAD, MAX_FRAME, PIPE_BUF, frame_head
-from mpbroadcast.protocol.pickling import PROTOCOL, LargeBuffer, Payload, dumps, explain, gather, keep_in_band
+from mpbroadcast.protocol.pickling import PROTOCOL, LargeBuffer, Payload, as_payload, dumps, explain, gather, keep_in_band
 from mpbroadcast.validation import check_timeout, encode_topic, encoded_topic
 
 M = TypeVar("M")
@@ -177,6 +177,38 @@ class Publishing(Generic[M]):
         if isinstance(result, StopIteration):
             raise result
         return result
+
+    def publish_payload(
+        self,
+        payload: bytes | bytearray | memoryview,
+        *,
+        topic: str = "",
+        exclude: Channel[Any] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Send the message that ``payload`` is the pickle of, as :meth:`publish` does, without unpickling it.
+
+        ``payload`` is what a channel with ``raw`` gives, or ``pickle.dumps`` returns: any contiguous bytes-like object. It is
+        not checked: one that is no whole pickle reaches each channel, for which unpickling it is an error, as a rule. Block at
+        most ``timeout`` seconds; ``None``: no limit, 0: do not block.
+
+        :raises TypeError: ``payload`` is not bytes-like, or not contiguous.
+        :raises TimedOut, BrokerLost, ClosedError: as :meth:`publish`.
+        """
+        route, deadline = self._route(topic, exclude), self._deadline(check_timeout(timeout))
+        self._publish(as_payload(payload), route, deadline, [])
+
+    async def apublish_payload(
+        self,
+        payload: bytes | bytearray | memoryview,
+        *,
+        topic: str = "",
+        exclude: Channel[Any] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Do as :meth:`publish_payload`, in a task. Cancelled, it has published the message whole, or never will."""
+        route, deadline = self._route(topic, exclude), Deadline(check_timeout(timeout))
+        await self._in_task(self._publishing(as_payload(payload), route, deadline, []))
 
     async def _in_task(self, steps: Steps[T]) -> T:
         """Drive a core that publishes. Note meanwhile that a task of this thread may wait for room in the pipe."""

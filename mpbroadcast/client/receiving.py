@@ -31,7 +31,7 @@ from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import on_fork
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.waiting import Steps, Wait, Wakers
-from mpbroadcast.protocol.pickling import ALL_KINDS, Failure
+from mpbroadcast.protocol.pickling import ALL_KINDS, PAYLOADS, Failure
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -47,11 +47,12 @@ _BUSY: Final = (
 class Receiving(Generic[M]):
     """The part of a channel that receives."""
 
-    def __init__(self, client: BrokerClient, id: int, form: int, *, subscriber: bool = False) -> None:
+    def __init__(self, client: BrokerClient, id: int, form: int, raw: bool = False, *, subscriber: bool = False) -> None:
         self.id = id  # the subscription's, at the broker
         self._form = form  # of what it gives, as `received.py` has it
         self.ownership = PipeOwnership(client, id, subscriber)
-        self.loaders = ALL_KINDS  # what turns bytes into messages: a program that trusts no publisher sets another
+        # What turns bytes into messages: a program that trusts no publisher sets another.
+        self.loaders = PAYLOADS if raw else ALL_KINDS
         self._missed = 0
         self._begin()
         on_fork(self, Receiving._in_child)

@@ -43,24 +43,70 @@ class Subscribing(Publishing[M]):
 
     @overload
     def subscribe(
-        self, *topics: str, with_topic: Literal[False] = False, with_id: Literal[False] = False, **options: Unpack[Options]
+        self,
+        *topics: str,
+        with_topic: Literal[False] = False,
+        with_id: Literal[False] = False,
+        raw: Literal[False] = False,
+        **options: Unpack[Options],
     ) -> Channel[M]: ...
     @overload
     def subscribe(
-        self, *topics: str, with_topic: Literal[True], with_id: Literal[False] = False, **options: Unpack[Options]
+        self,
+        *topics: str,
+        with_topic: Literal[True],
+        with_id: Literal[False] = False,
+        raw: Literal[False] = False,
+        **options: Unpack[Options],
     ) -> Channel[tuple[str, M]]: ...
     @overload
     def subscribe(
-        self, *topics: str, with_topic: bool = False, with_id: Literal[True], **options: Unpack[Options]
+        self,
+        *topics: str,
+        with_topic: bool = False,
+        with_id: Literal[True],
+        raw: Literal[False] = False,
+        **options: Unpack[Options],
     ) -> Channel[Received[M]]: ...
     @overload
     def subscribe(
-        self, *topics: str, with_topic: bool, with_id: Literal[False] = False, **options: Unpack[Options]
+        self,
+        *topics: str,
+        with_topic: bool,
+        with_id: Literal[False] = False,
+        raw: Literal[False] = False,
+        **options: Unpack[Options],
     ) -> Channel[M] | Channel[tuple[str, M]]: ...
     @overload
     def subscribe(
-        self, *topics: str, with_topic: bool = False, with_id: bool, **options: Unpack[Options]
+        self, *topics: str, with_topic: bool = False, with_id: bool, raw: Literal[False] = False, **options: Unpack[Options]
     ) -> Channel[M] | Channel[tuple[str, M]] | Channel[Received[M]]: ...
+    @overload
+    def subscribe(
+        self,
+        *topics: str,
+        with_topic: Literal[False] = False,
+        with_id: Literal[False] = False,
+        raw: Literal[True],
+        **options: Unpack[Options],
+    ) -> Channel[bytes]: ...
+    @overload
+    def subscribe(
+        self,
+        *topics: str,
+        with_topic: Literal[True],
+        with_id: Literal[False] = False,
+        raw: Literal[True],
+        **options: Unpack[Options],
+    ) -> Channel[tuple[str, bytes]]: ...
+    @overload
+    def subscribe(
+        self, *topics: str, with_topic: bool = False, with_id: Literal[True], raw: Literal[True], **options: Unpack[Options]
+    ) -> Channel[Received[bytes]]: ...
+    @overload
+    def subscribe(
+        self, *topics: str, with_topic: bool = False, with_id: bool = False, raw: bool, **options: Unpack[Options]
+    ) -> Channel[Any]: ...
     def subscribe(
         self,
         *topics: str,
@@ -70,6 +116,7 @@ class Subscribing(Publishing[M]):
         after: int | None = None,
         with_topic: bool = False,
         with_id: bool = False,
+        raw: bool = False,
         group: str | None = None,
         prefetch: int = 1,
     ) -> Channel[Any]:
@@ -100,7 +147,8 @@ class Subscribing(Publishing[M]):
         history has. 0 stands for the beginning, and is known.
 
         With ``with_topic`` each message that is received is ``(topic, message)``; with ``with_id``, whatever ``with_topic`` is,
-        a :class:`Received` of its id, its topic, and the message.
+        a :class:`Received` of its id, its topic, and the message. With ``raw`` the message is its payload: the ``bytes`` that
+        ``pickle.loads`` makes it of wherever mpbroadcast is installed, and that :meth:`publish_payload` takes.
 
         Of all channels with the same ``group``, each message goes to one: to that with the fewest messages that it has been
         given and has not finished, of which it has at most ``prefetch``. The last message is finished when the channel is asked
@@ -112,28 +160,74 @@ class Subscribing(Publishing[M]):
             too many subscriptions; the group is there with other topics, ``overflow`` or ``capacity``.
         :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
-        return run(self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, group, prefetch))
+        return run(self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, raw, group, prefetch))
 
     @overload
     async def asubscribe(
-        self, *topics: str, with_topic: Literal[False] = False, with_id: Literal[False] = False, **options: Unpack[Options]
+        self,
+        *topics: str,
+        with_topic: Literal[False] = False,
+        with_id: Literal[False] = False,
+        raw: Literal[False] = False,
+        **options: Unpack[Options],
     ) -> Channel[M]: ...
     @overload
     async def asubscribe(
-        self, *topics: str, with_topic: Literal[True], with_id: Literal[False] = False, **options: Unpack[Options]
+        self,
+        *topics: str,
+        with_topic: Literal[True],
+        with_id: Literal[False] = False,
+        raw: Literal[False] = False,
+        **options: Unpack[Options],
     ) -> Channel[tuple[str, M]]: ...
     @overload
     async def asubscribe(
-        self, *topics: str, with_topic: bool = False, with_id: Literal[True], **options: Unpack[Options]
+        self,
+        *topics: str,
+        with_topic: bool = False,
+        with_id: Literal[True],
+        raw: Literal[False] = False,
+        **options: Unpack[Options],
     ) -> Channel[Received[M]]: ...
     @overload
     async def asubscribe(
-        self, *topics: str, with_topic: bool, with_id: Literal[False] = False, **options: Unpack[Options]
+        self,
+        *topics: str,
+        with_topic: bool,
+        with_id: Literal[False] = False,
+        raw: Literal[False] = False,
+        **options: Unpack[Options],
     ) -> Channel[M] | Channel[tuple[str, M]]: ...
     @overload
     async def asubscribe(
-        self, *topics: str, with_topic: bool = False, with_id: bool, **options: Unpack[Options]
+        self, *topics: str, with_topic: bool = False, with_id: bool, raw: Literal[False] = False, **options: Unpack[Options]
     ) -> Channel[M] | Channel[tuple[str, M]] | Channel[Received[M]]: ...
+    @overload
+    async def asubscribe(
+        self,
+        *topics: str,
+        with_topic: Literal[False] = False,
+        with_id: Literal[False] = False,
+        raw: Literal[True],
+        **options: Unpack[Options],
+    ) -> Channel[bytes]: ...
+    @overload
+    async def asubscribe(
+        self,
+        *topics: str,
+        with_topic: Literal[True],
+        with_id: Literal[False] = False,
+        raw: Literal[True],
+        **options: Unpack[Options],
+    ) -> Channel[tuple[str, bytes]]: ...
+    @overload
+    async def asubscribe(
+        self, *topics: str, with_topic: bool = False, with_id: Literal[True], raw: Literal[True], **options: Unpack[Options]
+    ) -> Channel[Received[bytes]]: ...
+    @overload
+    async def asubscribe(
+        self, *topics: str, with_topic: bool = False, with_id: bool = False, raw: bool, **options: Unpack[Options]
+    ) -> Channel[Any]: ...
     async def asubscribe(
         self,
         *topics: str,
@@ -143,12 +237,13 @@ class Subscribing(Publishing[M]):
         after: int | None = None,
         with_topic: bool = False,
         with_id: bool = False,
+        raw: bool = False,
         group: str | None = None,
         prefetch: int = 1,
     ) -> Channel[Any]:
         """Do as :meth:`subscribe`, in a task. Cancelled, it leaves no subscription."""
         return await self._ask(
-            self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, group, prefetch)
+            self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, raw, group, prefetch)
         )
 
     def _subscribing(
@@ -160,6 +255,7 @@ class Subscribing(Publishing[M]):
         after: int | None,
         with_topic: bool,
         with_id: bool,
+        raw: bool,
         group: str | None,
         prefetch: int,
     ) -> Steps[Channel[Any]]:
@@ -167,6 +263,7 @@ class Subscribing(Publishing[M]):
         check_overflow(overflow)
         check_bool(with_topic, "with_topic")
         check_bool(with_id, "with_id")
+        check_bool(raw, "raw")
         capacity = DEFAULT_CAPACITY if capacity is None else check_count(capacity, "capacity", 1)
         check_count(replay, "replay", 0)
         if after is not None:
@@ -178,13 +275,15 @@ class Subscribing(Publishing[M]):
         self._check_open()
         options = {"overflow": overflow, "capacity": capacity, "replay": replay, "group": group, "prefetch": prefetch}
         form = WITH_ID if with_id else with_topic
-        return (yield from self._making("subscribe", form, topics, after, **options))
+        return (yield from self._making("subscribe", form, topics, after, raw, **options))
 
-    def _making(self, do: str, form: int, topics: tuple[str, ...], after: int | None, **options: Any) -> Steps[Channel[Any]]:
+    def _making(
+        self, do: str, form: int, topics: tuple[str, ...], after: int | None, raw: bool = False, **options: Any
+    ) -> Steps[Channel[Any]]:
         """Return a channel of this form, of the subscription that a request makes."""
         subscription = int.from_bytes(os.urandom(6)) or 1
         # The channel exists before the subscription does: if an interrupt comes, its finaliser drops the subscription.
-        channel: Channel[Any] = Channel(self._client, subscription, form, subscriber=True)
+        channel: Channel[Any] = Channel(self._client, subscription, form, raw, subscriber=True)
         try:
             topics = topics or ("*",)
             publisher = self._publisher

@@ -8,6 +8,13 @@ Most messages are one pickle. Large buffers that pickle protocol 5 leaves out of
 So that small messages do not pay for it, a message is expected to be like the one before it: :func:`dumps` with
 :func:`keep_in_band` for small ones, which raises :class:`LargeBuffer` when it meets one that is not, and :func:`gather` for
 messages with large parts.
+
+Where a program takes messages as bytes (``raw=True``), an image is **wrapped**: a pickle that calls :func:`load_image` on it::
+
+    _WRAPPER | its length u64 | the image | _WRAPPER_END
+
+So each payload is a pickle, and :func:`as_payload` finds the image again without parsing one. Payloads travel to other machines
+and versions: the name of :func:`load_image` is a part of this format.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ from struct import Struct, error
 from typing import Any, Final, NamedTuple
 
 from mpbroadcast.errors import BroadcastError
-from mpbroadcast.protocol.runs import RunView
+from mpbroadcast.protocol.runs import AROUND, RunView
 
 PROTOCOL: Final = 5
 OUT_OF_BAND: Final = 1 << 16  # bytes of a buffer from which on it is left out of the pickle
@@ -32,6 +39,9 @@ loads: Final = pickle.loads
 
 _COUNT: Final = Struct("<II")
 _PART: Final = Struct("<QQ")
+_WRAPPER: Final = b"\x80\x05\x8c\x1dmpbroadcast.protocol.pickling\x8c\x0aload_image\x93\x96"
+_WRAPPER_END: Final = b"\x85R."
+_LENGTH: Final = Struct("<Q")
 _ALIGNMENT: Final = 64
 # A message that raises these would be taken for the channel's own end or error.
 _NOT_OF_A_MESSAGE: Final = (EOFError, StopIteration, StopAsyncIteration, BroadcastError)
@@ -129,6 +139,31 @@ def load_copied_image(payload: memoryview) -> Any:
     return load_image(bytearray(payload))
 
 
+def wrapped(image: Any) -> bytes:
+    """Return an image as a pickle."""
+    return b"".join((_WRAPPER, _LENGTH.pack(len(image)), image, _WRAPPER_END))
+
+
+def as_payload(data: Any) -> Payload:
+    """Return what is published for the payload of a message: a pickle, or the image that one wraps. Nothing is copied.
+
+    :raises TypeError: it is not bytes-like, or not contiguous.
+    """
+    try:
+        view: Any = memoryview(data).cast("B")
+    except TypeError:
+        raise TypeError(
+            f"payload must be a contiguous bytes-like object, as a channel with raw=True gives it, not {type(data).__name__}: "
+            "publish() takes the message itself"
+        ) from None
+    start, end = len(_WRAPPER) + _LENGTH.size, len(view) - len(_WRAPPER_END)
+    if view[: len(_WRAPPER)] == _WRAPPER and end >= start and view[end:] == _WRAPPER_END:
+        (length,) = _LENGTH.unpack_from(view, len(_WRAPPER))
+        if length == end - start:
+            return Payload((view[start:end],), length, True)
+    return Payload((view,), len(view), False)
+
+
 class Loaders(NamedTuple):
     """Three functions that make a message of bytes: a pickle, an image in its own memory, an image that is overwritten."""
 
@@ -138,6 +173,7 @@ class Loaders(NamedTuple):
 
 
 ALL_KINDS: Final = Loaders(loads, load_image, load_copied_image)
+PAYLOADS: Final = Loaders(bytes, wrapped, wrapped)  # for a channel with raw=True. Only this one gets no byte behind a payload
 
 
 class Failure:
@@ -160,10 +196,11 @@ def load_run(data: bytes, run: RunView, loaders: Loaders = ALL_KINDS) -> tuple[l
     view = memoryview(data)
     loader = loaders.copied_image if run.image else loaders.pickle
     if run.sizes is None:
-        return load_each([view[start:]], loader)
+        end = run.first + run.size - AROUND if loaders is PAYLOADS else None
+        return load_each([view[start:end]], loader)
     messages: list[Any] = []
     failed: BaseException | None = None
-    if not run.image:
+    if not run.image and loaders is not PAYLOADS:
         stream = BytesIO(data)  # each read is a payload and the next frame's head: no loop in Python
         stream.seek(start)
         failed = _extend(messages, map(loader, map(stream.read, run.sizes)), run.messages)

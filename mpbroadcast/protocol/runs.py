@@ -36,7 +36,7 @@ from mpbroadcast.protocol.frames import OVERHEAD, REFERENCE_SIZE, Batch, MemfdMe
 
 RUN: Final = Struct("<QIBBHQ")
 TAIL: Final = b"\n"
-_AROUND: Final = RUN.size + len(TAIL)
+AROUND: Final = RUN.size + len(TAIL)  # bytes around the table and the frames
 # Messages that a channel unpickles at once. More is no faster: they exceed a processor's cache, and Python's garbage collector
 # begins to visit all of them, and so, in a forked process, to copy all of their memory. A reader shows its progress, too, by
 # what it unpickles next: with more, ``close`` would not wait for one that takes long for a message.
@@ -190,7 +190,7 @@ def run_of(batch: Batch, position: int, account: Account | None = None) -> Run:
     if len(sizes) > 1:
         return _pack(frames, sizes, skip, image, position, account)
     size = len(frames)  # a single message needs no table: most runs, where topics change with each message
-    data = RUN.pack(_AROUND + size, 1, MESSAGES, image, skip, position) + frames + TAIL
+    data = RUN.pack(AROUND + size, 1, MESSAGES, image, skip, position) + frames + TAIL
     return Run(data, 1, size + OVERHEAD, sizes=sizes, account=account)
 
 
@@ -293,7 +293,7 @@ def note_run(kind: int, missed: int = 0, *, is_exact: bool = True) -> Run:
 
 def note(kind: int, value: int, *, is_exact: bool = True) -> bytes:
     """Return a note as a pipe gets it. The value is a count, or the id of a ring."""
-    return RUN.pack(_AROUND, 0, kind, not is_exact, 0, value) + TAIL
+    return RUN.pack(AROUND, 0, kind, not is_exact, 0, value) + TAIL
 
 
 class RunView(NamedTuple):

@@ -33,13 +33,14 @@ WRONG: dict[str, Any] = {
         ("timeout", "start_timeout", "stall_timeout", "limit", "history", "linger", "capacity", "replay", "after", "context"),
         "1",
     ),
-    **dict.fromkeys(("delivered", "with_topic", "with_id", "restart"), 1),
+    **dict.fromkeys(("delivered", "with_topic", "with_id", "raw", "restart"), 1),
 }
 """One of each keyword: that it is checked. What each check refuses, test_validation has."""
 KEYWORDS: list[tuple[str, tuple[Any, ...], str]] = [
     ("bus.publish", ("x",), "topic timeout exclude"),
     ("bus.publish_many", (["x"],), "topic timeout exclude"),
-    ("bus.subscribe", (), "overflow capacity replay after with_topic with_id"),
+    ("bus.publish_payload", (b"N.",), "topic timeout exclude"),
+    ("bus.subscribe", (), "overflow capacity replay after with_topic with_id raw"),
     ("bus.history", (), "limit after"),
     ("bus.subscriber_count", (), "topic"),
     ("bus.flush", (), "timeout delivered"),
@@ -62,6 +63,8 @@ POSITIONS: list[tuple[str, tuple[Any, ...], str]] = [
     ("bus.publish", ("x", "topic"), "positional"),
     ("bus.publish", (), "message"),
     ("bus.publish_many", (5,), "iterable"),
+    ("bus.publish_payload", ("x",), r"contiguous bytes-like object.* not str: publish\(\) takes"),
+    ("bus.publish_payload", (memoryview(b"abcd")[::2],), "contiguous"),
     ("selector.select", (5,), "source"),
     ("selector.map", (5,), "callable"),
     ("selector.merge", (5,), "Selector"),
@@ -123,7 +126,13 @@ def test_what_is_closed_raises_in_every_method(bus: Bus) -> None:
         handle.close()
         handle.close()
         for name, *arguments in (
-            *(("publish", "x"), ("publish_many", ["x"]), ("unsubscribe", channel), ("wait_for_subscribers", 0)),
+            *(
+                ("publish", "x"),
+                ("publish_many", ["x"]),
+                ("publish_payload", b"N."),
+                ("unsubscribe", channel),
+                ("wait_for_subscribers", 0),
+            ),
             *(("subscribe",), ("flush",), ("stats",)),
         ):
             with pytest.raises(ClosedError, match="closed"):

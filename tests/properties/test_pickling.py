@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpbroadcast.protocol.pickling import OUT_OF_BAND, LargeBuffer, dumps, gather, keep_in_band, load_image, loads
+from mpbroadcast.protocol.pickling import (
+    OUT_OF_BAND,
+    LargeBuffer,
+    as_payload,
+    dumps,
+    gather,
+    keep_in_band,
+    load_image,
+    loads,
+    wrapped,
+)
 from tests.support.frames_made import STEADY
 from tests.support.helpers import pattern
 
@@ -93,3 +103,29 @@ def test_an_image_that_lies_is_no_message(positions: list[tuple[int, int]], coun
         whole = bytearray(struct.pack("<II", count, 0) + table + bytes(cut))
     with pytest.raises((pickle.UnpicklingError, EOFError)):
         load_image(whole)
+
+
+def test_a_wrapped_image_is_a_pickle_that_other_versions_know() -> None:
+    """Its bytes are a format that travels: pickle makes the message of it, and publishing it finds the image again."""
+    image = image_of([pickle.PickleBuffer(bytearray(pattern(1, OUT_OF_BAND))), "x"]) or b""
+    payload = wrapped(image)
+    head = b"\x80\x05\x8c\x1dmpbroadcast.protocol.pickling\x8c\x0aload_image\x93\x96" + struct.pack("<Q", len(image))
+    assert payload == head + image + b"\x85R."
+    buffer, text = loads(payload)
+    assert (bytes(buffer), text, buffer.readonly) == (pattern(1, OUT_OF_BAND), "x", False)
+    for data in (payload, bytearray(payload), memoryview(payload).cast("B", (1, len(payload)))):
+        found = as_payload(data)
+        assert (b"".join(found.parts), found.size, found.image) == (image, len(image), True)
+    # Any other pickle is published as it is, also one that begins or ends as an image does.
+    for other in (
+        payload[:-1],
+        payload + b".",
+        payload[:40] + payload[41:],
+        head,
+        head[:20],
+        dumps("x", 5),
+        b"",
+        wrapped(b"")[:-1],
+    ):
+        found = as_payload(other)
+        assert (b"".join(found.parts), found.size, found.image) == (other, len(other), False)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpbroadcast.protocol.pickling import dumps, loads
+from mpbroadcast.protocol.pickling import dumps, loads, wrapped
 from mpbroadcast.protocol.plain_pickling import PLAIN_DATA, load_plain
 from tests.support.frames_made import STEADY
 
@@ -68,6 +68,7 @@ REFUSED = {
     "a bytearray": (dumps(bytearray(3), 5), "a bytearray"),
     "a frozenset": (dumps(frozenset((1,)), 5), "a frozenset"),
     "a buffer": (dumps(pickle.PickleBuffer(b"xyz"), 5, buffer_callback=lambda _: False), "a buffer"),
+    "an image": (wrapped(b""), "an object of mpbroadcast.protocol.pickling.load_image"),
     "a registered class": (b"\x80\x05\x82\x01.", "operation 0x82"),
     "an id from elsewhere": (b"\x80\x05NQ.", "operation 0x51"),
     "a large memo": (b"\x80\x05]r" + LONGEST + b".", "operation 0x72"),

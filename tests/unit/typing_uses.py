@@ -49,6 +49,13 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
     assert_type(bus.subscribe(with_topic=True, with_id=False), Channel[tuple[str, int]])
     assert_type(bus.subscribe(with_id=with_topic), Channel[int] | Channel[tuple[str, int]] | Channel[Received[int]])
     assert_type(mpbroadcast.subscribe(bus, with_id=True), Channel[Received[int]])
+    payloads = bus.subscribe("room", raw=True, overflow="latest")
+    assert_type(payloads, Channel[bytes])
+    assert_type(bus.subscribe(raw=False, with_topic=True), Channel[tuple[str, int]])
+    assert_type(mpbroadcast.subscribe(bus, raw=True, with_topic=True), Channel[tuple[str, bytes]])
+    assert_type(bus.subscribe(raw=True, with_id=True), Channel[Received[bytes]])
+    assert_type(bus.subscribe(raw=with_topic), Channel[Any])
+    bus.publish_payload(payloads.recv(), topic="room", exclude=payloads, timeout=1.5)
     for received in with_id:
         assert_type(received, Received[int])
         assert_type((received.id, received.topic, received.message), tuple[int, str, int])
@@ -91,6 +98,8 @@ async def right_in_tasks(bus: Broadcaster[int], with_topic: bool) -> None:
     assert_type(await bus.asubscribe(with_topic=with_topic), Channel[int] | Channel[tuple[str, int]])
     assert_type(await bus.apublish_many([1, 2], exclude=pairs, topic="room", timeout=1.5), int)
     await bus.apublish(3, topic="room", exclude=pairs, timeout=None)
+    await bus.apublish_payload(memoryview(b"N."), topic="room", exclude=pairs, timeout=None)
+    assert_type(await bus.asubscribe(raw=True), Channel[bytes])
     assert_type(await channel.arecv(), int)
     assert_type(await pairs.arecv_many(limit=3, timeout=1), list[tuple[str, int]])
     assert_type(await bus.astats(), BrokerStats)
@@ -125,6 +134,7 @@ def wrong(bus: Broadcaster[int], channel: Channel[int]) -> None:
     """What must not be accepted."""
     bus.publish("text")  # type: ignore[arg-type]
     bus.publish(1, "room")  # type: ignore[call-arg]
+    bus.publish_payload("text")  # type: ignore[arg-type]
     bus.subscribe(3)  # type: ignore[call-overload]
     bus.subscribe("jobs", group=3)  # type: ignore[call-overload]
     bus.subscribe(["room"])  # type: ignore[call-overload]
