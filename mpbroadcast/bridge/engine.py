@@ -40,7 +40,7 @@ class Engine(Protocol):
 
     @property
     def max_entry(self) -> int:
-        """How many bytes an entry may have, 4 KiB at the least; known after :meth:`open`."""
+        """Return how many bytes an entry may have, 2 KiB at the least; known after :meth:`open`."""
 
     async def open(self) -> None:
         """Connect, and make the stream if there is none. The caller gives it 10 seconds."""
@@ -70,11 +70,16 @@ class Engine(Protocol):
     async def trim(self) -> None:
         """Keep about the last ``max_bytes``, at most twice that, and nothing older than ``max_age`` seconds.
 
-        The appending side calls it about once a second.
+        Both sides call it about once a second: that which reads knows the log, that which appends goes on when nothing is read.
         """
 
     async def close(self) -> None:
         """Close the connection, also one that is half open. Wait for no answer of the engine."""
+
+
+def longest_entry(max_bytes: int) -> int:
+    """Return how many bytes an entry has at the most in a log of ``max_bytes``, so that what is removed is never much of it."""
+    return max(4096, min(1 << 19, max_bytes // 16))
 
 
 EngineClass = Callable[[str, str, int, float], Engine]
