@@ -51,6 +51,7 @@ def temporary_folder() -> Iterator[Path]:
         patch.delenv("XDG_RUNTIME_DIR", raising=False)  # so that names are in this folder, and those of two runs apart
         patch.setattr(tempfile, "tempdir", folder)
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # for whole programs
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # or each of them would compile the package
         # These two live as long as this process: started here, they belong to no test.
         multiprocessing.resource_tracker.ensure_running()
         multiprocessing.forkserver.set_forkserver_preload(

@@ -1,6 +1,7 @@
 """The layout: which module may import and call what, and what is public."""
 
 import ast
+import functools
 import importlib.util
 import inspect
 import re
@@ -37,8 +38,13 @@ def dotted(path: Path) -> str:
 
 
 PATHS = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-NODES = {name: [*ast.walk(ast.parse(path.read_text()))] for name, path in PATHS.items()}
 BROKER = [name for name in PATHS if name.startswith("mpbroadcast.broker.")]
+
+
+@functools.cache  # and not made when it is collected, in each process
+def nodes() -> dict[str, list[ast.AST]]:
+    """Return all that each module consists of."""
+    return {name: [*ast.walk(ast.parse(path.read_text()))] for name, path in PATHS.items()}
 
 
 def room(module: str) -> str:
@@ -54,7 +60,7 @@ def layer(module: str) -> int:
 
 def imports(module: str) -> Iterator[tuple[str, str]]:
     """Yield (module, name) of each import at any depth of a module. A plain ``import x`` has no name."""
-    for node in NODES[module]:
+    for node in nodes()[module]:
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -78,7 +84,7 @@ def test_a_module_imports_only_what_stands_below_it() -> None:
     ]
     api = "mpbroadcast.client.api"
     assert {me for me, _ in wrong} <= {api}
-    functions = [node for node in NODES[api] if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in nodes()[api] if isinstance(node, ast.FunctionDef)]
     inside = [part for function in functions for part in ast.walk(function)]
     assert {module for _, module in wrong} <= {node.module for node in inside if isinstance(node, ast.ImportFrom)}
     assert {module.rpartition(".")[0] for _, module in wrong} == {HOST}
@@ -121,9 +127,9 @@ def test_only_some_rooms_call_the_system_on_descriptors() -> None:
     """Outside ``posix/``, ``broker/host/`` and ``cli/``, no module has such a function of the system, by whatever name. What is
     on the data path is imported from ``posix/pipes.py``, where it is the system's own function. Constants are no calls."""
     found = []
-    for module, nodes in NODES.items():
+    for module, own in nodes().items():
         if room(module) not in ("posix", "cli") and not module.startswith(HOST):
-            used = [ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)]
+            used = [ast.unparse(node) for node in own if isinstance(node, ast.Attribute)]
             used += [f"{other}.{name}" for other, name in imports(module)]
             found += [f"{module}: {name}" for name in used if SYSTEM_CALLS.fullmatch(name)]
     assert not found
@@ -132,7 +138,7 @@ def test_only_some_rooms_call_the_system_on_descriptors() -> None:
 def test_objects_of_the_broker_are_small() -> None:
     """None has more than 16 attributes."""
     large = []
-    for kind in (node for name in BROKER for node in NODES[name] if isinstance(node, ast.ClassDef)):
+    for kind in (node for name in BROKER for node in nodes()[name] if isinstance(node, ast.ClassDef)):
         stored = [node for node in ast.walk(kind) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
         own = {node.attr for node in stored if ast.unparse(node.value) == "self"}
         if len(own) > 16:
@@ -146,7 +152,7 @@ def test_no_constructor_of_the_broker_takes_a_callback() -> None:
         f"{kind.name}({argument.arg})"
         for name in BROKER
         if not name.startswith(HOST)
-        for kind in NODES[name]
+        for kind in nodes()[name]
         if isinstance(kind, ast.ClassDef)
         for method in kind.body
         if isinstance(method, ast.FunctionDef) and method.name == "__init__"
@@ -158,7 +164,7 @@ def test_no_constructor_of_the_broker_takes_a_callback() -> None:
 
 def test_each_trap_point_is_used() -> None:
     """Each name is reached at one position, and some test waits for it."""
-    calls = [node for nodes in NODES.values() for node in nodes if isinstance(node, ast.Call)]
+    calls = [node for own in nodes().values() for node in own if isinstance(node, ast.Call)]
     reached = [ast.literal_eval(node.args[0]) for node in calls if ast.unparse(node.func) == "trap_points.reach"]
     tests = "".join(path.read_text() for path in TESTS.rglob("*.py"))
     assert len({*reached}) == len(reached)
@@ -168,7 +174,7 @@ def test_each_trap_point_is_used() -> None:
 def private_names() -> set[str]:
     """Return what is defined anywhere in the package with one leading underscore."""
     found: set[str] = set()
-    for node in (node for nodes in NODES.values() for node in nodes):
+    for node in (node for own in nodes().values() for node in own):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -265,8 +271,8 @@ def test_one_module_makes_locks() -> None:
     """All locks come from ``posix/locks.py``, which makes them safe with interrupts where a plain one is not."""
     kinds = {"Lock", "RLock", "Condition", "Event", "Semaphore", "BoundedSemaphore", "Barrier", "allocate_lock"}
     makers = set()
-    for module, nodes in NODES.items():
-        named = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {name for _, name in imports(module)}
+    for module, own in nodes().items():
+        named = {node.attr for node in own if isinstance(node, ast.Attribute)} | {name for _, name in imports(module)}
         if named & kinds:
             makers.add(module)
     assert makers == {"mpbroadcast.posix.locks"}
@@ -276,8 +282,8 @@ def test_nothing_loops_under_a_lock() -> None:
     """From Python 3.12 on, an interrupt at the end of a loop's turn does not release a lock whose ``with`` is around it."""
     loops = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp)
     found = []
-    for module, nodes in NODES.items():
-        for node in (node for node in nodes if isinstance(node, ast.With)):
+    for module, own in nodes().items():
+        for node in (node for node in own if isinstance(node, ast.With)):
             if any(re.search("lock|opening", ast.unparse(item.context_expr)) for item in node.items):
                 found += [f"{module}:{part.lineno}" for part in ast.walk(node) if isinstance(part, loops)]
     assert not found
