@@ -14,22 +14,17 @@ import pytest
 
 from mpbroadcast import Broadcaster, BrokerRestarted, Channel, Selector, connect, start_broadcaster
 from tests.support.helpers import DEADLINE, Background, fill, kill_broker, pattern, wait_until
-from tests.support.loops import Cancelled, Loop, cancelled_at, made
+from tests.support.loops import IS_ALL, Cancelled, Loop, cancelled_at, made, uvloop_has_its_pipe
+
+__all__ = ["uvloop_has_its_pipe"]
 
 Bus = Broadcaster[Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def uvloop_has_its_pipe() -> None:
-    """The first loop of libuv in a process makes a pipe that no test may count as left behind."""
-    with contextlib.suppress(pytest.skip.Exception):
-        made("uvloop").run(made("uvloop").sleep, 0)
 
 
 ALL = ["asyncio", "asyncio, late", "uvloop", "uvloop, late", "trio"]
 
 
-@pytest.fixture(params=ALL if os.environ.get("MPBROADCAST_FAULTS") == "all" else ["asyncio, late", "trio"])
+@pytest.fixture(params=ALL if IS_ALL else ["asyncio, late", "trio"])
 def loop(request: pytest.FixtureRequest) -> tuple[Loop, bool]:
     """Return a loop, and whether calls are cancelled late."""
     name, _, late = request.param.partition(", ")

@@ -13,7 +13,20 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerRestarted, Channel, GroupStats, start_broadcaster
-from tests.support.helpers import DEADLINE, Background, Children, Pipe, answer, fill, finish, rest, stopped, take, wait_until
+from tests.support.helpers import (
+    DEADLINE,
+    Background,
+    Children,
+    Pipe,
+    answer,
+    fill,
+    finish,
+    kill_broker,
+    rest,
+    stopped,
+    take,
+    wait_until,
+)
 from tests.support.large_workers import Size, number_of, numbers
 
 Bus = Broadcaster[Any]
@@ -206,8 +219,7 @@ def test_a_group_outlives_its_broker(children: Children, fork: BaseContext, pipe
         own: Channel[Any] = bus.subscribe("jobs", group="g", capacity=1 << 20)
         own.fileno()
         before = bus.stats()
-        os.kill(before.pid, signal.SIGKILL)
-        wait_until(lambda: bus.stats().pid != before.pid)
+        kill_broker(bus)
         assert [row.id for row in bus.stats().subscribers] == [row.id for row in before.subscribers]
         assert bus.stats().groups == {"g": GroupStats(3, 0, 0, 0, 0)}
         with pytest.raises(BrokerRestarted):
@@ -230,9 +242,7 @@ def test_a_group_that_is_restored_makes_nobody_wait() -> None:
     with start_broadcaster(restart=True) as bus:
         member: Channel[Any] = bus.subscribe(group="g", capacity=5000)
         member.fileno()
-        before = bus.stats().pid
-        os.kill(before, signal.SIGKILL)
-        wait_until(lambda: bus.stats().pid != before)
+        kill_broker(bus)
         bus.publish_many(map(Size(1000).message, range(500)), timeout=DEADLINE)
         bus.flush(DEADLINE)
         with pytest.raises(BrokerRestarted):

@@ -458,31 +458,6 @@ def test_what_is_not_taken_in_time_has_no_clean_end() -> None:
     member.close()
 
 
-def test_tasks_share_the_work(bus: Bus) -> None:
-    """Members in tasks of one loop, iterated with ``async for``, get each message once, and all get some."""
-    members = opened(bus, 3)
-    got: Counter[int] = Counter()
-
-    async def work(index: int) -> None:
-        async for _ in members[index]:
-            got[index] += 1
-            await asyncio.sleep(0)
-
-    async def main() -> None:
-        tasks = [asyncio.create_task(work(index)) for index in range(3)]
-        bus.publish_many(range(60))
-        bus.flush(DEADLINE)
-        while got.total() < 60:
-            await asyncio.sleep(0.001)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    asyncio.run(asyncio.wait_for(main(), DEADLINE))
-    assert min(got.values()) > 5
-    assert len(got) == 3
-
-
 def test_a_hundred_members(bus: Bus) -> None:
     """A hundred members get each message once, and as many as each other when they take as many."""
     members = opened(bus, 100)

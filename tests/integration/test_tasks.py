@@ -43,7 +43,9 @@ from tests.support.helpers import (
     take,
 )
 from tests.support.large_workers import descriptors_left, limited
-from tests.support.loops import LOOPS, Cancelled, Loop, made
+from tests.support.loops import IS_ALL, LOOPS, Cancelled, Loop, made, uvloop_has_its_pipe
+
+__all__ = ["uvloop_has_its_pipe"]
 
 Bus = Broadcaster[Any]
 ENOUGH = 8192  # descriptors for a thousand channels, in the process and in its broker
@@ -53,13 +55,6 @@ SIZES = [100, 60_000, 3 << 20]  # bytes of messages in the pipe, in a ring, and 
 @pytest.fixture(params=LOOPS)
 def loop(request: pytest.FixtureRequest) -> Loop:
     return made(request.param)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def uvloop_has_its_pipe() -> None:
-    """The first loop of libuv in a process makes a pipe that no test may count as left behind."""
-    with contextlib.suppress(pytest.skip.Exception):
-        made("uvloop").run(made("uvloop").sleep, 0)
 
 
 async def given(iterator: AsyncIterator[Any]) -> list[Any]:
@@ -275,31 +270,35 @@ def test_one_task_at_a_time_receives(loop: Loop, bus: Bus) -> None:
     loop.run(main)
 
 
-@pytest.mark.parametrize("is_task", [False, True])
-def test_closed_meanwhile(loop: Loop, bus: Bus, is_task: bool) -> None:
-    """What tasks wait for on a channel or handle that is closed, in this loop or by another thread, raises ``ClosedError``."""
+@pytest.mark.parametrize("by", ["task", "thread", "kill"])
+def test_closed_meanwhile(loop: Loop, bus: Bus, by: str) -> None:
+    """What tasks wait for on a channel or handle that is closed, in this loop or by another thread, raises ``ClosedError``; and
+    ``BrokerLost``, if the broker is killed."""
 
     async def main() -> None:
         channel, handle = bus.subscribe("c"), connect(bus.address)
-        full = bus.subscribe("full", capacity=1)
+        full, selector = bus.subscribe("full", capacity=1), channel_to_selector(bus.subscribe("c"))
         fill(handle, topic="full")
         calls: list[Callable[[], Awaitable[Any]]] = [
             channel.arecv,
-            lambda: handle.apublish(bytes(1000), topic="full"),
+            lambda: handle.apublish(bytes(1500), topic="full"),
             lambda: handle.await_for_subscribers(9),
-            handle.aflush,
+            (lambda: anext(selector)) if by == "kill" else handle.aflush,
         ]
         waiting = [loop.start(call) for call in calls]
         await loop.sleep(0.02)
-        for closed in (channel, handle):
-            if is_task:
+        if by == "kill":
+            os.kill(bus.stats().pid, signal.SIGKILL)
+        for closed in (channel, handle) if by != "kill" else ():
+            if by == "task":
                 await closed.aclose()
             else:
                 Background(closed.close).result()
         for task in waiting:
-            with pytest.raises(ClosedError):
+            with pytest.raises(BrokerLost if by == "kill" else ClosedError):
                 await task.result()
-        full.close()
+        for each in (channel, handle, full):
+            each.close()
 
     loop.run(main)
 
@@ -420,6 +419,7 @@ def test_a_broker_is_replaced_while_tasks_wait(loop: Loop, opened: bool) -> None
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.parametrize("loop", LOOPS if IS_ALL else LOOPS[:1], indirect=True)
 def test_a_thousand_channels_in_one_loop(loop: Loop) -> None:
     """Each gets what is published; where the limit of descriptors is lower, the call that needs one raises a clear error."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < ENOUGH:
@@ -441,29 +441,4 @@ def test_a_thousand_channels_in_one_loop(loop: Loop) -> None:
         assert "no descriptor is left" in str(error)
 
     with limited(resource.RLIMIT_NOFILE, ENOUGH), start_broadcaster() as bus:
-        loop.run(main, bus)
-
-
-def test_a_broker_is_lost_while_tasks_wait(loop: Loop) -> None:
-    """Each raises ``BrokerLost``."""
-
-    async def main(bus: Bus) -> None:
-        channel, selector = bus.subscribe("c"), channel_to_selector(bus.subscribe("c"))
-        full = bus.subscribe("full", capacity=1)
-        fill(bus, topic="full")
-        calls: list[Callable[[], Awaitable[Any]]] = [
-            channel.arecv,
-            lambda: anext(selector),
-            lambda: bus.apublish(bytes(1500), topic="full"),
-            lambda: bus.await_for_subscribers(9),
-        ]
-        tasks = [loop.start(call) for call in calls]
-        await loop.sleep(0.02)
-        os.kill(bus.stats().pid, signal.SIGKILL)
-        for task in tasks:
-            with pytest.raises(BrokerLost):
-                await task.result()
-        full.close()
-
-    with start_broadcaster() as bus:
         loop.run(main, bus)

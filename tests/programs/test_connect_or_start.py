@@ -1,5 +1,6 @@
 """``connect_or_start``: a broker that belongs to no process."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -28,7 +29,7 @@ from mpbroadcast import (
     start_broadcaster,
     trap_points,
 )
-from tests.support.helpers import DEADLINE, Children, Pipe, answer, finish, rest, wait_until
+from tests.support.helpers import DEADLINE, Children, Pipe, answer, finish, kill_broker, rest, wait_until
 from tests.support.victims import Program, alive, reached
 
 Bus = Broadcaster[Any]
@@ -134,17 +135,6 @@ def die_at(moment: str, linger: float) -> None:
     connect_or_start("myapp", linger=linger, start_timeout=PATIENCE)
 
 
-@pytest.mark.parametrize("moment", ["waiting for all", "connected"])
-def test_the_first_caller_is_killed_before_it_has_a_handle(moment: str, fork: BaseContext, children: Children) -> None:
-    """The broker that it has begun to start is there all the same."""
-    process = children(fork, die_at, moment, LATER)
-    process.join(PATIENCE)
-    assert process.exitcode == -signal.SIGKILL
-    with wait_until(lambda: reached("myapp"), DEADLINE) as bus:
-        broker = bus.stats().pid
-    end(broker)
-
-
 def be_first() -> None:
     os.setpgid(0, 0)
     connect_or_start("myapp", linger=0.3, start_timeout=PATIENCE)
@@ -180,16 +170,23 @@ def test_the_first_caller_is_killed_at_any_moment_with_its_group_or_alone(fork: 
         assert reached("myapp") is None
 
 
-@pytest.mark.parametrize("moment", ["starting for all", "waiting for all", "connected"])
-def test_the_first_caller_is_killed(moment: str, fork: BaseContext, children: Children) -> None:
-    """Another one gets a broker all the same, and all of it ends."""
-    process = children(fork, die_at, moment, SOON)
+@pytest.mark.parametrize(
+    ("moment", "linger"),
+    [("starting for all", SOON), *itertools.product(("waiting for all", "connected"), (SOON, LATER))],
+)
+def test_the_first_caller_is_killed(moment: str, linger: float, fork: BaseContext, children: Children) -> None:
+    """Another one gets a broker all the same, also the one that was begun to be started; and all of it ends."""
+    process = children(fork, die_at, moment, linger)
     process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
-    with connect_or_start("myapp", linger=SOON) as bus, bus.subscribe() as channel:
-        bus.publish("here")
-        assert channel.recv(DEADLINE) == "here"
+    is_there = linger == LATER
+    with wait_until(lambda: reached("myapp") if is_there else connect_or_start("myapp", linger=SOON), DEADLINE) as bus:
+        with bus.subscribe() as channel:
+            bus.publish("here")
+            assert channel.recv(DEADLINE) == "here"
         broker = bus.stats().pid
+    if is_there:
+        os.kill(broker, signal.SIGTERM)
     wait_until(lambda: not alive(broker))
 
 
@@ -261,8 +258,7 @@ def test_a_broker_that_is_killed_is_replaced_and_awaits_its_handles(fork: BaseCo
         process = children(fork, report_broker, pipe[1])
         first = answer(pipe[0], DEADLINE)
         assert bus.stats().pid == first
-        os.kill(first, signal.SIGKILL)
-        wait_until(lambda: bus.stats().pid != first)
+        kill_broker(bus)
         second = bus.stats().pid
     time.sleep(5 * SOON)
     assert alive(second)

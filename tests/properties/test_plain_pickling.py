@@ -2,10 +2,11 @@
 
 import pickle
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mpbroadcast.protocol.pickling import dumps, loads, wrapped
@@ -34,8 +35,9 @@ def test_plain_data_comes_back(value: Any, twice: bool) -> None:
 
 
 def test_what_is_large_or_a_part_of_itself_comes_back() -> None:
-    """Lists, dicts and tuples that contain themselves."""
-    for large in ("x" * 70_000, b"y" * 70_000, [*range(70_000)]):
+    """Lists, dicts and tuples that contain themselves, or refer to much; all that expands to little more than they are."""
+    texts = [str(number) for number in range(300)]
+    for large in ("x" * 70_000, b"y" * 70_000, [*range(70_000)], [texts, texts[-1]], [LARGE] * 60):
         assert load_plain(dumps(large, 5)) == large
     inner: list[Any] = []
     inner += [inner, {"me": inner}, (inner,), (inner, 2, 3, 4)]
@@ -52,13 +54,14 @@ class Hostile:
         return __import__, ("this",)
 
 
-def doubled(depth: int, kind: type) -> Any:
-    value: Any = kind()
+def doubled(depth: int, kind: Callable[[Any], Any]) -> Any:
+    value = kind(())
     for _ in range(depth):
         value = kind((value, value))
     return value
 
 
+LARGE = [1 << 8_000_000]
 LONGEST = b"\xff\xff\xff\x7f"
 REFUSED = {
     "a call": (dumps(Hostile(), 5), "an object of builtins.__import__"),
@@ -79,10 +82,18 @@ REFUSED = {
     "a deep member": (b"\x80\x05\x8f()" + b"\x85" * 100_000 + b"\x90.", "nested too deeply"),
     "lists that double": (dumps(doubled(60, list), 5), "expands"),
     "tuples that double": (dumps(doubled(60, tuple), 5), "expands"),
+    "dicts that double": (dumps(doubled(60, lambda pair: dict(enumerate(pair))), 5), "expands"),
     "a text repeated": (dumps(["x" * 100_000] * 5_000, 5), "expands"),
+    "a number repeated": (dumps([LARGE] * 120, 5), "expands"),
     "a list as a key": (b"\x80\x05}]Ns.", "unhashable"),
     "half a dict": (b"\x80\x05}(Nu.", "cannot be added"),
     "a set of a list": (b"\x80\x05](N\x90.", "cannot be added"),
+    "a list of a set": (b"\x80\x05\x8f(Ne.", "cannot be added"),
+    "a set of a dict": (b"\x80\x05}(NN\x90.", "cannot be added"),
+    "an object without a name": (b"\x80\x05N\x93.", "operation 0x93"),
+    "an object whose name is none": (b"\x80\x05K\x01K\x02\x93.", "operation 0x93"),
+    "a call behind names": (b"\x80\x05\x8c\x01a\x8c\x01bR.", "operation 0x52"),
+    "no end": (b"\x80\x05\x8c\x01a", "out of range"),
     "no memo": (b"\x80\x05h\x07.", "out of range"),
     "no text": (b"\x80\x05\x8c\x01\xff.", "codec"),
     "no mark": (b"\x80\x05t.", "pop from empty list"),
@@ -121,6 +132,7 @@ PIECES += [b"0", b"1", b"\x93", b"R", b"."]
 
 
 @settings(STEADY, max_examples=100)
+@example(pieces=[b"N", b"K\x01", b"0"], noise=b"")
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=30), noise=st.binary(max_size=5))
 def test_any_bytes_are_plain_data_or_an_error(pieces: list[bytes], noise: bytes) -> None:
     """Whatever bytes come; what is accepted is what ``pickle`` itself makes of them."""

@@ -31,8 +31,10 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 MEMORY: Final = 8 << 30  # bytes of addresses that a mutant may have
 TESTS: Final = {
     "broker/core/backlog": ["unit/test_backlog"],
+    "broker/core/groups": ["unit/test_shares"],
     "broker/core/history": ["unit/test_history"],
     "broker/core/limits": ["unit/test_budget"],
+    "broker/core/linger": ["unit/test_linger"],
     "broker/core/patterns": ["unit/test_router", "unit/test_budget"],
     "broker/core/policies": ["unit/test_backlog"],
     "broker/core/ring_holds": ["properties/test_rings"],
@@ -40,6 +42,7 @@ TESTS: Final = {
     "protocol/control": ["properties/test_control"],
     "protocol/fd_packets": ["properties/test_rings"],
     "protocol/frames": ["properties/test_frames", "properties/test_runs", "unit/test_history"],
+    "protocol/plain_pickling": ["properties/test_plain_pickling"],
     "protocol/ring_allocator": ["properties/test_rings"],
     "protocol/runs": ["unit/test_backlog", "properties/test_runs"],
     "states": ["unit/test_states"],
@@ -77,7 +80,17 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "_pack: count <= MOST_AT_ONCE -> ",
         "History.last: excess > 0 -> excess >= 0",
         "SharedRun.copied: self.item.length > PART -> self.item.length >= PART",
+        "Shares.next: not unfinished -> False",
+        "load_plain: has_references -> True",
+        "_run: has_references = False -> has_references = True",
+        "_check_keys: room + 1 -> room + 2",
     ),
+    "it is read behind what sets it": (
+        "Shares.next: found, fewest = (None, 0) -> found",
+        "Shares.next: (None, 0) -> (None, 1)",
+    ),
+    "it is as true": ("_run: True -> 2",),
+    "the one is out of range where the other is": ("_run: -count -> count #3",),
     "the first of several has more than one message, and a run of several has their sizes": (
         "Run.divided: 0 < count",
         "Run.divided: self.sizes is None -> False",
@@ -90,6 +103,8 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "_references: room <= 0 -> room <= 1",
         "Router.targets: len(self.found) >= _CACHED_TOPICS -> len(self.found) > _CACHED_TOPICS",
         "_Dropping.to_write: 2 * self.pipe -> 3 * self.pipe",
+        "_check_keys: room < 0 -> room <",
+        "_check_expansion: room < 0 -> room <",
     ),
     "the size of a pipe is known before it is written to": ("Backlog.__init__: self.pipe_size = 0 -> self.pipe_size = 1",),
     "nothing was missed before": ("Disconnect.put: self.missed += 1 -> self.missed = 1",),
@@ -117,7 +132,7 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
     ),
     "only a note has no sizes, and it always fits": ("Backlog.fitting: () -> False",),
     "it runs when the module is loaded": ("State.__init__: ",),
-    "both are of one length": ("Cost.plus: True -> False", "Budget.check: True -> False"),
+    "both are of one length": ("Cost.plus: True -> False", "Budget.check: True -> False", "_add: True -> False"),
 }
 
 OTHER: Final = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn}

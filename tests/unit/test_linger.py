@@ -9,6 +9,8 @@ def test_it_ends_some_time_after_it_was_needed_last() -> None:
     """Of looks that find nothing new, only the one at the end returns anything: a timer is set already."""
     linger = Linger(5.0)
     assert [linger.look(now) for now in (10.0, 11.0, 14.9, 14.9999, 16.0)] == [5.0, None, None, 0.0, 0.0]
+    tick = Linger(0.001)
+    assert [tick.look(0.0), tick.look(0.0)] == [0.001, None]
 
 
 def test_a_session_between_two_looks_begins_the_time_anew() -> None:

@@ -38,6 +38,8 @@ class Groups(RuleBasedStateMachine):
         self.fates: list[str | int] = []  # of each message: what has become of it, or which member has it
         self.prefetch: dict[int, int] = {}
         self.given: dict[int, list[int]] = {}
+        self.subscribed: list[int] = []
+        self.order: list[int] = []  # the one that has waited longest for a message is first
         self.taking: set[int] = set()
         self.full: set[int] = set()
         self.reported = 0  # dropped messages of which a member has got a note
@@ -68,6 +70,8 @@ class Groups(RuleBasedStateMachine):
         self.count += 1
         self.shares.join(self.count, prefetch)
         self.prefetch[self.count], self.given[self.count] = prefetch, []
+        self.subscribed.append(self.count)
+        self.order.append(self.count)
 
     def one_of(self, data: st.DataObject) -> int:
         return data.draw(st.sampled_from(sorted(self.prefetch)))
@@ -85,17 +89,20 @@ class Groups(RuleBasedStateMachine):
 
     @rule(data=st.data(), most=st.sampled_from([1, 2, 1000]))
     def give(self, data: st.DataObject, most: int) -> None:
-        """Give what the members take, in order. Each goes to one with the least to do, and what was dropped before it."""
+        """Give what the members take, in order. Each goes to the one with the least to do, of these to the one that has waited
+        longest, with what was dropped before it."""
         for _ in range(most):
             head = self.backlog.head()
             if not head or not head[-1].count:
                 return
-            free = [one for one in self.taking - self.full if self.unfinished(one) < self.prefetch[one]]
+            takes = self.taking - self.full
+            free = [one for one in self.order if one in takes and self.unfinished(one) < self.prefetch[one]]
             member = self.shares.next()
-            assert (member is None) == (not free)
+            assert member == min(free, key=self.unfinished, default=None)
             if member is None:
                 return
-            assert self.unfinished(member) == min(map(self.unfinished, free))
+            self.order.remove(member)
+            self.order.append(member)
             *notes, (kind, numbers) = map(contents, head)
             (number,) = numbers
             assert kind == MESSAGES
@@ -109,7 +116,7 @@ class Groups(RuleBasedStateMachine):
             self.fates[number] = member
             self.given[member].append(number)
             self.backlog.take(head)
-            has_room = data.draw(st.integers(0, 9)) > 0
+            has_room = data.draw(st.integers(0, 5)) > 0
             self.shares.gave(member, has_room=has_room)
             if not has_room:
                 self.full.add(member)
@@ -142,12 +149,13 @@ class Groups(RuleBasedStateMachine):
             else:
                 self.finish(data, 0)
 
-    @precondition(lambda self: len(self.taking) > 3)
+    @precondition(lambda self: len(self.taking) > 2)
     @rule(data=st.data())
     def retire(self, data: st.DataObject) -> None:
         member = self.one_of(data)
         self.shares.retire(member)
         self.taking.discard(member)
+        self.subscribed = [one for one in self.subscribed if one != member]
 
     @precondition(lambda self: len(self.prefetch) > 3)
     @rule(data=st.data())
@@ -155,6 +163,8 @@ class Groups(RuleBasedStateMachine):
         member = self.one_of(data)
         self.shares.leave(member)
         del self.prefetch[member]
+        self.order.remove(member)
+        self.subscribed = [one for one in self.subscribed if one != member]
         self.taking.discard(member)
         self.full.discard(member)
         self.fates = [LOST if fate == member else fate for fate in self.fates]
@@ -180,9 +190,13 @@ class Groups(RuleBasedStateMachine):
         assert len(self.fates) == backlog.published == backlog.delivered + backlog.waiting + backlog.missed
         assert backlog.delivered == sum(map(len, self.given.values()))
         assert self.fates.count(LOST) == shares.lost
-        for member in self.prefetch:
-            assert self.unfinished(member) <= self.prefetch[member]
-            assert shares.has_unfinished(member) == (self.unfinished(member) > 0)
+        assert shares.members == tuple(self.subscribed)
+        assert ([*shares], len(shares)) == (self.order, len(self.subscribed))
+        for member in range(1, self.count + 1):
+            there = member in self.prefetch
+            assert (member in shares, shares.prefetch(member)) == (there, self.prefetch.get(member, 0))
+            assert shares.has_unfinished(member) == (there and self.unfinished(member) > 0)
+            assert not there or self.unfinished(member) <= self.prefetch[member]
 
 
 Groups.TestCase.settings = settings(STEADY, max_examples=40, stateful_step_count=25)
