@@ -193,10 +193,10 @@ class NatsEngine:
                     break
                 continue
             silent = time.monotonic() + _SILENCE
-            if status := (message.headers or {}).get("Status") if not message.data else None:
-                self._note_status(status, (message.headers or {}).get("Description", ""))
-                continue
-            entries.append(await self._taken(message))
+            if message.reply:  # an entry, whatever headers it has
+                entries.append(await self._taken(message))
+            else:
+                self._note_status(message.headers or {})
         return entries
 
     async def _request(self) -> None:
@@ -206,7 +206,8 @@ class NatsEngine:
         request = {"batch": _ENTRIES, "max_bytes": most, "expires": _EXPIRES * _SECOND, "idle_heartbeat": _HEARTBEAT * _SECOND}
         await self._client.publish(self._next, json.dumps(request).encode(), reply=self._inbox)
 
-    def _note_status(self, status: str, description: str) -> None:
+    def _note_status(self, headers: dict[str, str]) -> None:
+        status, description = headers.get("Status", ""), headers.get("Description", "")
         if status == "100":
             return  # a heartbeat
         self._requested = 0
