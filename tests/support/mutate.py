@@ -39,6 +39,7 @@ TESTS: Final = {
     "broker/core/policies": ["unit/test_backlog"],
     "broker/core/ring_holds": ["properties/test_rings"],
     "broker/core/router": ["unit/test_router"],
+    **{f"cli/{name}": ["unit/test_cli"] for name in ("figures", "progress", "prometheus", "text", "view")},
     "protocol/control": ["properties/test_control"],
     "protocol/fd_packets": ["properties/test_rings"],
     "protocol/frames": ["properties/test_frames", "properties/test_runs", "unit/test_history"],
@@ -81,6 +82,11 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "History.last: excess > 0 -> excess >= 0",
         "SharedRun.copied: self.item.length > PART -> self.item.length >= PART",
         "Shares.next: not unfinished -> False",
+        "columns_of: text.isascii() -> False",
+        "printable: text.isprintable() -> False",
+        "cut: len(text) > width -> False",
+        "cut: width - 1 -> width #2",
+        "cut: width - 1 -> width - 0 #2",
         "load_plain: has_references -> True",
         "_run: has_references = False -> has_references = True",
         "_check_keys: room + 1 -> room + 2",
@@ -129,10 +135,26 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
     "that is the same number": (
         "_route: min(size, len(frame)) -> max(size, len(frame))",
         "RingAllocator._taken: chunks -> True",
+        "short: number >= 99.95 -> number >",
     ),
     "only a note has no sizes, and it always fits": ("Backlog.fitting: () -> False",),
-    "it runs when the module is loaded": ("State.__init__: ",),
-    "both are of one length": ("Cost.plus: True -> False", "Budget.check: True -> False", "_add: True -> False"),
+    "it runs when the module is loaded": ("State.__init__: ", "_value: "),
+    "both are of one length": (
+        *("Cost.plus: True -> False", "Budget.check: True -> False", "_add: True -> False", "_table: True -> False"),
+        "table: True -> False",
+    ),
+    "there is no rate in no time, nor before there is anything": (
+        "figures: before is not None -> True #2",
+        "figures: before is not None -> True #3",
+        "figures: is_same -> True #2",
+    ),
+    "either leaves out the last character": ("cut: len(text) > width -> len(text) >=",),
+    "a carriage return is flushed, a byte is soon done, and any width will do where none is known": (
+        "Progress._show: sys.stderr.flush() -> pass",
+        "Progress.__init__: total > 0 -> total > 1",
+        "Progress._show: os.get_terminal_size(sys.stderr.fileno()).columns or 80 -> ",
+        "Progress._show: columns = 80 -> ",
+    ),
 }
 
 OTHER: Final = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn}

@@ -1,10 +1,18 @@
 """The pure parts of the command line: figures, tables, keys, Prometheus' format, bars, help texts, scripts for shells."""
 
 import dataclasses
+import fcntl
+import io
+import pty
 import re
+import struct
 import subprocess
+import sys
+import termios
+import time
 from itertools import pairwise
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -21,12 +29,13 @@ from mpbroadcast.cli.figures import (
     columns_of,
     cut,
     figures,
+    matching,
     report,
     short,
     sorted_rows,
     table,
 )
-from mpbroadcast.cli.progress import bar
+from mpbroadcast.cli.progress import Progress, bar
 from mpbroadcast.cli.prometheus import exposition
 from mpbroadcast.cli.pub import Splitter
 from mpbroadcast.cli.text import decode, encode, json_line, plain_line
@@ -35,7 +44,7 @@ from tests.support.pages import ROOT
 
 SUBSCRIBER = SubscriberStats(1, 10, ("room:*",), "drop_oldest", 1000, 50, 40, 3, 7, 900, (11,), True, None)
 PUBLISHER = PublisherStats(5, 11, 1000, 20, 1, 3.25)
-STATS = BrokerStats(9, 100.0, 60, 1, (SUBSCRIBER,), 4096, 2, 0, {}, (PUBLISHER,))
+STATS = BrokerStats(9, 3700.5, 60, 1, (SUBSCRIBER,), 4096, 2, 0, {}, (PUBLISHER,))
 PROCESSES = {10: Process("python app.py", True), 11: Process("", False)}
 
 
@@ -43,13 +52,21 @@ def later(seconds: float, messages: int, **changes: Any) -> BrokerStats:
     """Return the snapshot of some seconds and messages later."""
     row = dataclasses.replace(SUBSCRIBER, published=50 + messages, delivered=40 + messages // 2)
     publisher = dataclasses.replace(PUBLISHER, bytes=1000 + 100 * messages)
-    fields = {"uptime": 100.0 + seconds, "published": 60 + messages, "subscribers": (row,), "publisher_rows": (publisher,)}
+    fields = {
+        "uptime": STATS.uptime + seconds,
+        "published": 60 + messages,
+        "subscribers": (row,),
+        "publisher_rows": (publisher,),
+    }
     return dataclasses.replace(STATS, **{**fields, **changes})
 
 
 def many(count: int) -> Row:
     """Return the figures of so many subscriptions."""
-    rows = (dataclasses.replace(SUBSCRIBER, id=n, pid=1000 + n, topics=(f"room:{n}",), waiting_bytes=n) for n in range(count))
+    topics = [(f"room:{n}",) for n in range(count)]
+    rows = (
+        dataclasses.replace(SUBSCRIBER, id=n, pid=1000 + n, topics=topics[n], waiting_bytes=n, missed=n) for n in range(count)
+    )
     return figures(dataclasses.replace(STATS, subscribers=tuple(rows)), None, {})
 
 
@@ -62,6 +79,7 @@ def test_rates_are_the_differences_of_two_snapshots() -> None:
     new = dataclasses.replace(SUBSCRIBER, id=2, is_open=False, pid=12)
     (row,) = figures(later(2.0, 0, subscribers=(new,)), STATS, PROCESSES)["subscribers"]
     assert (row["rate_in"], row["state"], row["command"]) == (25, "unopened", "")
+    assert (figures(later(0.5, 100), STATS, {})["rate"], figures(later(0.5, 0), STATS, {})["rate"]) == (200, 0)
     for before in (None, dataclasses.replace(STATS, pid=8)):
         whole = figures(later(2.0, 100), before, PROCESSES)
         assert (whole["rate"], whole["subscribers"][0]["rate_in"]) == (None, None)
@@ -73,11 +91,12 @@ def test_rates_are_the_differences_of_two_snapshots() -> None:
         (None, "-"),
         (0, "0"),
         (999, "999"),
-        (999.7, "1k"),
+        (999.5, "1k"),
         (1234, "1.23k"),
         (99_940, "99.9k"),
         (99_960, "100k"),
         (67_108_864, "67.1M"),
+        (1e18, "1000P"),
     ],
 )
 def test_numbers_are_short(number: float | None, text: str) -> None:
@@ -96,17 +115,25 @@ def test_a_text_is_cut_to_its_columns(text: str, width: int) -> None:
     assert cut(text, columns_of(text)) == text
 
 
+CUT = {("abcdef", 4): "abc…", ("abcdef", 1): "…", ("abcdef", 0): "", ("日本語", 4): "日…"}
+
+
+def test_as_much_as_possible_is_left_of_a_text() -> None:
+    assert {case: cut(*case) for case in CUT} == CUT
+    assert columns_of("e\u0301") == 1
+
+
 def test_the_report_has_a_row_for_each() -> None:
     """With its topics, its policy, what it misses, and what it waits for; nothing in it moves a terminal's cursor."""
     group = {"work\x1b[2J": GroupStats(2, 5, 100, 1, 0)}
-    row = dataclasses.replace(SUBSCRIBER, topics=("a\nb", "日本"), group="work\x1b[2J")
+    row = dataclasses.replace(SUBSCRIBER, topics=("a\\\nb", "日本"), group="work\x1b[2J")
     lines = report(figures(later(2.0, 100, groups=group, subscribers=(row,)), STATS, PROCESSES), "/run/bus", 100)
     assert lines == [
-        "broker 9 up 0:01:42, published 160, 50/s, memory 4.1k, /run/bus",
+        "broker 9 up 1:01:42, published 160, 50/s, memory 4.1k, /run/bus",
         "1 subscriptions, 1 publishers (1 waiting), 1 groups, history of 2 topics",
         "",
-        "PID COMMAND       TOPICS                  POLICY IN/s OUT/s BACKLOG MISSED STALLS",
-        r" 10 python app.py a\nb 日本 [work\x1b[2J] oldest    0     0  900/1k      3      1",
+        "PID COMMAND       TOPICS                   POLICY IN/s OUT/s BACKLOG MISSED STALLS",
+        r" 10 python app.py a\\nb 日本 [work\x1b[2J] oldest    0     0  900/1k      3      1",
         "",
         "PID COMMAND  BYTES/s BYTES UNROUTED WAITS FOR",
         " 11 (dead) ?      5k   11k       20 1 3.2 s",
@@ -114,15 +141,19 @@ def test_the_report_has_a_row_for_each() -> None:
         "GROUP       MEMBERS WAITING DELIVERED LOST DROPPED",
         r"work\x1b[2J       2       5       100    1       0",
     ]
+    lines = report(many(2), "/run/bus", 100)
+    assert [line.split()[0] for line in lines[2:] if line] == ["PID", "1001", "1000", "PID", "11"]
 
 
 def test_a_table_fits_its_width() -> None:
-    """What can be cut is, the longest first."""
+    """What can be cut is, the longest first, and no more than must be."""
     long = figures(STATS, None, {10: Process("python " + "x" * 200, True)})["subscribers"]
-    for width in range(70, 200, 7):
+    for width in range(5, 200, 5):
         lines = table(SUBSCRIPTIONS, long, width)
-        assert max(map(columns_of, lines)) <= width
-        assert lines[1].endswith("3      1")
+        assert max(map(columns_of, lines)) == width
+        assert lines[1].endswith("3      1") or width < 70
+    least = " 10 python … room:* oldest    -     -  900/1k      3      1"
+    assert [table(SUBSCRIPTIONS, long, width)[1] for width in (59, 50)] == [least, least[:49] + "…"]
 
 
 def test_each_column_sorts() -> None:
@@ -134,6 +165,15 @@ def test_each_column_sorts() -> None:
         assert [column.order(row) for row in back] == [column.order(row) for row in forth][::-1]
     assert [row["id"] for row in sorted_rows(rows, SUBSCRIPTIONS, "b", is_reversed=False)] == [2, 1, 0]
     assert [row["id"] for row in sorted_rows(rows, SUBSCRIPTIONS, "t", is_reversed=False)] == [0, 1, 2]
+    assert [row["id"] for row in sorted_rows(rows, SUBSCRIPTIONS, "m", is_reversed=False)] == [2, 1, 0]
+    assert sorted_rows(rows, GROUPS, "y", is_reversed=False) == [*rows]
+
+
+def test_rows_are_found_by_words_and_process_ids() -> None:
+    """In any case, and not by other numbers."""
+    rows = many(12)["subscribers"]
+    found = {text: [row["id"] for row in matching(rows, SUBSCRIPTIONS, text)] for text in ("ROOM:1", "1003", "1k", "")}
+    assert found == {"ROOM:1": [1, 10, 11], "1003": [3], "1k": [], "": [*range(12)]}
 
 
 def pressed(keys: bytes, view: View | None = None) -> View | None:
@@ -158,7 +198,7 @@ KEYS = {
     b"\x1b[B\x1b[H": View(first=0),
     b"/room:q\r": View(filter="room:q"),
     b"/roo": View(filter="roo", is_typing=True),
-    b"/ab\x7f\x7fc\x1b[A\x01\r": View(filter="c"),
+    b"/ab\x7fc\x1b[A\x01\r": View(filter="ac"),
     "/ü\r".encode(): View(filter="ü"),
     b"/a\x1b": View(),
     b"/a\r\x1b": View(),
@@ -192,6 +232,64 @@ def test_a_screen_is_filled_and_no_more(width: int, height: int, count: int) -> 
             assert all("room:4" in line.text for line in lines if "room:" in line.text and line.style != "footer")
 
 
+def screen_of(view: View, height: int, publishers: int = 2) -> list[str]:
+    """Return the lines of a screen of subscriptions in each state, with the style of each."""
+    states: list[dict[str, Any]] = [{}, {"pid": 11}, {"is_open": False, "pid": 12}, {"missed": 7}, {}]
+    rows = []
+    for n, state in enumerate(states):
+        usual = {"id": n, "missed": 0, "stalls": (11,) if n == 0 else (), "waiting_bytes": 9 - n, "topics": (f"{n}",)}
+        rows.append(dataclasses.replace(SUBSCRIBER, **(usual | state)))
+    writers = [dataclasses.replace(PUBLISHER, id=n, pid=10, waits_for=None if n else 1) for n in range(publishers)]
+    groups = {"work": GroupStats(1, 2, 3, 4, 5)} if publishers else {}
+    whole = dataclasses.replace(STATS, subscribers=tuple(rows), publisher_rows=tuple(writers), groups=groups)
+    lines, _ = screen(figures(whole, None, PROCESSES), "/run/bus", view, 90, height)
+    return [f"{line.style}|{line.text.rstrip()}" for line in lines]
+
+
+def test_a_screen_has_all_with_its_style() -> None:
+    """A process that is dead or waited for is an alarm, and what is not read a notice."""
+    assert screen_of(View(), 20) == [
+        "summary|broker 9 up 1:01:40, published 60, memory 4.1k, /run/bus",
+        "summary|5 subscriptions (2 not open), 2 publishers (1 waiting), 1 groups, history of 2 topics",
+        "title|PID COMMAND       TOPICS POLICY IN/s OUT/s BACKLOG MISSED STALLS",
+        "alarm| 10 python app.py 0      oldest    -     -    9/1k      0      1",
+        "alarm| 11 (dead) ?      1      oldest    -     -    8/1k      0",
+        "notice| 12 (unopened) ?  2      oldest    -     -    7/1k      0",
+        "notice| 10 python app.py 3      oldest    -     -    6/1k      7",
+        "| 10 python app.py 4      oldest    -     -    5/1k      0",
+        *["|"] * 6,
+        "title|PID COMMAND       BYTES/s BYTES UNROUTED WAITS FOR",
+        "alarm| 10 python app.py       -    1k       20 1 3.2 s",
+        "|",
+        "title|GROUP MEMBERS WAITING DELIVERED LOST DROPPED",
+        "|work        1       2         3    4       5",
+        "footer|1-5 of 5 by BACKLOG   q quit  / filter  r reverse  sort: p c t y i o b m s",
+    ]
+    assert screen_of(View(), 20, 0)[1] == "summary|5 subscriptions (2 not open), 0 publishers, 0 groups, history of 2 topics"
+
+
+@pytest.mark.parametrize(
+    ("view", "height", "footer"),
+    [
+        (View(), 6, "1-1 of 5 by BACKLOG   q"),
+        (View(first=99), 13, "3-5 of 5 by BACKLOG   q"),
+        (View(filter="none"), 20, "0-0 of 0 by BACKLOG, with 'none'   q"),
+        (View(sort="t", is_reversed=True), 20, "1-5 of 5 by TOPICS reversed   q"),
+        (View(filter="p", is_typing=True), 20, "filter: p_   Enter"),
+    ],
+)
+def test_the_last_line_has_what_is_shown(view: View, height: int, footer: str) -> None:
+    assert screen_of(view, height)[-1].startswith(f"footer|{footer}")
+
+
+@pytest.mark.parametrize(("height", "shown"), [(6, 0), (16, 1), (24, 2), (60, 8)])
+def test_publishers_have_a_part_of_the_screen(height: int, shown: int) -> None:
+    lines = screen_of(View(), height, 9)
+    assert sum("       20" in line for line in lines) == shown
+    assert sum("3.2 s" in line for line in lines) == min(shown, 1)
+    assert not [line for line in screen_of(View(), height, 0) if "WAITS" in line or "GROUP" in line]
+
+
 SAMPLE = re.compile(r'(mpbroadcast_\w+)(?:\{((?:\w+="(?:[^"\\\n]|\\[\\"n])*",?)*)\})? ([-+.\de]+)')
 
 
@@ -203,8 +301,10 @@ def test_the_format_of_prometheus() -> None:
     assert text.endswith("\n")
     assert 'mpbroadcast_subscription_missed_messages_total{id="1",pid="10",topics="a \\"b\\"\\n\\\\ c",' in text
     assert 'mpbroadcast_subscription_stalled_publishers{id="1",pid="10"' in text
+    assert 'overflow="drop_oldest",group="g"} 1\n' in text
     assert 'mpbroadcast_group_lost_messages_total{group="x\\"y"} 4' in lines
-    assert "mpbroadcast_published_messages_total 60" in lines
+    assert {"mpbroadcast_published_messages_total 60", "mpbroadcast_uptime_seconds 3700.5"} < {*lines}
+    assert 'overflow="drop_oldest",group=""} 1\n' in exposition(STATS)
     kinds: dict[str, str] = {}
     for line in lines:
         if line.startswith("# TYPE"):
@@ -244,12 +344,50 @@ def test_a_message_is_one_line(message: Any) -> None:
     json_line({"message": message}).decode()
 
 
+def test_a_line_has_its_message() -> None:
+    """What has no form in JSON is its ``repr``; a text has its own letters, and its line breaks are escaped."""
+    for message, plain, of_json in (
+        ("é\nb", "é\\nb", '"é\\nb"'),
+        ([1], "[1]", "[1]"),
+        (float("nan"), "nan", '"nan"'),
+        ({(1, "é"): 2}, "{(1, 'é'): 2}", "\"{(1, 'é'): 2}\""),
+    ):
+        assert plain_line(message) == f"{plain}\n".encode()
+        assert json_line({"id": 1, "message": message}) == f'{{"id": 1, "message": {of_json}}}\n'.encode()
+
+
+BARS = {
+    (0, 100, 60): "[................................]   0%  0 messages, 0/s, -",
+    (50, 100, 60): "[#########..........]  50%  1,000 messages, 500/s, 2 s left",
+    (50, 100, 200): f"[{'#' * 20}{'.' * 20}]  50%  1,000 messages, 500/s, 2 s left",
+    (100, 100, 43): "[] 100%  2,000 messages, 1,000/s, 0 s left",
+    (100, 100, 30): "[] 100%  2,000 messages, 1,00",
+    (0, 0, 90): f"[{'#' * 40}] 100%  0 messages, 0/s, 0 s left",
+}
+
+
 def test_a_bar_fits_its_line() -> None:
     """From the first byte to the last."""
-    for columns in (20, 80, 200):
-        for done in (0, 50, 100):
-            assert len(bar(done, 100, 1_000_000, 3.0, columns)) < columns
-    assert bar(50, 100, 1000, 2.0, 100).endswith(" 50%  1,000 messages, 500/s, 2 s left")
+    found = {case: bar(case[0], case[1], 20 * case[0], 2.0, case[2]) for case in BARS}
+    assert found == BARS
+
+
+def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Now and then, and at the end, on one line; and not where nothing is to be done, or in a file."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    clock = Mock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    with open(ours, "rb", buffering=0) as shown, open(theirs, "w") as terminal, io.StringIO() as file:
+        for stream, total in ((file, 100), (terminal, 0), (terminal, 100)):
+            monkeypatch.setattr(sys, "stderr", stream)
+            clock.return_value = 5.0
+            with Progress(total) as progress:
+                for clock.return_value in (5.0, 5.05, 5.1, 7.0):
+                    progress.add(1, 25)
+        bars = [bar(25, 100, 1, 0.0, 60), bar(75, 100, 3, 0.1, 60), bar(100, 100, 4, 2.0, 60), bar(100, 100, 4, 2.0, 60)]
+        expected = "".join(f"\r\x1b[K{one}" for one in bars) + "\r\n"
+        assert (shown.read(1000).decode(), file.getvalue()) == (expected, "")
 
 
 def test_each_help_fits_a_screen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +411,8 @@ def test_each_option_is_completed(shell: str, capfd: pytest.CaptureFixture[str])
     """Of each command; bash completes with the script."""
     assert main.main(["completion", shell]) == 0
     script = capfd.readouterr().out
-    for word in (*main.COMMANDS, "-l timeout" if shell == "fish" else "--timeout", "interval", "prometheus"):
+    fish = ("-l timeout -d 'end", "-s 0 -d")
+    for word in (*main.COMMANDS, *(fish if shell == "fish" else ("--timeout",)), "interval", "prometheus"):
         assert word in script
     if shell == "bash":
         for words, position in (("mpbroadcast st", 1), ("mpbroadcast sub --t", 2), ("mpbroadcast pub x", 2)):
