@@ -25,12 +25,13 @@ from mpbroadcast.errors import (
     StartError,
     TimedOut,
 )
-from mpbroadcast.stats import BrokerStats, GroupStats, PublisherStats, SubscriberStats
+from mpbroadcast.stats import BridgeStats, BrokerStats, GroupStats, PublisherStats, SubscriberStats
 
 __all__ = [
     "AddressError",
     "AuthenticationFailed",
     "BroadcastError",
+    "BridgeStats",
     "Broadcaster",
     "BrokerCrashed",
     "BrokerLost",

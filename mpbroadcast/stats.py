@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -35,8 +35,9 @@ class SubscriberStats:
 class PublisherStats:
     """One handle that has published or can. ``pid`` is its process, ``bytes`` what the broker has received from it.
 
-    ``waiting_bytes`` are messages that are received and not routed yet. ``waits_for`` is the id of the subscription, or
-    the name of the group, whose full backlog blocks it, and ``waited`` the seconds since it has; ``None`` and 0 if none.
+    ``waiting_bytes`` are messages that are received and not routed yet. ``waits_for`` is the id of the subscription, the
+    name of the group, or the stream of the bridge, whose full backlog blocks it, and ``waited`` the seconds since it has;
+    ``None`` and 0 if none.
     """
 
     id: int
@@ -64,12 +65,42 @@ class GroupStats:
 
 
 @dataclass(frozen=True)
+class BridgeStats:
+    """One bridge, by its stream: always sent + waiting + dropped is what was published to its topics on this bus.
+
+    ``url`` has no password; ``pid`` is the process at work, or ``None``; ``state`` is ``"up"``, ``"connecting"`` or ``"down"``,
+    and ``error`` the last one, or ``None``. ``capacity`` is the outbox's, in bytes. Out, in messages: ``sent`` are in the log,
+    ``waiting`` are not (``waiting_bytes``, with the fixed overhead of each), ``dropped`` by the policy. In, in messages:
+    ``received`` were routed, ``missed`` never came, ``duplicates`` came again and were dropped. ``refused`` entries were not
+    signed. ``lag`` entries of the log are not read yet, about; ``None``: unknown.
+    """
+
+    stream: str
+    url: str
+    pid: int | None
+    state: str
+    error: str | None
+    topics: tuple[str, ...]
+    overflow: str
+    capacity: int
+    sent: int
+    waiting: int
+    waiting_bytes: int
+    dropped: int
+    received: int
+    missed: int
+    duplicates: int
+    refused: int
+    lag: int | None
+
+
+@dataclass(frozen=True)
 class BrokerStats:
     """The broker at one moment.
 
     ``pid`` is its process, ``uptime`` its seconds of life, ``published`` the messages routed, ``publishers`` the handles that
-    have published or can, each in ``publisher_rows``, ``subscribers`` the live subscriptions, and ``groups`` theirs by name; of
-    many, not all are of the same moment.
+    have published or can, each in ``publisher_rows``, ``subscribers`` the live subscriptions, ``groups`` theirs by name, and
+    ``bridges`` by stream; of many, not all are of the same moment.
 
     ``memory`` is in bytes: backlogs (what several hold counts once), the unread parts of publishers' rings in chunks of 256
     KiB, and subscriptions, topics and unfinished requests beyond 256 KiB. ``history_topics`` have a history now, and
@@ -86,6 +117,7 @@ class BrokerStats:
     history_forgotten: int
     groups: dict[str, GroupStats]
     publisher_rows: tuple[PublisherStats, ...]
+    bridges: dict[str, BridgeStats] = field(default_factory=dict)
 
 
 def snapshot(reply: dict[str, Any]) -> BrokerStats:
@@ -96,4 +128,5 @@ def snapshot(reply: dict[str, Any]) -> BrokerStats:
     )
     groups = {name: GroupStats(**fields) for name, fields in reply.pop("groups").items()}
     publishers = tuple(PublisherStats(**row) for row in reply.pop("publisher_rows"))
-    return BrokerStats(subscribers=rows, groups=groups, publisher_rows=publishers, **reply)
+    bridges = {stream: BridgeStats(**{**row, "topics": tuple(row["topics"])}) for stream, row in reply.pop("bridges").items()}
+    return BrokerStats(subscribers=rows, groups=groups, publisher_rows=publishers, bridges=bridges, **reply)

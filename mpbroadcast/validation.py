@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, Literal, get_args
 
 from mpbroadcast.errors import AddressError
@@ -63,6 +64,22 @@ def check_group(group: Any) -> str | None:
         raise ValueError("group must not be empty: None is no group")
     encode_topic(group)
     return group
+
+
+def check_outbox(overflow: Any) -> str:
+    """Return ``overflow`` if it is one of the policies that an outbox of a bridge can have."""
+    if check_overflow(overflow) in ("latest", "disconnect"):
+        raise ValueError(f"overflow of a bridge must be 'block', 'drop_oldest' or 'drop_newest', not {overflow!r}")
+    return str(overflow)
+
+
+def check_stream(stream: Any) -> str:
+    """Return the name of a bridge's stream, which engines take as it is."""
+    if not isinstance(stream, str):
+        raise TypeError(f"stream must be a str, not {type(stream).__name__}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,256}", stream):
+        raise ValueError(f"stream must be made of letters, digits, - and _, and not be empty or longer than 256: {stream!r}")
+    return stream
 
 
 def encode_topic(topic: Any) -> bytes:

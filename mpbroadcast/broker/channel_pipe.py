@@ -28,7 +28,9 @@ class ChannelPipe:
         self.is_retrying = False  # independent of the state: a timer will look at it again
         self.retry = SHORTEST_RETRY
         self.is_one_page = False  # it has room for more only once all has been read
-        self.reports_fd = -1  # of the pipe back, in which a member of a group reports what it has finished
+        self.reports_fd = (
+            -1
+        )  # of the pipe back, in which a member of a group, or a bridge's session, reports what it has finished
         self.most_reports = 0  # that the pipe back has room for
 
     def reserve(self) -> None:
@@ -36,7 +38,7 @@ class ChannelPipe:
         self.state = self.unopened = self.state.to(PipeState.RESERVED)
 
     def begin_opening(self, backlog: Backlog, *, is_member: bool = False) -> int:
-        """Make the pipe, of a group's member or of another channel. Return the descriptor of its reader's end.
+        """Make the pipe, for a reader that reports (``is_member``) or another one. Return the descriptor of its end.
 
         :raises OSError: no descriptor is left.
         """

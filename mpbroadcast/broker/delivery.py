@@ -13,6 +13,7 @@ from typing import Final
 from mpbroadcast.broker.channel_pipe import PIPE_SIZE, SHORTEST_RETRY
 from mpbroadcast.broker.core.states import PipeState
 from mpbroadcast.broker.members import Group, Subscription
+from mpbroadcast.broker.outbox import Outbox
 from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.posix.pipes import unread, write
 from mpbroadcast.posix.poller import IN, OUT, Poller
@@ -37,7 +38,7 @@ class Delivery:
     def watch(self, subscription: Subscription) -> None:
         """Write into its pipe, which is open."""
         self._poller.watch(subscription.pipe.fd, 0, partial(self._on_event, subscription))
-        if subscription.group is not None:
+        if subscription.pipe.reports_fd >= 0:
             self._poller.watch(subscription.pipe.reports_fd, IN, partial(self._receive_reports, subscription))
         self.dirty[subscription] = None
 
@@ -61,6 +62,8 @@ class Delivery:
             if pipe.state is not PipeState.OPEN:
                 if isinstance(subscription, Group):
                     given += self._give_out(subscription)
+                elif isinstance(subscription, Outbox):
+                    self._give_session(subscription)
                 continue
             try:
                 is_full = _write(subscription)
@@ -117,6 +120,13 @@ class Delivery:
             self.gone.extend(shares.members)  # the broker ends, and none of them will read it
         return given
 
+    def _give_session(self, outbox: Outbox) -> None:
+        """Give the session at work what it may have, and let the publishers go on for which there is room then."""
+        if outbox.give() and outbox.reader is not None:
+            self.dirty[outbox.reader] = None
+        if outbox.waiters and outbox.backlog.charge < outbox.charge_when_blocked:
+            self.unblocked.append(outbox)
+
     def _end_members(self, group: Group, head: list[Run]) -> None:
         """End each member behind what it was given, as nothing waits for the group any more."""
         *notes, _ = head
@@ -132,11 +142,11 @@ class Delivery:
         group.backlog.take(head)
 
     def _receive_reports(self, member: Subscription, _events: int) -> None:
-        """Give the next messages, as a member has finished some; a member that has ended may be over then."""
+        """Give the next messages, as a member has finished some, or a session; one that has ended may be over then."""
         if not member.receive_reports():
             self._poller.forget(member.pipe.reports_fd)
-        if member.group is not None:
-            self.dirty[member.group] = None
+        if member.target is not member:
+            self.dirty[member.target] = None
         if member.backlog.ended:
             self.dirty[member] = None
 

@@ -152,6 +152,8 @@ class Intake:
             lender.close()
             self._poller.close(lender.fd_socket.detach())
         publisher.session.publishers.discard(publisher)
+        if publisher.inlet is not None:
+            publisher.inlet.close()
         self.ready[publisher] = 0
 
     def forget(self, publisher: Publisher) -> bool:

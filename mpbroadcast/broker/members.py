@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator
+from functools import partial
+from typing import ClassVar, Protocol
 
 from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.backlog import Backlog
@@ -22,12 +24,31 @@ from mpbroadcast.broker.memory import Lender
 from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.posix.pipes import readv, unread
 from mpbroadcast.posix.processes import PeerProcess
-from mpbroadcast.protocol.frames import FrameError, Item, MemfdMessage, References, Splitter
+from mpbroadcast.protocol.frames import BridgeFrame, FrameError, Item, MemfdMessage, References, Splitter
 from mpbroadcast.protocol.reports import last_report
 
 log = logging.getLogger("mpbroadcast.broker")
 
 Parked = Item | Callable[[], None]
+
+
+class Inlet(Protocol):
+    """What decides which messages of a bridge's session are routed. (Its class is in ``bridges.py``, above the routing.)"""
+
+    def begin(self, frame: BridgeFrame) -> None:
+        """Act on a frame, when all before it in the pipe is routed."""
+
+    def admit(self, item: Item) -> Item | None:
+        """Return what is to be routed of an item.
+
+        :raises Misannounced: it has no position.
+        """
+
+    def routed(self, count: int) -> None:
+        """Note that so many of the messages admitted last are routed."""
+
+    def close(self) -> None:
+        """End the session: nothing more of its publisher is read."""
 
 
 class Peer(PeerProcess):
@@ -119,6 +140,7 @@ class Publisher:
         self.blocked: Subscription | None = None  # the full one that it waits for
         self.blocked_since = 0.0  # when something of it was routed last
         self.warned = False  # independent of the state: a warning of this wait is in the log
+        self.inlet: Inlet | None = None  # of the session of a bridge
         self.last_in: dict[Subscription, int] = {}  # what had entered each backlog with the last of its messages
         # Subscriptions that begin behind something still to be routed, with the topics, and matchers, that they had before.
         self.not_yet: list[tuple[Subscription, frozenset[str], tuple[Matcher, ...]]] = []
@@ -150,13 +172,18 @@ class Publisher:
             self.parked.append(pipe.barriers.popleft()[1])
         return came
 
-    def _take_shared(self, items: list[Item]) -> int:
+    def _take_shared(self, items: list[Item | BridgeFrame]) -> int:
         """Park items with the memory that they are in, and drop what was aborted. Return the bytes that they refer to.
 
-        :raises FrameError: a frame refers to memory that is not there.
+        :raises FrameError: a frame refers to memory that is not there, or is a bridge's.
         """
         referred, lender = 0, self.lender
         for item in items:
+            if isinstance(item, BridgeFrame):
+                if self.inlet is None:
+                    raise FrameError("a frame of a bridge, whose session it is not")
+                self.parked.append(partial(self.inlet.begin, item))
+                continue
             found: Item | None = item
             if isinstance(item, References):
                 ring = None if lender is None else lender.rings.get(item.ring)
@@ -202,6 +229,9 @@ class Publisher:
 
 class Subscription:
     """A subscription in the broker: topics, backlog, and the pipe to its reader."""
+
+    name: str | None = None  # of what is no single channel: a group's, or a bridge's stream
+    is_written_down: ClassVar[bool] = True  # for the broker that takes over
 
     def __init__(self, id: int, session: Session, backlog: Backlog) -> None:
         self.id = id
@@ -279,6 +309,11 @@ class Subscription:
         return False
 
     @property
+    def acknowledged(self) -> int:
+        """The position that the session of a bridge has reported to be in the log; 0 of any other."""
+        return 0
+
+    @property
     def is_unfinished(self) -> bool:
         """True if it is a member that has not finished all that it was given, and this is still counted."""
         return self.group is not None and not self.group.is_closing and self.group.shares.has_unfinished(self)
@@ -298,7 +333,7 @@ class Group(Subscription):
 
     def __init__(self, id: int, name: str, session: Session, backlog: Backlog, topics: list[str]) -> None:
         super().__init__(id, session, backlog)
-        self.name = name
+        self.name: str = name
         self.topics = frozenset(topics)  # that its members agree on
         self.shares: Shares[Subscription] = Shares()
         self.is_closing = False  # the broker ends: what is finished is not counted any more

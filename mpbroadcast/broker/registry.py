@@ -29,6 +29,7 @@ from mpbroadcast.broker.core.states import PipeState, SubscriptionState
 from mpbroadcast.broker.groups import Groups
 from mpbroadcast.broker.host.journal import Entry, Succession
 from mpbroadcast.broker.members import Group, Peer, Publisher, Session, Subscription
+from mpbroadcast.broker.outbox import BridgeReader
 from mpbroadcast.broker.peers import Peers
 from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.broker.traffic import Traffic
@@ -124,7 +125,7 @@ class Registry:
             self.remove_in_parts(subscription, "its process, of another PID namespace, has not come back")
 
     def _write_down(self, subscription: Subscription) -> None:
-        if self._journal is not None:
+        if self._journal is not None and subscription.is_written_down:
             entry = {
                 "id": subscription.id,
                 "pid": subscription.pid,
@@ -184,10 +185,14 @@ class Registry:
         """
         subscription = Subscription(id, session, new_backlog(capacity, policy))
         self.spend(subscription, cost)
-        self.subscriptions[id] = subscription
-        session.subscriptions.add(subscription)
-        session.peer.subscriptions.add(subscription)
+        self.add(subscription)
         return subscription
+
+    def add(self, subscription: Subscription) -> None:
+        """Let a subscription be found, and end with its session."""
+        self.subscriptions[subscription.id] = subscription
+        subscription.session.subscriptions.add(subscription)
+        subscription.session.peer.subscriptions.add(subscription)
 
     def route(self, subscription: Subscription, topics: list[str], *, is_last: bool = True) -> None:
         """Add topics to a subscription. The journal is written with the last of them."""
@@ -215,6 +220,7 @@ class Registry:
         """
         targets = None if topic is None else (yield from self._router.look_up(topic))
         count = self._router.count if targets is None else len(targets)
+        count -= sum(1 for outbox in self._router.alternatives if targets is None or outbox in targets)
         return count + sum(len(group.shares) - 1 for group in self.groups if targets is None or group in targets)
 
     def topics(self, subscription: Subscription) -> tuple[str, ...]:
@@ -279,6 +285,8 @@ class Registry:
         self._close_descriptors(subscription, subscription.pipe.close())
         self._detach(subscription)
         subscription.backlog.discard()
+        if isinstance(subscription, BridgeReader):
+            subscription.gone.append(subscription)
 
     def remove_in_parts(self, subscription: Subscription, why: str) -> None:
         """Remove it when the server has time; from now on it is not found."""
@@ -317,11 +325,11 @@ class Registry:
     # --- opening
 
     def begin_opening(self, subscription: Subscription, connection: ControlConnection, *, shared: bool) -> list[int]:
-        """Make its pipe, the pipe back of a member, and the socket beside it if ``shared``. Return the reader's descriptors.
+        """Make its pipe, the pipe back if its reader reports, and the socket beside it if ``shared``. Return that one's ends.
 
         :raises OSError: no descriptor is left.
         """
-        is_member = subscription.group is not None
+        is_member = subscription.target is not subscription
         ends = [subscription.pipe.begin_opening(subscription.backlog, is_member=is_member)]
         if is_member:
             try:

@@ -1,6 +1,7 @@
 """The requests that the broker answers over a control connection: a handler for each.
 
-Those that make a subscription are in ``subscription_requests.py``, the checks of fields in ``request_fields.py``.
+Those that make a subscription are in ``subscription_requests.py``, those of bridges in ``bridge_requests.py``, the
+checks of fields in ``request_fields.py``.
 
 Every value comes from another process: none is trusted. A handler replies, now or later, or raises :class:`Refused`. One that
 takes long is a generator: between two of its steps the broker has a round, so what it has looked up may be gone after a
@@ -14,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from mpbroadcast.broker import bridge_requests
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.limits import MOST_CONNECTIONS, OverBudget
 from mpbroadcast.broker.core.linger import Linger
@@ -100,7 +102,14 @@ def _detach(broker: Broker, connection: ControlConnection, message: dict[str, An
 
 def _publisher(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     refuse_when_stopping(broker)
-    publisher, descriptor = broker.traffic.intake.add(broker.registry.new_id(), session_of(broker, connection, message))
+    session, reader = session_of(broker, connection, message), None
+    if message.get("reader") is not None:
+        reader = bridge_requests.find_reader(broker, connection, message)
+        if reader is None or reader.outbox.reader is not reader:
+            raise Refused("lost", "this session of a bridge is not at work any more")
+    publisher, descriptor = broker.traffic.intake.add(broker.registry.new_id(), session)
+    if reader is not None:
+        broker.bridges.add_publisher(reader, publisher)
     connection.reply({"publisher": publisher.id}, descriptor)
 
 
@@ -243,5 +252,10 @@ _HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]],
     "drop": _close,
     "wait": _wait,
     "stats": _stats,
+    "bridge": bridge_requests.bridge,
+    "bridge end": bridge_requests.end,
+    "bridge report": bridge_requests.report,
+    "bridge flushed": bridge_requests.flushed,
+    "bridge forget": bridge_requests.forget,
     "stop": _stop,
 }

@@ -15,11 +15,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Final
 
 from mpbroadcast import trap_points
+from mpbroadcast.broker.core.bridging import Misannounced, Topics
 from mpbroadcast.broker.core.history import ALL, Entry, History
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import PipeState, SubscriptionState
 from mpbroadcast.broker.delivery import Dirty
-from mpbroadcast.broker.members import Publisher, Subscription
+from mpbroadcast.broker.members import Inlet, Publisher, Subscription
 from mpbroadcast.broker.memory import Ring
 from mpbroadcast.broker.memory_exchange import MemoryExchange
 from mpbroadcast.protocol.fd_packets import ROUTED, pack
@@ -80,7 +81,7 @@ class Routing:
         Return whether all of it is routed. Else ``publisher.blocked`` is the backlog that is full, or the turn is over.
         """
         trap_points.reach("routing")
-        parked, router = publisher.parked, self._router
+        parked, router, inlet = publisher.parked, self._router, publisher.inlet
         before = self.next_id
         while parked:  # `turn_is_over` is written out here, as a property is a call for each item
             if self._puts + router.steps // _STEPS_PER_PUT > self._turn_end:
@@ -93,6 +94,11 @@ class Routing:
             if callable(item):
                 item()
                 continue
+            if inlet is not None:
+                admitted = self._admitted(item, publisher, inlet)
+                if admitted is None:
+                    continue
+                item = admitted
             try:
                 full = self._put(item, publisher)
             except _LooksUp:
@@ -116,6 +122,18 @@ class Routing:
         self.behind.pop(publisher, None)
         publisher.blocked, publisher.warned = None, False
         return True
+
+    def _admitted(self, item: Item, publisher: Publisher, inlet: Inlet) -> Item | None:
+        """Return what is to be routed of what the session of a bridge hands on: not what was had."""
+        try:
+            admitted = inlet.admit(item)
+        except Misannounced:
+            self.refused[publisher] = "it sent a message of another bus without its position"
+            admitted = None
+        if admitted is None:
+            publisher.lookup = None
+            _done(item, publisher)
+        return admitted
 
     def _put(self, item: Item, publisher: Publisher) -> Subscription | None:
         """Put as much as all its targets take into their backlogs.
@@ -164,6 +182,8 @@ class Routing:
         if self.history is not None:
             self.history.add(self.next_id, item if not isinstance(item, References) else item.hold.copied(item))
         self.next_id += fits
+        if publisher.inlet is not None:  # in the step in which it is routed
+            publisher.inlet.routed(fits)
         if hold is not None:
             _done(item, publisher)
         return full
@@ -240,6 +260,16 @@ class Routing:
                 if subscription.pipe.state is not PipeState.UNOPENED:
                     break
                 room = _REPLAYED
+
+    def put_gap(self, topics: Topics) -> None:
+        """Report to all that may get messages of these topics that an unknown number of them is missing here."""
+        for subscription in self._router:
+            backlog = subscription.backlog
+            if backlog.keeps_newest_only or backlog.ended or subscription in self._router.alternatives:
+                continue
+            if topics.may_reach(self._router.topics(subscription)):
+                backlog.put_gap()
+                self._dirty[subscription] = None
 
     def knows(self, id: int) -> bool:
         """Return whether a message of this broker has this id, or it is 0, which stands before all of them."""

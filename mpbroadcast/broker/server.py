@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from mpbroadcast.broker.acceptor import Acceptor
+from mpbroadcast.broker.bridges import Bridges
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.linger import Linger
@@ -67,6 +68,7 @@ class Broker:
         self.peers = Peers(self.poller)
         self.acceptor = Acceptor(self.poller, listener, keys, self.peers)
         self.registry = Registry(self.poller, self.peers, self.router, self.traffic, self.succession)
+        self.bridges = Bridges(self.registry, self.traffic, self.router, self.succession.journal)
         self.parts: deque[Parts] = deque()  # what takes long: the rest of each
         self.waiting: deque[Parts] = deque()  # of those, what waits until something has happened
         self.shutdown: Shutdown | None = None
@@ -75,6 +77,7 @@ class Broker:
         self._reserve_at = 0  # ids of messages: when the next one is as high, more are reserved
         self._reserve_ids()
         self.registry.restore()
+        self.bridges.restore()
         if linger is not None:
             self.poller.later(0.0, _wake)
 
@@ -106,6 +109,8 @@ class Broker:
             registry.to_finish.pop()
         if registry.to_remove:
             registry.remove_some()
+        if self.bridges.gone:
+            self.bridges.work_off()
         if self.linger is not None and not (registry.sessions or registry.subscriptions or registry.awaited.peers):
             self._end_unneeded(self.linger)
         if self.shutdown is not None:
@@ -194,6 +199,7 @@ class Broker:
     def stop(self, timeout: float, by: Peer | None = None) -> Shutdown:
         """Drain until no reader makes progress for ``timeout`` seconds, then end. Wait for no channel of ``by``."""
         if self.shutdown is None:
+            self.bridges.stop()
             self.shutdown = Shutdown(self.poller, self.registry, self.traffic, timeout, by)
             self._shutdown_steps = self.shutdown.steps()
         return self.shutdown

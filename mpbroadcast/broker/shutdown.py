@@ -28,6 +28,7 @@ from typing import Final
 from mpbroadcast.broker.core.router import listed
 from mpbroadcast.broker.core.states import PipeState
 from mpbroadcast.broker.members import Peer, Subscription
+from mpbroadcast.broker.outbox import BridgeReader
 from mpbroadcast.broker.registry import Registry
 from mpbroadcast.broker.traffic import Traffic
 from mpbroadcast.posix.poller import Poller
@@ -120,6 +121,10 @@ class Shutdown:
             subscription.group.is_closing = True
             self._registry.groups.end(subscription.group)
             self._traffic.mark(subscription)
+        elif isinstance(subscription, BridgeReader):
+            subscription.outbox.backlog.end()
+            self._traffic.mark(subscription.outbox)
+            self._traffic.mark(subscription)
         else:
             self._registry.unsubscribe(subscription)
             self._traffic.mark(subscription)  # one that was unsubscribed before keeps nothing from being written any more
@@ -130,7 +135,7 @@ class Shutdown:
         for subscription in self._registry.subscriptions.values():
             packets = subscription.window.received if subscription.window is not None else 0
             departed, unread = subscription.backlog.departed, subscription.pipe.unread()
-            self._progress[subscription] = (subscription.is_open, departed, unread, packets)
+            self._progress[subscription] = (subscription.is_open, departed, unread, packets, subscription.acknowledged)
         if self._progress != before:
             self._progress_at = time.monotonic()
         wait = min(self.time_left, _LOOK)

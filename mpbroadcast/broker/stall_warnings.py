@@ -8,6 +8,7 @@ from functools import partial
 
 from mpbroadcast.broker.core.router import Router, listed
 from mpbroadcast.broker.members import Group, Publisher, Subscription
+from mpbroadcast.broker.outbox import Outbox
 from mpbroadcast.posix.poller import Poller
 
 log = logging.getLogger("mpbroadcast.broker")
@@ -55,6 +56,17 @@ class Stalls:
                 listed(self._router.topics(full)),
                 full.backlog.waiting_charge,
                 "" if any(one.is_open for one in full.shares.members) else "; no channel of it was ever opened",
+            )
+            return
+        if isinstance(full, Outbox):
+            log.warning(
+                "process %d has waited %.1f s to publish: the outbox of bridge %r (%s) is full, with %d bytes waiting%s",
+                publisher.pid,
+                seconds,
+                full.name,
+                listed(self._router.topics(full)),
+                full.outbound.waiting_charge,
+                "" if full.reader is not None else "; no bridge is at work",
             )
             return
         same = publisher.pid == full.pid

@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator
 from typing import Any, Final
 
+from mpbroadcast.broker.bridges import Bridge
 from mpbroadcast.broker.members import Group, Publisher, Subscription
 from mpbroadcast.broker.server import Broker
 
@@ -41,6 +42,7 @@ def encoded_stats(broker: Broker) -> Generator[None, None, list[bytes]]:
         "memory": held + _held_elsewhere(broker),
         "history_topics": history.topics if history is not None else 0,
         "groups": {group.name: _group_row(group) for group in broker.registry.groups},
+        "bridges": {bridge.stream: _bridge_row(bridge) for bridge in broker.bridges},
         "history_forgotten": history.forgotten if history is not None else 0,
     }
     return [*parts, b"], ", json.dumps(rest)[1:].encode()]
@@ -75,7 +77,7 @@ def _add_publishers(broker: Broker, parts: list[bytes]) -> Generator[None, None,
 
 def _publisher_row(publisher: Publisher) -> dict[str, Any]:
     blocked = publisher.blocked
-    waits_for = blocked.name if isinstance(blocked, Group) else None if blocked is None else blocked.id
+    waits_for = None if blocked is None else blocked.name or blocked.id
     return {
         "id": publisher.id,
         "pid": publisher.pid,
@@ -102,6 +104,23 @@ def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
         "stalls": [publisher.pid for publisher in subscription.target.waiters],
         "is_open": subscription.is_open,
         "group": subscription.target.name if isinstance(subscription.target, Group) else None,
+    }
+
+
+def _bridge_row(bridge: Bridge) -> dict[str, Any]:
+    outbox, inbound, outbound = bridge.outbox, bridge.inbound, bridge.outbox.outbound
+    out = {"sent": outbound.sent, "waiting": outbound.waiting, "waiting_bytes": outbound.waiting_charge}
+    into = {"received": inbound.received, "missed": inbound.missed, "duplicates": inbound.duplicates}
+    return {
+        "stream": bridge.stream,
+        "pid": None if outbox.reader is None else outbox.reader.pid,
+        "topics": bridge.topics,
+        "overflow": outbox.policy,
+        "capacity": outbox.backlog.capacity,
+        "dropped": outbox.backlog.missed,
+        **out,
+        **into,
+        **bridge.reported,
     }
 
 

@@ -33,7 +33,7 @@ _TOPICS: Final = 1024  # that are routed to a subscription in the same time
 
 def subscribe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
     topics = [*dict.fromkeys(_topics(message))]
-    cost, _matchers = yield from _prepare(session_of(broker, connection, message), topics, 1)
+    cost, _matchers = yield from prepare(session_of(broker, connection, message), topics, 1)
     capacity = checked(check_count, message.get("capacity"), "capacity", 1)
     policy = checked(check_overflow, message.get("overflow"))
     replay = checked(check_count, message.get("replay"), "replay", 0)
@@ -110,7 +110,7 @@ def _identity(
 def history(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Parts:
     """Make a subscription that gets what the history has, and ends behind that: nothing is routed to it."""
     topics = [*dict.fromkeys(_topics(message))]
-    cost, _matchers = yield from _prepare(session_of(broker, connection, message), topics, 1)
+    cost, _matchers = yield from prepare(session_of(broker, connection, message), topics, 1)
     limit = ALL if message.get("limit") is None else checked(check_count, message.get("limit"), "limit", 0)
     after = _after(message)
     kept, routing, registry = _history_of(broker, "history()"), broker.traffic.routing, broker.registry
@@ -164,7 +164,7 @@ def add_topics(broker: Broker, connection: ControlConnection, message: dict[str,
     _check_alone(subscription)
     there = {*broker.registry.topics(subscription)}
     topics = [topic for topic in dict.fromkeys(_topics(message)) if topic not in there]
-    cost, _matchers = yield from _prepare(subscription.session, topics, 0)
+    cost, _matchers = yield from prepare(subscription.session, topics, 0)
     subscription = find_subscription(broker, connection, message)
     _check_live(subscription)
     session, before = session_of(broker, connection, message), broker.registry.topics(subscription)
@@ -219,7 +219,7 @@ def _topics(message: dict[str, Any]) -> list[str]:
     return topics
 
 
-def _prepare(session: Session, topics: list[str], subscriptions: int) -> Generator[None, None, tuple[Cost, list[Matcher]]]:
+def prepare(session: Session, topics: list[str], subscriptions: int) -> Generator[None, None, tuple[Cost, list[Matcher]]]:
     """Check topics, in parts. Return their cost, and the matchers of their patterns, to be kept until they are routed.
 
     :raises OverBudget: the session has no room for them.

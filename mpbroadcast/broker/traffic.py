@@ -159,6 +159,16 @@ class Traffic:
                 self.mark(full)
                 self.run_until_idle()
 
+    def fence(self, publisher: Publisher) -> None:
+        """Read nothing more of a publisher whose inlet admits nothing any more: what is not routed of it is dropped."""
+        full, publisher.blocked = publisher.blocked, None
+        if full is not None and publisher in full.waiters:
+            full.waiters.remove(publisher)
+        publisher.lookup = None
+        self.intake.close(publisher)
+        if publisher.id in self.publishers:
+            self.intake.ready.setdefault(publisher, 0)
+
     @property
     def is_behind(self) -> bool:
         """True if there is something to route or to write that waits for nothing."""

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeVar
 
+from mpbroadcast.client.bridging import Bridging
 from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient
 from mpbroadcast.client.pipe_ownership import PipeOwnership, opening_unshared
-from mpbroadcast.client.subscribing import Subscribing
 from mpbroadcast.client.tasks import drive
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, TimedOut
@@ -41,7 +41,7 @@ class _Process(Protocol):
     def ending(self, timeout: float | None, *, asked: int, time_left: Callable[[], Steps[float]]) -> Steps[None]: ...
 
 
-class Broadcaster(Subscribing[M]):
+class Broadcaster(Bridging[M]):
     """A handle on a broker. :func:`start_broadcaster` and :func:`connect` make it.
 
     A handle can be pickled into any child process of the starter, and used in any number of threads and signal handlers, and

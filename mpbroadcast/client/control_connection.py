@@ -142,6 +142,9 @@ class ControlConnection:
         if not (yield Wait(deadline, events, self._socket)):
             raise TimedOut("the broker did not answer in time")
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
     def crash(self) -> BrokerCrashed | None:
         """Return the error that the broker sent when a bug ended it."""
         with contextlib.suppress(OSError, control.ControlError):

@@ -13,12 +13,14 @@ is sent as **pieces**, each a frame of its own with the message's id. So no kill
 one: pieces of several messages may be mixed, and a message whose last piece never comes does not exist.
 
 A message in shared memory is a frame of the kind ``REFERENCE`` (into the publisher's ring: ring u32, offset u32, length u32)
-or ``MEMORY`` (in memory of its own: id u64, length u64), without its payload. ``IMAGE`` marks a payload, wherever it is, that
+or ``MEMORY`` (in memory of its own: id u64, length u64), without its payload. A frame of the kind ``BRIDGE`` is no message: it
+stands between those that the session of a bridge hands to the broker. ``IMAGE`` marks a payload, wherever it is, that
 is no plain pickle; the broker does not read it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
 from array import array
 from collections.abc import Iterator
@@ -36,6 +38,7 @@ PIECE: Final = 1 << 24
 ABORT: Final = 2 << 24
 REFERENCE: Final = 3 << 24
 MEMORY: Final = 4 << 24
+BRIDGE: Final = 5 << 24
 _ROUTE: Final = IMAGE | EXCLUDE | TOPIC_LENGTH  # the bits of a tag that are not its kind
 
 MOST_TOGETHER: Final = 1 << 11  # neighbouring messages that are routed together
@@ -55,6 +58,9 @@ REFERENCE_SIZE: Final = _REFERENCE.size  # bytes behind the head
 _MOST_REFERRED: Final = 1 << 20  # bytes that they refer to, so that a reader gets no more at once than it soon reads
 _MOST_REFERENCES: Final = PIPE_BUF - 64  # bytes of them together, so that their run is one whole write, too
 _MEMORY: Final = Struct("<QQ")  # id, length
+_ARRIVAL: Final = Struct("<8sQQI")  # origin, incarnation, position of the first message, messages
+_MOST_POSITION: Final = 1 << 62
+MOST_CURSOR: Final = 256  # bytes of UTF-8
 
 # A message counts in a backlog as its pickled bytes, its topic's, and this: the frame's head, the run's object with its
 # header, and its entry in a queue, rounded up.
@@ -101,6 +107,30 @@ def pieces(frame: bytes, message_id: int) -> Iterator[bytes]:
 def abort(message_id: int) -> bytes:
     """Return the frame that ends a message whose last piece will not come."""
     return _ABORT.pack(_ABORT.size, ABORT, message_id)
+
+
+class Arrival(NamedTuple):
+    """What the next ``messages`` in the pipe are: so many of another bus, the first at the position ``first``."""
+
+    origin: bytes
+    incarnation: int
+    first: int
+    messages: int
+
+
+class Cursor(NamedTuple):
+    """The position in the log behind all messages before it in the pipe; empty: the log has lost what was behind the last."""
+
+    position: str
+
+
+BridgeFrame = Arrival | Cursor
+
+
+def bridge_frame(frame: BridgeFrame) -> bytes:
+    """Return what stands between messages in the pipe of a bridge's session."""
+    data = _ARRIVAL.pack(*frame) if isinstance(frame, Arrival) else frame.position.encode()
+    return HEAD.pack(HEAD.size + len(data), BRIDGE | isinstance(frame, Cursor)) + data
 
 
 class Batch(NamedTuple):
@@ -205,7 +235,7 @@ class Splitter:
         self._parts: dict[int, bytearray] = {}
         self.unfinished = 0  # bytes of messages that are not complete
         self.aborted: list[int] = []  # ids of messages whose remaining pieces, or memory, will not be used
-        self.has_shared = False  # True once references, messages in memory, or aborts have come: the reader resets it
+        self.has_shared = False  # True once more than messages and their pieces have come: the reader resets it
         self.has_more = False  # True once there were more items than are split at once: until take_back is called
 
     def take_back(self) -> bytes:
@@ -213,8 +243,9 @@ class Splitter:
         rest, self.rest, self.has_more = self.rest, b"", False
         return rest
 
-    def split(self, chunk: bytes) -> list[Item]:
-        """Return the frames that ``chunk`` completes, in order; neighbours with the same targets are one item, up to a limit.
+    def split(self, chunk: bytes) -> list[Any]:
+        """Return the frames that ``chunk`` completes, in order; neighbours with the same targets are one :data:`Item`, up to a
+        limit. Between them there may be a :data:`BridgeFrame`.
 
         At most ``MOST_ITEMS`` are returned, and about so many pieces are joined.
 
@@ -223,7 +254,7 @@ class Splitter:
         if self.rest:
             chunk = self.rest + chunk
         unpack = HEAD.unpack_from
-        batches: list[Item] = []
+        batches: list[Item | BridgeFrame] = []
         position, end = 0, len(chunk)
         for _ in range(MOST_ITEMS):
             if position + 8 > end:
@@ -246,7 +277,8 @@ class Splitter:
                 else:
                     self.has_shared = True
                     position += size
-                    batches.append(_memfd_message(chunk[start:position]))
+                    frame = chunk[start:position]
+                    batches.append(_memfd_message(frame) if tag < BRIDGE else _bridge_frame(frame))
                 continue
             skip = 8 + (tag & TOPIC_LENGTH) + (8 if tag & EXCLUDE else 0)
             if size < skip or size > PIPE_BUF or tag > _ROUTE or tag & TOPIC_LENGTH > MAX_TOPIC:
@@ -282,7 +314,7 @@ class Splitter:
         self.rest = chunk[position:]
         return batches
 
-    def _piece(self, piece: bytes, tag: int, batches: list[Item]) -> None:
+    def _piece(self, piece: bytes, tag: int, batches: list[Item | BridgeFrame]) -> None:
         if tag == ABORT and len(piece) == _ABORT.size:
             message_id = _ABORT.unpack(piece)[2]
             self._take_parts(message_id)
@@ -367,6 +399,19 @@ def _memfd_message(frame: bytes) -> MemfdMessage:
         raise FrameError(f"a message of {length} bytes in memory of its own, more than a message may have")
     image = bool(tag & IMAGE)
     return MemfdMessage(message_id, length, topic, exclude, frame_head(length, topic, exclude, IMAGE if image else 0), image)
+
+
+def _bridge_frame(frame: bytes) -> BridgeFrame:
+    size, tag = HEAD.unpack_from(frame)
+    data = frame[HEAD.size :]
+    if tag == BRIDGE and len(data) == _ARRIVAL.size:
+        arrival = Arrival(*_ARRIVAL.unpack(data))
+        if 0 < arrival.first < _MOST_POSITION and arrival.incarnation < _MOST_POSITION:
+            return arrival
+    elif tag == BRIDGE + 1 and len(data) <= MOST_CURSOR:
+        with contextlib.suppress(UnicodeDecodeError):
+            return Cursor(data.decode())
+    raise FrameError(f"a BRIDGE frame of {size} bytes with the tag {tag:#x}")
 
 
 def _batch(frames: bytes, sizes: array[int]) -> Batch:

@@ -128,6 +128,15 @@ class Backlog:
         self.missed += missed
         self.runs.appendleft(note_run(GAP, missed, is_exact=is_exact))
 
+    def put_gap(self) -> None:
+        """Report behind all that waits that an unknown number of messages is missing: once, if nothing has come since."""
+        last = self.runs[-1] if len(self.runs) > (1 if self._offset else 0) else None
+        missed = 0
+        if last is not None and last.is_gap:
+            missed = last.missed
+            self.runs.pop()
+        self.runs.append(note_run(GAP, missed, is_exact=False))
+
     def end(self) -> None:
         """Put a clean end: nothing is put behind it."""
         if not self.ended:
@@ -251,6 +260,38 @@ class Backlog:
         """Note that a member has got what :meth:`head` has returned. In its pipe, that counts for the member."""
         self.wrote(sum(run.size for run in head))
         self.pipe = 0
+
+    # --- some messages at a time, for the session of a bridge
+
+    def take_first(self, room: int, *, at_least_one: bool) -> Run | None:
+        """Remove the first run and return it: a note, or messages that count ``room`` bytes at the most, or one message.
+
+        ``None`` if nothing is here, or the first message has no room.
+        """
+        if not self.runs:
+            return None
+        run = self.runs[0]
+        if run.charge > room:
+            fits = 0
+            for charge in run.charges():
+                room -= charge
+                if room < 0:
+                    break
+                fits += 1
+            fits = fits or int(at_least_one)
+            if not fits:
+                return None
+            if fits < run.count:
+                run = run.part(0, fits)
+                self._replace(0, (run, self.runs[0].part(fits, self.runs[0].count)))
+        self.wrote(run.size)
+        self.pipe = 0
+        return run
+
+    @property
+    def missing_first(self) -> int:
+        """How many messages were dropped in front of all that waits, and are not reported yet."""
+        return self._gap + (self.runs[0].missed if self.runs else 0)
 
     # --- shared memory
 

@@ -42,10 +42,12 @@ class DropNewest(Backlog):
         if missed:
             self.missed += missed
             last = self.runs[-1] if len(self.runs) > (1 if self._offset else 0) else None
-            if last is not None and last.missed:
+            is_exact = True
+            if last is not None and last.is_gap:
                 missed += last.missed
+                is_exact = last.is_exact
                 self.runs.pop()
-            self.runs.append(note_run(GAP, missed))
+            self.runs.append(note_run(GAP, missed, is_exact=is_exact))
         return self.entered if fits else 0
 
 
@@ -88,6 +90,10 @@ class _Dropping(Backlog):
         if self.runs:
             self._put_note()
         return super().head()
+
+    def take_first(self, room: int, *, at_least_one: bool) -> Run | None:
+        self._put_note()
+        return super().take_first(room, at_least_one=at_least_one)
 
     def _put_note(self) -> None:
         if self._gap:
@@ -139,6 +145,12 @@ class _Dropping(Backlog):
             else:
                 index += 1
         while excess > 0 and len(runs) > index:
+            if not runs[index].count:  # a gap of unknown size: it stays, once, in front of what is left
+                if index > bool(self._offset) and runs[index - 1].is_gap:
+                    del runs[index]
+                else:
+                    index += 1
+                continue
             if runs[index].charge > excess:
                 self._divide(index, runs[index].first)
             run = runs[index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Final, Generic, TypeVar
 
 from mpbroadcast.broker.core.patterns import Patterns, is_pattern
@@ -24,6 +24,7 @@ class Router(Generic[S]):
         self._patterns: Patterns[S] = Patterns()
         self.steps = 0  # what trying patterns has taken so far
         self.found: dict[bytes, tuple[S, ...]] = {}  # what was looked up; to be read only
+        self.alternatives: dict[S, None] = {}  # of which only the first that a topic leads to gets its messages
         self._looked_up = 0  # topics at this moment
 
     def add(self, subscription: S, topics: Iterable[str]) -> None:
@@ -56,6 +57,10 @@ class Router(Generic[S]):
         """Route nothing to the subscription any more."""
         self.drop(subscription, self.topics(subscription))
         self._topics.pop(subscription, None)
+
+    def __iter__(self) -> Iterator[S]:
+        """All that there are."""
+        return iter(tuple(self._topics))
 
     @property
     def count(self) -> int:
@@ -108,6 +113,9 @@ class Router(Generic[S]):
         members = dict(self._exact.get(text, {}))
         for more in matching:
             members.update(more)
+        if len(self.alternatives) > 1:
+            for other in [*filter(members.__contains__, self.alternatives)][1:]:
+                del members[other]
         return tuple(members)
 
     def _keep(self, topic: bytes, found: tuple[S, ...]) -> tuple[S, ...]:

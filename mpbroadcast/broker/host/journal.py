@@ -28,6 +28,7 @@ _READY: Final = -1
 _STOPPING: Final = -2
 _PROCESS: Final = -16
 _RESERVED: Final = -3
+_BRIDGES: Final = -(1 << 40)  # and below: streams, and positions of others in them
 
 # Ids of messages are below 2**53. A broker's are a part of the numbers that nothing but chance finds: another broker's id is
 # unknown to it. A broker that takes over begins above all that the one before it had reserved.
@@ -107,7 +108,15 @@ class Journal:
 
     @property
     def processes(self) -> list[Entry]:
-        return [entry for id, entry in self.entries.items() if id < _PROCESS]
+        return [entry for id, entry in self.entries.items() if _BRIDGES < id < _PROCESS]
+
+    @property
+    def bridges(self) -> list[Entry]:
+        return [entry for id, entry in self.entries.items() if id <= _BRIDGES]
+
+    def new_bridge_id(self) -> int:
+        """Return an id for another entry of :attr:`bridges`."""
+        return min(_BRIDGES + 1, *self.entries) - 1 if self.entries else _BRIDGES
 
     @property
     def subscriptions(self) -> list[Entry]:
