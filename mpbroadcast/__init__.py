@@ -30,8 +30,8 @@ from mpbroadcast.stats import BridgeStats, BrokerStats, GroupStats, PublisherSta
 __all__ = [
     "AddressError",
     "AuthenticationFailed",
-    "BroadcastError",
     "BridgeStats",
+    "BroadcastError",
     "Broadcaster",
     "BrokerCrashed",
     "BrokerLost",

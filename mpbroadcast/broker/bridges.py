@@ -74,7 +74,7 @@ class Bridges:
         self._notes = _Notes(journal)
         self._bridges: dict[str, Bridge] = {}
         self._owner = Session(0, Peer(0), registry.budget)  # of all outboxes, which have its budget together
-        self._is_stopping = False
+        self.is_stopping = False
 
     def __iter__(self) -> Iterator[Bridge]:
         return iter([*self._bridges.values()])
@@ -204,7 +204,7 @@ class Bridges:
                 continue
             bridge.reported |= _DOWN
             bridge.refused_before = bridge.reported["refused"]
-            if self._is_stopping:
+            if self.is_stopping:
                 self.forget(bridge)
             else:
                 self._advance(bridge)
@@ -216,7 +216,7 @@ class Bridges:
 
     def stop(self) -> None:
         """Begin the end of the broker: the sessions at work are given what waits, and no other one begins."""
-        self._is_stopping = True
+        self.is_stopping = True
         for bridge in self:
             while bridge.standing_by:
                 connection = bridge.standing_by.popleft().connection
@@ -287,7 +287,7 @@ class _Inlet:
         self._bridge.inbound.received += count
 
     def close(self) -> None:
-        if self._reader.is_open:
+        if self._reader.is_open and not self._bridges.is_stopping:  # else its publisher is closed as all are
             self._bridges.traffic.delivery.gone.append(self._reader)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 from mpbroadcast.client.broker_client import BrokerClient, Session
-from mpbroadcast.client.pipe_reader import ENDED, End, Stream, follow, read_into
+from mpbroadcast.client.pipe_reader import ENDED, FLAWS, End, Stream, follow, read_into
 from mpbroadcast.client.pipe_writer import framed
 from mpbroadcast.client.received import WITH_TOPIC
 from mpbroadcast.client.shared_reader import SharedReader
@@ -48,8 +48,8 @@ _REPORT_EVERY: Final = 0.05  # seconds from one report to the next
 class BridgeState(NamedTuple):
     """What the broker keeps of a stream, when a session is at work.
 
-    ``origin`` is the bus's, 8 bytes, and ``incarnation`` which of its brokers it is. All positions up to ``acknowledged`` are in
-    the log, or were dropped. ``cursor`` is the position in the log behind all that was routed; ``None``: there is none yet.
+    ``origin`` is the bus's, 8 bytes, and ``incarnation`` which of its brokers it is. All positions up to ``acknowledged`` are
+    in the log, or were dropped. ``cursor`` is the position in the log behind all that was routed; ``None``: there is none yet.
     """
 
     origin: bytes
@@ -161,9 +161,8 @@ class BridgeSession:
         first, missed, size = self._next, 0, 0
         while ready or self._read():
             item = ready[0]
-            if type(item) is Failure or type(item) is End:
-                is_gap = type(item) is Failure and isinstance(item.error, Lagged)
-                if not is_gap:
+            if type(item) in FLAWS:
+                if not (type(item) is Failure and isinstance(item.error, Lagged)):
                     break
                 missed += item.missed
                 del ready[0]
@@ -237,9 +236,7 @@ class BridgeSession:
 
     # --- in
 
-    async def route(
-        self, origin: bytes, incarnation: int, first: int, messages: Sequence[tuple[str, BytesLike]]
-    ) -> None:
+    async def route(self, origin: bytes, incarnation: int, first: int, messages: Sequence[tuple[str, BytesLike]]) -> None:
         """Hand on messages of another bus, whose positions are ``first`` and those behind it; none: only where it is by now.
 
         The broker routes those that it has not had, in its own time. A gap before them becomes one ``Lagged`` for the channels
@@ -307,9 +304,7 @@ class BridgeSession:
 
     # --- about the session
 
-    def report(
-        self, *, url: str, state: str, error: str | None = None, refused: int = 0, lag: int | None = None
-    ) -> None:
+    def report(self, *, url: str, state: str, error: str | None = None, refused: int = 0, lag: int | None = None) -> None:
         """Let ``stats().bridges`` show this: a URL without its password, "up" or "connecting", the last error, the number of
         entries that were refused by this session, and how many are not read yet. Does not block. To be called in the loop.
         """
@@ -357,7 +352,7 @@ class BridgeSession:
 
     def _close(self) -> None:
         self._calls.close()
-        for end in (self._pipe, self._shared, self._acknowledgements, self._writer and self._writer.pipe):
+        for end in (self._pipe, self._shared, self._acknowledgements, None if self._writer is None else self._writer.pipe):
             if end is not None:
                 end.close()
         self._pipe = self._shared = self._acknowledgements = self._writer = None
@@ -420,7 +415,7 @@ class Bridging(Subscribing[M]):
         check_stream(stream)
         check_outbox(overflow)
         check_count(capacity, "capacity", 1)
-        options = {"stream": stream, "topics": list(topics), "overflow": overflow, "capacity": capacity}
+        options: dict[str, Any] = {"stream": stream, "topics": list(topics), "overflow": overflow, "capacity": capacity}
         run(self._requesting("bridge", **options))
         return BridgeSession(self._client, options)
 
