@@ -163,8 +163,7 @@ class Bridges:
 
     def add_publisher(self, reader: BridgeReader, publisher: Publisher) -> None:
         """Let what this publisher writes be handed on by the session of ``reader``; what it had before is fenced."""
-        if reader.publisher is not None:
-            self._fence(reader.publisher)
+        self._fence(reader)
         bridge = self._bridges[reader.outbox.name]
         reader.publisher = publisher
         publisher.inlet = _Inlet(bridge, reader, self)
@@ -194,8 +193,7 @@ class Bridges:
         while self.gone:
             reader = self.gone.pop()
             outbox = reader.outbox
-            if reader.publisher is not None:
-                self._fence(reader.publisher)
+            self._fence(reader)
             if outbox.reader is not reader:
                 continue
             outbox.reader = None
@@ -209,10 +207,11 @@ class Bridges:
             else:
                 self._advance(bridge)
 
-    def _fence(self, publisher: Publisher) -> None:
-        if isinstance(publisher.inlet, _Inlet):
+    def _fence(self, reader: BridgeReader) -> None:
+        publisher, reader.publisher = reader.publisher, None  # so that nothing is in a cycle
+        if publisher is not None and isinstance(publisher.inlet, _Inlet):
             publisher.inlet.is_fenced = True
-        self.traffic.fence(publisher)
+            self.traffic.fence(publisher)
 
     def stop(self) -> None:
         """Begin the end of the broker: the sessions at work are given what waits, and no other one begins."""
@@ -292,7 +291,7 @@ class _Inlet:
 
 
 class _Notes:
-    """What of the bridges is written down for the broker that takes over; without a journal, nothing."""
+    """The part of the bridges that is written down for the broker that takes over; without a journal, nothing."""
 
     def __init__(self, journal: Journal | None) -> None:
         self._journal = journal

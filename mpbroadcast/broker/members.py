@@ -33,7 +33,7 @@ Parked = Item | Callable[[], None]
 
 
 class Inlet(Protocol):
-    """What decides which messages of a bridge's session are routed. (Its class is in ``bridges.py``, above the routing.)"""
+    """Decides which messages of a bridge's session are routed. (Its class is in ``bridges.py``, above the routing.)"""
 
     def begin(self, frame: BridgeFrame) -> None:
         """Act on a frame, when all before it in the pipe is routed."""

@@ -19,7 +19,7 @@ _NO_LIMIT: Final = 1 << 62  # bytes: the outbox has one
 
 
 class Outbox(Subscription):
-    """What a session of this stream is to send. ``session`` is that of the process that has made it."""
+    """The messages that are to go out in one stream, whichever session is at work."""
 
     def __init__(self, id: int, stream: str, session: Session, backlog: Backlog) -> None:
         super().__init__(id, session, backlog)

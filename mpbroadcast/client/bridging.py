@@ -1,4 +1,4 @@
-"""What a bridge needs of its broker: a session, which takes what is to go out, and hands on what other buses have sent.
+"""Sessions of bridges: they take what is to go out, and hand on what other buses have sent.
 
 - A session has a pipe from the broker, as a channel has, whose messages and gaps give the positions; a pipe back, in which it
   acknowledges them; and a publisher of its own. In that pipe, what stands between the messages gives their origin and position,
@@ -46,7 +46,7 @@ _REPORT_EVERY: Final = 0.05  # seconds from one report to the next
 
 
 class BridgeState(NamedTuple):
-    """What the broker keeps of a stream, when a session is at work.
+    """A stream as the broker has it, when a session is at work.
 
     ``origin`` is the bus's, 8 bytes, and ``incarnation`` which of its brokers it is. All positions up to ``acknowledged`` are
     in the log, or were dropped. ``cursor`` is the position in the log behind all that was routed; ``None``: there is none yet.
@@ -95,7 +95,7 @@ class BridgeSession:
         self._reporting: Any = None  # the task that sends it
         self._calls = Wakers()  # which end all calls
         self._changes = Wakers()  # of what other calls wait for
-        self._has_ended = False  # the broker has ended, and has said goodbye to this session
+        self._has_ended = False  # by a clean end of the broker
         on_fork(self, BridgeSession._in_child)
 
     @property

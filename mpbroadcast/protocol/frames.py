@@ -110,7 +110,7 @@ def abort(message_id: int) -> bytes:
 
 
 class Arrival(NamedTuple):
-    """What the next ``messages`` in the pipe are: so many of another bus, the first at the position ``first``."""
+    """The next ``messages`` in the pipe are so many of another bus, the first at the position ``first``."""
 
     origin: bytes
     incarnation: int

@@ -1,4 +1,4 @@
-"""What a bridge must not lose, nor do twice: positions, out and in. Pure: no descriptor, no clock, no process.
+"""The positions of messages that go out over a bridge, and of those that come in. Pure: no descriptor, no clock, no process.
 
 Out: each message that enters an outbox has a position in this bus's stream, from 1 on, also one that the policy drops. A
 position is not written anywhere: it follows from the order, in which a note has the number of those that were dropped. What a
@@ -27,7 +27,7 @@ _MOST_COMPARED: Final = 1 << 10  # pairs of topics
 
 
 class Outbound:
-    """What of a backlog a session has, and which positions that is."""
+    """The part of a backlog that a session has been given, and its positions."""
 
     def __init__(self, backlog: Backlog) -> None:
         self.backlog = backlog
@@ -99,7 +99,7 @@ class Outbound:
 
 
 class Begun(NamedTuple):
-    """What has to be done before the messages of an origin are routed."""
+    """The steps to take before the messages of an origin are routed."""
 
     has_gap: bool  # channels are to be shown that something is missing
     ahead: int  # the position that may be routed next without another one of these; 0 if nothing is new
