@@ -44,10 +44,14 @@ class Holds:
         size, whole, ends, used = self._size, self._whole, self._ends, self._used
         chunks: dict[int, None] = {}
         last = -1
+        behind = limit = 0  # the end of the message before, and of its chunk
         for offset, length in spans:
+            end = offset + length
+            if behind <= offset < end <= limit:  # nearly always: behind that one, in the same chunk
+                behind = ends[last] = end
+                continue
             if not 0 < length <= whole - offset:
                 raise Misplaced(f"a reference to {length} bytes at offset {offset}, outside of the ring of {whole} bytes")
-            end = offset + length
             first, last = offset // size, (end - 1) // size
             for chunk in range(first, last + 1):
                 if used >> chunk & 1 and offset < ends[chunk]:
@@ -55,6 +59,7 @@ class Holds:
                 used |= 1 << chunk
                 ends[chunk] = end
                 chunks[chunk] = None
+            behind, limit = end, (last + 1) * size
         before, self._current, self._used = self._current, last, used
         self.hold(chunks)
         return tuple(chunks), self._freed((before,)) if before >= 0 else 0
