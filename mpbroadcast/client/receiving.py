@@ -141,7 +141,9 @@ class Receiving(Generic[M]):
         """Move messages that can be received now into ``box``, up to ``limit`` there."""
         with self._lock:
             # What was decoded before, and what has come since. No loop: an interrupt at its end may not release the lock.
-            if self._take_decoded(limit, box):
+            # Of shared memory one decoding is enough: more would leave the processor's cache.
+            before = self._stream.read
+            if self._take_decoded(limit, box) and self._stream.read == before:
                 self._take_decoded(limit, box)
 
     def _take_decoded(self, limit: int | None, box: list[list[M]]) -> bool:
