@@ -14,7 +14,7 @@ from mpbroadcast.posix.pipes import write
 from mpbroadcast.posix.shared_memory import Map, populate
 from mpbroadcast.protocol.frames import plain_reference, reference_frame
 from mpbroadcast.protocol.pickling import Payload
-from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, RingAllocator, aligned, span
+from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST, RingAllocator, aligned, span
 
 
 class Ring:
@@ -29,17 +29,21 @@ class Ring:
         on_fork(self, Ring.close)
 
     def put(self, parts: Sequence[Any], size: int, topic: bytes, pipe: int, image: bool) -> bool | None:
-        """Copy and announce a message if it fits behind the one before it, and into the pipe. Return True if it did.
+        """Copy and announce a message, if it fits into chunks that were written before and into the pipe. Return True if so.
 
-        Return ``None`` if it does not fit behind it. A message whose announcement was interrupted keeps its part of the ring:
-        it may have been announced.
+        Return ``None`` if no such chunk is known to be free. A message whose announcement was interrupted keeps its part of the
+        ring: it may have been announced. One that finds the pipe full leaves its part to the next message.
 
         :raises OSError: the pipe is closed, at either end.
         """
         allocator = self.allocator
-        start = position = allocator.next
+        start = allocator.next
         if start + size > allocator.end:
-            return None
+            taken = allocator.take(size, self._populated) if size <= LONGEST else None
+            if taken is None:
+                return None
+            start = taken
+        position = start
         allocator.next = aligned(start + size)
         for part in parts:
             end = position + len(part)

@@ -26,16 +26,19 @@ class RingAllocator:
         self._chunk = chunk
         self._before = (0, 0, 0)  # next and end before the last take(), and the chunks that it has taken
 
-    def take(self, length: int) -> int | None:
-        """Take room for so many bytes. Return its position, or ``None`` when there is none."""
-        size = self._chunk
+    def take(self, length: int, among: int = -1) -> int | None:
+        """Take room for so many bytes. Return its position, or ``None`` when there is none.
+
+        Beyond the chunk that was written last, it lies in chunks ``among`` these, a bit for each.
+        """
+        size, free = self._chunk, self.free & among
         start = self.next
         first, last = self.end // size, (start + length - 1) // size  # the chunks that it takes, besides the one it begins in
         wanted = ((1 << (last + 1)) - 1) & ~((1 << first) - 1)
-        if self.free & wanted == wanted:
+        if free & wanted == wanted:
             return self._taken(start, length, wanted)
         count = -(-length // size)
-        runs = self.free  # in the end, a bit for each chunk with which so many free ones begin
+        runs = free  # in the end, a bit for each chunk with which so many free ones begin
         for _ in range(count - 1):
             runs &= runs >> 1
         if not runs:

@@ -19,6 +19,7 @@ from mpbroadcast.client.ring import Ring
 from mpbroadcast.protocol import ring_allocator
 from mpbroadcast.protocol.fd_packets import FREE, NONE, READ, RING, PacketError, pack, unpack
 from mpbroadcast.protocol.frames import PIPE_BUF
+from mpbroadcast.protocol.pickling import Payload
 from mpbroadcast.protocol.ring_allocator import RingAllocator, span
 from tests.support.frames_made import STEADY
 from tests.support.helpers import pattern
@@ -324,6 +325,34 @@ def test_a_chunk_that_is_free_is_not_freed_again() -> None:
     holds.hold([0, 2])
     assert holds.release([0, 2]) == 0
     assert holds.held == 1
+
+
+def test_a_message_goes_on_into_chunks_that_were_written_before() -> None:
+    """The ring takes the first free chunk if its pages are there, and leaves one that the message does not get to the next."""
+    size = ring_allocator.CHUNK
+    memory = mmap.mmap(-1, size * ring_allocator.CHUNKS)
+    ring = Ring(1, memory)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    assert ring.put((b"first",), 5, b"", writer, False) is None, "no page is there"
+    written = Payload((bytes(2 * size),), 2 * size, False)
+    start = ring.allocator.take(written.size)
+    assert start == 0
+    assert ring.copy(start, written)
+    assert ring.put((b"third",), 5, b"", writer, False) is None
+    assert ring.put((b"long",), ring_allocator.LONGEST + 1, b"", writer, False) is None
+    assert (ring.allocator.next, ring.allocator.end) == (2 * size, 2 * size)
+    ring.allocator.free |= 0b11
+    assert ring.put((b"again",), 5, b"", writer, False)
+    assert (ring.allocator.next, ring.allocator.end, memory[:5]) == (64, size, b"again")
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(PIPE_BUF))
+    assert ring.put((bytes(size),), size, b"", writer, False) is False
+    assert (ring.allocator.next, ring.allocator.end) == (64, 2 * size)
+    ring.close()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_full_pipe_costs_no_room() -> None:
