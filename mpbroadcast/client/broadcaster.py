@@ -143,6 +143,11 @@ class Broadcaster(Bridging[M]):
         reply = await self._ask(self._requesting("stats"))
         return snapshot(reply.body)
 
+    def bridge_key(self) -> bytes:
+        """Return the key by which this process connects to the broker: a bridge's process, which has none, connects by it."""
+        self._check_open()
+        return self._client.key()
+
     def close(self, timeout: float | None = CLOSE_TIMEOUT) -> None:
         """End the broker, in the process that has started it. Elsewhere, close this handle only; its channels live on.
 

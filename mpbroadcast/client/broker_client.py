@@ -171,19 +171,19 @@ class BrokerClient:
         return lifeline, reply
 
     def _connecting(self, deadline: Deadline) -> Steps[ControlConnection]:
-        key = self._key()
+        key = self.key()
         while True:
             control = ControlConnection(self.address)
             try:
                 yield from control.connecting(key, deadline)
                 return control
             except AuthenticationFailed:
-                former, key = key, self._key()
+                former, key = key, self.key()
                 if key == former:  # else another broker has taken the address over, and has written another key
                     raise
 
-    def _key(self) -> Key:
-        """Return the key that the handle was given, else that of the key file, else that which children inherit."""
+    def key(self) -> Key:
+        """Return the key by which this process connects: the key that the handle was given, else that of the key file, else that which children inherit."""
         own = bytes(multiprocessing.current_process().authkey)
         return Key(self._authkey or read_key(self.address) or _keys.get(self.address) or own)
 
