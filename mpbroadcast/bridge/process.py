@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import sys
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from typing import Any, Final
@@ -21,6 +22,7 @@ from mpbroadcast.bridge.control import Configuration, Report, State, Stop
 from mpbroadcast.bridge.forwarding import Forwarding
 from mpbroadcast.bridge.timing import BackOff
 from mpbroadcast.client.bridging import BridgeSession
+from mpbroadcast.posix.standard_error import StandardError
 
 log = logging.getLogger("mpbroadcast.bridge")
 
@@ -30,7 +32,9 @@ _STANDING_BY: Final = 0.05  # seconds without a turn after which a bridge finds 
 
 def run(configuration: Configuration, supervisor: Connection) -> None:
     """Be the bridge's process until it is to end, or its broker has gone for good."""
-    logging.basicConfig(format="mpbroadcast bridge %(process)d: %(levelname)s: %(message)s")
+    handler = StandardError() if sys.__stderr__ else logging.NullHandler()  # descriptor 2 may be anything
+    handler.setFormatter(logging.Formatter("mpbroadcast bridge %(process)d: %(levelname)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
     asyncio.run(_run(configuration, supervisor))
 
 

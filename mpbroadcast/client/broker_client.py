@@ -183,7 +183,10 @@ class BrokerClient:
                     raise
 
     def key(self) -> Key:
-        """Return the key by which this process connects: the key that the handle was given, else that of the key file, else that which children inherit."""
+        """Return the key by which this process connects.
+
+        That is the one that the handle was given, else that of the key file, else the one that children inherit.
+        """
         own = bytes(multiprocessing.current_process().authkey)
         return Key(self._authkey or read_key(self.address) or _keys.get(self.address) or own)
 

@@ -175,9 +175,12 @@ def test_without_memory(leaves_nothing: None) -> None:
 
 def test_without_room_for_the_stream(leaves_nothing: None) -> None:
     """NATS has less room than the stream may take."""
-    with nats_server(max_store=1 << 20) as server:
-        with start_broadcaster() as bus, pytest.raises(StartError, match=r"127\.0\.0\.1"):
-            linked(bus, server.url, start_timeout=5.0)
+    with (
+        nats_server(max_store=1 << 20) as server,
+        start_broadcaster() as bus,
+        pytest.raises(StartError, match=r"127\.0\.0\.1"),
+    ):
+        linked(bus, server.url, start_timeout=5.0)
 
 
 def test_another_password_later(leaves_nothing: None) -> None:

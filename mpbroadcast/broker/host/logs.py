@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import logging.config
-import os
-import select
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final
+
+from mpbroadcast.posix.standard_error import StandardError
 
 _LINES: Final = 20  # in a second
 
@@ -40,23 +39,6 @@ class RateLimitFilter(logging.Filter):
         return True
 
 
-class _StandardError(logging.Handler):
-    """Writes to descriptor 2, if there is room: a terminal or pipe that is not read must not stop the broker.
-
-    (Not to ``sys.stderr``, which under fork may be an object of the starter's that writes elsewhere. The descriptor cannot be
-    made non-blocking: it is shared with the starter.)
-    """
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):
-            data = f"{self.format(record)}\n".encode(errors="backslashreplace")
-            ready = select.poll()
-            ready.register(2, select.POLLOUT)
-            patience = 500 if record.levelno >= logging.CRITICAL else 0  # milliseconds
-            while data and ready.poll(patience):
-                data = data[os.write(2, data[: select.PIPE_BUF]) :]
-
-
 def configure(log: logging.Logger, config: dict[str, Any] | None) -> None:
     """Configure ``log`` by a dictionary for ``logging.config``; without one, write warnings and worse to standard error.
 
@@ -73,6 +55,6 @@ def configure(log: logging.Logger, config: dict[str, Any] | None) -> None:
     if sys.__stderr__ is None:  # descriptor 2 may be anything
         log.handlers = [logging.NullHandler()]
         return
-    handler = _StandardError()
+    handler = StandardError()
     handler.setFormatter(logging.Formatter("mpbroadcast broker %(process)d: %(levelname)s: %(message)s"))
     log.handlers = [handler]
