@@ -1,4 +1,4 @@
-"""What a bridge's processes send to each other: the caller of ``bridge()``, the supervisor, and the bridge's process."""
+"""Messages between a bridge's processes: the caller of ``bridge()``, the supervisor, and the bridge's process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ENDED: Final = 0
 
 State = Literal["at work", "standing by", "trying", "ready", "refused", "wrong", "lost", "draining", "ended"]
 Report = tuple[State, str | int | None]
-"""What the bridge's process reports: its state, and an error's text, or how many messages wait."""
+"""A report of the bridge's process: its state, and an error's text, or how many messages wait."""
 
 SETTLED: Final = {"ready", "standing by"}
 """Reports behind which the caller reads no other one, until it closes the bridge."""
