@@ -240,16 +240,6 @@ def test_what_is_beside_the_address(temporary_folder: Path, monkeypatch: pytest.
     assert not address.exists()
 
 
-def test_the_socket_file_of_a_dead_broker_is_taken_over(temporary_folder: Path) -> None:
-    address = temporary_folder / "chosen"
-    Listening(str(address), "").socket.close()  # as a kill closes it
-    assert address.is_socket()
-    with start_broadcaster(address=address) as bus, connect(address) as other, bus.subscribe() as channel:
-        other.publish("taken over")
-        assert channel.recv(DEADLINE) == "taken over"
-    assert not address.exists()
-
-
 def test_a_start_that_takes_too_long_leaves_nothing() -> None:
     with pytest.raises(StartError, match="start_timeout"):
         start_broadcaster(context=multiprocessing.get_context("spawn"), start_timeout=0.001)
