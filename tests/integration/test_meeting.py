@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import traceback
@@ -21,6 +22,7 @@ from mpbroadcast.broker.host.socket_file import Listening, remove_forgotten_fold
 from mpbroadcast.posix.addresses import resolve
 from mpbroadcast.posix.key_file import read_key
 from tests.support.helpers import DEADLINE, Children, take
+from tests.support.large_workers import descriptors_left
 
 KEY = bytes(range(32))
 STRANGER = """
@@ -145,6 +147,7 @@ UNSAFE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "link": (lambda path: path.symlink_to(path.rename(path.with_name("moved"))), "is a link"),
     "pipe": (lambda path: replace(path, os.mkfifo), "no plain file"),
     "folder": (lambda path: replace(path, Path.mkdir), "no plain file"),
+    "socket": (lambda path: replace(path, lambda at: os.mknod(at, stat.S_IFSOCK | 0o600)), "cannot be read"),
     "cut": (lambda path: path.write_text(path.read_text()[:40]), "holds no key"),
     "empty": (lambda path: path.write_text(""), "holds no key"),
 }
@@ -169,6 +172,8 @@ def test_a_key_file_of_another_user(runtime: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(AuthenticationFailed, match="user"):
             read_key(bus.address)
         monkeypatch.undo()
+        with descriptors_left(0), pytest.raises(OSError, match="open files"):  # which is not the file's fault
+            read_key(bus.address)
 
 
 def test_a_key_is_there_before_its_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
