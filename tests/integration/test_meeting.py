@@ -20,7 +20,7 @@ from mpbroadcast import AddressError, AuthenticationFailed, BrokerLost, StartErr
 from mpbroadcast.broker.host.main import Settings
 from mpbroadcast.broker.host.socket_file import Listening, remove_forgotten_folders, remove_leftovers
 from mpbroadcast.posix.addresses import resolve
-from mpbroadcast.posix.key_file import read_key
+from mpbroadcast.posix.key_file import read_key, write_key
 from tests.support.helpers import DEADLINE, Children, take
 from tests.support.large_workers import descriptors_left
 
@@ -223,6 +223,15 @@ def test_what_a_killed_broker_has_left(left: str, tmp_path: Path) -> None:
             assert read_key(address) not in (None, KEY)
             assert bus.stats().publishers == 0
         assert not os.listdir(tmp_path)
+
+
+def test_what_a_killed_start_has_left_of_a_key(tmp_path: Path) -> None:
+    """It had this process's ID, and so the same name for a key that is not whole."""
+    passing, address = tmp_path / "passing", str(tmp_path / "socket")
+    passing.symlink_to(tmp_path / "target")
+    write_key(address, KEY, str(passing))
+    assert read_key(address) == KEY
+    assert os.listdir(tmp_path) == ["socket.key"]
 
 
 def test_a_forgotten_folder_with_a_key(temporary_folder: Path) -> None:

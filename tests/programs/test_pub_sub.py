@@ -20,6 +20,7 @@ from tests.support.helpers import DEADLINE, wait_until
 
 Bus = Broadcaster[Any]
 COMMAND = f"{shlex.quote(sys.executable)} -m mpbroadcast"
+UNBLOCK = f"{shlex.quote(sys.executable)} -c 'import os; os.set_blocking({{}}, False)'"
 
 
 class Shell:
@@ -82,6 +83,8 @@ PUBLISHED: dict[str, tuple[str, list[object]]] = {
     "values": (r"""printf '{"a": [1, null]}\n"x"\n2.5' | $mpb pub t --json""", [{"a": [1, None]}, "x", 2.5]),
     "files": (r"printf 'x\ny' > f; : > g; $mpb pub t --file f g", [b"x\ny", b""]),
     "nothing": (r"$mpb pub t < /dev/null", []),
+    "an input that does not block": (f"(sleep 1; echo one) | ({UNBLOCK.format(0)}; $mpb pub t)", ["one"]),
+    "an output that is not read": ("$mpb stats | true", []),
     "a slow producer": (r"(echo one; sleep 0.2; printf tw; sleep 0.2; echo o) | $mpb pub t", ["one", "two"]),
 }
 
@@ -118,6 +121,9 @@ WRONG = {
     "no broker": (r"$mpb pub t --address ./none < /dev/null", 1, "none", []),
     "a long topic": (r"echo x | $mpb pub $(printf %02000d 0)", 1, "1024", []),
     "no input": (r"$mpb pub t <&-", 0, "", []),
+    "lines of files": (r"$mpb pub t -0 --file f", 2, "-0 is about lines", []),
+    "no seconds": (r"$mpb sub --timeout -1", 2, "--timeout", []),
+    "no interval": (r"$mpb top --interval 0", 2, "--interval", []),
     "two forms": (r"$mpb pub t --file f --json", 2, "not allowed with", []),
     "no option": (r"$mpb sub --nonsense", 2, "unrecognized arguments", []),
     "no count": (r"$mpb sub --count 0", 2, "--count", []),
@@ -169,8 +175,8 @@ PRINTED = {
 
 
 def test_sub_prints_a_line_for_each_message(shell: Shell) -> None:
-    """A text as it is, anything else as its ``repr``, in any locale."""
-    line = f"$mpb sub 'room:*' --count {len(PRINTED)}"
+    """A text as it is, anything else as its ``repr``, in any locale; also where a write does not block."""
+    line = f"{UNBLOCK.format(1)}; $mpb sub 'room:*' --count {len(PRINTED)}"
     messages = [message for message, _, _ in PRINTED.values()]
     lines = b"".join(line + b"\n" for _, line, _ in PRINTED.values())
     assert printed_by(shell, line, *messages, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0") == (0, lines, b"")
