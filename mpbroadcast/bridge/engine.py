@@ -17,6 +17,7 @@ GROUP: Final = "mpbroadcast.engines"
 """The group of entry points in which packages offer further engines, each under the scheme of its URLs."""
 
 _BUILT_IN: Final = {"redis": "redis", "rediss": "redis", "unix": "redis", "nats": "nats", "tls": "nats"}  # scheme -> extra
+_UNCLEAR: Final = "://..."
 _SERVER: Final = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.%]+\]|[\w.-]*)(:\d+)?(/[^,]*)?", flags=re.IGNORECASE)
 
 
@@ -35,7 +36,7 @@ class Engine(Protocol):
     later; :class:`EngineRefused` gives a reason that will last. No error text holds a password.
 
     A position is a string of the engine's own, at most 200 characters, which names one entry for good: when the engine has lost
-    that entry and gives the same number to another one, :meth:`seek` must notice.
+    that entry and gives the same number to another one, :meth:`seek` must notice. An entry may have several.
     """
 
     @property
@@ -88,22 +89,24 @@ EngineClass = Callable[[str, str, int, float], Engine]
 def shown(url: str) -> str:
     """Return a URL without user, password and options, for logs and errors. If these are not clear, only the scheme."""
     bare = re.sub(r"//[^/?#]*@", "//", url)
+    if "@" not in bare:  # else a part of the password is still there: it has a character that should have been escaped
+        bare = re.split("[?#]", bare)[0]
+        if all(_SERVER.fullmatch(server) for server in bare.split(",")):
+            return bare
     scheme = url.partition("://")[0]
-    if "@" in bare:  # a character in the password that should have been percent-escaped, or an option
-        return f"{scheme}://..." if scheme.isalnum() else "..."
-    bare = re.split("[?#]", bare)[0]
-    if all(_SERVER.fullmatch(server) for server in bare.split(",")):
-        return bare
-    return f"{scheme}://..." if scheme.isalnum() else "..."
+    return f"{scheme}{_UNCLEAR}" if scheme.isalnum() else "..."
 
 
 def engine_class(url: str) -> EngineClass:
     """Return the class of the engine for a URL, by its scheme.
 
-    :raises ValueError: no engine has this scheme.
+    :raises ValueError: no engine has this scheme, or it is not clear which part of the URL is the password.
     :raises ImportError: its client library is not installed; the text names the extra.
     """
     scheme = url.partition("://")[0].lower()
+    if shown(url).endswith(_UNCLEAR):
+        text = "special characters in a password and in options need a percent-escape (%40 is @, %2F is /)"
+        raise ValueError(f"the URL {shown(url)} is not clear: {text}")
     if extra := _BUILT_IN.get(scheme):
         try:
             module = import_module(f"mpbroadcast.bridge.{extra}_engine")

@@ -78,6 +78,7 @@ class NatsEngine:
         self._messages: Any = None
         self._requested = 0  # entries that the server may still send
         self._last = 0  # sequence number behind which reading goes on; 0: unknown
+        self._silent = 0.0  # seconds that a read has waited since the server has sent anything
         self._number = 0  # how many entries the consumer has sent
 
     async def open(self) -> None:
@@ -174,7 +175,6 @@ class NatsEngine:
 
     async def _read(self, timeout: float) -> list[tuple[str, bytes]]:
         deadline = time.monotonic() + timeout
-        silent = time.monotonic() + _SILENCE
         entries: list[tuple[str, bytes]] = []
         while not entries or self._messages.pending_msgs:
             if self._failed or not self._client.is_connected:
@@ -183,16 +183,15 @@ class NatsEngine:
                 await self._request()
             now = time.monotonic()
             try:
-                message = await self._messages.next_msg(timeout=max(0.001, min(deadline, silent) - now))
-            except (TimeoutError, NatsError) as error:
-                if not isinstance(error, TimeoutError):
-                    raise
-                if time.monotonic() >= silent:
+                message = await self._messages.next_msg(timeout=max(0.001, min(deadline - now, _SILENCE)))
+            except TimeoutError:
+                self._silent += time.monotonic() - now
+                if self._silent >= _SILENCE:
                     raise ConnectionError(f"nothing has come from the server for {_SILENCE:.0f} s") from None
                 if time.monotonic() >= deadline:
                     break
                 continue
-            silent = time.monotonic() + _SILENCE
+            self._silent = 0.0
             if message.reply:  # an entry, whatever headers it has
                 entries.append(await self._taken(message))
             else:

@@ -58,8 +58,9 @@ class Server:
             with contextlib.suppress(ChildProcessError):
                 self.restart()
                 return
+        log = (self.folder / "log").read_text()
         self.close()
-        raise RuntimeError((self.folder / "log").read_text())
+        raise RuntimeError(log)
 
     @property
     def url(self) -> str:
@@ -161,7 +162,7 @@ class RedisServer(Server):
         if password is not None:
             self.options += ["--requirepass", password]
         if replica_of is not None:
-            self.options += ["--replicaof", "127.0.0.1", str(replica_of.port), "--repl-diskless-sync-delay", "0"]
+            self.options += ["--replicaof", "127.0.0.1", str(replica_of.port)]
         super().__init__(password, tls)
 
     @property
@@ -177,7 +178,18 @@ class RedisServer(Server):
             ports = ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"]
             ports += ["--tls-cert-file", str(self.certificate), "--tls-key-file", str(self.folder / "key.pem")]
             ports += ["--tls-ca-cert-file", str(self.certificate)]
-        fixed = ["--bind", "127.0.0.1", "--dir", str(self.data), "--save", "", "--loglevel", "warning"]
+        fixed = [
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(self.data),
+            "--save",
+            "",
+            "--loglevel",
+            "warning",
+            "--repl-diskless-sync-delay",
+            "0",
+        ]
         return ["redis-server", *ports, *fixed, *self.options]
 
     def answers(self) -> bool:
@@ -242,7 +254,7 @@ class NatsServer(Server):
         if self.tls:
             options["tls"] = {"cert_file": str(self.certificate), "key_file": str(self.folder / "key.pem")}
         path = self.folder / "nats.conf"
-        path.write_text(json.dumps(options))  # its format is a superset of JSON
+        path.write_text(json.dumps(options, ensure_ascii=False))  # its format is a superset of JSON
         return ["nats-server", "-c", str(path)]
 
     def answers(self) -> bool:
