@@ -8,11 +8,13 @@ ends a nap at once. A short message that comes alone is passed on as soon as it 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
 from mpbroadcast.broker.channel_pipe import PIPE_SIZE
+from mpbroadcast.broker.core.pace import MANY
 from mpbroadcast.broker.core.states import PublisherState
 from mpbroadcast.broker.fast_path import MOST_WRITES, FastPath
 from mpbroadcast.broker.members import Publisher, PublisherPipe, Session
@@ -77,7 +79,7 @@ class Intake:
         try:
             chunk = publisher.pipe.read(limit)
         except BlockingIOError:
-            if publisher.state is PublisherState.NAPPING:
+            if publisher.state is PublisherState.NAPPING and not publisher.pace.is_busy(time.monotonic()):
                 self.watch(publisher)
             return
         if not chunk:
@@ -86,6 +88,10 @@ class Intake:
         try:
             if is_alone and self._fast_path.pass_on(publisher, chunk):
                 self._items += 1
+                pace = publisher.pace
+                pace.count += 1
+                if pace.count >= MANY and pace.is_busy(time.monotonic()):
+                    self.nap(publisher)
                 return
             came = publisher.take(chunk)
         except FrameError as error:

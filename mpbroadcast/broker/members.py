@@ -17,6 +17,7 @@ from mpbroadcast.broker.channel_pipe import ChannelPipe
 from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.groups import Shares
 from mpbroadcast.broker.core.limits import SESSION, Budget, Cost
+from mpbroadcast.broker.core.pace import Pace
 from mpbroadcast.broker.core.patterns import Matcher
 from mpbroadcast.broker.core.policies import with_policy
 from mpbroadcast.broker.core.states import PipeState, PublisherState, SubscriptionState
@@ -133,6 +134,7 @@ class Publisher:
         self.pid = session.peer.pid
         self.pipe = pipe
         self.state = PublisherState.READING
+        self.pace = Pace()
         self.lender: Lender | None = None  # what it shares; None: all goes through the pipe
         self.parked: deque[Parked] = deque()
         self.referred = 0  # bytes in shared memory that it has published so far

@@ -13,12 +13,14 @@ iterates over subscriptions any more: ``departed`` has those that are done, clos
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
 from mpbroadcast.broker.channel_pipe import PIPE_SIZE
 from mpbroadcast.broker.core.history import History
+from mpbroadcast.broker.core.pace import MANY
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.core.states import PublisherState
 from mpbroadcast.broker.delivery import Delivery
@@ -33,7 +35,6 @@ from mpbroadcast.posix.shared_memory import keep_freed_memory
 
 _WRITES: Final = 1 << 10  # into pipes, in one round: some ten milliseconds
 _REMOVAL: Final = 4  # of a subscription, in the time of a write
-_BUSY: Final = 16  # messages in one read, from which on a publisher's pipe is read after naps instead of events
 
 
 class Traffic:
@@ -100,10 +101,11 @@ class Traffic:
             count = routing.next_id - before
             # One message in shared memory is no stream, however long it is: behind it, a nap would be one more wake-up.
             is_lone = count == 1 and publisher.lender is not None
-            busy = not is_lone and (count > _BUSY or came > MUCH)
-            if busy and publisher.state is PublisherState.READING:
+            publisher.pace.count += count
+            is_busy = publisher.pace.is_busy(time.monotonic(), has_much=not is_lone and (count > MANY or came > MUCH))
+            if is_busy and publisher.state is PublisherState.READING:
                 intake.nap(publisher)
-            elif not busy and publisher.state is PublisherState.NAPPING:
+            elif not is_busy and publisher.state is PublisherState.NAPPING:
                 intake.watch(publisher)
 
     def _route(self, publisher: Publisher) -> None:

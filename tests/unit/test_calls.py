@@ -1,6 +1,7 @@
 """What a message costs in the broker: Python calls, from its publisher's pipe to a channel's."""
 
 import contextlib
+import math
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from mpbroadcast.broker.core import pace
 from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.states import PublisherState
 from mpbroadcast.broker.members import Subscription
@@ -198,3 +200,20 @@ def test_a_long_message_that_comes_alone_begins_no_nap(pipes: Pipes) -> None:
             os.write(pipes.write_end, b"".join(memory_frame(id, SIZE, b"topic") for id in ids))
             pipes.broker.round()
             assert publisher.state is state
+
+
+def test_messages_that_come_one_by_one_and_fast_begin_a_nap(pipes: Pipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty pipe does not end it: the publisher may be waiting for a CPU."""
+    monkeypatch.setattr(pace, "SPAN", math.inf)
+    monkeypatch.setattr(pace, "HOLD", math.inf)
+    publisher = [*pipes.broker.traffic.publishers.values()][-1]
+    for _ in range(pace.MANY):
+        assert publisher.state is PublisherState.READING
+        pipes.publish(b"payload")
+        pipes.broker.round()
+    for _ in range(3):
+        assert publisher.state is PublisherState.NAPPING
+        pipes.broker.round()
+    publisher.pace = pace.Pace()  # as after the hold
+    pipes.broker.round()
+    assert publisher.state is PublisherState.READING
