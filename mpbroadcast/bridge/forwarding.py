@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
 
-from mpbroadcast import Broadcaster, BroadcastError
+from mpbroadcast import Broadcaster, BrokerLost, TimedOut
 from mpbroadcast.bridge.control import Configuration, State
 from mpbroadcast.bridge.engine import Engine, EngineRefused, engine_class, shown
 from mpbroadcast.bridge.entries import Assembler, Entry, EntryRefused, Signer
@@ -55,6 +55,7 @@ class Forwarding:
         self._session = session
         self._state = state
         self._report = report
+        self._make_engine = engine_class(configuration.url)
         self._signer = Signer(configuration.keys, configuration.stream)
         self._next = state.acknowledged + 1  # the position of the first message that is not in the log, and was not dropped
         self._taken: Outgoing | None = None  # what was taken from the broker, and is not all in the log yet
@@ -116,14 +117,15 @@ class Forwarding:
         while True:
             engine: Engine | None = None
             try:
-                engine = engine_class(chosen.url)(chosen.url, chosen.stream, chosen.max_bytes, chosen.max_age)
+                engine = self._make_engine(chosen.url, chosen.stream, chosen.max_bytes, chosen.max_age)
                 async with asyncio.timeout(_OPEN):
                     await engine.open()
                 await use(engine)
             except EngineRefused as error:
                 self._failed("refused", str(error))
-            except BroadcastError:
-                raise  # of the session's
+            except BrokerLost:
+                # A broker that ends takes no more, and still has its messages appended; the session shows its end itself.
+                await asyncio.get_running_loop().create_future()
             except Exception as error:
                 self._failed("trying", f"{type(error).__name__}: {error}".removesuffix(": "))
             finally:
@@ -152,11 +154,16 @@ class Forwarding:
         self._show()
         if self._is_up and not self._is_ready:
             self._is_ready = True
-            while self._is_up and (row := (await self._bus.astats()).bridges.get(self._configuration.stream)):
-                if row.state == "up":  # so the caller finds it like that
-                    break
+            while self._is_up and await self._shown_state() == "connecting":  # so that the caller finds it up
                 await asyncio.sleep(_PAUSE)
             self._report("ready")
+
+    async def _shown_state(self) -> str | None:
+        """Return the state that the statistics show; ``None`` if the broker does not reply."""
+        with contextlib.suppress(TimedOut):
+            row = (await self._bus.astats()).bridges.get(self._configuration.stream)
+            return None if row is None else row.state
+        return None
 
     @property
     def _is_up(self) -> bool:
@@ -203,7 +210,13 @@ class Forwarding:
             self._taking = asyncio.ensure_future(self._session.take(most))
         await asyncio.wait((self._taking, self._announcing), timeout=_TICK, return_when=asyncio.FIRST_COMPLETED)
         if self._taking.done():
-            self._taken, self._taking = self._taking.result(), None
+            try:
+                self._taken, self._taking = self._taking.result(), None
+            except EOFError:  # the broker ends, and has all acknowledgements: so does this session, now
+                await asyncio.get_running_loop().create_future()
+            except OSError:  # no descriptor or no memory is left for a large message: it is tried again
+                self._taking = None
+                raise
 
     async def _append(self, engine: Engine, taken: Outgoing) -> None:
         """Append what was taken, one entry after the other; behind an error, again what is not in the log by then."""

@@ -15,6 +15,8 @@ from multiprocessing.spawn import get_executable
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
+import psutil
+
 from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, ClosedError, StartError, TimedOut
 from mpbroadcast.bridge.control import Configuration, Stop
 from mpbroadcast.bridge.engine import engine_class, shown
@@ -27,6 +29,8 @@ DEFAULT_CAPACITY: Final = 64 << 20  # bytes
 Overflow = Literal["block", "drop_oldest", "drop_newest"]
 
 _GRACE: Final = 15.0  # seconds beyond its timeout that the end of a bridge may take without a report
+_LAST: Final = 2.0  # seconds for its processes to be gone then
+_FORGET: Final = 1.0  # seconds until the broker has seen that
 _FIRST_PAUSE: Final = 0.001  # seconds between two looks at how much was sent
 _LONGEST_PAUSE: Final = 0.02
 # The new interpreter finds the package where this one has found it, and imports nothing of the main module. The pipe's
@@ -209,7 +213,7 @@ class Bridge:
         end = None if limit is None else time.monotonic() + limit
         if self._process is None:
             raise ClosedError(f"{self!r}: flush() of a closed bridge")
-        positions = self._bus.bridge_flushed(self._stream)
+        positions = self._bus.bridge_flushed(self._stream, timeout=limit)
         last = positions[0] if positions else 0
         pause = _FIRST_PAUSE
         while positions is not None and positions[1] < last:
@@ -237,10 +241,23 @@ class Bridge:
         with process:
             if os.getpid() != self._caller:
                 return
-            is_handled = _end(process, Stop(limit, "all" if forget else "nothing"))
-            if forget and not is_handled:
-                with contextlib.suppress(BroadcastError, ValueError):  # another one may be at work by now
+            _end(process, Stop(limit, "all" if forget else "nothing"))
+        if forget:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is left in the broker of a bridge that has died, or whose turn came while it ended."""
+        end = time.monotonic() + _FORGET
+        with contextlib.suppress(BroadcastError):
+            while time.monotonic() < end:
+                try:
                     self._bus.forget_bridge(self._stream)
+                    return
+                except ValueError:  # a bridge is at work: this one, of which the broker has not seen the end, or the next one
+                    row = self._bus.stats().bridges.get(self._stream)
+                    if row is not None and row.pid is not None and psutil.pid_exists(row.pid):
+                        return
+                    time.sleep(_LONGEST_PAUSE)
 
     def __enter__(self) -> Self:
         return self
@@ -253,13 +270,12 @@ class Bridge:
         return f"<mpbroadcast.bridge.Bridge of {self._stream!r} over {self._shown}, {state}>"
 
 
-def _end(process: Connection, stop: Stop) -> bool:
-    """End a bridge, and wait for it as long as it reports. Return True if it has handled the stop."""
+def _end(process: Connection, stop: Stop) -> None:
+    """End a bridge, and wait for it as long as it reports."""
     patience = None if stop.timeout is None else stop.timeout + _GRACE
-    is_handled = False
     with contextlib.suppress(EOFError, OSError):
         process.send(stop)
         while process.poll(patience):
             state, _ = process.recv()
-            is_handled |= state == "ended"
-    return is_handled
+            if state == "ended":
+                patience = _LAST  # a process that was forked at the wrong moment may hold the other end open

@@ -26,6 +26,7 @@ from mpbroadcast.posix.standard_error import StandardError
 
 log = logging.getLogger("mpbroadcast.bridge")
 
+_TURN: Final = 0.2  # seconds for a turn that comes while the bridge is to end
 _LEAVE: Final = 5.0  # seconds for the broker to end a session
 _STANDING_BY: Final = 0.05  # seconds without a turn after which a bridge finds out whether another one is at work
 
@@ -48,7 +49,10 @@ async def cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
     while left:
         for task in left:
             task.cancel()
-        _, left = await asyncio.wait(left, timeout=0.1)
+        done, left = await asyncio.wait(left, timeout=0.1)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # which is known, or not worth a line in the log
 
 
 class Process:
@@ -68,7 +72,7 @@ class Process:
         while not self._stop.done():
             try:
                 session = self._session(bus)
-                if session is None or not await self._serve(bus, session):
+                if session is None or not await self._serve(bus, session, back_off):
                     return
             except TimedOut as error:  # the broker is stopped
                 self._report("trying", str(error))
@@ -102,37 +106,43 @@ class Process:
         with contextlib.suppress(OSError):
             self._supervisor.send(report)
 
-    async def _serve(self, bus: Broadcaster[Any], session: BridgeSession) -> bool:
+    async def _serve(self, bus: Broadcaster[Any], session: BridgeSession, back_off: BackOff) -> bool:
         """Serve one broker. Return True if another one may have taken over."""
         closed, turn = asyncio.ensure_future(session.closed()), asyncio.ensure_future(session.turn())
         tasks: list[asyncio.Future[Any]] = [closed, turn]
         forwarding: Forwarding | None = None
         try:
             await self._await_turn(bus, {closed, turn, self._stop})
+            if self._stop.done():  # a turn that comes just now is to be ended, too
+                await asyncio.wait({closed, turn}, timeout=_TURN, return_when=asyncio.FIRST_COMPLETED)
             if turn.done():
                 forwarding = Forwarding(self._configuration, bus, session, turn.result(), self._report)
+                back_off.reset()
                 self._report("at work")
                 tasks += forwarding.start()
                 await asyncio.wait({*tasks, self._stop} - {turn}, return_when=asyncio.FIRST_COMPLETED)
-            if not self._stop.done():
-                for task in tasks:
-                    if task.done():
-                        task.result()
-                return session.lost
-            tasks.append(asyncio.ensure_future(self._end(session, forwarding)))
-            await asyncio.wait({closed, tasks[-1]}, return_when=asyncio.FIRST_COMPLETED)
-            return False
+            if self._stop.done():
+                tasks.append(asyncio.ensure_future(self._end(session, forwarding)))
+                await asyncio.wait({closed, tasks[-1]}, return_when=asyncio.FIRST_COMPLETED)
+                return False
+            for task in tasks:
+                if task.done():
+                    task.result()
+            return session.lost
         finally:
             await cancel([*tasks, *(forwarding.taking if forwarding else ())])
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(_LEAVE):
+                    await session.end(forget=False)  # without effect if it has ended
 
     async def _await_turn(self, bus: Broadcaster[Any], events: set[asyncio.Future[Any]]) -> None:
         """Wait for one of these, and report when another bridge is at work."""
         while not (await asyncio.wait(events, timeout=_STANDING_BY, return_when=asyncio.FIRST_COMPLETED))[0]:
-            stats = await bus.astats()
-            at_work = stats.bridges.get(self._configuration.stream)
-            if at_work is not None and at_work.pid not in (None, os.getpid()):
-                self._report("standing by")
-                await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+            with contextlib.suppress(TimedOut):
+                at_work = (await bus.astats()).bridges.get(self._configuration.stream)
+                if at_work is not None and at_work.pid not in (None, os.getpid()):
+                    self._report("standing by")
+                    await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
 
     async def _end(self, session: BridgeSession, forwarding: Forwarding | None) -> None:
         """Send what waits, and leave the session."""

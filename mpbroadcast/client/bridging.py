@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
-from mpbroadcast.client.broker_client import BrokerClient, Session
+from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient, Session
 from mpbroadcast.client.pipe_reader import ENDED, FLAWS, End, Stream, follow, read_into
 from mpbroadcast.client.pipe_writer import framed
 from mpbroadcast.client.received import WITH_TOPIC
@@ -33,7 +33,7 @@ from mpbroadcast.posix.waiting import Steps, Wait, Wakers, run
 from mpbroadcast.protocol.frames import MOST_CURSOR, PIPE_BUF, Arrival, Cursor, bridge_frame
 from mpbroadcast.protocol.pickling import PAYLOADS, Failure, as_payload
 from mpbroadcast.protocol.reports import report
-from mpbroadcast.validation import check_count, check_outbox, check_stream, check_topics, encode_topic
+from mpbroadcast.validation import check_count, check_outbox, check_stream, check_timeout, check_topics, encode_topic
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -419,13 +419,18 @@ class Bridging(Subscribing[M]):
         run(self._requesting("bridge", **options))
         return BridgeSession(self._client, options)
 
-    def bridge_flushed(self, stream: str) -> tuple[int, int] | None:
+    def bridge_flushed(self, stream: str, *, timeout: float | None = None) -> tuple[int, int] | None:
         """Return the last position of a stream, behind all that this handle has published, and the last one up to which all
-        is in the log, or was dropped; ``None`` if the broker does not have this stream. Block until it has routed that.
+        is in the log, or was dropped; ``None`` if the broker does not have this stream.
 
+        Block until it has routed that, at most ``timeout`` seconds; less than a second if that is 0.
+
+        :raises TimedOut: (a ``TimeoutError``) it took longer, as a full backlog or outbox blocks this handle.
         :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
-        reply = run(self._requesting("bridge flushed", stream=check_stream(stream), publisher=self._publisher))
+        limit = check_timeout(timeout)
+        deadline = None if limit is None else Deadline(max(limit, LEAST_TIME))
+        reply = run(self._requesting("bridge flushed", deadline, stream=check_stream(stream), publisher=self._publisher))
         positions = reply.body["positions"]
         return None if positions is None else (int(positions[0]), int(positions[1]))
 
