@@ -253,6 +253,7 @@ class Forwarding:
             if not self._announcing.done():  # an entry that is there, behind which this bridge reads from then on
                 self._announcing.set_result(None)
         await self._note_up("in")
+        trimmed = time.monotonic()
         while True:
             async with asyncio.timeout(_ANSWER):
                 entries = await engine.read(_TICK)
@@ -261,6 +262,10 @@ class Forwarding:
                 if entry is not None:
                     await self._session.route(entry.origin, entry.incarnation, entry.first, entry.messages)
             await self._set_cursor(assembler.cursor)
+            if time.monotonic() - trimmed >= _TICK:
+                trimmed = time.monotonic()
+                async with asyncio.timeout(_ANSWER):
+                    await engine.trim()
 
     def _opened(self, data: bytes) -> Entry | None:
         try:
