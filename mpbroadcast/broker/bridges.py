@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
+from mpbroadcast import trap_points
 from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.bridging import Arrivals, Inbound, Topics
 from mpbroadcast.broker.core.limits import Cost
@@ -74,7 +75,7 @@ class Bridges:
         self._notes = _Notes(journal)
         self._bridges: dict[str, Bridge] = {}
         self._owner = Session(0, Peer(0), registry.budget)  # of all outboxes, which have its budget together
-        self.is_stopping = False
+        self._is_stopping = False
 
     def __iter__(self) -> Iterator[Bridge]:
         return iter([*self._bridges.values()])
@@ -202,7 +203,7 @@ class Bridges:
                 continue
             bridge.reported |= _DOWN
             bridge.refused_before = bridge.reported["refused"]
-            if self.is_stopping:
+            if self._is_stopping:
                 self.forget(bridge)
             else:
                 self._advance(bridge)
@@ -215,7 +216,7 @@ class Bridges:
 
     def stop(self) -> None:
         """Begin the end of the broker: the sessions at work are given what waits, and no other one begins."""
-        self.is_stopping = True
+        self._is_stopping = True
         for bridge in self:
             while bridge.standing_by:
                 connection = bridge.standing_by.popleft().connection
@@ -260,6 +261,7 @@ class _Inlet:
                 bridges.forget_origin(bridge, begun.forgotten)
             if begun.ahead:
                 bridges.note(bridge, frame.origin, begun.ahead)
+                trap_points.reach("noted positions")
             if begun.has_gap:
                 bridges.put_gap(bridge)
         elif frame.position:
@@ -285,8 +287,8 @@ class _Inlet:
         self._arrivals.take(count)
         self._bridge.inbound.received += count
 
-    def close(self) -> None:
-        if self._reader.is_open and not self._bridges.is_stopping:  # else its publisher is closed as all are
+    def refuse(self) -> None:
+        if self._reader.is_open:
             self._bridges.traffic.delivery.gone.append(self._reader)
 
 

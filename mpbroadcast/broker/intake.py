@@ -109,6 +109,8 @@ class Intake:
         """Read nothing more of a publisher whose bytes cannot be parsed, or routed."""
         log.warning("process %d cannot publish any more: %s", publisher.pid, why)
         self.close(publisher)
+        if publisher.inlet is not None:
+            publisher.inlet.refuse()
 
     def watch(self, publisher: Publisher) -> None:
         """Read its pipe when the poller reports bytes, from now on."""
@@ -158,8 +160,6 @@ class Intake:
             lender.close()
             self._poller.close(lender.fd_socket.detach())
         publisher.session.publishers.discard(publisher)
-        if publisher.inlet is not None:
-            publisher.inlet.close()
         self.ready[publisher] = 0
 
     def forget(self, publisher: Publisher) -> bool:

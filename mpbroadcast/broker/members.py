@@ -48,8 +48,8 @@ class Inlet(Protocol):
     def routed(self, count: int) -> None:
         """Note that so many of the messages admitted last are routed."""
 
-    def close(self) -> None:
-        """End the session: nothing more of its publisher is read."""
+    def refuse(self) -> None:
+        """End the session, which has written what cannot be routed."""
 
 
 class Peer(PeerProcess):

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Awaitable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mpbroadcast import Broadcaster, BrokerLost
-from mpbroadcast.client.bridging import BridgeSession, BridgeState, Outgoing
+from mpbroadcast import Broadcaster, BroadcastError, BrokerLost
+from mpbroadcast.client.bridging import BridgeSession, BridgeState
+from mpbroadcast.client.broker_client import BrokerClient
 from tests.support.helpers import DEADLINE
 
 Bus = Broadcaster[Any]
@@ -28,14 +30,6 @@ async def at_work(bus: Bus, *, forget: bool = True, **options: Any) -> AsyncIter
         yield session, await soon(session.turn())
     finally:
         await session.end(forget=forget)
-
-
-async def taken(session: BridgeSession, until: int) -> list[Outgoing]:
-    """Return what a session takes up to the position ``until``."""
-    batches: list[Outgoing] = []
-    while not batches or batches[-1].end <= until:
-        batches.append(await soon(session.take()))
-    return batches
 
 
 async def copied(source: BridgeSession, state: BridgeState, target: BridgeSession, until: int) -> None:
@@ -63,3 +57,56 @@ def hold(bus: Bus, pipe: Connection, size: int, options: dict[str, Any]) -> None
 
     with contextlib.suppress(BrokerLost):
         asyncio.run(run())
+
+
+def acknowledge_all(bus: Bus, pipe: Connection) -> None:
+    """Be a session in a process of its own up to the end of the broker; send home how many messages it took, and ``lost``."""
+
+    async def run() -> None:
+        session, count = bus.bridge_session(STREAM), 0
+        await session.turn()
+        pipe.send("turn")
+        with contextlib.suppress(EOFError):
+            while True:
+                batch = await session.take()
+                count += len(batch.messages)
+                session.acknowledge(batch.end - 1)
+        await session.closed()
+        pipe.send((count, session.lost))
+
+    asyncio.run(run())
+
+
+def use_session(session: BridgeSession, pipe: Connection) -> None:
+    """Call a session of another process; send home the names of the errors."""
+
+    async def run() -> list[str]:
+        found = []
+        for call in (session.take, session.target, session.note_gap):
+            try:
+                await call()
+            except BroadcastError as error:
+                found.append(type(error).__name__)
+        return found
+
+    pipe.send(asyncio.run(run()))
+
+
+class RudeSession:
+    """The session at work, whose publisher writes what it likes."""
+
+    def __init__(self, link: BrokerClient, stream: str) -> None:
+        options: dict[str, Any] = {"topics": [], "overflow": "drop_oldest", "capacity": 64 << 20}
+        self._reply = link.request("bridge", stream=stream, turn=True, shared=False, **options)
+        self._publisher = link.request("publisher", reader=self._reply.body["reader"])
+        self._link = link
+
+    def write(self, data: bytes) -> None:
+        assert self._publisher.pipe is not None
+        os.write(self._publisher.pipe.fd, data)
+
+    def close(self) -> None:
+        for end in (self._reply.pipe, self._reply.reports, self._publisher.pipe):
+            if end is not None:
+                end.close()
+        self._link.close()
