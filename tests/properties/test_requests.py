@@ -27,12 +27,13 @@ from mpbroadcast.broker.control_connection import ControlConnection
 from mpbroadcast.broker.core.limits import SESSION, Cost
 from mpbroadcast.broker.host.journal import Journal, Succession
 from mpbroadcast.broker.members import Publisher, Session, Subscription
+from mpbroadcast.broker.outbox import BridgeReader
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import Broker
 from mpbroadcast.posix.shared_memory import available, ring_memory
 from mpbroadcast.protocol.control import Inbox, client_handshake, decode, encode
 from mpbroadcast.protocol.fd_packets import MAPPED, READ, REFUSED, RING, WANTED, pack
-from mpbroadcast.protocol.frames import frame_head, pieces, reference_frame
+from mpbroadcast.protocol.frames import Arrival, Cursor, bridge_frame, frame_head, pieces, reference_frame
 from mpbroadcast.protocol.reports import report
 from tests.conftest import descriptors as open_files
 from tests.support.helpers import wait_until
@@ -51,9 +52,9 @@ GROUPS: Final = (None, "block", "drop_oldest", "drop_newest", "latest", "disconn
 POLICIES: Final = ("block", "block", "drop_oldest", "drop_newest", "latest", "disconnect")
 OF_THE_BROKER: Final = (Subscription, Publisher, Session, ControlConnection)
 SOCKETS: Final = 12  # of a process
-OFTEN: Final = {"subscribe": 4, "open": 3, "opened": 4, "attach": 2, "publisher": 2, "stats": 2}
+OFTEN: Final = {"subscribe": 4, "open": 3, "opened": 4, "attach": 2, "publisher": 2, "stats": 2, "bridge": 2}
 SELDOM: Final = ("fd_socket", "retire", "flush", "add topics", "drop topics", "unsubscribe", "close", "drop", "wait", "detach",
-                 "history")  # fmt: skip
+                 "history", "bridge end", "bridge report", "bridge flushed", "bridge forget")  # fmt: skip
 REQUESTS: Final = OFTEN | dict.fromkeys(SELDOM, 0.7)
 STEP: Final = {"ask": 12, "publish": 4, "receive": 2, "round": 8, "connect": 1, "send_packet": 1, "read_replies": 1,
                "report": 1, "hang_up": 0.1, "close_something": 1, "kill": 0.01, "stop": 0.003}  # fmt: skip
@@ -71,7 +72,9 @@ def request(do: str, session: int, publisher: int | None, subscription: int) -> 
     topics = {"topics": ["fuzz:[a-c]?", "fuzz"], "capacity": 1 << 16, "overflow": "drop_oldest", "replay": 0}
     topics |= {"group": None, "prefetch": 1, "after": None, "limit": 3}
     flags = {"delivered": True, "now": True, "shared": True, "token": 4, "count": 1, "topic": "fuzz"}
-    return {"do": do, "session": session, "publisher": publisher, "subscription": subscription, **topics, **flags}
+    bridge = {"stream": "s", "reader": None, "turn": True, "forget": True, "url": "u", "state": "up", "error": None}
+    numbers = {"session": session, "publisher": publisher, "subscription": subscription, "refused": 0, "lag": None}
+    return {"do": do, **numbers, **topics, **flags, **bridge}
 
 
 class Process:
@@ -141,6 +144,7 @@ class World:
         self.sessions: list[tuple[int, int]] = []  # each with its process
         self.publishers: list[tuple[int, int]] = []
         self.tokens = [(1, 1)]  # each with its subscription
+        self.sessions_at_work: list[tuple[int, int]] = []  # of bridges, likewise
         self.ids = [*range(1000, 1008)]
         self.readers: list[FileIO] = []
         self.writers: list[FileIO] = []
@@ -185,6 +189,13 @@ class World:
         }
         if do == "subscribe" and message["group"] and choose.random() < 0.9:  # else its members do not agree
             message |= {"topics": ["a", "a:*"], "capacity": 20_000, "overflow": message["group"]}
+        if do.startswith("bridge"):
+            message |= {"stream": choose.choice("st"), "turn": choose.random() < 0.7, "forget": choose.random() < 0.2}
+        if do == "bridge" and choose.random() < 0.9:
+            policy = "block" if message["stream"] == "s" else choose.choice(POLICIES[3:5])
+            message |= {"topics": ["a", "a:*"], "capacity": 20_000, "overflow": policy}
+        if do == "bridge report" or (do in ("publisher", "bridge end") and choose.random() < 0.4):
+            message |= {"reader": self.one_of(self.sessions_at_work, client), "refused": choose.randrange(9)}
         if do == "opened":
             message |= {"subscription": token_of, "token": token}
         elif choose.random() < 0.1:
@@ -232,6 +243,9 @@ class World:
             self.readers.append(non_blocking(fds.pop(0), "rb"))
             opening = [one.id for one in self.broker.registry.subscriptions.values() if one.pipe.token == reply["token"]]
             self.tokens += [(id, reply["token"]) for id in opening]
+        elif "reader" in reply:
+            self.readers.append(non_blocking(fds.pop(0), "rb"))
+            self.sessions_at_work.append((pid, reply["reader"]))
         elif "session" in reply:
             self.sessions.append((pid, reply["session"]))
         if reply.get("reports"):
@@ -257,7 +271,12 @@ class World:
         size = choose.choice([0, 1, 100, 3000])
         frame = frame_head(size, topic, exclude) + bytes(size)
         kind = choose.random()
-        if kind < 0.6:
+        if kind < 0.1:
+            first, count = choose.randint(1, 20), choose.choice([0, 1, 10, 1000])
+            arrival = Arrival(choose.choice([b"origin 1", b"origin 2"]), choose.randint(1, 2), first, count)
+            between = choose.choice([arrival, arrival, Cursor(str(first)), Cursor("")])
+            data = bridge_frame(between) + frame * choose.choice([0, 1, 5])
+        elif kind < 0.6:
             data = frame * choose.choice([1, 1, 3, 4096 // len(frame)])
         elif kind < 0.8:
             size = choose.choice([5000, 100_000])
@@ -322,11 +341,17 @@ class World:
             backlog = subscription.backlog
             assert id == subscription.id
             assert backlog.published == backlog.delivered + backlog.missed + backlog.waiting
-            assert subscription.cost.topics >= len(router.topics(subscription.target)), "topics that no budget has"
+            if not isinstance(subscription, BridgeReader):
+                assert subscription.cost.topics >= len(router.topics(subscription.target)), "topics that no budget has"
             assert subscription in subscription.session.peer.subscriptions
         for group in registry.groups:
             assert group.backlog.published == group.backlog.delivered + group.backlog.missed + group.backlog.waiting
             assert group.is_live
+        for bridge in self.broker.bridges:
+            backlog, outbound = bridge.outbox.backlog, bridge.outbox.outbound
+            assert backlog.published == backlog.delivered + backlog.missed + backlog.waiting
+            assert outbound.sent <= backlog.delivered
+            assert outbound.acknowledged <= outbound.given <= outbound.target
         for field in registry.budget.spent:
             assert field >= 0
         for one in self.broker.traffic.publishers.values():
@@ -335,6 +360,8 @@ class World:
     def is_empty(self) -> bool:
         registry, traffic = self.broker.registry, self.broker.traffic
         self.broker.round(at_once=True)
+        for bridge in self.broker.bridges:  # which outlive all sessions
+            self.broker.bridges.forget(bridge)
         left = (registry.sessions, registry.subscriptions, [*registry.groups], registry.to_remove, traffic.publishers)
         return not any((*left, self.broker.parts))
 
@@ -364,7 +391,8 @@ class World:
             "ready": traffic.intake.ready,
             "waiting": self.broker.waiting,
             "bytes": held(self.broker),
-            "journal": self.journal is not None and self.journal.subscriptions,
+            "journal": self.journal is not None and (self.journal.subscriptions or self.journal.bridges),
+            "bridges": [*self.broker.bridges],
         }
         assert not any(left.values()), left
         self.broker.acceptor.close()
