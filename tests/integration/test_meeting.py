@@ -20,7 +20,7 @@ from mpbroadcast import AddressError, AuthenticationFailed, BrokerLost, StartErr
 from mpbroadcast.broker.host.main import Settings
 from mpbroadcast.broker.host.socket_file import Listening, remove_forgotten_folders, remove_leftovers
 from mpbroadcast.posix.addresses import resolve
-from mpbroadcast.posix.key_file import read_key, write_key
+from mpbroadcast.posix.key_file import is_key_file, read_key, write_key
 from tests.support.helpers import DEADLINE, Children, take
 from tests.support.large_workers import descriptors_left
 
@@ -171,7 +171,9 @@ def test_a_key_file_of_another_user(runtime: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(os, "geteuid", lambda: 54321)
         with pytest.raises(AuthenticationFailed, match="user"):
             read_key(bus.address)
+        assert not is_key_file(f"{bus.address}.key")
         monkeypatch.undo()
+        assert is_key_file(f"{bus.address}.key")
         with descriptors_left(0), pytest.raises(OSError, match="open files"):  # which is not the file's fault
             read_key(bus.address)
 
