@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from mpbroadcast import Broadcaster
+from mpbroadcast.cli.bridge_options import add_bridge, check_bridge, linked
 from mpbroadcast.client.api import start_apart
 
 
@@ -14,11 +18,23 @@ def add_broker_options(parser: argparse.ArgumentParser) -> None:
         "--history", type=_count, default=0, metavar="N", help="messages of each topic that are kept for replay"
     )
     parser.add_argument("--restart", action="store_true", help="replace the broker when it dies")
+    add_bridge(parser)
 
 
-def started(options: argparse.Namespace, address: str | None) -> Broadcaster[Any]:
-    """Start a broker at ``address``, with these options; it ends with this process, and by no signal."""
-    return start_apart(address=address, history=options.history, restart=options.restart)
+@contextlib.contextmanager
+def started(
+    options: argparse.Namespace, address: str | None, signals: Collection[signal.Signals]
+) -> Iterator[Broadcaster[Any]]:
+    """Start a broker at ``address``, with these options, and its bridge. Both end with this process, and by no signal.
+
+    :raises Interrupted: one of the signals, which are blocked, has come before the bridge was ready.
+    """
+    check_bridge(options)
+    with contextlib.ExitStack() as stack:
+        bus = stack.enter_context(start_apart(address=address, history=options.history, restart=options.restart))
+        if options.bridge is not None:
+            stack.enter_context(linked(bus, options.bridge, options, signals))
+        yield bus
 
 
 def _count(text: str) -> int:

@@ -75,9 +75,13 @@ _SHELLS: Final = {"bash": bash, "zsh": zsh, "fish": fish}
 def words_of(parsers: Mapping[str, argparse.ArgumentParser]) -> dict[str, dict[str, str]]:
     """Return the options of each command."""
     return {
-        name: {option: action.help or "" for action in parser._actions for option in action.option_strings}
+        name: {option: _text(action) for action in parser._actions for option in action.option_strings}
         for name, parser in parsers.items()
     }
+
+
+def _text(action: argparse.Action) -> str:
+    return "" if action.help in (None, argparse.SUPPRESS) else str(action.help)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

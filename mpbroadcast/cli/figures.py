@@ -22,6 +22,7 @@ class Process(NamedTuple):
 
 _UNKNOWN: Final = Process("", True)
 _RATES: Final = {"subscribers": {"rate_in": "published", "rate_out": "delivered"}, "publisher_rows": {"rate": "bytes"}}
+_BRIDGE_RATES: Final = {"rate_out": "sent", "rate_in": "received"}
 
 
 def figures(now: BrokerStats, before: BrokerStats | None, processes: Mapping[int, Process]) -> Row:
@@ -31,9 +32,10 @@ def figures(now: BrokerStats, before: BrokerStats | None, processes: Mapping[int
     "unopened", or "dead" if its process is.
     """
     whole = dataclasses.asdict(now)
-    is_same = before is not None and before.pid == now.pid
-    seconds = now.uptime - before.uptime if before is not None and is_same else 0.0
-    old = dataclasses.asdict(before) if before is not None and is_same else {"subscribers": (), "publisher_rows": ()}
+    old: Row = {"subscribers": (), "publisher_rows": (), "bridges": {}}
+    seconds = 0.0
+    if before is not None and before.pid == now.pid:
+        old, seconds = dataclasses.asdict(before), now.uptime - before.uptime
     whole["rate"] = _rate(whole, old, "published", seconds)
     for kind, rates in _RATES.items():
         earlier = {row["id"]: row for row in old[kind]}
@@ -43,6 +45,9 @@ def figures(now: BrokerStats, before: BrokerStats | None, processes: Mapping[int
             process = processes.get(row["pid"], _UNKNOWN)
             row["command"] = process.command
             row["state"] = ("open" if row.get("is_open", True) else "unopened") if process.is_alive else "dead"
+    for stream, row in whole["bridges"].items():
+        for name, counter in _BRIDGE_RATES.items():
+            row[name] = _rate(row, old["bridges"].get(stream, {}), counter, seconds)
     return whole
 
 
@@ -112,6 +117,10 @@ def _command(row: Row) -> str:
     return command if row["state"] == "open" else f"({row['state']}) {command}"
 
 
+def _engine(row: Row) -> str:
+    return printable(row["url"] if row["error"] is None else f"{row['url']}: {row['error']}")
+
+
 def _waits(row: Row) -> str:
     return "" if row["waits_for"] is None else f"{printable(str(row['waits_for']))} {row['waited']:.1f} s"
 
@@ -149,6 +158,21 @@ GROUPS: Final = (
         Column(name.upper(), key, _number(name), _value(name))
         for name, key in (("members", "p"), ("waiting", "b"), ("delivered", "o"), ("lost", "m"), ("dropped", "s"))
     ),
+)
+
+BRIDGES: Final = (
+    Column("BRIDGE", "t", lambda row: printable(row["stream"]), _value("stream"), 8, False),
+    Column("STATE", "s", lambda row: row["state"], _value("state"), 0, False),
+    Column("SENT", "", _number("sent"), _value("sent")),
+    Column("OUT/s", "o", _number("rate_out"), _value("rate_out")),
+    Column("RECEIVED", "", _number("received"), _value("received")),
+    Column("IN/s", "i", _number("rate_in"), _value("rate_in")),
+    Column("OUTBOX", "b", _backlog, lambda row: row["waiting_bytes"] / row["capacity"]),
+    Column("LAG", "p", _number("lag"), _value("lag")),
+    Column("DROPPED", "y", _number("dropped"), _value("dropped")),
+    Column("MISSED", "m", _number("missed"), _value("missed")),
+    Column("REFUSED", "", _number("refused"), _value("refused")),
+    Column("ENGINE", "c", _engine, _engine, 9, False),
 )
 
 
@@ -199,6 +223,9 @@ def summary(whole: Row, address: str) -> list[str]:
         f"{len(whole['groups'])} groups",
         f"history of {whole['history_topics']} topics",
     ]
+    if bridges := whole["bridges"].values():
+        down = sum(row["state"] != "up" for row in bridges)
+        counts.append(f"{len(bridges)} bridges" + (f" ({down} not up)" if down else ""))
     uptime = f"up {hours}:{minutes:02}:{seconds:02}"
     published = f"published {short(whole['published'])}" + ("" if whole["rate"] is None else f", {short(whole['rate'])}/s")
     return [
@@ -212,11 +239,16 @@ def group_rows(whole: Row) -> list[Row]:
     return [{"name": name, **group} for name, group in whole["groups"].items()]
 
 
+def tables_below(whole: Row) -> tuple[tuple[Sequence[Column], Sequence[Row]], ...]:
+    """Return the columns and rows of each table below the subscriptions."""
+    return (PUBLISHERS, whole["publisher_rows"]), (GROUPS, group_rows(whole)), (BRIDGES, [*whole["bridges"].values()])
+
+
 def report(whole: Row, address: str, width: int) -> list[str]:
     """Return all there is as lines of text: for a file, or a terminal that cannot do more."""
     lines = [cut(line, width) for line in summary(whole, address)]
     subscriptions = sorted_rows(whole["subscribers"], SUBSCRIPTIONS, "b", is_reversed=False)
-    for columns, rows in ((SUBSCRIPTIONS, subscriptions), (PUBLISHERS, whole["publisher_rows"]), (GROUPS, group_rows(whole))):
+    for columns, rows in ((SUBSCRIPTIONS, subscriptions), *tables_below(whole)):
         if rows:
             lines += ["", *table(columns, rows, width)]
     return lines

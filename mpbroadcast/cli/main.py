@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 
 from mpbroadcast import BroadcastError
-from mpbroadcast.cli import bench, completion, demo, output, pub, run, serve, stats, sub, top
+from mpbroadcast.cli import bench, bridge, completion, demo, output, pub, run, serve, stats, sub, top
 
 COMMANDS = {
     "run": (run, "run a command beside a broker"),
     "serve": (serve, "serve a broker at an address"),
+    "bridge": (bridge, "link the broker with those of other machines"),
     "pub": (pub, "publish lines, JSON values or files"),
     "sub": (sub, "print what is published"),
     "top": (top, "show subscriptions and publishers as they change"),
@@ -26,7 +27,7 @@ COMMANDS = {
     "completion": (completion, "print a script that completes this command in a shell"),
     "demo": (demo, "publish a tree of source files to CPU-bound workers"),
 }
-_CLIENTS = {"pub", "sub", "top", "stats"}  # commands that connect to a broker
+_CLIENTS = {"bridge", "pub", "sub", "top", "stats"}  # commands that connect to a broker
 
 
 def _version() -> str:
@@ -36,10 +37,13 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mpbroadcast", description="Broadcast to processes.")
+def whole_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="mpbroadcast", usage="%(prog)s [-h] [--version] COMMAND ...", description="Broadcast to processes."
+    )
     parser.add_argument("--version", action="version", version=f"mpbroadcast {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", prog=parser.prog, required=True)
     for name, (module, summary) in COMMANDS.items():
         example = f"example: {module.EXAMPLE}"
         command = commands.add_parser(name, help=summary, description=module.__doc__, epilog=example)
@@ -54,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with ``argv`` (``sys.argv`` by default) and return the exit code."""
     output.prepare()
     try:
-        options = _parser().parse_args(argv)
+        options = whole_parser().parse_args(argv)
         return int(options.run(options))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+from typing import Final
 
 import psutil
 
 from mpbroadcast import BrokerStats
 from mpbroadcast.cli.figures import Process
+
+_SECRET: Final = re.compile(r"(?<=//)\S*@|(?<=[?&]password=)[^&\s]*")
 
 
 class Processes:
@@ -27,7 +31,7 @@ class Processes:
             process, command = self._known.get(pid) or (psutil.Process(pid), "")
             with process.oneshot():
                 is_alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-                command = command or _shortened(process.cmdline()) or f"[{process.name()}]"
+                command = command or shortened(process.cmdline()) or f"[{process.name()}]"
         except psutil.Error:
             return Process(self._known[pid][1] if pid in self._known else "", False)
         if is_alive:
@@ -35,5 +39,6 @@ class Processes:
         return Process(command, is_alive)
 
 
-def _shortened(words: list[str]) -> str:
-    return " ".join((os.path.basename(words[0]), *words[1:])) if words else ""
+def shortened(words: list[str]) -> str:
+    """Return a command line without the folder of its program, and without what is secret in a URL."""
+    return _SECRET.sub("", " ".join((os.path.basename(words[0]), *words[1:]))) if words else ""

@@ -39,18 +39,33 @@ _GROUP: Final = (
     ("group_lost_messages_total", "counter", "Messages that members had and did not finish.", "lost"),
     ("group_dropped_messages_total", "counter", "Messages dropped by its policy.", "dropped"),
 )
+_BRIDGE: Final = (
+    ("bridge_up", "gauge", "1 if the bridge is up.", "up"),
+    ("bridge_sent_messages_total", "counter", "Messages that the engine has acknowledged.", "sent"),
+    ("bridge_received_messages_total", "counter", "Messages of other machines that were routed.", "received"),
+    ("bridge_waiting_messages", "gauge", "Messages that wait for the engine.", "waiting"),
+    ("bridge_waiting_bytes", "gauge", "Bytes of those.", "waiting_bytes"),
+    ("bridge_capacity_bytes", "gauge", "Bytes that may wait for the engine.", "capacity"),
+    ("bridge_dropped_messages_total", "counter", "Messages dropped before the engine had them.", "dropped"),
+    ("bridge_missed_messages_total", "counter", "Messages of other machines that never came.", "missed"),
+    ("bridge_duplicate_messages_total", "counter", "Messages that came again and were dropped.", "duplicates"),
+    ("bridge_refused_entries_total", "counter", "Entries of the log that were not signed by a key.", "refused"),
+    ("bridge_lag_entries", "gauge", "Entries of the log that were not read yet, about; absent if unknown.", "lag"),
+)
 
 
 def exposition(stats: BrokerStats) -> str:
     """Return the snapshot in Prometheus' text format."""
     whole = dataclasses.asdict(stats)
     groups = [{"group": name, **row} for name, row in whole["groups"].items()]
+    bridges = [{"up": row["state"] == "up", **row} for row in whole["bridges"].values()]
     lines: list[str] = []
     for metrics, rows, labels in (
         (_BROKER, [whole], _no_labels),
         (_SUBSCRIPTION, whole["subscribers"], _subscription_labels),
         (_PUBLISHER, whole["publisher_rows"], _publisher_labels),
         (_GROUP, groups, _group_labels),
+        (_BRIDGE, bridges, _bridge_labels),
     ):
         lines += _metrics(metrics, rows, labels)
     return "".join(f"{line}\n" for line in lines)
@@ -62,6 +77,8 @@ def _metrics(metrics: Iterable[tuple[str, str, str, str]], rows: list[_Row], lab
         yield f"# TYPE mpbroadcast_{name} {kind}"
         for row in rows:
             value = row[field]
+            if value is None:
+                continue
             number = len(value) if isinstance(value, tuple) else int(value) if isinstance(value, bool) else value
             yield f"mpbroadcast_{name}{labels(row)} {number}"
 
@@ -81,6 +98,10 @@ def _publisher_labels(row: _Row) -> str:
 
 def _group_labels(row: _Row) -> str:
     return _labels(group=row["group"])
+
+
+def _bridge_labels(row: _Row) -> str:
+    return _labels(stream=row["stream"], url=row["url"], topics=" ".join(row["topics"]))
 
 
 def _labels(**values: object) -> str:

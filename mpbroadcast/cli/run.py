@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 
+from mpbroadcast.cli.bridge_options import Interrupted
 from mpbroadcast.cli.broker_options import add_broker_options, started
 from mpbroadcast.posix.addresses import VARIABLE
 
@@ -24,7 +25,9 @@ _BY_SIGNAL = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s [--address NAME] [--history N] [--restart] -- COMMAND..."
+    parser.usage = (
+        "%(prog)s [--address NAME] [--history N] [--restart]\n                       [--bridge URL [OPTIONS]] -- COMMAND..."
+    )
     parser.add_argument("--address", metavar="NAME", help="a name, or a path with a slash; otherwise one of its own")
     add_broker_options(parser)
     parser.add_argument("arguments", nargs="+", metavar="COMMAND", help="the command, and its arguments")
@@ -36,22 +39,25 @@ def run(options: argparse.Namespace) -> int:
     # What a terminal sends goes to the whole process group, so there the command stays in this one. Without a terminal it has a
     # group of its own: a signal to the group of this process reaches it once.
     group = os.getpgrp() if _has_terminal() else 0
-    with started(options, options.address) as bus:
-        try:
-            command = os.posix_spawnp(
-                options.arguments[0],
-                options.arguments,
-                os.environ | {VARIABLE: bus.address},
-                setpgroup=group,
-                setsigmask=before,
-                setsigdef={signal.SIGPIPE, signal.SIGXFSZ},  # which Python ignores
-            )
-        except OSError as error:
-            is_absent = error.errno == errno.ENOENT
-            why = "command not found" if is_absent else error.strerror
-            print(f"mpbroadcast: {options.arguments[0]}: {why}", file=sys.stderr)
-            return _NOT_FOUND if is_absent else _NOT_EXECUTABLE
-        return _wait_for(command)
+    try:
+        with started(options, options.address, _FORWARDED) as bus:
+            try:
+                command = os.posix_spawnp(
+                    options.arguments[0],
+                    options.arguments,
+                    os.environ | {VARIABLE: bus.address},
+                    setpgroup=group,
+                    setsigmask=before,
+                    setsigdef={signal.SIGPIPE, signal.SIGXFSZ},  # which Python ignores
+                )
+            except OSError as error:
+                is_absent = error.errno == errno.ENOENT
+                why = "command not found" if is_absent else error.strerror
+                print(f"mpbroadcast: {options.arguments[0]}: {why}", file=sys.stderr)
+                return _NOT_FOUND if is_absent else _NOT_EXECUTABLE
+            return _wait_for(command)
+    except Interrupted as ended:
+        return _BY_SIGNAL + ended.number
 
 
 def _has_terminal() -> bool:

@@ -1,4 +1,4 @@
-"""Print one snapshot of the broker: its subscriptions, publishers and groups."""
+"""Print one snapshot of the broker: its subscriptions, publishers, groups and bridges."""
 
 from __future__ import annotations
 

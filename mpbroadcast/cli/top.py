@@ -1,4 +1,4 @@
-"""Show subscriptions, publishers and groups as they change, until q or Ctrl-C."""
+"""Show subscriptions, publishers, groups and bridges as they change, until q or Ctrl-C."""
 
 from __future__ import annotations
 

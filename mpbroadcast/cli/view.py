@@ -8,17 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from mpbroadcast.cli.figures import (
-    GROUPS,
-    PUBLISHERS,
     SUBSCRIPTIONS,
     Column,
     Row,
     cut,
-    group_rows,
     matching,
     sorted_rows,
     summary,
     table,
+    tables_below,
 )
 
 _KEY: Final = re.compile(r"\x1b(?:\[[0-9;]*[~A-Za-z]|O[A-Za-z])?|.", re.DOTALL)
@@ -105,11 +103,11 @@ def _typed(view: View, key: str) -> View:
 def screen(whole: Row, address: str, view: View, width: int, height: int) -> tuple[list[Line], View]:
     """Return the lines of a screen of this size, and the view with a first row that there is.
 
-    Publishers and groups have a third of it at most, below the subscriptions.
+    Publishers, groups and bridges have half of it at most, below the subscriptions.
     """
     head = [Line(cut(text, width), "summary") for text in summary(whole, address)]
     below: list[Line] = []
-    for columns, rows in ((PUBLISHERS, whole["publisher_rows"]), (GROUPS, group_rows(whole))):
+    for columns, rows in tables_below(whole):
         lines = _table(columns, rows, view, width)
         if len(lines) > 1:
             below += [Line(""), *lines[: 1 + max(1, height // 6 - 2)]]
@@ -140,7 +138,8 @@ def _table(columns: Sequence[Column], rows: Sequence[Row], view: View, width: in
 
 
 def _style(row: Row) -> str:
-    """Return the style of a row: an alarm where a publisher waits or a process is dead, a notice where nothing reads."""
-    if row.get("stalls") or row.get("waits_for") is not None or row.get("state") == "dead":
+    """Return the style of a row: an alarm where a publisher waits, a process is dead or a bridge is not up; a notice where
+    nothing reads, or something is missing."""
+    if row.get("stalls") or row.get("waits_for") is not None or row.get("state") in ("dead", "connecting", "down"):
         return "alarm"
-    return "notice" if row.get("state") == "unopened" or row.get("missed") else ""
+    return "notice" if row.get("state") == "unopened" or row.get("missed") or row.get("dropped") or row.get("refused") else ""

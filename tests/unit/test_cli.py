@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpbroadcast import BrokerStats, GroupStats, PublisherStats, SubscriberStats
+from mpbroadcast import BridgeStats, BrokerStats, GroupStats, PublisherStats, SubscriberStats
 from mpbroadcast.cli import main
 from mpbroadcast.cli.figures import (
     GROUPS,
@@ -35,6 +35,7 @@ from mpbroadcast.cli.figures import (
     sorted_rows,
     table,
 )
+from mpbroadcast.cli.processes import shortened
 from mpbroadcast.cli.progress import Progress, bar
 from mpbroadcast.cli.prometheus import exposition
 from mpbroadcast.cli.pub import Splitter
@@ -45,6 +46,10 @@ from tests.support.pages import ROOT
 SUBSCRIBER = SubscriberStats(1, 10, ("room:*",), "drop_oldest", 1000, 50, 40, 3, 7, 900, (11,), True, None)
 PUBLISHER = PublisherStats(5, 11, 1000, 20, 1, 3.25)
 STATS = BrokerStats(9, 3700.5, 60, 1, (SUBSCRIBER,), 4096, 2, 0, {}, (PUBLISHER,))
+BRIDGE = BridgeStats(
+    *("main", "redis://db:6379/0", 12, "up", None, ("room:*",), "drop_oldest", 64_000_000),
+    *(50, 7, 900, 3, 40, 2, 1, 4, 6),
+)
 PROCESSES = {10: Process("python app.py", True), 11: Process("", False)}
 
 
@@ -143,6 +148,26 @@ def test_the_report_has_a_row_for_each() -> None:
     ]
     lines = report(many(2), "/run/bus", 100)
     assert [line.split()[0] for line in lines[2:] if line] == ["PID", "1001", "1000", "PID", "11"]
+
+
+def test_the_report_has_a_row_for_each_bridge() -> None:
+    """With its rates, what waits, what is missing, and the error of its engine."""
+    before = dataclasses.replace(STATS, bridges={"main": BRIDGE})
+    down = dataclasses.replace(BRIDGE, stream="other", state="connecting", error="OSError: no\nroute", lag=None, refused=0)
+    bridges = {"main": dataclasses.replace(BRIDGE, sent=250, received=140), "other": down}
+    whole = figures(later(2.0, 0, bridges=bridges, subscribers=(), publisher_rows=()), before, {})
+    lines = report(whole, "/run/bus", 120)
+    assert lines[1] == "0 subscriptions, 0 publishers, 0 groups, history of 2 topics, 2 bridges (1 not up)"
+    assert lines[3:] == [
+        "BRIDGE STATE      SENT OUT/s RECEIVED IN/s  OUTBOX LAG DROPPED MISSED REFUSED ENGINE",
+        "main   up          250   100      140   50 900/64M   6       3      2       4 redis://db:6379/0",
+        r"other  connecting   50    25       40   20 900/64M   -       3      2       0 redis://db:6379/0: OSError: no\nroute",
+    ]
+    shown, _ = screen(whole, "/run/bus", View(), 100, 24)
+    assert {line.text[:6]: line.style for line in shown if line.text[:5] in ("main ", "other")} == {
+        "main  ": "notice",
+        "other ": "alarm",
+    }
 
 
 def test_a_table_fits_its_width() -> None:
@@ -296,7 +321,9 @@ SAMPLE = re.compile(r'(mpbroadcast_\w+)(?:\{((?:\w+="(?:[^"\\\n]|\\[\\"n])*",?)*
 def test_the_format_of_prometheus() -> None:
     """Each metric has its HELP and TYPE before its samples, a counter's name ends in _total, and labels are escaped."""
     row = dataclasses.replace(SUBSCRIBER, topics=('a "b"\n\\', "c"), group="g")
-    text = exposition(dataclasses.replace(STATS, subscribers=(row,), groups={'x"y': GroupStats(1, 2, 3, 4, 5)}))
+    bridge = dataclasses.replace(BRIDGE, lag=None)
+    groups = {'x"y': GroupStats(1, 2, 3, 4, 5)}
+    text = exposition(dataclasses.replace(STATS, subscribers=(row,), groups=groups, bridges={"main": bridge}))
     lines = text.splitlines()
     assert text.endswith("\n")
     assert 'mpbroadcast_subscription_missed_messages_total{id="1",pid="10",topics="a \\"b\\"\\n\\\\ c",' in text
@@ -305,6 +332,9 @@ def test_the_format_of_prometheus() -> None:
     assert 'mpbroadcast_group_lost_messages_total{group="x\\"y"} 4' in lines
     assert {"mpbroadcast_published_messages_total 60", "mpbroadcast_uptime_seconds 3700.5"} < {*lines}
     assert 'overflow="drop_oldest",group=""} 1\n' in exposition(STATS)
+    labels = '{stream="main",url="redis://db:6379/0",topics="room:*"}'
+    assert {f"mpbroadcast_bridge_up{labels} 1", f"mpbroadcast_bridge_refused_entries_total{labels} 4"} <= {*lines}
+    assert not [line for line in lines if line.startswith("mpbroadcast_bridge_lag_entries{")]  # it is not known
     kinds: dict[str, str] = {}
     for line in lines:
         if line.startswith("# TYPE"):
@@ -315,6 +345,8 @@ def test_the_format_of_prometheus() -> None:
             assert (kinds[found[1]] == "counter") == found[1].endswith("_total")
     fields = {*dataclasses.asdict(SUBSCRIBER)} - {"id", "pid", "topics", "overflow", "group"}
     assert len([name for name in kinds if "subscription" in name]) == len(fields)
+    fields = {*dataclasses.asdict(BRIDGE)} - {"stream", "url", "pid", "error", "topics", "overflow"}
+    assert len([name for name in kinds if "bridge" in name]) == len(fields)
 
 
 @given(
@@ -342,6 +374,13 @@ def test_a_message_is_one_line(message: Any) -> None:
         assert len(line.decode("utf-8", "replace").splitlines()) == 1
         assert line.endswith(b"\n")
     json_line({"message": message}).decode()
+
+
+def test_a_command_line_shows_no_password() -> None:
+    """Of a URL that a user has given in it; else it is as it is, without the program's folder."""
+    words = ["/usr/bin/mpbroadcast", "bridge", "redis://me:s@cret/x@db:6379/0?password=s&x=1", "--topics", "a@b", "//c"]
+    assert shortened(words) == "mpbroadcast bridge redis://db:6379/0?password=&x=1 --topics a@b //c"
+    assert shortened([]) == ""
 
 
 def test_a_line_has_its_message() -> None:

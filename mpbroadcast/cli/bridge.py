@@ -1,0 +1,59 @@
+"""Link the broker with those of other machines over an engine: redis://HOST/0, nats://HOST.
+
+One line shows that it is ready, which it is when the engine is. On SIGTERM and SIGINT it sends what waits, and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from typing import Final
+
+from mpbroadcast import connect
+from mpbroadcast.cli import output
+from mpbroadcast.cli.bridge_options import Interrupted, add_bridge_options, interruptibly, linked
+from mpbroadcast.cli.systemd import notify
+from mpbroadcast.cli.text import encode, one_line
+
+EXAMPLE = "mpbroadcast bridge redis://db/0 --topics 'room:*' --address myapp"
+
+_LOOK: Final = 0.25  # seconds from one look at the bridge to the next
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
+    parser.usage = "%(prog)s [URL] [--topics T...] [OPTIONS]\n       %(prog)s --forget STREAM [--address NAME]"
+    parser.add_argument("url", nargs="?", metavar="URL", help="the engine's (default: $MPBROADCAST_BRIDGE_URL)")
+    add_bridge_options(parser)
+    parser.add_argument("--forget", metavar="STREAM", help="drop what the broker keeps for a bridge, and end")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the bridge until a signal comes or the broker has gone, and return the exit code."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    with connect(options.address) as bus:
+        if options.forget is not None:
+            if bus.forget_bridge(options.forget):
+                return 0
+            raise ValueError(f"the broker at {bus.address!r} keeps nothing for a bridge of the stream {options.forget!r}")
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # and so each waits until it is looked at
+        try:
+            link = linked(bus, options.url, options, signals)
+            output.write(encode(one_line(f"mpbroadcast: ready, {link!r} for {bus.address}") + "\n"))
+            notify("READY=1")
+        except Interrupted:
+            return 0
+
+        def watch() -> None:
+            while link.alive:
+                time.sleep(_LOOK)
+
+        try:
+            interruptibly(signals, watch)
+        except Interrupted:
+            notify("STOPPING=1")
+            link.close(forget=False)
+            return 0
+        output.warn(f"the broker at {bus.address!r} has gone, and so the bridge has ended")
+    return 1
