@@ -144,7 +144,8 @@ class Forwarding:
         self._error = why
         if not self._is_ready:
             self._report(state, why)
-        if self._warns.passes("engine", time.monotonic()):
+        is_final = state == "refused" and not self._is_ready and self._configuration.is_patient  # the caller raises it
+        if not is_final and self._warns.passes("engine", time.monotonic()):
             log.warning("%s: %s; trying again", self._url, why)
 
     async def _note_up(self, name: str) -> None:

@@ -19,7 +19,7 @@ import psutil
 
 from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, ClosedError, StartError, TimedOut
 from mpbroadcast.bridge.control import Configuration, Stop
-from mpbroadcast.bridge.engine import engine_class, shown
+from mpbroadcast.bridge.engine import EngineRefused, engine_class, shown
 from mpbroadcast.bridge.keys import check_keys
 from mpbroadcast.validation import check_bool, check_count, check_outbox, check_stream, check_timeout, check_topics
 
@@ -37,7 +37,8 @@ _LONGEST_PAUSE: Final = 0.02
 # descriptor is its only argument.
 _BEGIN: Final = (
     "import sys; from multiprocessing.connection import Connection; caller = Connection(int(sys.argv[1])); "
-    "sys.path[:] = caller.recv(); from mpbroadcast.bridge.supervisor import main; main(caller)"
+    "path = caller.recv(); sys.path[:] = path if isinstance(path, list) else sys.exit(); "  # else the caller was interrupted
+    "from mpbroadcast.bridge.supervisor import main; main(caller)"
 )
 
 # A bridge lives until it is closed, also if the program keeps no reference to it.
@@ -179,7 +180,7 @@ class Bridge:
             if state == "lost":
                 raise BrokerLost(text)
             if state == "refused":
-                raise StartError(f"the engine at {self._shown} refuses: {text}")
+                raise StartError(f"the engine at {self._shown} refuses: {text}") from EngineRefused(text)
             if state == "trying":
                 why = text
         raise StartError(f"the engine at {self._shown} was not reached within {timeout} s: {why}")

@@ -117,7 +117,7 @@ def _command(row: Row) -> str:
     return command if row["state"] == "open" else f"({row['state']}) {command}"
 
 
-def _engine(row: Row) -> str:
+def _url(row: Row) -> str:
     return printable(row["url"] if row["error"] is None else f"{row['url']}: {row['error']}")
 
 
@@ -172,7 +172,7 @@ BRIDGES: Final = (
     Column("DROPPED", "y", _number("dropped"), _value("dropped")),
     Column("MISSED", "m", _number("missed"), _value("missed")),
     Column("REFUSED", "", _number("refused"), _value("refused")),
-    Column("ENGINE", "c", _engine, _engine, 9, False),
+    Column("ENGINE", "c", _url, _url, 9, False),
 )
 
 

@@ -142,4 +142,6 @@ def _style(row: Row) -> str:
     nothing reads, or something is missing."""
     if row.get("stalls") or row.get("waits_for") is not None or row.get("state") in ("dead", "connecting", "down"):
         return "alarm"
-    return "notice" if row.get("state") == "unopened" or row.get("missed") or row.get("dropped") or row.get("refused") else ""
+    if row.get("state") == "unopened" or row.get("missed") or ("refused" in row and (row["dropped"] or row["refused"])):
+        return "notice"
+    return ""
