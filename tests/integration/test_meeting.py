@@ -19,7 +19,7 @@ import pytest
 from mpbroadcast import AddressError, AuthenticationFailed, BrokerLost, StartError, connect, start_broadcaster, trap_points
 from mpbroadcast.broker.host.main import Settings
 from mpbroadcast.broker.host.socket_file import Listening, remove_forgotten_folders, remove_leftovers
-from mpbroadcast.posix.addresses import resolve
+from mpbroadcast.posix.addresses import make_own_folder, resolve
 from mpbroadcast.posix.key_file import is_key_file, read_key, write_key
 from tests.support.helpers import DEADLINE, Children, take
 from tests.support.large_workers import descriptors_left
@@ -48,7 +48,10 @@ def test_what_an_address_stands_for(
     """A word is a name, in a folder of the user's; what has a slash, and a ``Path``, is a path."""
     monkeypatch.chdir(tmp_path)
     names = temporary_folder / f"mpbroadcast-{os.geteuid()}"
-    assert resolve("my app") == str(runtime / "mpbroadcast-my app")
+    (link := tmp_path / "link").symlink_to(runtime)
+    for folder in (link, runtime):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+        assert resolve("my app") == str(folder / "mpbroadcast-my app")
     for variable in ("", "relative/folder"):
         monkeypatch.setenv("XDG_RUNTIME_DIR", variable)
         assert resolve("myapp") == str(names / "myapp")
@@ -72,7 +75,7 @@ def test_a_folder_for_names_that_is_not_safe(
     if kind == "link":
         folder.symlink_to("/etc")  # is open to others, if it is followed
     elif kind == "file":
-        folder.write_text("")
+        folder.touch(0o600)
     elif kind != "absent":
         folder.mkdir(0o750 if kind == "open to others" else 0o700)
     if kind == "another user's":
@@ -88,6 +91,9 @@ def test_a_folder_for_names_that_is_not_safe(
         connect("myapp")
     with pytest.raises(StartError, match=r"folder|XDG"):
         start_broadcaster(address="myapp")
+    if variable == "TMPDIR":
+        with pytest.raises(AddressError, match="folder"):  # also where it has come just now
+            make_own_folder(str(folder))
     if folder.is_dir() and not folder.is_symlink():
         folder.rmdir()
     else:
