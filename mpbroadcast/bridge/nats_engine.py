@@ -71,6 +71,7 @@ class NatsEngine:
         self._is_tls = url.lower().startswith("tls:")
         self._client = Client()
         self._js = self._client.jetstream(timeout=5)
+        self._is_begun = False  # a client that was never to connect cannot be closed
         self._failed: Exception | None = None
         self._since: int | None = None  # a time in ms before what is appended
         self._next = ""  # the subject of requests for entries; "": not reading
@@ -94,7 +95,9 @@ class NatsEngine:
         else:
             options.update(self._secrets)
         if credentials := self._files.get("credentials"):
+            _check_credentials(credentials)
             options["user_credentials"] = credentials
+        self._is_begun = True
         try:
             await self._client.connect(self._servers, error_cb=note, connect_timeout=3, **options)
         except (NatsError, OSError) as error:
@@ -247,6 +250,8 @@ class NatsEngine:
                 raise self._explained(error) from error
 
     async def close(self) -> None:
+        if not self._is_begun:
+            return
         try:
             async with asyncio.timeout(1.0):
                 await self._client.close()
@@ -306,6 +311,17 @@ def _context(files: dict[str, str]) -> _Tls:
     except OSError as error:
         raise EngineRefused(f"a file of tls_ca, tls_cert or tls_key: {error}") from error
     return context
+
+
+def _check_credentials(path: str) -> None:
+    try:
+        with open(path, encoding="latin-1") as file:
+            if "BEGIN USER NKEY SEED" in file.read():
+                return
+        why = "it has no key of a user"
+    except OSError as error:
+        why = str(error)
+    raise EngineRefused(f"the credentials file {path!r}: {why}")
 
 
 def _milliseconds(moment: datetime.datetime | None) -> int:

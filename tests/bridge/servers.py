@@ -226,10 +226,11 @@ class NatsServer(Server):
         max_payload: int | None = None,
         max_store: int | None = None,
         jetstream: bool = True,
+        options: dict[str, Any] | None = None,
     ) -> None:
         self.token = token
         self.user = "bridge" if password is not None else None
-        self.options: dict[str, Any] = {}
+        self.options = dict(options or {})
         if password is not None:
             self.options["authorization"] = {"user": self.user, "password": password}
         if token is not None:

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -13,6 +14,7 @@ import nats
 import pytest
 
 from mpbroadcast.bridge.engine import Engine, EngineRefused, engine_class, shown
+from tests.bridge.nats_users import make_user
 from tests.bridge.servers import ENGINES, NatsServer, RedisServer, Server, nats_server, redis_server
 from tests.support.helpers import DEADLINE
 
@@ -373,6 +375,22 @@ def test_passwords(guarded: tuple[Server, str]) -> None:
     assert not [
         part for part in ("p@ss", "w:r", "%41", "ss/w") if part in f"{caught.value}{shown(url.replace('SECRET', SECRET))}"
     ]
+
+
+def test_credentials_of_nats(tmp_path: Path) -> None:
+    """A user that proves a key from a file; a file that is not there or has none is refused with its name."""
+    path = tmp_path / "user.creds"
+    with nats_server(options=make_user(path)) as server:
+
+        async def use() -> None:
+            async with opened(f"{server.url}?credentials={path}") as engine:
+                assert await engine.seek(await engine.append(b"x"))
+
+        asyncio.run(use())
+        assert "Authorization" in asyncio.run(opening_fails(server.url))
+        path.write_text("garbage")
+        for wrong in (path, tmp_path / "none"):
+            assert str(wrong) in asyncio.run(opening_fails(f"{server.url}?credentials={wrong}"))
 
 
 @UNCLOSED
