@@ -274,8 +274,8 @@ class World:
         if kind < 0.1:
             first, count = choose.randint(1, 20), choose.choice([0, 1, 10, 1000])
             arrival = Arrival(choose.choice([b"origin 1", b"origin 2"]), choose.randint(1, 2), first, count)
-            between: Arrival | Cursor = choose.choice([arrival, arrival, Cursor(str(first)), Cursor("")])
-            data = bridge_frame(between) + frame * choose.choice([0, 1, 5])
+            between: list[Arrival | Cursor] = [arrival, arrival, Cursor(str(first)), Cursor("")]
+            data = bridge_frame(choose.choice(between)) + frame * choose.choice([0, 1, 5])
         elif kind < 0.6:
             data = frame * choose.choice([1, 1, 3, 4096 // len(frame)])
         elif kind < 0.8:
