@@ -26,6 +26,7 @@ _OPEN: Final = 10.0  # seconds for an engine to open
 _ANSWER: Final = 30.0  # seconds for it to answer anything else; those that are built in have shorter ones of their own
 _CLOSE: Final = 2.0
 _TICK: Final = 1.0  # seconds between two looks at the log: trimming it, and how much of it was not read yet
+_KEEP: Final = 0.1  # seconds between two positions that the broker is given where nothing is routed
 _ANNOUNCE: Final = 60.0  # seconds between two announcements, at the most
 _WARN: Final = 10.0  # seconds between two lines in the log, at the least
 _LEAST: Final = 1.0  # seconds for a reply of the broker, whatever the timeout
@@ -254,17 +255,21 @@ class Forwarding:
             if not self._announcing.done():  # an entry that is there, behind which this bridge reads from then on
                 self._announcing.set_result(None)
         await self._note_up("in")
-        trimmed = time.monotonic()
+        looked = kept = time.monotonic()
         while True:
             async with asyncio.timeout(_ANSWER):
                 entries = await engine.read(_TICK)
+            now, is_routed = time.monotonic(), False
             for position, data in entries:
-                entry = assembler.put(position, self._opened(data), time.monotonic())
+                entry = assembler.put(position, self._opened(data), now)
                 if entry is not None:
+                    is_routed = True
                     await self._session.route(entry.origin, entry.incarnation, entry.first, entry.messages)
-            await self._set_cursor(assembler.cursor)
-            if time.monotonic() - trimmed >= _TICK:
-                trimmed = time.monotonic()
+            if is_routed or now - kept >= _KEEP:  # entries of this bus may be read, and skipped, once more
+                kept = now
+                await self._set_cursor(assembler.cursor)
+            if now - looked >= _TICK:
+                looked = now
                 async with asyncio.timeout(_ANSWER):
                     await engine.trim()
 
