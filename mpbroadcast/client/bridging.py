@@ -330,7 +330,8 @@ class BridgeSession:
             await self._call(self._ending())
 
     def _ending(self) -> Steps[None]:
-        lifeline = (yield from self._client.attaching()).lifeline
+        session = self._session or (yield from self._client.attaching())  # else perhaps that of the next broker
+        lifeline = session.lifeline
         while not lifeline.is_ended and ((back := self._acknowledgements) is None or not is_ready(back.fd, 0, 0)):
             sources = (lifeline,) if back is None else (lifeline, back)  # readable when their other ends are closed
             yield Wait(_NEVER, select.POLLIN, *sources, wakers=(self._changes,))
