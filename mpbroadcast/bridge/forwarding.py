@@ -63,6 +63,7 @@ class Forwarding:
         self._taking: asyncio.Task[Outgoing] | None = None
         self._cursor = state.cursor  # the broker's
         self._announcing: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # done: an announcement is due
+        self._met: set[bytes] = set()  # origins of which entries were read
         self._has_cursor: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if state.cursor is not None:
             self._has_cursor.set_result(None)
@@ -252,8 +253,7 @@ class Forwarding:
             is_there = await engine.seek(assembler.cursor)
         if not is_there:
             await self._session.note_gap()
-            if not self._announcing.done():  # an entry that is there, behind which this bridge reads from then on
-                self._announcing.set_result(None)
+            self._let_announce()  # an entry that is there, behind which this bridge reads from then on
         await self._note_up("in")
         looked = kept = time.monotonic()
         while True:
@@ -264,6 +264,9 @@ class Forwarding:
                 entry = assembler.put(position, self._opened(data), now)
                 if entry is not None:
                     is_routed = True
+                    if entry.origin not in self._met:  # it learns of this one, so that it notices what it misses from now on
+                        self._met.add(entry.origin)
+                        self._let_announce()
                     await self._session.route(entry.origin, entry.incarnation, entry.first, entry.messages)
             if is_routed or now - kept >= _KEEP:  # entries of this bus may be read, and skipped, once more
                 kept = now
@@ -272,6 +275,10 @@ class Forwarding:
                 looked = now
                 async with asyncio.timeout(_ANSWER):
                     await engine.trim()
+
+    def _let_announce(self) -> None:
+        if not self._announcing.done():
+            self._announcing.set_result(None)
 
     def _opened(self, data: bytes) -> Entry | None:
         try:

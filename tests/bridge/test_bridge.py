@@ -14,7 +14,7 @@ import numpy
 import psutil
 import pytest
 
-from mpbroadcast import Broadcaster, BrokerLost, ClosedError, StartError, start_broadcaster
+from mpbroadcast import Broadcaster, BrokerLost, ClosedError, Lagged, StartError, connect, start_broadcaster
 from mpbroadcast.bridge import bridge
 from tests.bridge.machines import (
     KEY,
@@ -614,18 +614,12 @@ def test_a_full_outbox_blocks(redis: RedisServer) -> None:
 
             publisher = Background(publish)
             wait_until(lambda: row(left).waiting_bytes > 8000, DEADLINE)
-            with connect_again(left) as other:
+            with connect(left.address) as other:
                 other.publish("local", topic="local", timeout=DEADLINE)
                 assert take(local, 1) == ["local"]
             assert publisher.is_alive()
         publisher.result()
         assert [number for number, _ in take(channel, 5000)] == [*range(5000)]
-
-
-def connect_again(bus: Broadcaster[Any]) -> Broadcaster[Any]:
-    from mpbroadcast import connect
-
-    return connect(bus.address)
 
 
 def test_a_full_channel_stops_what_comes_in(redis: RedisServer) -> None:
@@ -661,3 +655,13 @@ def test_statistics(server: Any) -> None:
         wait_until(lambda: row(left).state == "connecting" and row(left).error, DEADLINE)
         server.restart()
         wait_until(lambda: row(left).state == "up", DEADLINE)
+
+
+def test_a_machine_that_comes_later_notices_a_takeover(redis: RedisServer) -> None:
+    """Though nothing has come from there yet: those that are there answer a newcomer's announcement."""
+    with machine(redis.url, restart=True) as (left, _), machine(redis.url) as (right, _), redis.client() as client:
+        channel = right.subscribe()
+        wait_until(lambda: client.xlen(STREAM) >= 4, DEADLINE)
+        os.kill(left.stats().pid, signal.SIGKILL)
+        with pytest.raises(Lagged):
+            channel.recv(DEADLINE)
