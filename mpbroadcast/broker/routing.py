@@ -267,7 +267,9 @@ class Routing:
             backlog = subscription.backlog
             if backlog.keeps_newest_only or backlog.ended or subscription in self._router.alternatives:
                 continue
-            if topics.may_reach(self._router.topics(subscription)):
+            own = self._router.topics(subscription)
+            self._puts += 1 + len(own) // _PATTERNS_PER_PUT  # so that many gaps take many turns
+            if topics.may_reach(own):
                 backlog.put_gap()
                 self._dirty[subscription] = None
 

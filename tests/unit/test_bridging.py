@@ -12,9 +12,14 @@ from mpbroadcast.broker.core import bridging
 from mpbroadcast.broker.core.bridging import Arrivals, Inbound, Misannounced, Outbound, Topics
 from mpbroadcast.broker.core.policies import new_backlog
 from mpbroadcast.broker.core.router import Router
+from mpbroadcast.broker.routing import TURN
+from mpbroadcast.broker.server import Broker
 from mpbroadcast.protocol.frames import HEAD, OVERHEAD, Arrival, Batch, BridgeFrame, Cursor, FrameError, Splitter, bridge_frame
 from mpbroadcast.protocol.runs import END, Run, read_run, run_of
 from tests.support.frames_made import batch_of
+from tests.support.own_broker import asking, own_broker, subscribed
+
+__all__ = ["own_broker"]
 
 SIZE = 100  # bytes of a message, about
 CHARGE = SIZE + OVERHEAD
@@ -315,6 +320,21 @@ def test_one_of_several_outboxes_gets_a_message() -> None:
     router.add("channel", ["*"])
     assert {*(router.targets(b"a") or ())} == {"one", "channel"}
     assert {*(router.targets(b"b") or ())} == {"two", "channel"}
+
+
+def test_many_gaps_take_many_turns(own_broker: Broker) -> None:
+    """What a session writes between messages costs its publisher turns, as messages do."""
+    routing = own_broker.traffic.routing
+    with asking(own_broker) as (_, _, session):
+        for id in range(5000, 5060):
+            subscribed(own_broker, id, own_broker.registry.sessions[session], ["a"], "drop_oldest")
+        routing.begin_turn()
+        for _ in range(TURN // 60):
+            assert not routing.turn_is_over
+            routing.put_gap(Topics(["a"]))
+        routing.put_gap(Topics(["a"]))
+        assert routing.turn_is_over
+        assert [len(one.backlog.runs) for one in own_broker.registry.subscriptions.values() if one.id >= 5000] == [1] * 60
 
 
 def test_frames_between_messages() -> None:

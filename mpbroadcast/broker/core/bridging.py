@@ -23,7 +23,7 @@ MOST_ORIGINS: Final = 4096  # whose positions are kept, of one stream
 _MOST_GIVEN: Final = 4 << 20  # bytes of charge that a session may have and not have acknowledged
 _SPECIAL: Final = re.compile(r"[*?[]")
 _MOST_TOPICS: Final = 1 << 14  # that are kept with whether they are wanted
-_MOST_COMPARED: Final = 1 << 10  # pairs of topics
+_MOST_COMPARED: Final = 1 << 14  # pairs of topics
 
 
 class Outbound:
@@ -231,7 +231,9 @@ class Topics:
 
         Of two patterns, and of very many topics, it may be True though none can.
         """
-        if self._has_all or "*" in topics or not self._exact.isdisjoint(topics) or len(topics) > _MOST_COMPARED:
+        if self._has_all or "*" in topics or not self._exact.isdisjoint(topics):
+            return True
+        if len(topics) * len(self._exact) > _MOST_COMPARED:
             return True
         return any(self._may_match(topic) for topic in topics)
 
