@@ -33,7 +33,7 @@ from mpbroadcast.posix.waiting import Steps, Wait, Wakers, run
 from mpbroadcast.protocol.frames import MOST_CURSOR, PIPE_BUF, Arrival, Cursor, bridge_frame
 from mpbroadcast.protocol.pickling import PAYLOADS, Failure, as_payload
 from mpbroadcast.protocol.reports import report
-from mpbroadcast.validation import check_count, check_outbox, check_stream, check_timeout, check_topics, encode_topic
+from mpbroadcast.validation import check_count, check_outbox, check_stream, check_timeout, check_topics, encoded_topic
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -255,7 +255,7 @@ class BridgeSession:
         writer, done = self._open_writer(), list[int]()
         waiting = bytearray(frame)
         for topic, data in messages:
-            payload, route = as_payload(data), (encode_topic(topic), 0)
+            payload, route = as_payload(data), (encoded_topic(topic), 0)
             small = framed(payload, route) if payload.size < SHARED_FROM else b""
             if waiting and (not small or len(waiting) + len(small) > PIPE_BUF):
                 yield from writer.writing(bytes(waiting), _NEVER, done)
