@@ -40,7 +40,7 @@ class Interrupted(Exception):
 def interruptibly(signals: Collection[signal.Signals], call: Callable[[], T]) -> T:
     """Return what ``call`` returns. The signals, which are blocked, are not blocked meanwhile.
 
-    :raises Interrupted: one of them has come; those that come behind it have no effect.
+    :raises Interrupted: one of them has come; those that come behind it, or that the caller ignores (nohup), have no effect.
     """
     came: list[int] = []
 
@@ -49,7 +49,8 @@ def interruptibly(signals: Collection[signal.Signals], call: Callable[[], T]) ->
         if len(came) == 1:
             raise Interrupted(number)
 
-    before = {number: signal.signal(number, end) for number in signals}
+    heeded = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heeded}
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return call()
