@@ -426,7 +426,10 @@ def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
                     progress.add(1, 25)
         bars = [bar(25, 100, 1, 0.0, 60), bar(75, 100, 3, 0.1, 60), bar(100, 100, 4, 2.0, 60), bar(100, 100, 4, 2.0, 60)]
         expected = "".join(f"\r\x1b[K{one}" for one in bars) + "\r\n"
-        assert (shown.read(1000).decode(), file.getvalue()) == (expected, "")
+        found = b""
+        while not found.endswith(b"\n"):  # a terminal may give it in parts
+            found += shown.read(1000)
+        assert (found.decode(), file.getvalue()) == (expected, "")
 
 
 def test_each_help_fits_a_screen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
