@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
 
-from mpbroadcast import Broadcaster, BrokerLost, TimedOut
+from mpbroadcast import Broadcaster, BrokerLost, ClosedError, TimedOut
 from mpbroadcast.bridge.control import Configuration, State
 from mpbroadcast.bridge.engine import Engine, EngineRefused, engine_class, shown
 from mpbroadcast.bridge.entries import Assembler, Entry, EntryRefused, Signer
@@ -125,7 +125,7 @@ class Forwarding:
                 await use(engine)
             except EngineRefused as error:
                 self._failed("refused", str(error))
-            except BrokerLost:
+            except (BrokerLost, ClosedError):
                 # A broker that ends takes no more, and still has its messages appended; the session shows its end itself.
                 await asyncio.get_running_loop().create_future()
             except Exception as error:

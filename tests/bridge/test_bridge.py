@@ -604,7 +604,8 @@ def test_a_full_outbox_drops(redis: RedisServer, overflow: str) -> None:
 
 def test_a_full_outbox_blocks(redis: RedisServer) -> None:
     """The publishers of these topics, and no others."""
-    with machine(redis.url, overflow="block", capacity=10_000, topics=["room"]) as (left, _), machine(redis.url) as (right, _):
+    options: dict[str, Any] = {"overflow": "block", "capacity": 200_000, "topics": ["room"]}
+    with machine(redis.url, **options) as (left, _), machine(redis.url) as (right, _):
         channel, local = right.subscribe(), left.subscribe("local")
         with redis.stopped():
 
@@ -613,7 +614,7 @@ def test_a_full_outbox_blocks(redis: RedisServer) -> None:
                     left.publish((number, bytes(1000)), topic="room")
 
             publisher = Background(publish)
-            wait_until(lambda: row(left).waiting_bytes > 8000, DEADLINE)
+            wait_until(lambda: row(left).waiting_bytes > 150_000, DEADLINE)
             with connect(left.address) as other:
                 other.publish("local", topic="local", timeout=DEADLINE)
                 assert take(local, 1) == ["local"]
@@ -665,3 +666,15 @@ def test_a_machine_that_comes_later_notices_a_takeover(redis: RedisServer) -> No
         os.kill(left.stats().pid, signal.SIGKILL)
         with pytest.raises(Lagged):
             channel.recv(DEADLINE)
+
+
+def test_a_group_on_each_machine(redis: RedisServer) -> None:
+    """Groups are each bus's own: a job goes to one member on each machine."""
+    with machines(redis.url, 3) as buses:
+        members = [[bus.subscribe("jobs", group="workers") for _ in range(2)] for bus in buses]
+        buses[0].publish("job", topic="jobs")
+
+        def received() -> list[int]:
+            return [sum(member.poll(0) for member in group) for group in members]
+
+        wait_until(lambda: received() == [1, 1, 1], DEADLINE)

@@ -1,5 +1,9 @@
-"""When a bridge tries again, when its process hangs, and how much it logs."""
+"""When a bridge tries again, when its process hangs, how much it logs, and how its tasks end."""
 
+import asyncio
+import contextlib
+
+from mpbroadcast.bridge.process import cancel
 from mpbroadcast.bridge.timing import BackOff, RateLimit, Watch
 
 
@@ -29,3 +33,23 @@ def test_few_lines_are_logged() -> None:
     limit = RateLimit(10.0)
     assert [limit.passes("a", now) for now in (0.0, 1.0, 9.9, 10.0, 11.0)] == [True, False, False, True, False]
     assert limit.passes("b", 11.0)
+
+
+def test_a_task_that_swallows_a_cancellation_ends() -> None:
+    """As ``asyncio.wait_for`` does up to Python 3.11: it is cancelled again. Its error is not logged."""
+
+    async def stubborn() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            raise OSError
+
+    async def run() -> None:
+        tasks = [asyncio.ensure_future(stubborn()), asyncio.ensure_future(asyncio.sleep(3600))]
+        await asyncio.sleep(0)
+        await cancel(tasks)
+        assert all(task.done() for task in tasks)
+
+    asyncio.run(run())
