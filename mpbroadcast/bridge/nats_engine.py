@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RetentionPolicy, StorageType, StreamConfig, StreamInfo
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, PubAck, RetentionPolicy, StorageType, StreamConfig, StreamInfo
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
 from mpbroadcast.bridge.engine import EngineRefused, longest_entry, shown
@@ -73,6 +73,7 @@ class NatsEngine:
         self._js = self._client.jetstream(timeout=5)
         self._is_begun = False  # a client that was never to connect cannot be closed
         self._failed: Exception | None = None
+        self._lost: asyncio.Future[None] | None = None  # done: the connection is
         self._since: int | None = None  # a time in ms before what is appended
         self._next = ""  # the subject of requests for entries; "": not reading
         self._inbox = ""
@@ -86,6 +87,11 @@ class NatsEngine:
         async def note(error: Exception) -> None:
             self._failed = self._failed or error
 
+        async def note_end() -> None:
+            if not lost.done():
+                lost.set_result(None)
+
+        lost = self._lost = asyncio.get_running_loop().create_future()
         options: dict[str, Any] = {"allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0}
         tls = None
         if self._is_tls or any(name.startswith("tls_") for name in self._files):
@@ -99,7 +105,7 @@ class NatsEngine:
             options["user_credentials"] = credentials
         self._is_begun = True
         try:
-            await self._client.connect(self._servers, error_cb=note, connect_timeout=3, **options)
+            await self._client.connect(self._servers, error_cb=note, closed_cb=note_end, connect_timeout=3, **options)
         except (NatsError, OSError) as error:
             raise self._explained(self._failed or error) from None
         except ImportError as error:
@@ -131,12 +137,24 @@ class NatsEngine:
 
     async def append(self, entry: bytes) -> str:
         try:
-            made = await self._js.publish(self._stream, entry, timeout=5, stream=self._stream)
+            made = await self._publish(entry)
             if self._since is None:
                 self._since = _milliseconds((await self._js.get_msg(self._stream, made.seq)).time)
         except (NatsError, OSError) as error:
             raise self._explained(error) from error
         return f"{made.seq}.{self._since}.{_tail(entry)}"
+
+    async def _publish(self, entry: bytes) -> PubAck:
+        """Publish an entry. Where the connection ends, nats-py would wait for the answer until its time has passed."""
+        assert self._lost is not None
+        publishing = asyncio.ensure_future(self._js.publish(self._stream, entry, timeout=5, stream=self._stream))
+        try:
+            await asyncio.wait((publishing, self._lost), return_when=asyncio.FIRST_COMPLETED)
+            if publishing.done():
+                return publishing.result()
+            raise self._failed or ConnectionError("the connection is lost")
+        finally:
+            publishing.cancel()
 
     async def seek(self, position: str) -> bool:
         try:

@@ -247,3 +247,99 @@ def test_garbage_and_forgeries(leaves_nothing: None) -> None:
         wait_until(lambda: row(right).refused - before >= len(forged), DEADLINE)
         assert (row(right).state, row(right).received) == ("up", 2)
         assert pid_at_work(right)
+
+
+def test_connections_are_cut(leaves_nothing: None) -> None:
+    """At any moment, also with an entry on its way: exactly once."""
+    with redis_server() as server, under_load(server), server.client() as client:
+        for _ in range(20):
+            client.client_kill_filter(_type="normal", skipme=True)
+            time.sleep(0.1)
+
+
+def test_evicted(leaves_nothing: None) -> None:
+    """A Redis that may remove any key removes the stream, without an error to any client: a gap, and bridges go on."""
+    with redis_server(maxmemory="8mb", policy="allkeys-lru") as server, machines(server.url) as (left, right):
+        channel = right.subscribe()
+        left.publish(1)
+        assert take(channel, 1) == [1]
+        with server.client() as client:
+            number = 0
+            while client.exists(STREAM):
+                client.set(f"other:{number}", bytes(100_000))
+                number += 1
+            client.flushall()
+        left.publish(2)
+        assert gaps_of(channel, 2) in (["gap", 2], [2, "gap"], [2])  # nothing is missing here; the bridge cannot know
+        left.publish(3)
+        assert gaps_of(channel, 3)[-1] == 3
+
+
+def sizes_of(server: Any) -> list[int]:
+    """Return the lengths of the entries in the log."""
+    if isinstance(server, RedisServer):
+        with server.client() as client:
+            return [len(data) for _, fields in client.xrange(STREAM) for data in fields.values()]
+
+    async def look() -> list[int]:
+        async with await nats.connect(server.url) as connection:
+            state = (await connection.jetstream().stream_info(STREAM)).state
+            return [state.bytes] if state.messages else []
+
+    return asyncio.run(look())
+
+
+def test_the_log_is_trimmed(server: Any) -> None:
+    """At most twice ``max_bytes`` are kept. A machine that was away for longer has one ``Lagged``, then what is left."""
+    options: dict[str, Any] = {"max_bytes": 1 << 20, "capacity": 1 << 30}
+    with (
+        machine(server.url, **options) as (left, _),
+        machines(server.url, 1, **options) as (right,),
+        start_broadcaster() as away,
+    ):
+        channel, late = right.subscribe(capacity=1 << 30), away.subscribe(capacity=1 << 30)
+        with linked(away, server.url, **options) as link:
+            left.publish((-1, b""))
+            assert take(late, 1) == [(-1, b"")]
+            link.close(forget=False)
+        for number in range(60):
+            left.publish((number, bytes(100_000)))
+        assert [number for number, _ in take(channel, 61)] == [*range(-1, 60)]
+        wait_until(lambda: (1 << 19) <= sum(sizes_of(server)) <= (2 << 20), DEADLINE)
+        with linked(away, server.url, **options):
+            left.publish("last")
+            gap, *found, last = gaps_of(late, "last")
+            assert (gap, last) == ("gap", "last")
+            assert [number for number, _ in found] == [*range(found[0][0], 60)]
+            assert 5 <= len(found) < 30
+
+
+def test_old_entries_go(server: Any) -> None:
+    """None is kept for much longer than ``max_age``, and a machine that has read all never notices."""
+    with machines(server.url, max_age=1.0) as (left, right):
+        channel = right.subscribe()
+        left.publish(bytes(50_000))
+        take(channel, 1)
+        wait_until(lambda: sum(sizes_of(server)) < 50_000, DEADLINE)
+        for number in range(3):
+            left.publish(number)
+            time.sleep(1.2)
+        assert take(channel, 3) == [0, 1, 2]
+        assert (row(right).missed, row(right).state) == (0, "up")
+
+
+def test_a_clock_that_jumps(leaves_nothing: None) -> None:
+    """Redis' clock is ahead by years, and then right again: IDs stand still, nothing is too old, nothing is missing."""
+    with redis_server() as server, machines(server.url, max_age=1.0) as (left, right), server.client() as client:
+        channel = right.subscribe()
+        left.publish(1)
+        assert take(channel, 1) == [1]
+        client.xadd(STREAM, {"e": b"of that time"}, id="9999999999999-0")
+        for number in (2, 3, 4):
+            left.publish(number)
+            time.sleep(0.7)
+        assert take(channel, 3) == [2, 3, 4]
+        kill_bridge(right)
+        left.publish(5)
+        assert take(channel, 1) == [5]
+        assert client.xlen(STREAM) > 0

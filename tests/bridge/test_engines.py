@@ -12,6 +12,8 @@ from urllib.parse import quote
 
 import nats
 import pytest
+from nats.errors import Error as NatsError
+from redis.exceptions import RedisError
 
 from mpbroadcast.bridge.engine import Engine, EngineRefused, engine_class, shown
 from tests.bridge.nats_users import make_user
@@ -82,7 +84,7 @@ async def appends_and_reads(server: Server) -> None:
     for position, rest in [*zip(positions, [data[i:] for i in range(1, 6)], strict=True)]:
         async with opened(server) as inn:
             assert await inn.seek(position)
-            assert await take(inn, 6) == [*rest, b"later"]
+            assert await take(inn, len(rest) + 1) == [*rest, b"later"]
             assert await inn.seek(later)
     async with opened(server) as inn:
         assert not await inn.seek("1.of.another-engine")
@@ -168,6 +170,44 @@ async def notices_an_empty_restart(server: Server) -> None:
         async with opened(server) as engine:
             assert not await engine.seek(position)
             assert await take(engine, 5) == [b"new %d" % i for i in range(5)]
+    if isinstance(server, RedisServer):  # which gives an ID again as soon as its clock has gone back
+        with server.client() as client:
+            client.delete("room")
+            client.xadd("room", {"e": b"another"}, id=positions[0].partition(".")[0])
+        async with opened(server) as engine:
+            assert not await engine.seek(positions[0])
+
+
+async def appends_once(server: Server) -> None:
+    """Whether the engine has an entry whose acknowledgement is lost is not known: an error, and nothing is sent again."""
+    is_lost = False
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal is_lost
+        answers, requests = await asyncio.open_connection("127.0.0.1", server.port)
+
+        async def back() -> None:
+            nonlocal is_lost
+            while (data := await answers.read(1 << 16)) and not is_lost:
+                writer.write(data)
+            is_lost = False  # a second attempt would succeed
+            writer.close()
+
+        returning = asyncio.create_task(back())
+        while data := await reader.read(1 << 16):
+            is_lost = is_lost or b"an entry" in data
+            requests.write(data)
+        requests.close()
+        await returning
+
+    async with await asyncio.start_server(relay, "127.0.0.1", 0) as between, opened(server) as engine:
+        port = between.sockets[0].getsockname()[1]
+        first = await engine.append(b"first")
+        async with opened(server.url.replace(str(server.port), str(port))) as cut:
+            with pytest.raises((OSError, NatsError, RedisError)):
+                await cut.append(b"an entry")
+        assert await engine.seek(first)
+        assert await take(engine, 2) == [b"an entry"]
 
 
 async def notices_a_lost_end(server: Server) -> None:
@@ -322,6 +362,7 @@ CASES: list[Case] = [
     appends_and_reads,
     knows_its_lag,
     bounds_entries,
+    appends_once,
     survives_a_kill,
     notices_a_stop,
     notices_an_empty_restart,
