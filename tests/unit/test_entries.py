@@ -146,6 +146,7 @@ def pieces(first: int, most: int = 4096, incarnation: int = 1, origin: bytes = O
         (pieces(5)[:3] + pieces(1, incarnation=2), [1]),  # a broker that has taken over
         (pieces(5)[1:], []),  # its beginning was removed from the log
         (pieces(5)[:2] + pieces(5)[3:], []),
+        (pieces(5)[:2] + pieces(5)[3:] + pieces(5), [5]),
         ([SIGNER.hello(ORIGIN, 1, 5), *pieces(5)[:3], SIGNER.hello(ORIGIN, 1, 5), *pieces(5)[3:]], [5]),
         ([data for pair in zip(pieces(5), pieces(9, origin=b"anotherO"), strict=True) for data in pair], [5, 9]),
     ],
