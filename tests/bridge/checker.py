@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 MESSAGE, SPOILED, FOREIGN, LAGGED, COUNTED, RESTARTED, ERROR = range(7)
 """Events of a channel: a message; one with a wrong payload or topic; an object that no source has published; ``Lagged(None)``;
@@ -294,6 +294,51 @@ def check(
         for what, found in inspection.findings.items():
             before = findings.get(what)
             findings[what] = Finding(before.occurrences + found.occurrences, before.example) if before else found
+    return findings
+
+
+class Row(Protocol):
+    """What ``stats().bridges`` has for a stream."""
+
+    @property
+    def sent(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def received(self) -> int: ...
+    @property
+    def missed(self) -> int: ...
+
+
+def check_figures(
+    published: Mapping[Source, int], rows: Mapping[str, Mapping[str, Row]], layout: Layout, reasons: Reasons | None = None
+) -> dict[str, Finding]:
+    """Return what is wrong with the figures of ``stats().bridges``, stream -> machine -> row, once all has arrived.
+
+    Brokers count from their own beginning, and so nothing is known of those that take over.
+    """
+    reasons = reasons or Reasons()
+    findings: dict[str, Finding] = {}
+    if any(reasons.kills.values()) or reasons.losses:
+        return findings
+    for stream, row_of in rows.items():
+        dropped = sum(row.dropped for row in row_of.values())
+        for machine, row in row_of.items():
+            own = came = 0
+            for source, count in published.items():
+                if layout.stream_of(source.machine, source.kind) == stream:
+                    is_due = source.machine != machine and layout.reaches(source, machine)
+                    own += count if source.machine == machine else 0
+                    came += count if is_due else 0
+            expected = [("sent or dropped", own, row.sent + row.dropped), ("waiting", 0, row.waiting)]
+            expected.append(("missed", dropped - row.dropped, row.missed))
+            if not dropped:
+                expected.append(("received", came, row.received))
+            for name, right, figure in expected:
+                if figure != right:
+                    findings[f"stats: {name}"] = Finding(1, f"{stream} on {machine}: {figure}, not {right}")
     return findings
 
 

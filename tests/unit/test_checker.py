@@ -1,5 +1,6 @@
 """The checker of the bridges' chaos run: it passes what bridges may do, and finds everything else."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.bridge.checker import (
     Reasons,
     Source,
     check,
+    check_figures,
 )
 
 ALL = frozenset({"room", "via", "local"})
@@ -148,6 +150,28 @@ def test_a_log_that_lost_its_end_is_announced_once() -> None:
     assert not verdict(c="a0 ~ a1 b0 c0 a2 a3", reasons=lost)
     assert verdict(c="a0 c0 a2 a3", reasons=lost) == {"gap not announced"}
     assert verdict(c="a0 ~ ~ ~ ~ a1 b0 c0 a2 a3", reasons=lost) == {"gap announced without reason"}
+
+
+@dataclass
+class Row:
+    """The figures of a stream on one machine."""
+
+    sent: int
+    received: int
+    dropped: int = 0
+    missed: int = 0
+    waiting: int = 0
+
+
+def test_figures_agree_with_what_was_published() -> None:
+    """What is sent, or dropped, is all that goes out over a stream; what others drop is missed."""
+    published = dict(zip(SOURCES, (4, 3, 2, 7, 5), strict=True))  # of A 9 over "main", of C 5
+    right = {"A": Row(9, 5), "B": Row(0, 14), "C": Row(5, 7)}
+    assert not check_figures(published, {"main": right, "side": {}}, LAYOUT)
+    assert not check_figures(published, {"main": {"A": Row(6, 5, dropped=3), "B": Row(0, 11, missed=3)}}, LAYOUT)
+    for wrong in (Row(8, 5), Row(9, 6), Row(9, 5, missed=1), Row(9, 5, waiting=1), Row(8, 5, dropped=1)):
+        assert check_figures(published, {"main": {**right, "A": wrong}}, LAYOUT)
+    assert not check_figures(published, {"main": {**right, "A": Row(1, 1)}}, LAYOUT, KILLED)
 
 
 ROOMS = [Source("A", 0, "room"), Source("A", 1, "room"), Source("B", 0, "room")]
