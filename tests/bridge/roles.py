@@ -56,6 +56,7 @@ class Settings:
     pause: float = 1.0  # the longest time between two things that happen
     buses: bool = False  # brokers are killed, too
     trims: bool = False  # the logs are emptied, too
+    large: float = 0.004  # the share of messages of 70 kB to 5 MB
     overflow: str = "block"
     capacity: int = 64 << 20
     messages: int = 0  # not until the time is over, but so many small messages, in batches
@@ -168,9 +169,9 @@ def noise() -> bytes:
     return random.Random(0).randbytes(6 << 20)
 
 
-def payload(rng: random.Random) -> Any:
+def payload(rng: random.Random, large: float) -> Any:
     """Return some bytes, seldom many; some are in a buffer that a publisher keeps out of its pickle."""
-    sizes = [0, 10, 100, 100, 1000, 3000] if rng.random() < 0.996 else [70_000, 600_000, 2_500_000, 5_000_000]
+    sizes = [0, 10, 100, 100, 1000, 3000] if rng.random() > large else [70_000, 600_000, 2_500_000, 5_000_000]
     size = rng.choice(sizes)
     begin = rng.randrange(1 << 20)
     data = noise()[begin : begin + size]
@@ -218,7 +219,7 @@ def publish(settings: Settings, orders: Connection, machine: str) -> None:
                     each.publish_many(each.some_kind(), 500)
                 else:
                     for _ in range(rng.choice([1, 1, 5, 40])):
-                        each.publish(each.some_kind(), payload(rng))
+                        each.publish(each.some_kind(), payload(rng, settings.large))
             if settings.messages and all(sum(each.counts) >= share for each in publishers):
                 is_paused = True
         elif order is None:
