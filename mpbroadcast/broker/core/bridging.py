@@ -148,10 +148,12 @@ class Inbound:
             position = first - 1
         self._positions[origin] = incarnation, position
         is_new = is_successor or last > position or (not count and last == position)
-        is_shown = origin in self._resumed
-        if is_new:
+        has_gap = (is_missing or is_successor) and origin not in self._resumed
+        if is_new and count:
             self._resumed.discard(origin)
-        return Begun((is_missing or is_successor) and not is_shown, last if is_new else 0, None)
+        elif has_gap:  # nothing of it comes here: what is missing behind it is the same gap
+            self._resumed.add(origin)
+        return Begun(has_gap, last if is_new else 0, None)
 
     def note_gap(self) -> None:
         """Note that channels are shown a gap here: what each known origin sends next is behind it."""
