@@ -32,10 +32,10 @@ from typing import Any, Final
 from zlib import crc32
 
 import psutil
-from mpbroadcast.bridge.entries import Signer
 
+from mpbroadcast.bridge.entries import Signer
 from tests.bridge import roles
-from tests.bridge.checker import Channel, Finding, Log, Reasons, check, check_figures
+from tests.bridge.checker import Channel, Finding, Log, Reasons, Source, check, check_figures
 from tests.bridge.roles import KEYS, KINDS, LAYOUT, MACHINES, PATIENCE, SOURCES, TOPICS, Settings
 from tests.bridge.servers import ENGINES, Server
 from tests.support.helpers import wait_until
@@ -66,8 +66,11 @@ class Process:
         return self.answer()
 
     def kill(self) -> None:
+        if self.orders.closed:
+            return
         self.process.kill()
         self.process.join()
+        self.process.close()
         self.orders.close()
 
 
@@ -290,7 +293,7 @@ class World:
         published = [0] * len(SOURCES)
         for publisher in self.publishers.values():
             counts = [count for each in publisher.ask("finish") for count in each]
-            first = SOURCES.index(roles.Source(publisher.name[0], 0, KINDS[0]))
+            first = SOURCES.index(Source(publisher.name[0], 0, KINDS[0]))
             published[first : first + len(counts)] = counts
         stuck += self.flush()
         self.wait_quiet(published)
@@ -367,7 +370,7 @@ class Forger:
             if not kind:
                 await client.xtrim(self.stream, maxlen=0, approximate=False)
                 return
-            rows = await client.xrevrange(self.stream, count=50)
+            rows: Any = await client.xrevrange(self.stream, count=50)
             entries = [value for _, fields in rows for value in fields.values()]
             name = [name for _, fields in rows for name in fields][:1] or [b"x"]
             for entry in self.made(kind, entries):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_ready
 from typing import Any, Final
 from zlib import crc32
 
@@ -22,7 +21,7 @@ import numpy
 from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, BrokerRestarted, Lagged, connect, start_broadcaster
 from mpbroadcast.bridge import Bridge, bridge
 from tests.bridge.checker import COUNTED, ERROR, FOREIGN, LAGGED, RESTARTED, SPOILED, Layout, Log, Source
-from tests.support.helpers import wait_until
+from tests.support.helpers import wait_for, wait_until
 
 MACHINES: Final = "ABC"
 HANDLES: Final = 2  # of each machine's publisher
@@ -250,7 +249,7 @@ def read(settings: Settings, orders: Connection, machine: str, name: str, kinds:
     orders.send("up")
     parent = os.getppid()
     while os.getppid() == parent:
-        ready = wait_ready([channel, orders], 1.0)
+        ready = wait_for([channel, orders], 1.0)
         if channel in ready:
             try:
                 for topic, message in channel.recv_many(1000, 0):
