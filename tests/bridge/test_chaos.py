@@ -1,6 +1,7 @@
-"""Three buses over one engine, under load, while everything is killed, stopped, cut off and forged; and the proof that this finds
-bugs. ``MPBROADCAST_SOAK=120 python -m pytest tests/bridge/test_chaos.py`` runs each for so many seconds; the modules ``chaos``
-and ``bugs`` beside this one are commands.
+"""Three buses over one engine, under load, while everything is killed, stopped, cut off and forged; and that this finds bugs.
+
+``MPBROADCAST_SOAK=120 python -m pytest tests/bridge/test_chaos.py`` runs each for so many seconds; the modules ``chaos`` and
+``bugs`` beside this one are commands.
 """
 
 import os
@@ -25,7 +26,7 @@ pytestmark = [pytest.mark.timeout(300 + 2 * SECONDS), pytest.mark.xdist_group("c
     ids=["bridges and engine", "and brokers", "and logs, outboxes full"],
 )
 def test_exactly_once_or_announced(engine: str, options: dict[str, Any]) -> None:
-    """Each channel has all messages of all buses once, in their order, and one mark where some are missing; statistics agree."""
+    """Each channel has all messages of all buses once, in order, and one mark where some are missing; statistics agree."""
     assert not run(Settings(engine=engine, seconds=SECONDS, seed=7, pause=0.4, **options))
 
 
