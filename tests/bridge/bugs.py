@@ -292,7 +292,7 @@ BUGS: Final[list[Bug]] = [
     Bug(
         "a stream is forgotten when its bridge dies",
         BRIDGES,
-        """            if self.is_stopping:
+        """            if self._is_stopping:
                 self.forget(bridge)
 """,
         """            if True:

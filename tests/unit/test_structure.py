@@ -201,7 +201,7 @@ def test_nothing_private_is_imported() -> None:
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found |= {*re.findall(r"\.(_\w+)", node.value), node.value}
-        if found & private and path.name != "mutate.py":
+        if found & private and path.name not in ("mutate.py", "bugs.py"):  # which change the code that they name
             named[path.name] = found & private
     assert not named
 
