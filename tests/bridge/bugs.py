@@ -228,7 +228,7 @@ BUGS: Final[list[Bug]] = [
     Bug(
         "a gap is announced to channels that cannot have missed anything",
         "broker/routing.py",
-        "if topics.may_reach(self._router.topics(subscription)):",
+        "if topics.may_reach(own):",
         "if topics:",
         "gap announced",
         DROPS,
