@@ -50,7 +50,7 @@ from tests.support.helpers import (
     take,
     wait_until,
 )
-from tests.support.large_workers import Size, number_of
+from tests.support.large_workers import SIZES, Size, number_of
 from tests.support.rude import Lent
 
 Bus = Broadcaster[Any]
@@ -321,6 +321,7 @@ def test_a_full_channel_stops_what_comes_in_and_nothing_else(bus: Bus) -> None:
     assert not full.poll()
 
 
+@pytest.mark.parametrize("transport", [SIZES["100"], SIZES["3 MiB"]])
 def test_a_stopped_session_makes_no_publisher_wait(
     bus: Bus, children: Children, fork: Any, pipe: Pipe, transport: Size
 ) -> None:
