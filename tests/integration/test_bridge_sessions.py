@@ -271,8 +271,8 @@ def test_a_gap_is_one_lagged_on_each_channel_that_may_miss_something(bus: Bus) -
     asyncio.run(bridge())
     for channel in channels:
         assert events(channel, 3) == [1, "gap", 5, "gap", 20]
-    assert latest.recv(DEADLINE) in (1, 5, 20)
-    assert latest.missed <= 2
+    while latest.recv(DEADLINE) != 20:
+        assert latest.missed <= 2
     assert not elsewhere.poll()
 
 
@@ -471,7 +471,7 @@ def test_the_end_of_the_broker_waits_for_the_session_at_work(
     assert answer(pipe[0]) == "turn"
     bus.publish_many(range(5000))
     bus.close(DEADLINE)
-    assert answer(pipe[0]) == (5000, False)
+    assert answer(pipe[0]) == (5000, False, False)
     finish(process)
 
 

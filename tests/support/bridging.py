@@ -60,7 +60,8 @@ def hold(bus: Bus, pipe: Connection, size: int, options: dict[str, Any]) -> None
 
 
 def acknowledge_all(bus: Bus, pipe: Connection) -> None:
-    """Be a session in a process of its own up to the end of the broker; send home how many messages it took, and ``lost``."""
+    """Be a session in a process of its own up to the end of the broker, and acknowledge all behind that. Send home how many
+    messages it took, whether the broker had ended before it acknowledged them, and ``lost``."""
 
     async def run() -> None:
         session, count = bus.bridge_session(STREAM), 0
@@ -68,11 +69,13 @@ def acknowledge_all(bus: Bus, pipe: Connection) -> None:
         pipe.send("turn")
         with contextlib.suppress(EOFError):
             while True:
-                batch = await session.take()
-                count += len(batch.messages)
-                session.acknowledge(batch.end - 1)
-        await session.closed()
-        pipe.send((count, session.lost))
+                count += len((await session.take()).messages)
+        closed = asyncio.ensure_future(session.closed())
+        await asyncio.wait([closed], timeout=0.05)
+        is_early = closed.done()
+        session.acknowledge(count)
+        await closed
+        pipe.send((count, is_early, session.lost))
 
     asyncio.run(run())
 
