@@ -5,8 +5,10 @@ Quick readers free some within milliseconds; if none has come free then, what st
 all readers that are not quick. A subscription for which messages were copied gets copies until its reader has read as much: so
 a reader that has stopped costs its publisher one such pause, and one that is slow a pause for each ring full that it reads.
 
-A quick reader under ``block`` is waited for instead. What is before the references in its backlog are copies, as when its
-channel was opened late; more copies behind them would be read no faster, and its backlog would never come to references again.
+A reader under ``block`` has ten times as long: where other processes have all CPUs, one that would free a chunk at once may not
+run for some ten milliseconds, and copies would take these CPUs as well. A quick one is waited for even longer. What is before
+the references in its backlog are copies, as when its channel was opened late; more copies behind them would be read no faster,
+and its backlog would never come to references again.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from mpbroadcast.posix.fd_socket import PACKET, DescriptorSocket
 from mpbroadcast.posix.poller import IN, Poller
 from mpbroadcast.protocol.fd_packets import MAPPED, NONE, READ, REFUSED, PacketError, pack, unpack
 
-_QUICK: Final = 1 << 20  # bytes that a quick reader reads in that time, through its pipe alone
 _GRACE: Final = 0.01  # seconds to wait for a free chunk, or for a ring to be mapped, before messages are copied
+_LOOKS: Final = 10  # so many times as long, for those under `block`
+_QUICK: Final = 10 << 20  # bytes that a quick reader reads in that longer time
 _SMALLEST: Final = 4 << 20  # capacity: of less, what was read and not acknowledged yet would be too large a part
 
 
@@ -68,12 +71,15 @@ class MemoryExchange:
                 self._watch_ring(lender, list(lender.rings.values())[-1])
 
     def _watch_ring(self, lender: Lender, ring: Ring) -> None:
-        """Call :meth:`_look` in 10 ms, as the ring's publisher waits for a chunk."""
+        """Look at the ring, whose publisher waits for a chunk, each 10 ms."""
         moved = {subscription: subscription.window.moved for subscription in ring.readers if subscription.window is not None}
-        self._poller.later(_GRACE, partial(self._look, lender, ring, ring.freed, moved))
+        self._poller.later(_GRACE, partial(self._look, lender, ring, ring.freed, moved, _LOOKS))
 
-    def _look(self, lender: Lender, ring: Ring, freed: int, moved: dict[Subscription, int]) -> None:
-        """If no chunk has come free, copy what waits for readers that are not quick; if none is free then, report that."""
+    def _look(self, lender: Lender, ring: Ring, freed: int, moved: dict[Subscription, int], looks: int) -> None:
+        """If no chunk has come free, copy what waits for readers that are not quick; if none is free then, report that.
+
+        With the last of so many ``looks``, readers under ``block`` are among them.
+        """
         lender.is_watched = ring.freed == freed and not ring.retired
         if not lender.is_watched:
             return
@@ -82,12 +88,14 @@ class MemoryExchange:
             window, backlog = subscription.window, subscription.backlog
             if window is None or not backlog.refers_to(ring):
                 continue
-            if backlog.blocks and window.moved - before >= _QUICK:
+            if backlog.blocks and (looks > 1 or window.moved - before >= _QUICK):
                 waits = True
                 continue
             window.copies_until = window.moved + backlog.copy_out(ring)
             self._dirty[subscription] = None
-        if ring.freed == freed and not waits:
+        if waits and looks > 1:
+            self._poller.later(_GRACE, partial(self._look, lender, ring, freed, moved, looks - 1))
+        elif ring.freed == freed and not waits:
             lender.is_watched = False
             lender.send(pack(NONE, ring.name))
         else:
@@ -151,7 +159,7 @@ class MemoryExchange:
         if ring not in window.rings:
             ring.readers.add(subscription)
             window.offer(ring)
-            self._poller.later(_GRACE, partial(self._answers_late, subscription, ring))
+            self._poller.later(_GRACE * (_LOOKS if backlog.blocks else 1), partial(self._answers_late, subscription, ring))
         return window.moved >= window.copies_until and window.rings[ring] is not None
 
     def _answers_late(self, subscription: Subscription, ring: Ring) -> None:
