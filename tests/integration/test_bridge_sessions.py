@@ -559,3 +559,21 @@ def test_cancelled_at_any_step_nothing_is_lost(bus: Bus, other: Bus) -> None:
     asyncio.run(bridge())
     assert [number for number, _ in reader.result()] == [*range(300)]
     assert not channel.poll()
+
+
+def test_tasks_hand_on_one_behind_the_other(bus: Bus) -> None:
+    """While the pipe is full, nothing of another task comes between an origin and its messages."""
+    channel = bus.subscribe(capacity=20_000)
+    reader = Background(take, channel, 1200)
+
+    async def bridge() -> None:
+        async with at_work(bus) as (session, _):
+            origins = [b"origin %d" % number for number in range(3)]
+            batches = [[("in", dumps((origin, number, bytes(1000)))) for number in range(400)] for origin in origins]
+            calls = [session.route(origin, 1, 1, batch) for origin, batch in zip(origins, batches, strict=True)]
+            await asyncio.gather(*calls)
+            await asyncio.to_thread(wait_until, lambda: bus.stats().bridges[STREAM].received == 1200)
+
+    asyncio.run(bridge())
+    found = reader.result()
+    assert [number for _, number, _ in found] == 3 * [*range(400)]
