@@ -425,10 +425,13 @@ def run(settings: Settings, keep: bool = False) -> dict[str, Finding]:
         settings = replace(settings, folder=folder)
         try:
             return lived(settings, World(settings, server, stack))
-        except BaseException:
+        except BaseException as error:
             for path in sorted(Path(folder).glob("*.err")):
                 print(f"--- {path.name}", *path.read_text(errors="replace").splitlines()[-15:], sep="\n", file=sys.stderr)
-            raise
+            if not isinstance(error, (TimeoutError, AssertionError, EOFError)):
+                raise
+            print(f"WRONG stuck: {error!r}")
+            return {"stuck": Finding(1, repr(error))}
 
 
 def lived(settings: Settings, world: World) -> dict[str, Finding]:

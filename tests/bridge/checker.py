@@ -281,7 +281,7 @@ def check(
     orders: dict[tuple[str, str], array[int]] = {}
     for channel in channels:
         if not any(machine == channel.machine for _, machine in orders):
-            orders.update(_orders(channel, sources, layout))
+            orders.update(_orders(channel, published, layout))
     for channel in channels:
         inspection = _Inspection(channel, sources, layout, reasons)
         inspection.read([*published.values()])
@@ -342,16 +342,18 @@ def check_figures(
     return findings
 
 
-def _orders(channel: Channel, sources: Sequence[Source], layout: Layout) -> dict[tuple[str, str], array[int]]:
+def _orders(channel: Channel, published: Mapping[Source, int], layout: Layout) -> dict[tuple[str, str], array[int]]:
     """Return the messages of each origin of a machine, in the order in which its broker has routed them."""
     machine = channel.machine
-    streams = [layout.stream_of(machine, source.kind) if source.machine == machine else None for source in sources]
+    streams = [layout.stream_of(machine, source.kind) if source.machine == machine else None for source in published]
     orders = {(stream, machine): array("Q") for stream in streams if stream is not None} or {("", machine): array("Q")}
     appends = [orders[stream, machine].append if stream is not None else None for stream in streams]
+    ends = [source << 48 | count for source, count in enumerate(published.values())]
     latest = [-1] * len(appends)
     for record in channel.log.records:
         source = record >> 48
-        if source >= len(appends) or record <= latest[source]:  # a mark, or a message that comes once more
+        if source >= len(appends) or record <= latest[source] or record >= ends[source]:
+            # A mark, or a message that comes once more, or a forged one.
             continue
         latest[source] = record
         append = appends[source]

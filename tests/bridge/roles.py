@@ -42,7 +42,9 @@ LAYOUT: Final = Layout(
 )
 SOURCES: Final = [Source(machine, number, kind) for machine in MACHINES for number in range(HANDLES) for kind in KINDS]
 KEYS: Final = ("the key of yesterday", "the key of tomorrow")
-PATIENCE: Final = 90.0  # seconds for what happens soon on a machine with nothing else to do
+PATIENCE: Final = float(
+    os.environ.get("MPBROADCAST_PATIENCE", "90")
+)  # seconds for what happens soon on a machine with nothing else to do
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def test_what_is_right_passes() -> None:
         ({"c": "a0 b0 a1 c0 a2 a3"}, {"not in the order of the origin"}),
         ({"c": "a0 a1 a7 b0 c0 a2 a3"}, {"forged"}),
         ({"c": "a0 a1 ? b0 c0 a2 a3"}, {"forged"}),
+        ({"a": "a0 a1 b0 a9 a2 v0 l0 c0 a3"}, {"forged"}),
         ({"c": "a0 a1 * b0 c0 a2 a3"}, {"spoiled"}),
         ({"c": "a0 a1 ! b0 c0 a2 a3"}, {"error"}),
         ({"c": "a0 a1 b0 c0 v0 a2 a3"}, {"transit"}),
