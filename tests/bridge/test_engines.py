@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -528,10 +529,9 @@ def test_redis_without_memory() -> None:
             position = await out.append(b"x" * 1000)
             assert await inn.seek(position)
             with server.client() as client:
-                for i in range(100):
-                    client.set(f"cache:{i}", b"x" * 100_000)
-                    if not client.exists("room"):
-                        break
+                numbers = count()
+                while client.exists("room"):
+                    client.set(f"cache:{next(numbers)}", b"x" * 100_000)
             assert "emptied" in str(await fails(lambda: inn.read(0.1)))
 
     with redis_server(maxmemory="8mb") as server:
