@@ -246,7 +246,7 @@ BUGS: Final[list[Bug]] = [
         BRIDGES,
         "publisher.not_yet.extend(map(_never, self._router.alternatives))",
         "pass",
-        "echoed|transit|doubled",
+        "echoed|transit|doubled|stuck",
         QUIET,
     ),
     Bug(
