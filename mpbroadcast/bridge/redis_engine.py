@@ -159,9 +159,11 @@ class RedisEngine:
                     await self._client.xtrim(self._key, minid=b"%d-%d" % cut, approximate=False)
             elif self._appended > self._max_bytes // 8:
                 self._appended = 0
+                count = await self._client.xlen(
+                    self._key
+                )  # first: other bridges trim meanwhile, and so it is too high, if wrong
                 used = await self._client.memory_usage(self._key, samples=0) or 0
                 if used > 1.75 * self._max_bytes:
-                    count = await self._client.xlen(self._key)
                     await self._client.xtrim(self._key, maxlen=int(count * self._max_bytes / used), approximate=True)
         except RedisError as error:
             raise _explained(error) from error
