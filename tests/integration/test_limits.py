@@ -175,7 +175,7 @@ def test_many_waits_and_many_subscriptions(attacker: Attacker) -> None:
     attacker.subscribe(range(1000, 1400), "*")
     for _ in range(400):
         ask(attacker.broker, Asker(attacker.one.peer), {"do": "wait", "count": 5000, "topic": None})
-    with at_most(20_000):
+    with at_most(22_000):
         for number in range(2000, 2100):
             answer(attacker.broker, cast("ControlConnection", attacker.other), subscribing(attacker.number, number, "fuzz"))
         attacker.broker.round(at_once=True)

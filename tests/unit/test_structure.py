@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import gc
 import importlib.util
 import inspect
 import re
@@ -43,8 +44,10 @@ BROKER = [name for name in PATHS if name.startswith("mpbroadcast.broker.")]
 
 @functools.cache  # and not made when it is collected, in each process
 def nodes() -> dict[str, list[ast.AST]]:
-    """Return all that each module consists of."""
-    return {name: [*ast.walk(ast.parse(path.read_text()))] for name, path in PATHS.items()}
+    """Return all that each module consists of. No collection of later tests looks through it: that is some 100,000 objects."""
+    made = {name: [*ast.walk(ast.parse(path.read_text()))] for name, path in PATHS.items()}
+    gc.freeze()
+    return made
 
 
 def room(module: str) -> str:
