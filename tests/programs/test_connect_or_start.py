@@ -104,8 +104,10 @@ def test_it_belongs_to_no_process() -> None:
 
 
 CALLER = """
-import signal, sys, time
+import signal, sys
 from mpbroadcast import connect_or_start
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # ignored in what is started in the background, or by nohup
+    signal.signal(number, signal.SIG_DFL)
 bus = connect_or_start("myapp", linger=float(sys.argv[1]))
 print(bus.stats().pid, flush=True)
 signal.pause()
