@@ -274,7 +274,8 @@ class World:
             self.end_what_is_due(now)
             if not self.settings.messages and now > begin + self.settings.seconds:
                 break
-            if self.settings.messages and all(each.ask("is paused") for each in self.publishers.values()):
+            # A publisher whose machine is cut off may wait for room, and replies when that is over.
+            if self.settings.messages and not self.later and all(each.ask("is paused") for each in self.publishers.values()):
                 break
             time.sleep(self.rng.random() * self.settings.pause)
             self.happen()
