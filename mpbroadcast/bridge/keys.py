@@ -6,19 +6,14 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
+from mpbroadcast.key import Key
+
 VARIABLE: Final = "MPBROADCAST_BRIDGE_KEY"
 SHORTEST: Final = 16  # bytes
 _HOW: Final = (
     "all machines of a bridge need the same key of 16 bytes or more, with which they sign: pass key=, or set "
     f"${VARIABLE}. This makes one: python3 -c 'import secrets; print(secrets.token_hex(32))'"
 )
-
-
-class Key(bytes):
-    """A key that is not shown where the values of variables are, as in some tracebacks."""
-
-    def __repr__(self) -> str:
-        return "<key>"
 
 
 def check_keys(key: str | bytes | Sequence[str | bytes] | None) -> tuple[Key, ...]:

@@ -24,7 +24,7 @@ from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
 from mpbroadcast.bridge.engine import EngineRefused, longest_entry, shown
 from mpbroadcast.bridge.entries import LEAST
-from mpbroadcast.bridge.retention import nats_retention
+from mpbroadcast.bridge.retention import retention_of
 
 _ENTRIES: Final = 64  # of one request
 _BYTES: Final = 4 << 20  # of one request
@@ -66,7 +66,7 @@ class NatsEngine:
         self.max_entry = longest_entry(max_bytes)
         self._stream = stream
         self._most = 2 * max(max_bytes, 1 << 16)
-        self._retention = nats_retention(url, stream, max_bytes, max_age)
+        self._retention = retention_of(url, stream, max_bytes, max_age)
         self._servers, self._secrets, self._files = _parsed(url)
         self._is_tls = url.lower().startswith("tls:")
         self._client = Client()

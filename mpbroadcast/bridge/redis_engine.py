@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 
 from mpbroadcast.bridge.engine import EngineRefused, longest_entry, shown
-from mpbroadcast.bridge.retention import redis_retention
+from mpbroadcast.bridge.retention import retention_of
 
 _ENTRIES: Final = 16  # of one read
 _LONGEST_WAIT: Final = 2.0  # seconds, well below the socket's timeout, and how long a loss may be unnoticed
@@ -49,7 +49,7 @@ class RedisEngine:
         self.max_entry = longest_entry(max_bytes)
         self._key = stream
         self._max_bytes = max_bytes
-        self._retention = redis_retention(url, stream, max_bytes, max_age)
+        self._retention = retention_of(url, stream, max_bytes, max_age)
         self._appended = 0
         self._last = b""  # the ID behind which reading goes on; b"": not reading
         self._known = b""  # an entry at or before it that was there; b"": none
@@ -159,9 +159,8 @@ class RedisEngine:
                     await self._client.xtrim(self._key, minid=b"%d-%d" % cut, approximate=False)
             elif self._appended > self._max_bytes // 8:
                 self._appended = 0
-                count = await self._client.xlen(
-                    self._key
-                )  # first: other bridges trim meanwhile, and so it is too high, if wrong
+                # The count comes first: other bridges trim meanwhile, and so it is too high, if wrong.
+                count = await self._client.xlen(self._key)
                 used = await self._client.memory_usage(self._key, samples=0) or 0
                 if used > 1.75 * self._max_bytes:
                     await self._client.xtrim(self._key, maxlen=int(count * self._max_bytes / used), approximate=True)

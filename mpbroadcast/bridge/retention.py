@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from functools import lru_cache
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 Position = TypeVar("Position", int, tuple[int, int])
 _PARTS: Final = 32
@@ -64,12 +64,6 @@ class Retention(Generic[Position]):
 
 
 @lru_cache(maxsize=16)
-def redis_retention(url: str, stream: str, max_bytes: int, max_age: float) -> Retention[tuple[int, int]]:
-    """Return the one of this process and log, which outlives a connection."""
-    return Retention(max_bytes, max_age)
-
-
-@lru_cache(maxsize=16)
-def nats_retention(url: str, stream: str, max_bytes: int, max_age: float) -> Retention[int]:
+def retention_of(url: str, stream: str, max_bytes: int, max_age: float) -> Retention[Any]:
     """Return the one of this process and log, which outlives a connection."""
     return Retention(max_bytes, max_age)

@@ -210,8 +210,8 @@ class Bridges:
 
     def _fence(self, reader: BridgeReader) -> None:
         publisher, reader.publisher = reader.publisher, None  # so that nothing is in a cycle
-        if publisher is not None and isinstance(publisher.inlet, _Inlet):
-            publisher.inlet.is_fenced = True
+        if publisher is not None and publisher.inlet is not None:
+            publisher.inlet.fence()
             self.traffic.fence(publisher)
 
     def stop(self) -> None:
@@ -245,14 +245,14 @@ class _Inlet:
     """Decides which messages of one session are routed."""
 
     def __init__(self, bridge: Bridge, reader: BridgeReader, bridges: Bridges) -> None:
-        self.is_fenced = False
+        self._is_fenced = False
         self._bridge = bridge
         self._arrivals = Arrivals(bridge.inbound)
         self._reader = reader
         self._bridges = bridges
 
     def begin(self, frame: BridgeFrame) -> None:
-        if self.is_fenced:
+        if self._is_fenced:
             return
         bridge, bridges = self._bridge, self._bridges
         if isinstance(frame, Arrival):
@@ -272,7 +272,7 @@ class _Inlet:
             bridges.put_gap(bridge)
 
     def admit(self, item: Item) -> Item | None:
-        if self.is_fenced:
+        if self._is_fenced:
             return None
         count = len(item.sizes)
         had = self._arrivals.drop_had(count)
@@ -290,6 +290,9 @@ class _Inlet:
     def refuse(self) -> None:
         if self._reader.is_open:
             self._bridges.traffic.delivery.gone.append(self._reader)
+
+    def fence(self) -> None:
+        self._is_fenced = True
 
 
 class _Notes:

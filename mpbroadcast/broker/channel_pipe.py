@@ -28,9 +28,7 @@ class ChannelPipe:
         self.is_retrying = False  # independent of the state: a timer will look at it again
         self.retry = SHORTEST_RETRY
         self.is_one_page = False  # it has room for more only once all has been read
-        self.reports_fd = (
-            -1
-        )  # of the pipe back, in which a member of a group, or a bridge's session, reports what it has finished
+        self.reports_fd = -1  # of the pipe back, in which a group's member or a bridge's session reports what it has finished
         self.most_reports = 0  # that the pipe back has room for
 
     def reserve(self) -> None:

@@ -51,6 +51,9 @@ class Inlet(Protocol):
     def refuse(self) -> None:
         """End the session, which has written what cannot be routed."""
 
+    def fence(self) -> None:
+        """Admit nothing from now on."""
+
 
 class Peer(PeerProcess):
     """A process, and all that is removed when it dies."""

@@ -17,15 +17,14 @@ import errno
 from functools import partial
 from typing import Final
 
+from mpbroadcast.broker.core.ring_holds import LOOKS, is_copied_for
 from mpbroadcast.broker.members import Publisher, Subscription
 from mpbroadcast.broker.memory import Lender, Ring, Store
 from mpbroadcast.posix.fd_socket import PACKET, DescriptorSocket
 from mpbroadcast.posix.poller import IN, Poller
 from mpbroadcast.protocol.fd_packets import MAPPED, NONE, READ, REFUSED, PacketError, pack, unpack
 
-_GRACE: Final = 0.01  # seconds to wait for a free chunk, or for a ring to be mapped, before messages are copied
-_LOOKS: Final = 10  # so many times as long, for those under `block`
-_QUICK: Final = 10 << 20  # bytes that a quick reader reads in that longer time
+_GRACE: Final = 0.01  # seconds to wait for a free chunk, or for a ring to be mapped, before messages are copied: one look
 _SMALLEST: Final = 4 << 20  # capacity: of less, what was read and not acknowledged yet would be too large a part
 
 
@@ -73,12 +72,12 @@ class MemoryExchange:
     def _watch_ring(self, lender: Lender, ring: Ring) -> None:
         """Look at the ring, whose publisher waits for a chunk, each 10 ms."""
         moved = {subscription: subscription.window.moved for subscription in ring.readers if subscription.window is not None}
-        self._poller.later(_GRACE, partial(self._look, lender, ring, ring.freed, moved, _LOOKS))
+        self._poller.later(_GRACE, partial(self._look, lender, ring, ring.freed, moved, 1))
 
     def _look(self, lender: Lender, ring: Ring, freed: int, moved: dict[Subscription, int], looks: int) -> None:
         """If no chunk has come free, copy what waits for readers that are not quick; if none is free then, report that.
 
-        With the last of so many ``looks``, readers under ``block`` are among them.
+        It is so many ``looks`` since the publisher waits.
         """
         lender.is_watched = ring.freed == freed and not ring.retired
         if not lender.is_watched:
@@ -88,13 +87,13 @@ class MemoryExchange:
             window, backlog = subscription.window, subscription.backlog
             if window is None or not backlog.refers_to(ring):
                 continue
-            if backlog.blocks and (looks > 1 or window.moved - before >= _QUICK):
+            if not is_copied_for(blocks=backlog.blocks, looks=looks, moved=window.moved - before):
                 waits = True
                 continue
             window.copies_until = window.moved + backlog.copy_out(ring)
             self._dirty[subscription] = None
-        if waits and looks > 1:
-            self._poller.later(_GRACE, partial(self._look, lender, ring, freed, moved, looks - 1))
+        if waits and looks < LOOKS:
+            self._poller.later(_GRACE, partial(self._look, lender, ring, freed, moved, looks + 1))
         elif ring.freed == freed and not waits:
             lender.is_watched = False
             lender.send(pack(NONE, ring.name))
@@ -159,7 +158,7 @@ class MemoryExchange:
         if ring not in window.rings:
             ring.readers.add(subscription)
             window.offer(ring)
-            self._poller.later(_GRACE * (_LOOKS if backlog.blocks else 1), partial(self._answers_late, subscription, ring))
+            self._poller.later(_GRACE * (LOOKS if backlog.blocks else 1), partial(self._answers_late, subscription, ring))
         return window.moved >= window.copies_until and window.rings[ring] is not None
 
     def _answers_late(self, subscription: Subscription, ring: Ring) -> None:

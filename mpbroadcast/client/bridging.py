@@ -242,7 +242,7 @@ class BridgeSession:
         The broker routes those that it has not had, in its own time. A gap before them becomes one ``Lagged`` for the channels
         that may get messages of this stream. Wait while the broker does not read: while a channel that gets them is full.
 
-        :raises ValueError: the position, the origin or a topic is none.
+        :raises ValueError: the position, the origin or a topic is not valid.
         """
         if len(origin) != 8:
             raise ValueError(f"an origin has 8 bytes, not {len(origin)}")
@@ -407,7 +407,8 @@ class Bridging(Subscribing[M]):
         ``"drop_newest"`` drop messages; ``"block"`` blocks the publishers of these topics. Of several streams with a topic, the
         first gets its messages. One session at a time is at work: :meth:`BridgeSession.turn`.
 
-        :raises ValueError: an argument is none; the broker has this stream with other topics, ``overflow`` or ``capacity``.
+        :raises TypeError, ValueError: an argument is not valid.
+        :raises ValueError: the broker has this stream with other topics, ``overflow`` or ``capacity``.
         :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
         if isinstance(topics, str):

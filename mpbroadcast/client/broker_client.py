@@ -37,10 +37,11 @@ from mpbroadcast.errors import (
     ClosedError,
     TimedOut,
 )
+from mpbroadcast.key import Key
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import Descendants, on_fork
 from mpbroadcast.posix.fd_socket import DescriptorSocket
-from mpbroadcast.posix.key_file import Key, read_key
+from mpbroadcast.posix.key_file import read_key
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.waiting import Steps, Wait, Wakers, run
 from mpbroadcast.protocol.control import encode

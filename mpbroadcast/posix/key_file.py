@@ -15,18 +15,12 @@ import stat
 from typing import Final
 
 from mpbroadcast.errors import AuthenticationFailed
+from mpbroadcast.key import Key
 from mpbroadcast.posix.descriptors import fork_lock
 
 SUFFIX: Final = ".key"
 LENGTH: Final = 32  # bytes of a key
 _WHOLE: Final = re.compile(rb"[0-9a-f]{%d}\n" % (2 * LENGTH))
-
-
-class Key(bytes):
-    """A key that is not shown where the values of variables are, as in some tracebacks."""
-
-    def __repr__(self) -> str:
-        return "<key>"
 
 
 def read_key(address: str) -> Key | None:

@@ -212,8 +212,8 @@ BUGS: Final[list[Bug]] = [
     Bug(
         "a gap has a number",
         "broker/core/backlog.py",
-        "self.runs.append(note_run(GAP, missed, is_exact=False))",
-        "self.runs.append(note_run(GAP, missed + 1, is_exact=True))",
+        "self._append_gap(0, is_exact=False)",
+        "self._append_gap(1, is_exact=True)",
         "gap with a number",
         DROPS,
     ),

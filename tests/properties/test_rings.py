@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from mpbroadcast.broker.core.ring_holds import Holds, Misplaced, Unread
+from mpbroadcast.broker.core.ring_holds import LOOKS, Holds, Misplaced, Unread, is_copied_for
 from mpbroadcast.client.ring import Ring
 from mpbroadcast.protocol import ring_allocator
 from mpbroadcast.protocol.fd_packets import FREE, NONE, READ, RING, PacketError, pack, unpack
@@ -26,6 +26,22 @@ from tests.support.helpers import pattern
 from tests.support.interrupting import before_line, interrupting
 
 CHUNKS, CHUNK = 6, 256  # a small ring
+
+
+@pytest.mark.parametrize(
+    ("blocks", "looks", "moved", "expected"),
+    [
+        (False, 1, 1 << 30, True),  # a policy that drops: at once, however quick the reader is
+        (True, 1, 0, False),  # it may be waiting for a CPU
+        (True, LOOKS - 1, 0, False),
+        (True, LOOKS, 0, True),  # it has stopped
+        (True, LOOKS, 1 << 20, True),  # it is slow
+        (True, LOOKS, 10 << 20, False),
+    ],
+)
+def test_which_readers_are_waited_for(blocks: bool, looks: int, moved: int, expected: bool) -> None:
+    """One under ``block`` has ten times as long, and longer if it is quick."""
+    assert is_copied_for(blocks=blocks, looks=looks, moved=moved) == expected
 
 
 def chunks_of(bits: int) -> list[int]:

@@ -27,7 +27,7 @@ LAYERS = [
     {"client", "broker"},
     {"posix", "protocol"},
     {"validation", "deadline", "states", "trap_points"},
-    {"errors", "stats"},
+    {"errors", "key", "stats"},
 ]
 CORE = "mpbroadcast.broker.core."
 HOST = "mpbroadcast.broker.host"
@@ -101,7 +101,9 @@ def test_no_import_cycle() -> None:
 
 def test_bridges_use_public_names_only() -> None:
     """A bridge is a program like any other: it imports nothing of a broker, and an engine's client only in its own module."""
-    public = re.compile(r"mpbroadcast(\.(bridge(\..*)?|client\..*|errors|stats|validation|trap_points|posix\.standard_error))?")
+    public = re.compile(
+        r"mpbroadcast(\.(bridge(\..*)?|client\..*|errors|key|stats|validation|trap_points|posix\.standard_error))?"
+    )
     clients = {"redis", "nats"}
     for me in (name for name in PATHS if room(name) == "bridge"):
         assert not [module for module in imported(me) & {*PATHS} if not public.fullmatch(module)], me

@@ -130,12 +130,16 @@ class Backlog:
 
     def put_gap(self) -> None:
         """Report behind all that waits that an unknown number of messages is missing: once, if nothing has come since."""
+        self._append_gap(0, is_exact=False)
+
+    def _append_gap(self, missed: int, *, is_exact: bool) -> None:
+        """Put a gap behind all that waits. It becomes one with a gap that is the last there, and is not partly in the pipe."""
         last = self.runs[-1] if len(self.runs) > (1 if self._offset else 0) else None
-        missed = 0
         if last is not None and last.is_gap:
-            missed = last.missed
+            missed += last.missed
+            is_exact &= last.is_exact
             self.runs.pop()
-        self.runs.append(note_run(GAP, missed, is_exact=False))
+        self.runs.append(note_run(GAP, missed, is_exact=is_exact))
 
     def end(self) -> None:
         """Put a clean end: nothing is put behind it."""

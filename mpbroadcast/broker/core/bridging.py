@@ -35,9 +35,8 @@ class Outbound:
         self.acknowledged = 0  # the last position that is in the log, or that was dropped before it
         self.sent = 0  # messages that are in the log
         self._kept: deque[tuple[int, Run]] = deque()  # that were given and are not acknowledged, with their first positions
-        self._most = min(
-            _MOST_GIVEN, max(1, backlog.capacity // 2)
-        )  # so that, of a full outbox, the newest are not all dropped
+        # At most half of the capacity, so that, of a full outbox, the newest are not all dropped.
+        self._most = min(_MOST_GIVEN, max(1, backlog.capacity // 2))
 
     @property
     def target(self) -> int:

@@ -41,13 +41,7 @@ class DropNewest(Backlog):
         missed = run.count - fits
         if missed:
             self.missed += missed
-            last = self.runs[-1] if len(self.runs) > (1 if self._offset else 0) else None
-            is_exact = True
-            if last is not None and last.is_gap:
-                missed += last.missed
-                is_exact = last.is_exact
-                self.runs.pop()
-            self.runs.append(note_run(GAP, missed, is_exact=is_exact))
+            self._append_gap(missed, is_exact=True)
         return self.entered if fits else 0
 
 

@@ -11,7 +11,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+LOOKS: Final = 10  # at a ring whose publisher waits for a chunk, before a reader under `block` is taken for a slow one
+_QUICK: Final = 10 << 20  # bytes that a quick reader reads in the time of so many looks, through its pipe alone
+
+
+def is_copied_for(*, blocks: bool, looks: int, moved: int) -> bool:
+    """Return whether what waits for a reader is copied out of a ring, as no chunk has come free in so many ``looks``.
+
+    Not for one under ``block``, which loses nothing by waiting, before the last look, nor then if it is quick: it has read, or
+    made room for, ``moved`` bytes meanwhile.
+    """
+    return not blocks or (looks >= LOOKS and moved < _QUICK)
 
 
 class Misplaced(Exception):

@@ -36,8 +36,8 @@ from mpbroadcast.broker.host.socket_file import Listening, identity, remove_forg
 from mpbroadcast.broker.host.supervisor import supervise
 from mpbroadcast.broker.requests import answer
 from mpbroadcast.broker.server import DRAIN_TIMEOUT, Broker
+from mpbroadcast.key import Key
 from mpbroadcast.posix.key_file import LENGTH as KEY_LENGTH
-from mpbroadcast.posix.key_file import Key
 from mpbroadcast.posix.pipes import new_pipe
 from mpbroadcast.posix.poller import IN
 
