@@ -30,7 +30,7 @@ from mpbroadcast.posix.pipes import FIONREAD, PipeEnd, ioctl, read
 from mpbroadcast.protocol import runs
 from mpbroadcast.protocol.frames import topic_of
 from mpbroadcast.protocol.pickling import ALL_KINDS, Failure, Loaders, load_each, load_run
-from mpbroadcast.protocol.runs import MOST_AT_ONCE, RUN, RunView, read_run
+from mpbroadcast.protocol.runs import MOST_AT_ONCE, RUN, RunView, read_run, read_singles
 
 
 class End:
@@ -131,6 +131,16 @@ def decode(stream: Stream, form: int, shared: SharedReader | None = None, loader
         if room <= 0 or len(ready) >= MOST_AT_ONCE:
             break
         kind = run.kind
+        if kind == runs.MESSAGES and run.messages == 1:  # where topics change with each message, so do runs
+            payloads, starts, position = read_singles(data, position, end, MOST_AT_ONCE - len(ready))
+            if payloads:
+                messages, whole = load_each(payloads, loaders.pickle)
+                decoded += len(messages)
+                plain = plain and whole
+                if form:
+                    messages = formed(messages, form, *_topics_and_ids(data, starts))
+                ready.extend(messages)
+                continue
         if kind == runs.MESSAGES or kind in _SHARED:
             if kind == runs.MESSAGES:
                 messages, whole = load_run(data, run, loaders)
@@ -143,7 +153,8 @@ def decode(stream: Stream, form: int, shared: SharedReader | None = None, loader
             decoded += run.messages
             plain = plain and whole
             if form:
-                messages = formed(messages, form, topic_of(data[run.first : run.first + run.skip]), run.position)
+                topic = topic_of(data[run.first : run.first + run.skip])
+                messages = formed(messages, form, repeat(topic), range(run.position, run.position + run.messages))
             ready.extend(messages)
         elif kind == runs.SKIPPED:
             skipped += run.position
@@ -164,6 +175,18 @@ def decode(stream: Stream, form: int, shared: SharedReader | None = None, loader
     rest = data[unused:]
     chunks, counts = [rest] if rest else [], (skipped, shared_count, decoded)
     return Stream(deque(ready), chunks, position - unused, need, plain, *counts, stream.has_tail)
+
+
+def _topics_and_ids(data: bytes, starts: list[int]) -> tuple[list[str], list[int]]:
+    """Return the topics and the ids of the messages in the runs of one message that start there."""
+    topics: list[str] = []
+    ids: list[int] = []
+    for start in starts:
+        *_, skip, position = RUN.unpack_from(data, start)
+        first = start + RUN.size
+        topics.append(topic_of(data[first : first + skip]))
+        ids.append(position)
+    return topics, ids
 
 
 def take_lone(stream: Stream, ownership: PipeOwnership, form: int, loaders: Loaders) -> Any:
@@ -205,7 +228,7 @@ def take_lone(stream: Stream, ownership: PipeOwnership, form: int, loaders: Load
         finally:
             failed = None  # it has this frame in its traceback
     if form and plain:
-        (message,) = formed((message,), form, topic_of(data[RUN.size : RUN.size + skip]), position)
+        (message,) = formed((message,), form, (topic_of(data[RUN.size : RUN.size + skip]),), (position,))
     if shared is not None:
         shared.commit(stream.read, is_progress=True)
     # No call from here on, so neither an interrupt nor another thread comes in between.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import count, repeat
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from mpbroadcast.protocol.pickling import Failure
@@ -28,7 +27,7 @@ class Received(NamedTuple, Generic[M]):
     message: M
 
 
-def formed(messages: Iterable[Any], form: int, topic: str, first: int) -> list[Any]:
-    """Return what a channel of this form gives for messages of a topic, the first with the id ``first``."""
-    whole = map(Received, count(first), repeat(topic), messages) if form == WITH_ID else zip(repeat(topic), messages)
+def formed(messages: Iterable[Any], form: int, topics: Iterable[str], ids: Iterable[int]) -> list[Any]:
+    """Return what a channel of this form gives for messages with these topics and ids, of which there may be more."""
+    whole = map(Received, ids, topics, messages) if form == WITH_ID else zip(topics, messages, strict=False)
     return [one[-1] if type(one[-1]) is Failure else one for one in whole]

@@ -211,7 +211,7 @@ def load_run(data: bytes, run: RunView, loaders: Loaders = ALL_KINDS) -> tuple[l
 
 
 def load_each(
-    payloads: list[memoryview],
+    payloads: Sequence[bytes | memoryview],
     loader: Callable[[Any], Any],
     messages: list[Any] | None = None,
     failed: BaseException | None = None,
@@ -242,7 +242,7 @@ def _extend(messages: list[Any], more: Iterable[Any], count: int) -> BaseExcepti
     return None if len(messages) == count else StopIteration()  # of a message: it has ended the map
 
 
-def _failure(payload: memoryview, error: BaseException, loader: Callable[[Any], Any]) -> Failure:
+def _failure(payload: bytes | memoryview, error: BaseException, loader: Callable[[Any], Any]) -> Failure:
     """Return the failure of a message whose unpickling raised ``error``, or raise that if it does not come again."""
     if _may_be_the_users(error):
         raise error

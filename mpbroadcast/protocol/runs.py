@@ -32,7 +32,7 @@ from itertools import accumulate, pairwise
 from struct import Struct
 from typing import Any, Final, NamedTuple
 
-from mpbroadcast.protocol.frames import OVERHEAD, REFERENCE_SIZE, Batch, MemfdMessage, References
+from mpbroadcast.protocol.frames import OVERHEAD, PIPE_BUF, REFERENCE_SIZE, Batch, MemfdMessage, References
 
 RUN: Final = Struct("<QIBBHQ")
 TAIL: Final = b"\n"
@@ -53,6 +53,8 @@ REFERENCES: Final = 7
 IN_MEMORY: Final = 8
 RESTARTED: Final = 9  # another broker has taken over: an unknown number of messages is missing here
 
+_SINGLE: Final = Struct("<QIHH")  # a run's head up to ``skip``, with kind and image in one
+_LONGEST_SINGLE: Final = PIPE_BUF + AROUND  # bytes: of a message that was one write, so it costs little to copy
 _RING: Final = Struct("<I")
 _MEMORY: Final = Struct("<QQ")
 
@@ -323,6 +325,31 @@ def read_run(data: bytes, start: int) -> RunView | None:
     elif kind == IN_MEMORY:
         first += _MEMORY.size
     return RunView(size, kind, count, bool(image), skip, position, None, first)
+
+
+def read_singles(data: bytes, start: int, end: int, most: int) -> tuple[list[bytes], list[int], int]:
+    """Return the payloads of the runs from ``start`` on that have a single message each, where these runs start, and the end.
+
+    Where topics change with each message, all runs are such. They are read up to the first one that has a table, an image, or
+    its message elsewhere, is a note, is longer than what a publisher writes at once, or is not whole before ``end``; at most
+    ``most`` of them. The last tail byte may not be there yet. Payloads are copies, as views would count as objects for
+    Python's garbage collector.
+    """
+    payloads: list[bytes] = []
+    starts: list[int] = []
+    unpack, head = _SINGLE.unpack_from, RUN.size
+    last = len(data) - head
+    for _ in range(most):
+        if start > last:
+            break
+        size, count, kind, skip = unpack(data, start)
+        stop = start + size
+        if count != 1 or kind != MESSAGES or size > _LONGEST_SINGLE or stop > end:
+            break
+        payloads.append(data[start + head + skip : stop - 1])
+        starts.append(start)
+        start = stop
+    return payloads, starts, start
 
 
 def read_references(data: bytes, run: RunView) -> tuple[int, bytes]:

@@ -2,8 +2,10 @@
 
 import pickle
 import struct
+from array import array
 from collections.abc import Iterable
 from io import BytesIO
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, Final
 from unittest.mock import Mock
@@ -30,7 +32,7 @@ from mpbroadcast.protocol.frames import (
     references_in,
     topic_of,
 )
-from mpbroadcast.protocol.pickling import Failure, Loaders, load_each, load_run, loads
+from mpbroadcast.protocol.pickling import ALL_KINDS, Failure, Loaders, load_each, load_run, loads
 from tests.support.frames_made import EXCLUDED, ROUTES, SHARED_SIZES, STEADY, TOPICS, batch_of, chunks
 from tests.support.helpers import pattern
 from tests.support.workers import Raises
@@ -290,6 +292,97 @@ def test_an_interrupt_that_is_an_exception_is_no_bad_message(before: int, monkey
     with pytest.raises(ValueError, match="handler"):
         load_run(data_of(run), view_of(data_of(run)))
     assert load_run(data_of(run), view_of(data_of(run))) == ([10, 11, 12, 13], True)
+
+
+def single(number: int, value: Any = None, size: int = 0) -> bytes:
+    """A run of one message with a topic of its own, whose frame has ``size`` bytes if that is given."""
+    topic = b"t%d" % number
+    batch = batch_of([number if value is None else value], topic)
+    if size:
+        payload = bytes(size - batch.skip)
+        batch = batch._replace(frames=frame_head(len(payload), topic) + payload, sizes=array("I", (size,)))
+    return data_of(runs.run_of(batch, 1000 + number))
+
+
+IMAGE_RUN: Final = runs.run_of(batch_of([3], b"t")._replace(image=True), 1003)
+
+
+@pytest.mark.parametrize(
+    ("behind", "count"),
+    [
+        (single(3, size=PIPE_BUF), 5),
+        (single(3, size=PIPE_BUF + 1), 3),
+        (data_of(runs.run_of(batch_of([3, 4], b"t"), 1003)), 3),
+        (data_of(IMAGE_RUN), 3),
+        (runs.note(runs.GAP, 1), 3),
+        (runs.references_run(Splitter().split(reference_frame(1, 0, 4, b"t"))[0], 1003, 1), 3),
+        (runs.memory_run(Splitter().split(memory_frame(1, 4, b"t"))[0], 1003, 1), 3),
+    ],
+)
+def test_runs_of_one_message_are_read_up_to_one_that_is_another(behind: bytes, count: int) -> None:
+    """However they are cut: those that are whole, a byte in the pipe counted in, and no more than are wanted."""
+    parts = [*map(single, range(3)), behind, single(4)]
+    long = bytes(PIPE_BUF - len(frame_head(0, b"t3")))
+    payloads = [*map(pickle.dumps, range(3)), long, pickle.dumps(4)][:count]
+    starts = [0, *accumulate(map(len, parts))]
+    data = b"".join(parts[: count + 1])
+    for length in range(len(data) + 1):
+        for has_tail in (False, True):
+            whole = sum(end <= length + has_tail for end in starts[1 : count + 1])
+            found = runs.read_singles(data[:length], 0, length + has_tail, 100)
+            assert found == (payloads[:whole], starts[:whole], starts[whole])
+    for most in range(count + 1):
+        assert runs.read_singles(b"before" + data, 6, 6 + len(data), most)[0] == payloads[:most]
+
+
+@pytest.mark.parametrize("form", [PLAIN, WITH_TOPIC, WITH_ID])
+def test_messages_of_changing_topics_are_decoded_together(form: int) -> None:
+    """Each with its own topic and id, whatever cannot be unpickled among them, and not more at once than of one topic."""
+    values: list[Any] = [*range(300)]
+    for bad in (0, 5, 6, 127, 128, 299):
+        values[bad] = Raises(ValueError())
+    table = runs.run_of(batch_of(range(100), b"t"), 0)
+    stream: Stream | None = Stream(chunks=[data_of(table) + b"".join(map(single, range(300), values))], decoded=7)
+    items: list[Any] = []
+    decoded = 7
+    for count in (128, 128, 128, 16):
+        assert stream is not None
+        stream.ready.clear()
+        stream = decode(stream, form)
+        assert stream is not None
+        decoded += count
+        assert (len(stream.ready), stream.decoded) == (count, decoded)
+        assert stream.plain == (not any(isinstance(item, Failure) for item in stream.ready))
+        items += stream.ready
+    assert stream is not None
+    assert not stream.chunks
+    for number, (value, item) in enumerate(zip(values, items[100:], strict=True)):
+        topic = f"t{number}"
+        if isinstance(value, int):
+            assert item == (number, (topic, number), Received(1000 + number, topic, number))[form]
+        else:
+            assert comparable(item) == ("ValueError", 0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("before", [0, 1, 4])
+def test_an_interrupt_among_messages_of_changing_topics_loses_none(error: type[BaseException], before: int) -> None:
+    """It is raised, and then all are decoded of the same bytes."""
+    interrupts: list[BaseException] = [error("of a signal's handler")]
+
+    def load(payload: Any) -> Any:
+        message = loads(payload)
+        if message == before and interrupts:
+            raise interrupts.pop()
+        return message
+
+    stream = Stream(chunks=[b"".join(map(single, range(5)))])
+    loaders = ALL_KINDS._replace(pickle=load)
+    with pytest.raises(error, match="handler"):
+        decode(stream, PLAIN, None, loaders)
+    after = decode(stream, PLAIN, None, loaders)
+    assert after is not None
+    assert [*after.ready] == [*range(5)]
 
 
 class Beside:
