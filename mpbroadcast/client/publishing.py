@@ -28,7 +28,18 @@ from mpbroadcast.posix import locks
 from mpbroadcast.posix.pipes import write
 from mpbroadcast.posix.waiting import Steps, Wakers, run
 from mpbroadcast.protocol.frames import HEAD, MAX_FRAME, PIPE_BUF, frame_head
-from mpbroadcast.protocol.pickling import PROTOCOL, LargeBuffer, Payload, as_payload, dumps, explain, gather, keep_in_band
+from mpbroadcast.protocol.pickling import (
+    GATHER_BYTES_FROM,
+    GATHER_FROM,
+    PROTOCOL,
+    LargeBuffer,
+    Payload,
+    as_payload,
+    dumps,
+    explain,
+    gather,
+    keep_in_band,
+)
 from mpbroadcast.validation import check_timeout, encode_topic, encoded_topic
 
 M = TypeVar("M")
@@ -39,7 +50,6 @@ SHORT: Final = min(SHARED_FROM, PIPE_BUF // 2)  # bytes of a message below which
 # Bytes of a message and its topic in one write: where PIPE_BUF is 512, a topic may have more.
 _ROOM: Final = PIPE_BUF - HEAD.size
 _HEADS: Final = [frame_head(size, b"") for size in range(SHORT)]  # without a topic: looking one up is faster than packing it
-_GATHER_FROM: Final = 1 << 17  # bytes of a message from which on joining its parts takes longer than gathering them
 
 
 class Publishing(Generic[M]):
@@ -92,20 +102,21 @@ class Publishing(Generic[M]):
             return
         encoded = encoded_topic(topic) if topic != "" else b""
         gathered: Payload | None = None
-        if self._is_large:
-            gathered = self._pickled(message, topic)
-            data, size = b"", gathered.size
-        else:
-            try:
+        try:
+            if self._is_large:
+                gathered = gather(message)
+                data, size = b"", gathered.size
+                self._is_large = gathered.image or size >= (GATHER_BYTES_FROM if type(message) is bytes else GATHER_FROM)
+            else:
                 data = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
-            except LargeBuffer:
-                self._is_large = True
-                self.publish(message, topic=topic)
-                return
-            except Exception as error:
-                explain(error, message, topic)
-                raise
-            size = len(data)
+                size = len(data)
+        except LargeBuffer:
+            self._is_large = True
+            self.publish(message, topic=topic)
+            return
+        except Exception as error:
+            explain(error, message, topic)
+            raise
         writer = self._writer
         if writer is not None:
             try:
@@ -113,7 +124,7 @@ class Publishing(Generic[M]):
                     if size >= SHORT and writer.send_quickly(gathered.parts, size, encoded, gathered.image):
                         return
                 elif size >= SHORT:
-                    self._is_large = size >= _GATHER_FROM
+                    self._is_large = size >= (GATHER_BYTES_FROM if type(message) is bytes else GATHER_FROM)
                     if writer.send_quickly((data,), size, encoded, False):
                         return
                 elif not encoded:
@@ -300,7 +311,7 @@ class Publishing(Generic[M]):
         except Exception as error:
             explain(error, message, topic)
             raise
-        self._is_large = payload.image or payload.size >= _GATHER_FROM
+        self._is_large = payload.image or payload.size >= (GATHER_BYTES_FROM if type(message) is bytes else GATHER_FROM)
         return payload
 
     def _publish(self, payload: Payload, route: Route, deadline: Deadline, done: list[int]) -> None:

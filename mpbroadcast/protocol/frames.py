@@ -24,6 +24,7 @@ import contextlib
 import select
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from struct import Struct, iter_unpack
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -86,9 +87,8 @@ def reference_frame(ring: int, offset: int, length: int, topic: bytes, exclude: 
     return head + _REFERENCE.pack(ring, offset, length)
 
 
-def plain_reference(ring: int, offset: int, length: int) -> bytes:
-    """Return :func:`reference_frame` without a topic."""
-    return _PLAIN.pack(_PLAIN.size, REFERENCE, ring, offset, length)
+# With a ring, an offset and a length, it returns what :func:`reference_frame` does without a topic. A call in C.
+plain_reference: Final = partial(_PLAIN.pack, _PLAIN.size, REFERENCE)
 
 
 def memory_frame(message_id: int, length: int, topic: bytes, exclude: int = 0, image: bool = False) -> bytes:

@@ -33,6 +33,9 @@ from mpbroadcast.protocol.runs import AROUND, RunView
 
 PROTOCOL: Final = 5
 OUT_OF_BAND: Final = 1 << 16  # bytes of a buffer from which on it is left out of the pickle
+# Bytes of a message from which on joining the parts of its pickle takes longer than gathering them.
+GATHER_FROM: Final = 1 << 17
+GATHER_BYTES_FROM: Final = 1 << 15  # the same, of a message that is one ``bytes`` object: no pickler has to find its parts
 
 dumps = pickle.dumps
 loads: Final = pickle.loads
@@ -43,6 +46,10 @@ _WRAPPER: Final = b"\x80\x05\x8c\x1dmpbroadcast.protocol.pickling\x8c\x0aload_im
 _WRAPPER_END: Final = b"\x85R."
 _LENGTH: Final = Struct("<Q")
 _ALIGNMENT: Final = 64
+_BYTES: Final = Struct("<3sI")  # PROTO 5 and BINBYTES, its length
+_BYTES_END: Final = b"\x94."  # MEMOIZE, STOP
+_AROUND_BYTES: Final = _BYTES.size + len(_BYTES_END)
+_MOST_BYTES: Final = 0xFFFF_FFFF
 # A message that raises these would be taken for the channel's own end or error.
 _NOT_OF_A_MESSAGE: Final = (EOFError, StopIteration, StopAsyncIteration, BroadcastError)
 
@@ -76,6 +83,10 @@ class _Parts(list[Any]):
 
 def gather(message: object) -> Payload:
     """Pickle a message. Its large buffers (of pickle protocol 5) and large ``bytes`` and ``bytearray`` are not copied."""
+    if type(message) is bytes and len(message) <= _MOST_BYTES:  # what the pickler would write, without one
+        size = len(message)
+        around = (_BYTES.pack(b"\x80\x05B", size), message, _BYTES_END)
+        return tuple.__new__(Payload, (around, size + _AROUND_BYTES, False))  # the constructor is a Python function
     parts = _Parts()
     buffers: list[memoryview] = []
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpbroadcast.protocol.pickling import (
+    GATHER_BYTES_FROM,
     OUT_OF_BAND,
     LargeBuffer,
     as_payload,
@@ -18,8 +19,13 @@ from mpbroadcast.protocol.pickling import (
     loads,
     wrapped,
 )
+from mpbroadcast.protocol.plain_pickling import load_plain
 from tests.support.frames_made import STEADY
 from tests.support.helpers import pattern
+
+
+class Named(bytes):
+    """A subclass, which a pickle names."""
 
 
 def image_of(message: object) -> bytes | None:
@@ -60,6 +66,20 @@ def test_buffers_come_back_as_they_were(sizes: list[int], extra: bytes | bytearr
             assert whole.find(bytes(other)) % 64 == 0
             other[0] ^= 0xFF
     assert bytes(whole) != data  # they are in there, not copied
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, GATHER_BYTES_FROM, OUT_OF_BAND - 1, OUT_OF_BAND, 1 << 20])
+def test_bytes_are_gathered_without_a_pickler(size: int) -> None:
+    """In what the pickler would write, which frames the shorter ones, the message itself is a part; plain data, too."""
+    message = pattern(7, size)
+    payload = gather(message)
+    assert payload.parts[1] is message
+    assert image_of(message) is None
+    data = b"".join(payload.parts)
+    assert load_plain(data) == message
+    if size >= OUT_OF_BAND:  # the same, byte by byte
+        assert data == dumps(message, 5)
+    assert type(loads(b"".join(gather(Named(message)).parts))) is Named  # of a subclass, it would be another object
 
 
 def test_arrays_of_every_layout() -> None:
