@@ -102,7 +102,7 @@ class Intake:
             self.refuse(publisher, f"the broker failed at what it sent ({error!r})")
             return
         self._came += came
-        self._items += len(publisher.parked)
+        self._items += publisher.pipe.splitter.steps
         self.ready[publisher] = came
 
     def refuse(self, publisher: Publisher, why: str) -> None:

@@ -25,12 +25,13 @@ from mpbroadcast.broker.memory import Lender
 from mpbroadcast.broker.reference_window import ReferenceWindow
 from mpbroadcast.posix.pipes import readv, unread
 from mpbroadcast.posix.processes import PeerProcess
-from mpbroadcast.protocol.frames import BridgeFrame, FrameError, Item, MemfdMessage, References, Splitter
+from mpbroadcast.protocol.frames import BridgeFrame, FrameError, Item, MemfdMessage, References, Singles
 from mpbroadcast.protocol.reports import last_report
+from mpbroadcast.protocol.splitter import Splitter
 
 log = logging.getLogger("mpbroadcast.broker")
 
-Parked = Item | Callable[[], None]
+Parked = Item | Singles | Callable[[], None]
 
 
 class Inlet(Protocol):
@@ -177,7 +178,7 @@ class Publisher:
             self.parked.append(pipe.barriers.popleft()[1])
         return came
 
-    def _take_shared(self, items: list[Item | BridgeFrame]) -> int:
+    def _take_shared(self, items: list[Item | Singles | BridgeFrame]) -> int:
         """Park items with the memory that they are in, and drop what was aborted. Return the bytes that they refer to.
 
         :raises FrameError: a frame refers to memory that is not there, or is a bridge's.
@@ -189,7 +190,7 @@ class Publisher:
                     raise FrameError("a frame of a bridge, whose session it is not")
                 self.parked.append(partial(self.inlet.begin, item))
                 continue
-            found: Item | None = item
+            found: Item | Singles | None = item
             if isinstance(item, References):
                 ring = None if lender is None else lender.rings.get(item.ring)
                 if ring is None:

@@ -12,29 +12,34 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from mpbroadcast import trap_points
 from mpbroadcast.broker.core.bridging import Misannounced, Topics
 from mpbroadcast.broker.core.history import ALL, Entry, History
 from mpbroadcast.broker.core.router import Router
+from mpbroadcast.broker.core.singles import runs_by_target
 from mpbroadcast.broker.core.states import PipeState, SubscriptionState
 from mpbroadcast.broker.delivery import Dirty
 from mpbroadcast.broker.members import Inlet, Publisher, Subscription
 from mpbroadcast.broker.memory import Ring
 from mpbroadcast.broker.memory_exchange import MemoryExchange
 from mpbroadcast.protocol.fd_packets import ROUTED, pack
-from mpbroadcast.protocol.frames import Batch, Item, MemfdMessage, References
+from mpbroadcast.protocol.frames import Batch, Item, MemfdMessage, References, Singles
 from mpbroadcast.protocol.runs import Account, Run, SharedRun, run_of
 
 log = logging.getLogger("mpbroadcast.broker")
 
 TURN: Final = 1 << 12  # puts into backlogs in a round: some 20 ms
+_SINGLES_PER_PUT: Final = 1 << 2  # messages of changing topics that are put in the time of a put
 _PATTERNS_PER_PUT: Final = 1 << 3  # patterns that are tried one by one in the time of a put
 _STEPS_PER_PUT: Final = 1 << 10  # steps of trying all patterns, in the same time
 _PACKED_PER_FIT: Final = 16  # messages that are packed next, for each that a backlog had room for
 _REPLAYED: Final = 1 << 10  # batches of a replay in a round: some milliseconds
 _BYTES_PER_BATCH: Final = 1 << 12  # that are copied in the time of one of these batches
+
+
+Targets = tuple[Subscription, ...]
 
 
 class _LooksUp(Exception):
@@ -94,12 +99,15 @@ class Routing:
             if callable(item):
                 item()
                 continue
-            if inlet is not None:
+            if inlet is not None and not isinstance(item, Singles):
                 admitted = self._admitted(item, publisher, inlet)
                 if admitted is None:
                     continue
                 item = admitted
             try:
+                if isinstance(item, Singles):
+                    self._put_singles(item, publisher)
+                    continue
                 full = self._put(item, publisher)
             except _LooksUp:
                 parked.appendleft(item)
@@ -187,6 +195,54 @@ class Routing:
         if hold is not None:
             _done(item, publisher)
         return full
+
+    def _put_singles(self, singles: Singles, publisher: Publisher) -> None:
+        """Put messages of changing topics into the backlogs of their targets, if these take all of them without a wait.
+
+        What they do not take is parked again in halves, and a single message as an item of its own, for :meth:`_put`. So are
+        all, where more is to be decided or kept for each of them.
+        """
+        parked, count = publisher.parked, len(singles.topics)
+        if count == 1 or publisher.inlet is not None or publisher.not_yet or self.history is not None:
+            parked.extendleft(reversed(singles.batches()))
+            return
+        targets = [*map(self._found.get, singles.topics)]
+        known = self._complete(targets, singles.topics) if None in targets else count
+        if known < count:
+            singles, rest = singles.cut(max(1, known))
+            parked.appendleft(rest)
+            if not known:
+                parked.extendleft(singles.batches())
+                return
+            count = known
+        runs = runs_by_target(singles, cast("list[Targets]", targets[:count]), self.next_id, self._memory.store.account)
+        for subscription, run in runs.items():
+            backlog = subscription.backlog
+            if backlog.waiting_charge + backlog.pipe + backlog.referred + run.charge > backlog.capacity:
+                subscription.refresh()
+            if subscription.waiters or (backlog.blocks and not backlog.takes(run.charge)):
+                parked.extendleft(reversed(singles.cut(count // 2)))
+                return
+        for subscription, run in runs.items():
+            self._enqueue(run, None, (subscription,), publisher.last_in)
+        self._puts += count // _SINGLES_PER_PUT + len(runs)
+        self.next_id += count
+
+    def _complete(self, targets: list[Targets | None], topics: list[bytes]) -> int:
+        """Look up the targets that are not known yet. Return how many of the first are known then.
+
+        It ends at a topic that takes long, or is not UTF-8, or at the end of the turn.
+        """
+        for index, known in enumerate(targets):
+            if known is None:
+                try:
+                    found = None if self.turn_is_over else self._router.targets(topics[index])
+                except UnicodeDecodeError:
+                    return index
+                if found is None:
+                    return index
+                targets[index] = found
+        return len(targets)
 
     def _look_up(self, topic: bytes, publisher: Publisher) -> tuple[Subscription, ...]:
         """Return the targets of the topic of its first item.
@@ -345,7 +401,7 @@ _RUNS: Final[dict[type, Callable[[Any, int, Account], Run]]] = {
 }
 
 
-def _done(item: Item, publisher: Publisher) -> None:
+def _done(item: Item | Singles, publisher: Publisher) -> None:
     """Let its publisher go on, as the item is enqueued or dropped."""
     if isinstance(item, MemfdMessage) and publisher.lender is not None:
         publisher.lender.send(pack(ROUTED, 0, item.id))

@@ -28,11 +28,12 @@ A :class:`Run` of the broker has as many of these as its batch needs, one behind
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from itertools import accumulate, pairwise
 from struct import Struct
 from typing import Any, Final, NamedTuple
 
-from mpbroadcast.protocol.frames import OVERHEAD, PIPE_BUF, REFERENCE_SIZE, Batch, MemfdMessage, References
+from mpbroadcast.protocol.frames import HEAD, OVERHEAD, PIPE_BUF, REFERENCE_SIZE, Batch, MemfdMessage, References, Singles
 
 RUN: Final = Struct("<QIBBHQ")
 TAIL: Final = b"\n"
@@ -184,6 +185,66 @@ class _View(Run):
 
     def __del__(self) -> None:
         pass  # the whole run leaves the account
+
+
+class SinglesRun(Run):
+    """Messages of changing topics, each as a run of one message, which several of these share.
+
+    With ``counted``, other runs have all of them, too, and stay in the account for as long as this one is in a backlog.
+    """
+
+    __slots__ = ("_counted", "_singles")
+    account: Account
+
+    def __init__(self, singles: list[bytes], account: Account, counted: tuple[Run, ...] = ()) -> None:
+        self._singles = singles
+        self._counted = counted
+        self.count = len(singles)
+        self.size = sum(map(len, singles))
+        self.charge = self.size + self.count * (OVERHEAD - AROUND)
+        self.missed = 0
+        self.account = account
+        if not counted:
+            account.held += self.charge
+
+    def __del__(self) -> None:
+        if not self._counted:
+            super().__del__()
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        return b"".join(self._singles)
+
+    @property
+    def sizes(self) -> array[int]:  # type: ignore[override]
+        return array("I", [len(one) - AROUND for one in self._singles])
+
+    def part(self, start: int, stop: int) -> Run:
+        return self if stop - start == self.count else SinglesRun(self._singles[start:stop], self.account)
+
+    def singles(self) -> list[Run]:
+        return [self.part(index, index + 1) for index in range(self.count)]
+
+    def divided(self, offset: int) -> tuple[Run, Run] | None:
+        count = bisect_right([*accumulate(map(len, self._singles))], offset)
+        if not 0 < count < self.count:
+            return None
+        first, rest = self._singles[:count], self._singles[count:]
+        return SinglesRun(first, self.account, (self,)), SinglesRun(rest, self.account, (self,))
+
+    @property
+    def first(self) -> int:
+        return sum(map(len, self._singles[:MOST_AT_ONCE]))
+
+
+def single_runs(singles: Singles, position: int) -> list[bytes]:
+    """Return each message as a run, as a pipe gets it; ``position`` is the id of the first one."""
+    pack, before = RUN.pack, HEAD.size
+    messages = zip(singles.topics, singles.frames, strict=True)
+    return [
+        pack(AROUND + len(frame), 1, MESSAGES, False, before + len(topic), id) + frame + TAIL
+        for id, (topic, frame) in enumerate(messages, position)
+    ]
 
 
 def run_of(batch: Batch, position: int, account: Account | None = None) -> Run:

@@ -475,13 +475,14 @@ def test_the_end_of_the_broker_waits_for_the_session_at_work(
     finish(process)
 
 
-@pytest.mark.parametrize("wrong", ["no origin", "no frame", "too many", "torn"])
+@pytest.mark.parametrize("wrong", ["no origin", "no origins", "no frame", "too many", "torn"])
 def test_wrong_bytes_end_their_own_session(bus: Bus, wrong: str) -> None:
     """The next one is at work then, and nothing of it was routed."""
     channel = bus.subscribe()
     frame = frame_head(1, b"in") + b"x"
     written = {
         "no origin": frame,
+        "no origins": frame + frame_head(1, b"on") + b"x",
         "no frame": HEAD.pack(30, 5 << 24) + bytes(22),
         "too many": bridge_frame(Arrival(ORIGIN, 1, 1, 1)) + frame + frame,
         "torn": b"\xff" * 64,

@@ -5,28 +5,35 @@ import tracemalloc
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
 from types import SimpleNamespace
-from typing import Final
+from typing import Any, Final
 from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpbroadcast.protocol import frames
+from mpbroadcast.protocol import frames, splitter
+from mpbroadcast.protocol.splitter import Splitter
 from mpbroadcast.validation import MAX_TOPIC
 from tests.support.frames_made import STEADY, Message, Written, chunks, damaged, written
 
 LENGTHS = st.lists(st.integers(0, 300) | st.integers(0, 10_000), max_size=20)
 
 
-def split(*parts: bytes) -> list[frames.Item]:
-    splitter = frames.Splitter()
+def split(*parts: bytes) -> list[Any]:
+    splitter = Splitter()
     return [item for part in parts for item in splitter.split(part)]
 
 
-def messages_in(item: frames.Item) -> list[Message]:
+def messages_in(item: frames.Item | frames.Singles) -> list[Message]:
+    if isinstance(item, frames.Singles):
+        assert 0 < len(item.frames) <= frames.MOST_TOGETHER
+        batches = item.batches()
+        assert item.charge == sum(batch.charge for batch in batches)
+        assert not any(batch.image or batch.exclude for batch in batches)
+        return found(batches)
     heads = [len(frames.frame_head(0, item.topic, item.exclude))] * len(item.sizes)
     assert item.charge == sum(size + frames.OVERHEAD for size in item.sizes)
     payloads: list[bytes | tuple[int | None, int, int]]
@@ -46,7 +53,7 @@ def messages_in(item: frames.Item) -> list[Message]:
     return [Message(item.topic, item.exclude, payload, item.image) for payload in payloads]
 
 
-def found(items: Iterable[frames.Item]) -> list[Message]:
+def found(items: Iterable[frames.Item | frames.Singles]) -> list[Message]:
     return [message for item in items for message in messages_in(item)]
 
 
@@ -57,7 +64,7 @@ def test_messages_come_out_as_they_were_written(stream: Written, lengths: list[i
     assert all(len(write) <= frames.PIPE_BUF for write in stream.writes)
     data = b"".join(stream.writes)
     for parts in (chunks(data, lengths), [*chunks(data[:9000], [1] * 9000), data[9000:]]):
-        splitter = frames.Splitter()
+        splitter = Splitter()
         items = [item for part in parts for item in splitter.split(part)]
         assert found(items) == stream.messages
         assert (splitter.unfinished, splitter.aborted) == (0, stream.aborted)
@@ -68,7 +75,7 @@ def test_messages_come_out_as_they_were_written(stream: Written, lengths: list[i
 def test_references_of_one_route_go_together_within_limits() -> None:
     """Neighbours in one ring with one route are one, until they refer to 1 MiB or would not fit into one write."""
     messages = [Message(b"t", 0, (1, 4096 * number, 4096)) for number in range(300)]
-    splitter = frames.Splitter()
+    splitter = Splitter()
     items = splitter.split(b"".join(message.frame for message in messages))
     assert splitter.has_shared
     assert len(items) < 6
@@ -83,10 +90,10 @@ def test_references_of_one_route_go_together_within_limits() -> None:
 def test_no_more_is_split_at_once_than_a_round_has_time_for() -> None:
     """The others are taken back, and come again."""
     messages = [Message(b"a"), Message(b"b")] * frames.MOST_ITEMS
-    splitter = frames.Splitter()
+    splitter = Splitter()
     assert not splitter.has_more
     items = splitter.split(b"".join(message.frame for message in messages))
-    assert (len(items), splitter.has_more) == (frames.MOST_ITEMS, True)
+    assert (len(found(items)), splitter.has_more) == (frames.MOST_ITEMS, True)
     rest = splitter.take_back()
     assert (splitter.has_more, splitter.rest) == (False, b"")
     assert found(items + splitter.split(rest)) == messages
@@ -95,7 +102,7 @@ def test_no_more_is_split_at_once_than_a_round_has_time_for() -> None:
 def test_a_long_message_is_held_until_it_is_whole_or_aborted() -> None:
     """Its pieces are counted; what had come of an aborted one is dropped, and its number may be used again."""
     lost, kept = Message(b"room:1", 7, b"x" * (3 * frames.PIPE_BUF)), Message(b"", 0, b"y" * (3 * frames.PIPE_BUF))
-    splitter = frames.Splitter()
+    splitter = Splitter()
     splitter.split(next(frames.pieces(lost.frame, 1)))
     assert not splitter.split(frames.abort(1) + frames.abort(99))
     assert (splitter.unfinished, splitter.has_shared) == (0, True)
@@ -138,7 +145,45 @@ def test_one_that_differs_is_found_at_any_position(odd: Message | None) -> None:
         expected = [USUAL] * index + [odd] * (odd is not None) + [USUAL] * (count - index)
         assert found(items) == expected
         if odd is not None and len(frame) <= frames.PIPE_BUF:  # and what has the same route is together
-            assert len(items) == len([*groupby(expected, lambda message: message and (*message[:2], message.image))])
+            assert len(items) <= len([*groupby(expected, lambda message: message and (*message[:2], message.image))])
+
+
+SPECIAL: Final = {
+    "!": Message(b"A", 7, b"x"),
+    "#": Message(b"A", 0, b"x", True),
+    "@": Message(b"A", 0, (1, 0, 4096)),
+    "+": Message(b"A", 0, bytes(2 * frames.PIPE_BUF)),
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "split_to"),
+    [
+        ("A", "A"),
+        ("AB", "s:AB"),
+        ("ABA", "s:ABA"),
+        ("AAB", "AA B"),
+        ("AABC", "AA s:BC"),
+        ("ABBCCC", "s:ABBCCC"),
+        ("ABBBBB", "s:ABBBB B"),
+        ("ABBBBBBBC", "s:ABBBB BBB C"),
+        ("ABBBBBBBCD", "s:ABBBB BBB s:CD"),
+        *((f"A{odd}", f"A {odd}") for odd in SPECIAL),
+        *((f"AB{odd}C", f"s:AB {odd} C") for odd in SPECIAL),
+        *((f"AB{odd}CD", f"s:AB {odd} s:CD") for odd in SPECIAL),
+        ("AB" * 1500, f"s:{'AB' * 1024} A s:{'BA' * 475}B"),
+    ],
+)
+def test_neighbours_with_changing_topics_are_together(written: str, split_to: str) -> None:
+    """But for a longer row of one topic among them, and for what is no plain message."""
+    messages = [SPECIAL.get(letter, Message(letter.encode(), 0, b"payload")) for letter in written]
+    data = [message.frame for message in messages]
+    items = split(b"".join(b"".join(frames.pieces(frame, 5)) if len(frame) > frames.PIPE_BUF else frame for frame in data))
+    assert found(items) == messages
+    names = {SPECIAL[name]: name for name in SPECIAL}
+    parts = ["".join(names.get(message, message.topic.decode()) for message in messages_in(item)) for item in items]
+    marks = ["s:" if isinstance(item, frames.Singles) else "" for item in items]
+    assert " ".join(map("".join, zip(marks, parts, strict=True))) == split_to
 
 
 @pytest.mark.parametrize("topic", [b"", b"t"])
@@ -149,7 +194,7 @@ def test_a_row_of_any_length_is_full_batches(topic: bytes) -> None:
         message = Message(topic, 0, b"\0" * payload)
         frame = message.frame
         for count in [*range(1, 10), *range(most - 3, most + 4), most + most // 3]:
-            splitter = frames.Splitter()
+            splitter = Splitter()
             cut = len(frame) // 2 if payload else 0
             batches = splitter.split(frame * count + frame[:cut])
             assert [len(batch.sizes) for batch in batches] == [most] * ((count - 1) // most) + [(count - 1) % most + 1]
@@ -164,7 +209,7 @@ def test_a_row_of_one_size_is_not_looked_at_one_by_one(monkeypatch: pytest.Monke
     row = [
         frames.frame_head(4, b"t") + struct.pack("<I", number % 256 * 0x01010101) for number in range(frames.MOST_TOGETHER - 2)
     ]
-    monkeypatch.setattr(frames, "HEAD", SimpleNamespace(size=8, unpack_from=counted))
+    monkeypatch.setattr(splitter, "HEAD", SimpleNamespace(size=8, unpack_from=counted))
     for before in ([], [short, short]):
         counted.reset_mock()
         (batch,) = split(b"".join([*before, *row]))
@@ -179,10 +224,12 @@ def test_a_batch_can_be_cut_anywhere(stream: Written, counts: list[int]) -> None
     for item in split(b"".join(stream.writes)):
         if isinstance(item, frames.MemfdMessage):
             continue
+        whole = messages_in(item)
         for count in counts:
             first, others = item.cut(count)
-            assert found(one for one in (first, others) if one.sizes) == messages_in(item)
-            assert len(first.sizes) == min(count, len(item.sizes))
+            parts = [one for one in (first, others) if one.frames]
+            assert found(parts) == whole
+            assert len(found(parts[: bool(first.frames)])) == min(count, len(whole))
             assert first.charge + others.charge == item.charge
 
 
@@ -213,7 +260,7 @@ DAMAGED = st.builds(damaged, st.randoms(), STREAMS, st.just([USUAL.frame]))
 @given(data=DAMAGED | st.lists(HEADS, max_size=20).map(b"".join) | st.binary(max_size=600), lengths=LENGTHS)
 def test_bytes_that_are_never_written_are_refused_or_passed(data: bytes, lengths: list[int]) -> None:
     """Damaged streams, heads at and beyond their limits, and any bytes at all: frames, or ``FrameError``; nothing may grow."""
-    splitter = frames.Splitter()
+    splitter = Splitter()
     fed = out = 0
     try:
         for part in chunks(data, lengths):
@@ -221,6 +268,7 @@ def test_bytes_that_are_never_written_are_refused_or_passed(data: bytes, lengths
             items = splitter.split(part)
             found(items)
             out += sum(len(item.frames) for item in items if isinstance(item, frames.Batch))
+            out += sum(map(len, chain.from_iterable(item.frames for item in items if isinstance(item, frames.Singles))))
             assert splitter.unfinished >= 0
             assert splitter.unfinished + out <= fed + 512 * (fed // 18)  # for keeping each that has begun
     except frames.FrameError:
@@ -293,12 +341,12 @@ def test_a_reference_beyond_the_longest_message_is_refused(length: int) -> None:
 def test_unfinished_messages_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A publisher that begins message after message and finishes none is stopped."""
     begun = [struct.pack("<IIQB", 18, frames.PIECE, number, 0) + b"x" for number in range(4097)]
-    splitter = frames.Splitter()
+    splitter = Splitter()
     splitter.split(b"".join(begun[:4096]))
     with pytest.raises(frames.FrameError):
         splitter.split(begun[4096])
-    monkeypatch.setattr(frames, "MAX_FRAME", 5 * (frames.PIPE_BUF - 17 + 512))
-    splitter = frames.Splitter()
+    monkeypatch.setattr("mpbroadcast.protocol.splitter.MAX_FRAME", 5 * (frames.PIPE_BUF - 17 + 512))
+    splitter = Splitter()
     frame = frames.frame_head(3 * frames.PIPE_BUF, b"") + bytes(3 * frames.PIPE_BUF)
     splitter.split(b"".join(next(frames.pieces(frame, number)) for number in range(1, 6)))
     with pytest.raises(frames.FrameError):
@@ -315,7 +363,7 @@ SHORT = struct.pack("<IIQB", 19, frames.PIECE, 1, 0) + bytes(2)
 )
 def test_what_is_kept_is_what_is_counted(stream: Sequence[bytes]) -> None:
     """However messages come in pieces, they take what is counted for them, more or less."""
-    splitter = frames.Splitter()
+    splitter = Splitter()
     tracemalloc.start()
     try:
         for part in stream:

@@ -25,7 +25,7 @@ from mpbroadcast.protocol.frames import (
     PIPE_BUF,
     MemfdMessage,
     References,
-    Splitter,
+    Singles,
     frame_head,
     memory_frame,
     reference_frame,
@@ -33,6 +33,7 @@ from mpbroadcast.protocol.frames import (
     topic_of,
 )
 from mpbroadcast.protocol.pickling import ALL_KINDS, Failure, Loaders, load_each, load_run, loads
+from mpbroadcast.protocol.splitter import Splitter
 from tests.support.frames_made import EXCLUDED, ROUTES, SHARED_SIZES, STEADY, TOPICS, batch_of, chunks
 from tests.support.helpers import pattern
 from tests.support.workers import Raises
@@ -302,6 +303,65 @@ def single(number: int, value: Any = None, size: int = 0) -> bytes:
         payload = bytes(size - batch.skip)
         batch = batch._replace(frames=frame_head(len(payload), topic) + payload, sizes=array("I", (size,)))
     return data_of(runs.run_of(batch, 1000 + number))
+
+
+def changing(count: int, account: runs.Account) -> runs.SinglesRun:
+    """A run of so many messages, each with a topic of its own."""
+    batches = [batch_of([number], b"t%d" % number) for number in range(count)]
+    singles = Singles([batch.topic for batch in batches], [batch.frames for batch in batches])
+    assert singles.batches() == batches
+    made = runs.single_runs(singles, 1000)
+    assert made == [data_of(runs.run_of(batch, id)) for id, batch in enumerate(batches, 1000)]
+    run = runs.SinglesRun(made, account)
+    assert (run.count, run.charge, run.size) == (count, singles.charge, len(data_of(run)))
+    assert (run.missed, run.is_gap, run.hold) == (0, False, None)
+    return run
+
+
+def numbers_of(run: runs.Run) -> list[int]:
+    """The messages of a run of :func:`changing`, which agrees with its counts, and with the run of each message alone."""
+    items = received([(data_of(run), False)], WITH_ID)[0]
+    numbers = [item.message for item in items]
+    assert items == [Received(1000 + number, f"t{number}", number) for number in numbers]
+    alone = [runs.run_of(batch_of([number], b"t%d" % number), 1000 + number) for number in numbers]
+    assert run.charges() == [own.charge for own in alone]
+    assert (run.count, run.charge, run.size) == (len(alone), sum(run.charges()), sum(own.size for own in alone))
+    assert [data_of(own) for own in run.singles()] == [data_of(own) for own in alone]
+    return numbers
+
+
+def test_a_run_of_changing_topics_is_cut_and_divided_anywhere() -> None:
+    """Between any two of its messages. A part counts by itself, and halves count as the whole until both are gone."""
+    account = runs.Account()
+    run = changing(300, account)
+    whole = run.charge
+    assert numbers_of(run) == [*range(300)]
+    assert run.first == sum(own.size for own in run.singles()[: runs.MOST_AT_ONCE])
+    assert bytes(run.rest(77)) == data_of(run)[77:]
+    assert run.part(0, 300) is run
+    for start, stop in ((0, 1), (299, 300), (100, 229)):
+        part = run.part(start, stop)
+        assert numbers_of(part) == [*range(start, stop)]
+        assert account.held == whole + part.charge
+        del part
+    ends = [*accumulate(own.size for own in run.singles())]
+    for offset, count in ((ends[0], 1), (ends[1] - 1, 1), (ends[200], 201), (ends[299] - 1, 299)):
+        halves = run.divided(offset)
+        assert halves is not None
+        assert [*map(numbers_of, halves)] == [[*range(count)], [*range(count, 300)]]
+        del halves
+    assert run.divided(0) is run.divided(ends[0] - 1) is run.divided(ends[299]) is None
+    halves = run.divided(ends[99])
+    assert halves is not None
+    del run
+    quarters = halves[1].divided(ends[149] - ends[99])
+    assert quarters is not None
+    assert account.held == whole
+    assert numbers_of(quarters[1].part(10, 20)) == [*range(160, 170)]
+    del halves
+    assert account.held == whole
+    del quarters
+    assert account.held == 0
 
 
 IMAGE_RUN: Final = runs.run_of(batch_of([3], b"t")._replace(image=True), 1003)

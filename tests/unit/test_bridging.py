@@ -14,8 +14,9 @@ from mpbroadcast.broker.core.policies import new_backlog
 from mpbroadcast.broker.core.router import Router
 from mpbroadcast.broker.routing import TURN
 from mpbroadcast.broker.server import Broker
-from mpbroadcast.protocol.frames import HEAD, OVERHEAD, Arrival, Batch, BridgeFrame, Cursor, FrameError, Splitter, bridge_frame
+from mpbroadcast.protocol.frames import HEAD, OVERHEAD, Arrival, Batch, BridgeFrame, Cursor, FrameError, bridge_frame
 from mpbroadcast.protocol.runs import END, Run, read_run, run_of
+from mpbroadcast.protocol.splitter import Splitter
 from tests.support.frames_made import batch_of
 from tests.support.own_broker import asking, own_broker, subscribed
 

@@ -5,10 +5,11 @@ import math
 import os
 import re
 import sys
+import time
 from array import array
 from collections.abc import Iterator
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -17,7 +18,10 @@ from mpbroadcast.broker.core.history import History
 from mpbroadcast.broker.core.states import PublisherState
 from mpbroadcast.broker.members import Subscription
 from mpbroadcast.broker.server import Broker
+from mpbroadcast.client.pipe_reader import Stream, decode
+from mpbroadcast.client.received import WITH_ID, Received
 from mpbroadcast.posix.fd_socket import DescriptorSocket
+from mpbroadcast.posix.pipes import unread
 from mpbroadcast.posix.shared_memory import available, message_memory
 from mpbroadcast.protocol.fd_packets import MEMORY, pack
 from mpbroadcast.protocol.frames import Batch, frame_head, memory_frame
@@ -28,6 +32,7 @@ __all__ = ["own_broker"]
 
 MOST = 30
 MOST_ALONE = 15
+MOST_CHANGING = 40
 SIZE = 100_000  # bytes of a long message
 
 
@@ -78,6 +83,126 @@ def test_small_messages_take_few_calls(pipes: Pipes, count: int, most: int) -> N
         assert os.read(pipes.read_end, 1 << 16).count(b"payload %d" % number) == count
     print(len(calls), *calls, sep="\n")
     assert 5 < len(calls) <= most
+
+
+def test_messages_of_changing_topics_take_few_calls(pipes: Pipes) -> None:
+    """Those that are read together take no more Python calls than two of one topic, however many they are."""
+    calls: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            calls.append(frame.f_code.co_qualname)
+
+    data = b"".join(frame_head(1, b"t%d" % number) + b"x" for number in range(200))
+    for is_first in (True, False):
+        os.write(pipes.write_end, data)
+        sys.setprofile(None if is_first else note)
+        pipes.broker.round()
+        sys.setprofile(None)
+        assert os.read(pipes.read_end, 1 << 16).count(b"x\n") == 200
+    print(len(calls), *calls, sep="\n")
+    assert 5 < len(calls) <= MOST_CHANGING
+
+
+class Reader:
+    """A channel of a broker in this process."""
+
+    def __init__(self, pipes: Pipes, *topics: str) -> None:
+        broker, subscription = pipes.broker, pipes.subscription
+        self.own = subscribed(broker, broker.registry.new_id(), subscription.session, [*topics], subscription.policy)
+        self.fd = self.own.pipe.begin_opening(self.own.backlog)
+        os.set_blocking(self.fd, False)
+        self.own.pipe.open()
+        broker.traffic.watch(self.own)
+        self.stream = Stream()
+
+    def received(self, first: int) -> list[tuple[Any, ...]]:
+        """What has come: topic and position of each message, and what is missing."""
+        items: list[Any] = []
+        with contextlib.suppress(BlockingIOError):
+            self.stream.chunks.append(os.read(self.fd, 1 << 20))
+            while (after := decode(self.stream, WITH_ID)) is not None:
+                items += after.ready
+                after.ready.clear()
+                self.stream = after
+        return [
+            (one.topic, one.id - first) if isinstance(one, Received) else (repr(getattr(one, "error", one)),) for one in items
+        ]
+
+
+def of_changing_topics(pipes: Pipes, count: int, others: dict[int, bytes]) -> list[list[Any]]:
+    """Publish so many messages at once, three times, with other frames among them. Return what two channels get each time."""
+    traffic = pipes.broker.traffic
+    traffic.drop(pipes.subscription)
+    readers = [Reader(pipes, "*"), Reader(pipes, "a*", "t1?")]
+    publishers = traffic.publishers.values()
+    found = []
+    for _ in range(3):
+        first = traffic.routing.next_id
+        frames = [others.get(index, frame_head(2, b"at"[index % 2 :][:1] + b"%d" % index) + b"N.") for index in range(count)]
+        for start in range(0, count, 50):
+            os.write(pipes.write_end, b"".join(frames[start : start + 50]))
+        got: list[list[Any]] = [[], []]
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            pipes.broker.round(at_once=True)
+            for own, reader in zip(got, readers, strict=True):
+                assert reader.own.backlog.charge <= reader.own.backlog.capacity
+                own.extend(reader.received(first))
+            waits = any(publisher.parked for publisher in publishers) or any(reader.own.backlog.runs for reader in readers)
+            if not waits and not traffic.is_behind and not any(unread(reader.fd) for reader in readers):
+                break
+        found += got
+    for reader in readers:
+        traffic.drop(reader.own)
+        os.close(reader.fd)
+    return found
+
+
+@pytest.mark.parametrize("pipes", ["block", "drop_oldest", "drop_newest", "disconnect", "latest"], indirect=True)
+@pytest.mark.parametrize("count", [100, 900])
+def test_messages_of_changing_topics_differ_in_nothing_from_others(pipes: Pipes, count: int) -> None:
+    """Also where not all fit: each channel gets the same, of each policy, as with a history, where they go one by one."""
+    others = {3: frame_head(2, b"a\xff") + b"N.", 50: frame_head(2, b"a1", 1 << 40) + b"N.", 60: frame_head(0, b"a1")}
+    routing = pipes.broker.traffic.routing
+    together = of_changing_topics(pipes, count, others)
+    routing.history = History(1)
+    assert of_changing_topics(pipes, count, others) == together
+    assert len(together[0]) > (0 if pipes.subscription.policy == "latest" else 90)
+
+
+@pytest.mark.parametrize(("name", "value"), [("routing.TURN", 5), ("core.router.PART", 0)])
+def test_messages_of_changing_topics_come_in_order_in_any_number_of_turns(
+    pipes: Pipes, name: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a round has time for few, or for no part of looking a topic up."""
+    together = of_changing_topics(pipes, 300, {})
+    pipes.broker.router.found.clear()
+    monkeypatch.setattr(f"mpbroadcast.broker.{name}", value)
+    assert of_changing_topics(pipes, 300, {}) == together
+    assert [position for _, position in together[0]] == [*range(300)]
+
+
+def test_messages_of_changing_topics_pass_none_that_waits(pipes: Pipes) -> None:
+    """A channel that begins behind them gets those only that it had before; and who waits for a backlog is first."""
+    publisher = [*pipes.broker.traffic.publishers.values()][-1]
+    own = pipes.subscription
+    frames = b"".join(frame_head(1, b"t%d" % number) + b"x" for number in range(5))
+    publisher.not_yet.append((own, frozenset({"t3"}), ()))
+    os.write(pipes.write_end, frames)
+    pipes.broker.round()
+    assert re.findall(rb"t\d", os.read(pipes.read_end, 1 << 16)) == [b"t3"]
+    publisher.not_yet.clear()
+    own.waiters.append(publisher)
+    routed = pipes.broker.traffic.routing.routed
+    os.write(pipes.write_end, frames)
+    pipes.broker.traffic.intake.wait(at_once=True)
+    assert not pipes.broker.traffic.routing.route(publisher)
+    assert (publisher.blocked, pipes.broker.traffic.routing.routed) == (own, routed)
+    own.waiters.popleft()
+    pipes.broker.traffic.routing.unblock(own)
+    pipes.broker.round(at_once=True)
+    assert re.findall(rb"t\d", os.read(pipes.read_end, 1 << 16)) == [b"t0", b"t1", b"t2", b"t3", b"t4"]
 
 
 @pytest.mark.parametrize("pipes", ["block", "drop_newest", "disconnect"], indirect=True)
