@@ -19,8 +19,10 @@ class Deadline:
 
     def milliseconds(self) -> int | None:
         """Return :meth:`remaining` as ``poll`` takes it, rounded up so that a loop does not spin in the last millisecond."""
-        seconds = self.remaining()
-        return None if seconds is None else min(int(seconds * 1000) + (seconds > 0), 2**31 - 1)
+        if self._at is None:
+            return None
+        seconds = max(0.0, self._at - time.monotonic())
+        return min(int(seconds * 1000) + (seconds > 0), 2**31 - 1)
 
     def at_most(self, seconds: float) -> Deadline:
         """Return a deadline in ``seconds``, or at this one if that comes first."""

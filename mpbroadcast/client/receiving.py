@@ -91,21 +91,20 @@ class Receiving(Generic[M]):
                     stream.close_fast()
                 elif is_readable:  # a return of this call, as opposed to one in C, is safe
                     message = take_lone(stream, self.ownership, self._form, self.loaders)
-                if message is NOTHING and not stream.ready:
-                    self._fill(is_readable)
-                    stream = self._stream
-                ready, plain = stream.ready, stream.plain
-                if message is NOTHING and ready and (plain or type(ready[0]) not in FLAWS):
-                    message = ready[0]  # not popleft(): an interrupt may come between its return and the assignment
-                    del ready[0]
                 if message is NOTHING:
-                    if ready:
+                    if not stream.ready:
+                        self._fill(is_readable)
+                        stream = self._stream
+                    ready, plain = stream.ready, stream.plain
+                    if ready and (plain or type(ready[0]) not in FLAWS):
+                        message = ready[0]  # not popleft(): an interrupt may come between its return and the assignment
+                        del ready[0]
+                        if not ready:
+                            self._consume_tail_byte()
+                        elif plain and self.ownership.reports is None:
+                            stream.open_fast()
+                    elif ready:
                         self._raise_failure(ready)
-                    return message
-                if not ready:
-                    self._consume_tail_byte()
-                elif plain and self.ownership.reports is None:
-                    stream.open_fast()
             return message  # nothing is called from here on, so no interrupt comes in between
         except BaseException:
             # An interrupt came after the message was taken and before it could be handed out: it is the next one again.
@@ -192,15 +191,12 @@ class Receiving(Generic[M]):
 
     def _wait(self, deadline: Deadline, timeout: float | None) -> None:
         """Block until there may be a message, or raise TimedOut; raise EOFError or BrokerLost if none comes any more."""
-        is_lost = False
-        with self._lock:
-            stream = self._stream
-            if stream.ready:
-                if type(stream.ready[0]) is not End:
+        if self._stream.ready:
+            with self._lock:
+                stream = self._stream
+                if not stream.ready or type(stream.ready[0]) is not End:
                     return
                 self._meet_end(stream)
-                is_lost = True
-        if is_lost:
             self._reconnect(stream, deadline)
         elif not self._wait_readable(deadline):
             raise self._about_this(TimedOut(_NO_MESSAGE.format(timeout)))
