@@ -67,9 +67,7 @@ class Channel(Receiving[M]):
             return message  # nothing was called since, so no interrupt comes in between
         if self._has_receiver:
             self._check_no_receiver()
-        stream = self._stream
-        # Where nothing is left of what was read, a look into the pipe can wait for the poll, which is one system call less.
-        message = self._receive_nowait() if stream.ready or stream.chunks or self.ownership.reports else NOTHING
+        message = NOTHING if self._is_drained() else self._receive_nowait()
         if message is NOTHING:
             message = self._receive(timeout)
         return message  # as above
