@@ -27,12 +27,12 @@ from mpbroadcast import trap_points
 from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock, on_fork
 from mpbroadcast.posix.shared_memory import (
     SEAL_FUTURE_WRITE,
+    enter_pages,
     fill,
     fits,
     map_for_writing,
     message_memory,
     new_memory,
-    populate,
     seal,
 )
 
@@ -182,7 +182,7 @@ class KeptMemory:
             return
         if self._fills == 2:
             for start in range(0, self.size, _SLICE):
-                populate(self._map, start, min(_SLICE, self.size - start))
+                enter_pages(self._map, start, min(_SLICE, self.size - start))
         position = 0
         for part in parts:
             view = memoryview(part).cast("B")

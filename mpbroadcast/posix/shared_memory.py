@@ -10,6 +10,7 @@ mapped.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -32,7 +33,8 @@ _NO_EXECUTION: Final = 0x8  # MFD_NOEXEC_SEAL, from Linux 6.3 on
 _MAP_FIXED: Final = 0x10
 
 _FIXED: Final = _SEAL_SHRINK | _SEAL_GROW
-_POPULATE_WRITE: Final = 23  # MADV_POPULATE_WRITE, from Linux 5.14 on
+_POPULATE_READ: Final = 22  # MADV_POPULATE_READ, from Linux 5.14 on
+_POPULATE_WRITE: Final = 23
 _LARGE_BLOCK: Final = 1 << 23  # bytes
 _MOST_PARTS: Final = 512  # in one call; the system takes 1,024
 _WRITE: Final = 1 << 30  # bytes; the system takes nearly twice that
@@ -126,6 +128,12 @@ def populate(mapped: mmap.mmap, start: int, length: int) -> bool:
     except OSError as error:
         return error.errno not in (errno.EFAULT, errno.ENOMEM)
     return True
+
+
+def enter_pages(mapped: mmap.mmap, start: int, length: int) -> None:
+    """Have all pages there in the map, of memory that has them. The system enters many at once, as they are not written yet."""
+    with contextlib.suppress(OSError):
+        mapped.madvise(_POPULATE_READ, start, length)
 
 
 def keep_freed_memory(size: int = _LARGE_BLOCK) -> None:

@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import pickle
+import resource
 import signal
 import socket
 import sys
@@ -126,6 +127,23 @@ def test_only_its_publisher_can_change_it(kept: KeptMemory) -> None:
     kept.fill([b"new"])
     assert content(reader)[:3] == b"new"
     assert not kept.is_unused()
+
+
+def test_pages_are_entered_many_at_once() -> None:
+    """The second fill enters what the first one has allocated: page by page, that takes as long as writing it."""
+    pages = 1024
+    with mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as tried:
+        try:
+            tried.madvise(22)  # MADV_POPULATE_READ
+        except OSError:
+            pytest.skip("the system enters a page when it is touched")
+    if mmap.PAGESIZE > 4096:
+        pytest.skip("the system enters 64 KiB at once")
+    kept, message = KeptMemory(pages * mmap.PAGESIZE), bytes(pages * mmap.PAGESIZE)
+    kept.fill([message])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept.fill([message])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 2
 
 
 def test_a_process_that_opens_it_at_the_wrong_moment_does_no_harm(kept: KeptMemory) -> None:
