@@ -4,7 +4,7 @@ A new peer is a subclass of :class:`benchmarks.peers.base.Peer` in a file of its
 """
 
 from benchmarks.peers.base import Endpoint, Peer, Shape, Source
-from benchmarks.peers.broadcast import Broadcast, BroadcastInline, BroadcastSingly
+from benchmarks.peers.broadcast import Broadcast, BroadcastInline, BroadcastIterated, BroadcastSingly
 from benchmarks.peers.ezmsg import Ezmsg
 from benchmarks.peers.fifo import FasterFifo
 from benchmarks.peers.iceoryx import Iceoryx
@@ -26,7 +26,7 @@ from benchmarks.peers.zeromq_proxy import ZeroMQProxy
 
 __all__ = ["OWN", "PEERS", "Endpoint", "Peer", "Shape", "Source"]
 
-OWN: tuple[type[Peer], ...] = (Broadcast, BroadcastSingly, BroadcastInline)
+OWN: tuple[type[Peer], ...] = (Broadcast, BroadcastSingly, BroadcastIterated, BroadcastInline)
 PEERS: tuple[type[Peer], ...] = (
     *OWN,
     Queues,

@@ -34,14 +34,14 @@ class _Endpoint(Endpoint):
     topics: tuple[str, ...]
     overflow: str
     capacity: int | None
-    many: bool
+    way: str  # of receiving
 
     def open(self) -> Iterator[Any]:
         channel: Channel[Any] = self.bus.subscribe(*self.topics, overflow=cast(Any, self.overflow), capacity=self.capacity)
         channel.poll(0)  # the first use opens it
-        if self.many:
+        if self.way == "recv_many":
             return chain.from_iterable(iter(channel.recv_many, None))
-        return iter(channel.recv, None)
+        return iter(channel) if self.way == "for" else iter(channel.recv, None)
 
 
 class Broadcast(Peer):
@@ -54,7 +54,7 @@ class Broadcast(Peer):
     has_topics = has_broker = True
     overflow: ClassVar[str] = "block"
     capacity: ClassVar[int | None] = None
-    _many: ClassVar[bool] = True
+    way: ClassVar[str] = "recv_many"
 
     def __init__(self, context: BaseContext, shape: Shape) -> None:
         self._shape = shape
@@ -72,7 +72,7 @@ class Broadcast(Peer):
 
     def endpoint(self, index: int) -> Endpoint:
         topics = self._shape.topics[index] if self._shape.topics else ()
-        return _Endpoint(self._bus, topics, self.overflow, self.capacity, self._many)
+        return _Endpoint(self._bus, topics, self.overflow, self.capacity, self.way)
 
     def broker_pids(self) -> list[int]:
         return [self._bus.stats().pid]
@@ -87,7 +87,16 @@ class BroadcastSingly(Broadcast):
     name = "mpbroadcast, recv()"
     setting = "as above, but subscribers call recv() for each message"
     kinds = frozenset({"small", "latency"})
-    _many = False
+    way = "recv"
+
+
+class BroadcastIterated(Broadcast):
+    """The subscribers write ``for message in channel``."""
+
+    name = "mpbroadcast, for"
+    setting = "as above, but subscribers iterate over the channel"
+    kinds = frozenset({"small"})
+    way = "for"
 
 
 class BroadcastInline(Broadcast):
