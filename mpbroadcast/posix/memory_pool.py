@@ -90,17 +90,17 @@ class MemoryPool:
         return None
 
     def _wait(self, size: int, now: float) -> KeptMemory | None:
-        """Return kept memory that no other process has. Quick readers are waited for, if there is enough for a stream."""
+        """Return kept memory that no other process has. Quick readers are waited for: less long if a stream may need more."""
         while True:
             if (found := self._taken(size)) is not None:
                 self._patient = True
                 return found
             there = [kept.size for kept in self._kept]
-            enough = any(fits(size, one) for one in there) and _too_much([*there, size])
-            if not (enough and self._patient):
+            enough = _too_much([*there, size])
+            if not (self._patient and any(fits(size, one) for one in there)):
                 return None
-            if time.monotonic() > now + size * PATIENCE:
-                self._patient = False
+            if time.monotonic() > now + size * (PATIENCE if enough else PATIENCE / 5):
+                self._patient = not enough
                 return None
             time.sleep(_PAUSE)
 

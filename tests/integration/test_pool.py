@@ -190,6 +190,19 @@ def test_a_stream_is_written_into_the_same_memory(sizes: Sequence[int], most: in
     assert len(inodes("s")) <= most // 2
 
 
+def test_a_quick_reader_is_waited_for_before_there_is_more_memory(unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only memory that is kept comes free while the publisher waits: it is written again. One that does not is not."""
+    pool = MemoryPool()
+    written(pool).close()  # which is not kept
+    reader = written(pool)
+    kept = os.fstat(reader.fd).st_ino
+    with monkeypatch.context() as pausing:
+        pausing.setattr(time, "sleep", lambda _: reader.close())
+        later = written(pool)
+    assert os.fstat(later.fd).st_ino == kept
+    assert os.fstat(written(pool).fd).st_ino != kept
+
+
 @pytest.mark.parametrize(("limit", "most"), [("", 4), ("MOST_KEPT", 2), ("LARGEST", 0)])
 def test_memory_that_is_in_use_is_not_written(limit: str, most: int, unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages that a reader keeps stay as they were; the pool keeps four, two that are large, and none that is very large."""
