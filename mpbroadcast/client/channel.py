@@ -67,7 +67,8 @@ class Channel(Receiving[M]):
             return message  # nothing was called since, so no interrupt comes in between
         if self._has_receiver:
             self._check_no_receiver()
-        message = NOTHING if self._is_drained() else self._receive_nowait()
+        # Where nothing is left of what was read, the first look into the pipe comes with the wait for it: one system call less.
+        message = NOTHING if self._stream.is_used_up and self.ownership.reports is None else self._receive_nowait()
         if message is NOTHING:
             message = self._receive(timeout)
         return message  # as above

@@ -30,7 +30,7 @@ from mpbroadcast.posix.pipes import FIONREAD, PipeEnd, ioctl, read
 from mpbroadcast.protocol import runs
 from mpbroadcast.protocol.frames import topic_of
 from mpbroadcast.protocol.pickling import ALL_KINDS, Failure, Loaders, load_each, load_run
-from mpbroadcast.protocol.runs import MOST_AT_ONCE, PART, RUN, TAIL, RunView, read_run, read_singles
+from mpbroadcast.protocol.runs import MOST_AT_ONCE, RUN, RunView, read_run, read_singles
 
 
 class End:
@@ -62,10 +62,9 @@ class Stream:
     """Decoded messages, and the chunks of bytes behind them, of which the first ``skip`` bytes are decoded.
 
     With ``has_tail``, a byte that was seen is still in the pipe, and serves as the last tail byte.
-    ``need`` is how many bytes the next run has at least. ``is_lone`` is True if at most one message was decoded last.
-    ``plain`` is True if ``ready`` has messages only, no failure and no end. ``has_more`` is False once a call has reported a
-    clean end: there, iterations end. ``skipped`` messages were dropped by ``latest`` between these. ``read`` counts all
-    messages in shared memory so far, and ``decoded`` all messages.
+    ``need`` is how many bytes the next run has at least. ``plain`` is True if ``ready`` has messages only, no failure and no
+    end. ``has_more`` is False once a call has reported a clean end: there, iterations end. ``skipped`` messages were dropped
+    by ``latest`` between these. ``read`` counts all messages in shared memory so far, and ``decoded`` all messages.
     """
 
     ready: deque[Any] = field(default_factory=deque)
@@ -78,7 +77,6 @@ class Stream:
     decoded: int = 0
     has_tail: bool = False
     has_more: bool = True
-    is_lone: bool = True
     fast: Iterator[Any] = _NONE
     _left: Iterator[Any] = _NONE
 
@@ -101,6 +99,11 @@ class Stream:
     def handed_out(self) -> int:
         """How many messages were taken of all that were decoded. Errors of the channel's own do not count."""
         return self.decoded - (len(self.ready) if self.plain else sum(map(_is_message, self.ready)))
+
+    @property
+    def is_used_up(self) -> bool:
+        """True if nothing is left of what was read."""
+        return not self.ready and sum(map(len, self.chunks)) == self.skip
 
     @property
     def is_decodable(self) -> bool:
@@ -176,8 +179,7 @@ def decode(stream: Stream, form: int, shared: SharedReader | None = None, loader
     unused = 0 if position + need <= end else min(position, len(data))  # no copy of what is decoded next
     rest = data[unused:]
     chunks, counts = [rest] if rest else [], (skipped, shared_count, decoded)
-    is_lone = len(ready) == 1
-    return Stream(deque(ready), chunks, position - unused, need, plain, *counts, stream.has_tail, is_lone=is_lone)
+    return Stream(deque(ready), chunks, position - unused, need, plain, *counts, stream.has_tail)
 
 
 def _topics_and_ids(data: bytes, starts: list[int]) -> tuple[list[str], list[int]]:
@@ -193,36 +195,33 @@ def _topics_and_ids(data: bytes, starts: list[int]) -> tuple[list[str], list[int
 
 
 def take_lone(stream: Stream, ownership: PipeOwnership, form: int, loaders: Loaders) -> Any:
-    """Read a message that has come alone, with its tail byte. Return ``NOTHING`` if :func:`follow` must do it.
+    """Read a message that has come alone, and return it without its tail byte. Return ``NOTHING`` if :func:`follow` must do it.
 
-    Where messages come one by one, all code is cold, and what counts is how much of it runs. So this does all for a run of one
-    message: it reads the head, and then as much as that has, and nothing behind it. As no message is left for later, no tail
-    byte need stay in the pipe. It does so where the last decoding had one message, too, and nothing else was read: behind a
-    head that was read alone, :func:`follow` has to copy what it reads. What is not returned stays in ``stream``, as bytes that
-    are not decoded; but a message that cannot be unpickled is in ``stream.ready``, as a failure. The caller holds the channel's
-    lock, and no decoded message is left.
+    Where messages come one by one, all code is cold, and what counts is how much of it runs. So this does all for a pipe with
+    one run of one message, where nothing was read before. Whatever else it finds stays in ``stream``, as bytes that are not
+    decoded; but one that cannot be unpickled is in ``stream.ready``, as a failure. The caller holds the channel's lock, and no
+    decoded message is left.
     """
-    pipe, chunks = ownership.pipe, stream.chunks
-    if not stream.is_lone or pipe is None or ownership.state is not OPEN:
+    chunks, pipe = stream.chunks, ownership.pipe
+    if len(chunks) > 1 or sum(map(len, chunks)) != stream.skip or pipe is None or ownership.state is not OPEN:
         return NOTHING
-    if chunks or stream.skip:
-        if sum(map(len, chunks)) != stream.skip:
-            return NOTHING
-        stream.chunks = chunks = []  # all of it is decoded; no call comes between these two
-        stream.skip = 0
     fd = pipe.fd
-    read_into(stream, fd, RUN.size)
-    if not chunks or len(chunks[0]) != RUN.size:
+    if fd < 0:
         return NOTHING
-    size, messages, kind, image, skip, position = RUN.unpack(chunks[0])
-    if messages != 1 or kind != runs.MESSAGES or image or size > PART:
+    count = array("i", (0,))
+    ioctl(fd, FIONREAD, count)
+    unread = count[0]
+    if unread <= RUN.size:
         return NOTHING
-    size -= RUN.size
-    read_into(stream, fd, size)
-    data = chunks[-1]
-    if len(data) != size or len(chunks) != 2:
+    stream.has_tail = True
+    read_into(stream, fd, unread - 1)
+    data = chunks[-1] if chunks else b""
+    if len(data) != unread - 1:
         return NOTHING
-    payload = memoryview(data)[skip : -len(TAIL)]
+    size, messages, kind, image, skip, position = RUN.unpack_from(data)
+    if size != unread or messages != 1 or kind != runs.MESSAGES or image:
+        return NOTHING
+    payload = memoryview(data)[RUN.size + skip :]
     plain, failed = True, None
     try:
         message = loaders.pickle(payload)
@@ -234,11 +233,12 @@ def take_lone(stream: Stream, ownership: PipeOwnership, form: int, loaders: Load
         finally:
             failed = None  # it has this frame in its traceback
     if form and plain:
-        (message,) = formed((message,), form, (topic_of(data[:skip]),), (position,))
+        (message,) = formed((message,), form, (topic_of(data[RUN.size : RUN.size + skip]),), (position,))
     # No call from here on, so neither an interrupt nor another thread comes in between.
     if stream.ready:  # another thread was interrupted, and has put its message back
         return NOTHING
     stream.chunks = []
+    stream.skip = 1
     stream.need = RUN.size
     stream.plain = plain
     stream.decoded += 1

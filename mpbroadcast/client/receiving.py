@@ -29,7 +29,7 @@ from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelBusy, ChannelInUse, ClosedError, TimedOut, set_channel
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import on_fork
-from mpbroadcast.posix.pipes import PipeEnd, unread
+from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.waiting import Steps, Wait, Wakers
 from mpbroadcast.protocol.pickling import ALL_KINDS, PAYLOADS, Failure
 
@@ -76,17 +76,6 @@ class Receiving(Generic[M]):
             if message is not NOTHING:
                 return message
 
-    def _is_drained(self) -> bool:
-        """Return True if nothing is left of what was read, the pipe is empty, and nothing is to be reported.
-
-        Where messages come one by one, it is found with less code than :meth:`_receive_nowait` takes.
-        """
-        stream, ownership = self._stream, self.ownership
-        if stream.ready or stream.chunks or ownership.pipe is None or ownership.reports is not None:
-            return False
-        fd = ownership.pipe.fd
-        return fd >= 0 and not unread(fd)
-
     def _receive_nowait(self, *, is_readable: bool = False) -> M:
         """Take the next message, or raise the error at its position. Return ``NOTHING`` if there is none, or only the end.
 
@@ -102,7 +91,9 @@ class Receiving(Generic[M]):
                     stream.close_fast()
                 elif is_readable:  # a return of this call, as opposed to one in C, is safe
                     message = take_lone(stream, self.ownership, self._form, self.loaders)
-                if message is NOTHING:
+                if message is not NOTHING:
+                    self._consume_tail_byte()
+                else:
                     if not stream.ready:
                         self._fill(is_readable)
                         stream = self._stream
