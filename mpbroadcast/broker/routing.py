@@ -32,6 +32,8 @@ log = logging.getLogger("mpbroadcast.broker")
 
 TURN: Final = 1 << 12  # puts into backlogs in a round: some 20 ms
 _SINGLES_PER_PUT: Final = 1 << 2  # messages of changing topics that are put in the time of a put
+_SORTED_PER_PUT: Final = 1 << 5  # targets of such messages that are sorted in the same time
+_MOST_SORTED: Final = _SORTED_PER_PUT * TURN  # at once
 _PATTERNS_PER_PUT: Final = 1 << 3  # patterns that are tried one by one in the time of a put
 _STEPS_PER_PUT: Final = 1 << 10  # steps of trying all patterns, in the same time
 _PACKED_PER_FIT: Final = 16  # messages that are packed next, for each that a backlog had room for
@@ -199,8 +201,8 @@ class Routing:
     def _put_singles(self, singles: Singles, publisher: Publisher) -> None:
         """Put messages of changing topics into the backlogs of their targets, if these take all of them without a wait.
 
-        What they do not take is parked again in halves, and a single message as an item of its own, for :meth:`_put`. So are
-        all, where more is to be decided or kept for each of them.
+        What they do not take is parked again in halves, as are messages with more targets than a turn can sort. A single
+        message is parked as an item of its own, for :meth:`_put`; so are all, where more is to be decided or kept for each.
         """
         parked, count = publisher.parked, len(singles.topics)
         if count == 1 or publisher.inlet is not None or publisher.not_yet or self.history is not None:
@@ -215,7 +217,12 @@ class Routing:
                 parked.extendleft(singles.batches())
                 return
             count = known
-        runs = runs_by_target(singles, cast("list[Targets]", targets[:count]), self.next_id, self._memory.store.account)
+        own = cast("list[Targets]", targets[:count])
+        to_sort = sum(map(len, own))
+        if to_sort > _MOST_SORTED:
+            parked.extendleft(reversed(singles.cut(count // 2)))
+            return
+        runs = runs_by_target(singles, own, self.next_id, self._memory.store.account)
         for subscription, run in runs.items():
             backlog = subscription.backlog
             if backlog.waiting_charge + backlog.pipe + backlog.referred + run.charge > backlog.capacity:
@@ -225,7 +232,7 @@ class Routing:
                 return
         for subscription, run in runs.items():
             self._enqueue(run, None, (subscription,), publisher.last_in)
-        self._puts += count // _SINGLES_PER_PUT + len(runs)
+        self._puts += count // _SINGLES_PER_PUT + to_sort // _SORTED_PER_PUT + len(runs)
         self.next_id += count
 
     def _complete(self, targets: list[Targets | None], topics: list[bytes]) -> int:

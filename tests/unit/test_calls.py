@@ -183,6 +183,27 @@ def test_messages_of_changing_topics_come_in_order_in_any_number_of_turns(
     assert [position for _, position in together[0]] == [*range(300)]
 
 
+def test_messages_of_changing_topics_take_a_turn_at_a_time(pipes: Pipes) -> None:
+    """Also where each has other targets, of which there are many: sorting them takes its time, too."""
+    broker, session = pipes.broker, pipes.subscription.session
+    count, targets = 1500, 400
+    own = [subscribed(broker, broker.registry.new_id(), session, ["*"], "drop_newest") for _ in range(targets)]
+    for number in range(count):
+        broker.router.found[b"%d" % number] = (*own[: number % targets], *own[number % targets + 1 :])
+    frames = [frame_head(1, b"%d" % number) + b"x" for number in range(count)]
+    for start in range(0, count, 200):
+        os.write(pipes.write_end, b"".join(frames[start : start + 200]))
+    broker.round(at_once=True)
+    routed = broker.traffic.routing.routed
+    while broker.traffic.is_behind:
+        broker.round(at_once=True)
+    assert 0 < routed < count / 2
+    assert broker.traffic.routing.routed == count
+    assert all(one.backlog.published == count - len(range(index, count, targets)) for index, one in enumerate(own))
+    for one in own:
+        broker.traffic.drop(one)
+
+
 def test_messages_of_changing_topics_pass_none_that_waits(pipes: Pipes) -> None:
     """A channel that begins behind them gets those only that it had before; and who waits for a backlog is first."""
     publisher = [*pipes.broker.traffic.publishers.values()][-1]
