@@ -33,6 +33,7 @@ class SharedReader:
     """The channel's end of the descriptor socket, and what it has mapped."""
 
     def __init__(self, fd_socket: DescriptorSocket) -> None:
+        self.is_committed = True  # False if there is something to release or to acknowledge, until commit() has done all
         self._fd_socket = fd_socket
         self._received: list[Received] = []  # packets that are not handled yet
         self._rings: dict[int, memoryview] = {}
@@ -78,10 +79,12 @@ class SharedReader:
             with contextlib.suppress(OSError):
                 self._fd_socket.send_packet(pack(MAPPED if ring in self._rings else REFUSED, ring))
         else:
+            self.is_committed = False
             self._gone.add(ring)
 
     def load_run(self, data: bytes, run: RunView, loaders: Loaders) -> tuple[list[Any], bool, int]:
         """Return the messages that a run refers to, whether all could be unpickled, and their size."""
+        self.is_committed = False
         if run.kind != REFERENCES:
             message_id, length = read_memory(data, run)
             message = self._load_memory(message_id, length, loaders.image if run.image else loaders.pickle)
@@ -126,9 +129,11 @@ class SharedReader:
         now = time.monotonic() if is_progress else 0.0
         if self._unacknowledged >= ACKNOWLEDGE_EVERY or now - self._acknowledged_at >= _SELDOM:
             with contextlib.suppress(OSError):
-                if self._fd_socket.send_packet(pack(READ, 0, read)):
-                    self._unacknowledged = 0
-                    self._acknowledged_at = now or self._acknowledged_at
+                if not self._fd_socket.send_packet(pack(READ, 0, read)):
+                    return
+                self._unacknowledged = 0
+                self._acknowledged_at = now or self._acknowledged_at
+        self.is_committed = True
 
     def acknowledge_all(self) -> None:
         """Let the next commit acknowledge: no message follows, and the broker waits for what was read."""

@@ -70,6 +70,31 @@ def quiet(bus: Bus) -> tuple[int, int]:
     return pid, descriptors(pid)
 
 
+@pytest.mark.parametrize("is_interrupted", [True, False], ids=["interrupted", "no room"])
+def test_what_was_not_acknowledged_is_acknowledged_before_a_wait(
+    is_interrupted: bool, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the broker waits for the acknowledgement with the next message, and the reader for that message."""
+
+    def fail(*_: object) -> bool:
+        if is_interrupted:
+            raise KeyboardInterrupt
+        return False
+
+    with bus.subscribe(overflow="drop_oldest", capacity=5 * LARGE.length) as channel:
+        assert not channel.poll()
+        for number in (0, 1):
+            bus.publish(bytes([number]) * LARGE.length)
+        wait_until(lambda: only_subscriber(bus).waiting == 1)
+        received = []
+        with monkeypatch.context() as failing, contextlib.suppress(KeyboardInterrupt):
+            failing.setattr("mpbroadcast.posix.fd_socket.DescriptorSocket.send_packet", fail)
+            received.append(channel.recv(DEADLINE))
+        assert len(received) == 1 - is_interrupted
+        received += take(channel, 2 - len(received))
+        assert [message[0] for message in received] == [0, 1]
+
+
 @pytest.mark.parametrize("size", [300_000, 3 << 20])
 def test_arrays_are_each_readers_own(size: int, bus: Bus) -> None:
     """Arrays, anywhere in a message, arrive equal and writable, and what is written there no other reader sees. The buffers of
