@@ -4,7 +4,8 @@
   :meth:`SharedReader.commit`, which the channel calls when it has kept what was decoded.
 - Descriptors are received only as far as the next run needs them, so that a slow reader holds few.
 - An acknowledgement has the number of messages read so far. It is sent when much was read, or when the last one is old; an
-  empty pipe shows the broker the same. Sending never blocks: the next acknowledgement includes one that had no room.
+  empty pipe shows the broker the same. Sending never blocks: one that had no room, or was interrupted, is sent with the next
+  commit, which comes before the channel waits (:attr:`SharedReader.is_committed`).
 """
 
 from __future__ import annotations

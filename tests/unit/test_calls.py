@@ -205,7 +205,7 @@ def test_messages_of_changing_topics_take_a_turn_at_a_time(pipes: Pipes) -> None
 
 
 def test_messages_of_changing_topics_pass_none_that_waits(pipes: Pipes) -> None:
-    """A channel that begins behind them gets those only that it had before; and who waits for a backlog is first."""
+    """A channel that begins behind them gets only those that it had before, and a publisher that waits is first."""
     publisher = [*pipes.broker.traffic.publishers.values()][-1]
     own = pipes.subscription
     frames = b"".join(frame_head(1, b"t%d" % number) + b"x" for number in range(5))
