@@ -102,9 +102,10 @@ class BrokerStats:
     have published or can, each in ``publisher_rows``, ``subscribers`` the live subscriptions, ``groups`` theirs by name, and
     ``bridges`` by stream; of many, not all are of the same moment.
 
-    ``memory`` is in bytes: backlogs (what several hold counts once), the unread parts of publishers' rings in chunks of 256
-    KiB, and subscriptions, topics and unfinished requests beyond 256 KiB. ``history_topics`` have a history now, and
-    ``history_forgotten`` were forgotten so far, because there were too many or they held too much.
+    ``memory`` is in bytes: backlogs (what several hold counts once, but a part of it that a policy has cut counts anew), the
+    unread parts of publishers' rings in chunks of 256 KiB, and subscriptions, topics and unfinished requests beyond 256 KiB.
+    ``history_topics`` have a history now, and ``history_forgotten`` were forgotten so far, because there were too many or they
+    held too much.
     """
 
     pid: int
