@@ -51,7 +51,7 @@ def _style(peer: type[Peer]) -> dict[str, Any]:
     return {
         "label": peer.name,
         "linewidth": 2.5 if own else 1.0,
-        "color": ("black", "dimgray", "darkgray")[OWN.index(peer)] if own else _shade(PEERS.index(peer)),
+        "color": ("black", "dimgray", "gray", "darkgray")[OWN.index(peer)] if own else _shade(PEERS.index(peer)),
     }
 
 
