@@ -22,17 +22,18 @@ def write(
 ) -> list[str]:
     """Write it all into ``folder``; what there is to say about it."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn, said = draw(folder, results)
-    lines = ["# Benchmarks", "", *(f"- {line}" for line in about), ""]
-    head = ["", "version", "setting", "limits"]
-    lines += [Table("Peers", head, list(peers), list(skipped)).markdown().replace("---:", "---")]
-    lines += [table.markdown() for table in tables]
-    lines += [f"![{name}]({name}.svg)\n" for name in drawn]
-    (folder / "benchmarks.md").write_text("\n".join(lines), encoding="utf-8")
     with open(folder / "benchmarks.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "peer", "metric", "figure", "lowest", "highest", "rounds"])
         writer.writerows(line for one in results for line in _lines(one))
+    lines = ["# Benchmarks", "", *(f"- {line}" for line in about), ""]
+    head = ["", "version", "setting", "limits"]
+    lines += [Table("Peers", head, list(peers), list(skipped)).markdown().replace("---:", "---")]
+    lines += [table.markdown() for table in tables]
+    report = folder / "benchmarks.md"
+    report.write_text("\n".join(lines), encoding="utf-8")  # first without the plots: should one fail, the figures are there
+    drawn, said = draw(folder, results)
+    report.write_text("\n".join([*lines, *(f"![{name}]({name}.svg)\n" for name in drawn)]), encoding="utf-8")
     return [f"written: {folder}/benchmarks.md, benchmarks.csv", *said]
 
 
