@@ -32,9 +32,9 @@ def write(
     lines += [table.markdown() for table in tables]
     report = folder / "benchmarks.md"
     report.write_text("\n".join(lines), encoding="utf-8")  # first without the plots: should one fail, the figures are there
-    drawn, said = draw(folder, results)
+    drawn, notes = draw(folder, results)
     report.write_text("\n".join([*lines, *(f"![{name}]({name}.svg)\n" for name in drawn)]), encoding="utf-8")
-    return [f"written: {folder}/benchmarks.md, benchmarks.csv", *said]
+    return [f"written: {folder}/benchmarks.md, benchmarks.csv", *notes]
 
 
 def _lines(results: RowResults) -> list[list[str]]:

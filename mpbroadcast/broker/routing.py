@@ -40,7 +40,6 @@ _PACKED_PER_FIT: Final = 16  # messages that are packed next, for each that a ba
 _REPLAYED: Final = 1 << 10  # batches of a replay in a round: some milliseconds
 _BYTES_PER_BATCH: Final = 1 << 12  # that are copied in the time of one of these batches
 
-
 Targets = tuple[Subscription, ...]
 
 
@@ -251,7 +250,7 @@ class Routing:
                 targets[index] = found
         return len(targets)
 
-    def _look_up(self, topic: bytes, publisher: Publisher) -> tuple[Subscription, ...]:
+    def _look_up(self, topic: bytes, publisher: Publisher) -> Targets:
         """Return the targets of the topic of its first item.
 
         :raises _LooksUp: that takes long. It is to be called again for the same item, in its next turn.
@@ -266,13 +265,11 @@ class Routing:
             next(publisher.lookup)
         except StopIteration as done:
             publisher.lookup = None
-            found: tuple[Subscription, ...] = done.value
+            found: Targets = done.value
             return found
         raise _LooksUp
 
-    def _enqueue(
-        self, run: Run, ring: Ring | None, targets: tuple[Subscription, ...], last_in: dict[Subscription, int]
-    ) -> None:
+    def _enqueue(self, run: Run, ring: Ring | None, targets: Targets, last_in: dict[Subscription, int]) -> None:
         """Put a run that all of these take into their backlogs."""
         for subscription in targets:
             backlog = subscription.backlog
@@ -360,7 +357,7 @@ class Routing:
         if cut or missing or not is_exact:
             subscription.backlog.put_gap_first(cut + (missing or 0), is_exact=is_exact)
 
-    def _allowed(self, targets: tuple[Subscription, ...], item: Item, publisher: Publisher) -> tuple[Subscription, ...]:
+    def _allowed(self, targets: Targets, item: Item, publisher: Publisher) -> Targets:
         """Return the targets without the excluded one, and without those that begin behind this item."""
         late = set()
         excluded = self.groups.get(item.exclude, item.exclude)

@@ -70,8 +70,10 @@ class Channel(Receiving[M]):
         # Where nothing is left of what was read, the first look into the pipe comes with the wait for it: one system call less.
         # What an interrupt has kept from being acknowledged is acknowledged first: the broker may wait for that.
         reports, shared = self.ownership.reports, self.ownership.shared
-        is_used_up = reports is None and (shared is None or shared.is_committed) and self._stream.is_used_up
-        message = NOTHING if is_used_up else self._receive_nowait()
+        if reports is None and (shared is None or shared.is_committed) and self._stream.is_used_up:
+            message = NOTHING
+        else:
+            message = self._receive_nowait()
         if message is NOTHING:
             message = self._receive(timeout)
         return message  # as above

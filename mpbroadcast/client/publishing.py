@@ -29,8 +29,6 @@ from mpbroadcast.posix.pipes import write
 from mpbroadcast.posix.waiting import Steps, Wakers, run
 from mpbroadcast.protocol.frames import HEAD, MAX_FRAME, PIPE_BUF, frame_head
 from mpbroadcast.protocol.pickling import (
-    GATHER_BYTES_FROM,
-    GATHER_FROM,
     PROTOCOL,
     LargeBuffer,
     Payload,
@@ -38,6 +36,7 @@ from mpbroadcast.protocol.pickling import (
     dumps,
     explain,
     gather,
+    gather_from,
     keep_in_band,
 )
 from mpbroadcast.validation import check_timeout, encode_topic, encoded_topic
@@ -106,7 +105,7 @@ class Publishing(Generic[M]):
             if self._is_large:
                 gathered = gather(message)
                 data, size = b"", gathered.size
-                self._is_large = gathered.image or size >= (GATHER_BYTES_FROM if type(message) is bytes else GATHER_FROM)
+                self._is_large = gathered.image or size >= gather_from(message)
             else:
                 data = dumps(message, PROTOCOL, buffer_callback=keep_in_band)
                 size = len(data)
@@ -124,7 +123,7 @@ class Publishing(Generic[M]):
                     if size >= SHORT and writer.send_quickly(gathered.parts, size, encoded, gathered.image):
                         return
                 elif size >= SHORT:
-                    self._is_large = size >= (GATHER_BYTES_FROM if type(message) is bytes else GATHER_FROM)
+                    self._is_large = size >= gather_from(message)
                     if writer.send_quickly((data,), size, encoded, False):
                         return
                 elif not encoded:
@@ -311,7 +310,7 @@ class Publishing(Generic[M]):
         except Exception as error:
             explain(error, message, topic)
             raise
-        self._is_large = payload.image or payload.size >= (GATHER_BYTES_FROM if type(message) is bytes else GATHER_FROM)
+        self._is_large = payload.image or payload.size >= gather_from(message)
         return payload
 
     def _publish(self, payload: Payload, route: Route, deadline: Deadline, done: list[int]) -> None:

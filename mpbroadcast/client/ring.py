@@ -14,7 +14,7 @@ from mpbroadcast.posix.pipes import write
 from mpbroadcast.posix.shared_memory import Map, populate
 from mpbroadcast.protocol.frames import plain_reference, reference_frame
 from mpbroadcast.protocol.pickling import Payload
-from mpbroadcast.protocol.ring_allocator import ALIGNMENT, CHUNK, CHUNKS, LONGEST, RingAllocator, span
+from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS, LONGEST, RingAllocator, aligned, span
 
 
 class Ring:
@@ -44,7 +44,7 @@ class Ring:
                 return None
             start = taken
         position = start
-        allocator.next = -(-(start + size) // ALIGNMENT) * ALIGNMENT  # aligned(), without a call
+        allocator.next = aligned(start + size)
         for part in parts:
             end = position + len(part)
             self._view[position:end] = part

@@ -33,9 +33,8 @@ from mpbroadcast.protocol.runs import AROUND, RunView
 
 PROTOCOL: Final = 5
 OUT_OF_BAND: Final = 1 << 16  # bytes of a buffer from which on it is left out of the pickle
-# Bytes of a message from which on joining the parts of its pickle takes longer than gathering them.
-GATHER_FROM: Final = 1 << 17
-GATHER_BYTES_FROM: Final = 1 << 15  # the same, of a message that is one ``bytes`` object: no pickler has to find its parts
+_GATHER_FROM: Final = 1 << 17
+GATHER_BYTES_FROM: Final = 1 << 15  # for a message that is one ``bytes`` object: no pickler has to find its parts
 
 dumps = pickle.dumps
 loads: Final = pickle.loads
@@ -79,6 +78,11 @@ def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
 
 class _Parts(list[Any]):
     write = list.append
+
+
+def gather_from(message: object) -> int:
+    """Return the bytes of such a message from which on joining the parts of its pickle takes longer than gathering them."""
+    return GATHER_BYTES_FROM if type(message) is bytes else _GATHER_FROM
 
 
 def gather(message: object) -> Payload:

@@ -11,7 +11,7 @@ from typing import Final
 CHUNK: Final = 1 << 18  # bytes
 CHUNKS: Final = 64
 LONGEST: Final = 1 << 21  # bytes of a message: a longer one gets memory of its own
-ALIGNMENT: Final = 64
+_ALIGNMENT: Final = 64
 
 
 class RingAllocator:
@@ -65,7 +65,7 @@ class RingAllocator:
 
 def aligned(position: int) -> int:
     """Return the first position from there on at which a message may begin."""
-    return -(-position // ALIGNMENT) * ALIGNMENT
+    return -(-position // _ALIGNMENT) * _ALIGNMENT
 
 
 def span(offset: int, length: int, chunk: int) -> range:
