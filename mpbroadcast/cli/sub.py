@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         group = None if options.group is None else decode(os.fsencode(options.group))
         with bus.subscribe(*topics, after=options.after, group=group, with_id=True) as channel:
             if not options.pickle:
-                channel.loaders = PLAIN_DATA
+                channel._loaders = PLAIN_DATA
             return _print_all(bus, channel, group, options)
     return 0
 

@@ -69,7 +69,7 @@ class Channel(Receiving[M]):
             self._check_no_receiver()
         # Where nothing is left of what was read, the first look into the pipe comes with the wait for it: one system call less.
         # What an interrupt has kept from being acknowledged is acknowledged first: the broker may wait for that.
-        reports, shared = self.ownership.reports, self.ownership.shared
+        reports, shared = self._ownership.reports, self._ownership.shared
         if reports is None and (shared is None or shared.is_committed) and self._stream.is_used_up:
             message = NOTHING
         else:
@@ -92,7 +92,7 @@ class Channel(Receiving[M]):
         if limit is not None:
             check_count(limit, "limit", 1)
         self._check_no_receiver()
-        if self.ownership.reports is not None:
+        if self._ownership.reports is not None:
             self._finish()
         box: list[list[M]] = [[]]
         try:
@@ -142,7 +142,7 @@ class Channel(Receiving[M]):
         """
         deadline = Deadline(check_timeout(timeout))
         is_readable = False
-        if self.ownership.reports is not None:
+        if self._ownership.reports is not None:
             self._finish()
         while True:
             with self._lock:
@@ -162,10 +162,10 @@ class Channel(Receiving[M]):
         :raises ClosedError, ChannelInUse, BrokerLost: as :meth:`poll`.
         """
         fd = self._open(Deadline(None)).fd
-        if self.ownership.reports is not None:
+        if self._ownership.reports is not None:
             self._finish()
         if fd < 0:
-            raise self._about_this(self.ownership.closed_error())
+            raise self._about_this(self._ownership.closed_error())
         return fd
 
     def __iter__(self) -> Iterator[M]:
@@ -230,8 +230,8 @@ class Channel(Receiving[M]):
             raise ValueError("name at least one topic")
         check_topics(topics)
         if self.closed:
-            raise self._about_this(self.ownership.closed_error())
-        run(self.ownership.requesting(do, topics=topics))
+            raise self._about_this(self._ownership.closed_error())
+        run(self._ownership.requesting(do, topics=topics))
 
     @property
     def missed(self) -> int:
@@ -244,7 +244,7 @@ class Channel(Receiving[M]):
     @property
     def closed(self) -> bool:
         """True if it was closed in this process."""
-        return self.ownership.is_closed
+        return self._ownership.is_closed
 
     def close(self) -> None:
         """Unsubscribe, and close the pipe: what was not received is dropped. It can be called again.
@@ -261,12 +261,12 @@ class Channel(Receiving[M]):
 
     def _closing(self) -> Steps[None]:
         with self._lock:
-            if not self.ownership.close_pipe(self._stream.handed_out):
+            if not self._ownership.close_pipe(self._stream.handed_out):
                 return
             self._stream.discard()
             self._stream = Stream()
         self._tasks.close()
-        yield from self.ownership.ending_subscription()
+        yield from self._ownership.ending_subscription()
 
     def __enter__(self) -> Self:
         return self
@@ -283,18 +283,18 @@ class Channel(Receiving[M]):
         await self.aclose()
 
     def __del__(self) -> None:
-        if hasattr(self, "ownership"):
-            self.ownership.drop()
+        if hasattr(self, "_ownership"):
+            self._ownership.drop()
 
     def __repr__(self) -> str:
-        ownership = self.ownership
+        ownership = self._ownership
         state = "closed" if ownership.is_closed else "open" if ownership.state is OPEN else "not open here"
         return f"<mpbroadcast.Channel {self.id} at {ownership.client.address!r}, {state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         try:
-            self.ownership.hand_on()
+            self._ownership.hand_on()
         except BroadcastError as error:
             error.channel = self
             raise
-        return Channel, (self.ownership.client, self.id, self._form, self.loaders is PAYLOADS)
+        return Channel, (self._ownership.client, self.id, self._form, self._loaders is PAYLOADS)

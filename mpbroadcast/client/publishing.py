@@ -293,7 +293,7 @@ class Publishing(Generic[M]):
         if not isinstance(channel, Channel):
             hint = "; channel.unsubscribe(topic) drops a topic" if isinstance(channel, str) and name == "channel" else ""
             raise TypeError(f"{name} must be a Channel, not {type(channel).__name__}{hint}")
-        if channel.ownership.client.broker != self._client.broker:
+        if channel._ownership.client.broker != self._client.broker:
             raise ValueError(f"{name} is a channel of another broker, not of the one at {self.address!r}")
         return channel
 

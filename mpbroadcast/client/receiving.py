@@ -50,9 +50,9 @@ class Receiving(Generic[M]):
     def __init__(self, client: BrokerClient, id: int, form: int, raw: bool = False, *, subscriber: bool = False) -> None:
         self.id = id  # the subscription's, at the broker
         self._form = form  # of what it gives, as `received.py` has it
-        self.ownership = PipeOwnership(client, id, subscriber)
+        self._ownership = PipeOwnership(client, id, subscriber)
         # What turns bytes into messages: a program that trusts no publisher sets another.
-        self.loaders = PAYLOADS if raw else ALL_KINDS
+        self._loaders = PAYLOADS if raw else ALL_KINDS
         self._missed = 0
         self._begin()
         on_fork(self, Receiving._in_child)
@@ -82,7 +82,7 @@ class Receiving(Generic[M]):
         The end of the pipe is found only if it ``is_readable``.
         """
         message: M = NOTHING
-        if self.ownership.reports is not None:
+        if self._ownership.reports is not None:
             self._finish()
         try:
             with self._lock:
@@ -90,7 +90,7 @@ class Receiving(Generic[M]):
                 if stream.ready:
                     stream.close_fast()
                 elif is_readable:  # a return of this call, as opposed to one in C, is safe
-                    message = take_lone(stream, self.ownership, self._form, self.loaders)
+                    message = take_lone(stream, self._ownership, self._form, self._loaders)
                 if message is not NOTHING:
                     self._consume_tail_byte()
                 else:
@@ -103,7 +103,7 @@ class Receiving(Generic[M]):
                         del ready[0]
                         if not ready:
                             self._consume_tail_byte()
-                        elif plain and self.ownership.reports is None:
+                        elif plain and self._ownership.reports is None:
                             stream.open_fast()
                     elif ready:
                         self._raise_failure(ready)
@@ -117,7 +117,7 @@ class Receiving(Generic[M]):
     def _finish(self) -> None:
         """Report what was handed out as finished, if this is a member of a group: each call does that asks for more."""
         with self._lock:
-            stream, reports = self._stream, self.ownership.reports
+            stream, reports = self._stream, self._ownership.reports
             if reports is not None and not (stream.ready and stream.ready[0] is LOST):  # of the broker before this one
                 reports.finish(stream.handed_out)
 
@@ -170,11 +170,11 @@ class Receiving(Generic[M]):
 
     def _fill(self, is_readable: bool) -> None:
         """Read and decode what is in the pipe. The caller holds the lock, and no decoded message is left."""
-        ownership, before = self.ownership, self._stream
+        ownership, before = self._ownership, self._stream
         pipe, shared = ownership.pipe, ownership.shared
         if pipe is None or ownership.state is not OPEN or pipe.fd < 0:
             return
-        after = follow(before, pipe, self._form, shared, self.loaders, is_readable)
+        after = follow(before, pipe, self._form, shared, self._loaders, is_readable)
         if before.ready:
             return  # another thread was interrupted, and has put its message back: what comes behind it is decoded again
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile
@@ -185,7 +185,7 @@ class Receiving(Generic[M]):
 
     def _consume_tail_byte(self) -> None:
         """Read the tail byte, so that the descriptor shows what is behind it. The caller holds the lock."""
-        stream, pipe = self._stream, self.ownership.pipe
+        stream, pipe = self._stream, self._ownership.pipe
         if stream.has_tail and not (stream.chunks and stream.is_decodable):
             stream.has_tail = False
             if pipe is not None:
@@ -209,14 +209,14 @@ class Receiving(Generic[M]):
         if end is ENDED:
             stream.has_more = False
             raise self._about_this(EOFError("no message follows: this channel was unsubscribed, or its broadcaster closed"))
-        if end is not LOST or not self.ownership.client.restarts:
-            raise self._about_this(self.ownership.client.lost_error())
-        self.ownership.begin_reconnecting()
+        if end is not LOST or not self._ownership.client.restarts:
+            raise self._about_this(self._ownership.client.lost_error())
+        self._ownership.begin_reconnecting()
 
     def _wait_readable(self, deadline: Deadline) -> bool:
         """Open the channel, and block until its descriptor is readable. Return False at the deadline."""
-        pipe = self.ownership.pipe
-        if pipe is None or self.ownership.state is not OPEN:
+        pipe = self._ownership.pipe
+        if pipe is None or self._ownership.state is not OPEN:
             try:
                 pipe = self._open(deadline)
             except TimedOut:
@@ -243,11 +243,11 @@ class Receiving(Generic[M]):
             if self._stream is stream and type(stream.ready[0]) is End:  # else another thread has gone over, or put back
                 self._stream = after
                 self._tasks.wake()
-                self.ownership.release_former()
+                self._ownership.release_former()
 
     def _open(self, deadline: Deadline) -> PipeEnd:
         try:
-            return self.ownership.open(deadline)
+            return self._ownership.open(deadline)
         except BroadcastError as error:
             error.channel = self
             raise
@@ -275,7 +275,7 @@ class Receiving(Generic[M]):
             raise self._about_this(ChannelBusy(_BUSY))
 
     def _closed_error(self) -> ClosedError:
-        return self._about_this(self.ownership.closed_error())
+        return self._about_this(self._ownership.closed_error())
 
     def _arriving(self, timeout: float | None) -> Steps[M]:
         """Return the next message, or raise, as ``recv`` does."""
@@ -290,7 +290,7 @@ class Receiving(Generic[M]):
 
     def _arriving_many(self, limit: int | None, timeout: float | None) -> Steps[list[M]]:
         """Return messages, or raise, as ``recv_many`` does."""
-        if self.ownership.reports is not None:
+        if self._ownership.reports is not None:
             self._finish()
         box: list[list[M]] = [[]]
         try:
@@ -304,7 +304,7 @@ class Receiving(Generic[M]):
                 self._stream.ready.extendleft(back)
             raise
 
-    def arriving_until_end(self) -> Steps[list[M]]:
+    def _arriving_until_end(self) -> Steps[list[M]]:
         """Return all messages up to the clean end, or raise what comes before that."""
         messages: list[M] = []
         with contextlib.suppress(EOFError):
@@ -340,7 +340,7 @@ class Receiving(Generic[M]):
 
     def _opening(self, deadline: Deadline) -> Steps[PipeEnd]:
         try:
-            return (yield from self.ownership.opening(deadline))
+            return (yield from self._ownership.opening(deadline))
         except BroadcastError as error:
             error.channel = self
             raise

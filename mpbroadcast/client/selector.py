@@ -175,7 +175,7 @@ class Selector(Generic[M]):
     def _finish(self) -> None:
         """Let the member of a group that has given the last message ask for the next one, also if another source is first."""
         last, self._last = self._last, None
-        if last is not None and last.ownership.reports is not None:
+        if last is not None and last._ownership.reports is not None:
             last._finish()
 
     def close(self) -> None:

@@ -290,7 +290,7 @@ class Subscribing(Publishing[M]):
             yield from self._requesting(
                 do, subscription=subscription, topics=topics, after=after, publisher=publisher, **options
             )
-            self._subscribed[subscription] = channel.ownership
+            self._subscribed[subscription] = channel._ownership
         except BaseException:
             self._client.dropped.add(subscription)  # if a second interrupt stops the finaliser, the next request does it
             del channel
@@ -344,7 +344,7 @@ class Subscribing(Publishing[M]):
         while True:
             channel: Channel[Received[M]] = yield from self._making("history", WITH_ID, topics, after, limit=limit)
             with contextlib.suppress(BrokerRestarted):  # then that of the broker which has taken over is read
-                return (yield from channel.arriving_until_end())
+                return (yield from channel._arriving_until_end())
 
     def subscriber_count(self, topic: str = "") -> int:
         """Return how many channels would get what is published to ``topic``, behind all that this handle has published.
