@@ -10,8 +10,9 @@ of all processes together, polling included. ``pickle.loads alone`` is what the 
 all that there is to do: no message can be received faster. The ``relay that does nothing`` is that for the latency: a process
 between a pipe and pipes, and no peer. All pickle with protocol 5 but Queue, Pipe and Manager, which use Python's default.
 
-With ``--policies`` it is this library alone, once with each overflow policy. With ``--against`` it is this library alone, too:
-that of this tree and that of another checkout take turns, and the table has the ratio of their medians. ``--busy`` measures
+With ``--policies`` it is this library alone, once with each overflow policy. ``--latest`` measures how old the message is that
+a slow consumer gets under ``latest``, as the last table of a complete run does.
+With ``--against`` it is this library alone, too: that of this tree and that of another checkout take turns, and the table has the ratio of their medians. ``--busy`` measures
 beside one spinning process a core: six rows, unless others are named.
 """
 
@@ -31,6 +32,7 @@ from types import FrameType
 
 from benchmarks import against
 from benchmarks.busy import busy_note, spinning
+from benchmarks.freshness import freshness_table
 from benchmarks.machine import machine, versions
 from benchmarks.peers import OWN, PEERS, Peer
 from benchmarks.policies import policy_tables
@@ -94,12 +96,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=pathlib.Path, metavar="DIR", help="write Markdown, CSV and plots into it")
     parser.add_argument("--list", action="store_true", help="the rows and the peers, and whether these can be measured here")
     parser.add_argument("--policies", action="store_true", help="the overflow policies against each other, and no peers")
+    parser.add_argument("--latest", action="store_true", help="the age of what a slow consumer gets, beside ZeroMQ's CONFLATE")
     parser.add_argument("--against", type=against.checkout, metavar="PATH", help="this library, and that of another checkout")
     parser.add_argument("--busy", action="store_true", help="measure beside one spinning process a core")
     parser.add_argument("--smoke", action="store_true", help="few messages, one round: shows that it runs, measures nothing")
     arguments = parser.parse_args(argv)
     if arguments.against and arguments.policies:
         parser.error("--against and --policies are two comparisons: give one of them")
+    arguments.whole = arguments.rows is None and arguments.peers is None
     arguments.rows = arguments.rows or (_rows(BUSY) if arguments.busy else ROWS)
     return arguments
 
@@ -165,7 +169,7 @@ def _measure_peers(
 ) -> None:
     results: list[RowResults] = []
     tables: list[Table] = []
-    if not arguments.policies:
+    if not (arguments.policies or arguments.latest):
         for name, version, setting, limits in versions(peers):
             print(f"{name} ({version}): {setting}{limits and '. Limits: '}{limits}")
         for line in skipped:
@@ -178,6 +182,10 @@ def _measure_peers(
             one.title += busy_note(spinners)
             print(f"\n{one.text()}", flush=True)
             tables.append(one)
+    if arguments.latest or (arguments.whole and not arguments.policies):
+        tables.append(freshness_table(context, options))
+        tables[-1].title += busy_note(spinners)
+        print(f"\n{tables[-1].text()}", flush=True)
     if arguments.output is not None:
         print("\n".join(write(arguments.output, about, versions(peers), skipped, tables, results)))
 

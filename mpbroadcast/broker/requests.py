@@ -165,7 +165,11 @@ def _open(broker: Broker, connection: ControlConnection, message: dict[str, Any]
         raise in_use(subscription.pid)
     session_of(broker, connection, message)
     ends = broker.registry.begin_opening(subscription, connection, shared=bool(message.get("shared")))
-    flags = {"fd_socket": subscription.window is not None, "reports": subscription.group is not None}
+    flags = {
+        "fd_socket": subscription.window is not None,
+        "reports": subscription.group is not None,
+        "newest": subscription.backlog.keeps_newest_only,
+    }
     connection.reply({"token": subscription.pipe.token, **flags}, *ends)
 
 
@@ -181,6 +185,16 @@ def _opened(broker: Broker, connection: ControlConnection, message: dict[str, An
             broker.registry.unopen(subscription)
             is_there = False
     connection.reply({"opened": is_there})  # else what was begun has been taken back: begin again
+
+
+def _newest(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+    """Reply how many messages wait for a reader that is to get the newest one only; the newest of them is written at once."""
+    subscription = find_subscription(broker, connection, message)
+    waiting = 0
+    if subscription.owner == connection.peer.pid and message.get("token") == subscription.pipe.token:
+        waiting = subscription.backlog.waiting
+        broker.traffic.mark(subscription)
+    connection.reply({"waiting": waiting})
 
 
 def _unsubscribe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
@@ -247,6 +261,7 @@ _HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]],
     "drop topics": drop_topics,
     "open": _open,
     "opened": _opened,
+    "newest": _newest,
     "unsubscribe": _unsubscribe,
     "close": _close,
     "drop": _close,

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 from mpbroadcast.client.messages import Gap, Messages, OnGap, in_turns
 from mpbroadcast.client.pipe_ownership import OPEN
 from mpbroadcast.client.pipe_reader import NOTHING, Stream
-from mpbroadcast.client.receiving import Receiving
+from mpbroadcast.client.receiving import PATIENCE, Receiving
 from mpbroadcast.client.tasks import TURN, drive, give_turn
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError
@@ -69,7 +69,10 @@ class Channel(Receiving[M]):
             self._check_no_receiver()
         # Where nothing is left of what was read, the first look into the pipe comes with the wait for it: one system call less.
         # What an interrupt has kept from being acknowledged is acknowledged first: the broker may wait for that.
-        reports, shared = self._ownership.reports, self._ownership.shared
+        ownership = self._ownership
+        if ownership.keeps_newest and timeout != 0:
+            return self._receive_newest(timeout, Deadline(timeout).at_most(PATIENCE))
+        reports, shared = ownership.reports, ownership.shared
         if reports is None and (shared is None or shared.is_committed) and self._stream.is_used_up:
             message = NOTHING
         else:
@@ -95,11 +98,14 @@ class Channel(Receiving[M]):
         if self._ownership.reports is not None:
             self._finish()
         box: list[list[M]] = [[]]
+        is_newest = self._ownership.keeps_newest and timeout != 0
         try:
-            self._take_ready(limit, box)
+            if not is_newest:
+                self._take_ready(limit, box)
             if not box[0]:
                 box[0].extend(map(self.recv, (timeout,)))  # one step: an interrupt comes before or after
-                self._take_ready(limit, box)
+                if not is_newest:
+                    self._take_ready(limit, box)
             return box[0]
         except BaseException:
             # An interrupt: what was taken comes next again. One call and no more, so that no second interrupt comes between.

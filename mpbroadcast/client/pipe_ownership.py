@@ -70,6 +70,7 @@ class PipeOwnership:
         self.pipe: PipeEnd | None = None
         self.shared: SharedReader | None = None
         self.reports: Reports | None = None  # the pipe back, of a member of a group
+        self.keeps_newest = False  # True once it is open under the policy `latest`
         self._token = 0  # what confirms this pipe
         self._attempt: object = None  # the call that is opening it
         self._former: tuple[PipeEnd | None, SharedReader | None] | None = None
@@ -91,6 +92,17 @@ class PipeOwnership:
 
     def requesting(self, do: str, deadline: Deadline | None = None, **fields: Any) -> Steps[Reply]:
         return self.client.requesting(do, deadline=deadline, subscription=self.subscription, **fields)
+
+    def looking_for_newer(self, deadline: Deadline) -> Steps[bool]:
+        """Return whether a newer message waits in the broker, for a channel under ``latest``; False without a reply in time.
+
+        If so, the broker writes it into the pipe as soon as that is empty.
+        """
+        try:
+            reply = yield from self.requesting("newest", deadline, token=self._token)
+        except (BroadcastError, OSError):
+            return False
+        return int(reply.body["waiting"]) > 0
 
     # --- opening
 
@@ -166,6 +178,7 @@ class PipeOwnership:
             shared = None if reply.fd_socket is None else SharedReader(reply.fd_socket)
             reports = None if reply.reports is None else Reports(reply.reports)
             self.pipe, self.shared, self.reports, self._token = reply.pipe, shared, reports, reply.body["token"]
+            self.keeps_newest = bool(reply.body["newest"])
         if self.state is UNOPENED:
             self._move(OPENING)
         reply = yield from self.requesting("opened", deadline, token=self._token)

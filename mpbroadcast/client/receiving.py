@@ -30,13 +30,14 @@ from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelBusy, ChannelI
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import on_fork
 from mpbroadcast.posix.pipes import PipeEnd
-from mpbroadcast.posix.waiting import Steps, Wait, Wakers
+from mpbroadcast.posix.waiting import Steps, Wait, Wakers, run
 from mpbroadcast.protocol.pickling import ALL_KINDS, PAYLOADS, Failure
 
 M = TypeVar("M")
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
+PATIENCE: Final = 0.1  # seconds for the broker's reply, under `latest`, while there is a message to return
 _NO_MESSAGE: Final = "no message came within {} s"
 _BUSY: Final = (
     "a task receives from this channel, and one call at a time may: let one task receive and hand the messages to others, or "
@@ -69,12 +70,52 @@ class Receiving(Generic[M]):
         self._begin()
 
     def _receive(self, timeout: float | None) -> M:
-        deadline = Deadline(timeout)
+        return self._receive_until(Deadline(timeout), timeout)
+
+    def _receive_until(self, deadline: Deadline, timeout: float | None) -> M:
         while True:
             self._wait(deadline, timeout)
             message = self._receive_nowait(is_readable=True)
             if message is not NOTHING:
                 return message
+
+    def _receive_newest(self, timeout: float | None, patience: Deadline) -> M:
+        """Receive from a channel under ``latest``: the newest message that is routed by now, or a later one.
+
+        What is in the pipe may have been written long ago. So the broker is asked for a newer one; without its reply, until
+        ``patience`` is over, what is in the pipe is returned.
+        """
+        deadline = Deadline(timeout)
+        older: M = NOTHING
+        if run(self._finding_newer(deadline, timeout, patience)):
+            older = self._receive_nowait()  # an interrupt from here on loses what is not the newest
+            deadline = patience
+        try:
+            message = self._receive_nowait()
+            if message is NOTHING:
+                message = self._receive_until(deadline, timeout)
+        except (TimedOut, BrokerLost):  # the next call reports the loss again
+            if older is NOTHING:
+                raise
+            return older
+        self._missed += older is not NOTHING
+        return message
+
+    def _finding_newer(self, deadline: Deadline, timeout: float | None, patience: Deadline) -> Steps[bool]:
+        """Return whether something newer waits in the broker than the message that has arrived; False if none has."""
+        is_readable = False
+        while True:
+            with self._lock:
+                if not self._stream.ready:
+                    self._fill(is_readable)
+                ready = self._stream.ready
+                is_empty, is_message = self._stream.is_used_up, bool(ready) and type(ready[0]) not in FLAWS
+            if is_message:
+                return (yield from self._ownership.looking_for_newer(patience))
+            if ready or is_empty:  # an error comes next; or the pipe is empty, and what comes into it then is the newest
+                return False
+            yield from self._waiting(deadline, timeout)  # a part of a message has arrived
+            is_readable = True
 
     def _receive_nowait(self, *, is_readable: bool = False) -> M:
         """Take the next message, or raise the error at its position. Return ``NOTHING`` if there is none, or only the end.
@@ -103,7 +144,7 @@ class Receiving(Generic[M]):
                         del ready[0]
                         if not ready:
                             self._consume_tail_byte()
-                        elif plain and self._ownership.reports is None:
+                        elif plain and self._ownership.reports is None and not self._ownership.keeps_newest:
                             stream.open_fast()
                     elif ready:
                         self._raise_failure(ready)
@@ -279,7 +320,27 @@ class Receiving(Generic[M]):
 
     def _arriving(self, timeout: float | None) -> Steps[M]:
         """Return the next message, or raise, as ``recv`` does."""
+        if self._ownership.keeps_newest and timeout != 0:
+            return (yield from self._arriving_newest(timeout, Deadline(timeout).at_most(PATIENCE)))
+        return (yield from self._arriving_until(Deadline(timeout), timeout))
+
+    def _arriving_newest(self, timeout: float | None, patience: Deadline) -> Steps[M]:
+        """Do as :meth:`_receive_newest`, in a task."""
         deadline = Deadline(timeout)
+        older: M = NOTHING
+        if (yield from self._finding_newer(deadline, timeout, patience)):
+            older = self._receive_nowait()
+            deadline = patience
+        try:
+            message = yield from self._arriving_until(deadline, timeout)
+        except (TimedOut, BrokerLost):
+            if older is NOTHING:
+                raise
+            return older
+        self._missed += older is not NOTHING
+        return message
+
+    def _arriving_until(self, deadline: Deadline, timeout: float | None) -> Steps[M]:
         is_readable = False
         while True:
             message = self._receive_nowait(is_readable=is_readable)
@@ -293,11 +354,14 @@ class Receiving(Generic[M]):
         if self._ownership.reports is not None:
             self._finish()
         box: list[list[M]] = [[]]
+        is_newest = self._ownership.keeps_newest and timeout != 0
         try:
-            self._take_ready(limit, box)
+            if not is_newest:
+                self._take_ready(limit, box)
             if not box[0]:
                 box[0] = [(yield from self._arriving(timeout))]
-                self._take_ready(limit, box)
+                if not is_newest:
+                    self._take_ready(limit, box)
             return box[0]
         except BaseException:
             if back := box[0][::-1]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, Protocol, Self, TypeVar, cast
 
 from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.receiving import PATIENCE
 from mpbroadcast.client.tasks import TURN, drive, give_turn
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ClosedError, TimedOut
@@ -125,7 +126,7 @@ class Selector(Generic[M]):
                 continue
             self._since_wait += 1
             handler = self._handlers[source]
-            value = self._take(source)
+            value = self._take(source, may_wait=timeout != 0)
             if value is not _NOTHING:
                 return cast(M, value if handler is None else handler(value))
 
@@ -232,6 +233,8 @@ class Selector(Generic[M]):
         self._last = channel
         channel._claim()
         try:
+            if channel._ownership.keeps_newest:
+                return (yield from channel._arriving_newest(0.0, Deadline(PATIENCE)))
             return (yield from channel._arriving(0.0))
         except TimedOut:
             self._ready.pop()
@@ -244,13 +247,19 @@ class Selector(Generic[M]):
             channel._unclaim()
         return _NOTHING
 
-    def _take(self, source: Source) -> Any:
-        """Return what ``source`` gives; ``_NOTHING`` if it has nothing after all, or has ended."""
+    def _take(self, source: Source, *, may_wait: bool = True) -> Any:
+        """Return what ``source`` gives; ``_NOTHING`` if it has nothing after all, or has ended.
+
+        It waits for nothing, but for the broker's reply whether a channel under ``latest`` has something newer.
+        """
         if isinstance(source, Channel):
             # It may have more, and to try costs less than to wait. Behind an interrupt its descriptor may not be readable.
             self._ready.append(source)
             self._last = source
             try:
+                if may_wait and source._ownership.keeps_newest:
+                    source._check_no_receiver()
+                    return source._receive_newest(0.0, Deadline(PATIENCE))
                 return source.recv(0)
             except TimedOut:
                 self._ready.pop()

@@ -133,7 +133,9 @@ class Subscribing(Publishing[M]):
         - ``"block"``: ``publish`` blocks in the handles whose messages the channel would get; nothing is lost.
         - ``"drop_oldest"``: the oldest messages are dropped, and ``recv`` raises ``Lagged`` at their position.
         - ``"drop_newest"``: the new message is dropped, and ``recv`` raises ``Lagged`` at its position.
-        - ``"latest"``: full or not, the channel gets the newest message only, as soon as it has received the one before.
+        - ``"latest"``: full or not, the channel gets the newest message only. A receive that may wait returns the newest
+          message that the broker had routed when it was called, or a later one. With ``timeout=0`` it returns what is in the
+          pipe, which may be older; so it does if the broker does not reply within 0.1 seconds.
         - ``"disconnect"``: the channel is unsubscribed; ``recv`` returns what was kept, then raises ``Overflowed``, then
           ``EOFError``.
 
