@@ -11,9 +11,9 @@ all that there is to do: no message can be received faster. The ``relay that doe
 between a pipe and pipes, and no peer. All pickle with protocol 5 but Queue, Pipe and Manager, which use Python's default.
 
 With ``--policies`` it is this library alone, once with each overflow policy. ``--latest`` measures how old the message is that
-a slow consumer gets under ``latest``, as the last table of a complete run does.
-With ``--against`` it is this library alone, too: that of this tree and that of another checkout take turns, and the table has the ratio of their medians. ``--busy`` measures
-beside one spinning process a core: six rows, unless others are named.
+a slow consumer gets under ``latest``, as the last table of a complete run does. With ``--against`` it is this library alone,
+too: that of this tree and that of another checkout take turns, and the table has the ratio of their medians. ``--busy``
+measures beside one spinning process a core: six rows, unless others are named.
 """
 
 from __future__ import annotations
