@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 from mpbroadcast.client.messages import Gap, Messages, OnGap, in_turns
 from mpbroadcast.client.pipe_ownership import OPEN
 from mpbroadcast.client.pipe_reader import NOTHING, Stream
-from mpbroadcast.client.receiving import PATIENCE, Receiving
+from mpbroadcast.client.receiving import Receiving
 from mpbroadcast.client.tasks import TURN, drive, give_turn
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError
@@ -71,7 +71,7 @@ class Channel(Receiving[M]):
         # What an interrupt has kept from being acknowledged is acknowledged first: the broker may wait for that.
         ownership = self._ownership
         if ownership.keeps_newest and timeout != 0:
-            return self._receive_newest(timeout, Deadline(timeout).at_most(PATIENCE))
+            return self._receive_newest(timeout, Deadline(timeout))
         reports, shared = ownership.reports, ownership.shared
         if reports is None and (shared is None or shared.is_committed) and self._stream.is_used_up:
             message = NOTHING
@@ -142,6 +142,9 @@ class Channel(Receiving[M]):
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Block until :meth:`recv` would return or raise at once, at most ``timeout`` seconds. Return True if it would.
+
+        ``poll(0)`` on a channel that was never opened opens it, and may return False although messages wait for it: the broker
+        writes them into the new pipe a moment later.
 
         :raises ClosedError, ChannelInUse: as :meth:`recv`.
         :raises BrokerLost: the channel was not opened before the broker died.
@@ -216,6 +219,8 @@ class Channel(Receiving[M]):
     def subscribe(self, *topics: str) -> None:
         """Add topics or patterns: what is published after this has returned reaches the channel. Block until it is added.
 
+        Pass a topic that comes from outside through :func:`escape`: ``*``, ``?`` and ``[`` make it a pattern.
+
         :raises ClosedError: the channel was closed or unsubscribed.
         :raises BrokerLost: the broker has ended.
         """
@@ -233,11 +238,17 @@ class Channel(Receiving[M]):
 
     def _change_topics(self, do: str, topics: tuple[str, ...]) -> None:
         if not topics:
-            raise ValueError("name at least one topic")
+            text = "" if do == "add topics" else ", or end the subscription: channel.close(), or bus.unsubscribe(channel)"
+            raise ValueError(f"name at least one topic{text}")
         check_topics(topics)
         if self.closed:
             raise self._about_this(self._ownership.closed_error())
         run(self._ownership.requesting(do, topics=topics))
+
+    @property
+    def id(self) -> int:
+        """The number of this subscription: ``id`` of its row in ``stats().subscribers``, and in the broker's log."""
+        return self._id
 
     @property
     def missed(self) -> int:
@@ -295,7 +306,8 @@ class Channel(Receiving[M]):
     def __repr__(self) -> str:
         ownership = self._ownership
         state = "closed" if ownership.is_closed else "open" if ownership.state is OPEN else "not open here"
-        return f"<mpbroadcast.Channel {self.id} at {ownership.client.address!r}, {state}>"
+        name = "" if self._name is None else f" {self._name!r}"
+        return f"<mpbroadcast.Channel {self.id}{name} at {ownership.client.address!r}, {state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         try:
@@ -303,4 +315,4 @@ class Channel(Receiving[M]):
         except BroadcastError as error:
             error.channel = self
             raise
-        return Channel, (self._ownership.client, self.id, self._form, self._loaders is PAYLOADS)
+        return Channel, (self._ownership.client, self.id, self._form, self._loaders is PAYLOADS, self._name)

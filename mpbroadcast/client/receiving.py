@@ -37,7 +37,7 @@ M = TypeVar("M")
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
-PATIENCE: Final = 0.1  # seconds for the broker's reply, under `latest`, while there is a message to return
+_PATIENCE: Final = 0.1  # seconds without a byte from the broker, under `latest`, while there is a message to return
 _NO_MESSAGE: Final = "no message came within {} s"
 _BUSY: Final = (
     "a task receives from this channel, and one call at a time may: let one task receive and hand the messages to others, or "
@@ -48,8 +48,11 @@ _BUSY: Final = (
 class Receiving(Generic[M]):
     """The part of a channel that receives."""
 
-    def __init__(self, client: BrokerClient, id: int, form: int, raw: bool = False, *, subscriber: bool = False) -> None:
-        self.id = id  # the subscription's, at the broker
+    def __init__(
+        self, client: BrokerClient, id: int, form: int, raw: bool = False, name: str | None = None, *, subscriber: bool = False
+    ) -> None:
+        self._id = id  # the subscription's, at the broker
+        self._name = name
         self._form = form  # of what it gives, as `received.py` has it
         self._ownership = PipeOwnership(client, id, subscriber)
         # What turns bytes into messages: a program that trusts no publisher sets another.
@@ -72,28 +75,29 @@ class Receiving(Generic[M]):
     def _receive(self, timeout: float | None) -> M:
         return self._receive_until(Deadline(timeout), timeout)
 
-    def _receive_until(self, deadline: Deadline, timeout: float | None) -> M:
+    def _receive_until(self, deadline: Deadline, timeout: float | None, patience: float | None = None) -> M:
         while True:
-            self._wait(deadline, timeout)
+            self._wait(deadline if patience is None else deadline.at_most(patience), timeout)
             message = self._receive_nowait(is_readable=True)
             if message is not NOTHING:
                 return message
 
-    def _receive_newest(self, timeout: float | None, patience: Deadline) -> M:
+    def _receive_newest(self, timeout: float | None, limit: Deadline) -> M:
         """Receive from a channel under ``latest``: the newest message that is routed by now, or a later one.
 
-        What is in the pipe may have been written long ago. So the broker is asked for a newer one; without its reply, until
-        ``patience`` is over, what is in the pipe is returned.
+        What is in the pipe may have been written long ago. So the broker is asked for a newer one. What is in the pipe is
+        returned at the ``limit``, or when the broker has sent nothing for :data:`_PATIENCE`.
         """
         deadline = Deadline(timeout)
         older: M = NOTHING
-        if run(self._finding_newer(deadline, timeout, patience)):
+        if run(self._finding_newer(deadline, timeout, limit)):
             older = self._receive_nowait()  # an interrupt from here on loses what is not the newest
-            deadline = patience
         try:
             message = self._receive_nowait()
-            if message is NOTHING:
+            if message is NOTHING and older is NOTHING:
                 message = self._receive_until(deadline, timeout)
+            elif message is NOTHING:
+                message = self._receive_until(limit, timeout, _PATIENCE)
         except (TimedOut, BrokerLost):  # the next call reports the loss again
             if older is NOTHING:
                 raise
@@ -101,7 +105,7 @@ class Receiving(Generic[M]):
         self._missed += older is not NOTHING
         return message
 
-    def _finding_newer(self, deadline: Deadline, timeout: float | None, patience: Deadline) -> Steps[bool]:
+    def _finding_newer(self, deadline: Deadline, timeout: float | None, limit: Deadline) -> Steps[bool]:
         """Return whether something newer waits in the broker than the message that has arrived; False if none has."""
         is_readable = False
         while True:
@@ -111,7 +115,7 @@ class Receiving(Generic[M]):
                 ready = self._stream.ready
                 is_empty, is_message = self._stream.is_used_up, bool(ready) and type(ready[0]) not in FLAWS
             if is_message:
-                return (yield from self._ownership.looking_for_newer(patience))
+                return (yield from self._ownership.looking_for_newer(limit.at_most(_PATIENCE)))
             if ready or is_empty:  # an error comes next; or the pipe is empty, and what comes into it then is the newest
                 return False
             yield from self._waiting(deadline, timeout)  # a part of a message has arrived
@@ -321,18 +325,20 @@ class Receiving(Generic[M]):
     def _arriving(self, timeout: float | None) -> Steps[M]:
         """Return the next message, or raise, as ``recv`` does."""
         if self._ownership.keeps_newest and timeout != 0:
-            return (yield from self._arriving_newest(timeout, Deadline(timeout).at_most(PATIENCE)))
+            return (yield from self._arriving_newest(timeout, Deadline(timeout)))
         return (yield from self._arriving_until(Deadline(timeout), timeout))
 
-    def _arriving_newest(self, timeout: float | None, patience: Deadline) -> Steps[M]:
+    def _arriving_newest(self, timeout: float | None, limit: Deadline) -> Steps[M]:
         """Do as :meth:`_receive_newest`, in a task."""
         deadline = Deadline(timeout)
         older: M = NOTHING
-        if (yield from self._finding_newer(deadline, timeout, patience)):
+        if (yield from self._finding_newer(deadline, timeout, limit)):
             older = self._receive_nowait()
-            deadline = patience
         try:
-            message = yield from self._arriving_until(deadline, timeout)
+            if older is NOTHING:
+                message = yield from self._arriving_until(deadline, timeout)
+            else:
+                message = yield from self._arriving_until(limit, timeout, _PATIENCE)
         except (TimedOut, BrokerLost):
             if older is NOTHING:
                 raise
@@ -340,13 +346,13 @@ class Receiving(Generic[M]):
         self._missed += older is not NOTHING
         return message
 
-    def _arriving_until(self, deadline: Deadline, timeout: float | None) -> Steps[M]:
+    def _arriving_until(self, deadline: Deadline, timeout: float | None, patience: float | None = None) -> Steps[M]:
         is_readable = False
         while True:
             message = self._receive_nowait(is_readable=is_readable)
             if message is not NOTHING:
                 return message  # no wait follows in which the task could be cancelled
-            yield from self._waiting(deadline, timeout)
+            yield from self._waiting(deadline if patience is None else deadline.at_most(patience), timeout)
             is_readable = True
 
     def _arriving_many(self, limit: int | None, timeout: float | None) -> Steps[list[M]]:

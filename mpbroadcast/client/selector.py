@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, Final, Generic, Protocol, Self, TypeVar, cast
 
 from mpbroadcast.client.channel import Channel
-from mpbroadcast.client.receiving import PATIENCE
 from mpbroadcast.client.tasks import TURN, drive, give_turn
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ClosedError, TimedOut
@@ -234,7 +233,7 @@ class Selector(Generic[M]):
         channel._claim()
         try:
             if channel._ownership.keeps_newest:
-                return (yield from channel._arriving_newest(0.0, Deadline(PATIENCE)))
+                return (yield from channel._arriving_newest(0.0, Deadline(None)))
             return (yield from channel._arriving(0.0))
         except TimedOut:
             self._ready.pop()
@@ -259,7 +258,7 @@ class Selector(Generic[M]):
             try:
                 if may_wait and source._ownership.keeps_newest:
                     source._check_no_receiver()
-                    return source._receive_newest(0.0, Deadline(PATIENCE))
+                    return source._receive_newest(0.0, Deadline(None))
                 return source.recv(0)
             except TimedOut:
                 self._ready.pop()

@@ -83,7 +83,7 @@ def test_a_call_that_does_not_wait_returns_what_is_there(bus: Bus) -> None:
     """With ``timeout=0``, that is the message in the pipe, also by a selector; the newest follows."""
     with bus.subscribe(overflow="latest") as channel:
         selector = channel_to_selector(channel)
-        for receive in (channel.recv, lambda timeout: channel.recv_many(None, timeout)[0], selector.receive):
+        for receive in (channel.recv, lambda timeout: channel.recv_many(1, timeout)[0], selector.receive):
             behind(bus, channel)
             assert receive(0)[0] == 0
             assert receive(DEADLINE)[0] == 9
