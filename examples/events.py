@@ -13,7 +13,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from mpbroadcast import Broadcaster, connect
+from mpbroadcast import Broadcaster, connect, escape
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -55,8 +55,11 @@ async def post(room: str, receive: Receive, send: Send) -> None:
 
 
 async def stream(room: str, receive: Receive, send: Send) -> None:
-    """Send what is published to the room, until the reader has gone. A slow one is disconnected, and connects again."""
-    async with await bus.asubscribe(room, overflow="disconnect", capacity=1 << 20) as channel:
+    """Send what is published to the room, until the reader has gone. A slow one is disconnected, and connects again.
+
+    The room comes from outside: unescaped, ``/room/*`` would read every room.
+    """
+    async with await bus.asubscribe(escape(room), overflow="disconnect", capacity=1 << 20) as channel:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         await send({"type": "http.response.body", "body": b": you are in\n\n", "more_body": True})
 

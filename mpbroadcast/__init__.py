@@ -26,6 +26,7 @@ from mpbroadcast.errors import (
     TimedOut,
 )
 from mpbroadcast.stats import BridgeStats, BrokerStats, GroupStats, PublisherStats, SubscriberStats
+from mpbroadcast.topics import escape
 
 __all__ = [
     "AddressError",
@@ -53,6 +54,7 @@ __all__ = [
     "channel_to_selector",
     "connect",
     "connect_or_start",
+    "escape",
     "publish",
     "start_broadcaster",
     "subscribe",

@@ -23,6 +23,14 @@ class BroadcastError(Exception):
 
     channel: Any = None  # a Channel, whose module imports this one
 
+    def __str__(self) -> str:
+        return self._about(super().__str__())
+
+    def _about(self, text: str) -> str:
+        """Return the text with the name of its channel, if that has one."""
+        name = getattr(self.channel, "_name", None)
+        return text if name is None else f"{text} (channel {name!r})"
+
     def __reduce__(self) -> Any:
         made, arguments, *_ = cast(tuple[Any, ...], super().__reduce__())
         return made, arguments, _without_channel(vars(self))
@@ -88,7 +96,7 @@ class ChannelInUse(BroadcastError, RuntimeError):
         self.pid = pid
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        return self._about(str(self.args[0]))
 
 
 class ChannelBusy(BroadcastError, RuntimeError):
@@ -108,11 +116,11 @@ class Lagged(BroadcastError):
 
     def __str__(self) -> str:
         if self.missed is None:
-            return (
+            return self._about(
                 "messages are missing here, and their number is not known: the history has not all that this channel was to "
                 "begin with, or the id is another broker's; the next receive goes on behind the gap"
             )
-        return (
+        return self._about(
             f"{self.missed} message(s) were dropped here because this channel's backlog was full, or the history has them no "
             "more; the next receive goes on behind the gap. Receive faster, or subscribe with a larger capacity or another "
             "overflow policy"

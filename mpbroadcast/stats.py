@@ -13,7 +13,8 @@ class SubscriberStats:
     ``published``, ``delivered``, ``missed`` and ``waiting`` are messages: routed to it, moved into its pipe, dropped, and in
     its backlog. ``capacity`` and ``waiting_bytes`` are bytes, with the fixed overhead of each message. ``pid`` is the process
     that has it open (``is_open``), else the one that has subscribed. ``stalls`` are the process IDs of publishers that wait for
-    it. ``group`` is the name of its group, or ``None``.
+    it. ``group`` is the name of its group, or ``None``. ``unread`` is the number of bytes in its pipe that its process has not
+    read: 0 once it has handed out all that is there. ``name`` is the one that it was given, or ``None``.
     """
 
     id: int
@@ -29,6 +30,8 @@ class SubscriberStats:
     stalls: tuple[int, ...]
     is_open: bool
     group: str | None
+    unread: int
+    name: str | None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from mpbroadcast.errors import AddressError
 Policy = Literal["block", "drop_oldest", "drop_newest", "latest", "disconnect"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 MAX_TOPIC = 1024  # bytes of UTF-8
+MAX_NAME = 64  # characters of a subscription's name
 MAX_ADDRESS = 107  # bytes: what sun_path holds on Linux, less its NUL; macOS takes four fewer, and raises itself
 
 _KEPT_TOPICS = 16384
@@ -64,6 +65,27 @@ def check_group(group: Any) -> str | None:
         raise ValueError("group must not be empty: None is no group")
     encode_topic(group)
     return group
+
+
+def check_name(name: Any) -> str | None:
+    """Return the name of a subscription, or ``None`` for none: 1 to ``MAX_NAME`` printable characters."""
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str or None, not {type(name).__name__}")
+    if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+        raise ValueError(f"name must be 1 to {MAX_NAME} printable characters, not {name!r}: leave it out, or shorten it")
+    return name
+
+
+def check_prefetch(prefetch: Any, group: str | None) -> int:
+    """Return the number of unfinished messages that a member of ``group`` may have; 1 for ``None``."""
+    if prefetch is None:
+        return 1
+    check_count(prefetch, "prefetch", 1)
+    if group is None:
+        raise ValueError(f"prefetch={prefetch} needs a group: pass group=..., or leave prefetch out")
+    return int(prefetch)
 
 
 def check_outbox(overflow: Any) -> str:

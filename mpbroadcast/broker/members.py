@@ -237,6 +237,7 @@ class Subscription:
     """A subscription in the broker: topics, backlog, and the pipe to its reader."""
 
     name: str | None = None  # of what is no single channel: a group's, or a bridge's stream
+    label: str | None = None  # that its subscriber has given it
     is_written_down: ClassVar[bool] = True  # for the broker that takes over
 
     def __init__(self, id: int, session: Session, backlog: Backlog) -> None:
@@ -259,6 +260,11 @@ class Subscription:
     @property
     def pid(self) -> int:
         return self.session.peer.pid
+
+    @property
+    def described(self) -> str:
+        """Its number and name, for the log."""
+        return f"channel {self.id}" if self.label is None else f"channel {self.id} {self.label!r}"
 
     @property
     def is_live(self) -> bool:

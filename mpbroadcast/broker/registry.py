@@ -105,7 +105,7 @@ class Registry:
         else:
             subscription = Subscription(entry["id"], session, backlog)
             subscription.policy = policy
-        subscription.restored = True
+        subscription.restored, subscription.label = True, entry["name"]
         if entry["opened"]:
             subscription.pipe.reserve()
         self.subscriptions[subscription.id] = subscription
@@ -128,6 +128,7 @@ class Registry:
         if self._journal is not None and subscription.is_written_down:
             entry = {
                 "id": subscription.id,
+                "name": subscription.label,
                 "pid": subscription.pid,
                 "birth": birth(subscription.pid),
                 "topics": list(self.topics(subscription)),
@@ -276,7 +277,7 @@ class Registry:
         if subscription.pipe.state is PipeState.GONE:
             return
         if why:
-            log.info("channel %d of process %d is removed: %s", subscription.id, subscription.pid, why)
+            log.info("%s of process %d is removed: %s", subscription.described, subscription.pid, why)
         self.subscriptions.pop(subscription.id, None)
         self._forget_entry(subscription.id)
         self.unopen(subscription)

@@ -152,8 +152,8 @@ class Shutdown:
         own = self.by is subscription.session.peer
         log.log(
             logging.DEBUG if own else logging.WARNING,
-            "channel %d of process %d (%s) was closed with %d message(s) waiting: it %s",
-            subscription.id,
+            "%s of process %d (%s) was closed with %d message(s) waiting: it %s",
+            subscription.described,
             subscription.pid,
             listed(self._registry.topics(subscription)),
             subscription.target.backlog.waiting,

@@ -72,10 +72,10 @@ class Stalls:
         same = publisher.pid == full.pid
         must = ", which must receive before it publishes" if full.is_open else ""  # else another may be about to open it
         log.warning(
-            "process %d has waited %.1f s to publish: the backlog of channel %d of %s (%s) is full, with %d bytes waiting%s",
+            "process %d has waited %.1f s to publish: the backlog of %s of %s (%s) is full, with %d bytes waiting%s",
             publisher.pid,
             seconds,
-            full.id,
+            full.described,
             f"the same process, {full.pid}{must}" if same else f"process {full.pid}",
             listed(self._router.topics(full)),
             full.backlog.waiting_charge,

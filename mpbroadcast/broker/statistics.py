@@ -92,6 +92,7 @@ def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
     backlog, is_member = subscription.backlog, subscription.group is not None
     return {
         "id": subscription.id,
+        "name": subscription.label,
         "pid": subscription.pid,
         "topics": broker.router.topics(subscription.target),
         "overflow": subscription.target.policy,
@@ -102,6 +103,7 @@ def _row(broker: Broker, subscription: Subscription) -> dict[str, Any]:
         "waiting": 0 if is_member else backlog.waiting,
         "waiting_bytes": 0 if is_member else backlog.waiting_charge,
         "stalls": [publisher.pid for publisher in subscription.target.waiters],
+        "unread": subscription.pipe.unread() if subscription.is_open else 0,
         "is_open": subscription.is_open,
         "group": subscription.target.name if isinstance(subscription.target, Group) else None,
     }

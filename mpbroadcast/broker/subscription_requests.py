@@ -22,7 +22,7 @@ from mpbroadcast.broker.request_fields import (
     until_routed,
 )
 from mpbroadcast.broker.server import Broker, Parts
-from mpbroadcast.validation import check_count, check_group, check_overflow, encode_topic
+from mpbroadcast.validation import check_count, check_group, check_name, check_overflow, encode_topic
 
 _MOST: Final = (1 << 48) - 1
 _NO_LIMIT: Final = 1 << 62  # bytes
@@ -39,6 +39,7 @@ def subscribe(broker: Broker, connection: ControlConnection, message: dict[str, 
     replay = checked(check_count, message.get("replay"), "replay", 0)
     name = checked(check_group, message.get("group"))
     prefetch = checked(check_count, message.get("prefetch", 1), "prefetch", 1)
+    label = checked(check_name, message.get("name"))
     after = _after(message)
     registry, history = broker.registry, None
     if replay or after is not None:
@@ -56,12 +57,14 @@ def subscribe(broker: Broker, connection: ControlConnection, message: dict[str, 
         yield from _route(broker, known, missing)
     elif name is not None and (group := checked(registry.groups.find, name, topics, capacity, policy)) is not None:
         subscription = registry.add_subscription(id, session, capacity, "block", cost)
+        subscription.label = label
         registry.groups.join(group, subscription, prefetch)  # which has begun: no replay, and nothing to begin behind
         registry.route(subscription, [])
         there = {*broker.router.topics(group)}  # all, unless the request of the first member was cut off
         yield from _route(broker, subscription, [topic for topic in topics if topic not in there])
     else:
         subscription = registry.add_subscription(id, session, capacity, policy if name is None else "block", cost)
+        subscription.label = label
         if name is not None:
             registry.groups.join(registry.groups.add(name, session, topics, capacity, policy), subscription, prefetch)
         target = subscription.target

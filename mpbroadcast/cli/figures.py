@@ -109,6 +109,8 @@ def _backlog(row: Row) -> str:
 
 def _topics(row: Row) -> str:
     topics = printable(" ".join(row["topics"]))
+    if row["name"] is not None:
+        topics = f"{printable(row['name'])}: {topics}"
     return topics if row["group"] is None else f"{topics} [{printable(row['group'])}]"
 
 
@@ -137,7 +139,7 @@ SUBSCRIPTIONS: Final = (
     Column("PID", "p", lambda row: str(row["pid"]), _value("pid")),
     Column("COMMAND", "c", _command, _command, 8, False),
     Column("TOPICS", "t", _topics, _topics, 8, False),
-    Column("POLICY", "y", lambda row: row["overflow"].removeprefix("drop_"), _value("overflow"), 6, False),
+    Column("POLICY", "y", lambda row: row["overflow"], _value("overflow"), 0, False),
     Column("IN/s", "i", _number("rate_in"), _value("rate_in")),
     Column("OUT/s", "o", _number("rate_out"), _value("rate_out")),
     Column("BACKLOG", "b", _backlog, lambda row: row["waiting_bytes"] / row["capacity"]),

@@ -25,6 +25,7 @@ _SUBSCRIPTION: Final = (
     ("subscription_waiting_bytes", "gauge", "Bytes in its backlog.", "waiting_bytes"),
     ("subscription_capacity_bytes", "gauge", "Bytes that its backlog may have.", "capacity"),
     ("subscription_stalled_publishers", "gauge", "Publishers that wait for room in its backlog.", "stalls"),
+    ("subscription_unread_bytes", "gauge", "Bytes in its pipe that its process has not read.", "unread"),
     ("subscription_open", "gauge", "1 if a process has opened it.", "is_open"),
 )
 _PUBLISHER: Final = (
@@ -89,7 +90,14 @@ def _no_labels(row: _Row) -> str:
 
 def _subscription_labels(row: _Row) -> str:
     group = row["group"] or ""
-    return _labels(id=row["id"], pid=row["pid"], topics=" ".join(row["topics"]), overflow=row["overflow"], group=group)
+    return _labels(
+        id=row["id"],
+        pid=row["pid"],
+        topics=" ".join(row["topics"]),
+        overflow=row["overflow"],
+        group=group,
+        name=row["name"] or "",
+    )
 
 
 def _publisher_labels(row: _Row) -> str:

@@ -295,7 +295,8 @@ def subscribe(
     with_id: bool = False,
     raw: bool = False,
     group: str | None = None,
-    prefetch: int = 1,
+    prefetch: int | None = None,
+    name: str | None = None,
 ) -> Channel[Any]:
     """Call :meth:`Broadcaster.subscribe`."""
     options: Options = {
@@ -305,6 +306,7 @@ def subscribe(
         "after": after,
         "group": group,
         "prefetch": prefetch,
+        "name": name,
     }
     return _checked(bus).subscribe(*topics, with_topic=with_topic, with_id=with_id, raw=raw, **options)
 

@@ -15,7 +15,17 @@ from mpbroadcast.client.received import WITH_ID, Received
 from mpbroadcast.client.tasks import drive
 from mpbroadcast.errors import BrokerRestarted
 from mpbroadcast.posix.waiting import Steps, run
-from mpbroadcast.validation import Policy, check_bool, check_count, check_group, check_overflow, check_topics, encode_topic
+from mpbroadcast.validation import (
+    Policy,
+    check_bool,
+    check_count,
+    check_group,
+    check_name,
+    check_overflow,
+    check_prefetch,
+    check_topics,
+    encode_topic,
+)
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -31,7 +41,8 @@ class Options(TypedDict, total=False):
     replay: int
     after: int | None
     group: str | None
-    prefetch: int
+    prefetch: int | None
+    name: str | None
 
 
 class Subscribing(Publishing[M]):
@@ -118,11 +129,14 @@ class Subscribing(Publishing[M]):
         with_id: bool = False,
         raw: bool = False,
         group: str | None = None,
-        prefetch: int = 1,
+        prefetch: int | None = None,
+        name: str | None = None,
     ) -> Channel[Any]:
         """Return a new channel, subscribed to ``topics``; to all topics, if none is named. Block until the broker replies.
 
-        A topic with ``*``, ``?`` or ``[`` is a pattern (``fnmatch.fnmatchcase``; ``[*]`` is a literal star). After this has
+        A topic with ``*``, ``?`` or ``[`` is a pattern (``fnmatch.fnmatchcase``; ``[*]`` is a literal star): so
+        ``subscribe("sensor[3]")`` does not match the topic ``sensor[3]``. Pass a topic that comes from outside through
+        :func:`escape`, or ``*`` subscribes its sender to everything. After this has
         returned, every publish, by any process, reaches the channel; nothing that this handle has published before does. Each
         channel gets its own copy, once, however many of its topics match.
 
@@ -156,13 +170,19 @@ class Subscribing(Publishing[M]):
         given and has not finished, of which it has at most ``prefetch``. The last message is finished when the channel is asked
         for another, by any call that receives or waits; ``recv_many`` gives at most ``prefetch``. What waits for a member that
         is free is in one backlog. Members agree on topics, ``overflow`` and ``capacity``; the first one's ``replay`` and
-        ``after`` count.
+        ``after`` count. ``prefetch`` is 1 if not given, and needs a ``group``.
 
-        :raises ValueError: an argument is out of range; ``replay`` or ``after`` without a history, or both; this process has
+        ``name`` is for people, at most 64 printable characters: ``stats()``, ``top``, the broker's log and errors of this
+        channel show it.
+
+        :raises ValueError: an argument is out of range; ``prefetch`` without ``group``;
+            ``replay`` or ``after`` without a history, or both; this process has
             too many subscriptions; the group is there with other topics, ``overflow`` or ``capacity``.
         :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
-        return run(self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, raw, group, prefetch))
+        return run(
+            self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, raw, group, prefetch, name)
+        )
 
     @overload
     async def asubscribe(
@@ -241,11 +261,12 @@ class Subscribing(Publishing[M]):
         with_id: bool = False,
         raw: bool = False,
         group: str | None = None,
-        prefetch: int = 1,
+        prefetch: int | None = None,
+        name: str | None = None,
     ) -> Channel[Any]:
         """Do as :meth:`subscribe`, in a task. Cancelled, it leaves no subscription."""
         return await self._ask(
-            self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, raw, group, prefetch)
+            self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, raw, group, prefetch, name)
         )
 
     def _subscribing(
@@ -259,7 +280,8 @@ class Subscribing(Publishing[M]):
         with_id: bool,
         raw: bool,
         group: str | None,
-        prefetch: int,
+        prefetch: int | None,
+        name: str | None,
     ) -> Steps[Channel[Any]]:
         check_topics(topics)
         check_overflow(overflow)
@@ -273,22 +295,32 @@ class Subscribing(Publishing[M]):
             if replay:
                 raise ValueError("replay and after are two beginnings: give one of them")
         check_group(group)
-        check_count(prefetch, "prefetch", 1)
+        members = check_prefetch(prefetch, group)
+        check_name(name)
         self._check_open()
-        options = {"overflow": overflow, "capacity": capacity, "replay": replay, "group": group, "prefetch": prefetch}
+        options = {"overflow": overflow, "capacity": capacity, "replay": replay, "group": group, "prefetch": members}
         form = WITH_ID if with_id else with_topic
-        return (yield from self._making("subscribe", form, topics, after, raw, **options))
+        return (yield from self._making("subscribe", form, topics, after, raw, name, **options))
 
     def _making(
-        self, do: str, form: int, topics: tuple[str, ...], after: int | None, raw: bool = False, **options: Any
+        self,
+        do: str,
+        form: int,
+        topics: tuple[str, ...],
+        after: int | None,
+        raw: bool = False,
+        name: str | None = None,
+        **options: Any,
     ) -> Steps[Channel[Any]]:
         """Return a channel of this form, of the subscription that a request makes."""
         subscription = int.from_bytes(os.urandom(6)) or 1
         # The channel exists before the subscription does: if an interrupt comes, its finaliser drops the subscription.
-        channel: Channel[Any] = Channel(self._client, subscription, form, raw, subscriber=True)
+        channel: Channel[Any] = Channel(self._client, subscription, form, raw, name, subscriber=True)
         try:
             topics = topics or ("*",)
             publisher = self._publisher
+            if name is not None:
+                options["name"] = name
             yield from self._requesting(
                 do, subscription=subscription, topics=topics, after=after, publisher=publisher, **options
             )
@@ -348,21 +380,23 @@ class Subscribing(Publishing[M]):
             with contextlib.suppress(BrokerRestarted):  # then that of the broker which has taken over is read
                 return (yield from channel._arriving_until_end())
 
-    def subscriber_count(self, topic: str = "") -> int:
-        """Return how many channels would get what is published to ``topic``, behind all that this handle has published.
+    def subscriber_count(self, topic: str | None = None) -> int:
+        """Return the number of channels that would get what is published to ``topic``; ``None``: of all channels.
 
+        Each member of a group counts. The count is taken after the broker has routed all that this handle has published.
         Block until the broker replies, which it does when it has routed that.
 
         :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
         return run(self._counting(topic))
 
-    async def asubscriber_count(self, topic: str = "") -> int:
+    async def asubscriber_count(self, topic: str | None = None) -> int:
         """Do as :meth:`subscriber_count`, in a task."""
         return await self._ask(self._counting(topic))
 
-    def _counting(self, topic: str) -> Steps[int]:
-        encode_topic(topic)
+    def _counting(self, topic: str | None) -> Steps[int]:
+        if topic is not None:
+            encode_topic(topic)
         reply = yield from self._requesting("wait", now=True, count=0, topic=topic, publisher=self._publisher)
         there: int = reply.body["there"]
         return there

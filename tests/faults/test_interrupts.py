@@ -218,7 +218,9 @@ def test_an_interrupted_receive_loses_nothing(bus: Bus, storm: Storm, kind: str,
     """Whatever is interrupted, each message comes once, in order and whole."""
     size, topic, pause = KINDS["small" if kind == "group" else kind]
     pause = min(pause, 80)
-    channel = bus.subscribe(with_topic=bool(topic), group="g" if kind == "group" else None, prefetch=3)
+    channel = bus.subscribe(
+        with_topic=bool(topic), group="g" if kind == "group" else None, prefetch=3 if kind == "group" else None
+    )
     channel.poll(0)
     iterator = iter(channel.messages() if call == "messages" else channel)
     received: deque[Any] = deque()

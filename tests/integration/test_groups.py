@@ -272,7 +272,7 @@ def test_members_agree(bus: Bus, options: dict[str, Any]) -> None:
     assert group(bus).members == 1
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, "1", None])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "1"])
 def test_a_prefetch_is_a_number(bus: Bus, value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="prefetch"):
         bus.subscribe(group="g", prefetch=value)

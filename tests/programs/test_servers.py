@@ -155,11 +155,13 @@ def test_the_example() -> None:
         lobby = [stack.enter_context(reading(site, "/room/lobby"))]
         while len({row.pid for row in bus.stats().subscribers}) == 1:  # the other workers may not listen yet
             lobby.append(stack.enter_context(reading(site, "/room/lobby")))
-        other = stack.enter_context(reading(site, "/room/other"))
+        other, star = (stack.enter_context(reading(site, f"/room/{name}")) for name in ("other", "*"))
         assert posted(site, "/room/lobby", b"hello,\nall")
         assert posted(site, "/room/other", b"elsewhere")
         assert {reader.readline() for reader in lobby} == {b'data: "hello,\\nall"\n'}
         assert other.readline() == b'data: "elsewhere"\n'
+        assert posted(site, "/room/*", b"to a room of this name")  # which is no pattern: it reads no other room
+        assert star.readline() == b'data: "to a room of this name"\n'
         os.kill(site.program.pid, signal.SIGTERM)
         assert site.program.end()[0] == 0
 

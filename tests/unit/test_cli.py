@@ -43,7 +43,7 @@ from mpbroadcast.cli.text import decode, encode, json_line, plain_line
 from mpbroadcast.cli.view import View, changed, keys_in, screen
 from tests.support.pages import ROOT
 
-SUBSCRIBER = SubscriberStats(1, 10, ("room:*",), "drop_oldest", 1000, 50, 40, 3, 7, 900, (11,), True, None)
+SUBSCRIBER = SubscriberStats(1, 10, ("room:*",), "drop_oldest", 1000, 50, 40, 3, 7, 900, (11,), True, None, 0, None)
 PUBLISHER = PublisherStats(5, 11, 1000, 20, 1, 3.25)
 STATS = BrokerStats(9, 3700.5, 60, 1, (SUBSCRIBER,), 4096, 2, 0, {}, (PUBLISHER,))
 BRIDGE = BridgeStats(
@@ -137,8 +137,8 @@ def test_the_report_has_a_row_for_each() -> None:
         "broker 9 up 1:01:42, published 160, 50/s, memory 4.1k, /run/bus",
         "1 subscriptions, 1 publishers (1 waiting), 1 groups, history of 2 topics",
         "",
-        "PID COMMAND       TOPICS                   POLICY IN/s OUT/s BACKLOG MISSED STALLS",
-        r" 10 python app.py a\\nb 日本 [work\x1b[2J] oldest    0     0  900/1k      3      1",
+        "PID COMMAND       TOPICS                   POLICY      IN/s OUT/s BACKLOG MISSED STALLS",
+        r" 10 python app.py a\\nb 日本 [work\x1b[2J] drop_oldest    0     0  900/1k      3      1",
         "",
         "PID COMMAND  BYTES/s BYTES UNROUTED WAITS FOR",
         " 11 (dead) ?      5k   11k       20 1 3.2 s",
@@ -177,8 +177,8 @@ def test_a_table_fits_its_width() -> None:
         lines = table(SUBSCRIPTIONS, long, width)
         assert max(map(columns_of, lines)) == width
         assert lines[1].endswith("3      1") or width < 70
-    least = " 10 python … room:* oldest    -     -  900/1k      3      1"
-    assert [table(SUBSCRIPTIONS, long, width)[1] for width in (59, 50)] == [least, least[:49] + "…"]
+    least = " 10 python … room:* drop_oldest    -     -  900/1k      3      1"
+    assert [table(SUBSCRIPTIONS, long, width)[1] for width in (64, 55)] == [least, least[:54] + "…"]
 
 
 def test_each_column_sorts() -> None:
@@ -276,12 +276,12 @@ def test_a_screen_has_all_with_its_style() -> None:
     assert screen_of(View(), 20) == [
         "summary|broker 9 up 1:01:40, published 60, memory 4.1k, /run/bus",
         "summary|5 subscriptions (2 not open), 2 publishers (1 waiting), 1 groups, history of 2 topics",
-        "title|PID COMMAND       TOPICS POLICY IN/s OUT/s BACKLOG MISSED STALLS",
-        "alarm| 10 python app.py 0      oldest    -     -    9/1k      0      1",
-        "alarm| 11 (dead) ?      1      oldest    -     -    8/1k      0",
-        "notice| 12 (unopened) ?  2      oldest    -     -    7/1k      0",
-        "notice| 10 python app.py 3      oldest    -     -    6/1k      7",
-        "| 10 python app.py 4      oldest    -     -    5/1k      0",
+        "title|PID COMMAND       TOPICS POLICY      IN/s OUT/s BACKLOG MISSED STALLS",
+        "alarm| 10 python app.py 0      drop_oldest    -     -    9/1k      0      1",
+        "alarm| 11 (dead) ?      1      drop_oldest    -     -    8/1k      0",
+        "notice| 12 (unopened) ?  2      drop_oldest    -     -    7/1k      0",
+        "notice| 10 python app.py 3      drop_oldest    -     -    6/1k      7",
+        "| 10 python app.py 4      drop_oldest    -     -    5/1k      0",
         *["|"] * 6,
         "title|PID COMMAND       BYTES/s BYTES UNROUTED WAITS FOR",
         "alarm| 10 python app.py       -    1k       20 1 3.2 s",
@@ -328,10 +328,10 @@ def test_the_format_of_prometheus() -> None:
     assert text.endswith("\n")
     assert 'mpbroadcast_subscription_missed_messages_total{id="1",pid="10",topics="a \\"b\\"\\n\\\\ c",' in text
     assert 'mpbroadcast_subscription_stalled_publishers{id="1",pid="10"' in text
-    assert 'overflow="drop_oldest",group="g"} 1\n' in text
+    assert 'overflow="drop_oldest",group="g",name=""} 1\n' in text
     assert 'mpbroadcast_group_lost_messages_total{group="x\\"y"} 4' in lines
     assert {"mpbroadcast_published_messages_total 60", "mpbroadcast_uptime_seconds 3700.5"} < {*lines}
-    assert 'overflow="drop_oldest",group=""} 1\n' in exposition(STATS)
+    assert 'overflow="drop_oldest",group="",name=""} 1\n' in exposition(STATS)
     labels = '{stream="main",url="redis://db:6379/0",topics="room:*"}'
     assert {f"mpbroadcast_bridge_up{labels} 1", f"mpbroadcast_bridge_refused_entries_total{labels} 4"} <= {*lines}
     assert not [line for line in lines if line.startswith("mpbroadcast_bridge_lag_entries{")]  # it is not known
@@ -343,7 +343,7 @@ def test_the_format_of_prometheus() -> None:
             found = SAMPLE.fullmatch(line)
             assert found, line
             assert (kinds[found[1]] == "counter") == found[1].endswith("_total")
-    fields = {*dataclasses.asdict(SUBSCRIBER)} - {"id", "pid", "topics", "overflow", "group"}
+    fields = {*dataclasses.asdict(SUBSCRIBER)} - {"id", "pid", "topics", "overflow", "group", "name"}
     assert len([name for name in kinds if "subscription" in name]) == len(fields)
     fields = {*dataclasses.asdict(BRIDGE)} - {"stream", "url", "pid", "error", "topics", "overflow"}
     assert len([name for name in kinds if "bridge" in name]) == len(fields)

@@ -26,7 +26,7 @@ LAYERS = [
     {"__init__"},
     {"client", "broker"},
     {"posix", "protocol"},
-    {"validation", "deadline", "states", "trap_points"},
+    {"validation", "deadline", "states", "topics", "trap_points"},
     {"errors", "key", "stats"},
 ]
 CORE = "mpbroadcast.broker.core."

@@ -42,6 +42,9 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
 
     assert_type(bus.subscribe("jobs", group="workers", prefetch=3, with_topic=True), Channel[tuple[str, int]])
     assert_type(mpbroadcast.subscribe(bus, "jobs", group=None), Channel[int])
+    assert_type(bus.subscribe(mpbroadcast.escape("a*"), name="thumbnails"), Channel[int])
+    assert_type(bus.subscriber_count(), int)
+    assert_type(bus.stats().subscribers[0].name, str | None)
     assert_type(bus.stats().groups["workers"], GroupStats)
     with_id = bus.subscribe("room:*", with_id=True, overflow="drop_oldest")
     assert_type(with_id, Channel[Received[int]])
