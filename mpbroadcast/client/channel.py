@@ -55,7 +55,8 @@ class Channel(Receiving[M]):
         :raises Overflowed: the backlog was full (``disconnect``); ``EOFError`` comes next.
         :raises ClosedError: this channel was closed, before or meanwhile.
         :raises ChannelInUse: another process is the owner.
-        :raises ChannelBusy: a task receives from the channel (:meth:`arecv`, ``async for``).
+        :raises ChannelBusy: a task receives from the channel (:meth:`arecv`, ``async for``); or a message that comes from it is
+            being unpickled, and calls this.
         :raises Exception: whatever unpickling this message raises; the next call returns the next message. An error that could
             be taken for the channel's own (``EOFError``, ``StopIteration``, an error of this package) is the cause of a
             ``RuntimeError``.
@@ -65,7 +66,7 @@ class Channel(Receiving[M]):
         message: M
         for message in self._stream.fast:
             return message  # nothing was called since, so no interrupt comes in between
-        if self._has_receiver:
+        if self._has_receiver or self._unpickler is not None:
             self._check_no_receiver()
         # Where nothing is left of what was read, the first look into the pipe comes with the wait for it: one system call less.
         # What an interrupt has kept from being acknowledged is acknowledged first: the broker may wait for that.
@@ -147,9 +148,11 @@ class Channel(Receiving[M]):
         writes them into the new pipe a moment later.
 
         :raises ClosedError, ChannelInUse: as :meth:`recv`.
+        :raises ChannelBusy: a message that comes from this channel is being unpickled, and calls this.
         :raises BrokerLost: the channel was not opened before the broker died.
         """
         deadline = Deadline(check_timeout(timeout))
+        self._check_not_unpickling()
         is_readable = False
         if self._ownership.reports is not None:
             self._finish()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import select
+import threading
 from collections import deque
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
@@ -43,6 +44,7 @@ _BUSY: Final = (
     "a task receives from this channel, and one call at a time may: let one task receive and hand the messages to others, or "
     "subscribe once for each"
 )
+_NESTED: Final = "a message receives from the channel that it comes from, while it is unpickled: receive behind it"
 
 
 class Receiving(Generic[M]):
@@ -66,6 +68,7 @@ class Receiving(Generic[M]):
         self._stream = Stream()
         self._tasks = Wakers()
         self._has_receiver = False  # True while a task receives: no other call may
+        self._unpickler: int | None = None  # the thread that decodes messages, and so holds the lock
         self._turn = 0
 
     def _in_child(self) -> None:
@@ -135,7 +138,11 @@ class Receiving(Generic[M]):
                 if stream.ready:
                     stream.close_fast()
                 elif is_readable:  # a return of this call, as opposed to one in C, is safe
-                    message = take_lone(stream, self._ownership, self._form, self._loaders)
+                    try:
+                        self._unpickler = threading.get_ident()
+                        message = take_lone(stream, self._ownership, self._form, self._loaders)
+                    finally:
+                        self._unpickler = None
                 if message is not NOTHING:
                     self._consume_tail_byte()
                 else:
@@ -219,7 +226,11 @@ class Receiving(Generic[M]):
         pipe, shared = ownership.pipe, ownership.shared
         if pipe is None or ownership.state is not OPEN or pipe.fd < 0:
             return
-        after = follow(before, pipe, self._form, shared, self._loaders, is_readable)
+        try:
+            self._unpickler = threading.get_ident()
+            after = follow(before, pipe, self._form, shared, self._loaders, is_readable)
+        finally:
+            self._unpickler = None
         if before.ready:
             return  # another thread was interrupted, and has put its message back: what comes behind it is decoded again
         if after is not None and self._stream is before:  # else a signal handler has received meanwhile
@@ -315,7 +326,13 @@ class Receiving(Generic[M]):
     def _unclaim(self) -> None:
         self._has_receiver = False
 
+    def _check_not_unpickling(self) -> None:
+        """Raise ChannelBusy if a message of this channel that is being unpickled calls: its bytes would be decoded again."""
+        if self._unpickler == threading.get_ident():
+            raise self._about_this(ChannelBusy(_NESTED))
+
     def _check_no_receiver(self) -> None:
+        self._check_not_unpickling()
         if self._has_receiver:
             raise self._about_this(ChannelBusy(_BUSY))
 

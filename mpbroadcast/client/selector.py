@@ -194,6 +194,8 @@ class Selector(Generic[M]):
         self._since_wait = 0
         waitables: dict[Any, Source] = {}
         for source in list(self._handlers):
+            if isinstance(source, Channel):
+                source._check_not_unpickling()
             try:
                 waitables[source.sentinel if isinstance(source, BaseProcess) else source.fileno()] = source
             except (OSError, ValueError):
