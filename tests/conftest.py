@@ -151,6 +151,14 @@ def pipe(leaves_nothing: None) -> Iterator[Pipe]:
 
 
 @pytest.fixture
+def tmp_path(temporary_folder: Path) -> Iterator[Path]:
+    """Yield a folder whose path is short whatever ``$TMPDIR`` and the test's name: sockets are made in it."""
+    folder = tempfile.mkdtemp(prefix="t-", dir=temporary_folder)
+    yield Path(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
 def runtime(leaves_nothing: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A runtime folder of this user's, with the sockets that have a name: empty in the end."""
     folder = tmp_path / "runtime"
