@@ -15,7 +15,7 @@ from mpbroadcast.client.received import Received
 from mpbroadcast.client.subscribing import Options
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, StartError
-from mpbroadcast.posix.addresses import Places, default_places, is_own_folder, places
+from mpbroadcast.posix.addresses import Candidates, candidates, default_candidates, is_own_folder
 from mpbroadcast.posix.waiting import run
 from mpbroadcast.validation import Policy, check_authkey, check_bool, check_count, check_timeout
 
@@ -108,7 +108,7 @@ def connect_or_start(
     """
     lingering = check_timeout(linger, "linger")
     timeout, settings = _checked_options(**options)
-    found = default_places(address)
+    found = default_candidates(address)
     folder = os.path.dirname(found.made)
     if not (os.path.isdir(folder) or is_own_folder(folder)):
         raise AddressError(f"there is no folder {folder!r}: make it, or choose another address")
@@ -157,7 +157,7 @@ def _start(
     context: BaseContext | None, timeout: float | None, address: str | os.PathLike[str] | None, **settings: Any
 ) -> Broadcaster[Any]:
     try:
-        found = None if address is None else places(address)
+        found = None if address is None else candidates(address)
     except AddressError as error:
         raise StartError(str(error)) from error
     # And with it psutil: a program that only connects needs neither.
@@ -202,10 +202,10 @@ def connect(address: str | os.PathLike[str] | None = None, *, authkey: bytes | N
     :raises AddressError: no socket can have this address, or there is none.
     """
     authkey = check_authkey(authkey)
-    return _connected(default_places(address), authkey)
+    return _connected(default_candidates(address), authkey)
 
 
-def _connected(found: Places, authkey: bytes | None) -> Broadcaster[Any]:
+def _connected(found: Candidates, authkey: bytes | None) -> Broadcaster[Any]:
     for path in found.paths:
         try:
             return _connected_at(path, authkey)

@@ -27,7 +27,7 @@ _PREFIX: Final = "mpbroadcast-"
 
 
 @dataclass
-class Places:
+class Candidates:
     """Where the broker of an address may listen."""
 
     made: str  # the path of the socket of a broker that is started
@@ -49,22 +49,22 @@ def resolve(address: Any) -> str:
 
     :raises AddressError: no socket can be there, or the folder of names is not safe.
     """
-    return places(address).made
+    return candidates(address).made
 
 
-def places(address: Any) -> Places:
+def candidates(address: Any) -> Candidates:
     """Return where the broker at a path, or with a name without a slash, may listen.
 
     :raises AddressError: no socket can be there, or the folder in which a broker is made is not safe.
     """
     if isinstance(address, str) and address and "/" not in address and "\0" not in address:
-        return _places_of(address)
+        return _candidates_of(address)
     path = check_address(address)
-    return Places(path, [path], [], os.path.dirname(path))
+    return Candidates(path, [path], [], os.path.dirname(path))
 
 
-def default_places(address: Any) -> Places:
-    """Return :func:`places` of ``address``; for ``None``, of ``$MPBROADCAST_ADDRESS``.
+def default_candidates(address: Any) -> Candidates:
+    """Return :func:`candidates` of ``address``; for ``None``, of ``$MPBROADCAST_ADDRESS``.
 
     :raises AddressError: neither is given.
     """
@@ -74,13 +74,13 @@ def default_places(address: Any) -> Places:
             raise AddressError(
                 f"there is no address: pass one, or set ${VARIABLE}, as `mpbroadcast run -- COMMAND` does for its command"
             )
-    return places(address)
+    return candidates(address)
 
 
-def _places_of(name: str) -> Places:
+def _candidates_of(name: str) -> Candidates:
     if name.startswith("."):
         raise AddressError(f"the name {name!r} begins with a dot, which no name may; a relative path needs a slash: './{name}'")
-    found = Places("", [], [], "")
+    found = Candidates("", [], [], "")
     for folder, what, prefix in _folders():
         is_own = is_own_folder(folder)
         path = os.path.join(folder, prefix + name)

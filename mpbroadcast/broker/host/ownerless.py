@@ -37,7 +37,7 @@ from mpbroadcast.broker.host.no_main import spawn_alone
 from mpbroadcast.broker.host.socket_file import answers, identity
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import StartError
-from mpbroadcast.posix.addresses import Places, is_own_folder, make_own_folder, remove_own_folder
+from mpbroadcast.posix.addresses import Candidates, is_own_folder, make_own_folder, remove_own_folder
 
 _PAUSE: Final = 0.01  # seconds until the next try while another process starts it; then twice that, and so on
 _LONGEST_PAUSE: Final = 0.2
@@ -49,38 +49,38 @@ _LATE: Final = (
 )
 
 
-def tries_to_start(places: Places, settings: Settings, deadline: Deadline) -> Iterator[None]:
+def tries_to_start(candidates: Candidates, settings: Settings, deadline: Deadline) -> Iterator[None]:
     """Start a broker, or wait while another process does. After each step, the caller tries to connect.
 
     :raises StartError: it could not be started, or not until ``deadline``.
     """
     pause = _PAUSE
     while deadline.remaining() != 0:
-        if is_own_folder(places.lock):
-            make_own_folder(places.lock)
-        with _lock_of(places.lock) as lock:
+        if is_own_folder(candidates.lock):
+            make_own_folder(candidates.lock)
+        with _lock_of(candidates.lock) as lock:
             if lock is not None:
                 try:
-                    _start_unless_there(places, settings, lock, deadline)
+                    _start_unless_there(candidates, settings, lock, deadline)
                 finally:
-                    if is_own_folder(places.lock):
+                    if is_own_folder(candidates.lock):
                         remove_own_folder()
         if lock is None:
             time.sleep(deadline.at_most(pause).remaining() or 0.0)
             pause = min(2 * pause, _LONGEST_PAUSE)
         yield
-    raise StartError(_LATE.format(places.made))
+    raise StartError(_LATE.format(candidates.made))
 
 
-def _start_unless_there(places: Places, settings: Settings, lock: Connection, deadline: Deadline) -> None:
-    if any(map(answers, places.paths)):
+def _start_unless_there(candidates: Candidates, settings: Settings, lock: Connection, deadline: Deadline) -> None:
+    if any(map(answers, candidates.paths)):
         return
     trap_points.reach("starting for all")
     try:
-        _start(places.made, settings, lock, deadline)
+        _start(candidates.made, settings, lock, deadline)
     except StartError as error:
         # start_broadcaster, which takes another lock, may have taken the address meanwhile.
-        if getattr(error.__cause__, "errno", None) != errno.EADDRINUSE or not answers(places.made):
+        if getattr(error.__cause__, "errno", None) != errno.EADDRINUSE or not answers(candidates.made):
             raise
 
 
