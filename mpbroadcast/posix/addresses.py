@@ -108,7 +108,7 @@ def _folders() -> list[tuple[str, str, str]]:
     system = os.path.join(run_user, str(os.geteuid()))
     folders = [(system, "the runtime folder", _PREFIX), (_own_folder(), "the folder for names", "")]
     folder = os.environ.get(_RUNTIME, "")
-    # The specification of this variable says to ignore relative paths.
+    # Relative paths are to be ignored, by the specification of this variable.
     if os.path.isabs(folder) and os.path.realpath(folder) == os.path.realpath(system):
         folders[0] = (folder, f"${_RUNTIME}", _PREFIX)
     elif os.path.isabs(folder):
