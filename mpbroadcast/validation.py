@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from typing import Any, Literal, get_args
 
 from mpbroadcast.errors import AddressError
@@ -12,7 +13,7 @@ Policy = Literal["block", "drop_oldest", "drop_newest", "latest", "disconnect"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 MAX_TOPIC = 1024  # bytes of UTF-8
 MAX_NAME = 64  # characters of a subscription's name
-MAX_ADDRESS = 107  # bytes: what sun_path holds on Linux, less its NUL; macOS takes four fewer, and raises itself
+MAX_ADDRESS = 107 if sys.platform == "linux" else 103  # bytes: the size of sun_path, less its NUL
 
 _KEPT_TOPICS = 16384
 _SHORT_TOPIC = 128  # bytes
@@ -150,12 +151,18 @@ def check_address(address: Any) -> str:
     if not path or "\0" in path:
         raise AddressError(f"address must be the path of a socket file, not {path!r}")
     path = os.path.abspath(path)
-    length = len(os.fsencode(path))
-    if length > MAX_ADDRESS:
-        raise AddressError(
-            f"the socket path {path!r} has {length} bytes, and the system takes at most {MAX_ADDRESS}: use a shorter one"
-        )
+    if problem := address_problem(path):
+        raise AddressError(f"{problem}: use a shorter one, or a plain name without a slash")
     return path
+
+
+def address_problem(path: str) -> str:
+    """Return why this absolute path is too long for a socket; an empty text if it is not."""
+    length = len(os.fsencode(path))
+    if length <= MAX_ADDRESS:
+        return ""
+    more = length - MAX_ADDRESS
+    return f"the socket path {path!r} has {length} bytes, {more} more than the limit of the system, which takes {MAX_ADDRESS}"
 
 
 def check_authkey(authkey: Any) -> bytes | None:

@@ -48,7 +48,9 @@ def temporary_folder() -> Iterator[Path]:
     folder = tempfile.mkdtemp(prefix="mt-", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
-        patch.delenv("XDG_RUNTIME_DIR", raising=False)  # so that names are in this folder, and those of two runs apart
+        # So that names are in this folder, and those of two runs apart.
+        patch.delenv("XDG_RUNTIME_DIR", raising=False)
+        patch.setenv("_MPBROADCAST_TMP", folder)
         patch.setattr(tempfile, "tempdir", folder)
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # for whole programs
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # or each of them would compile the package
@@ -148,6 +150,14 @@ def pipe(leaves_nothing: None) -> Iterator[Pipe]:
     ours, theirs = multiprocessing.Pipe()
     with ours, theirs:
         yield ours, theirs
+
+
+@pytest.fixture
+def tmp_path(temporary_folder: Path) -> Iterator[Path]:
+    """Yield a folder whose path is short whatever ``$TMPDIR`` and the test's name: sockets are made in it."""
+    folder = tempfile.mkdtemp(prefix="t-", dir=temporary_folder)
+    yield Path(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

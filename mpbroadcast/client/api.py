@@ -15,7 +15,7 @@ from mpbroadcast.client.received import Received
 from mpbroadcast.client.subscribing import Options
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, StartError
-from mpbroadcast.posix.addresses import is_own_folder, resolve, resolve_default
+from mpbroadcast.posix.addresses import Candidates, candidates, default_candidates, is_own_folder
 from mpbroadcast.posix.waiting import run
 from mpbroadcast.validation import Policy, check_authkey, check_bool, check_count, check_timeout
 
@@ -49,10 +49,11 @@ def start_broadcaster(
     ``context`` is what ``multiprocessing.get_context()`` returns. If not given, the broker is forked where that is the default
     start method, and else started in a new interpreter, which does not import the main module.
 
-    ``address`` is the path of the socket to listen at, or a plain name without a slash, for a socket in the user's runtime
-    folder; if not given, a path in a new folder that only this user can enter. At an address of your choice the broker writes
-    a key into the file ``ADDRESS.key``, from which :func:`connect` reads it, and removes it at its end; unless ``authkey`` is
-    given, a key that it accepts then. This process's own key, which its children have, is accepted in any case.
+    ``address`` is the path of the socket to listen at, or a plain name without a slash, for a socket in the first of
+    ``$XDG_RUNTIME_DIR``, ``/run/user/UID`` and ``/tmp/mpbroadcast-UID`` that exists (the last is made); if not given, a path in
+    a new folder that only this user can enter. At an address of your choice the broker writes a key into the file
+    ``ADDRESS.key``, from which :func:`connect` reads it, and removes it at its end; unless ``authkey`` is given, a key that it
+    accepts then. This process's own key, which its children have, is accepted in any case.
 
     ``history`` is the number of messages of each topic that are kept for :meth:`Broadcaster.subscribe` with ``replay``: of at
     most 4,096 topics, and at most 64 MiB in all; the topics with the oldest last message are dropped first. When a ``publish``
@@ -107,8 +108,8 @@ def connect_or_start(
     """
     lingering = check_timeout(linger, "linger")
     timeout, settings = _checked_options(**options)
-    path = resolve_default(address)
-    folder = os.path.dirname(path)
+    found = default_candidates(address)
+    folder = os.path.dirname(found.made)
     if not (os.path.isdir(folder) or is_own_folder(folder)):
         raise AddressError(f"there is no folder {folder!r}: make it, or choose another address")
     from mpbroadcast.broker.host.main import Settings
@@ -117,10 +118,10 @@ def connect_or_start(
     key = settings["authkey"]
     settings |= {"has_key_file": key is None, "keys": [key] if key else [], "starter": None}
     settings |= {"linger": math.inf if lingering is None else lingering}
-    tries = tries_to_start(path, Settings(path, **settings), Deadline(timeout))
+    tries = tries_to_start(found, Settings(found.made, **settings), Deadline(timeout))
     while True:
         with contextlib.suppress(BrokerLost):
-            return connect(path, authkey=key)
+            return _connected(found, key)
         next(tries)
 
 
@@ -156,13 +157,18 @@ def _start(
     context: BaseContext | None, timeout: float | None, address: str | os.PathLike[str] | None, **settings: Any
 ) -> Broadcaster[Any]:
     try:
-        path = None if address is None else resolve(address)
+        found = None if address is None else candidates(address)
     except AddressError as error:
         raise StartError(str(error)) from error
     # And with it psutil: a program that only connects needs neither.
     from mpbroadcast.broker.host.launcher import BrokerProcess
     from mpbroadcast.broker.host.main import Settings
+    from mpbroadcast.broker.host.socket_file import answers
 
+    path = None if found is None else found.made
+    for other in found.paths if found is not None else ():
+        if other != path and answers(other):
+            raise StartError(f"the name {address!r} is in use: a broker listens at {other!r}; end it, or choose another name")
     process: BrokerProcess | None = None
     try:
         # An interrupt before it is assigned leaves a daemon process that multiprocessing ends with the program.
@@ -183,7 +189,8 @@ def _start(
 def connect(address: str | os.PathLike[str] | None = None, *, authkey: bytes | None = None) -> Broadcaster[Any]:
     """Return a handle on the broker at ``address``, in any process of the same user. It has its own pipe, and its own order.
 
-    ``address`` is a path, or a plain name without a slash, as for :func:`start_broadcaster`; if not given, that of the
+    ``address`` is a path, or a plain name without a slash, which is looked for in each of the folders of names (see
+    :func:`start_broadcaster`), whatever the environment of the process that started the broker; if not given, that of the
     environment variable ``MPBROADCAST_ADDRESS``, which ``mpbroadcast run`` sets. ``authkey`` is the broker's key; if not given,
     that of its key file, or else this process's own, which is right in the starter's children. Block until the broker replies,
     at most 10 seconds; also while a broker is being replaced.
@@ -195,7 +202,21 @@ def connect(address: str | os.PathLike[str] | None = None, *, authkey: bytes | N
     :raises AddressError: no socket can have this address, or there is none.
     """
     authkey = check_authkey(authkey)
-    path = resolve_default(address)
+    return _connected(default_candidates(address), authkey)
+
+
+def _connected(found: Candidates, authkey: bytes | None) -> Broadcaster[Any]:
+    for path in found.paths:
+        try:
+            return _connected_at(path, authkey)
+        except BrokerLost as error:
+            if found.paths == [path] and not found.refused:
+                raise
+            cause = error.__cause__
+    raise BrokerLost(found.not_found()) from cause
+
+
+def _connected_at(path: str, authkey: bytes | None) -> Broadcaster[Any]:
     client = BrokerClient(path, authkey=authkey)
     client.session()
     return Broadcaster(BrokerClient.shared(path, client.broker, client.restarts))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import resource
 import signal
@@ -88,6 +89,20 @@ def test_channels_and_handles_go_on(kept: Bus, transport: Size) -> None:
         expect_gap(channel)
         assert take(channel, 2) == [-1, -2]
         assert not channel.poll()
+
+
+def test_a_system_without_sigtimedwait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS, where this function does not exist, a dead broker is replaced all the same, also a second time."""
+    monkeypatch.delattr(signal, "sigtimedwait", raising=False)
+    with start_broadcaster(context=multiprocessing.get_context("fork"), restart=True) as bus:
+        supervisor = supervisor_of(bus)
+        channel = bus.subscribe()
+        for turn in range(2):
+            kill_broker(bus)
+            bus.publish(turn)
+            expect_gap(channel)
+            assert channel.recv(DEADLINE) == turn
+            assert supervisor_of(bus) == supervisor
 
 
 def test_subscriptions_keep_their_topics_policy_and_number(kept: Bus) -> None:

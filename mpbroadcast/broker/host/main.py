@@ -91,6 +91,7 @@ def run(settings: Settings, ready: Connection, lock: Connection | None = None) -
             settings.keys.append(key)
         listening = Listening(settings.address, settings.temporary, key, None if lock is None else lock.fileno())
         if lock is not None:
+            listening.remove_empty_folder()
             lock.close()
         journal = Journal() if settings.restart else None
     except OSError as error:

@@ -10,7 +10,9 @@
 So the broker is no process's child, and a signal to the caller's process group or terminal does not reach it. It keeps nothing
 of the caller's: of its descriptors none, standard error included; its working directory is the root.
 
-The lock of the socket's folder decides which of many callers starts it. The lock belongs to a descriptor that the broker
+The lock of the socket's folder decides which of many callers starts it. For a name, it is that of the last of the folders of
+names, which is the same for all processes of the user: two callers with different environments start no broker each, as long
+as one sees the folder in which the other makes it. The lock belongs to a descriptor that the broker
 inherits, and closes when its socket answers: whatever dies at whatever moment, the lock is held as long as a start is under
 way, and not for longer.
 """
@@ -18,6 +20,7 @@ way, and not for longer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -31,10 +34,10 @@ from typing import Final
 from mpbroadcast import trap_points
 from mpbroadcast.broker.host.main import Settings, run
 from mpbroadcast.broker.host.no_main import spawn_alone
-from mpbroadcast.broker.host.socket_file import answers
+from mpbroadcast.broker.host.socket_file import answers, identity
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import StartError
-from mpbroadcast.posix.addresses import is_own_folder, make_own_folder
+from mpbroadcast.posix.addresses import Candidates, is_own_folder, make_own_folder, remove_own_folder
 
 _PAUSE: Final = 0.01  # seconds until the next try while another process starts it; then twice that, and so on
 _LONGEST_PAUSE: Final = 0.2
@@ -46,24 +49,39 @@ _LATE: Final = (
 )
 
 
-def tries_to_start(address: str, settings: Settings, deadline: Deadline) -> Iterator[None]:
-    """Start a broker at ``address``, or wait while another process does. After each step, the caller tries to connect.
+def tries_to_start(candidates: Candidates, settings: Settings, deadline: Deadline) -> Iterator[None]:
+    """Start a broker, or wait while another process does. After each step, the caller tries to connect.
 
     :raises StartError: it could not be started, or not until ``deadline``.
     """
-    folder, pause = os.path.dirname(address), _PAUSE
+    pause = _PAUSE
     while deadline.remaining() != 0:
-        if is_own_folder(folder):
-            make_own_folder(folder)
-        with _lock_of(folder) as lock:
-            if lock is not None and not answers(address):
-                trap_points.reach("starting for all")
-                _start(address, settings, lock, deadline)
+        if is_own_folder(candidates.lock):
+            make_own_folder(candidates.lock)
+        with _lock_of(candidates.lock) as lock:
+            if lock is not None:
+                try:
+                    _start_unless_there(candidates, settings, lock, deadline)
+                finally:
+                    if is_own_folder(candidates.lock):
+                        remove_own_folder()
         if lock is None:
             time.sleep(deadline.at_most(pause).remaining() or 0.0)
             pause = min(2 * pause, _LONGEST_PAUSE)
         yield
-    raise StartError(_LATE.format(address))
+    raise StartError(_LATE.format(candidates.made))
+
+
+def _start_unless_there(candidates: Candidates, settings: Settings, lock: Connection, deadline: Deadline) -> None:
+    if any(map(answers, candidates.paths)):
+        return
+    trap_points.reach("starting for all")
+    try:
+        _start(candidates.made, settings, lock, deadline)
+    except StartError as error:
+        # start_broadcaster, which takes another lock, may have taken the address meanwhile.
+        if getattr(error.__cause__, "errno", None) != errno.EADDRINUSE or not answers(candidates.made):
+            raise
 
 
 @contextlib.contextmanager
@@ -82,7 +100,15 @@ def _lock_of(folder: str) -> Iterator[Connection | None]:
             return
         except OSError:  # a file system without locks: only one of several that start a broker gets the socket's name
             pass
-        yield lock
+        yield lock if _is_at(fd, folder) else None
+
+
+def _is_at(fd: int, folder: str) -> bool:
+    """Return False if the folder of this descriptor was removed before it was locked."""
+    try:
+        return identity(fd) == identity(os.path.realpath(folder))
+    except FileNotFoundError:
+        return False
 
 
 def _start(address: str, settings: Settings, lock: Connection, deadline: Deadline) -> None:

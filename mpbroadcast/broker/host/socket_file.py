@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from mpbroadcast import trap_points
-from mpbroadcast.posix.addresses import is_own_folder, make_own_folder
+from mpbroadcast.posix.addresses import is_own_folder, make_own_folder, remove_own_folder
 from mpbroadcast.posix.fd_socket import control_socket
 from mpbroadcast.posix.key_file import SUFFIX, is_key_file, remove_key, write_key
 from mpbroadcast.validation import MAX_ADDRESS
@@ -129,8 +129,17 @@ class Listening:
         self._remove_folder()
         self.socket.close()
 
+    def remove_empty_folder(self) -> None:
+        """Remove the folder of names if it was made for its lock only, which is held: the process that made it may be dead."""
+        if not self._made:
+            remove_own_folder()
+
     def _remove_folder(self) -> None:
-        if self._made:
+        if is_own_folder(self._made):
+            # While another process holds the lock to start a broker, the folder stays: that process removes it.
+            with contextlib.suppress(OSError), _lock_at_once(self._made):
+                remove_own_folder()
+        elif self._made:
             with contextlib.suppress(OSError):  # others are in it
                 os.rmdir(self._made)
 
@@ -142,6 +151,25 @@ def folder_lock(folder: str) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _lock_at_once(folder: str) -> Iterator[None]:
+    """Hold the lock of a folder.
+
+    :raises BlockingIOError: another process holds it.
+    """
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            pass
         yield
     finally:
         os.close(fd)

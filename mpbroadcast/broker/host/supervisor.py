@@ -28,6 +28,7 @@ log = logging.getLogger("mpbroadcast.broker")
 _DEATHS: Final = 5
 _SECONDS: Final = 30.0
 _FIRST_PAUSE: Final = 0.02  # seconds
+_POLL: Final = 0.01  # seconds between two looks for SIGTERM, in pauses of at most 0.16 seconds
 
 
 def pause_after(deaths: deque[float], now: float) -> float | None:
@@ -66,8 +67,19 @@ def supervise(starter: int | None, serve: Callable[[int], None], wanted: Callabl
             log.critical("the broker (process %d) %s, again and again: it is given up", child, why)
             return
         log.error("the broker (process %d) %s: another one is started", child, why)
-        if signal.sigtimedwait({signal.SIGTERM}, pause) is not None:
+        if _is_ended_within(pause):
             return
+
+
+def _is_ended_within(pause: float) -> bool:
+    """Wait ``pause`` seconds, or until SIGTERM comes. Return whether it came. macOS has no ``sigtimedwait``, so poll."""
+    deadline = time.monotonic() + pause
+    while signal.SIGTERM not in signal.sigpending():
+        rest = deadline - time.monotonic()
+        if rest <= 0:
+            return False
+        time.sleep(min(rest, _POLL))
+    return True
 
 
 def _be_broker(serve: Callable[[int], None], generation: int) -> None:
