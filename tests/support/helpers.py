@@ -199,7 +199,7 @@ def keyed_connection(address: str, key: bytes | None = None) -> Connection:
         while True:
             connection.send_bytes(handshake.send(connection.recv_bytes())[4:])  # which adds the length itself
     except StopIteration as done:
-        connection.send_bytes(done.value[4:])
+        connection.send_bytes(done.value.last[4:])
     except BaseException:
         connection.close()
         raise
