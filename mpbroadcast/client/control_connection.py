@@ -190,7 +190,7 @@ class ControlConnection:
 
 
 def _mismatch(address: str, broker: Announcement | None) -> str:
-    about = "announces no protocol, as versions before 0.1.0 do" if broker is None else f"has {broker}"
+    about = "announces no protocol (an older mpbroadcast)" if broker is None else f"has {broker}"
     is_older = broker is None or broker.protocol < OWN.protocol
     restart = f"the broker at {address!r}" if is_older else "this program"
     return (
