@@ -162,7 +162,6 @@ class ControlConnection:
             self.trust = Trust.HAS_KEY
         except StopIteration as done:
             self._inbox.limit = MAX_REQUEST
-            self._send(done.value.last)
             self._compare(done.value.peer)
 
     def _compare(self, client: Announcement | None) -> None:

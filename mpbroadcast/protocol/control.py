@@ -115,7 +115,7 @@ def _is_deep(body: bytes) -> bool:
 class Proved(NamedTuple):
     """The outcome of a handshake: both sides have the key. ``peer`` is ``None`` if the other side announces no version."""
 
-    last: bytes  # which is still to be sent; may be empty
+    last: bytes  # which is still to be sent; empty at the broker's side
     peer: Announcement | None
 
 

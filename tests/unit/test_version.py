@@ -25,8 +25,8 @@ from mpbroadcast.protocol.version import OWN, PROTOCOL, VERSION, Announcement, a
 ROOT: Final = Path(mpbroadcast.__file__).parents[1]
 
 # The digest of all that travels between a process and its broker, under this number. If a test here fails, what travels has
-# changed: increase PROTOCOL in mpbroadcast/protocol/version.py by one, and enter both here, the number and the new digest, which
-# the failure shows. Never change the digest alone: programs of both versions would connect, and misread each other.
+# changed: increase PROTOCOL in mpbroadcast/protocol/version.py by one, and enter the number and the new digest here, which the
+# failure shows. Never change the digest alone: programs of both versions would connect, and misread each other.
 DIGEST: Final = (1, "ff57897fe8d1dfafeca150ffd388c9d7")
 
 # The same of the entries of bridges, whose format is the fourth character of each: _FORMAT in mpbroadcast/bridge/entries.py.
@@ -80,14 +80,14 @@ def requests_made() -> Iterator[bytes]:
     """Yield a request as it travels, and the names of all requests, and of the fields that are read and replied."""
     yield encode({"do": "attach", "a": [None, True, 1.5, "ü"]})
     for path in sorted((ROOT / "mpbroadcast/broker").glob("*request*.py")):
-        names = set()
+        names = set[str]()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("message.get", "integer"):
                 names |= {one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)}
             elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "message":
                 names.add(ast.literal_eval(node.slice))
             elif isinstance(node, ast.Dict):
-                names |= {one.value for one in node.keys if isinstance(one, ast.Constant)}
+                names |= {one.value for one in node.keys if isinstance(one, ast.Constant) and isinstance(one.value, str)}
         yield " ".join(sorted(names)).encode()
     page = (ROOT / "docs/protocol.md").read_text()
     rows = re.findall(
