@@ -30,6 +30,7 @@ _WELCOME: Final = b"#WELCOME#"
 _FAILURE: Final = b"#FAILURE#"
 _SHA256: Final = b"{sha256}"
 _RANDOM: Final = 32  # bytes of a challenge; an announcement follows them
+_OWN: Final = announce(OWN)
 
 
 class ControlError(Exception):
@@ -124,9 +125,9 @@ class Proved(NamedTuple):
 Handshake = Generator[bytes, bytes, Proved]
 
 
-def serve_handshake(keys: Sequence[bytes], own: Announcement = OWN) -> Handshake:
+def serve_handshake(keys: Sequence[bytes], announcement: bytes = _OWN) -> Handshake:
     """Return the handshake of the broker, which challenges first. Accept any of ``keys``; answer with the client's."""
-    question = _question(own)
+    question = _question(announcement)
     response = yield frame(_CHALLENGE + question)
     key = next((key for key in keys if _is_answer(response, key, question)), None)
     if key is None:
@@ -138,20 +139,20 @@ def serve_handshake(keys: Sequence[bytes], own: Announcement = OWN) -> Handshake
     return Proved(b"", _peer(challenge))
 
 
-def client_handshake(key: bytes, own: Announcement = OWN) -> Handshake:
+def client_handshake(key: bytes, announcement: bytes = _OWN) -> Handshake:
     challenge = yield b""
     verdict = yield frame(_answer(key, challenge))
     if verdict != _WELCOME:
         raise WrongKey("the key is not the broker's")
-    question = _question(own)
+    question = _question(announcement)
     response = yield frame(_CHALLENGE + question)
     if not _is_answer(response, key, question):
         raise WrongKey("the broker does not have the key", frame(_FAILURE))
     return Proved(frame(_WELCOME), _peer(challenge))
 
 
-def _question(own: Announcement) -> bytes:
-    return _SHA256 + os.urandom(_RANDOM) + announce(own)
+def _question(announcement: bytes) -> bytes:
+    return _SHA256 + os.urandom(_RANDOM) + announcement
 
 
 def _peer(challenge: bytes) -> Announcement | None:

@@ -28,7 +28,7 @@ NEWER: Final[Changes] = [
 # As all versions were before there was a number: they announce none, and ask for none.
 SILENT: Final[Changes] = [
     (VERSION, 'VERSION: Final = "0.1.0"', 'VERSION: Final = "0.0.9"'),
-    ("protocol/control.py", " + announce(own)", ""),
+    ("protocol/control.py", " + announcement", ""),
     ("client/control_connection.py", "if proved.peer is None or proved.peer.protocol != OWN.protocol:", "if False:"),
     ("broker/control_connection.py", "if client is None:", "if False:"),
     ("broker/control_connection.py", "elif client.protocol != OWN.protocol:", "elif False:"),

@@ -127,7 +127,7 @@ def test_an_entry_of_another_format_is_refused_as_one(damage: str) -> None:
 
 def outcomes(client: Announcement, broker: Announcement) -> tuple[Announcement | None, Announcement | None]:
     """Return what the client and the broker know of each other behind a handshake."""
-    serving, connecting = serve_handshake([b"key"], broker), client_handshake(b"key", client)
+    serving, connecting = serve_handshake([b"key"], announce(broker)), client_handshake(b"key", announce(client))
     data, known = next(serving), list[Announcement | None]()
     next(connecting)
     receiver, other = connecting, serving
