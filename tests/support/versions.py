@@ -60,7 +60,7 @@ class Environment:
 
 def environments(folder: Path) -> dict[str, Environment]:
     """Build a wheel for each of ``BUILDS``, and install each into a virtual environment."""
-    flags = ["--no-build-isolation"] if int(metadata.version("setuptools").partition(".")[0]) >= 77 else []
+    flags = ["--no-build-isolation"] if _has_setuptools() else []
     made = {}
     for name, changes in BUILDS.items():
         tree, wheels, home = folder / name / "tree", folder / name / "wheels", folder / name / "venv"
@@ -78,6 +78,14 @@ def environments(folder: Path) -> dict[str, Environment]:
         (site / "shared.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))  # psutil
         made[name] = Environment(name, home)
     return made
+
+
+def _has_setuptools() -> bool:
+    """Return whether the one that is installed can build this package, so that pip need not install another one."""
+    try:
+        return int(metadata.version("setuptools").partition(".")[0]) >= 77
+    except metadata.PackageNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
