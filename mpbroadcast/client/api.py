@@ -70,6 +70,7 @@ def start_broadcaster(
     time it drains first.
 
     :raises StartError: the broker could not be started, and nothing is left behind; ``__cause__`` has the reason.
+    :raises VersionMismatch: the package was upgraded after this process had imported it: restart this program.
     :raises TypeError, ValueError: an argument is of the wrong type, or out of range.
     """
     if context is not None and not isinstance(context, BaseContext):

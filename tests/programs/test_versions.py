@@ -6,6 +6,7 @@ none, as all versions were at first.
 
 import contextlib
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from itertools import permutations
@@ -33,6 +34,20 @@ for connect in (mpbroadcast.connect, mpbroadcast.connect_or_start):
         print("connected")
     except (ConnectionError, ValueError) as error:
         print(type(error).__name__, error)
+"""
+# The package is upgraded once this process has imported it.
+UPGRADES = """
+import multiprocessing, pathlib, sys
+
+sys.path.insert(0, sys.argv[1])
+import mpbroadcast
+
+path = pathlib.Path(sys.argv[1], "mpbroadcast/protocol/version.py")
+path.write_text(path.read_text().replace("PROTOCOL: Final = 1", "PROTOCOL: Final = 22"))
+try:
+    mpbroadcast.start_broadcaster(context=multiprocessing.get_context("spawn"))
+except Exception as error:
+    print(type(error).__name__, error)
 """
 # Each line of its input is published, and must come back.
 NEIGHBOUR = """
@@ -141,3 +156,15 @@ def test_one_version_in_two_environments(builds: dict[str, Environment], tmp_pat
         "connect(address)", "connect(address, **({'linger': 0.1} if connect is mpbroadcast.connect_or_start else {}))"
     )
     assert builds[client].ended("-c", code, address) == (0, "connected\nconnected\n", "")
+
+
+def test_a_package_that_is_upgraded_under_a_program(builds: dict[str, Environment], tmp_path: Path) -> None:
+    """A broker in a new interpreter has the other version: ``start_broadcaster`` raises it, and the broker has ended."""
+    (package,) = builds["this"].folder.glob("lib/python*/site-packages/mpbroadcast")
+    shutil.copytree(package, tmp_path / "mpbroadcast")
+    code, out, errors = builds["this"].ended("-c", UPGRADES, str(tmp_path))
+    assert code == 0
+    assert out.startswith("VersionMismatch version mismatch")
+    assert "protocol 22" in out
+    assert "restart this program" in out
+    assert "Traceback" not in errors
