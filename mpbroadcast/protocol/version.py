@@ -1,6 +1,6 @@
 """The versions of the protocol and of the package, and how each side of a control connection announces both.
 
-An announcement stands in the challenge of the handshake, behind its random bytes: so each side has it before the first request,
+An announcement stands in the challenge of the handshake, after its random bytes, so each side has it before the first request,
 it costs no message of its own, and the answer to the challenge covers it. Every version of this package, also one that
 announces nothing, answers such a challenge. The handshake itself must therefore never change.
 """

@@ -94,7 +94,7 @@ def test_a_silent_client_without_a_version_is_closed_in_time(
 def test_a_client_with_another_protocol_is_closed(
     own_broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture, protocol: int
 ) -> None:
-    """Behind the handshake, from which it knows why; a request that it has sent at once is not handled."""
+    """After the handshake, from which it knows why; a request that it has sent at once is not handled."""
     caplog.set_level(logging.WARNING)
     client = Client(own_broker, str(tmp_path / "s"), announce(Announcement(protocol, "9.8.7")))
     with client.connection:

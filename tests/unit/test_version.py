@@ -126,7 +126,7 @@ def test_an_entry_of_another_format_is_refused_as_one(damage: str) -> None:
 
 
 def outcomes(client: Announcement, broker: Announcement) -> tuple[Announcement | None, Announcement | None]:
-    """Return what the client and the broker know of each other behind a handshake."""
+    """Return what the client and the broker know of each other after a handshake."""
     serving, connecting = serve_handshake([b"key"], announce(broker)), client_handshake(b"key", announce(client))
     data, known = next(serving), list[Announcement | None]()
     next(connecting)
@@ -147,7 +147,7 @@ def outcomes(client: Announcement, broker: Announcement) -> tuple[Announcement |
 
 @pytest.mark.parametrize("other", [OWN, Announcement(PROTOCOL + 1, "9.8.7rc1+local")])
 def test_each_side_knows_the_version_of_the_other(other: Announcement) -> None:
-    """Behind the handshake, whichever side is the newer one."""
+    """After the handshake, whichever side is the newer one."""
     assert outcomes(OWN, other) == (other, OWN)
     assert outcomes(other, OWN) == (OWN, other)
 
