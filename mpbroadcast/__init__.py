@@ -24,7 +24,9 @@ from mpbroadcast.errors import (
     Overflowed,
     StartError,
     TimedOut,
+    VersionMismatch,
 )
+from mpbroadcast.protocol.version import VERSION
 from mpbroadcast.stats import BridgeStats, BrokerStats, GroupStats, PublisherStats, SubscriberStats
 from mpbroadcast.topics import escape
 
@@ -51,6 +53,7 @@ __all__ = [
     "StartError",
     "SubscriberStats",
     "TimedOut",
+    "VersionMismatch",
     "channel_to_selector",
     "connect",
     "connect_or_start",
@@ -60,3 +63,5 @@ __all__ = [
     "subscribe",
     "unsubscribe",
 ]
+
+__version__ = VERSION

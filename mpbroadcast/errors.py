@@ -72,6 +72,10 @@ class BrokerLost(BroadcastError, ConnectionError):
     """The broker has ended without a clean end for this handle: it was killed or closed, or there was none."""
 
 
+class VersionMismatch(BroadcastError, ConnectionError):
+    """The broker and this process have versions of this package that do not understand each other."""
+
+
 class BrokerCrashed(BroadcastError):
     """The traceback of a bug that ended the broker. It is the cause (``__cause__``) of the :class:`BrokerLost` that follows."""
 

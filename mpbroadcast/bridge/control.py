@@ -8,7 +8,7 @@ from typing import Final, Literal
 ENDED: Final = 0
 """The exit code of the bridge's process behind which no other one is started."""
 
-State = Literal["at work", "standing by", "trying", "ready", "refused", "wrong", "lost", "draining", "ended"]
+State = Literal["at work", "standing by", "trying", "ready", "refused", "wrong", "lost", "mismatch", "draining", "ended"]
 Report = tuple[State, str | int | None]
 """A report of the bridge's process: its state, and an error's text, or how many messages wait."""
 

@@ -35,7 +35,9 @@ Message = tuple[str, Payload]
 LEAST: Final = 2048
 """How many bytes an engine's entry must be able to have: for the longest topic, and some of a message."""
 
-_MAGIC: Final = b"MPB1"
+_NAME: Final = b"MPB"
+_FORMAT: Final = b"1"  # another one with each change of an entry
+_MAGIC: Final = _NAME + _FORMAT
 _BATCH: Final = 1
 _PIECE: Final = 2
 _HELLO: Final = 3
@@ -48,6 +50,10 @@ _MOST: Final = 1 << 62  # of positions and lengths, so that sums stay within 64 
 
 class EntryRefused(Exception):
     """These bytes are no entry that a bridge with one of the keys has written for this stream."""
+
+
+class OtherFormat(EntryRefused):
+    """An entry of a bridge whose version of this package has another format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +157,13 @@ class Signer:
             raise EntryRefused("too short for an entry")
         magic, kind, key_id, origin, incarnation, first, count, offset, total = _HEAD.unpack_from(data)
         if magic != _MAGIC:
-            raise EntryRefused("no entry of a bridge, or one of another version")
+            if magic.startswith(_NAME) and magic.isalnum():
+                form = magic[len(_NAME) :].decode()
+                raise OtherFormat(
+                    f"it has format {form} of entries, and this bridge {_FORMAT.decode()}: install the same version of "
+                    "mpbroadcast on all machines of this stream"
+                )
+            raise EntryRefused("it does not begin as an entry of a bridge does")
         key = self._keys.get(key_id)
         if key is None:
             raise EntryRefused("signed with a key that this bridge does not have")

@@ -13,10 +13,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
 
-from mpbroadcast import Broadcaster, BrokerLost, ClosedError, TimedOut
+from mpbroadcast import Broadcaster, BrokerLost, ClosedError, TimedOut, VersionMismatch
 from mpbroadcast.bridge.control import Configuration, State
 from mpbroadcast.bridge.engine import Engine, EngineRefused, engine_class, shown
-from mpbroadcast.bridge.entries import Assembler, Entry, EntryRefused, Signer
+from mpbroadcast.bridge.entries import Assembler, Entry, EntryRefused, OtherFormat, Signer
 from mpbroadcast.bridge.timing import BackOff, RateLimit
 from mpbroadcast.client.bridging import BridgeSession, BridgeState, Outgoing
 
@@ -125,7 +125,7 @@ class Forwarding:
                 await use(engine)
             except EngineRefused as error:
                 self._failed("refused", str(error))
-            except (BrokerLost, ClosedError):
+            except (BrokerLost, ClosedError, VersionMismatch):
                 # A broker that ends takes no more, and still has its messages appended; the session shows its end itself.
                 await asyncio.get_running_loop().create_future()
             except Exception as error:
@@ -285,7 +285,8 @@ class Forwarding:
             return self._signer.open(data)
         except EntryRefused as error:
             self._refused += 1
-            if self._warns.passes("refused", time.monotonic()):
+            kind = "another format" if isinstance(error, OtherFormat) else "refused"
+            if self._warns.passes(kind, time.monotonic()):
                 stream = self._configuration.stream
                 log.warning("%s: an entry of %r was refused, %d so far: %s", self._url, stream, self._refused, error)
             return None

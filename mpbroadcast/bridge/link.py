@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, Self
 
 import psutil
 
-from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, ClosedError, StartError, TimedOut
+from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, ClosedError, StartError, TimedOut, VersionMismatch
 from mpbroadcast.bridge.control import Configuration, Stop
 from mpbroadcast.bridge.engine import EngineRefused, engine_class, shown
 from mpbroadcast.bridge.keys import check_keys
@@ -83,7 +83,7 @@ def bridge(
     :raises ValueError, TypeError: an argument makes no sense; or the broker has a bridge of this stream with other ``topics``,
         ``overflow`` or ``capacity``.
     :raises ImportError: the client library for the engine is not installed; the text names the extra.
-    :raises BrokerLost, ClosedError: as :meth:`Broadcaster.publish`.
+    :raises BrokerLost, VersionMismatch, ClosedError: as :meth:`Broadcaster.publish`.
     """
     if not isinstance(bus, Broadcaster):
         raise TypeError(f"bus must be a Broadcaster, not {type(bus).__name__}")
@@ -179,6 +179,8 @@ class Bridge:
                 raise ValueError(text)
             if state == "lost":
                 raise BrokerLost(text)
+            if state == "mismatch":
+                raise VersionMismatch(text)
             if state == "refused":
                 raise StartError(f"the engine at {self._shown} refuses: {text}") from EngineRefused(text)
             if state == "trying":

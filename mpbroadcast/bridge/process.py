@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
-from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, TimedOut
+from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, TimedOut, VersionMismatch
 from mpbroadcast.bridge.control import Configuration, Report, State, Stop
 from mpbroadcast.bridge.forwarding import Forwarding
 from mpbroadcast.bridge.timing import BackOff
@@ -78,18 +78,24 @@ class Process:
                 self._report("trying", str(error))
             except BrokerLost:
                 pass  # another one may have taken over
+            except VersionMismatch as error:  # one has, and this process cannot use it
+                self._end_with("mismatch", error)
+                return
             await asyncio.sleep(back_off.pause())
 
     def _session(self, bus: Broadcaster[Any]) -> BridgeSession | None:
         chosen = self._configuration
         try:
             return bus.bridge_session(chosen.stream, topics=chosen.topics, overflow=chosen.overflow, capacity=chosen.capacity)
-        except TimedOut:
+        except (TimedOut, VersionMismatch):
             raise
         except (ValueError, BroadcastError) as error:
-            self._report("wrong" if isinstance(error, ValueError) else "lost", str(error))
-            log.warning("the bridge of %r ends: %s", chosen.stream, error)
+            self._end_with("wrong" if isinstance(error, ValueError) else "lost", error)
             return None
+
+    def _end_with(self, state: State, error: Exception) -> None:
+        self._report(state, str(error))
+        log.warning("the bridge of %r ends: %s", self._configuration.stream, error)
 
     def _read_supervisor(self) -> None:
         try:

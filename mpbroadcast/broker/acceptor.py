@@ -162,7 +162,7 @@ class Acceptor:
             if connection.trust is Trust.AUTHENTICATED:
                 del self._strangers[connection]
             elif deadline <= now:
-                connection.close("it did not show its key in time", refused=True)
+                connection.close(connection.why or "it did not show its key in time", refused=True)
                 del self._strangers[connection]
         if self._strangers:
             self._is_expiring = True

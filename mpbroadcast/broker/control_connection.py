@@ -21,16 +21,18 @@ from mpbroadcast.broker.members import Peer, Session
 from mpbroadcast.posix.fd_socket import Socket, send_fds
 from mpbroadcast.posix.poller import ERROR, IN, OUT, Poller
 from mpbroadcast.protocol.control import MAX_HANDSHAKE, MAX_REQUEST, ControlError, Handshake, Inbox, decode, encode
+from mpbroadcast.protocol.version import OWN, Announcement
 
 _READ: Final = 1 << 16
 
 
 class Trust(IntEnum):
-    """How far the handshake is; each only follows the one before it."""
+    """How far the handshake is. Each follows one above it."""
 
     STRANGER = 0
     HAS_KEY = 1
-    AUTHENTICATED = 2  # the broker has proved that it has the key, too
+    UNVERSIONED = 2  # both sides have the key, but the client announces no version: its first request is refused
+    AUTHENTICATED = 3  # both sides have the key, and the same protocol
 
 
 Readable = dict["ControlConnection", None]  # of which bytes have come, or are left from the round before
@@ -48,7 +50,7 @@ class ControlConnection:
         self.trust = Trust.STRANGER
         self.is_waiting = False  # independent of the handshake: a request is not replied to yet
         self.is_refused = False  # independent of the handshake: the broker has closed it for what it sent
-        self.why = ""  # it is closed
+        self.why = ""  # it is closed, or will be
         self._poller = poller
         self._socket = connection
         self._handshake = handshake
@@ -127,11 +129,14 @@ class ControlConnection:
                 if self.trust is Trust.AUTHENTICATED:
                     self.is_waiting = True
                     return decode(body)
-                self._shake_hands(body)
+                if self.trust is Trust.UNVERSIONED:
+                    self._refuse(decode(body))
+                else:
+                    self._shake_hands(body)
         except ControlError as error:
             if len(error.args) > 1 and not self.is_closed:
                 self._send(error.args[1])
-            no_handshake = "" if self.trust is Trust.AUTHENTICATED else "no handshake: "
+            no_handshake = "" if self.trust > Trust.HAS_KEY else "no handshake: "
             self.close(f"{no_handshake or 'it sent '}{error.args[0]}", refused=True)
         return None
 
@@ -156,9 +161,25 @@ class ControlConnection:
             self._send(self._handshake.send(body))
             self.trust = Trust.HAS_KEY
         except StopIteration as done:
-            self.trust = Trust.AUTHENTICATED
             self._inbox.limit = MAX_REQUEST
-            self._send(done.value)
+            self._compare(done.value.peer)
+
+    def _compare(self, client: Announcement | None) -> None:
+        if client is None:
+            self.trust = Trust.UNVERSIONED
+            self.why = f"version mismatch: it announces no protocol, and this broker has {OWN}"
+        elif client.protocol != OWN.protocol:
+            self.close(f"version mismatch: it has {client}, and this broker has {OWN}", refused=True)
+        else:
+            self.trust = Trust.AUTHENTICATED
+
+    def _refuse(self, request: dict[str, Any]) -> None:
+        """Refuse the first request that has a reply. A client without a version shows the text, which must be short."""
+        if request.get("do") not in ("drop", "detach"):
+            text = f"version mismatch: the broker has {OWN}, this process an older mpbroadcast: install one version in both"
+            # Of a reply to "attach", such a client reads the other three: what is not a number ends in an error with that text.
+            self._send(encode({"error": "lost", "text": text, "broker": "", "restarts": False, "session": text}))
+            self.close(self.why, refused=True)
 
     def _send(self, *parts: bytes) -> None:
         out = self._out

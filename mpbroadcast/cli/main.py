@@ -8,11 +8,10 @@ which is one line on standard error and exit code 1. argparse ends with 2 for a 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from mpbroadcast import BroadcastError
+from mpbroadcast import BroadcastError, __version__
 from mpbroadcast.cli import bench, bridge, completion, demo, output, pub, run, serve, stats, sub, top
 
 COMMANDS = {
@@ -30,19 +29,12 @@ COMMANDS = {
 _CLIENTS = {"bridge", "pub", "sub", "top", "stats"}  # commands that connect to a broker
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("mpbroadcast")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def whole_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="mpbroadcast", usage="%(prog)s [-h] [--version] COMMAND ...", description="Broadcast to processes."
     )
-    parser.add_argument("--version", action="version", version=f"mpbroadcast {_version()}")
+    parser.add_argument("--version", action="version", version=f"mpbroadcast {__version__}")
     commands = parser.add_subparsers(dest="command", prog=parser.prog, required=True)
     for name, (module, summary) in COMMANDS.items():
         example = f"example: {module.EXAMPLE}"

@@ -14,7 +14,7 @@ from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.received import Received
 from mpbroadcast.client.subscribing import Options
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, StartError
+from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, StartError, VersionMismatch
 from mpbroadcast.posix.addresses import Candidates, candidates, default_candidates, is_own_folder
 from mpbroadcast.posix.waiting import run
 from mpbroadcast.validation import Policy, check_authkey, check_bool, check_count, check_timeout
@@ -71,6 +71,7 @@ def start_broadcaster(
     time it drains first.
 
     :raises StartError: the broker could not be started, and nothing is left behind; ``__cause__`` has the reason.
+    :raises VersionMismatch: the package was upgraded after this process had imported it: restart this program.
     :raises TypeError, ValueError: an argument is of the wrong type, or out of range.
     """
     if context is not None and not isinstance(context, BaseContext):
@@ -103,7 +104,7 @@ def connect_or_start(
     without effect if the broker is there already, but for ``authkey``. Without ``authkey``, the key is in a key file.
 
     :raises StartError: there is no broker, and none could be started within ``start_timeout`` seconds.
-    :raises AuthenticationFailed, TimedOut, AddressError: as :func:`connect`.
+    :raises AuthenticationFailed, VersionMismatch, TimedOut, AddressError: as :func:`connect`.
     :raises TypeError, ValueError: an argument is of the wrong type, or out of range.
     """
     lingering = check_timeout(linger, "linger")
@@ -180,7 +181,7 @@ def _start(
     except BaseException as error:
         if process is not None:
             run(process.ending(0))
-            if isinstance(error, BroadcastError):
+            if isinstance(error, BroadcastError) and not isinstance(error, VersionMismatch):
                 raise StartError(f"the broker started, but did not answer: {error}") from error
         raise
     return bus
@@ -198,6 +199,7 @@ def connect(address: str | os.PathLike[str] | None = None, *, authkey: bytes | N
     :raises AuthenticationFailed: (a ``multiprocessing.AuthenticationError``) the broker has another key, or its key file is
         not safe: a link, another user's, or open to others.
     :raises BrokerLost: there is no broker at this address, or not even its folder.
+    :raises VersionMismatch: (a ``ConnectionError``) the broker is of a version of this package with another protocol.
     :raises TimedOut: the broker did not reply in time.
     :raises AddressError: no socket can have this address, or there is none.
     """

@@ -36,6 +36,7 @@ from mpbroadcast.errors import (
     ChannelInUse,
     ClosedError,
     TimedOut,
+    VersionMismatch,
 )
 from mpbroadcast.key import Key
 from mpbroadcast.posix import locks
@@ -134,6 +135,9 @@ class BrokerClient:
         try:
             limit = (deadline or Deadline(None)).at_most(CONNECT_TIMEOUT)
             lifeline, reply = yield from self._connected(self._attaching, limit)
+        except VersionMismatch:
+            self.restarts = False  # what has taken over cannot go on for the last broker
+            raise
         except BrokerLost as error:
             self.restarts = False  # no later call needs to wait for another broker
             if self.broker:  # it was there before

@@ -13,13 +13,14 @@ from typing import Any, Final
 
 from mpbroadcast import trap_points
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import AuthenticationFailed, BrokerCrashed, BrokerLost, TimedOut
+from mpbroadcast.errors import AuthenticationFailed, BrokerCrashed, BrokerLost, TimedOut, VersionMismatch
 from mpbroadcast.posix.descriptors import close_fd, fork_lock, on_fork
 from mpbroadcast.posix.fd_socket import CLOEXEC, SPACE, DescriptorSocket, control_socket, taken_apart
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.poller import is_ready
 from mpbroadcast.posix.waiting import Steps, Wait
 from mpbroadcast.protocol import control
+from mpbroadcast.protocol.version import OWN, Announcement
 
 _READ: Final = 1 << 16  # bytes to receive at once
 _FULL_QUEUE_PAUSE: Final = 0.005  # seconds until another try to connect
@@ -46,6 +47,7 @@ class ControlConnection:
 
         :raises BrokerLost: there is no broker at the address.
         :raises AuthenticationFailed: the broker has another key.
+        :raises VersionMismatch: the broker has another protocol, or announces none.
         :raises TimedOut: the broker did not answer by ``deadline``.
         """
         try:
@@ -80,7 +82,10 @@ class ControlConnection:
                 yield from self._sending(to_send, deadline)
                 to_send = handshake.send((yield from self._receiving(deadline)))
         except StopIteration as done:
-            yield from self._sending(done.value, deadline)
+            proved: control.Proved = done.value
+            yield from self._sending(proved.last, deadline)
+            if proved.peer is None or proved.peer.protocol != OWN.protocol:
+                raise VersionMismatch(_mismatch(self._address, proved.peer)) from None
         except control.WrongKey as error:
             raise AuthenticationFailed(
                 f"the broker at {self._address!r} and this process have different keys ({error.args[0]}): pass the key of "
@@ -182,3 +187,13 @@ class ControlConnection:
     def __del__(self) -> None:
         if hasattr(self, "_socket"):
             self.close()
+
+
+def _mismatch(address: str, broker: Announcement | None) -> str:
+    about = "announces no protocol (an older mpbroadcast)" if broker is None else f"has {broker}"
+    is_older = broker is None or broker.protocol < OWN.protocol
+    restart = f"the broker at {address!r}" if is_older else "this program"
+    return (
+        f"version mismatch: the broker at {address!r} {about}, and this process has {OWN}: install the same version of "
+        f"mpbroadcast in both environments, then restart {restart}, which has the older one"
+    )

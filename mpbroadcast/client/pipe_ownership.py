@@ -31,7 +31,7 @@ from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient, Reply
 from mpbroadcast.client.reports import Reports
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut
+from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut, VersionMismatch
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
 from mpbroadcast.posix.pipes import PipeEnd
@@ -155,7 +155,7 @@ class PipeOwnership:
         """Open the pipe. If it raises, the former pipe is back, or another process is known as the owner."""
         try:
             yield from self._opening_once(attempt, deadline)
-        except (BrokerLost, ChannelInUse, ClosedError) as error:
+        except (BrokerLost, VersionMismatch, ChannelInUse, ClosedError) as error:
             if self._attempt is not attempt:
                 return
             with self._state_lock:

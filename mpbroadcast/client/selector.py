@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, Protocol, Self, TypeVar, cast
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.tasks import TURN, drive, give_turn
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.errors import BroadcastError, BrokerLost, ClosedError, TimedOut
+from mpbroadcast.errors import BroadcastError, BrokerLost, ClosedError, TimedOut, VersionMismatch
 from mpbroadcast.posix.poller import IN
 from mpbroadcast.posix.waiting import Descriptor, Steps, Wait
 from mpbroadcast.validation import check_timeout
@@ -241,7 +241,7 @@ class Selector(Generic[M]):
             self._ready.pop()
         except (EOFError, ClosedError):
             self.deselect(channel)
-        except BrokerLost:
+        except (BrokerLost, VersionMismatch):
             self.deselect(channel)
             raise
         finally:
@@ -266,7 +266,7 @@ class Selector(Generic[M]):
                 self._ready.pop()
             except (EOFError, ClosedError):
                 self.deselect(source)
-            except BrokerLost:
+            except (BrokerLost, VersionMismatch):
                 self.deselect(source)
                 raise
             return _NOTHING

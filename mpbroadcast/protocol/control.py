@@ -3,7 +3,7 @@
 A message is a length (4 bytes, big-endian) and a body, as ``multiprocessing.connection`` has it. First comes its
 challenge: each side proves that it has the key, the client first. Here it is a state machine, because the standard functions
 block: each silent client would keep a thread. The digest is HMAC-SHA256, which
-``multiprocessing`` has from Python 3.12 on.
+``multiprocessing`` has from Python 3.12 on. Each side announces its version in its challenge, see ``version.py``.
 
 Behind the handshake a body is JSON, an object: never a pickle.
 """
@@ -15,7 +15,9 @@ import json
 import os
 from collections.abc import Generator, Sequence
 from struct import Struct
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+from mpbroadcast.protocol.version import OWN, Announcement, announce, announced
 
 MAX_REQUEST: Final = 4 << 20  # bytes of one request: some thousand topics of full length
 MAX_REPLY: Final = 1 << 30  # bytes of one reply of the broker, which is trusted: stats of very many subscriptions
@@ -27,6 +29,8 @@ _CHALLENGE: Final = b"#CHALLENGE#"
 _WELCOME: Final = b"#WELCOME#"
 _FAILURE: Final = b"#FAILURE#"
 _SHA256: Final = b"{sha256}"
+_RANDOM: Final = 32  # bytes of a challenge; an announcement follows them
+_OWN: Final = announce(OWN)
 
 
 class ControlError(Exception):
@@ -109,14 +113,21 @@ def _is_deep(body: bytes) -> bool:
     return bool(brackets)
 
 
-# It yields what to send, and is sent what was received. It returns the last bytes to send when both sides have the key, and
-# raises ControlError, whose second argument, if it has one, is still to be sent.
-Handshake = Generator[bytes, bytes, bytes]
+class Proved(NamedTuple):
+    """The outcome of a handshake: both sides have the key. ``peer`` is ``None`` if the other side announces no version."""
+
+    last: bytes  # which is still to be sent; empty at the broker's side
+    peer: Announcement | None
 
 
-def serve_handshake(keys: Sequence[bytes]) -> Handshake:
+# It yields what to send, and is sent what was received. It raises ControlError, whose second argument, if it has one, is still
+# to be sent, unless both sides have the key.
+Handshake = Generator[bytes, bytes, Proved]
+
+
+def serve_handshake(keys: Sequence[bytes], announcement: bytes = _OWN) -> Handshake:
     """Return the handshake of the broker, which challenges first. Accept any of ``keys``; answer with the client's."""
-    question = _SHA256 + os.urandom(32)
+    question = _question(announcement)
     response = yield frame(_CHALLENGE + question)
     key = next((key for key in keys if _is_answer(response, key, question)), None)
     if key is None:
@@ -125,19 +136,27 @@ def serve_handshake(keys: Sequence[bytes]) -> Handshake:
     verdict = yield frame(_answer(key, challenge))
     if verdict != _WELCOME:
         raise ControlError("the client does not accept the answer")
-    return b""
+    return Proved(b"", _peer(challenge))
 
 
-def client_handshake(key: bytes) -> Handshake:
+def client_handshake(key: bytes, announcement: bytes = _OWN) -> Handshake:
     challenge = yield b""
     verdict = yield frame(_answer(key, challenge))
     if verdict != _WELCOME:
         raise WrongKey("the key is not the broker's")
-    question = _SHA256 + os.urandom(32)
+    question = _question(announcement)
     response = yield frame(_CHALLENGE + question)
     if not _is_answer(response, key, question):
         raise WrongKey("the broker does not have the key", frame(_FAILURE))
-    return frame(_WELCOME)
+    return Proved(frame(_WELCOME), _peer(challenge))
+
+
+def _question(announcement: bytes) -> bytes:
+    return _SHA256 + os.urandom(_RANDOM) + announcement
+
+
+def _peer(challenge: bytes) -> Announcement | None:
+    return announced(challenge[len(_CHALLENGE) + len(_SHA256) + _RANDOM :])
 
 
 def _answer(key: bytes, challenge: bytes) -> bytes:

@@ -26,6 +26,7 @@ KINDS: dict[str, type[BaseException]] = {
     "StartError": RuntimeError,
     "AddressError": OSError,
     "BrokerLost": ConnectionError,
+    "VersionMismatch": ConnectionError,
     "ClosedError": OSError,
     "ChannelBusy": RuntimeError,
     "ChannelInUse": RuntimeError,
@@ -34,7 +35,7 @@ KINDS: dict[str, type[BaseException]] = {
 
 
 def test_every_error_has_one_base_and_the_built_in_kind_of_its_meaning() -> None:
-    assert len(PACKAGE_ERRORS) == 13
+    assert len(PACKAGE_ERRORS) == 14
     assert not [error for error in PACKAGE_ERRORS if not isinstance(error, KINDS.get(type(error).__name__, BroadcastError))]
     public = [kind for kind in vars(mpbroadcast).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert {*public} == {type(error) for error in PACKAGE_ERRORS}

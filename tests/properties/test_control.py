@@ -153,7 +153,7 @@ def step(side: Handshake, body: bytes) -> tuple[str, list[bytes]]:
     try:
         return "waits", bodies(side.send(body))
     except StopIteration as done:
-        return "proved", bodies(done.value)
+        return "proved", bodies(done.value.last)
     except ControlError as error:
         return "refused", bodies(error.args[1]) if len(error.args) > 1 else []
 

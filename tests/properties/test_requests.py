@@ -230,7 +230,7 @@ class World:
                     client.send(client.handshake.send(body))
                 except StopIteration as done:
                     client.is_known = True
-                    client.send(done.value)
+                    client.send(done.value.last)
             for fd in fds:
                 os.close(fd)
 

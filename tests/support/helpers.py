@@ -23,6 +23,7 @@ import psutil
 
 from mpbroadcast import Broadcaster, BroadcastError, Channel, Lagged, Overflowed, SubscriberStats, channel_to_selector
 from mpbroadcast.protocol.control import client_handshake
+from mpbroadcast.protocol.version import OWN, announce
 
 Pipe = tuple[Connection, Connection]
 DEADLINE = 20.0
@@ -188,18 +189,18 @@ def readable(waitable: Any) -> bool:
     return bool(wait_for([waitable]))
 
 
-def keyed_connection(address: str, key: bytes | None = None) -> Connection:
+def keyed_connection(address: str, key: bytes | None = None, announcement: bytes = announce(OWN)) -> Connection:
     """Return a control connection on which this process has proved that it has the key, as any program could make it."""
     with socket.socket(socket.AF_UNIX) as connected:
         connected.connect(address)
         connection = Connection(connected.detach())
-    handshake = client_handshake(key or bytes(multiprocessing.current_process().authkey))
+    handshake = client_handshake(key or bytes(multiprocessing.current_process().authkey), announcement)
     next(handshake)  # the broker speaks first
     try:
         while True:
             connection.send_bytes(handshake.send(connection.recv_bytes())[4:])  # which adds the length itself
     except StopIteration as done:
-        connection.send_bytes(done.value[4:])
+        connection.send_bytes(done.value.last[4:])
     except BaseException:
         connection.close()
         raise

@@ -41,13 +41,14 @@ TESTS: Final = {
     "broker/core/router": ["unit/test_router"],
     "broker/core/singles": ["unit/test_singles"],
     **{f"cli/{name}": ["unit/test_cli"] for name in ("figures", "progress", "prometheus", "text", "view")},
-    "protocol/control": ["properties/test_control"],
+    "protocol/control": ["properties/test_control", "unit/test_version"],
     "protocol/fd_packets": ["properties/test_rings"],
     "protocol/frames": ["properties/test_frames", "properties/test_runs", "unit/test_history"],
     "protocol/plain_pickling": ["properties/test_plain_pickling"],
     "protocol/ring_allocator": ["properties/test_rings"],
     "protocol/runs": ["unit/test_backlog", "properties/test_runs"],
     "protocol/splitter": ["properties/test_frames", "properties/test_runs", "unit/test_bridging"],
+    "protocol/version": ["unit/test_version"],
     "states": ["unit/test_states"],
     "validation": ["unit/test_validation"],
 }
@@ -135,7 +136,6 @@ EQUIVALENT: Final[dict[str, tuple[str, ...]]] = {
         "_Dropping._split_to: fits < run.count -> ",
     ),
     "it is refused below": ("Splitter.split: size < 8 -> size <", "Splitter.split: tag > _ROUTE -> tag >= _ROUTE"),
-    "a longer question is as good": ("serve_handshake: os.urandom(", "client_handshake: os.urandom("),
     "only what was taken is given back, and once": (
         "RingAllocator.__init__: self._before = (0, 0, 0) -> pass",
         "RingAllocator.__init__: (0, 0, 0) -> ",

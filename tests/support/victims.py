@@ -131,10 +131,10 @@ def slow_reader(channel: Channel[Any], report: Connection, pause: float | None) 
 class Program:
     """A whole program of its own, in its own session, whose every process can be found by a mark in its environment."""
 
-    def __init__(self, *command: str, stdin: IO[str] | None = None) -> None:
+    def __init__(self, *command: str, stdin: IO[str] | None = None, executable: str = sys.executable) -> None:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [sys.executable, *command],
+            [executable, *command],
             stdin=stdin or subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
