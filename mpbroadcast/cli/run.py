@@ -31,7 +31,10 @@ _BY_SIGNAL = 128
 
 def add_arguments(parser: Parser) -> None:
     parser.takes_command = True
-    parser.usage = "%(prog)s [--address NAME] [--history N] [--no-restart]\n                       [--bridge URL [OPTIONS]] [--] COMMAND..."
+    parser.usage = (
+        "%(prog)s [--address NAME] [--history N] [--no-restart]\n"
+        "                       [--bridge URL [OPTIONS]] [--] COMMAND [ARGUMENT...]"
+    )
     parser.add_argument("--address", metavar="NAME", help="a name, or a path with a slash; otherwise one of its own")
     add_broker_options(parser)
     parser.add_argument("arguments", nargs="*", metavar="COMMAND", help="the command and its arguments")
