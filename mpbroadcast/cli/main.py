@@ -11,7 +11,6 @@ import argparse
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Final
 
 from mpbroadcast import BroadcastError
@@ -32,7 +31,7 @@ COMMANDS = {
     "demo": (demo, "publish a tree of source files to CPU-bound workers"),
 }
 _DESCRIPTION: Final = "Publish/subscribe between the processes of one machine."
-_EPILOG: Final = """\
+_EXAMPLES: Final = """\
 examples:
   mpbroadcast run uvicorn app:app --workers 4    connect() in each worker works
 
@@ -53,20 +52,19 @@ def _version() -> str:
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
     """Return the parser of the words before the command, and those of the commands."""
-    usage = "%(prog)s [-h] [--version] COMMAND ..."
+    listed = "".join(f"  {name:<12}{summary}\n" for name, (_, summary) in COMMANDS.items())
     parser = Parser(
         prog="mpbroadcast",
-        usage=usage,
+        usage="%(prog)s [-h] [--version] COMMAND ...",
         description=_DESCRIPTION,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
-        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"commands:\n{listed}\n{_EXAMPLES}",
     )
     parser.add_argument("--version", action="version", version=f"mpbroadcast {_version()}")
-    group = parser.add_subparsers(title="commands", metavar="COMMAND", prog=parser.prog)
     commands: dict[str, Parser] = {}
-    for name, (module, summary) in COMMANDS.items():
+    for name, (module, _) in COMMANDS.items():
         example = f"example: {module.EXAMPLE}"
-        command = commands[name] = group.add_parser(name, help=summary, description=module.__doc__, epilog=example)
+        command = commands[name] = Parser(prog=f"{parser.prog} {name}", description=module.__doc__, epilog=example)
         module.add_arguments(command)
         if name in _CLIENTS:
             add_address(command)
