@@ -1,6 +1,6 @@
 """A chat over server-sent events, in as many worker processes as you like: any ASGI server runs it, without a framework.
 
-    mpbroadcast run -- uvicorn examples.events:app --workers 4 --timeout-graceful-shutdown 1
+    mpbroadcast run uvicorn examples.events:app --workers 4 --timeout-graceful-shutdown 1
 
     curl -N http://127.0.0.1:8000/room/lobby                   # in some terminals
     curl -d 'hello, all' http://127.0.0.1:8000/room/lobby      # in another one

@@ -10,8 +10,8 @@ import signal
 import time
 from typing import Final
 
-from mpbroadcast import connect
 from mpbroadcast.cli import output
+from mpbroadcast.cli.addressing import reached
 from mpbroadcast.cli.bridge_options import Interrupted, add_bridge_options, interruptibly, linked
 from mpbroadcast.cli.systemd import notify
 from mpbroadcast.cli.text import encode, one_line
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the bridge until a signal comes or the broker has gone, and return the exit code."""
     signals = (signal.SIGINT, signal.SIGTERM)
-    with connect(options.address) as bus:
+    with reached(options.address) as bus:
         if options.forget is not None:
             if bus.forget_bridge(options.forget):
                 return 0

@@ -13,17 +13,23 @@ from mpbroadcast import Broadcaster, BroadcastError, StartError
 from mpbroadcast.bridge import Bridge, EngineRefused, bridge
 from mpbroadcast.bridge.keys import keys_of
 from mpbroadcast.cli import output
+from mpbroadcast.cli.parsing import one_of, size
 
 T = TypeVar("T")
 
 _PATIENCE: Final = 2.0  # seconds until the command prints that it waits for the engine
+_POLICIES: Final = ("drop_oldest", "drop_newest", "block")
 _OPTIONS: Final = (
     ("--topics", {"nargs": "+", "action": "extend", "metavar": "T"}, "topics or patterns like 'room:*' (default: everything)"),
     ("--stream", {"metavar": "S"}, "the name that all machines share (default: mpbroadcast)"),
     ("--key-file", {"metavar": "F"}, "a key a line (default: $MPBROADCAST_BRIDGE_KEY)"),
-    ("--overflow", {"choices": ("drop_oldest", "drop_newest", "block"), "metavar": "P"}, "drop_oldest, drop_newest or block"),
-    ("--capacity", {"type": int, "metavar": "N"}, "bytes that wait for the engine (default: 64 MiB)"),
-    ("--max-bytes", {"type": int, "metavar": "N"}, "bytes that the engine keeps (default: 256 MiB)"),
+    (
+        "--overflow",
+        {"type": one_of(*_POLICIES), "metavar": "P"},
+        "drop_oldest, drop_newest or block",
+    ),
+    ("--capacity", {"type": size, "metavar": "N"}, "bytes that wait for the engine (default: 64 MiB)"),
+    ("--max-bytes", {"type": size, "metavar": "N"}, "bytes that the engine keeps (default: 256 MiB)"),
     ("--max-age", {"type": float, "metavar": "S"}, "seconds that it keeps them (default: 3600)"),
 )
 _NAMES: Final = [name[2:].replace("-", "_") for name, _, _ in _OPTIONS]

@@ -17,7 +17,8 @@ def add_broker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--history", type=_count, default=0, metavar="N", help="messages of each topic that are kept for replay"
     )
-    parser.add_argument("--restart", action="store_true", help="replace the broker when it dies")
+    parser.add_argument("--no-restart", dest="restart", action="store_false", help="do not replace a broker that dies")
+    parser.add_argument("--restart", action="store_true", default=True, help=argparse.SUPPRESS)  # the default
     add_bridge(parser)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from mpbroadcast.cli import output
+from mpbroadcast.cli.parsing import one_of
 from mpbroadcast.cli.text import encode
 
 EXAMPLE = "mpbroadcast completion bash >> ~/.bashrc"
@@ -86,7 +87,7 @@ def _text(action: argparse.Action) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
-    parser.add_argument("shell", choices=[*_SHELLS], help="the shell that the script is for")
+    parser.add_argument("shell", type=one_of(*_SHELLS), metavar="SHELL", help="bash, zsh or fish")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Publish the lines of standard input, each as a text as soon as it comes."""
+"""Publish each MESSAGE as a text; without one, each line of standard input as soon as it comes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from mpbroadcast import Broadcaster, connect
+from mpbroadcast import Broadcaster
 from mpbroadcast.cli import output
+from mpbroadcast.cli.addressing import reached
+from mpbroadcast.cli.parsing import UsageError
 from mpbroadcast.cli.progress import Progress
 from mpbroadcast.cli.text import decode
 
-EXAMPLE = "tail -f app.log | mpbroadcast pub log --address myapp"
+EXAMPLE = "mpbroadcast pub room:1 hello, or: tail -f app.log | mpbroadcast pub log"
 
 _BLOCK: Final = 1 << 18  # bytes of one read: a pipe gives what it has
 
 
-class BadLine(Exception):
-    """A line that is no JSON."""
+class NotJson(Exception):
+    """A line or a message that is not JSON."""
 
 
 class Splitter:
@@ -48,10 +50,10 @@ class Splitter:
         return [decode(rest)] if rest else []
 
 
-def parse_json(lines: Iterable[str], first: int) -> Iterator[Any]:
-    """Yield the value of each line; ``first`` is the number of the first one.
+def parse_json(lines: Iterable[str], first: int, what: str = "line") -> Iterator[Any]:
+    """Yield the value of each line; ``first`` is the number of the first one, ``what`` its name in an error.
 
-    :raises BadLine: a line is no JSON.
+    :raises NotJson: a line is not JSON.
     """
     for number, line in enumerate(lines, first):
         try:
@@ -59,7 +61,7 @@ def parse_json(lines: Iterable[str], first: int) -> Iterator[Any]:
             value = json.loads(line, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg}, at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
-            raise BadLine(f"line {number} is no JSON: {reason}") from None
+            raise NotJson(f"{what} {number} is no JSON: {reason}") from None
         yield value
 
 
@@ -70,8 +72,9 @@ def _refuse(constant: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
     parser.add_argument("topic", nargs="?", default="", metavar="TOPIC", help="the topic of each message (default: none)")
+    parser.add_argument("messages", nargs="*", metavar="MESSAGE", help="what to publish, instead of standard input")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="each line is a JSON value")
+    form.add_argument("--json", action="store_true", help="each message or line is a JSON value")
     form.add_argument("--file", nargs="+", metavar="FILE", help="publish the bytes of each file, instead of lines")
     parser.add_argument("-0", "--null", action="store_true", help="lines end in NUL, as those of find -print0 do")
 
@@ -79,18 +82,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Publish what the options name, and return the exit code."""
     if options.file and options.null:
-        return _failed("-0 is about lines, and --file publishes whole files", 2)
+        raise UsageError("-0 is about lines, and --file publishes whole files")
+    if options.messages and (options.file or options.null):
+        name = "--file publishes files" if options.file else "-0 is about the lines of standard input"
+        raise UsageError(f"{name}: give either that or MESSAGE")
     topic = decode(os.fsencode(options.topic))
-    with connect(options.address) as bus:
+    with reached(options.address) as bus:
         try:
-            if options.file:
+            if options.messages:
+                _publish_messages(bus, topic, options.messages, as_json=options.json)
+            elif options.file:
                 _publish_files(bus, topic, options.file)
             else:
                 _publish_lines(bus, topic, b"\0" if options.null else b"\n", as_json=options.json)
-        except BadLine as error:
-            return _failed(str(error), 1)
+        except NotJson as error:
+            output.warn(str(error))
+            return 1
         bus.flush()
     return 0
+
+
+def _publish_messages(bus: Broadcaster[Any], topic: str, words: list[str], *, as_json: bool) -> None:
+    messages = [decode(os.fsencode(word)) for word in words]
+    bus.publish_many(parse_json(messages, 1, "message") if as_json else messages, topic=topic)
 
 
 def _publish_files(bus: Broadcaster[Any], topic: str, names: list[str]) -> None:
@@ -129,8 +143,3 @@ def _length_of_input() -> int:
     """Return how many bytes standard input has; 0 if that is not known."""
     status = os.fstat(0)
     return max(0, status.st_size - os.lseek(0, 0, os.SEEK_CUR)) if stat.S_ISREG(status.st_mode) else 0
-
-
-def _failed(text: str, status: int) -> int:
-    output.warn(text)
-    return status

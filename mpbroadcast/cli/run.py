@@ -1,22 +1,27 @@
 """Start a broker, and run COMMAND with its address in MPBROADCAST_ADDRESS, where connect() finds it.
 
-SIGINT, SIGTERM and SIGHUP are forwarded to the command. When it has ended, what was published is delivered, and the exit
-status is the command's: 128 and the signal's number, if one has ended it.
+COMMAND begins at the first word that is not an option of run. A broker that dies is replaced. SIGINT, SIGTERM and SIGHUP are
+forwarded to the command. The exit status is the command's (128 plus the signal's number if a signal ended it), or 1 if that
+is 0 and the broker was lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import multiprocessing
 import os
 import signal
 import sys
+from multiprocessing.process import BaseProcess
 
+from mpbroadcast.cli import output
 from mpbroadcast.cli.bridge_options import Interrupted
 from mpbroadcast.cli.broker_options import add_broker_options, started
+from mpbroadcast.cli.parsing import Parser
 from mpbroadcast.posix.addresses import VARIABLE
 
-EXAMPLE = "mpbroadcast run -- uvicorn app:app --workers 4"
+EXAMPLE = "mpbroadcast run uvicorn app:app --workers 4"
 
 _FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _NOT_FOUND = 127  # exit codes, as a shell has them
@@ -24,13 +29,15 @@ _NOT_EXECUTABLE = 126
 _BY_SIGNAL = 128
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
+    parser.takes_command = True
     parser.usage = (
-        "%(prog)s [--address NAME] [--history N] [--restart]\n                       [--bridge URL [OPTIONS]] -- COMMAND..."
+        "%(prog)s [--address NAME] [--history N] [--no-restart]\n"
+        "                       [--bridge URL [OPTIONS]] [--] COMMAND [ARGUMENT...]"
     )
     parser.add_argument("--address", metavar="NAME", help="a name, or a path with a slash; otherwise one of its own")
     add_broker_options(parser)
-    parser.add_argument("arguments", nargs="+", metavar="COMMAND", help="the command, and its arguments")
+    parser.add_argument("arguments", nargs="*", metavar="COMMAND", help="the command and its arguments")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
                 why = "command not found" if is_absent else error.strerror
                 print(f"mpbroadcast: {options.arguments[0]}: {why}", file=sys.stderr)
                 return _NOT_FOUND if is_absent else _NOT_EXECUTABLE
-            return _wait_for(command)
+            (broker,) = multiprocessing.active_children()
+            return _wait_for(command, broker, bus.address)
     except Interrupted as ended:
         return _BY_SIGNAL + ended.number
 
@@ -68,15 +76,22 @@ def _has_terminal() -> bool:
         return False
 
 
-def _wait_for(command: int) -> int:
-    """Forward signals until the command has ended. Return its exit status, as a shell has it."""
+def _wait_for(command: int, broker: BaseProcess, address: str) -> int:
+    """Forward signals until the command has ended. Return its exit status, as a shell has it, or 1 for 0 without a broker.
+
+    ``broker`` is its supervisor if it is replaced when it dies: that ends when no broker follows.
+    """
+    is_lost = False
     while True:
         came, sent = _next_signal()
         if came == signal.SIGCHLD:
+            if not is_lost and not broker.is_alive():
+                is_lost = True
+                output.warn(f"the broker at {address!r} is lost; the command continues without it")
             ended, status = os.waitpid(command, os.WNOHANG)
             if ended:
                 code = os.waitstatus_to_exitcode(status)
-                return code if code >= 0 else _BY_SIGNAL - code
+                return (code or int(is_lost)) if code >= 0 else _BY_SIGNAL - code
         elif sent:
             os.kill(command, came)
 

@@ -1,6 +1,6 @@
-"""Serve a broker at ADDRESS, until SIGTERM or SIGINT comes; then deliver what there is, and end.
+"""Serve a broker until SIGTERM or SIGINT; then deliver what was published, and exit.
 
-One line on standard output shows that it is ready. systemd is notified (Type=notify).
+One line on standard output shows that it is ready. A broker that dies is replaced. systemd is notified (Type=notify).
 """
 
 from __future__ import annotations
@@ -10,24 +10,33 @@ import multiprocessing
 import signal
 import sys
 
+from mpbroadcast.cli.addressing import DEFAULT, chosen
 from mpbroadcast.cli.bridge_options import Interrupted
 from mpbroadcast.cli.broker_options import add_broker_options, started
+from mpbroadcast.cli.parsing import UsageError
 from mpbroadcast.cli.systemd import notify
+from mpbroadcast.posix.addresses import VARIABLE
 
-EXAMPLE = "mpbroadcast serve myapp --restart"
+EXAMPLE = "mpbroadcast serve myapp --history 1000"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("address", metavar="ADDRESS", help="a name, or a path with a slash")
+    parser.add_argument(
+        "name", nargs="?", metavar="ADDRESS", help=f"a name, or a path with a slash (default: ${VARIABLE}, or {DEFAULT!r})"
+    )
+    parser.add_argument("--address", metavar="NAME", help="the same as an option")
     add_broker_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.name is not None and options.address is not None:
+        raise UsageError(f"two addresses, {options.name!r} and --address {options.address!r}: give one of them")
+    address = chosen(options.address if options.name is None else options.name)
     # Blocked, so that each waits until it is looked at. The broker has a mask of its own.
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        with started(options, options.address, (signal.SIGINT, signal.SIGTERM)) as bus:
+        with started(options, address, (signal.SIGINT, signal.SIGTERM)) as bus:
             (broker,) = multiprocessing.active_children()
             print(f"mpbroadcast: ready at {bus.address}", flush=True)
             notify("READY=1")

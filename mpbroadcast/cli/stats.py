@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 import shutil
 
-from mpbroadcast import connect
 from mpbroadcast.cli import output
+from mpbroadcast.cli.addressing import reached
 from mpbroadcast.cli.figures import figures, report
 from mpbroadcast.cli.prometheus import exposition
 from mpbroadcast.cli.text import encode, json_line
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the snapshot, and return the exit code."""
-    with connect(options.address) as bus:
+    with reached(options.address) as bus:
         stats = bus.stats()
         if options.json:
             output.write(json_line(dataclasses.asdict(stats)))

@@ -7,8 +7,9 @@ import contextlib
 import os
 from typing import Any, Final
 
-from mpbroadcast import Broadcaster, BroadcastError, BrokerRestarted, Channel, Lagged, Received, TimedOut, connect
+from mpbroadcast import Broadcaster, BroadcastError, BrokerRestarted, Channel, Lagged, Received, TimedOut
 from mpbroadcast.cli import output
+from mpbroadcast.cli.addressing import reached
 from mpbroadcast.cli.text import decode, json_line, plain_line
 from mpbroadcast.protocol.plain_pickling import PLAIN_DATA
 
@@ -46,7 +47,7 @@ def _seconds(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Print messages until the options, the broadcaster, the reader of the output or Ctrl-C ends it. Return the exit code."""
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError), connect(options.address) as bus:
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError), reached(options.address) as bus:
         topics = [decode(os.fsencode(topic)) for topic in options.topics]
         group = None if options.group is None else decode(os.fsencode(options.group))
         with bus.subscribe(*topics, after=options.after, group=group, with_id=True) as channel:

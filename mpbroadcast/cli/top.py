@@ -10,8 +10,9 @@ import shutil
 import sys
 from typing import Any
 
-from mpbroadcast import Broadcaster, BrokerStats, connect
+from mpbroadcast import Broadcaster, BrokerStats
 from mpbroadcast.cli import output
+from mpbroadcast.cli.addressing import reached
 from mpbroadcast.cli.figures import figures, report
 from mpbroadcast.cli.text import encode, json_line
 
@@ -36,7 +37,7 @@ def _seconds(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Show the figures until the user or the reader of the output ends it. Return the exit code."""
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError), connect(options.address) as bus:
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError), reached(options.address) as bus:
         if options.once or options.json or not _is_screen():
             _print(bus, options)
         elif importlib.util.find_spec("rich") is None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, connect, start_broadcaster
-from mpbroadcast.cli.main import whole_parser
+from mpbroadcast.cli.main import parse
 from tests.bridge.servers import RedisServer, free_port, redis_server
 from tests.support.helpers import DEADLINE, take, wait_until
 from tests.support.pages import ROOT
@@ -268,7 +268,7 @@ def test_the_files_to_start_from() -> None:
     assert len(commands) == 3
     for program, *arguments in commands:
         assert Path(program).name == "mpbroadcast"
-        options = whole_parser().parse_args(arguments)
+        options, _ = parse(arguments)
         assert options.command in ("run", "serve", "bridge")
     secrets = compose["services"]["web"]["secrets"]
     assert f"/run/secrets/{secrets[0]}" in compose["services"]["web"]["command"]

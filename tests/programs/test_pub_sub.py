@@ -77,6 +77,8 @@ def outcome(process: subprocess.Popen[bytes], written: bytes | None = None) -> t
 
 
 PUBLISHED: dict[str, tuple[str, list[object]]] = {
+    "messages": (r"$mpb pub t one 'two  ' -- --three", ["one", "two  ", "--three"]),
+    "JSON messages": (r"""$mpb pub t '{"a": 1}' --json 2""", [{"a": 1}, 2]),
     "lines": (r"printf 'one\n\n  two \r\nlast' | $mpb pub t", ["one", "", "  two \r", "last"]),
     "bytes that are no UTF-8": (r"printf 'caf\303\251\nno\377\n' | $mpb pub t", ["café", "no\udcff"]),
     "lines that end in NUL": (r"printf 'a\nb\000c\000' | $mpb pub t -0", ["a\nb", "c"]),
@@ -124,6 +126,14 @@ WRONG = {
     "no seconds": (r"$mpb sub --timeout -1", 2, "--timeout", []),
     "no interval": (r"$mpb top --interval 0", 2, "--interval", []),
     "two forms": (r"$mpb pub t --file f --json", 2, "not allowed with", []),
+    "files and messages": (r"$mpb pub t hello --file f", 2, "usage: mpbroadcast pub ", []),
+    "NUL and messages": (r"$mpb pub t -0 hello", 2, "-0 is about", []),
+    "a message that is not JSON": (r"$mpb pub t --json 1 {", 1, "message 2 is no JSON", [1]),
+    "a wrong command": (r"$mpb pubb t", 2, "did you mean pub?", []),
+    "a wrong option": (r"$mpb sub --tiemout 3", 2, "did you mean --timeout?", []),
+    "a wrong word": (r"$mpb stats t", 2, "usage: mpbroadcast stats ", []),
+    "a wrong shell": (r"$mpb completion bsh", 2, "did you mean bash?", []),
+    "two addresses": (r"$mpb serve a --address b", 2, "usage: mpbroadcast serve ", []),
     "no option": (r"$mpb sub --nonsense", 2, "unrecognized arguments", []),
     "no count": (r"$mpb sub --count 0", 2, "--count", []),
     "no command": (r"$mpb", 2, "usage", []),

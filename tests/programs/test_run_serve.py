@@ -37,6 +37,9 @@ sys.exit(7)
     ("command", "code", "error"),
     [
         ((*PYTHON, "raise SystemExit(5)"), 5, ""),
+        (("--history", "1", "sh", "-c", "exit $1", "-x", "6", "--history"), 6, ""),  # the first word that is not an option
+        (("--restart", "--no-restart", "true"), 0, ""),
+        (("--histroy", "1", "--", "true"), 2, "usage: mpbroadcast run "),
         ((*PYTHON, "import os; os.kill(os.getpid(), 15)"), 143, ""),
         (("--", "sh", "-c", "yes | head -n 1 > /dev/null"), 0, ""),  # by SIGPIPE, which Python ignores
         (("--", "no-such-command"), 127, "mpbroadcast: no-such-command: command not found\n"),
@@ -52,6 +55,47 @@ def test_the_exit_status_of_run(command: tuple[str, ...], code: int, error: str)
         assert (status, out) == (code, "")
         assert errors.startswith(error)
         assert code == 2 or errors.count("\n") == bool(error)
+
+
+KILLS = """
+import os, sys
+from mpbroadcast import connect
+with connect() as bus:
+    os.kill(bus.stats().pid, 9)
+sys.stdin.readline()
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, 1), (3, 3)])
+def test_run_reports_a_broker_lost_for_good_at_once(status: int, expected: int) -> None:
+    """The command continues, and its failure wins over that of the broker."""
+    reader, writer = os.pipe()
+    command = (*MAIN, "run", "--no-restart", sys.executable, "-c", KILLS, str(status))
+    with open(reader) as stdin, open(writer, "w") as line, Program(*command, stdin=stdin) as program:
+        assert program.process.stderr
+        error = program.process.stderr.readline()
+        assert "is lost; the command continues" in error
+        print(file=line, flush=True)
+        assert program.end() == (expected, "", "")
+
+
+def test_three_terminals(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``serve``, ``sub`` and ``pub`` meet without a name; without a broker the error names the command that starts one."""
+    monkeypatch.delenv("MPBROADCAST_ADDRESS", raising=False)
+    with Program(*MAIN, "pub", "room:1", "hello") as alone:
+        status, out, errors = alone.end()
+        assert (status, out, errors.count("\n")) == (1, "", 1)
+        assert "`mpbroadcast serve`" in errors
+    with Program(*MAIN, "serve") as serve:
+        serve.line()
+        with connect("default") as bus, Program(*MAIN, "sub", "--count", "2") as sub:
+            wait_until(lambda: len(bus.stats().subscribers) == 1, DEADLINE)
+            with Program(*MAIN, "pub", "room:1", "hello", "and good bye") as pub:
+                assert pub.end() == (0, "", "")
+            assert sub.end() == (0, "hello\nand good bye\n", "")
+        os.kill(serve.pid, signal.SIGTERM)
+        assert serve.end() == (0, "", "")
 
 
 CONNECTS = """
@@ -167,7 +211,7 @@ def test_serve_until_a_signal(number: signal.Signals, to_group: bool, runtime: P
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_signal_to_all_processes_of_serve(restart: bool, runtime: Path) -> None:
     """The broker does not end by the SIGTERM that a service manager sends to it, but behind what ``serve`` does then."""
-    with Program(*MAIN, "serve", "myapp", *(["--restart"] if restart else [])) as program:
+    with Program(*MAIN, "serve", "myapp", *([] if restart else ["--no-restart"])) as program:
         program.line()
         with connect("myapp") as bus, bus.subscribe() as channel:
             others = [process for process in program.processes() if process.pid != program.pid]
@@ -188,7 +232,7 @@ def test_a_signal_to_all_processes_of_serve(restart: bool, runtime: Path) -> Non
 def test_serve_when_its_broker_is_killed(restart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """End with an error, or go on with the next one, at the same address and with the same key."""
     monkeypatch.chdir(tmp_path)
-    with Program(*MAIN, "serve", "./myapp", *(["--restart"] if restart else [])) as program:
+    with Program(*MAIN, "serve", "./myapp", *([] if restart else ["--no-restart"])) as program:
         address = program.line().removeprefix("mpbroadcast: ready at ")
         with connect(address) as bus:
             broker = psutil.Process(bus.stats().pid)
