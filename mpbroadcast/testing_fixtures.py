@@ -54,12 +54,13 @@ def broadcaster(request: pytest.FixtureRequest) -> Iterator[mpbroadcast.Broadcas
         yield bus
         patch.undo()
         looks = looks and request.node.stash.get(_PASSED, False)
-        problems = _channels_left(bus) if looks else []
+        end = time.monotonic() + _GRACE
+        problems = _channels_left(bus, end) if looks else []
         bus.close(_DRAIN)
         crash = witness()
         if looks:
-            problems += _settled(lambda: [text for process, text in _descendants().items() if process not in before])
-            problems += _settled(lambda: [f"file {path}" for path in _files(folder, bus.address)])
+            problems += _left(lambda: [text for process, text in _descendants().items() if process not in before], end)
+            problems += [f"file {path}" for path in _files(folder, bus.address)]
     if crash is not None:
         pytest.fail(f"the broker has crashed:\n{crash}", pytrace=False)
     if problems:
@@ -101,23 +102,22 @@ def _witness(bus: mpbroadcast.Broadcaster[Any], authkey: bytes | None) -> Callab
     return lambda: client.lost_error().__cause__
 
 
-def _channels_left(bus: mpbroadcast.Broadcaster[Any]) -> list[str]:
+def _channels_left(bus: mpbroadcast.Broadcaster[Any], end: float) -> list[str]:
     from mpbroadcast.client.settling import described
 
-    def left() -> list[str]:
+    def open_channels() -> list[str]:
         gc.collect()
         return [described(row) for row in bus.stats().subscribers if row.is_open]
 
     try:
-        return _settled(left)
+        return _left(open_channels, end)
     except (mpbroadcast.BrokerLost, mpbroadcast.ClosedError):  # the test has ended it
         return []
 
 
-def _settled(left: Callable[[], list[str]]) -> list[str]:
-    """Return what is left when it has had some time to end."""
-    end = time.monotonic() + _GRACE
-    while (found := left()) and time.monotonic() < end:
+def _left(look: Callable[[], list[str]], end: float) -> list[str]:
+    """Return what is left when it has had until ``end`` to go."""
+    while (found := look()) and time.monotonic() < end:
         time.sleep(0.01)
     return found
 
