@@ -212,7 +212,7 @@ def test_handled_waits_for_a_chain(bus: Broadcaster[Any], children: Children, fo
 def test_a_probed_channel_receives_as_before(bus: Broadcaster[Any]) -> None:
     """A reader that did not ask gets what comes behind the probe; it gets nothing before that, and has missed nothing."""
     for overflow in ("block", "latest"):
-        channel = bus.subscribe("a", overflow=overflow)  # type: ignore[call-overload]
+        channel = bus.subscribe("a", overflow=overflow)
         channel.poll(0)
         with pytest.raises(AssertionError, match="has not asked for another message"):
             handled(bus, SHORT)

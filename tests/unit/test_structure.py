@@ -21,8 +21,8 @@ TESTS = Path(__file__).parents[1]
 # From the top to the bottom. A module imports what stands below its own row, and in its own row only what is in its own room.
 LAYERS = [
     {"__main__"},
-    {"cli", "testing", "testing_fixtures"},
-    {"bridge"},
+    {"cli", "testing"},
+    {"bridge", "testing_fixtures"},
     {"__init__"},
     {"client", "broker"},
     {"posix", "protocol"},
