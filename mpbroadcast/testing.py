@@ -6,11 +6,13 @@ nothing before it is used, and works without pytest.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import mpbroadcast
 
 __all__ = ["drain", "handled", "settle"]
+
+M = TypeVar("M")
 
 
 def settle(bus: mpbroadcast.Broadcaster[Any], timeout: float | None = 5.0) -> None:
@@ -29,7 +31,7 @@ def settle(bus: mpbroadcast.Broadcaster[Any], timeout: float | None = 5.0) -> No
     settling.settle(bus, timeout)
 
 
-def drain(bus: mpbroadcast.Broadcaster[Any], channel: mpbroadcast.Channel[Any], timeout: float | None = 5.0) -> list[Any]:
+def drain(bus: mpbroadcast.Broadcaster[Any], channel: mpbroadcast.Channel[M], timeout: float | None = 5.0) -> list[M]:
     """Return all messages that any process has published to ``channel`` by now and that were not received yet.
 
     It opens the channel first. ``assert drain(bus, channel) == []`` shows without a sleep that nothing came. At the end of the
