@@ -9,7 +9,7 @@ from mpbroadcast.broker.core.backlog import Backlog
 from mpbroadcast.broker.core.states import PipeState
 from mpbroadcast.posix.pipes import new_pipe, read, size_of_pipe, unread, write
 from mpbroadcast.protocol.reports import REPORT_SIZE
-from mpbroadcast.protocol.runs import RESTARTED, note
+from mpbroadcast.protocol.runs import RESTARTED, SKIPPED, note
 
 PIPE_SIZE: Final = 1 << 18  # bytes, when the system gives so much
 SHORTEST_RETRY: Final = 0.003  # seconds until a full backlog is looked at again; it doubles while nothing is read
@@ -100,3 +100,15 @@ class ChannelPipe:
         :raises OSError: its reader is gone.
         """
         return write(self.fd, note(RESTARTED, 0))
+
+    def write_probe(self) -> int:
+        """Write a control record without effect if the pipe is empty: the next call that receives reads it.
+
+        Return how many bytes that takes; 0 if the pipe is not empty, or its reader is gone.
+        """
+        if self.state is not PipeState.OPEN or self.unread():
+            return 0
+        try:
+            return write(self.fd, note(SKIPPED, 0))
+        except OSError:
+            return 0

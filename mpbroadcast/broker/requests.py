@@ -237,6 +237,21 @@ def _stats(broker: Broker, connection: ControlConnection, message: dict[str, Any
     connection.reply_encoded(frame_of(*parts))
 
 
+def _settle(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> Iterator[None]:
+    is_all = yield from broker.traffic.take_in()
+    connection.reply({"done": is_all})
+
+
+def _probe(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
+    """Probe whether the reader of a channel asks for more, once it has read everything."""
+    subscription = broker.registry.subscriptions.get(integer(message, "subscription"))
+    size = 0
+    if subscription is not None and subscription.backlog.is_empty and not subscription.backlog.ended:
+        size = subscription.pipe.write_probe()
+        subscription.refresh()
+    connection.reply({"written": size > 0, "published": 0 if subscription is None else subscription.backlog.published})
+
+
 def _stop(broker: Broker, connection: ControlConnection, message: dict[str, Any]) -> None:
     timeout = message.get("timeout")
     if timeout is not None and (type(timeout) not in (int, float) or not 0 <= timeout <= _FOREVER):
@@ -267,6 +282,8 @@ _HANDLERS: Final[dict[str, Callable[[Broker, ControlConnection, dict[str, Any]],
     "drop": _close,
     "wait": _wait,
     "stats": _stats,
+    "settle": _settle,
+    "probe": _probe,
     "bridge": bridge_requests.bridge,
     "bridge end": bridge_requests.end,
     "bridge report": bridge_requests.report,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
 from typing import Final
 
@@ -124,15 +124,19 @@ class Traffic:
         while routing.refused:
             self.intake.refuse(*routing.refused.popitem())
 
-    def take_in(self) -> Iterator[None]:
+    def take_in(self) -> Generator[None, None, bool]:
         """Route what all publishers have written until now, as far as backlogs take it, in parts: some turns each.
 
-        So that what is requested next comes behind it: a process may have learnt from another one that it has published.
+        Return True if backlogs took all of it. What is requested next comes behind it: a process may have learnt from another
+        one that it has published.
         """
         pending: dict[Publisher, None] = {}
+        is_all = True
         for publisher in list(self.publishers.values()):
             self._look_for_room(publisher)
-            if not (publisher.blocked or publisher.all_routed):
+            if publisher.blocked:
+                is_all = False
+            elif not publisher.all_routed:
                 pending[publisher] = None
                 publisher.after_written(partial(pending.pop, publisher, None))
         self.routing.begin_turn()
@@ -147,10 +151,12 @@ class Traffic:
             self._look_for_room(publisher)
             if publisher.blocked:
                 pending.pop(publisher, None)
+                is_all = False
             if pending and (room <= 0 or self.routing.turn_is_over or publisher.lookup is not None):
                 yield
                 self.routing.begin_turn()
                 room = MUCH
+        return is_all
 
     def _look_for_room(self, publisher: Publisher) -> None:
         """Let a blocked publisher go on if there is room by now: no event reports that a pipe has been read empty."""

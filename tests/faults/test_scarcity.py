@@ -22,7 +22,8 @@ from mpbroadcast.client.ring import Ring
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.protocol.pickling import Payload
 from mpbroadcast.protocol.ring_allocator import CHUNK, CHUNKS
-from tests.support.helpers import DEADLINE, Children, answer, everything, finish, take
+from mpbroadcast.testing import drain
+from tests.support.helpers import DEADLINE, Children, answer, finish, take
 from tests.support.large_workers import SIZES, Size, descriptors_left, exchange, number_of, receive_with_little_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are as Linux has them")
@@ -139,7 +140,7 @@ def test_so_many_descriptors_left_in_a_publisher(count: int, size: int, bus: Bus
             assert not any(outcomes) or count < 4
             for number in range(3, 6):
                 other.publish(Size(size).message(number))
-            assert [number_of(message) for message in everything(other, channel)] == [*published, 3, 4, 5]
+            assert [number_of(message) for message in drain(other, channel)] == [*published, 3, 4, 5]
 
 
 def start_with(count: int, method: str) -> str:

@@ -20,7 +20,8 @@ from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.descriptors import descendants, fork_lock, without_heirs
 from mpbroadcast.posix.pipes import PipeEnd, new_pipe
 from mpbroadcast.protocol.frames import PIPE_BUF, abort
-from tests.support.helpers import DEADLINE, Background, everything, fill, pattern, take, wait_until
+from mpbroadcast.testing import drain
+from tests.support.helpers import DEADLINE, Background, fill, pattern, take, wait_until
 from tests.support.interrupting import Moment, before_line, interrupting
 
 Bus = Broadcaster[Any]
@@ -135,7 +136,7 @@ def test_signal_handlers_publish_in_the_middle_of_publishes(bus: Bus, size: int)
                 count += 1
             ended.set()
             sending.result()
-        received = everything(bus, channel)
+        received = drain(bus, channel)
     assert numbers_of(received, "main") == list(range(count))
     assert sorted(numbers_of(received, "handler")) == list(range(signals))
     assert {len(data) for _, _, data in received} == {size}
@@ -186,7 +187,7 @@ def test_publish_that_ran_out_of_time_is_never_delivered(bus: Bus, size: int) ->
     receiving = Background(take, channel, len(published) + 1)
     bus.publish(("last", b""), timeout=DEADLINE)
     assert [number for number, _ in receiving.result()] == [*published, "last"]
-    assert everything(bus, channel) == []
+    assert drain(bus, channel) == []
 
 
 @pytest.mark.parametrize("call", ["requests", "close", "detach"])
@@ -246,7 +247,7 @@ def test_what_waits_for_a_full_backlog_was_published_before(bus: Bus, late: str)
     reading = Background(take, full, len(published) + 1)
     bus.publish(("after", b""), topic="t", timeout=DEADLINE)
     assert [name for name, _ in reading.result()] == [*published, "after"]
-    assert [name for name, _ in everything(bus, other)] == ["after"]
+    assert [name for name, _ in drain(bus, other)] == ["after"]
 
 
 def test_broker_does_not_grow_under_a_slow_subscriber(bus: Bus) -> None:

@@ -24,7 +24,8 @@ from mpbroadcast import (
     trap_points,
 )
 from mpbroadcast.broker.host.socket_file import Listening
-from tests.support.helpers import DEADLINE, everything
+from mpbroadcast.testing import drain
+from tests.support.helpers import DEADLINE
 
 Bus = Broadcaster[Any]
 WRONG: dict[str, Any] = {
@@ -148,8 +149,8 @@ def test_a_channel_of_another_broker_is_refused_and_neither_is_harmed(bus: Bus) 
                 getattr(bus, name)(argument, **keywords)
         other.publish("for the foreign")
         bus.publish("here")
-        assert everything(other, foreign) == ["for the foreign"]
-    assert everything(bus, channel) == ["here"]
+        assert drain(other, foreign) == ["for the foreign"]
+    assert drain(bus, channel) == ["here"]
 
 
 @pytest.mark.parametrize("address", ["", "a\0b", "/tmp/" + "x" * 200])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, Channel, ClosedError, TimedOut, channel_to_selector, connect, start_broadcaster
+from mpbroadcast.testing import drain, settle
 from tests.support import workers
 from tests.support.helpers import (
     DEADLINE,
@@ -22,7 +23,6 @@ from tests.support.helpers import (
     Children,
     answer,
     calls_that_receive,
-    everything,
     fill,
     finish,
     only_subscriber,
@@ -30,7 +30,6 @@ from tests.support.helpers import (
     readable,
     stopped,
     take,
-    wait_delivered,
     wait_for,
     wait_until,
 )
@@ -106,7 +105,7 @@ def test_recv_many_takes_what_is_there(bus: Bus) -> None:
     channel.fileno()
     bad = workers.CannotBeUnpickled()
     bus.publish_many([*range(20), bad, 20, bad, bad, 21])
-    wait_delivered(bus, 25)
+    settle(bus, DEADLINE)
     assert channel.recv_many(1) == [0]
     assert channel.recv_many(limit=9, timeout=0) == list(range(1, 10))
     assert channel.recv(timeout=0) == 10
@@ -170,7 +169,7 @@ def test_all_calls_that_receive_share_one_order(bus: Bus, seed: int) -> None:
         for count in (1, 2, 1000, 300, 128):
             total = len(received) + count
             bus.publish_many(range(len(received), total))
-            wait_delivered(bus, total)
+            settle(bus, DEADLINE)
             while len(received) < total:
                 assert ready() == READY
                 received += chance.choice(calls)(chance.randint(1, min(100, total - len(received))))
@@ -202,7 +201,7 @@ def test_an_iterator_keeps_no_message_that_another_call_has_taken(bus: Bus) -> N
     iterator = iter(channel)
     channel.poll(0)
     bus.publish_many([{number} for number in range(9)])
-    wait_delivered(bus, 9)
+    settle(bus, DEADLINE)
     assert list(itertools.islice(iterator, 2)) == [{0}, {1}]
     taken = [weakref.ref(message) for message in channel.recv_many()]
     assert [one() for one in taken] == [None] * 7
@@ -230,7 +229,7 @@ def test_cancelled_tasks_lose_no_message(bus: Bus) -> None:
 
     assert asyncio.run(main()) == list(range(300))
     bus.publish("and then")
-    assert everything(bus, channel) == ["and then"]
+    assert drain(bus, channel) == ["and then"]
 
 
 def test_topics_are_added_and_removed_on_the_same_channel(bus: Bus) -> None:
@@ -254,7 +253,7 @@ def test_topics_are_added_and_removed_on_the_same_channel(bus: Bus) -> None:
     bus.publish(4)
     channel.subscribe("a")
     bus.publish(5, topic="a")
-    assert everything(bus, channel) == ["a", "cc", 1, 5]
+    assert drain(bus, channel) == ["a", "cc", 1, 5]
 
 
 def test_unsubscribe_gives_the_rest_and_then_the_end(bus: Bus) -> None:
@@ -377,7 +376,7 @@ def test_readable_where_a_call_would_raise(bus: Bus) -> None:
     with watched(channel) as ready:
         assert ready() == QUIET
         bus.publish_many(messages)
-        wait_delivered(bus, len(messages))
+        settle(bus, DEADLINE)
         for message in messages:
             assert ready() == READY
             assert channel.poll(0)

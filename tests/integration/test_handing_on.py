@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, Channel, ChannelInUse, connect, start_broadcaster
+from mpbroadcast.testing import drain
 from tests.conftest import descriptors
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, answer, everything, finish, only_subscriber, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, answer, finish, only_subscriber, take, wait_until
 
 Bus = Broadcaster[Any]
 Pipe = tuple[Connection, Connection]
@@ -99,7 +100,7 @@ def test_an_open_channel_cannot_be_handed_on(bus: Bus, children: Children, fork:
         finish(child)
     assert next(iterator) == 2
     bus.publish(6)
-    assert everything(bus, channel) == [3, 4, 5, 6]
+    assert drain(bus, channel) == [3, 4, 5, 6]
 
 
 def _publish_and_close(bus: Bus, channel: Channel[Any]) -> None:
@@ -124,8 +125,8 @@ def test_what_a_forked_child_closes_and_its_end_leave_the_parents_alone(
     assert len(bus.stats().subscribers) == 2
     for topic in "ab":
         bus.publish(topic, topic=topic)
-    assert everything(bus, opened) == ["from the child", "a"]
-    assert everything(bus, unopened) == ["b"]
+    assert drain(bus, opened) == ["from the child", "a"]
+    assert drain(bus, unopened) == ["b"]
 
 
 @pytest.mark.parametrize("in_time", [True, False])
@@ -211,7 +212,7 @@ def test_a_broadcaster_is_pickled_without_a_key_and_comes_back_as_another_handle
         copy.close()
         assert channel.recv(timeout=DEADLINE) == "through the copy"
         bus.publish("through the original")
-        assert everything(bus, channel) == ["through the original"]
+        assert drain(bus, channel) == ["through the original"]
 
 
 def test_closing_another_handle_only_detaches(bus: Bus) -> None:

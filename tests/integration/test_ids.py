@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, get_args
 import pytest
 
 from mpbroadcast import Broadcaster, BrokerRestarted, Channel, Lagged, Overflowed, Received, connect, start_broadcaster
+from mpbroadcast.testing import drain
 from mpbroadcast.validation import Policy
-from tests.support.helpers import DEADLINE, Background, everything, fill, kill_broker, receive_all, rest, take
+from tests.support.helpers import DEADLINE, Background, fill, kill_broker, receive_all, rest, take
 from tests.support.large_workers import TRANSPORTS, Size, numbers
 
 Bus = Broadcaster[Any]
@@ -37,13 +38,13 @@ def test_an_id_is_the_same_in_each_channel_and_grows(transport: Size) -> None:
         publishing = [Background(publish_numbers, handle, transport, 1000 * index) for index, handle in enumerate((bus, other))]
         for one in publishing:
             one.result()
-        received = everything(bus, everyone)
+        received = drain(bus, everyone)
         assert sorted(numbers(one.message for one in received)) == [*range(12), *range(1000, 1012)]
         ids = [one.id for one in received]
         assert ids == sorted({*ids})
         assert 0 < ids[0] < ids[-1] < 2**53
         for channel, topics in others.items():
-            assert everything(bus, channel) == [one for one in received if one.topic in topics]
+            assert drain(bus, channel) == [one for one in received if one.topic in topics]
 
 
 def test_ids_grow_from_a_broker_to_the_one_that_takes_over() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mpbroadcast import Broadcaster, Channel, Lagged, Overflowed, Received, Selector, start_broadcaster, subscribe
-from tests.support.helpers import DEADLINE, everything, take
+from mpbroadcast.testing import drain
+from tests.support.helpers import DEADLINE, take
 from tests.support.large_workers import SIZES, Size, numbers
 
 Bus = Broadcaster[Any]
@@ -75,12 +76,12 @@ def test_raw_channels_are_channels(other: Bus) -> None:
     a, b = (pickle.dumps(text, 5) for text in "AB")
     received = take(ids, 2)
     assert received == [Received(received[0].id, "a", a), Received(received[1].id, "b", b)]
-    assert everything(other, pairs) == [("a", a)]
-    assert everything(other, member) == [a, b]
-    assert everything(other, plain) == []
-    assert everything(other, other.subscribe(replay=1, raw=True)) == [b]
-    assert everything(other, other.subscribe(after=received[0].id, raw=True, with_topic=True)) == [("b", b)]
-    assert everything(other, pickle.loads(pickle.dumps(handed_on))) == [a, b]
+    assert drain(other, pairs) == [("a", a)]
+    assert drain(other, member) == [a, b]
+    assert drain(other, plain) == []
+    assert drain(other, other.subscribe(replay=1, raw=True)) == [b]
+    assert drain(other, other.subscribe(after=received[0].id, raw=True, with_topic=True)) == [("b", b)]
+    assert drain(other, pickle.loads(pickle.dumps(handed_on))) == [a, b]
     assert Selector[bytes]().select(other.subscribe(replay=1, raw=True)).map(pickle.loads).receive(DEADLINE) == "B"
 
 

@@ -10,8 +10,9 @@ import psutil
 import pytest
 
 from mpbroadcast import Broadcaster, TimedOut, connect, publish, subscribe, unsubscribe
+from mpbroadcast.testing import drain
 from tests.support import workers
-from tests.support.helpers import DEADLINE, Background, Children, Pipe, answer, everything, fill, finish, rest, take, wait_until
+from tests.support.helpers import DEADLINE, Background, Children, Pipe, answer, fill, finish, rest, take, wait_until
 
 Bus = Broadcaster[Any]
 
@@ -67,7 +68,7 @@ def test_publish_many_takes_any_iterable_and_counts(bus: Bus) -> None:
     with pytest.raises(ValueError, match="timeout") as wrong:
         bus.publish_many([0], topic="t", timeout=-1)
     assert wrong.value.sent == 0  # type: ignore[attr-defined]
-    assert everything(bus, channel) == list(range(1, 2051))
+    assert drain(bus, channel) == list(range(1, 2051))
 
 
 @pytest.mark.parametrize("topic", [None, "room:1"])

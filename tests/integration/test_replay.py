@@ -6,6 +6,7 @@ from multiprocessing.context import BaseContext
 import pytest
 
 from mpbroadcast import connect, start_broadcaster
+from mpbroadcast.testing import drain
 from mpbroadcast.validation import Policy
 from tests.support import workers
 from tests.support.helpers import (
@@ -13,7 +14,6 @@ from tests.support.helpers import (
     Background,
     Children,
     answer,
-    everything,
     fill,
     finish,
     only_subscriber,
@@ -49,8 +49,8 @@ def test_the_last_ones_come_first(transport: Size) -> None:
         ]
         bus.publish(transport.message(6), topic="topic:1")
         for channel, expected in wanted:
-            assert numbers(everything(bus, channel)) == expected
-        assert numbers(everything(bus, early)) == [1, 2, 4, 5, 6]
+            assert numbers(drain(bus, channel)) == expected
+        assert numbers(drain(bus, early)) == [1, 2, 4, 5, 6]
 
 
 @pytest.mark.parametrize("size", [50, 6000])
@@ -88,7 +88,7 @@ def test_own_messages_join_without_a_seam() -> None:
             channel = bus.subscribe(replay=10)
             bus.publish_many(range(published, published + 3))
             published += 3
-            assert everything(bus, channel) == list(range(max(0, published - 13), published))
+            assert drain(bus, channel) == list(range(max(0, published - 13), published))
 
 
 def test_what_waits_for_a_full_channel_comes_once() -> None:
@@ -101,7 +101,7 @@ def test_what_waits_for_a_full_channel_comes_once() -> None:
         reading = Background(take, full, len(published) + 1)
         bus.publish((len(published), b""), topic="t", timeout=DEADLINE)
         assert [number for number, _ in reading.result()] == [*published, len(published)]
-        assert [number for number, _ in everything(bus, late)] == list(range(first + 1, len(published) + 1))
+        assert [number for number, _ in drain(bus, late)] == list(range(first + 1, len(published) + 1))
 
 
 @pytest.mark.parametrize("overflow", ["block", "drop_oldest", "drop_newest", "disconnect"])
@@ -118,7 +118,7 @@ def test_a_replay_counts_as_published_and_is_cut_at_the_capacity(overflow: Polic
         assert numbers(take(channel, row.published)) == list(range(100 - row.published, 100))
         wait_until(lambda: only_subscriber(bus).delivered == row.published)
         bus.publish(Size(50_000).message(100))
-        assert everything(bus, channel) == [Size(50_000).message(100)]
+        assert drain(bus, channel) == [Size(50_000).message(100)]
         assert channel.missed == 0
         channel = bus.subscribe(replay=3, capacity=10_000, overflow=overflow)  # the last one is larger than the whole backlog
         assert only_subscriber(bus).published == 1
@@ -134,4 +134,4 @@ def test_the_number_of_topics_is_bounded() -> None:
         bus.flush(timeout=DEADLINE)
         assert (bus.stats().history_topics, bus.stats().history_forgotten) == (4096, 10)
         channel = bus.subscribe("topic *", replay=10_000)
-        assert everything(bus, channel) == [0, *range(11, 4096), 0, *range(4096, 4106)]
+        assert drain(bus, channel) == [0, *range(11, 4096), 0, *range(4096, 4106)]

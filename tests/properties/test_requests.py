@@ -54,7 +54,8 @@ OF_THE_BROKER: Final = (Subscription, Publisher, Session, ControlConnection)
 SOCKETS: Final = 12  # of a process
 OFTEN: Final = {"subscribe": 4, "open": 3, "opened": 4, "attach": 2, "publisher": 2, "stats": 2, "bridge": 2}
 SELDOM: Final = ("fd_socket", "retire", "flush", "add topics", "drop topics", "unsubscribe", "close", "drop", "wait", "detach",
-                 "history", "bridge end", "bridge report", "bridge flushed", "bridge forget", "newest")  # fmt: skip
+                 "history", "bridge end", "bridge report", "bridge flushed", "bridge forget", "newest", "settle",
+                 "probe")  # fmt: skip
 REQUESTS: Final = OFTEN | dict.fromkeys(SELDOM, 0.7)
 STEP: Final = {"ask": 12, "publish": 4, "receive": 2, "round": 8, "connect": 1, "send_packet": 1, "read_replies": 1,
                "report": 1, "hang_up": 0.1, "close_something": 1, "kill": 0.01, "stop": 0.003}  # fmt: skip

@@ -138,21 +138,9 @@ def positions_of(events: list[tuple[str, int]]) -> tuple[list[int], int]:
     return numbers, position
 
 
-def everything(bus: Broadcaster[Any], channel: Channel[Any]) -> list[Any]:
-    """End the subscription behind what ``bus`` has published, and return all that the channel was given."""
-    bus.flush(timeout=DEADLINE)
-    bus.unsubscribe(channel)
-    return rest(channel)
-
-
 def only_subscriber(bus: Broadcaster[Any]) -> SubscriberStats:
     (subscriber,) = bus.stats().subscribers
     return subscriber
-
-
-def wait_delivered(bus: Broadcaster[Any], count: int) -> None:
-    """Wait until ``count`` messages in all have been written into the pipe of the only subscription."""
-    wait_until(lambda: only_subscriber(bus).delivered == count)
 
 
 def fill(bus: Broadcaster[Any], *, topic: str = "", size: int = 1000, timeout: float = 0.5) -> list[int]:

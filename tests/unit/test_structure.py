@@ -21,8 +21,8 @@ TESTS = Path(__file__).parents[1]
 # From the top to the bottom. A module imports what stands below its own row, and in its own row only what is in its own room.
 LAYERS = [
     {"__main__"},
-    {"cli"},
-    {"bridge"},
+    {"cli", "testing"},
+    {"bridge", "testing_fixtures"},
     {"__init__"},
     {"client", "broker"},
     {"posix", "protocol"},
@@ -226,9 +226,21 @@ def test_the_broker_never_unpickles() -> None:
     assert seen > {*BROKER}
 
 
+def test_the_stub_has_the_names_of_the_package() -> None:
+    """What type checkers read in ``__init__.pyi`` is what the package gives, from the same modules."""
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    stated = {node.module: {alias.name for alias in node.names} for node in tree.body if isinstance(node, ast.ImportFrom)}
+    (listed,) = [ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)]
+    assert listed == mpbroadcast.__all__
+    assert {*dir(mpbroadcast)} >= {*listed}
+    for module, names in stated.items():
+        assert all(getattr(mpbroadcast, name) is getattr(sys.modules[module or ""], name) for name in names)
+    assert sorted(name for names in stated.values() for name in names) == listed
+
+
 def test_an_import_loads_no_broker() -> None:
     """A process that only connects, publishes and subscribes loads neither asyncio nor psutil, nor any module of the broker."""
-    code = "import sys, mpbroadcast; print(*sys.modules)"
+    code = "import sys, mpbroadcast; mpbroadcast.connect; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert "mpbroadcast.client.broker_client" in loaded
     assert not [name for name in loaded if name in ("asyncio", "trio", "psutil") or name.startswith("mpbroadcast.broker")]

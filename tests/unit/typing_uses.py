@@ -20,6 +20,7 @@ from mpbroadcast import (
     connect_or_start,
     start_broadcaster,
 )
+from mpbroadcast.testing import drain, handled, settle
 
 
 def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
@@ -27,6 +28,9 @@ def right(bus: Broadcaster[int], with_topic: bool, process: Process) -> None:
     assert_type(start_broadcaster(), Broadcaster[Any])
     assert_type(connect("address"), Broadcaster[Any])
     assert_type(connect(), Broadcaster[Any])
+    assert_type(drain(bus, bus.subscribe(with_topic=True)), list[tuple[str, int]])
+    settle(bus, timeout=None)
+    handled(bus, 1)
     assert_type(connect_or_start("name", linger=None, history=3, restart=True, log_config={}), Broadcaster[Any])
     strings: Broadcaster[str] = start_broadcaster(history=3)
     strings.publish("text", topic="t")
@@ -157,6 +161,8 @@ def wrong(bus: Broadcaster[int], channel: Channel[int]) -> None:
     start_broadcaster(context="spawn")  # type: ignore[arg-type]
     connect_or_start("name", history="1")  # type: ignore[arg-type]
     connect_or_start("name", context=None)  # type: ignore[call-arg]
+    drain(channel, bus)  # type: ignore[arg-type]
+    settle(channel)  # type: ignore[arg-type]
     channel_to_selector(bus)  # type: ignore[arg-type]
     channel.recv(timeout="1")  # type: ignore[arg-type]
     _: str = channel.recv()  # type: ignore[assignment]
