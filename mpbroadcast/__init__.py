@@ -5,7 +5,7 @@ import sys
 if sys.platform == "win32":
     raise ImportError("mpbroadcast needs the pipes, sockets and signals of a POSIX system, such as Linux or macOS: not Windows")
 
-from mpbroadcast.client.api import connect, connect_or_start, publish, start_broadcaster, subscribe, unsubscribe
+from mpbroadcast.client.api import aconnect, connect, connect_or_start, publish, start_broadcaster, subscribe, unsubscribe
 from mpbroadcast.client.broadcaster import Broadcaster
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.received import Received
@@ -51,6 +51,7 @@ __all__ = [
     "StartError",
     "SubscriberStats",
     "TimedOut",
+    "aconnect",
     "channel_to_selector",
     "connect",
     "connect_or_start",

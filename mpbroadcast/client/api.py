@@ -11,12 +11,14 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 from mpbroadcast.client.broadcaster import Broadcaster
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.opening import Opening
 from mpbroadcast.client.received import Received
 from mpbroadcast.client.subscribing import Options
+from mpbroadcast.client.tasks import drive
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, StartError
 from mpbroadcast.posix.addresses import is_own_folder, resolve, resolve_default
-from mpbroadcast.posix.waiting import run
+from mpbroadcast.posix.waiting import Steps, run
 from mpbroadcast.validation import Policy, check_authkey, check_bool, check_count, check_timeout
 
 M = TypeVar("M")
@@ -194,10 +196,22 @@ def connect(address: str | os.PathLike[str] | None = None, *, authkey: bytes | N
     :raises TimedOut: the broker did not reply in time.
     :raises AddressError: no socket can have this address, or there is none.
     """
+    return run(_connecting(address, authkey))
+
+
+def aconnect(address: str | os.PathLike[str] | None = None, *, authkey: bytes | None = None) -> Opening[Broadcaster[Any]]:
+    """Do as :func:`connect`, in a task. Cancelled, it leaves no connection.
+
+    Await the result for the handle, or enter it: ``async with aconnect() as bus`` closes the handle at the end.
+    """
+    return Opening(drive(_connecting(address, authkey)), "aconnect")
+
+
+def _connecting(address: str | os.PathLike[str] | None, authkey: bytes | None) -> Steps[Broadcaster[Any]]:
     authkey = check_authkey(authkey)
     path = resolve_default(address)
     client = BrokerClient(path, authkey=authkey)
-    client.session()
+    yield from client.attaching()
     return Broadcaster(BrokerClient.shared(path, client.broker, client.restarts))
 
 
