@@ -1,4 +1,4 @@
-"""What the calls that open a handle or a channel in a task return: it can be awaited, and used with ``async with``."""
+"""Open a handle or a channel in a task: the object that the calls return, to be awaited or entered with ``async with``."""
 
 from __future__ import annotations
 
