@@ -13,7 +13,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from mpbroadcast import Broadcaster, connect, escape
+from mpbroadcast import Broadcaster, aconnect, escape
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -36,7 +36,7 @@ async def live(receive: Receive, send: Send) -> None:
     """Connect where the worker begins: its address is in MPBROADCAST_ADDRESS, its key in a file beside the socket."""
     global bus
     await receive()
-    async with connect() as bus:
+    async with aconnect() as bus:
         await send({"type": "lifespan.startup.complete"})
         await receive()
     await send({"type": "lifespan.shutdown.complete"})
@@ -59,7 +59,7 @@ async def stream(room: str, receive: Receive, send: Send) -> None:
 
     The room comes from outside: unescaped, ``/room/*`` would read every room.
     """
-    async with await bus.asubscribe(escape(room), overflow="disconnect", capacity=1 << 20) as channel:
+    async with bus.asubscribe(escape(room), overflow="disconnect", capacity=1 << 20) as channel:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         await send({"type": "http.response.body", "body": b": you are in\n\n", "more_body": True})
 

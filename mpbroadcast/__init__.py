@@ -11,7 +11,16 @@ if sys.platform == "win32":
     raise ImportError("mpbroadcast needs the pipes, sockets and signals of a POSIX system, such as Linux or macOS: not Windows")
 
 _NAMES = {
-    "mpbroadcast.client.api": ("connect", "connect_or_start", "publish", "start_broadcaster", "subscribe", "unsubscribe"),
+    "mpbroadcast.client.api": (
+        "aconnect",
+        "aconnect_or_start",
+        "connect",
+        "connect_or_start",
+        "publish",
+        "start_broadcaster",
+        "subscribe",
+        "unsubscribe",
+    ),
     "mpbroadcast.client.broadcaster": ("Broadcaster",),
     "mpbroadcast.client.channel": ("Channel",),
     "mpbroadcast.client.received": ("Received",),

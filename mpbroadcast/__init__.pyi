@@ -1,4 +1,13 @@
-from mpbroadcast.client.api import connect, connect_or_start, publish, start_broadcaster, subscribe, unsubscribe
+from mpbroadcast.client.api import (
+    aconnect,
+    aconnect_or_start,
+    connect,
+    connect_or_start,
+    publish,
+    start_broadcaster,
+    subscribe,
+    unsubscribe,
+)
 from mpbroadcast.client.broadcaster import Broadcaster
 from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.received import Received
@@ -46,6 +55,8 @@ __all__ = [
     "SubscriberStats",
     "TimedOut",
     "VersionMismatch",
+    "aconnect",
+    "aconnect_or_start",
     "channel_to_selector",
     "connect",
     "connect_or_start",

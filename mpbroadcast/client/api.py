@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from multiprocessing.context import BaseContext
@@ -11,12 +12,14 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 from mpbroadcast.client.broadcaster import Broadcaster
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.opening import Opening
 from mpbroadcast.client.received import Received
 from mpbroadcast.client.subscribing import Options
+from mpbroadcast.client.tasks import drive
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import AddressError, BroadcastError, BrokerLost, StartError, VersionMismatch
 from mpbroadcast.posix.addresses import Candidates, candidates, default_candidates, is_own_folder
-from mpbroadcast.posix.waiting import run
+from mpbroadcast.posix.waiting import Steps, run
 from mpbroadcast.validation import Policy, check_authkey, check_bool, check_count, check_timeout
 
 M = TypeVar("M")
@@ -107,6 +110,23 @@ def connect_or_start(
     :raises AuthenticationFailed, VersionMismatch, TimedOut, AddressError: as :func:`connect`.
     :raises TypeError, ValueError: an argument is of the wrong type, or out of range.
     """
+    return run(_connecting_or_starting(address, linger, options))
+
+
+def aconnect_or_start(
+    address: str | os.PathLike[str] | None = None, *, linger: float | None = 5.0, **options: Unpack[StartOptions]
+) -> Opening[Broadcaster[Any]]:
+    """Do as :func:`connect_or_start`, in a task. Await the result, or enter it, as that of :func:`aconnect`.
+
+    Cancelled, it leaves no connection. The broker that it was starting may start all the same: it belongs to no process, and
+    ends ``linger`` seconds later if no other process has connected.
+    """
+    return Opening(drive(_connecting_or_starting(address, linger, options)), "aconnect_or_start")
+
+
+def _connecting_or_starting(
+    address: str | os.PathLike[str] | None, linger: float | None, options: StartOptions
+) -> Steps[Broadcaster[Any]]:
     lingering = check_timeout(linger, "linger")
     timeout, settings = _checked_options(**options)
     found = default_candidates(address)
@@ -114,16 +134,17 @@ def connect_or_start(
     if not (os.path.isdir(folder) or is_own_folder(folder)):
         raise AddressError(f"there is no folder {folder!r}: make it, or choose another address")
     from mpbroadcast.broker.host.main import Settings
-    from mpbroadcast.broker.host.ownerless import tries_to_start
+    from mpbroadcast.broker.host.ownerless import starting
 
     key = settings["authkey"]
     settings |= {"has_key_file": key is None, "keys": [key] if key else [], "starter": None}
     settings |= {"linger": math.inf if lingering is None else lingering}
-    tries = tries_to_start(found, Settings(found.made, **settings), Deadline(timeout))
-    while True:
+    deadline = Deadline(timeout)
+    for tries in itertools.count():
         with contextlib.suppress(BrokerLost):
-            return _connected(found, key)
-        next(tries)
+            return (yield from _connecting_to(found, key))
+        yield from starting(found, Settings(found.made, **settings), deadline, tries)
+    raise AssertionError  # which no step reaches
 
 
 def start_apart(*, address: str | None, history: int, restart: bool) -> Broadcaster[Any]:
@@ -203,14 +224,26 @@ def connect(address: str | os.PathLike[str] | None = None, *, authkey: bytes | N
     :raises TimedOut: the broker did not reply in time.
     :raises AddressError: no socket can have this address, or there is none.
     """
+    return run(_connecting(address, authkey))
+
+
+def aconnect(address: str | os.PathLike[str] | None = None, *, authkey: bytes | None = None) -> Opening[Broadcaster[Any]]:
+    """Do as :func:`connect`, in a task. Cancelled, it leaves no connection.
+
+    Await the result for the handle, or enter it: ``async with aconnect() as bus`` closes the handle at the end.
+    """
+    return Opening(drive(_connecting(address, authkey)), "aconnect")
+
+
+def _connecting(address: str | os.PathLike[str] | None, authkey: bytes | None) -> Steps[Broadcaster[Any]]:
     authkey = check_authkey(authkey)
-    return _connected(default_candidates(address), authkey)
+    return (yield from _connecting_to(default_candidates(address), authkey))
 
 
-def _connected(found: Candidates, authkey: bytes | None) -> Broadcaster[Any]:
+def _connecting_to(found: Candidates, authkey: bytes | None) -> Steps[Broadcaster[Any]]:
     for path in found.paths:
         try:
-            return _connected_at(path, authkey)
+            return (yield from _connecting_at(path, authkey))
         except BrokerLost as error:
             if found.paths == [path] and not found.refused:
                 raise
@@ -218,9 +251,9 @@ def _connected(found: Candidates, authkey: bytes | None) -> Broadcaster[Any]:
     raise BrokerLost(found.not_found()) from cause
 
 
-def _connected_at(path: str, authkey: bytes | None) -> Broadcaster[Any]:
+def _connecting_at(path: str, authkey: bytes | None) -> Steps[Broadcaster[Any]]:
     client = BrokerClient(path, authkey=authkey)
-    client.session()
+    yield from client.attaching()
     return Broadcaster(BrokerClient.shared(path, client.broker, client.restarts))
 
 

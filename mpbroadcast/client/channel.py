@@ -227,7 +227,11 @@ class Channel(Receiving[M]):
         :raises ClosedError: the channel was closed or unsubscribed.
         :raises BrokerLost: the broker has ended.
         """
-        self._change_topics("add topics", topics)
+        run(self._changing_topics("add topics", topics))
+
+    async def asubscribe(self, *topics: str) -> None:
+        """Do as :meth:`subscribe`, in a task. Cancelled, it may have added the topics."""
+        await drive(self._changing_topics("add topics", topics), self._tasks, self._closed_error)
 
     def unsubscribe(self, *topics: str) -> None:
         """Drop topics or patterns, named as they were subscribed to (``"*"`` for everything). Block until the broker replies.
@@ -237,16 +241,20 @@ class Channel(Receiving[M]):
 
         :raises ClosedError, BrokerLost: as :meth:`subscribe`.
         """
-        self._change_topics("drop topics", topics)
+        run(self._changing_topics("drop topics", topics))
 
-    def _change_topics(self, do: str, topics: tuple[str, ...]) -> None:
+    async def aunsubscribe(self, *topics: str) -> None:
+        """Do as :meth:`unsubscribe`, in a task. Cancelled, it may have dropped the topics."""
+        await drive(self._changing_topics("drop topics", topics), self._tasks, self._closed_error)
+
+    def _changing_topics(self, do: str, topics: tuple[str, ...]) -> Steps[None]:
         if not topics:
             text = "" if do == "add topics" else ", or end the subscription: channel.close(), or bus.unsubscribe(channel)"
             raise ValueError(f"name at least one topic{text}")
         check_topics(topics)
         if self.closed:
             raise self._about_this(self._ownership.closed_error())
-        run(self._ownership.requesting(do, topics=topics))
+        yield from self._ownership.requesting(do, topics=topics)
 
     @property
     def id(self) -> int:

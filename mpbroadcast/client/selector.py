@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -129,6 +128,21 @@ class Selector(Generic[M]):
             if value is not _NOTHING:
                 return cast(M, value if handler is None else handler(value))
 
+    async def areceive(self, timeout: float | None = None) -> M:
+        """Return what the next source gives, as :meth:`receive`, in a task. Cancelled, it has received nothing.
+
+        :raises ChannelBusy: another task receives from one of the channels.
+        :raises Exception: as :meth:`receive`.
+        """
+        timeout = check_timeout(timeout)
+        await self._take_turn()
+        return await drive(self._receiving(timeout))
+
+    async def _take_turn(self) -> None:
+        self._turn = (self._turn + 1) % TURN
+        if not self._turn:
+            await give_turn()
+
     def __iter__(self) -> Self:
         return self
 
@@ -144,31 +158,32 @@ class Selector(Generic[M]):
         return self
 
     async def __anext__(self) -> M:
-        self._turn = (self._turn + 1) % TURN
-        if not self._turn:
-            await give_turn()
+        await self._take_turn()
         try:
-            return await drive(self._receiving())
+            return await drive(self._receiving(None))
         except EOFError:
             if self._handlers:
                 raise
             raise StopAsyncIteration from None
 
-    def _receiving(self) -> Steps[M]:
+    def _receiving(self, timeout: float | None) -> Steps[M]:
         """Return what the next source gives, as :meth:`receive`."""
+        deadline = Deadline(timeout)
         self._finish()
         while True:
             if not self._handlers:
                 raise EOFError(_NONE_LEFT)
             if not self._ready or self._since_wait >= _FAIR:
-                yield from self._finding_ready()
+                yield from self._finding_ready(deadline if not self._ready else Deadline(None))
+                if not self._ready and self._handlers and deadline.remaining() == 0:
+                    raise TimedOut(f"no source had anything within {timeout} s")
                 continue
             source = self._ready.popleft()
             if source not in self._handlers:
                 continue
             self._since_wait += 1
             handler = self._handlers[source]
-            value = (yield from self._taking(source)) if isinstance(source, Channel) else self._take(source)
+            value = (yield from self._taking(source, timeout != 0)) if isinstance(source, Channel) else self._take(source)
             if value is not _NOTHING:
                 return cast(M, value if handler is None else handler(value))
 
@@ -207,12 +222,16 @@ class Selector(Generic[M]):
             source for fd in wait(list(waitables), deadline.remaining()) if (source := waitables[cast(int, fd)]) not in known
         )
 
-    def _finding_ready(self) -> Steps[None]:
+    def _finding_ready(self, deadline: Deadline) -> Steps[None]:
         """Do as :meth:`_find_ready`, in a task, which is then the one that receives from all channels."""
         for source in list(self._handlers):
             if isinstance(source, Channel):  # while another broker takes over, fileno() would block
-                with contextlib.suppress(BroadcastError):  # which fileno() raises, too
-                    yield from source._opening(Deadline(None))
+                try:
+                    yield from source._opening(deadline)
+                except TimedOut:
+                    raise  # fileno() would block
+                except BroadcastError:
+                    pass  # which fileno() raises, too
         self._find_ready(Deadline(0))
         if self._ready or not self._handlers:
             return
@@ -223,18 +242,20 @@ class Selector(Generic[M]):
             for channel in channels:
                 channel._claim()
                 claimed.append(channel)
-            yield Wait(Deadline(None), IN, *sources, wakers=tuple(channel._tasks for channel in channels))
+            is_ready = yield Wait(deadline, IN, *sources, wakers=tuple(channel._tasks for channel in channels))
         finally:
             for channel in claimed:
                 channel._unclaim()
+        if is_ready:
+            self._find_ready(Deadline(0))
 
-    def _taking(self, channel: Channel[Any]) -> Steps[Any]:
+    def _taking(self, channel: Channel[Any], may_wait: bool) -> Steps[Any]:
         """Do as :meth:`_take`, without blocking."""
         self._ready.append(channel)
         self._last = channel
         channel._claim()
         try:
-            if channel._ownership.keeps_newest:
+            if may_wait and channel._ownership.keeps_newest:
                 return (yield from channel._arriving_newest(0.0, Deadline(None)))
             return (yield from channel._arriving(0.0))
         except TimedOut:

@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.client.channel import Channel
+from mpbroadcast.client.opening import Opening
 from mpbroadcast.client.pipe_ownership import PipeOwnership
 from mpbroadcast.client.publishing import Publishing, closed_error
 from mpbroadcast.client.received import WITH_ID, Received
@@ -185,72 +186,72 @@ class Subscribing(Publishing[M]):
         )
 
     @overload
-    async def asubscribe(
+    def asubscribe(
         self,
         *topics: str,
         with_topic: Literal[False] = False,
         with_id: Literal[False] = False,
         raw: Literal[False] = False,
         **options: Unpack[Options],
-    ) -> Channel[M]: ...
+    ) -> Opening[Channel[M]]: ...
     @overload
-    async def asubscribe(
+    def asubscribe(
         self,
         *topics: str,
         with_topic: Literal[True],
         with_id: Literal[False] = False,
         raw: Literal[False] = False,
         **options: Unpack[Options],
-    ) -> Channel[tuple[str, M]]: ...
+    ) -> Opening[Channel[tuple[str, M]]]: ...
     @overload
-    async def asubscribe(
+    def asubscribe(
         self,
         *topics: str,
         with_topic: bool = False,
         with_id: Literal[True],
         raw: Literal[False] = False,
         **options: Unpack[Options],
-    ) -> Channel[Received[M]]: ...
+    ) -> Opening[Channel[Received[M]]]: ...
     @overload
-    async def asubscribe(
+    def asubscribe(
         self,
         *topics: str,
         with_topic: bool,
         with_id: Literal[False] = False,
         raw: Literal[False] = False,
         **options: Unpack[Options],
-    ) -> Channel[M] | Channel[tuple[str, M]]: ...
+    ) -> Opening[Channel[M] | Channel[tuple[str, M]]]: ...
     @overload
-    async def asubscribe(
+    def asubscribe(
         self, *topics: str, with_topic: bool = False, with_id: bool, raw: Literal[False] = False, **options: Unpack[Options]
-    ) -> Channel[M] | Channel[tuple[str, M]] | Channel[Received[M]]: ...
+    ) -> Opening[Channel[M] | Channel[tuple[str, M]] | Channel[Received[M]]]: ...
     @overload
-    async def asubscribe(
+    def asubscribe(
         self,
         *topics: str,
         with_topic: Literal[False] = False,
         with_id: Literal[False] = False,
         raw: Literal[True],
         **options: Unpack[Options],
-    ) -> Channel[bytes]: ...
+    ) -> Opening[Channel[bytes]]: ...
     @overload
-    async def asubscribe(
+    def asubscribe(
         self,
         *topics: str,
         with_topic: Literal[True],
         with_id: Literal[False] = False,
         raw: Literal[True],
         **options: Unpack[Options],
-    ) -> Channel[tuple[str, bytes]]: ...
+    ) -> Opening[Channel[tuple[str, bytes]]]: ...
     @overload
-    async def asubscribe(
+    def asubscribe(
         self, *topics: str, with_topic: bool = False, with_id: Literal[True], raw: Literal[True], **options: Unpack[Options]
-    ) -> Channel[Received[bytes]]: ...
+    ) -> Opening[Channel[Received[bytes]]]: ...
     @overload
-    async def asubscribe(
+    def asubscribe(
         self, *topics: str, with_topic: bool = False, with_id: bool = False, raw: bool, **options: Unpack[Options]
-    ) -> Channel[Any]: ...
-    async def asubscribe(
+    ) -> Opening[Channel[Any]]: ...
+    def asubscribe(
         self,
         *topics: str,
         overflow: Policy = "block",
@@ -263,11 +264,13 @@ class Subscribing(Publishing[M]):
         group: str | None = None,
         prefetch: int | None = None,
         name: str | None = None,
-    ) -> Channel[Any]:
-        """Do as :meth:`subscribe`, in a task. Cancelled, it leaves no subscription."""
-        return await self._ask(
-            self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, raw, group, prefetch, name)
-        )
+    ) -> Opening[Channel[Any]]:
+        """Do as :meth:`subscribe`, in a task. Cancelled, it leaves no subscription.
+
+        Await the result for the channel, or enter it: ``async with bus.asubscribe("room") as channel`` closes it at the end.
+        """
+        steps = self._subscribing(topics, overflow, capacity, replay, after, with_topic, with_id, raw, group, prefetch, name)
+        return Opening(self._ask(steps), "Broadcaster.asubscribe")
 
     def _subscribing(
         self,

@@ -1,5 +1,6 @@
 """``connect_or_start``: a broker that belongs to no process."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -24,13 +25,17 @@ from mpbroadcast import (
     BrokerLost,
     BrokerRestarted,
     StartError,
+    aconnect_or_start,
     connect,
     connect_or_start,
     start_broadcaster,
     trap_points,
 )
 from tests.support.helpers import DEADLINE, Children, Pipe, answer, finish, kill_broker, rest, wait_until
+from tests.support.loops import LOOPS, Cancelled, made, uvloop_has_its_pipe
 from tests.support.victims import Program, alive, reached
+
+__all__ = ["uvloop_has_its_pipe"]
 
 Bus = Broadcaster[Any]
 SOON = 0.1  # seconds of lingering, where a test waits for the end
@@ -51,6 +56,62 @@ def report_broker(pipe: Connection, address: str = "myapp", linger: float = LATE
     with connect_or_start(address, linger=linger, start_timeout=PATIENCE) as bus:
         pipe.send(bus.stats().pid)
         answer(pipe, 3 * DEADLINE)
+
+
+@pytest.mark.parametrize("name", [*LOOPS, "uvloop"])
+def test_in_tasks(name: str) -> None:
+    """Many tasks at once get the same broker, and the loop runs on while one of them starts it."""
+    loop = made(name)
+    pids: list[int] = []
+
+    async def note_pid() -> None:
+        async with aconnect_or_start("tasks", linger=LATER, start_timeout=PATIENCE) as bus:
+            pids.append((await bus.astats()).pid)
+
+    async def main() -> None:
+        turns = 0
+        tasks = [loop.start(note_pid) for _ in range(5)]
+        while len(pids) < len(tasks):
+            await loop.sleep(0.001)
+            turns += 1
+        assert turns > 5  # a start takes far longer
+        for task in tasks:
+            await task.result()
+        assert len({*pids}) == 1
+        end(pids.pop())
+        with pytest.raises(StartError):
+            await aconnect_or_start("tasks", start_timeout=0)
+        with pytest.raises(AddressError):
+            await aconnect_or_start("absent/folder/broker")
+        with pytest.raises(ValueError, match="linger"):
+            await aconnect_or_start("tasks", linger=-1)
+
+    loop.run(main)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_cancelled_in_a_task(name: str) -> None:
+    """It leaves no descriptor, no process in between, and no broker that stays."""
+    loop = made(name)
+
+    async def start() -> None:
+        async with aconnect_or_start("cancelled", linger=SOON, start_timeout=PATIENCE):
+            pass
+
+    async def main() -> None:
+        await start()
+        before, children = psutil.Process().num_fds(), psutil.Process().children()
+        for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
+            task = loop.start(start)
+            await loop.sleep(delay)
+            task.cancel()
+            with contextlib.suppress(Cancelled):
+                await task.result()
+            assert psutil.Process().children() == children
+            assert psutil.Process().num_fds() == before
+        await start()  # nothing holds the lock
+
+    loop.run(main)
 
 
 def test_fifty_processes_at_once_get_the_same_broker(fork: BaseContext, children: Children) -> None:

