@@ -235,7 +235,8 @@ class Broadcaster(Bridging[M]):
         if process is not None and not self._closed and process.leave():
             if not (self._is_pickled or self._heirs.live()):  # else there may be a process that will connect
                 self._client.ends_broker = True
-            warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, stacklevel=2, source=self)
+            # A recorded warning keeps its source, which must not keep the broker. The lock was allocated where this handle was.
+            warnings.warn(f"{self!r} was dropped without close()", ResourceWarning, stacklevel=2, source=self._closing)
 
     def __repr__(self) -> str:
         return f"<mpbroadcast.Broadcaster at {self.address!r}{', closed' if self._closed else ''}>"

@@ -1,6 +1,7 @@
 """How programs end: forgotten ``close()``, Ctrl-C, unguarded main modules, and what ``close()`` itself promises."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -147,6 +148,18 @@ def test_a_dropped_broadcaster_ends_its_broker(needed_by: str, restart: str, scr
     with Program("-W", "always::ResourceWarning", script(DROPPED), needed_by, restart) as program:
         errors = ends(program, 0, "ended\n" if needed_by == "nothing" else "0\nended\n")
         assert errors.count("was dropped without close()") == 1
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+def test_a_recorded_warning_keeps_no_broker() -> None:
+    """The warning about a handle that was dropped does not keep what it is about."""
+    bus: Broadcaster[Any] = start_broadcaster()
+    pid = bus.stats().pid
+    with pytest.warns(ResourceWarning, match="was dropped without close") as recorded:
+        del bus
+        gc.collect()
+        wait_until(lambda: not alive(pid))
+    assert recorded[0].source is not None  # for tracemalloc
 
 
 INTERRUPTED = """
