@@ -2,5 +2,6 @@
 
 from mpbroadcast.bridge.engine import Engine, EngineRefused
 from mpbroadcast.bridge.link import Bridge, bridge
+from mpbroadcast.client.bridging import BridgeSession, bridge_flushed, bridge_session, forget_bridge
 
-__all__ = ["Bridge", "Engine", "EngineRefused", "bridge"]
+__all__ = ["Bridge", "BridgeSession", "Engine", "EngineRefused", "bridge", "bridge_flushed", "bridge_session", "forget_bridge"]

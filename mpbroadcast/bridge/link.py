@@ -21,6 +21,7 @@ from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, ClosedError, St
 from mpbroadcast.bridge.control import Configuration, Stop
 from mpbroadcast.bridge.engine import EngineRefused, engine_class, shown
 from mpbroadcast.bridge.keys import check_keys
+from mpbroadcast.client.bridging import bridge_flushed, forget_bridge, key_of
 from mpbroadcast.validation import check_bool, check_count, check_outbox, check_stream, check_timeout, check_topics
 
 URL_VARIABLE: Final = "MPBROADCAST_BRIDGE_URL"
@@ -105,7 +106,7 @@ def bridge(
     configuration = Configuration(
         caller=os.getpid(),
         bus=pickle.dumps(bus),
-        bus_key=bus.bridge_key(),
+        bus_key=key_of(bus),
         url=url,
         topics=chosen,
         stream=stream,
@@ -216,7 +217,7 @@ class Bridge:
         end = None if limit is None else time.monotonic() + limit
         if self._process is None:
             raise ClosedError(f"{self!r}: flush() of a closed bridge")
-        positions = self._bus.bridge_flushed(self._stream, timeout=limit)
+        positions = bridge_flushed(self._bus, self._stream, timeout=limit)
         last = positions[0] if positions else 0
         pause = _FIRST_PAUSE
         while positions is not None and positions[1] < last:
@@ -224,7 +225,7 @@ class Bridge:
                 raise TimedOut(f"{limit} s were not enough for {last - positions[1]} message(s) to reach {self._shown}")
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE, 2 * pause)
-            positions = self._bus.bridge_flushed(self._stream)
+            positions = bridge_flushed(self._bus, self._stream)
         if positions is None:
             raise ClosedError(f"{self!r} was closed by another process")
 
@@ -254,7 +255,7 @@ class Bridge:
         with contextlib.suppress(BroadcastError):
             while time.monotonic() < end:
                 try:
-                    self._bus.forget_bridge(self._stream)
+                    forget_bridge(self._bus, self._stream)
                     return
                 except ValueError:  # a bridge is at work: this one, of which the broker has not seen the end, or the next one
                     row = self._bus.stats().bridges.get(self._stream)

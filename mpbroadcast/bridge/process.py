@@ -21,7 +21,7 @@ from mpbroadcast import Broadcaster, BroadcastError, BrokerLost, TimedOut, Versi
 from mpbroadcast.bridge.control import Configuration, Report, State, Stop
 from mpbroadcast.bridge.forwarding import Forwarding
 from mpbroadcast.bridge.timing import BackOff
-from mpbroadcast.client.bridging import BridgeSession
+from mpbroadcast.client.bridging import BridgeSession, bridge_session
 from mpbroadcast.posix.standard_error import StandardError
 
 log = logging.getLogger("mpbroadcast.bridge")
@@ -86,7 +86,7 @@ class Process:
     def _session(self, bus: Broadcaster[Any]) -> BridgeSession | None:
         chosen = self._configuration
         try:
-            return bus.bridge_session(chosen.stream, topics=chosen.topics, overflow=chosen.overflow, capacity=chosen.capacity)
+            return bridge_session(bus, chosen.stream, topics=chosen.topics, overflow=chosen.overflow, capacity=chosen.capacity)
         except (TimedOut, VersionMismatch):
             raise
         except (ValueError, BroadcastError) as error:

@@ -10,6 +10,7 @@ import signal
 import time
 from typing import Final
 
+from mpbroadcast.bridge import forget_bridge
 from mpbroadcast.cli import output
 from mpbroadcast.cli.addressing import reached
 from mpbroadcast.cli.bridge_options import Interrupted, add_bridge_options, interruptibly, linked
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     signals = (signal.SIGINT, signal.SIGTERM)
     with reached(options.address) as bus:
         if options.forget is not None:
-            if bus.forget_bridge(options.forget):
+            if forget_bridge(bus, options.forget):
                 return 0
             raise ValueError(f"the broker at {bus.address!r} keeps nothing for a bridge of the stream {options.forget!r}")
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # and so each waits until it is looked at

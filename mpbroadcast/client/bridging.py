@@ -15,13 +15,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
+from mpbroadcast.client.broadcaster import Broadcaster
 from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient, Session
 from mpbroadcast.client.pipe_reader import ENDED, FLAWS, End, Stream, follow, read_into
 from mpbroadcast.client.pipe_writer import framed
 from mpbroadcast.client.received import WITH_TOPIC
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.client.shared_writer import SHARED_FROM, SharedWriter
-from mpbroadcast.client.subscribing import DEFAULT_CAPACITY, Subscribing
+from mpbroadcast.client.subscribing import DEFAULT_CAPACITY
 from mpbroadcast.client.tasks import drive
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ClosedError, Lagged
@@ -35,9 +36,7 @@ from mpbroadcast.protocol.pickling import PAYLOADS, Failure, as_payload
 from mpbroadcast.protocol.reports import report
 from mpbroadcast.validation import check_count, check_outbox, check_stream, check_timeout, check_topics, encoded_topic
 
-M = TypeVar("M")
 T = TypeVar("T")
-
 BytesLike = bytes | bytearray | memoryview
 
 _NEVER: Final = Deadline(None)
@@ -70,7 +69,7 @@ class Outgoing(NamedTuple):
 
 
 class BridgeSession:
-    """A session of a bridge with its broker, for one asyncio loop. :meth:`Broadcaster.bridge_session` makes it.
+    """A session of a bridge with its broker, for one asyncio loop. :func:`bridge_session` makes it.
 
     Every coroutine may be cancelled at any ``await``: nothing is lost. The methods raise ``BrokerLost`` when the broker has
     gone, or has ended the session, and ``ClosedError`` once it was ended here, or in a process that was forked meanwhile.
@@ -389,59 +388,63 @@ def _not_at_work() -> ClosedError:
     return ClosedError("this session of a bridge is not at work: await turn() first")
 
 
-class Bridging(Subscribing[M]):
-    """The part of a broadcaster that bridges need."""
+def bridge_session(
+    bus: Broadcaster[Any],
+    stream: str,
+    *,
+    topics: Sequence[str] = (),
+    overflow: str = "drop_oldest",
+    capacity: int = DEFAULT_CAPACITY,
+) -> BridgeSession:
+    """Return a session for this stream; make its outbox, if the broker has none. Block until the broker replies.
 
-    def bridge_session(
-        self,
-        stream: str,
-        *,
-        topics: Sequence[str] = (),
-        overflow: str = "drop_oldest",
-        capacity: int = DEFAULT_CAPACITY,
-    ) -> BridgeSession:
-        """Return a session for this stream; make its outbox, if the broker has none. Block until the broker replies.
+    From now on, what is published to ``topics`` (as :meth:`Broadcaster.subscribe` has them; none: all) waits in the outbox: at
+    most ``capacity`` bytes, with what a session has taken and not acknowledged. When it is full, ``"drop_oldest"`` and
+    ``"drop_newest"`` drop messages; ``"block"`` blocks the publishers of these topics. Of several streams with a topic, the
+    first gets its messages. One session at a time is at work: :meth:`BridgeSession.turn`.
 
-        From now on, what is published to ``topics`` (as :meth:`subscribe` has them; none: all) waits in the outbox: at most
-        ``capacity`` bytes, with what a session has taken and not acknowledged. When it is full, ``"drop_oldest"`` and
-        ``"drop_newest"`` drop messages; ``"block"`` blocks the publishers of these topics. Of several streams with a topic, the
-        first gets its messages. One session at a time is at work: :meth:`BridgeSession.turn`.
+    :raises TypeError, ValueError: an argument is not valid.
+    :raises ValueError: the broker has this stream with other topics, ``overflow`` or ``capacity``.
+    :raises BrokerLost, ClosedError: as :meth:`Broadcaster.publish`.
+    """
+    if isinstance(topics, str):
+        raise TypeError("topics must be a sequence of topics and patterns, not one str")
+    check_topics(tuple(topics))
+    check_stream(stream)
+    check_outbox(overflow)
+    check_count(capacity, "capacity", 1)
+    options: dict[str, Any] = {"stream": stream, "topics": list(topics), "overflow": overflow, "capacity": capacity}
+    run(bus._requesting("bridge", **options))
+    return BridgeSession(bus._client, options)
 
-        :raises TypeError, ValueError: an argument is not valid.
-        :raises ValueError: the broker has this stream with other topics, ``overflow`` or ``capacity``.
-        :raises BrokerLost, ClosedError: as :meth:`publish`.
-        """
-        if isinstance(topics, str):
-            raise TypeError("topics must be a sequence of topics and patterns, not one str")
-        check_topics(tuple(topics))
-        check_stream(stream)
-        check_outbox(overflow)
-        check_count(capacity, "capacity", 1)
-        options: dict[str, Any] = {"stream": stream, "topics": list(topics), "overflow": overflow, "capacity": capacity}
-        run(self._requesting("bridge", **options))
-        return BridgeSession(self._client, options)
 
-    def bridge_flushed(self, stream: str, *, timeout: float | None = None) -> tuple[int, int] | None:
-        """Return the last position of a stream, behind all that this handle has published, and the last one up to which all
-        is in the log, or was dropped; ``None`` if the broker does not have this stream.
+def bridge_flushed(bus: Broadcaster[Any], stream: str, *, timeout: float | None = None) -> tuple[int, int] | None:
+    """Return the last position of a stream, behind all that this handle has published, and the last one up to which all is in
+    the log, or was dropped; ``None`` if the broker does not have this stream.
 
-        Block until it has routed that, at most ``timeout`` seconds; less than a second if that is 0.
+    Block until it has routed that, at most ``timeout`` seconds; less than a second if that is 0.
 
-        :raises TimedOut: (a ``TimeoutError``) it took longer, as a full backlog or outbox blocks this handle.
-        :raises BrokerLost, ClosedError: as :meth:`publish`.
-        """
-        limit = check_timeout(timeout)
-        deadline = None if limit is None else Deadline(max(limit, LEAST_TIME))
-        reply = run(self._requesting("bridge flushed", deadline, stream=check_stream(stream), publisher=self._publisher))
-        positions = reply.body["positions"]
-        return None if positions is None else (int(positions[0]), int(positions[1]))
+    :raises TimedOut: (a ``TimeoutError``) it took longer, as a full backlog or outbox blocks this handle.
+    :raises BrokerLost, ClosedError: as :meth:`Broadcaster.publish`.
+    """
+    deadline = None if (limit := check_timeout(timeout)) is None else Deadline(max(limit, LEAST_TIME))
+    reply = run(bus._requesting("bridge flushed", deadline, stream=check_stream(stream), publisher=bus._publisher))
+    positions = reply.body["positions"]
+    return None if positions is None else (int(positions[0]), int(positions[1]))
 
-    def forget_bridge(self, stream: str) -> bool:
-        """Drop all that the broker keeps of a stream: what waits, what came and how far, its row in ``stats()``.
 
-        Return False if there was nothing. Block until the broker replies.
+def forget_bridge(bus: Broadcaster[Any], stream: str) -> bool:
+    """Drop all that the broker keeps of a stream, its row in ``stats()`` included. Block until the broker replies.
 
-        :raises ValueError: a session is at work, or stands by.
-        :raises BrokerLost, ClosedError: as :meth:`publish`.
-        """
-        return bool(run(self._requesting("bridge forget", stream=check_stream(stream))).body["done"])
+    Return False if there was nothing.
+
+    :raises ValueError: a session is at work, or stands by.
+    :raises BrokerLost, ClosedError: as :meth:`Broadcaster.publish`.
+    """
+    return bool(run(bus._requesting("bridge forget", stream=check_stream(stream))).body["done"])
+
+
+def key_of(bus: Broadcaster[Any]) -> bytes:
+    """Return the key by which this process connects to the broker: a bridge's process, which has none, connects by it."""
+    bus._check_open()
+    return bus._client.key()

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeVar
 
-from mpbroadcast.client.bridging import Bridging
 from mpbroadcast.client.broker_client import LEAST_TIME, BrokerClient
+from mpbroadcast.client.naming import named_throughout
 from mpbroadcast.client.pipe_ownership import PipeOwnership, opening_unshared
+from mpbroadcast.client.subscribing import Subscribing
 from mpbroadcast.client.tasks import drive
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerRestarted, TimedOut
@@ -41,7 +42,8 @@ class _Process(Protocol):
     def ending(self, timeout: float | None, *, asked: int, time_left: Callable[[], Steps[float]]) -> Steps[None]: ...
 
 
-class Broadcaster(Bridging[M]):
+@named_throughout
+class Broadcaster(Subscribing[M]):
     """A handle on a broker. :func:`start_broadcaster` and :func:`connect` make it.
 
     A handle can be pickled into any child process of the starter, and used in any number of threads and signal handlers, and
@@ -142,11 +144,6 @@ class Broadcaster(Bridging[M]):
         """Do as :meth:`stats`, in a task."""
         reply = await self._ask(self._requesting("stats"))
         return snapshot(reply.body)
-
-    def bridge_key(self) -> bytes:
-        """Return the key by which this process connects to the broker: a bridge's process, which has none, connects by it."""
-        self._check_open()
-        return self._client.key()
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT) -> None:
         """End the broker, in the process that has started it. Elsewhere, close this handle only; its channels live on.

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
 from mpbroadcast.client.messages import Gap, Messages, OnGap, in_turns
+from mpbroadcast.client.naming import named_throughout
 from mpbroadcast.client.pipe_ownership import OPEN
 from mpbroadcast.client.pipe_reader import NOTHING, Stream
 from mpbroadcast.client.receiving import Receiving
@@ -23,6 +24,7 @@ from mpbroadcast.validation import check_count, check_timeout, check_topics
 M = TypeVar("M")
 
 
+@named_throughout
 class Channel(Receiving[M]):
     """A subscription, in the process of its subscriber. :meth:`Broadcaster.subscribe` makes it.
 

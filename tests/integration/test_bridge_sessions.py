@@ -24,6 +24,7 @@ from mpbroadcast import (
     start_broadcaster,
     trap_points,
 )
+from mpbroadcast.client.bridging import bridge_flushed, bridge_session, forget_bridge
 from mpbroadcast.client.broker_client import BrokerClient
 from mpbroadcast.protocol.frames import HEAD, Arrival, bridge_frame, frame_head
 from mpbroadcast.validation import Policy
@@ -81,11 +82,11 @@ def test_messages_go_from_bus_to_bus(bus: Bus, other: Bus, transport: Size) -> N
                 for _ in range(2):
                     await soon(there.route(state.origin, state.incarnation, first, messages))
                 here.acknowledge(end - 1)
-            wait_until(lambda: bus.bridge_flushed(STREAM) == (4, 4))
+            wait_until(lambda: bridge_flushed(bus, STREAM) == (4, 4))
             assert bus.stats().bridges[STREAM].sent == 4
             wait_until(lambda: other.stats().bridges[STREAM].duplicates == 4)
             assert other.stats().bridges[STREAM].received == 4
-            assert other.bridge_flushed(STREAM) == (0, 0)
+            assert bridge_flushed(other, STREAM) == (0, 0)
 
     asyncio.run(bridge())
     assert [(topic, number_of(message)) for topic, message in take(channel, 4)] == [("a1", 0), ("a2", 1), ("a1", 3), ("a2", 4)]
@@ -103,7 +104,7 @@ def test_a_killed_session_loses_nothing(
     assert answer(pipe[0])[0] == "turn"
 
     async def bridge() -> None:
-        session = bus.bridge_session(STREAM)
+        session = bridge_session(bus, STREAM)
         turn = asyncio.ensure_future(session.turn())
         for number in range(5):
             bus.publish(transport.message(number))
@@ -121,8 +122,8 @@ def test_a_killed_session_loses_nothing(
     asyncio.run(bridge())
     assert [number_of(message) for message in take(channel, 5)] == [*range(5)]
     assert not channel.poll()
-    assert bus.forget_bridge(STREAM)
-    assert not bus.forget_bridge(STREAM)
+    assert forget_bridge(bus, STREAM)
+    assert not forget_bridge(bus, STREAM)
 
 
 def test_one_session_is_at_work(bus: Bus) -> None:
@@ -130,13 +131,13 @@ def test_one_session_is_at_work(bus: Bus) -> None:
 
     async def bridge() -> None:
         async with at_work(bus, topics=["a"]) as (first, _):
-            others = [bus.bridge_session(STREAM, topics=["a"]) for _ in range(3)]
+            others = [bridge_session(bus, STREAM, topics=["a"]) for _ in range(3)]
             turns = [asyncio.ensure_future(one.turn()) for one in others]
             for options in ({}, {"topics": ["a"], "capacity": 5}, {"topics": ["a"], "overflow": "block"}):
                 with pytest.raises(ValueError, match="is there with other"):
-                    bus.bridge_session(STREAM, **options)
+                    bridge_session(bus, STREAM, **options)
             with pytest.raises(ValueError, match="at work"):
-                bus.forget_bridge(STREAM)
+                forget_bridge(bus, STREAM)
             assert (await soon(first.turn())).acknowledged == 0  # a second time, at once
             turns[1].cancel()  # stands by no more
             await asyncio.wait(turns[1:2])
@@ -155,18 +156,18 @@ def test_one_session_is_at_work(bus: Bus) -> None:
     asyncio.run(bridge())
     for wrong in ({"overflow": "latest"}, {"capacity": 0}, {"topics": ["a" * 1025]}):
         with pytest.raises(ValueError, match=r"must be|may have"):
-            bus.bridge_session(STREAM, **wrong)
+            bridge_session(bus, STREAM, **wrong)
     for name in ("", "a b", "x" * 257):
         with pytest.raises(ValueError, match="stream"):
-            bus.bridge_session(name)
+            bridge_session(bus, name)
     with pytest.raises(TypeError):
-        bus.bridge_session(STREAM, topics="a")
+        bridge_session(bus, STREAM, topics="a")
 
 
 def test_outboxes_are_no_subscribers(bus: Bus) -> None:
     """They are in no count of subscriptions, and nothing that waits for channels waits for them."""
-    bus.bridge_session(STREAM)
-    bus.bridge_session("other", topics=["a"])
+    bridge_session(bus, STREAM)
+    bridge_session(bus, "other", topics=["a"])
     assert bus.subscriber_count("a") == 0
     with pytest.raises(TimeoutError):
         bus.wait_for_subscribers(1, timeout=0)
@@ -179,7 +180,7 @@ def test_outboxes_are_no_subscribers(bus: Bus) -> None:
     assert [bridges[name].waiting for name in (STREAM, "other")] == [1, 0]  # one of them, the first, has it
     assert bridges[STREAM].pid is None
     assert (bridges["other"].topics, bridges["other"].state) == (("a",), "down")
-    assert bus.forget_bridge(STREAM)
+    assert forget_bridge(bus, STREAM)
     bus.publish("x", topic="a")
     bus.flush(DEADLINE)
     assert bus.stats().bridges["other"].waiting == 1
@@ -190,9 +191,9 @@ def test_outboxes_are_no_subscribers(bus: Bus) -> None:
 )
 def test_what_a_full_outbox_drops(bus: Bus, overflow: str, first: tuple[int, int], dropped: tuple[int, int]) -> None:
     """Nothing makes the publisher wait, and the positions of what was dropped are known."""
-    bus.bridge_session(STREAM, overflow=overflow, capacity=10 * (len(dumps(bytes(1000), 5)) + 256))
+    bridge_session(bus, STREAM, overflow=overflow, capacity=10 * (len(dumps(bytes(1000), 5)) + 256))
     bus.publish_many([bytes(1000)] * 100, timeout=DEADLINE)
-    assert bus.bridge_flushed(STREAM) == (100, 90 if overflow == "drop_oldest" else 0)
+    assert bridge_flushed(bus, STREAM) == (100, 90 if overflow == "drop_oldest" else 0)
     row = bus.stats().bridges[STREAM]
     assert (row.waiting, row.dropped, row.overflow) == (10, 90, overflow)
     assert row.waiting_bytes <= row.capacity
@@ -207,7 +208,7 @@ def test_what_a_full_outbox_drops(bus: Bus, overflow: str, first: tuple[int, int
                 seen.extend(range(batch.first, batch.first + len(batch.messages)))
                 end = batch.end
                 session.acknowledge(end - 1)
-            wait_until(lambda: bus.bridge_flushed(STREAM) == (100, 100))
+            wait_until(lambda: bridge_flushed(bus, STREAM) == (100, 100))
             assert bus.stats().bridges[STREAM].sent == 10
 
     asyncio.run(bridge())
@@ -218,7 +219,7 @@ def test_what_a_full_outbox_drops(bus: Bus, overflow: str, first: tuple[int, int
 def test_a_full_outbox_that_blocks_makes_its_publishers_wait(bus: Bus) -> None:
     """Also while no session is at work; and no publishers of other topics."""
     channel = bus.subscribe("free")
-    bus.bridge_session(STREAM, topics=["full"], overflow="block", capacity=50_000)
+    bridge_session(bus, STREAM, topics=["full"], overflow="block", capacity=50_000)
     published = fill_outbox(bus)
     assert 30 < len(published) < 600
     with connect(bus.address) as elsewhere:
@@ -405,7 +406,7 @@ def test_a_broker_that_takes_over_routes_nothing_twice(kept: Bus, tmp_path: Path
     messages = [("in", dumps(number)) for number in range(1, 11)]
 
     async def bridge() -> None:
-        session = kept.bridge_session(STREAM)
+        session = bridge_session(kept, STREAM)
         first = await soon(session.turn())
         ends = asyncio.ensure_future(session.closed())
         await soon(session.route(ORIGIN, 7, 1, messages[:5]))
@@ -440,12 +441,12 @@ def test_a_session_that_stands_by_goes_over_to_the_next_broker(kept: Bus) -> Non
 
     async def bridge() -> None:
         async with at_work(kept) as (_, state):
-            standing = kept.bridge_session(STREAM)
+            standing = bridge_session(kept, STREAM)
             turn = asyncio.ensure_future(standing.turn())
             await asyncio.sleep(0.05)
             await asyncio.to_thread(kill_broker, kept)
             assert (await soon(turn)).incarnation == state.incarnation + 1
-            last = kept.bridge_session(STREAM)
+            last = bridge_session(kept, STREAM)
             turn = asyncio.ensure_future(last.turn())
             await asyncio.sleep(0.05)
             await asyncio.to_thread(kept.close, DEADLINE)
@@ -490,7 +491,7 @@ def test_wrong_bytes_end_their_own_session(bus: Bus, wrong: str) -> None:
 
     async def bridge() -> None:
         rude = RudeSession(BrokerClient(bus.address), STREAM)
-        session = bus.bridge_session(STREAM)
+        session = bridge_session(bus, STREAM)
         turn = asyncio.ensure_future(session.turn())
         rude.write(written)
         await soon(turn)
@@ -541,7 +542,7 @@ def test_cancelled_at_any_step_nothing_is_lost(bus: Bus, other: Bus) -> None:
         return await soon(call())
 
     async def bridge() -> None:
-        source, target = bus.bridge_session(STREAM), other.bridge_session(STREAM)
+        source, target = bridge_session(bus, STREAM), bridge_session(other, STREAM)
         state = await often(source.turn)
         await often(target.turn)
         bus.publish_many(((number, bytes(choose.choice([10, 3000, 50_000]))) for number in range(300)), timeout=DEADLINE)

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mpbroadcast import Broadcaster, BroadcastError, BrokerLost
-from mpbroadcast.client.bridging import BridgeSession, BridgeState
+from mpbroadcast.client.bridging import BridgeSession, BridgeState, bridge_session
 from mpbroadcast.client.broker_client import BrokerClient
 from tests.support.helpers import DEADLINE
 
@@ -25,7 +25,7 @@ async def soon(call: Awaitable[Any]) -> Any:
 @contextlib.asynccontextmanager
 async def at_work(bus: Bus, *, forget: bool = True, **options: Any) -> AsyncIterator[tuple[BridgeSession, BridgeState]]:
     """Have a session at work for a block."""
-    session = bus.bridge_session(STREAM, **options)
+    session = bridge_session(bus, STREAM, **options)
     try:
         yield session, await soon(session.turn())
     finally:
@@ -45,7 +45,7 @@ def hold(bus: Bus, pipe: Connection, size: int, options: dict[str, Any]) -> None
     """Be a session in a process of its own: take what makes ``size`` bytes, acknowledge nothing, and wait to be killed."""
 
     async def run() -> None:
-        session = bus.bridge_session(STREAM, **options)
+        session = bridge_session(bus, STREAM, **options)
         state = await session.turn()
         pipe.send(("turn", *state))
         held = 0
@@ -64,7 +64,7 @@ def acknowledge_all(bus: Bus, pipe: Connection) -> None:
     messages it took, whether the broker had ended before it acknowledged them, and ``lost``."""
 
     async def run() -> None:
-        session, count = bus.bridge_session(STREAM), 0
+        session, count = bridge_session(bus, STREAM), 0
         await session.turn()
         pipe.send("turn")
         with contextlib.suppress(EOFError):

@@ -5,13 +5,15 @@ import importlib
 import importlib.util
 import inspect
 import io
+import pickle
 import re
 import tokenize
+from typing import Any, cast
 
 import pytest
 
 import mpbroadcast
-from mpbroadcast import validation
+from mpbroadcast import Broadcaster, Channel, channel_to_selector, validation
 from mpbroadcast.broker import acceptor, routing
 from mpbroadcast.broker.core import history, limits
 from mpbroadcast.client import shared_writer, subscribing
@@ -103,6 +105,32 @@ def test_each_public_name_is_documented() -> None:
         if inspect.isclass(thing) and not issubclass(thing, BaseException):
             public |= {member for member in {**vars(thing), **thing.__annotations__} if not member.startswith("_")}
     assert not public - named
+
+
+def test_dir_shows_what_is_documented(bus: Broadcaster[Any]) -> None:
+    """An object, and its class, have the names in the first column of the table of their section, and no others."""
+    with bus.subscribe() as channel:
+        for thing in (bus, channel, channel_to_selector(channel)):
+            name = type(thing).__name__
+            section = API.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+            spans = re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\|([^|]+)\|", section, flags=re.MULTILINE)))
+            documented = {
+                re.split(r"\W", span)[0] for span in spans if not re.match(r"for$|async|[A-Z]|channel_to_selector", span)
+            }
+            for shown in (dir(thing), dir(type(thing))):
+                assert {one for one in shown if not one.startswith("_")} == documented, name
+
+
+def test_errors_name_the_public_class() -> None:
+    """Also for a method of a part of it."""
+    for call, name in (
+        (Broadcaster.publish, "Broadcaster.publish"),
+        (Channel.recv_many, "Channel.recv_many"),
+        (Channel.close, "Channel.close"),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name}\(\)"):
+            cast(Any, call)()
+        assert pickle.loads(pickle.dumps(call)) is call
 
 
 @pytest.mark.parametrize(
