@@ -13,6 +13,7 @@ from mpbroadcast.client.channel import Channel
 from mpbroadcast.client.tasks import TURN, drive, give_turn
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ClosedError, TimedOut, VersionMismatch
+from mpbroadcast.posix.event_loops import running_loop, warn_of_blocking
 from mpbroadcast.posix.poller import IN
 from mpbroadcast.posix.waiting import Descriptor, Steps, Wait
 from mpbroadcast.validation import check_timeout
@@ -217,10 +218,10 @@ class Selector(Generic[M]):
                 del self._handlers[source]  # closed by its owner
         if not waitables:
             return
-        known = set(self._ready)
-        self._ready.extend(
-            source for fd in wait(list(waitables), deadline.remaining()) if (source := waitables[cast(int, fd)]) not in known
-        )
+        known, seconds = set(self._ready), deadline.remaining()
+        if seconds != 0 and (loop := running_loop()) is not None and not wait(list(waitables), 0):
+            warn_of_blocking(loop)
+        self._ready.extend(source for fd in wait(list(waitables), seconds) if (source := waitables[cast(int, fd)]) not in known)
 
     def _finding_ready(self, deadline: Deadline) -> Steps[None]:
         """Do as :meth:`_find_ready`, in a task, which is then the one that receives from all channels."""

@@ -13,6 +13,7 @@ from array import array
 
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix.descriptors import OwnedDescriptor, fork_lock
+from mpbroadcast.posix.event_loops import running_loop, warn_of_blocking
 from mpbroadcast.posix.poller import is_ready
 
 read, write, readv = os.read, os.write, os.readv
@@ -73,7 +74,12 @@ class PipeEnd(OwnedDescriptor):
         A thread that waits is woken by the broker's closing of the other end: a caller of :meth:`close` requests that.
         """
         fd = self.fd
-        return fd < 0 or is_ready(fd, events, deadline.milliseconds())
+        if fd < 0:
+            return True
+        milliseconds = deadline.milliseconds()
+        if milliseconds != 0 and (loop := running_loop()) is not None and not is_ready(fd, events, 0):
+            warn_of_blocking(loop)
+        return is_ready(fd, events, milliseconds)
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from mpbroadcast.deadline import Deadline
+from mpbroadcast.posix.event_loops import BRIEF, running_loop, warn_of_blocking
 from mpbroadcast.posix.poller import is_any_ready
 
 T = TypeVar("T")
@@ -83,7 +84,12 @@ class Wait:
             time.sleep(deadline.remaining() or 0.0)
             return False
         fds = [source.fileno() for source in self.sources]
-        return min(fds) < 0 or is_any_ready(fds, self.events, self.deadline.milliseconds())
+        if min(fds) < 0:
+            return True
+        milliseconds = self.deadline.milliseconds()
+        if milliseconds != 0 and (loop := running_loop()) is not None:
+            warn_of_blocking(loop, lambda: is_any_ready(fds, self.events, BRIEF))
+        return is_any_ready(fds, self.events, milliseconds)
 
 
 Steps = Generator[Wait, bool, T]
