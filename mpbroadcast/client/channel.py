@@ -311,8 +311,12 @@ class Channel(Receiving[M]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         try:
-            self._ownership.hand_on()
+            passed = self._ownership.hand_on()
         except BroadcastError as error:
             error.channel = self
             raise
-        return Channel, (self._ownership.client, self.id, self._form, self._loaders is PAYLOADS, self._name)
+        arguments = self._ownership.client, self.id, self._form, self._loaders is PAYLOADS, self._name
+        return (Channel, arguments) if passed is None else (Channel, arguments, passed)
+
+    def __setstate__(self, passed: Any) -> None:
+        self._ownership.inherit(passed)
