@@ -266,9 +266,10 @@ class Channel(Receiving[M]):
     def close(self) -> None:
         """Unsubscribe, and close the pipe: what was not received is dropped. It can be called again.
 
-        In the process that has subscribed, a channel that was handed on (pickled, or not open at the fork of a process that
-        lives) stays subscribed for the process that opens it: only this handle is dropped. ``Broadcaster.unsubscribe`` ends it
-        from any process. It blocks until the broker replies, at most 5 seconds, and raises nothing if that does not reply.
+        In the process that has subscribed, a channel that was handed on (pickled; or not open when a child that lives was
+        forked, or was started with it) stays subscribed for the process that opens it: only this handle is dropped.
+        ``Broadcaster.unsubscribe`` ends it from any process. It blocks until the broker replies, at most 5 seconds, and raises
+        nothing if that does not reply.
         """
         run(self._closing())
 
