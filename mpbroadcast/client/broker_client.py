@@ -106,7 +106,7 @@ class BrokerClient:
         self._session_lock = locks.rlock()  # makes each change of it one step, also without the GIL
         # Ids of subscriptions that no handle refers to any more, until a reply shows that the broker has dropped them.
         self.dropped: set[int] = _dropped.setdefault(broker, set()) if broker else set()
-        # Subscriptions that only these processes, forked from this one, can still open.
+        # Subscriptions that only these descendants of this process can still open.
         self.inherited: dict[int, Descendants] = _inherited.setdefault(broker, {}) if broker else {}
         self.ends_broker = False  # True if the broker is to end with this session, as no other process needs it
         self._noted: set[int] = set()  # dropped subscriptions whose notes were sent since the last reply
@@ -315,7 +315,7 @@ class BrokerClient:
     def leave_to(self, processes: Descendants, subscription: int) -> None:
         """Drop a subscription when none of these processes, which can still open it, lives any more."""
         if not self._is_broker_gone:
-            self.inherited[subscription] = processes.until_now()
+            self.inherited[subscription] = processes
 
     @property
     def _is_broker_gone(self) -> bool:
@@ -331,7 +331,7 @@ class BrokerClient:
 
     def _drop_inherited(self) -> None:
         for subscription, processes in self.inherited.copy().items():  # one step: a finaliser may add to it at any time
-            if not processes.live():
+            if not processes.live(subscription):
                 self.dropped.add(subscription)
                 self.inherited.pop(subscription, None)
 

@@ -279,9 +279,10 @@ class Channel(Receiving[M]):
     def close(self) -> None:
         """Unsubscribe, and close the pipe: what was not received is dropped. It can be called again.
 
-        In the process that has subscribed, a channel that was handed on (pickled, or not open at the fork of a process that
-        lives) stays subscribed for the process that opens it: only this handle is dropped. ``Broadcaster.unsubscribe`` ends it
-        from any process. It blocks until the broker replies, at most 5 seconds, and raises nothing if that does not reply.
+        In the process that has subscribed, a channel that was handed on (pickled; or not open when a child that lives was
+        forked, or was started with it) stays subscribed for the process that opens it: only this handle is dropped.
+        ``Broadcaster.unsubscribe`` ends it from any process. It blocks until the broker replies, at most 5 seconds, and raises
+        nothing if that does not reply.
         """
         run(self._closing())
 
@@ -324,8 +325,12 @@ class Channel(Receiving[M]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         try:
-            self._ownership.hand_on()
+            passed = self._ownership.hand_on()
         except BroadcastError as error:
             error.channel = self
             raise
-        return Channel, (self._ownership.client, self.id, self._form, self._loaders is PAYLOADS, self._name)
+        arguments = self._ownership.client, self.id, self._form, self._loaders is PAYLOADS, self._name
+        return (Channel, arguments) if passed is None else (Channel, arguments, passed)
+
+    def __setstate__(self, passed: Any) -> None:
+        self._ownership.inherit(passed)

@@ -3,8 +3,9 @@
 - The first process that opens a subscription is its owner; the broker decides. Opening takes two requests: ``open``, whose
   reply has the pipe, and ``opened``, which confirms it. So an interrupted opening leaves the subscription unopened: a pipe that
   was not confirmed is confirmed, or requested anew, by the next call.
-- A subscription that this process has made can be opened by another one if it was pickled, or if a process was forked since and
-  lives. Then closing, or dropping, this handle does not end it.
+- A subscription that this process has made can be opened by another one if a descendant that may have it lives: one that was
+  forked since, or that was started with it among its arguments. Pickled otherwise, by this process or a descendant, it can be
+  opened by any process. Then closing, or dropping, this handle does not end it.
 - When a broker has died and another one takes over, the old pipe is kept as ``_former`` until what was read from it is done.
 - The lock is held while a thread asks the broker, so another one waits for it until its own deadline, and never under the
   channel's lock. ``close_pipe`` does not take it: a close does not wait for the broker's reply to another thread, and ``_move``
@@ -32,8 +33,8 @@ from mpbroadcast.client.reports import Reports
 from mpbroadcast.client.shared_reader import SharedReader
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.errors import BroadcastError, BrokerLost, ChannelInUse, ClosedError, TimedOut, VersionMismatch
-from mpbroadcast.posix import locks
-from mpbroadcast.posix.descriptors import Descendants, descendants, on_fork
+from mpbroadcast.posix import locks, starting
+from mpbroadcast.posix.descriptors import Descendants, WriteEnd, descendants, on_fork, write_end_of_fork
 from mpbroadcast.posix.pipes import PipeEnd
 from mpbroadcast.posix.shared_memory import available
 from mpbroadcast.posix.waiting import Steps, Wait, run
@@ -77,8 +78,10 @@ class PipeOwnership:
         self._owner = 0  # the PID of another process that has opened it, as far as this process knows
         # Which process may open it; independent of the state, until this process has: then no other one can.
         self._is_subscriber = is_subscriber  # this process has subscribed
-        self._is_pickled = False  # another process may have it that was not forked from this one
+        self._is_pickled = False  # a process may have it that is not known to be a descendant of the subscriber
         self._heirs = descendants()  # processes that were forked from this one
+        self._started = Descendants()  # processes that were started with it among their arguments
+        self._life: WriteEnd | None = None  # held by a descendant: by it the subscriber sees that this process lives
         self._new_locks()
         on_fork(self, PipeOwnership._in_child)
 
@@ -185,7 +188,8 @@ class PipeOwnership:
         if self._attempt is not attempt:
             return
         if reply.body["opened"]:
-            self._heirs, self._is_pickled = Descendants(), False
+            self.release_heirs()
+            self._is_pickled = False
             self._move(OPEN)
             return
         self.pipe = None
@@ -221,18 +225,40 @@ class PipeOwnership:
 
     # --- handing on and closing
 
-    def hand_on(self) -> None:
-        """Note that the channel is being pickled, for another process, or raise ClosedError or ChannelInUse."""
+    def hand_on(self) -> Any:
+        """Prepare for being pickled, for another process, or raise ClosedError or ChannelInUse.
+
+        Return what is to be pickled with the channel, for :meth:`inherit`; None if nothing is.
+        """
         if self.is_closed:
             raise self.closed_error()
         if self.state is not UNOPENED:
             raise _in_use(self._owner or os.getpid())
+        start = starting.current()
+        if start is not None and self._is_subscriber:
+            if (child := start.new_child()) is not None:
+                end, passed = child
+                self._started.ends[end] = None
+                return passed
+        elif start is not None and self._life is not None:
+            if (passed := start.pass_on(self._life)) is not None:
+                return passed
+        elif self._life is not None and not self._is_pickled:
+            self._life.report(self.subscription)
         self._is_pickled = True
+        return None
+
+    def inherit(self, passed: Any) -> None:
+        """Take over what :meth:`hand_on` returned in the process that has started this one."""
+        self._life = starting.inherit(passed)
 
     @property
     def can_be_opened_elsewhere(self) -> bool:
         """True if this process has subscribed, and another one may open the channel."""
-        return self._is_subscriber and (self._is_pickled or self._heirs.live())
+        if not self._is_subscriber:
+            return False
+        heirs, started = self._heirs.live(self.subscription), self._started.live(self.subscription)
+        return self._is_pickled or heirs or started
 
     @property
     def is_only_openable_here(self) -> bool:
@@ -269,7 +295,8 @@ class PipeOwnership:
 
     def release_heirs(self) -> None:
         """Close the descriptors that show which processes could open the channel: none can any more."""
-        self._heirs = Descendants()
+        self._heirs, self._started = Descendants(), Descendants()
+        starting.release_started()
 
     def drop(self) -> None:
         """End the subscription from a finaliser, unless another process has it or can open it."""
@@ -285,11 +312,13 @@ class PipeOwnership:
 
     def _leave_to_heirs(self) -> None:
         if not (self._is_pickled or self._owner):
-            self.client.leave_to(self._heirs, self.subscription)
+            self.client.leave_to(self._heirs.until_now(self._started), self.subscription)
 
     def _in_child(self) -> None:
         self._new_locks()
         self._attempt = None
+        if self._is_subscriber:
+            self._life = write_end_of_fork()
         self._is_subscriber = False
         if self.pipe is not None or self._former is not None:
             owner = os.getppid()

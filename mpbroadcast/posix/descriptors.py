@@ -4,27 +4,30 @@ An object that owns a descriptor has a hook, and gets it under the lock that ``o
 inherited copies, whatever another thread was doing at the moment of the fork. Nothing blocks under this lock. It is acquired
 before all hooks and released after them by functions in C: an interrupt at the start of a hook in Python skips that hook.
 
-Whether a process that was forked from this one may still live is seen at a pipe: each fork has one of its own, whose write end
-only the new process, and what that forks, keeps for as long as it lives. The pipe is made before the fork; afterwards the
-parent closes the write end, and the child the read end.
+Whether a descendant of this process may still live is seen at a pipe: each child has its own, whose write end only the child,
+and the processes that it passes the write end on to, keep for as long as they live. A fork's pipe is made before the fork;
+afterwards the parent closes the write end, and the child the read end. ``starting.py`` has those of ``spawn`` and
+``forkserver``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from operator import methodcaller
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from mpbroadcast.posix import locks
-from mpbroadcast.posix.poller import is_ready
+from mpbroadcast.posix.poller import IN, is_ready
 
 T = TypeVar("T")
 Hook = Callable[[Any], None]
@@ -45,6 +48,7 @@ class _Forks:
 _forks = _Forks()
 _NO_LOCK: Final = contextlib.nullcontext()
 _PAUSE: Final = 0.001  # seconds
+_PIPE_SIZE: Final = 1 << 16  # bytes
 
 
 def on_fork(owner: T, in_child: Callable[[T], None]) -> None:
@@ -124,26 +128,86 @@ def duplicate(fd: int) -> OwnedDescriptor:
         return OwnedDescriptor(os.dup(fd))
 
 
-class Descendants:
-    """The processes that are forked from now on, and those that they fork, if :func:`descendants` returns it."""
+class WriteEnd(NamedTuple):
+    """The end of a child's pipe that the child keeps for life: a number only, as nothing closes it before the process ends.
 
-    __slots__ = ("__weakref__", "ends")
+    A program may close all descriptors that it does not know. So the inode shows whether the number is still this pipe's.
+    """
+
+    fd: int
+    inode: int
+
+    @classmethod
+    def of(cls, fd: int) -> WriteEnd:
+        return cls(fd, os.fstat(fd).st_ino)
+
+    @property
+    def is_open(self) -> bool:
+        try:
+            found = os.fstat(self.fd)
+        except OSError:
+            return False
+        return stat.S_ISFIFO(found.st_mode) and found.st_ino == self.inode
+
+    def report(self, subscription: int) -> None:
+        """Report to the reader that this channel may be opened by a process that does not hold the write end."""
+        if self.is_open:
+            with contextlib.suppress(OSError):  # the reader has ended; or it has not read thousands of reports
+                os.set_blocking(self.fd, False)
+                os.write(self.fd, array("q", (subscription,)))
+
+
+class ReadEnd(OwnedDescriptor):
+    """The end of a child's pipe that the parent keeps, to see whether the child, or a descendant of it, may still live."""
+
+    __slots__ = ("_reports",)
+
+    def __init__(self, fd: int) -> None:
+        self._reports: list[bytes] = []
+        super().__init__(fd)
+
+    def has_ended(self) -> bool:
+        """Return True if no process holds the write end any more."""
+        # Poll and read under one lock, as a read by another thread in between would let this one block.
+        with fork_lock():
+            if self.fd >= 0 and is_ready(self.fd, IN, 0):
+                self._reports.extend(map(os.read, (self.fd,), (_PIPE_SIZE,)))  # one step: an interrupt loses nothing
+        return self.fd < 0 or (bool(self._reports) and not self._reports[-1])
+
+    @property
+    def reports(self) -> array[int]:
+        """The subscriptions reported by :meth:`WriteEnd.report`."""
+        return array("q", b"".join(self._reports))
+
+
+class Descendants:
+    """Processes below this one that may open a channel: those forked from now on, if :func:`descendants` returns it.
+
+    ``subscription`` is the channel's. One that a descendant pickled for an unknown process may be opened as long as any process
+    lives.
+    """
+
+    __slots__ = ("__weakref__", "ends", "reported")
 
     def __init__(self) -> None:
-        self.ends: dict[OwnedDescriptor | None, None] = {}  # of each fork's pipe; None: no descriptor was left for it
+        self.ends: dict[ReadEnd | None, None] = {}  # of each child's pipe; None: no descriptor was left for it
+        self.reported: set[int] = set()
 
-    def until_now(self) -> Descendants:
-        """Return the same processes, without those that are forked later."""
+    def until_now(self, *others: Descendants) -> Descendants:
+        """Return the same processes and those of ``others``, without those that are forked later."""
         made = Descendants()
-        made.ends.update(self.ends)
+        for one in (self, *others):
+            made.ends.update(one.ends)
+            made.reported.update(one.reported)
         return made
 
-    def live(self) -> bool:
-        """Return True if one of them may live."""
+    def live(self, subscription: int = 0) -> bool:
+        """Return True if one of them, or a process that one of them has pickled the channel for, may live."""
         for end in list(self.ends):
-            if end is not None and (end.fd < 0 or is_ready(end.fd, 0, 0)):
+            if end is not None and end.has_ended():
+                self.reported.update(end.reports)
                 self.ends.pop(end, None)  # a descriptor is closed when nothing refers to it any more
-        return bool(self.ends)
+        return bool(self.ends) or subscription in self.reported
 
 
 class _Pipes:
@@ -166,7 +230,7 @@ class _Pipes:
         ends, self.ends = self.ends, ()
         if ends:
             os.close(ends[1])  # first: as long as it is open here, all seem to live
-        end = OwnedDescriptor(ends[0]) if ends else None
+        end = ReadEnd(ends[0]) if ends else None
         self.before.add(self.next)
         self.next = Descendants()
         for one in list(self.before):
@@ -186,6 +250,11 @@ _pipes = _Pipes()
 def descendants() -> Descendants:
     """Return those of this process from now on."""
     return _pipes.next
+
+
+def write_end_of_fork() -> WriteEnd | None:
+    """Return the write end of this process's pipe, in a function that :func:`on_fork` calls; None if there is none."""
+    return WriteEnd.of(_pipes.ends[1]) if _pipes.ends else None
 
 
 def without_heirs(call: Callable[[], None]) -> None:
