@@ -84,12 +84,14 @@ def _candidates_of(name: str) -> Candidates:
     for folder, what, prefix in _folders():
         is_own = is_own_folder(folder)
         path = os.path.join(folder, prefix + name)
-        exists = os.path.lexists(folder)
+        exists = _is_there(folder)
         problem = _folder_problem(folder, what, follow_links=not is_own) if exists else ""
-        problem = problem or address_problem(path)
+        advice = "correct that, or pass the path of a socket"
+        if not problem and (problem := address_problem(path)):
+            advice = "use a shorter name, or pass a shorter path of a socket"
         if not found.made and (exists or is_own):
             if problem:
-                raise AddressError(f"{problem}: correct that, or pass the path of a socket")
+                raise AddressError(f"{problem}: {advice}")
             found.made = path
         if problem:
             found.refused.append(problem)
@@ -140,6 +142,17 @@ def remove_own_folder() -> None:
     """Remove the folder of names if it is empty. The caller holds its lock."""
     with contextlib.suppress(OSError):
         os.rmdir(_own_folder())
+
+
+def _is_there(folder: str) -> bool:
+    """Return False if there is no such folder; True if that cannot be seen: then it cannot be used, either."""
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _folder_problem(folder: str, what: str, *, follow_links: bool = False) -> str:
