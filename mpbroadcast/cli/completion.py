@@ -110,8 +110,9 @@ def fish(words: Words) -> str:
         for option, action in options.items():
             name = f"-l {option[2:]}" if option.startswith("--") else f"-s {option[1:]}"
             shown = (action.help or "").replace("\\", "\\\\").replace("'", "\\'")
-            lines.append(f"complete -c mpbroadcast -n '{only}' {name} -d '{shown}'")
-    command = f"__fish_complete_subcommand --fcs-skip=2 {' '.join(_with_value(words['run']))}"
+            value = " -r" if action.nargs is None else ""
+            lines.append(f"complete -c mpbroadcast -n '{only}' {name}{value} -d '{shown}'")
+    command = f"__fish_complete_subcommand --fcs-skip=2 - {' '.join(_with_value(words['run']))}"  # -: ends its own options
     lines.append(f"complete -c mpbroadcast -n '__fish_seen_subcommand_from run' -x -a '({command})'")
     return "".join(f"{line}\n" for line in lines)
 
