@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NoReturn
 
 _CUTOFF: Final = 0.5  # similarity from which a word is suggested
+_CLOSE: Final = 0.75  # the same where the word may be right, but in the wrong place
 _SIZE: Final = re.compile(r"(\d+)([KMG]?)(?:i?B)?", re.IGNORECASE)
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -30,17 +31,18 @@ class Parser(argparse.ArgumentParser):
         """Parse the command's words. Options may stand before, between and after the other words."""
         own, command = self._split(words) if self.takes_command else ([*words], [])
         end = own.index("--") if "--" in own else len(own)
+        # Words of the command may have become values of an option, but not where -- separates them.
+        mixed = own if self.takes_command and len(own) + len(command) == len(words) else []
         for word in own[:end]:
             if word.startswith("--") and " " not in word and not self._actions_of(word):
-                self._refuse(word)
+                self._refuse(word, mixed)
         options, extra = self.parse_known_intermixed_args(own)
         if extra:
-            self._refuse(extra[0])
+            self._refuse(extra[0], mixed)
         if self.takes_command:
             if not command:
-                self.error(
-                    "no COMMAND: give it after the options, and put -- before it if the last option takes several values"
-                )
+                greedy = self._greedy_before(mixed)
+                self.error("no COMMAND: give it after the options" if greedy is None else f"no COMMAND: {_separate(greedy)}")
             options.arguments = command
         return options
 
@@ -68,11 +70,28 @@ class Parser(argparse.ArgumentParser):
             return []
         return [action for option, action in self._option_string_actions.items() if option.startswith(name)]
 
-    def _refuse(self, word: str) -> NoReturn:
+    def _refuse(self, word: str, mixed: Sequence[str]) -> NoReturn:
+        """End with a usage error. ``mixed`` are the words in which those of the command to run may be, too."""
         if not word.startswith("-"):
             self.error(f"unrecognized arguments: {word}")
         name = word.partition("=")[0]
-        self.error(f"unrecognized arguments: {name}{suggestion(name, self._option_string_actions)}")
+        greedy = self._greedy_before(mixed[: mixed.index(word)]) if word in mixed else None
+        if greedy is None:
+            self.error(f"unrecognized arguments: {name}{suggestion(name, self._option_string_actions)}")
+        near = suggestion(name, self._option_string_actions, _CLOSE)
+        if_ = " If" if near else "; if"
+        self.error(f"unrecognized arguments: {name}{near}{if_} it belongs to COMMAND, {_separate(greedy)}")
+
+    def _greedy_before(self, words: Sequence[str]) -> str | None:
+        """Return the last option in ``words`` if it takes all words that follow."""
+        name = next((word for word in reversed(words) if word.startswith("-")), "")
+        actions = self._actions_of(name)
+        is_greedy = len(actions) == 1 and "=" not in name and actions[0].nargs == argparse.ONE_OR_MORE
+        return actions[0].option_strings[0] if is_greedy else None
+
+
+def _separate(greedy: str) -> str:
+    return f"put -- before COMMAND, because {greedy} takes every word up to the next option"
 
 
 def _values_of(action: argparse.Action, words: Sequence[str]) -> int:
@@ -86,9 +105,9 @@ def _values_of(action: argparse.Action, words: Sequence[str]) -> int:
     return 0
 
 
-def suggestion(word: str, words: Iterable[str]) -> str:
+def suggestion(word: str, words: Iterable[str], cutoff: float = _CUTOFF) -> str:
     """Return the end of an error message that names the most similar word, or nothing if none is similar."""
-    near = difflib.get_close_matches(word, [*words], n=1, cutoff=_CUTOFF)
+    near = difflib.get_close_matches(word, [*words], n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -72,7 +72,7 @@ def default_candidates(address: Any) -> Candidates:
         address = os.environ.get(VARIABLE)
         if not address:
             raise AddressError(
-                f"there is no address: pass one, or set ${VARIABLE}, as `mpbroadcast run -- COMMAND` does for its command"
+                f"there is no address: pass one, or set ${VARIABLE}, as `mpbroadcast run COMMAND` does for its command"
             )
     return candidates(address)
 

@@ -48,9 +48,16 @@ def test_bench_prints_its_figures() -> None:
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
 def test_fish_completes(tmp_path: Path) -> None:
-    """Commands, options with their help, and only those of the command."""
+    """Commands, options with their help, and only those of the command; the command of ``run``, as the shell completes it."""
     script = subprocess.run([*COMMAND, "completion", "fish"], capture_output=True, text=True, check=True).stdout
-    for line, expected in (("mpbroadcast st", ["stats"]), ("mpbroadcast pub --nu", ["--null"]), ("mpbroadcast top --nu", [])):
+    assert "-l restart" not in script  # a hidden option
+    for line, expected in (
+        ("mpbroadcast st", ["stats"]),
+        ("mpbroadcast pub --nu", ["--null"]),
+        ("mpbroadcast top --nu", []),
+        ("mpbroadcast run --no-restart --address x unam", ["uname"]),
+        ("mpbroadcast run -- unam", ["uname"]),
+    ):
         shell = ["fish", "--no-config", "-c", f"{script}\ncomplete -C '{line}'"]
         home = os.environ | {"HOME": str(tmp_path)}
         done = subprocess.run(shell, capture_output=True, text=True, check=True, env=home)
@@ -59,7 +66,7 @@ def test_fish_completes(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
 def test_zsh_completes(tmp_path: Path) -> None:
-    """Commands and options, with the tabulator key of an interactive shell."""
+    """Commands, options and the command of ``run``, with the tabulator key of an interactive shell."""
     script = subprocess.run([*COMMAND, "completion", "zsh"], capture_output=True, text=True, check=True).stdout
     (tmp_path / "script").write_text(script)
     ours, theirs = pty.openpty()
@@ -68,7 +75,11 @@ def test_zsh_completes(tmp_path: Path) -> None:
     os.close(theirs)
     try:
         os.write(ours, b"autoload -Uz compinit; compinit -u -d dump; source ./script\n")
-        for typed, expected in ((b"mpbroadcast sta\t", b"mpbroadcast stats "), (b"\x15mpbroadcast pub --nu\t", b"pub --null ")):
+        for typed, expected in (
+            (b"mpbroadcast sta\t", b"mpbroadcast stats "),
+            (b"\x15mpbroadcast pub --nu\t", b"pub --null "),
+            (b"\x15mpbroadcast run --history 1 unam\t", b"run --history 1 uname "),
+        ):
             os.write(ours, typed)
             shown, deadline = b"", time.monotonic() + DEADLINE
             while expected not in shown:

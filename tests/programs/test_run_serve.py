@@ -80,6 +80,40 @@ def test_run_reports_a_broker_lost_for_good_at_once(status: int, expected: int) 
         assert program.end() == (expected, "", "")
 
 
+# One broker after the other, until no other one is started.
+KILLS_EACH = """
+import os, sys
+from mpbroadcast import connect
+with connect() as bus:
+    killed = []
+    while len(killed) < 5:
+        pid = bus.stats().pid
+        if pid not in killed:
+            os.kill(pid, 9)
+            killed.append(pid)
+print(sys.stdin.readline().strip(), flush=True)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, 1), (3, 3)])
+def test_run_reports_brokers_that_die_again_and_again(status: int, expected: int) -> None:
+    """Each but the last is replaced; then there is one line, at once, and the command continues."""
+    reader, writer = os.pipe()
+    command = (*MAIN, "run", sys.executable, "-c", KILLS_EACH, str(status))
+    with open(reader) as stdin, open(writer, "w") as line, Program(*command, stdin=stdin) as program:
+        assert program.process.stderr
+        errors = []
+        while not errors or not errors[-1].startswith("mpbroadcast: "):
+            errors.append(program.process.stderr.readline())
+            assert errors[-1], errors
+        assert "is lost; the command continues without it" in errors[-1]
+        assert sum("another one is started" in error for error in errors) == 4
+        assert sum("it is given up" in error for error in errors) == 1
+        print("continues", file=line, flush=True)
+        assert program.end() == (expected, "continues\n", "")
+
+
 def test_three_terminals(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``serve``, ``sub`` and ``pub`` meet without a name; without a broker the error names the command that starts one."""
     monkeypatch.delenv("MPBROADCAST_ADDRESS", raising=False)

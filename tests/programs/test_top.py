@@ -106,7 +106,7 @@ def test_top_on_a_terminal(bus: Bus) -> None:
         lines = terminal.wait_for(lambda lines: len(lines) == 24 and "1-" in lines[-1])
         assert max(map(len, lines)) <= 80
         assert "500 subscriptions (500 not open), 1 publishers" in lines[1]
-        assert re.search(r"\(unopened\).* room:123 +oldest .*k/10k +\d\d$", rows_of(lines)[0])
+        assert re.search(r"\(unopened\).* room:123 +drop_oldest .*k/10k +\d\d$", rows_of(lines)[0])
         assert any("WAITS FOR" in line for line in lines)
         terminal.press("t")
         rows = rows_of(terminal.wait_for(lambda lines: "by TOPICS" in lines[-1]))

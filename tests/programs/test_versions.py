@@ -35,17 +35,17 @@ for connect in (mpbroadcast.connect, mpbroadcast.connect_or_start):
     except (ConnectionError, ValueError) as error:
         print(type(error).__name__, error)
 """
-# The package is upgraded once this process has imported it.
+# The package is upgraded once this process has imported its modules, which the first name does.
 UPGRADES = """
 import multiprocessing, pathlib, sys
 
 sys.path.insert(0, sys.argv[1])
-import mpbroadcast
+from mpbroadcast import start_broadcaster
 
 path = pathlib.Path(sys.argv[1], "mpbroadcast/protocol/version.py")
 path.write_text(path.read_text().replace("PROTOCOL: Final = 1", "PROTOCOL: Final = 22"))
 try:
-    mpbroadcast.start_broadcaster(context=multiprocessing.get_context("spawn"))
+    start_broadcaster(context=multiprocessing.get_context("spawn"))
 except Exception as error:
     print(type(error).__name__, error)
 """

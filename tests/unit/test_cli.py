@@ -448,19 +448,86 @@ def test_each_help_fits_a_screen(capsys: pytest.CaptureFixture[str], monkeypatch
             assert [one for one in main.COMMANDS if not re.search(rf"^ +{one} ", text, re.MULTILINE)] == []
 
 
+# Words as bash splits them, the last of which is completed.
+COMPLETED = [
+    ("mpbroadcast st", "stats"),
+    ("mpbroadcast sub --t", "--timeout"),
+    ("mpbroadcast pub x", ""),
+    ("mpbroadcast run --no", "--no-restart"),
+    ("mpbroadcast run --res", ""),  # hidden
+    ("mpbroadcast run --topi", "--topics"),
+    ("mpbroadcast run no_such", "no_such_command"),
+    ("mpbroadcast run --history 1 --address = x no_such", "no_such_command"),
+    ("mpbroadcast run --bridge redis : //db/0 no_such", "no_such_command"),
+    ("mpbroadcast run --bridge no_such", "no_such_command"),
+    ("mpbroadcast run --topics a no_such", ""),
+    ("mpbroadcast run --topics a b -- no_such", "no_such_command"),
+    ("mpbroadcast run --history no_such", ""),
+]
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_each_option_is_completed(shell: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Of each command; bash completes with the script."""
+    """Of each command; bash completes with the script, also the command of ``run``."""
     assert main.main(["completion", shell]) == 0
     script = capfd.readouterr().out
-    fish = ("-l timeout -d 'end", "-s 0 -d")
+    fish = ("-l timeout -r -d 'end", "-s 0 -d")
     for word in (*main.COMMANDS, *(fish if shell == "fish" else ("--timeout",)), "interval", "prometheus"):
         assert word in script
     if shell == "bash":
-        for words, position in (("mpbroadcast st", 1), ("mpbroadcast sub --t", 2), ("mpbroadcast pub x", 2)):
-            script += f'COMP_WORDS=({words}); COMP_CWORD={position}; _mpbroadcast; echo "${{COMPREPLY[@]}}"\n'
+        script += "no_such_command() { :; }\n"
+        for words, _ in COMPLETED:
+            script += f'COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _mpbroadcast; echo "${{COMPREPLY[@]}}"\n'
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines() == ["stats", "--timeout", ""]
+        assert dict(zip((words for words, _ in COMPLETED), done.stdout.splitlines(), strict=True)) == dict(COMPLETED)
+
+
+TOOK = "put -- before COMMAND, because --topics takes every word up to the next option"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("--topics a b uvicorn app:app --workers 4", f"unrecognized arguments: --workers; if it belongs to COMMAND, {TOOK}"),
+        ("--topics a b uvicorn app:app -w 4", f"unrecognized arguments: -w; if it belongs to COMMAND, {TOOK}"),
+        ("--topics a b uvicorn app:app", f"no COMMAND: {TOOK}"),
+        (
+            "--topics a b --histroy 1 true",
+            f"unrecognized arguments: --histroy; did you mean --history? If it belongs to COMMAND, {TOOK}",
+        ),
+        ("--topics a b --histroy -- true", "unrecognized arguments: --histroy; did you mean --history?"),
+        ("--histroy 1 true", "unrecognized arguments: --histroy; did you mean --history?"),
+        ("--history 1", "no COMMAND: give it after the options"),
+        ("--topics a b --", "no COMMAND: give it after the options"),
+    ],
+)
+def test_a_command_that_an_option_took(words: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``run`` names ``--`` if ``--topics`` may have taken words of the command, and only then."""
+    with pytest.raises(SystemExit) as ended:
+        main.main(["run", *words.split()])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"mpbroadcast run: error: {error}"
+
+
+SIZES = {"65536": 1 << 16, "64K": 1 << 16, "64k": 1 << 16, "64M": 1 << 26, "64MiB": 1 << 26, "64MB": 1 << 26, "2G": 1 << 31}
+
+
+@pytest.mark.parametrize("text", SIZES)
+@pytest.mark.parametrize("command", [("bridge",), ("serve", "--bridge"), ("run", "--bridge")])
+def test_sizes_of_a_bridge(text: str, command: tuple[str, ...]) -> None:
+    """``--capacity`` and ``--max-bytes`` are bytes, or a number with a power of 1024."""
+    words = [*command, "--capacity", text, f"--max-bytes={text}", *(["true"] if command[0] == "run" else [])]
+    options, _ = main.parse(words)
+    assert (options.capacity, options.max_bytes) == (SIZES[text], SIZES[text])
+
+
+@pytest.mark.parametrize("text", ["", "M", "64 M", "1.5M", "-1", "64T", "0x10"])
+@pytest.mark.parametrize("option", ["--capacity", "--max-bytes"])
+def test_a_wrong_size(text: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.parse(["bridge", f"{option}={text}"])
+    assert ended.value.code == 2
+    assert f"argument {option}: {text!r} is not a size in bytes, such as 65536, 64K or 1M" in capsys.readouterr().err
 
 
 def test_the_picture_of_top_is_that_of_today() -> None:
@@ -470,3 +537,4 @@ def test_the_picture_of_top_is_that_of_today() -> None:
         for column in columns:
             assert column.title in texts
     assert "q quit  / filter  r reverse" in texts
+    assert " drop_oldest " in texts
