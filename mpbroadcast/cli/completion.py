@@ -1,4 +1,8 @@
-"""Print the script that completes this command in a shell: bash, zsh or fish."""
+"""Print the completion script for a shell: bash, zsh or fish.
+
+bash: add 'source <(mpbroadcast completion bash)' to ~/.bashrc. zsh: the same with zsh in ~/.zshrc, after compinit. fish: write
+it to ~/.config/fish/completions/mpbroadcast.fish.
+"""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_run_reports_brokers_that_die_again_and_again(status: int, expected: int
     command = (*MAIN, "run", sys.executable, "-c", KILLS_EACH, str(status))
     with open(reader) as stdin, open(writer, "w") as line, Program(*command, stdin=stdin) as program:
         assert program.process.stderr
-        errors = []
+        errors: list[str] = []
         while not errors or not errors[-1].startswith("mpbroadcast: "):
             errors.append(program.process.stderr.readline())
             assert errors[-1], errors
