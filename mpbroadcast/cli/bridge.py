@@ -1,6 +1,6 @@
-"""Link the broker with those of other machines over an engine: redis://HOST/0, nats://HOST.
+"""Link the broker with those of other machines through an engine: a Redis server (redis://HOST/0) or NATS (nats://HOST).
 
-One line shows that it is ready, which it is when the engine is. On SIGTERM and SIGINT it sends what waits, and ends.
+It prints one line when it is connected. On SIGTERM or SIGINT it sends what is left in the outbox, and exits.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _LOOK: Final = 0.25  # seconds from one look at the bridge to the next
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
     parser.usage = "%(prog)s [URL] [--topics T...] [OPTIONS]\n       %(prog)s --forget STREAM [--address NAME]"
-    parser.add_argument("url", nargs="?", metavar="URL", help="the engine's (default: $MPBROADCAST_BRIDGE_URL)")
+    parser.add_argument("url", nargs="?", metavar="URL", help="URL of the engine (default: $MPBROADCAST_BRIDGE_URL)")
     add_bridge_options(parser)
-    parser.add_argument("--forget", metavar="STREAM", help="drop what the broker keeps for a bridge, and end")
+    parser.add_argument("--forget", metavar="STREAM", help="drop what the broker keeps for a bridge, and exit")
 
 
 def run(options: argparse.Namespace) -> int:

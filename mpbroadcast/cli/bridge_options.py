@@ -21,16 +21,16 @@ _PATIENCE: Final = 2.0  # seconds until the command prints that it waits for the
 _POLICIES: Final = ("drop_oldest", "drop_newest", "block")
 _OPTIONS: Final = (
     ("--topics", {"nargs": "+", "action": "extend", "metavar": "T"}, "topics or patterns like 'room:*' (default: everything)"),
-    ("--stream", {"metavar": "S"}, "the name that all machines share (default: mpbroadcast)"),
-    ("--key-file", {"metavar": "F"}, "a key a line (default: $MPBROADCAST_BRIDGE_KEY)"),
+    ("--stream", {"metavar": "S"}, "stream name, the same on all machines (default: mpbroadcast)"),
+    ("--key-file", {"metavar": "F"}, "file with one key per line (default: $MPBROADCAST_BRIDGE_KEY)"),
     (
         "--overflow",
         {"type": one_of(*_POLICIES), "metavar": "P"},
-        "drop_oldest, drop_newest or block",
+        "drop_oldest (default), drop_newest or block when the outbox is full",
     ),
-    ("--capacity", {"type": size, "metavar": "N"}, "bytes that wait for the engine (default: 64 MiB)"),
-    ("--max-bytes", {"type": size, "metavar": "N"}, "bytes that the engine keeps (default: 256 MiB)"),
-    ("--max-age", {"type": float, "metavar": "S"}, "seconds that it keeps them (default: 3600)"),
+    ("--capacity", {"type": size, "metavar": "N"}, "size of the outbox in bytes, or as 64M (default: 64M)"),
+    ("--max-bytes", {"type": size, "metavar": "N"}, "bytes that the engine keeps, or as 256M (default: 256M)"),
+    ("--max-age", {"type": float, "metavar": "S"}, "seconds that the engine keeps messages (default: 3600)"),
 )
 _NAMES: Final = [name[2:].replace("-", "_") for name, _, _ in _OPTIONS]
 
@@ -74,7 +74,7 @@ def add_bridge_options(parser: argparse.ArgumentParser, *, are_shown: bool = Tru
 
 def add_bridge(parser: argparse.ArgumentParser) -> None:
     """Add the option of a command that starts a broker, and with it those of the bridge."""
-    text = "link it with other machines; takes the options of 'mpbroadcast bridge'"
+    text = "link the broker with those of other machines; all options of 'mpbroadcast bridge' are accepted"
     parser.add_argument("--bridge", nargs="?", const="", metavar="URL", help=text)
     add_bridge_options(parser, are_shown=False)
 

@@ -15,9 +15,9 @@ from mpbroadcast.client.api import start_apart
 
 def add_broker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--history", type=_count, default=0, metavar="N", help="messages of each topic that are kept for replay"
+        "--history", type=_count, default=0, metavar="N", help="messages to keep for replay, for each topic (default: 0)"
     )
-    parser.add_argument("--no-restart", dest="restart", action="store_false", help="do not replace a broker that dies")
+    parser.add_argument("--no-restart", dest="restart", action="store_false", help="do not replace the broker if it dies")
     parser.add_argument("--restart", action="store_true", default=True, help=argparse.SUPPRESS)  # the default
     add_bridge(parser)
 

@@ -1,4 +1,8 @@
-"""Print the script that completes this command in a shell: bash, zsh or fish."""
+"""Print the completion script for a shell: bash, zsh or fish.
+
+bash: add 'source <(mpbroadcast completion bash)' to ~/.bashrc. zsh: the same with zsh in ~/.zshrc, after compinit. fish: write
+it to ~/.config/fish/completions/mpbroadcast.fish.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +68,13 @@ _mpbroadcast() {{
     if (( CURRENT == 2 )); then
         compadd -- {commands}
     elif [[ $words[2] == run ]]; then
+        local -i end=$words[(i)--]
+        if (( end < CURRENT )); then
+            shift end words
+            (( CURRENT -= end ))
+            _normal
+            return
+        fi
         shift words
         (( CURRENT-- ))
         _arguments -S {options} '(-):command:_command_names -e' '*::arguments:_normal'
@@ -95,7 +106,7 @@ def zsh(words: Words) -> str:
 
 def _specification(option: str, action: argparse.Action) -> str:
     """Return an option as zsh's ``_arguments`` takes it. After one with several values the command needs ``--``."""
-    forms: dict[object, str] = {None: ":{0}:_files", argparse.OPTIONAL: "::{0}: ", argparse.ONE_OR_MORE: ":*--:{0}: "}
+    forms: dict[object, str] = {None: ":{0}:_files", argparse.OPTIONAL: "::{0}: ", argparse.ONE_OR_MORE: ":*:{0}: "}
     form = forms.get(action.nargs, "")
     text = re.sub(r"([][\\])", r"\\\1", action.help or "")
     return shlex.quote(f"{option}[{text}]{form.format(action.metavar)}")

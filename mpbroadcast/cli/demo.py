@@ -1,8 +1,8 @@
-"""Fan real files out to CPU-bound worker processes.
+"""Publish the files of a tree to CPU-bound worker processes.
 
 The parent subscribes for its workers before it starts them, hands each its channel, and publishes every file once. Each
-worker computes something different, and a running digest over all that it received, in the order in which it came:
-equal digests are the proof that all saw the same messages in the same order.
+worker computes something different, and a digest of everything it received, in order: equal digests prove that all workers
+saw the same messages in the same order.
 """
 
 from __future__ import annotations

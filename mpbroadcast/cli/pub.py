@@ -1,4 +1,4 @@
-"""Publish each MESSAGE as a text; without one, each line of standard input as soon as it comes."""
+"""Publish each MESSAGE as a str. Without MESSAGE, publish each line of standard input as soon as it arrives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpbroadcast.cli.parsing import UsageError
 from mpbroadcast.cli.progress import Progress
 from mpbroadcast.cli.text import decode
 
-EXAMPLE = "mpbroadcast pub room:1 hello, or: tail -f app.log | mpbroadcast pub log"
+EXAMPLE = "mpbroadcast pub room:1 hello"
 
 _BLOCK: Final = 1 << 18  # bytes of one read: a pipe gives what it has
 
@@ -61,12 +61,12 @@ def parse_json(lines: Iterable[str], first: int, what: str = "line") -> Iterator
             value = json.loads(line, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg}, at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
-            raise NotJson(f"{what} {number} is no JSON: {reason}") from None
+            raise NotJson(f"{what} {number} is not JSON: {reason}") from None
         yield value
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON value")
+    raise ValueError(f"{constant} is not a JSON value")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

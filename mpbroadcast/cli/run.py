@@ -1,8 +1,8 @@
-"""Start a broker, and run COMMAND with its address in MPBROADCAST_ADDRESS, where connect() finds it.
+"""Start a broker and run COMMAND beside it.
 
-COMMAND begins at the first word that is not an option of run. A broker that dies is replaced. SIGINT, SIGTERM and SIGHUP are
-forwarded to the command. The exit status is the command's (128 plus the signal's number if a signal ended it), or 1 if that
-is 0 and the broker was lost.
+connect() in COMMAND and its children finds the broker through MPBROADCAST_ADDRESS. COMMAND begins at the first word that is
+not an option of run. If the broker dies, it is replaced. SIGINT, SIGTERM and SIGHUP are forwarded to COMMAND. The exit status
+is that of COMMAND (128 plus the signal's number if a signal ended it), or 1 if that is 0 and the broker was lost for good.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
         "%(prog)s [--address NAME] [--history N] [--no-restart]\n"
         "                       [--bridge URL [OPTIONS]] [--] COMMAND [ARGUMENT...]"
     )
-    parser.add_argument("--address", metavar="NAME", help="a name, or a path with a slash; otherwise one of its own")
+    parser.add_argument("--address", metavar="NAME", help="the broker's name, or a path with a slash (default: a private one)")
     add_broker_options(parser)
     parser.add_argument("arguments", nargs="*", metavar="COMMAND", help="the command and its arguments")
 

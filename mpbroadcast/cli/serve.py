@@ -1,6 +1,6 @@
-"""Serve a broker until SIGTERM or SIGINT; then deliver what was published, and exit.
+"""Start a broker and serve it until SIGTERM or SIGINT; then deliver what was published, and exit.
 
-One line on standard output shows that it is ready. A broker that dies is replaced. systemd is notified (Type=notify).
+It prints one line when the broker is ready, and notifies systemd (Type=notify). If the broker dies, it is replaced.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ EXAMPLE = "mpbroadcast serve myapp --history 1000"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "name", nargs="?", metavar="ADDRESS", help=f"a name, or a path with a slash (default: ${VARIABLE}, or {DEFAULT!r})"
+        "name",
+        nargs="?",
+        metavar="ADDRESS",
+        help=f"the broker's name, or a path with a slash (default: ${VARIABLE}, or {DEFAULT!r})",
     )
-    parser.add_argument("--address", metavar="NAME", help="the same as an option")
+    parser.add_argument("--address", metavar="NAME", help="the same as ADDRESS")
     add_broker_options(parser)
 
 

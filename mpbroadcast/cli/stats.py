@@ -1,4 +1,4 @@
-"""Print one snapshot of the broker: its subscriptions, publishers, groups and bridges."""
+"""Print one snapshot of the broker: subscriptions, publishers, groups and bridges."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ EXAMPLE = "mpbroadcast stats --json --address myapp | jq .published"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="as one JSON object, with the fields of BrokerStats")
-    form.add_argument("--prometheus", action="store_true", help="in Prometheus' text format")
+    form.add_argument("--json", action="store_true", help="print one JSON object, with the fields of BrokerStats")
+    form.add_argument("--prometheus", action="store_true", help="print Prometheus' text format")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Print each message that is published, a line each, as soon as it comes."""
+"""Print each message as soon as it is published, one per line."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _AT_ONCE: Final = 512  # messages of one write
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
     parser.add_argument("topics", nargs="*", metavar="TOPIC", help="topics or patterns like 'room:*' (default: everything)")
-    parser.add_argument("--json", action="store_true", help='print {"id", "topic", "message"} for each')
-    parser.add_argument("--count", type=_count, metavar="N", help="end after N messages")
-    parser.add_argument("--timeout", type=_seconds, metavar="S", help="end when nothing has come for S seconds")
-    parser.add_argument("--after", type=int, metavar="ID", help="start behind this id, with what the history has; 0: with all")
-    parser.add_argument("--group", metavar="NAME", help="of all with the same group, each message goes to one")
+    parser.add_argument("--json", action="store_true", help='print {"id": ..., "topic": ..., "message": ...} for each')
+    parser.add_argument("--count", type=_count, metavar="N", help="exit after N messages")
+    parser.add_argument("--timeout", type=_seconds, metavar="S", help="exit after S seconds without a message")
+    parser.add_argument("--after", type=int, metavar="ID", help="start after this message id, from the history (0: all of it)")
+    parser.add_argument("--group", metavar="NAME", help="share the messages with all subscribers of this group")
     parser.add_argument(
-        "--pickle", action="store_true", help="unpickle everything, not only plain data: this runs what a publisher has sent"
+        "--pickle", action="store_true", help="unpickle everything, not only plain data; a publisher can then run code here"
     )
 
 

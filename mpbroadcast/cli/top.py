@@ -23,9 +23,9 @@ _EXTRA = "pip install 'mpbroadcast[cli]' shows this on a full screen, with keys 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
-    parser.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between two looks (default: 1)")
-    parser.add_argument("--once", action="store_true", help="print the figures of one interval as text, and end")
-    parser.add_argument("--json", action="store_true", help="print a JSON object, a line each interval")
+    parser.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds between updates (default: 1)")
+    parser.add_argument("--once", action="store_true", help="print the figures of one interval as text, and exit")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line and interval")
 
 
 def _seconds(text: str) -> float:

@@ -79,6 +79,7 @@ def test_zsh_completes(tmp_path: Path) -> None:
             (b"mpbroadcast sta\t", b"mpbroadcast stats "),
             (b"\x15mpbroadcast pub --nu\t", b"pub --null "),
             (b"\x15mpbroadcast run --history 1 unam\t", b"run --history 1 uname "),
+            (b"\x15mpbroadcast run --topics a b -- unam\t", b"run --topics a b -- uname "),
         ):
             os.write(ours, typed)
             shown, deadline = b"", time.monotonic() + DEADLINE

@@ -114,10 +114,10 @@ def test_a_line_is_published_when_it_has_come(shell: Shell) -> None:
 
 
 WRONG = {
-    "no JSON": (r"printf '1\n2\n{\n4\n' | $mpb pub t --json", 1, "line 3 is no JSON", [1, 2]),
-    "JSON of another encoding": (r"printf '1\n\"\351\"\n' | $mpb pub t --json", 1, "line 2 is no JSON", [1]),
-    "NaN": (r"echo NaN | $mpb pub t --json", 1, "line 1 is no JSON", []),
-    "nested JSON": (f"{sys.executable} -c 'print(\"[\" * 200000)' | $mpb pub t --json", 1, "line 1 is no JSON", []),
+    "no JSON": (r"printf '1\n2\n{\n4\n' | $mpb pub t --json", 1, "line 3 is not JSON", [1, 2]),
+    "JSON of another encoding": (r"printf '1\n\"\351\"\n' | $mpb pub t --json", 1, "line 2 is not JSON", [1]),
+    "NaN": (r"echo NaN | $mpb pub t --json", 1, "line 1 is not JSON", []),
+    "nested JSON": (f"{sys.executable} -c 'print(\"[\" * 200000)' | $mpb pub t --json", 1, "line 1 is not JSON", []),
     "no file": (r": > f; $mpb pub t --file f g h", 1, "'g'", [b""]),
     "no broker": (r"$mpb pub t --address ./none < /dev/null", 1, "none", []),
     "a long topic": (r"echo x | $mpb pub $(printf %02000d 0)", 1, "1024", []),
@@ -128,7 +128,7 @@ WRONG = {
     "two forms": (r"$mpb pub t --file f --json", 2, "not allowed with", []),
     "files and messages": (r"$mpb pub t hello --file f", 2, "usage: mpbroadcast pub ", []),
     "NUL and messages": (r"$mpb pub t -0 hello", 2, "-0 is about", []),
-    "a message that is not JSON": (r"$mpb pub t --json 1 {", 1, "message 2 is no JSON", [1]),
+    "a message that is not JSON": (r"$mpb pub t --json 1 {", 1, "message 2 is not JSON", [1]),
     "a wrong command": (r"$mpb pubb t", 2, "did you mean pub?", []),
     "a wrong option": (r"$mpb sub --tiemout 3", 2, "did you mean --timeout?", []),
     "a wrong word": (r"$mpb stats t", 2, "usage: mpbroadcast stats ", []),

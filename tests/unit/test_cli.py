@@ -471,7 +471,7 @@ def test_each_option_is_completed(shell: str, capfd: pytest.CaptureFixture[str])
     """Of each command; bash completes with the script, also the command of ``run``."""
     assert main.main(["completion", shell]) == 0
     script = capfd.readouterr().out
-    fish = ("-l timeout -r -d 'end", "-s 0 -d")
+    fish = ("-l timeout -r -d 'exit", "-s 0 -d")
     for word in (*main.COMMANDS, *(fish if shell == "fish" else ("--timeout",)), "interval", "prometheus"):
         assert word in script
     if shell == "bash":
