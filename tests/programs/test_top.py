@@ -1,5 +1,6 @@
 """``mpbroadcast top`` and ``stats``: on a pseudo-terminal, in a pipe, and with many subscriptions."""
 
+import codecs
 import fcntl
 import json
 import os
@@ -50,6 +51,7 @@ class Terminal:
         )
         self._theirs = theirs
         self._read = ""
+        self._decoded = codecs.getincrementaldecoder("utf-8")().decode  # a read may end within a character
 
     def resize(self, columns: int, lines: int) -> None:
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
@@ -69,7 +71,7 @@ class Terminal:
         while not (self.shown and predicate(self.shown)):
             assert time.monotonic() < deadline, self.shown
             if select.select([self.fd], [], [], 0.1)[0]:
-                self._read += os.read(self.fd, 1 << 16).decode()
+                self._read += self._decoded(os.read(self.fd, 1 << 16))
         return self.shown
 
     def end(self) -> int:
@@ -77,7 +79,7 @@ class Terminal:
         deadline = time.monotonic() + DEADLINE
         while self.process.poll() is None and time.monotonic() < deadline:
             if select.select([self.fd], [], [], 0.1)[0]:
-                self._read += os.read(self.fd, 1 << 16).decode()
+                self._read += self._decoded(os.read(self.fd, 1 << 16))
         assert termios.tcgetattr(self._theirs) == self.before
         return self.process.wait(DEADLINE)
 
