@@ -31,7 +31,9 @@ class Runs:
 
     def __call__(self, tests: str, *options: str) -> str:
         (self.folder / "test_it.py").write_text(HEAD + tests)
-        (self.folder / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\nfilterwarnings = error\n")
+        # The tests fork, in a process of pytest-xdist that has a thread.
+        filters = "error\n    ignore:This process .* is multi-threaded:DeprecationWarning"
+        (self.folder / "pytest.ini").write_text(f"[pytest]\naddopts = --strict-markers\nfilterwarnings =\n    {filters}\n")
         (self.folder / "conftest.py").write_text("import multiprocessing; multiprocessing.set_start_method('fork')\n")
         command = [sys.executable, "-m", "pytest", "-p", "mpbroadcast.testing", "-p", "no:cacheprovider", *options]
         done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False)
