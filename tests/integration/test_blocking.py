@@ -71,8 +71,9 @@ def test_a_receive_that_waits(form: str, loop: Loop, bus: Bus) -> None:
     assert (warning.category, warning.filename) == (RuntimeWarning, __file__)
 
 
+@pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("form", ASKING)
-def test_a_request_waits(form: str, loop: Loop) -> None:
+def test_a_request_waits(form: str, name: str) -> None:
     """For the reply of a broker that takes long: one that is stopped for a moment."""
 
     async def main(handle: Bus) -> None:
@@ -88,7 +89,7 @@ def test_a_request_waits(form: str, loop: Loop) -> None:
         handle.publish(1)
         handle.flush()
         with pytest.warns(RuntimeWarning) as recorded:
-            loop.run(main, handle)
+            made(name).run(main, handle)
         handle.close()
     assert f"`{form}`" in str(recorded[0].message)
 
