@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 from multiprocessing.context import BaseContext
@@ -139,12 +138,12 @@ def _connecting_or_starting(
     key = settings["authkey"]
     settings |= {"has_key_file": key is None, "keys": [key] if key else [], "starter": None}
     settings |= {"linger": math.inf if lingering is None else lingering}
-    deadline = Deadline(timeout)
-    for tries in itertools.count():
+    deadline, tries = Deadline(timeout), 0
+    while True:
         with contextlib.suppress(BrokerLost):
             return (yield from _connecting_to(found, key))
         yield from starting(found, Settings(found.made, **settings), deadline, tries)
-    raise AssertionError  # which no step reaches
+        tries += 1
 
 
 def start_apart(*, address: str | None, history: int, restart: bool) -> Broadcaster[Any]:

@@ -1,4 +1,4 @@
-"""The name of a public class for what it has from the classes of this package that it is made of."""
+"""Let the methods that a public class inherits from its mixins carry the name of the public class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ C = TypeVar("C", bound=type)
 
 
 def named_throughout(cls: C) -> C:
-    """Give this class's name to the methods of its bases: errors and tracebacks name the class that a program has."""
+    """Rename the methods of this package's base classes after ``cls``, so that errors and tracebacks name the public class."""
     for base in cls.__mro__[1:]:
         for name, member in vars(base).items() if base.__module__.startswith("mpbroadcast.") else ():
             function = member.fget if isinstance(member, property) else member

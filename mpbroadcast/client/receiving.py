@@ -44,7 +44,7 @@ _BUSY: Final = (
     "a task receives from this channel, and one call at a time may: let one task receive and hand the messages to others, or "
     "subscribe once for each"
 )
-_NESTED: Final = "a message receives from the channel that it comes from, while it is unpickled: receive behind it"
+_NESTED: Final = "a message that is being unpickled receives from its own channel: receive after unpickling instead"
 
 
 class Receiving(Generic[M]):

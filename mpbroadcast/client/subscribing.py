@@ -135,11 +135,12 @@ class Subscribing(Publishing[M]):
     ) -> Channel[Any]:
         """Return a new channel, subscribed to ``topics``; to all topics, if none is named. Block until the broker replies.
 
-        A topic with ``*``, ``?`` or ``[`` is a pattern (``fnmatch.fnmatchcase``; ``[*]`` is a literal star): so
+        A topic with ``*``, ``?`` or ``[`` is a pattern (``fnmatch.fnmatchcase``; ``[*]`` is a literal star), so
         ``subscribe("sensor[3]")`` does not match the topic ``sensor[3]``. Pass a topic that comes from outside through
-        :func:`escape`, or ``*`` subscribes its sender to everything. After this has
-        returned, every publish, by any process, reaches the channel; nothing that this handle has published before does. Each
-        channel gets its own copy, once, however many of its topics match.
+        :func:`escape`: otherwise a sender of ``*`` reads everything.
+
+        After this has returned, every publish, by any process, reaches the channel; nothing that this handle has published
+        before does. Each channel gets its own copy, once, however many of its topics match.
 
         ``capacity`` bounds the backlog, in bytes (64 MiB if not given). A message counts with its pickled length, its
         topic's, and 256 bytes while it waits in the broker, and with its unread bytes in the channel's pipe. A message that is
@@ -173,12 +174,12 @@ class Subscribing(Publishing[M]):
         is free is in one backlog. Members agree on topics, ``overflow`` and ``capacity``; the first one's ``replay`` and
         ``after`` count. ``prefetch`` is 1 if not given, and needs a ``group``.
 
-        ``name`` is for people, at most 64 printable characters: ``stats()``, ``top``, the broker's log and errors of this
-        channel show it.
+        ``name`` is for people: at most 64 printable characters, shown by ``stats()``, ``top``, the broker's log and the errors
+        of this channel.
 
-        :raises ValueError: an argument is out of range; ``prefetch`` without ``group``;
-            ``replay`` or ``after`` without a history, or both; this process has
-            too many subscriptions; the group is there with other topics, ``overflow`` or ``capacity``.
+        :raises ValueError: an argument is out of range; ``prefetch`` without ``group``; ``replay`` or ``after`` without a
+            history, or both; this process has too many subscriptions; the group already exists with other topics,
+            ``overflow`` or ``capacity``.
         :raises BrokerLost, ClosedError: as :meth:`publish`.
         """
         return run(
@@ -386,8 +387,7 @@ class Subscribing(Publishing[M]):
     def subscriber_count(self, topic: str | None = None) -> int:
         """Return the number of channels that would get what is published to ``topic``; ``None``: of all channels.
 
-        Each member of a group counts. The count is taken after the broker has routed all that this handle has published.
-        Block until the broker replies, which it does when it has routed that.
+        Each member of a group counts. Block until the broker replies, after it has routed all that this handle has published.
 
         :raises BrokerLost, ClosedError: as :meth:`publish`.
         """

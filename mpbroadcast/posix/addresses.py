@@ -44,14 +44,6 @@ class Candidates:
         )
 
 
-def resolve(address: Any) -> str:
-    """Return the absolute path of the socket that a broker started at this path, or plain name, listens at.
-
-    :raises AddressError: no socket can be there, or the folder of names is not safe.
-    """
-    return candidates(address).made
-
-
 def candidates(address: Any) -> Candidates:
     """Return where the broker at a path, or with a name without a slash, may listen.
 

@@ -1,14 +1,13 @@
-"""The warning about a call that blocks an event loop: it waits in a thread in which asyncio, uvloop or trio runs.
+"""The warning about a call that blocks the event loop (asyncio, uvloop or trio) of its own thread.
 
-A call that is about to block looks at :func:`running_loop` first, and :func:`warn_of_blocking` warns, once for each line of
-the program that makes such a call. Neither imports a loop.
+A call that is about to block checks :func:`running_loop`, and then :func:`warn_of_blocking` warns once for each line of the
+program that makes such a call. Neither function imports an event loop.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Final
 from weakref import WeakKeyDictionary
 
@@ -19,14 +18,13 @@ _ASYNC_FORMS: Final = {
         *("wait_for_subscribers", "subscriber_count", "history", "stats", "recv", "recv_many", "receive", "close"),
     )
 } | {"__next__": "async for", "__exit__": "async with"}
-BRIEF: Final = 20  # milliseconds
 _SHOWN: Final = {"__next__": "`for`", "__exit__": "the end of `with`"}
 
 _warned: WeakKeyDictionary[object, set[tuple[str, int]]] = WeakKeyDictionary()
 
 
 def running_loop() -> object | None:
-    """Return what stands for the event loop that runs in this thread; ``None`` if none does."""
+    """Return an object that identifies the event loop running in this thread, or ``None``."""
     modules = sys.modules
     if (events := modules.get("asyncio.events")) is not None:
         loop: object = getattr(events, "_get_running_loop", bool)()
@@ -41,11 +39,10 @@ def running_loop() -> object | None:
     return None
 
 
-def warn_of_blocking(loop: object, is_brief: Callable[[], bool] = bool) -> None:
-    """Warn, where the program has called this package, that the call blocks ``loop``, if the call has a form that does not.
+def warn_of_blocking(loop: object) -> None:
+    """Warn that the call of this package which the program has made blocks ``loop``, if that call has an async form.
 
-    A request seldom waits for its reply, and then not long: there, ``is_brief`` waits for at most :data:`BRIEF`, and returns
-    whether that was enough.
+    The warning has the program's own file and line.
     """
     frame, name = sys._getframe(1), ""
     while str(frame.f_globals.get("__name__")).startswith("mpbroadcast."):
@@ -55,7 +52,7 @@ def warn_of_blocking(loop: object, is_brief: Callable[[], bool] = bool) -> None:
         frame = frame.f_back
     file, line = frame.f_code.co_filename, frame.f_lineno
     lines = _warned.setdefault(loop, set())
-    if name not in _ASYNC_FORMS or (file, line) in lines or is_brief():
+    if name not in _ASYNC_FORMS or (file, line) in lines:
         return
     lines.add((file, line))
     shown = _SHOWN.get(name, f"{name}()")

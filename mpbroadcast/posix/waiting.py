@@ -13,12 +13,13 @@ from collections.abc import Callable, Generator
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from mpbroadcast.deadline import Deadline
-from mpbroadcast.posix.event_loops import BRIEF, running_loop, warn_of_blocking
+from mpbroadcast.posix.event_loops import running_loop, warn_of_blocking
 from mpbroadcast.posix.poller import is_any_ready
 
 T = TypeVar("T")
 
 _SOON: Final = 0.005  # seconds
+_BRIEF: Final = 0.02  # seconds that a call may block an event loop without a warning
 
 
 class Source(Protocol):
@@ -86,10 +87,12 @@ class Wait:
         fds = [source.fileno() for source in self.sources]
         if min(fds) < 0:
             return True
-        milliseconds = self.deadline.milliseconds()
-        if milliseconds != 0 and (loop := running_loop()) is not None:
-            warn_of_blocking(loop, lambda: is_any_ready(fds, self.events, BRIEF))
-        return is_any_ready(fds, self.events, milliseconds)
+        if self.deadline.remaining() != 0 and (loop := running_loop()) is not None:
+            # A reply mostly comes within microseconds: to warn of that would be a matter of chance.
+            if is_any_ready(fds, self.events, self.deadline.at_most(_BRIEF).milliseconds()):
+                return True
+            warn_of_blocking(loop)
+        return is_any_ready(fds, self.events, self.deadline.milliseconds())
 
 
 Steps = Generator[Wait, bool, T]

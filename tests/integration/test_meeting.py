@@ -20,7 +20,7 @@ import pytest
 from mpbroadcast import AddressError, AuthenticationFailed, BrokerLost, StartError, connect, start_broadcaster, trap_points
 from mpbroadcast.broker.host.main import Settings
 from mpbroadcast.broker.host.socket_file import Listening, remove_forgotten_folders, remove_leftovers
-from mpbroadcast.posix.addresses import make_own_folder, resolve
+from mpbroadcast.posix.addresses import candidates, make_own_folder
 from mpbroadcast.posix.key_file import is_key_file, read_key, write_key
 from tests.support.helpers import DEADLINE, Children, take
 from tests.support.large_workers import descriptors_left
@@ -52,15 +52,15 @@ def test_what_an_address_stands_for(
     (link := tmp_path / "link").symlink_to(runtime)
     for folder in (link, runtime):
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
-        assert resolve("my app") == str(folder / "mpbroadcast-my app")
+        assert candidates("my app").made == str(folder / "mpbroadcast-my app")
     for variable in ("", "relative/folder"):
         monkeypatch.setenv("XDG_RUNTIME_DIR", variable)
-        assert resolve("myapp") == str(names / "myapp")
+        assert candidates("myapp").made == str(names / "myapp")
     assert not names.exists()
-    assert [*map(resolve, ("./myapp", Path("myapp")))] == [str(tmp_path / "myapp")] * 2
+    assert [candidates(path).made for path in ("./myapp", Path("myapp"))] == [str(tmp_path / "myapp")] * 2
     for name in (".", "..", ".hidden", "x" * 108):
         with pytest.raises(AddressError, match=r"slash|bytes"):
-            resolve(name)
+            candidates(name)
 
 
 @pytest.mark.parametrize("kind", ["open to others", "link", "file", "another user's", "absent"])
@@ -137,7 +137,7 @@ def test_which_brokers_write_a_key(runtime: Path) -> None:
     """Not one at an address that was made for it, nor one that is given a key, whose start removes what a dead one has left."""
     with start_broadcaster() as bus:
         assert os.listdir(os.path.dirname(bus.address)) == ["broker"]
-    Path(resolve("myapp") + ".key").write_text(KEY.hex() + "\n")
+    Path(candidates("myapp").made + ".key").write_text(KEY.hex() + "\n")
     with start_broadcaster(address="myapp", authkey=b"mine") as bus:
         assert [path.name for path in runtime.iterdir()] == ["mpbroadcast-myapp"]
         with connect("myapp", authkey=b"mine") as other:

@@ -65,7 +65,7 @@ def test_the_inner_call_fails_at_once(outer: str, inner: str, size: int, behind:
         with pytest.raises(RuntimeError) as raised:
             WAYS[outer](channel)
         assert isinstance(raised.value.__cause__, ChannelBusy)
-        assert "while it is unpickled" in str(raised.value.__cause__)
+        assert "is being unpickled" in str(raised.value.__cause__)
         bus.publish("last")
         assert [channel.recv(DEADLINE) for _ in range(behind + 1)] == [*range(behind), "last"]
 

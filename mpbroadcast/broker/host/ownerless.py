@@ -10,11 +10,10 @@
 So the broker is no process's child, and a signal to the caller's process group or terminal does not reach it. It keeps nothing
 of the caller's: of its descriptors none, standard error included; its working directory is the root.
 
-The lock of the socket's folder decides which of many callers starts it. For a name, it is that of the last of the folders of
-names, which is the same for all processes of the user: two callers with different environments start no broker each, as long
-as one sees the folder in which the other makes it. The lock belongs to a descriptor that the broker
-inherits, and closes when its socket answers: whatever dies at whatever moment, the lock is held as long as a start is under
-way, and not for longer.
+The lock of the socket's folder decides which of many callers starts it. For a name, it is the lock of the last of the folders
+of names, which all processes of the user share: so two callers with different environments do not start a broker each, if one
+of them sees the folder in which the other makes it. The lock belongs to a descriptor that the broker inherits, and closes when
+its socket answers: whatever dies at whatever moment, the lock is held as long as a start is under way, and not for longer.
 """
 
 from __future__ import annotations
