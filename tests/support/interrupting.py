@@ -145,8 +145,8 @@ class Storm:
         signal.setitimer(signal.ITIMER_REAL, max(0.001, self._deadline - time.monotonic()))
 
     def end(self) -> None:
-        """Give signal and timer back."""
-        signal.signal(signal.SIGALRM, self._before)
+        """Give the timer back. The handler stays, and passes on what comes at pytest's own time: where another thread takes the
+        signal, an alarm can arrive after its timer has been set anew, and pytest's handler would take it for its own."""
         self._quiet()
 
     def __call__(self, function: Callable[..., Any], *args: Any, within: float = 0, **keywords: Any) -> Interrupt | None:
