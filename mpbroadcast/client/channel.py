@@ -81,7 +81,7 @@ class Channel(Receiving[M]):
         else:
             message = self._receive_nowait()
         if message is NOTHING:
-            message = self._receive(timeout)
+            message = self._receive(Deadline(timeout), timeout)
         return message  # as above
 
     def recv_many(self, limit: int | None = None, timeout: float | None = None) -> list[M]:

@@ -75,10 +75,7 @@ class Receiving(Generic[M]):
         self._stream.discard()  # an iteration that goes on in both processes hands them out in one
         self._begin()
 
-    def _receive(self, timeout: float | None) -> M:
-        return self._receive_until(Deadline(timeout), timeout)
-
-    def _receive_until(self, deadline: Deadline, timeout: float | None, patience: float | None = None) -> M:
+    def _receive(self, deadline: Deadline, timeout: float | None, patience: float | None = None) -> M:
         while True:
             self._wait(deadline if patience is None else deadline.at_most(patience), timeout)
             message = self._receive_nowait(is_readable=True)
@@ -98,9 +95,9 @@ class Receiving(Generic[M]):
         try:
             message = self._receive_nowait()
             if message is NOTHING and older is NOTHING:
-                message = self._receive_until(deadline, timeout)
+                message = self._receive(deadline, timeout)
             elif message is NOTHING:
-                message = self._receive_until(limit, timeout, _PATIENCE)
+                message = self._receive(limit, timeout, _PATIENCE)
         except (TimedOut, BrokerLost):  # the next call reports the loss again
             if older is NOTHING:
                 raise
