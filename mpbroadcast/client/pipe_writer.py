@@ -50,7 +50,9 @@ class PipeWriter:
         self.pipe = pipe
         self.id = id
         self._client = client
-        self._due_aborts: list[int] = []  # ids of messages that were given up, whose abort frames had no room in the pipe
+        # The ids of messages that were given up and whose abort frames are not written: until then, the broker keeps what it has
+        # of these messages.
+        self.due_aborts: list[int] = []
 
     def send(self, frame: bytes, deadline: Deadline, done: list[int]) -> None:
         """Write one frame of any length, or several that fit into one write; else as :meth:`write`."""
@@ -76,20 +78,20 @@ class PipeWriter:
             yield from self.writing(last, deadline, done)
         except BaseException:
             # If the last piece was written after all, the broker does not know the id any more, and ignores the abort.
-            self.give_up(message_id)
+            self.due_aborts.append(message_id)  # with no other call before it, behind which a second interrupt could come
+            self.send_aborts()
             raise
 
-    def give_up(self, message_id: int) -> None:
-        """Send an abort frame, now or before the next :meth:`write`. The broker keeps what it has of the message until then."""
-        self._due_aborts.append(message_id)
+    def send_aborts(self) -> None:
+        """Send the abort frames that are due, as far as the pipe has room; the rest is sent before the next :meth:`write`."""
         with contextlib.suppress(OSError):
             self._abort()
 
     def _abort(self) -> None:
-        for message_id in list(self._due_aborts):
+        for message_id in list(self.due_aborts):
             write(self.pipe.fd, abort(message_id))
             with contextlib.suppress(ValueError):  # another thread has sent it, too, which does no harm
-                self._due_aborts.remove(message_id)
+                self.due_aborts.remove(message_id)
 
     def write(self, data: bytes, deadline: Deadline, done: list[int]) -> None:
         """Do one write. Block until there is room for it.
@@ -99,7 +101,7 @@ class PipeWriter:
         """
         # It waits outside of the handler, so that an interrupt has no context that is no error.
         with contextlib.suppress(BlockingIOError):
-            if self._due_aborts:
+            if self.due_aborts:
                 self._abort()
             done.extend(map(write, (self.pipe.fd,), (data,)))
             return
@@ -109,7 +111,7 @@ class PipeWriter:
         """Do as :meth:`write`."""
         while True:
             with contextlib.suppress(BlockingIOError):
-                if self._due_aborts:
+                if self.due_aborts:
                     self._abort()
                 done.extend(map(write, (self.pipe.fd,), (data,)))
                 return

@@ -284,7 +284,8 @@ class SharedWriter(PipeWriter):
         finally:
             if not done[before:] and message_id in self._unrouted:  # no call up to here, so no interrupt
                 del self._unrouted[message_id]
-                self.give_up(message_id)
+                self.due_aborts.append(message_id)  # as above
+                self.send_aborts()
 
     def _waiting_for_credit(self, fd_socket: DescriptorSocket, message_id: int, size: int, deadline: Deadline) -> Steps[bool]:
         """Wait until the message may be sent, and count it. Return False if the broker is gone."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import psutil
@@ -37,11 +37,13 @@ from mpbroadcast.broker.host.launcher import BrokerProcess
 from mpbroadcast.client import channel as channel_module
 from mpbroadcast.client import receiving, shared_reader
 from mpbroadcast.client.broker_client import BrokerClient
+from mpbroadcast.client.pipe_writer import PipeWriter
 from mpbroadcast.deadline import Deadline
 from mpbroadcast.posix import locks
 from mpbroadcast.posix.descriptors import OwnedDescriptor
-from mpbroadcast.posix.pipes import PipeEnd
+from mpbroadcast.posix.pipes import PipeEnd, new_pipe
 from mpbroadcast.posix.shared_memory import available
+from mpbroadcast.protocol.frames import PIECE_HEAD, PIPE_BUF, abort
 from mpbroadcast.protocol.pickling import Failure
 from tests.conftest import FAILED, descriptors, leaked
 from tests.support import workers
@@ -566,6 +568,17 @@ def test_an_interrupted_subscribe_that_is_interrupted_again(bus: Bus, monkeypatc
         interrupting(entering(WeakValueDictionary.__setitem__), bus.subscribe)  # behind the request
     assert finalised
     assert not bus.stats().subscribers
+
+
+def test_an_interrupted_withdrawal_is_made_up_for() -> None:
+    """A message that is given up at its timeout, and interrupted as it is withdrawn, is withdrawn with the next write."""
+    reader, end = new_pipe(2 * PIPE_BUF)
+    writer = PipeWriter(BrokerClient(""), cast(Any, None), PipeEnd(end), 1)
+    assert interrupting(entering(PipeWriter.send_aborts), writer.send, bytes(10 * PIPE_BUF), Deadline(0), [])
+    _, _, message_id, _ = PIECE_HEAD.unpack_from(os.read(reader, 2 * PIPE_BUF))
+    writer.write(b"next", Deadline(0), [])
+    assert os.read(reader, 2 * PIPE_BUF) == abort(message_id) + b"next"
+    os.close(reader)
 
 
 @pytest.mark.parametrize(

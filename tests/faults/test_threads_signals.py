@@ -273,8 +273,7 @@ def test_threads_that_withdraw_messages_at_once_do_not_disturb_each_other(count:
     reader, end = new_pipe(PIPE_BUF)
     os.write(end, bytes(PIPE_BUF))
     writer = PipeWriter(BrokerClient(""), cast(Any, None), PipeEnd(end), 1)
-    for message_id in (1, 2):
-        writer.give_up(message_id)
+    writer.due_aborts += (1, 2)
     os.read(reader, PIPE_BUF)
     moment, others = before_line(count, pipe_writer.__file__), list[Background]()
 
