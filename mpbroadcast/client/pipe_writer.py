@@ -50,8 +50,8 @@ class PipeWriter:
         self.pipe = pipe
         self.id = id
         self._client = client
-        # The ids of messages that were given up and whose abort frames are not written: until then, the broker keeps what it has
-        # of these messages.
+        # The ids of messages that were given up and whose abort frames are not written: until then, the broker keeps what it
+        # has of these messages.
         self.due_aborts: list[int] = []
 
     def send(self, frame: bytes, deadline: Deadline, done: list[int]) -> None:
